@@ -1,0 +1,1 @@
+"""Corpus to token shards, and a deterministic stream of samples from them."""

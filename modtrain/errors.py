@@ -1,0 +1,67 @@
+"""Errors that a user caused or can mend: they are printed as text, never as a traceback.
+
+Every other layer may import this module; it imports nothing of modtrain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration.
+
+    key: the dotted config key, as a user would override it (``model.capacity``).
+    value: the value found there.
+    reason: what is wrong with it.
+    remedy: what to write instead.
+    """
+
+    key: str
+    value: object
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value!s}: {self.reason}\n    remedy: {self.remedy}"
+
+
+class ModtrainError(Exception):
+    """Base of the errors whose message alone should reach the user.
+
+    exit_code: what the command line exits with.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(ModtrainError):
+    """A configuration that cannot run. Carries every problem found, not the first one."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = f"{count} problem{'s' if count != 1 else ''} in the configuration:"
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+
+class DataError(ModtrainError):
+    """Data on disk that is missing, damaged or not what the configuration says."""
+
+
+class CheckpointError(ModtrainError):
+    """A checkpoint or run directory that cannot be used as asked."""
+
+
+class TrainingError(ModtrainError):
+    """A run that has to stop: the loss is not finite, a budget cannot be met."""
+
+
+def raise_if_any(problems: Sequence[Problem]) -> None:
+    """Raise one `ConfigError` that tells all ``problems``, if there are any."""
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,1 @@
+"""Comparisons and sweeps made of several runs."""

@@ -1,0 +1,1 @@
+"""The model in plain PyTorch: layers, routing, depth, and what they cost."""
