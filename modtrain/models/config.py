@@ -1,0 +1,183 @@
+"""The shape of a model, as typed configuration. Imports nothing heavy: mistakes show at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from modtrain.errors import Problem
+from modtrain.models.pattern import layer_capacities, pattern_problems
+
+ACTIVATIONS = ("swiglu", "gelu")
+GATES = ("raw", "none")
+CAUSAL_ROUTERS = ("predictor",)
+
+
+@dataclass
+class RouterConfig:
+    """How a routed block scores its tokens.
+
+    gate: what the block's update is multiplied by. ``raw``: the score itself (arXiv 2404.02258,
+        eq. 1). ``none``: a control without the multiplication, in which the router never learns.
+    causal: decisions trained beside top-k that need no later token, for evaluation and sampling.
+        ``predictor``: a small MLP on the stop-gradient input of the router (section 3.5).
+    predictor_dim: hidden width of that MLP.
+    """
+
+    gate: str = "raw"
+    causal: list[str] = field(default_factory=lambda: ["predictor"])
+    predictor_dim: int = 64
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the router's settings."""
+        found = []
+        if self.gate not in GATES:
+            found.append(_choice(f"{prefix}.gate", self.gate, GATES))
+        found += [
+            _choice(f"{prefix}.causal", name, CAUSAL_ROUTERS)
+            for name in self.causal
+            if name not in CAUSAL_ROUTERS
+        ]
+        if len(set(self.causal)) != len(self.causal):
+            found.append(
+                Problem(f"{prefix}.causal", self.causal, "names a router twice", "name each once")
+            )
+        if self.predictor_dim < 1:
+            found.append(_positive(f"{prefix}.predictor_dim", self.predictor_dim))
+        return found
+
+
+@dataclass
+class ModelConfig:
+    """A pre-norm, Llama-shaped decoder with depth routing.
+
+    vocab_size: rows of the embedding; null takes the tokenizer's size.
+    num_kv_heads: heads of keys and values (grouped-query attention); null: ``num_heads``.
+    head_dim: width of a head; null: ``d_model / num_heads``.
+    d_ff: hidden width of the MLP; null: 4 d for gelu, 8/3 d rounded up to 64 for swiglu.
+    sliding_window: how many positions back a token sees, itself included; null: all.
+    init_std: standard deviation of the initial weights (see `modtrain.models.init`).
+    pattern: which blocks are routed: ``dense``, ``every``, ``every_other``, or a list with one
+        capacity a layer in which 1 is a dense block, ``[1, 0.125]`` or ``"[1, .125]*6"``.
+    capacity: the share of tokens that takes part in a routed block, in (0, 1].
+    """
+
+    d_model: int = 256
+    num_layers: int = 8
+    num_heads: int = 4
+    vocab_size: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+    activation: str = "swiglu"
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    pattern: Any = "every_other"
+    capacity: float = 0.125
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ff_width(self) -> int:
+        """Hidden width of the MLP."""
+        if self.d_ff is not None:
+            return self.d_ff
+        if self.activation == "gelu":
+            return 4 * self.d_model
+        return 64 * -(-8 * self.d_model // (3 * 64))
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding. Raises ValueError while they are not known."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not set; resolve it from the tokenizer first")
+        return self.vocab_size
+
+    @property
+    def capacities(self) -> list[float | None]:
+        """The capacity of each layer; None where the layer is dense."""
+        return layer_capacities(self.pattern, self.capacity, self.num_layers)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether any layer is routed."""
+        return any(capacity is not None for capacity in self.capacities)
+
+    def problems(self, prefix: str = "model") -> list[Problem]:
+        """Everything wrong with the model's shape, in the order of the fields."""
+        names = ["d_model", "num_layers", "num_heads"]
+        names += [
+            name
+            for name in ("vocab_size", "num_kv_heads", "head_dim", "d_ff", "sliding_window")
+            if getattr(self, name) is not None
+        ]
+        found = [
+            _positive(f"{prefix}.{name}", getattr(self, name))
+            for name in names
+            if getattr(self, name) < 1
+        ]
+        if not found:
+            found += self._head_problems(prefix)
+        found += [
+            Problem(f"{prefix}.{name}", getattr(self, name), "must be above 0", f"try {good}")
+            for name, good in (("rope_theta", "10000"), ("norm_eps", "1e-5"), ("init_std", "0.02"))
+            if not getattr(self, name) > 0
+        ]
+        if self.activation not in ACTIVATIONS:
+            found.append(_choice(f"{prefix}.activation", self.activation, ACTIVATIONS))
+        found += pattern_problems(self.pattern, self.capacity, self.num_layers, prefix)
+        return found + self.router.problems(f"{prefix}.router")
+
+    def _head_problems(self, prefix: str) -> list[Problem]:
+        found = []
+        if self.head_dim is None and self.d_model % self.num_heads:
+            good = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
+            near = sorted(good, key=lambda h: abs(h - self.num_heads))[:3]
+            found.append(
+                Problem(
+                    f"{prefix}.num_heads",
+                    self.num_heads,
+                    f"does not divide {prefix}.d_model={self.d_model}",
+                    f"use {', '.join(map(str, sorted(near)))}, or set {prefix}.head_dim",
+                )
+            )
+        elif self.head_width % 2:
+            found.append(
+                Problem(
+                    f"{prefix}.{'head_dim' if self.head_dim else 'num_heads'}",
+                    self.head_dim or self.num_heads,
+                    f"gives heads of odd width {self.head_width}; RoPE turns pairs",
+                    "choose an even head width",
+                )
+            )
+        if self.num_heads % self.kv_heads:
+            found.append(
+                Problem(
+                    f"{prefix}.num_kv_heads",
+                    self.kv_heads,
+                    f"does not divide {prefix}.num_heads={self.num_heads}",
+                    f"use a divisor of {self.num_heads}",
+                )
+            )
+        return found
+
+
+def _positive(key: str, value: object) -> Problem:
+    return Problem(key, value, "must be at least 1", "give a whole number of 1 or more")
+
+
+def _choice(key: str, value: object, choices: tuple[str, ...]) -> Problem:
+    return Problem(key, value, "is not known", f"use one of: {', '.join(choices)}")

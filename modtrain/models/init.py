@@ -1,0 +1,54 @@
+"""Initial weights: reproducible parameter by parameter, and scaled with depth.
+
+- Linear weights and the embedding: normal, standard deviation ``init_std``.
+- The two projections that write to the residual stream (attention's and the MLP's last):
+  ``init_std / sqrt(2 · num_layers)``, so that the stream's variance at the last block does not
+  depend on depth (GPT-2's rule).
+- Router weights: normal, ``1 / sqrt(d_model)`` over the scale that the stream has at the start.
+- Norm gains 1, biases 0.
+
+Each parameter draws from a generator of its own, seeded by (seed, name): adding a router or a
+predictor moves no other parameter, and a dense and a routed model of one seed start from the same
+trunk. Torch's global random state is neither used nor changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+from modtrain.models.config import ModelConfig
+
+_RESIDUAL_WRITERS = ("attention.out.weight", "mlp.down.weight")
+
+
+def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Set every parameter of ``model`` in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            canonical = name.replace(".module.", ".")
+            if name.endswith("gain"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                generator = torch.Generator(parameter.device).manual_seed(_seed(seed, canonical))
+                std = standard_deviation(canonical, config)
+                parameter.normal_(0.0, std, generator=generator)
+
+
+def standard_deviation(name: str, config: ModelConfig) -> float:
+    """Return the standard deviation from which the parameter ``name`` is drawn."""
+    if name.endswith(_RESIDUAL_WRITERS):
+        return config.init_std / math.sqrt(2 * config.num_layers)
+    if name.endswith("router.weight"):
+        return 1 / math.sqrt(config.d_model)
+    return config.init_std
+
+
+def _seed(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

@@ -1,0 +1,109 @@
+"""Which layers are routed, and at which capacity."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from modtrain.errors import Problem
+
+PATTERNS = ("dense", "every", "every_other")
+_LIST_TERM = re.compile(r"\s*\[([^\[\]]*)\]\s*(?:\*\s*(\d+))?\s*")
+
+
+def num_chosen(capacity: float, seq_len: int) -> int:
+    """How many of ``seq_len`` tokens a block of this capacity takes: k = max(1, round(c S))."""
+    return max(1, round(capacity * seq_len))
+
+
+def layer_capacities(
+    pattern: str | Sequence[float], capacity: float, num_layers: int
+) -> list[float | None]:
+    """Return the capacity of each layer, None for a dense one.
+
+    ``every_other`` routes the layers 1, 3, 5, … counted from 0, so that the first block, which
+    builds the features that routers score, is whole. In a list a 1 stands for a dense layer.
+
+    Raises:
+        ValueError: the pattern is neither a known name nor a list.
+    """
+    if pattern == "dense":
+        return [None] * num_layers
+    if pattern == "every":
+        return [capacity] * num_layers
+    if pattern == "every_other":
+        return [capacity if layer % 2 else None for layer in range(num_layers)]
+    return [None if value == 1 else value for value in _as_list(pattern)]
+
+
+def pattern_problems(
+    pattern: object, capacity: float, num_layers: int, prefix: str
+) -> list[Problem]:
+    """Everything wrong with a pattern and its capacity."""
+    found = []
+    if not 0 < capacity <= 1:
+        found.append(
+            Problem(
+                f"{prefix}.capacity",
+                capacity,
+                "is not a share of the tokens in (0, 1]",
+                f"try 0.125, the paper's best; for no routing set {prefix}.pattern=dense",
+            )
+        )
+    if isinstance(pattern, str) and pattern in PATTERNS:
+        return found
+    key = f"{prefix}.pattern"
+    try:
+        values = _as_list(pattern)
+    except ValueError as error:
+        names = ", ".join(PATTERNS)
+        remedy = (
+            f"use one of: {names}; or a list of capacities such as '[1, .125]*{num_layers // 2}'"
+        )
+        return [*found, Problem(key, pattern, str(error), remedy)]
+    if len(values) != num_layers:
+        found.append(
+            Problem(
+                key,
+                pattern,
+                f"names {len(values)} layers, but {prefix}.num_layers={num_layers}",
+                "give one capacity a layer; '[1, .125]*6' repeats a list",
+            )
+        )
+    bad = [value for value in values if not 0 < value <= 1]
+    if bad:
+        found.append(
+            Problem(
+                key, pattern, f"holds {bad[0]}, not in (0, 1]", "1 is a dense layer, 0.125 k=S/8"
+            )
+        )
+    return found
+
+
+def _as_list(pattern: object) -> list[float]:
+    if isinstance(pattern, str):
+        return _parse(pattern)
+    if not isinstance(pattern, Sequence):
+        raise ValueError("is neither a pattern's name nor a list")
+    for value in pattern:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"holds {value!r}, which is not a number")
+    return [float(value) for value in pattern]
+
+
+def _parse(text: str) -> list[float]:
+    """Read ``[1, .125]*6``, and sums of such lists: ``[1]*2 + [.5, .125]*3``."""
+    values: list[float] = []
+    position = 0
+    while True:
+        term = _LIST_TERM.match(text, position)
+        if term is None:
+            raise ValueError("is neither a pattern's name nor a list of capacities")
+        numbers = [float(item) for item in term[1].split(",")]
+        values += numbers * int(term[2] or 1)
+        position = term.end()
+        if position == len(text):
+            return values
+        if text[position] != "+":
+            raise ValueError("is neither a pattern's name nor a list of capacities")
+        position += 1
