@@ -1,0 +1,8 @@
+"""``python -m modtrain``: what srun and torchrun start."""
+
+import sys
+
+from modtrain.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

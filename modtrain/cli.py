@@ -1,0 +1,126 @@
+"""The command line: verbs to functions, nothing else.
+
+Verbs import what they need only when called, so that help and mistakes come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from modtrain import __version__
+from modtrain.errors import ModtrainError
+
+Verb = Callable[[list[str], str | None], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code: 2 for a wrong configuration or command."""
+    arguments = _parser().parse_intermixed_args(argv)
+    verb = _VERBS[arguments.verb][0]
+    try:
+        return verb(arguments.overrides, arguments.config_dir)
+    except ModtrainError as error:
+        print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+
+
+def _prepare(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.configuration import compose
+
+    config = compose("prepare", overrides, config_dir)
+    from modtrain.data.prepare import prepare
+
+    _say("\n".join(prepare(config).lines()))
+    return 0
+
+
+def _train(overrides: list[str], config_dir: str | None) -> int:
+    # Before the imports that take seconds: a signal during them must not be lost.
+    from modtrain.training.preemption import STOP
+
+    STOP.install()
+    from modtrain.configuration import compose
+
+    config = compose("train", overrides, config_dir)
+    from modtrain.training.plan import resolve
+
+    resolve(config)
+    from modtrain.training.run import train
+
+    return train(config).exit_code
+
+
+def _compare(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.training.preemption import STOP
+
+    STOP.install()
+    from modtrain.configuration import compose_arms
+
+    directory, arms, rounds = compose_arms(overrides, config_dir)
+    from modtrain.experiments.compare import compare
+
+    return compare(directory, arms, rounds)
+
+
+def _eval(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.configuration import compose
+
+    config = compose("eval", overrides, config_dir)
+    from modtrain.inference.evaluate import evaluate_run
+    from modtrain.inference.report import show
+
+    show(evaluate_run(config))
+    return 0
+
+
+def _plan(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.configuration import compose
+    from modtrain.training.plan_report import show
+
+    show(compose("plan", overrides, config_dir))
+    return 0
+
+
+def _doctor(overrides: list[str], config_dir: str | None) -> int:
+    del config_dir
+    from modtrain.doctor import show
+    from modtrain.errors import ConfigError, Problem
+
+    if overrides:
+        problem = Problem(overrides[0], "", "doctor takes no overrides", "leave it out")
+        raise ConfigError([problem])
+    return show()
+
+
+_VERBS: dict[str, tuple[Verb, str]] = {
+    "prepare": (_prepare, "text to tokenizer and shards"),
+    "train": (_train, "train a run, or go on with it"),
+    "compare": (_compare, "train several models on one budget and report them side by side"),
+    "eval": (_eval, "held-out losses of a run, causal and not"),
+    "plan": (_plan, "what a run would take: parameters, FLOPs, steps, memory"),
+    "doctor": (_doctor, "versions, devices, and what is missing here"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="modtrain",
+        description="Train Mixture-of-Depths language models.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="verbs:\n"
+        + "\n".join(f"  {name:9} {what}" for name, (_, what) in _VERBS.items())
+        + "\n\noverrides are Hydra's: model=mod_60m model.capacity=0.25 budget.tokens=1e9",
+    )
+    parser.add_argument("--version", action="version", version=f"modtrain {__version__}")
+    parser.add_argument(
+        "--config-dir", metavar="DIR", help="a directory of your own YAML, laid out as conf/ is"
+    )
+    parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help="see below")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="key=value or group=name")
+    return parser
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201

@@ -1,0 +1,234 @@
+"""From the command line to a typed configuration, with everything that is wrong told at once.
+
+Hydra composes the YAML of ``conf/`` onto the dataclasses registered here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from modtrain.data.config import PrepareConfig
+from modtrain.errors import ConfigError, Problem, raise_if_any
+from modtrain.experiments.config import CompareConfig
+from modtrain.inference.config import EvalRunConfig
+from modtrain.training.config import TrainConfig
+
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "plan": TrainConfig,
+    "compare": CompareConfig,
+    "prepare": PrepareConfig,
+    "eval": EvalRunConfig,
+}
+
+
+def conf_dir() -> Path:
+    """Return the shipped ``conf/``: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def compose(verb: str, overrides: Sequence[str], config_dir: str | None = None) -> Any:
+    """Return the typed configuration of ``verb`` under Hydra's ``overrides``.
+
+    config_dir: a directory of the user's own YAML, laid out as ``conf/`` is.
+
+    Raises:
+        ConfigError: overrides that are not understood or do not fit, every one of them.
+    """
+    _register()
+    if config_dir is not None and not Path(config_dir).is_dir():
+        problem = Problem("--config-dir", config_dir, "is no directory", "give one that exists")
+        raise ConfigError([problem])
+    parsed, problems = _parse(overrides)
+    search = (
+        [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    )
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        problems += _group_problems(parsed)
+        wrong = {problem.key for problem in problems}
+        sound = [override for override in parsed if override.get_key_element() not in wrong]
+        config, found = _Composer(verb, search).compose(sound)
+    problems += found
+    typed = OmegaConf.to_object(config)
+    if problems:
+        # What else is wrong belongs into the same message.
+        problems += _own_problems(typed, {problem.key for problem in problems})
+    raise_if_any(problems)
+    return typed
+
+
+class _Composer:
+    """Composes, and where that fails finds the overrides that are to blame."""
+
+    def __init__(self, verb: str, search: list[str]) -> None:
+        self.verb, self.search = verb, search
+
+    def compose(self, overrides: list[Override]) -> tuple[DictConfig, list[Problem]]:
+        lines = [str(override.input_line) for override in overrides]
+        try:
+            return self._raw(lines), []
+        except (HydraException, OmegaConfBaseException):
+            pass
+        groups = [o for o in overrides if _is_group(o)]
+        try:
+            base = self._raw([str(o.input_line) for o in groups])
+        except (HydraException, OmegaConfBaseException) as error:
+            names = " ".join(str(o.input_line) for o in groups)
+            problem = Problem(
+                names or self.verb, "", _plain(error), "mend the named file or choice"
+            )
+            raise ConfigError([problem]) from None
+        problems, good = [], list(groups)
+        for override in overrides:
+            if override in groups:
+                continue
+            try:
+                self._raw([*(str(o.input_line) for o in groups), str(override.input_line)])
+                good.append(override)
+            except (HydraException, OmegaConfBaseException) as error:
+                problems.append(_explain(override, base, error))
+        return self._raw([str(o.input_line) for o in good]), problems
+
+    def _raw(self, lines: list[str]) -> DictConfig:
+        config = hydra_compose(self.verb, overrides=[*self.search, *lines])
+        OmegaConf.to_container(config, resolve=True)
+        return config
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    for verb, schema in SCHEMAS.items():
+        store.store(name=f"{verb}_schema", node=schema)
+
+
+def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    problems: list[Problem] = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            key, _, value = text.partition("=")
+            reason = f"is not understood: {str(error).splitlines()[0]}"
+            remedy = "write key=value, with lists and spaces in quotes: 'key=[1, 2]'"
+            problems.append(Problem(key, value, reason, remedy))
+            continue
+        if override.is_sweep_override():
+            remedy = "add -m for a sweep, or put the value in quotes"
+            problems.append(
+                Problem(override.get_key_element(), text, "names several values", remedy)
+            )
+        else:
+            parsed.append(override)
+    return parsed, problems
+
+
+def _is_group(override: Override) -> bool:
+    return bool(_options(override.key_or_group))
+
+
+def _options(group: str) -> list[str]:
+    loader = GlobalHydra.instance().config_loader()
+    return list(loader.get_group_options(group)) if group else []
+
+
+def _group_problems(overrides: list[Override]) -> list[Problem]:
+    problems = []
+    for override in overrides:
+        options = _options(override.key_or_group)
+        chosen = override.value()
+        for name in chosen if isinstance(chosen, list) else [chosen]:
+            if options and isinstance(name, str) and name not in (*options, "null"):
+                key = override.get_key_element()
+                near = difflib.get_close_matches(name, options, 1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                remedy = f"{hint}there are: {', '.join(options)}"
+                problems.append(Problem(key, name, "does not exist", remedy))
+    return problems
+
+
+def _explain(override: Override, base: DictConfig, error: Exception) -> Problem:
+    key = override.get_key_element().lstrip("+~")
+    value = override.get_value_string()
+    known = _keys(base)
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+        remedy = (
+            f"did you mean {near[0]}?" if near else f"top-level keys: {', '.join(map(str, base))}"
+        )
+        return Problem(key, value, "is not a key of this configuration", remedy)
+    reason = _plain(error).removeprefix(f"Error merging override {override.input_line}").strip()
+    current = OmegaConf.select(base, key)
+    remedy = f"give a value such as {current}" if current is not None else "see its type above"
+    return Problem(key, value, f"does not fit: {reason}", remedy)
+
+
+def _plain(error: BaseException) -> str:
+    """Return the innermost message, on one line, without OmegaConf's trailer."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(line.strip() for line in str(error).splitlines()[:1])
+
+
+def _keys(node: DictConfig, prefix: str = "") -> list[str]:
+    found = []
+    for key in node:
+        full = f"{prefix}{key!s}"
+        found.append(full)
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            found += _keys(child, f"{full}.")
+    return found
+
+
+def _own_problems(config: Any, known: set[str]) -> list[Problem]:
+    """Return what the typed parts find wrong, but for keys that are told already."""
+    found: list[Problem] = []
+    if isinstance(config, TrainConfig):
+        found = config.problems()
+    elif hasattr(config, "problems"):
+        found = config.problems("")
+    return [problem for problem in found if problem.key not in known]
+
+
+def compose_arms(
+    overrides: Sequence[str], config_dir: str | None = None
+) -> tuple[Path, dict[str, TrainConfig], int]:
+    """Return a comparison's directory, the training configuration of each arm, and timed rounds.
+
+    Raises:
+        ConfigError: the comparison or an arm is wrong; an arm's name stands before its keys.
+    """
+    config = compose("compare", overrides, config_dir)
+    raise_if_any(config.problems())
+    arms, problems = {}, []
+    for arm, own in config.arms.items():
+        try:
+            composed = compose(
+                "compare", [*overrides, *own, f"name={config.name}/{arm}"], config_dir
+            )
+        except ConfigError as error:
+            problems += [
+                replace(problem, key=f"{arm}: {problem.key}") for problem in error.problems
+            ]
+            continue
+        arms[arm] = TrainConfig(**{f.name: getattr(composed, f.name) for f in fields(TrainConfig)})
+    raise_if_any(problems)
+    return Path(config.runs_dir) / str(config.name), arms, config.timed_rounds

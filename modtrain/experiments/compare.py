@@ -1,0 +1,136 @@
+"""Train several models on one budget and report them side by side, on the causal loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from modtrain.experiments.timing import step_seconds
+from modtrain.models.flops import dense_equivalent_flops, forward_flops
+from modtrain.training.config import TrainConfig
+from modtrain.training.metrics_log import read_metrics
+from modtrain.training.plan import resolve
+from modtrain.training.run import train
+from modtrain.training.run_directory import RunDirectory, write_aside
+
+CAUSAL = "held_out/causal_loss"
+TOP_K = "held_out/top_k_loss (not causal)"
+
+
+def compare(directory: Path, arms: dict[str, TrainConfig], rounds: int) -> int:
+    """Train each arm to its end, then print and draw the comparison.
+
+    directory: where the report goes; the arms' runs name their own directories.
+
+    Returns:
+        The exit code: 0, or that of an arm which a signal stopped.
+
+    Raises:
+        ModtrainError: an arm cannot run; nothing is trained before all of them are checked.
+    """
+    console = Console()
+    resolved = {name: resolve(config)[0] for name, config in arms.items()}
+    report_path, picture = directory / "compare.json", directory / "loss_over_flops.png"
+    trained = False
+    for config in resolved.values():
+        outcome = train(config)
+        if outcome.exit_code:
+            return outcome.exit_code
+        trained = trained or outcome.status == "complete"
+    if trained or not report_path.is_file() or not picture.is_file():
+        write_aside(report_path, json.dumps(_report(resolved, rounds), indent=1))
+        draw(resolved, picture)
+    else:
+        console.print(f"{directory} is complete: nothing was trained")
+    report = json.loads(report_path.read_text())
+    show(report, console)
+    console.print(f"\npicture: {picture.resolve()}", soft_wrap=True)
+    console.print(f"TensorBoard: tensorboard --logdir {directory}", soft_wrap=True)
+    return 0
+
+
+def _report(arms: dict[str, TrainConfig], rounds: int) -> dict[str, Any]:
+    times = step_seconds(arms, rounds)
+    return {name: _describe(config, times[name]) for name, config in arms.items()}
+
+
+def _describe(config: TrainConfig, seconds: float) -> dict[str, Any]:
+    result = json.loads(RunDirectory.of(config).result.read_text())
+    seq_len = config.data.seq_len or 1
+    return {
+        "causal_loss": result[CAUSAL],
+        "top_k_loss_not_causal": result.get(TOP_K),
+        "forward_flops_per_token": forward_flops(config.model, seq_len).total / seq_len,
+        "causal_flops_per_token": result.get("held_out/causal_flops_per_token"),
+        "dense_equivalent_flops_per_token": dense_equivalent_flops(config.model, seq_len).total
+        / seq_len,
+        "micro_batch_seconds": seconds,
+        **{key: result[key] for key in ("steps", "tokens", "flops")},
+    }
+
+
+def show(report: dict[str, dict[str, Any]], console: Console) -> None:
+    """Print the report as a table, and in words who came out ahead."""
+    table = Table(title="held-out loss at equal training FLOPs")
+    for heading in ("", *report):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rows = {
+        "causal loss (nats a token)": ("causal_loss", "{:.4f}"),
+        "top-k loss, not causal": ("top_k_loss_not_causal", "{:.4f}"),
+        "training FLOPs": ("flops", "{:.3e}"),
+        "steps": ("steps", "{:,}"),
+        "tokens": ("tokens", "{:,}"),
+        "forward FLOPs a token, top-k": ("forward_flops_per_token", "{:,.0f}"),
+        "forward FLOPs a token, causal": ("causal_flops_per_token", "{:,.0f}"),
+        "step time of a micro-batch (ms)": ("micro_batch_seconds", "{:.1f}"),
+    }
+    for title, (key, form) in rows.items():
+        values = [arm[key] for arm in report.values()]
+        scale = 1000 if key == "micro_batch_seconds" else 1
+        table.add_row(title, *("same" if v is None else form.format(v * scale) for v in values))
+    console.print(table)
+    for line in verdict(report):
+        console.print(line)
+
+
+def verdict(report: dict[str, dict[str, Any]]) -> list[str]:
+    """Say in words how each arm does against the first, for better or worse."""
+    (first, base), *others = report.items()
+    lines = []
+    for name, arm in others:
+        change = arm["causal_loss"] / base["causal_loss"] - 1
+        word = "beats" if change < 0 else "loses to" if change > 0 else "equals"
+        flops = arm["forward_flops_per_token"] / base["forward_flops_per_token"]
+        seconds = arm["micro_batch_seconds"] / base["micro_batch_seconds"]
+        lines.append(
+            f"{name} {word} {first} at this size: causal loss {change:+.2%}, with"
+            f" {flops:.3f} of its forward FLOPs and {seconds:.3f} of its step time"
+        )
+    return lines
+
+
+def draw(arms: dict[str, TrainConfig], path: Path) -> None:
+    """Draw held-out causal loss against training FLOPs, a curve an arm, as a PNG."""
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    for name, config in arms.items():
+        records = read_metrics(RunDirectory.of(config).metrics)
+        points = [(r["flops"], r[CAUSAL]) for r in records if CAUSAL in r]
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"{name}, causal")
+        above = [(r["flops"], r[TOP_K]) for r in records if TOP_K in r]
+        if above:
+            label = f"{name}, top-k (not causal)"
+            axes.plot(*zip(*above, strict=True), ls=":", color=line.get_color(), label=label)
+    axes.set_xlabel("training FLOPs, executed")
+    axes.set_ylabel("held-out loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    aside = path.with_name(f".writing-{path.name}")
+    figure.savefig(aside, dpi=130, format="png")
+    aside.rename(path)

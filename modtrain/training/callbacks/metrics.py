@@ -1,0 +1,91 @@
+"""Records loss, rates, throughput and routing at intervals."""
+
+from __future__ import annotations
+
+import time
+
+import lightning as L
+
+from modtrain.training.callbacks.step import StepCallback, is_due
+from modtrain.training.hardware import peak_flops
+from modtrain.training.metrics_log import MetricsLog
+from modtrain.training.module import LanguageModule
+from modtrain.training.routing_statistics import routing_metrics
+
+
+class StepClock:
+    """Time spent on training steps alone: evaluations and checkpoints stop it."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._spent = 0.0
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap, less the pauses."""
+        now = time.perf_counter()
+        spent, self._spent = self._spent + now - self._since, 0.0
+        self._since = now
+        return spent
+
+    def __enter__(self) -> None:
+        """Stop the clock."""
+        self._spent += time.perf_counter() - self._since
+
+    def __exit__(self, *_error: object) -> None:
+        """Let it go on."""
+        self._since = time.perf_counter()
+
+
+class MetricsCallback(StepCallback):
+    """Writes a record every ``every`` steps. It is the one place where a step waits for numbers."""
+
+    def __init__(
+        self, metrics_log: MetricsLog, clock: StepClock, every: int, precision: str
+    ) -> None:
+        self.metrics_log, self.clock, self.every = metrics_log, clock, every
+        self.precision = precision
+        self.latest: dict[str, float] = {}
+        self._last_step: int | None = None
+        self._peak: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock; say once if the utilisation cannot be known."""
+        self._last_step = trainer.global_step
+        self._peak = peak_flops(pl_module.device, self.precision)
+        if self._peak is None:
+            said = f"the peak FLOP/s of this device ({pl_module.device.type}, {self.precision})"
+            pl_module.print(f"{said} is not known: no MFU")
+        self.clock.lap()
+
+    def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
+        """Write a record where it is due."""
+        if not is_due(step, self.every, module.plan.steps):
+            return
+        values = self._learning(trainer, module)
+        steps = step - (self._last_step or 0)
+        self._last_step = step
+        # Reading the loss above has waited for the device, so the time is that of finished steps.
+        seconds = self.clock.lap()
+        if steps > 0:
+            values["throughput/tokens_per_second"] = steps * module.plan.tokens_per_step / seconds
+            values["throughput/step_seconds"] = seconds / steps
+            if self._peak is not None:
+                achieved = steps * module.plan.flops_per_step / seconds
+                values["throughput/mfu"] = achieved / (self._peak * module.plan.world_size)
+        self.latest = values
+        self.metrics_log.write(step, values)
+
+    def _learning(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, float]:
+        statistics = module.take_statistics()
+        count = max(1, statistics.count)
+        routed = module.model.routed_layers
+        values = {"loss": float(statistics.loss) / count}
+        if routed and "predictor" in module.config.model.router.causal:
+            values["predictor_loss"] = float(statistics.auxiliary) / count
+        if statistics.grad_norm is not None:
+            values["grad_norm"] = float(statistics.grad_norm)
+        values["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        if routed:
+            described = routing_metrics(routed, statistics.routing)
+            values.update({name: float(value) for name, value in described.items()})
+        return values

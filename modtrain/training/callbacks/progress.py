@@ -1,0 +1,85 @@
+"""Shows how far a run is: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from modtrain.training.callbacks.metrics import MetricsCallback
+from modtrain.training.callbacks.step import StepCallback
+from modtrain.training.module import LanguageModule
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressCallback(StepCallback):
+    """Step, loss, tokens a second, FLOPs of the budget, time left. Never waits for the device."""
+
+    def __init__(self, metrics: MetricsCallback, label: str) -> None:
+        self.metrics, self.label = metrics, label
+        self.console = Console()
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._started = self._last_line = 0.0
+        self._start_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar."""
+        if not isinstance(pl_module, LanguageModule):
+            raise TypeError("these callbacks belong to a LanguageModule")
+        self._started = self._last_line = time.monotonic()
+        self._start_step = trainer.global_step
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[said]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(
+                self.label, total=pl_module.plan.steps, completed=trainer.global_step, said=""
+            )
+            self._bar.start()
+
+    def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
+        """Move the bar, or write a line every few seconds."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, said=self._said(module, step))
+            return
+        now = time.monotonic()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == module.plan.steps:
+            self._last_line = now
+            left = (now - self._started) / (step - self._start_step) * (module.plan.steps - step)
+            print_line = f"{self.label}: step {step}/{module.plan.steps}  "
+            self.console.print(f"{print_line}{self._said(module, step)}  {left:.0f} s left")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the bar, so that the message stands on a line of its own."""
+        self._close()
+
+    def _said(self, module: LanguageModule, step: int) -> str:
+        plan, latest = module.plan, self.metrics.latest
+        parts = [f"{step * plan.flops_per_step:.3g} of {plan.flops:.3g} FLOPs"]
+        if "throughput/tokens_per_second" in latest:
+            parts.insert(0, f"{latest['throughput/tokens_per_second']:,.0f} tokens/s")
+        if "loss" in latest:
+            parts.insert(0, f"loss {latest['loss']:.3f}")
+        return "  ".join(parts)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

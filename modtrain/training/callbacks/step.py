@@ -1,0 +1,36 @@
+"""A callback that acts between optimizer steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from modtrain.training.module import LanguageModule
+
+
+class StepCallback(L.Callback):
+    """Calls `on_step_end` once an optimizer step, whatever the accumulation."""
+
+    def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
+        """Act after optimizer step ``step``, counted from 1."""
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Find the ends of steps."""
+        del outputs, batch
+        if not isinstance(pl_module, LanguageModule):
+            raise TypeError("these callbacks belong to a LanguageModule")
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.on_step_end(trainer, pl_module, trainer.global_step)
+
+
+def is_due(step: int, every: int | None, last: int) -> bool:
+    """Whether something done ``every`` steps and at the end is due after ``step``."""
+    return step == last or (every is not None and step % every == 0)

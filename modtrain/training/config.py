@@ -1,0 +1,318 @@
+"""Typed configuration of a training run. Imports nothing heavy, so that mistakes show at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from modtrain.data.config import DataConfig
+from modtrain.errors import Problem
+from modtrain.models.config import ModelConfig
+
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+PRECISIONS = ("auto", "fp32", "bf16")
+STRATEGIES = ("single",)
+ACCELERATORS = ("auto", "cpu", "cuda", "mps")
+
+MUTABLE_KEYS = (
+    "runs_dir",
+    "log",
+    "checkpoint",
+    "eval",
+    "strategy",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.verify",
+)
+"""What may differ when a run is started again: nothing here changes its weights."""
+
+
+@dataclass
+class BudgetConfig:
+    """How long to train; exactly one of the three, the others follow from the model.
+
+    flops: executed training FLOPs, forward and backward. tokens: tokens seen. steps: optimizer
+    steps. A budget of FLOPs or tokens is met by the whole number of steps that lies nearest.
+    """
+
+    flops: float | None = None
+    tokens: float | None = None
+    steps: int | None = None
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the budget."""
+        given = {
+            name: value
+            for name in ("flops", "tokens", "steps")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) != 1:
+            said = "none is given" if not given else f"{len(given)} are given"
+            return [
+                Problem(
+                    prefix,
+                    given or "null",
+                    f"{said}; a run has exactly one budget",
+                    f"set one of {prefix}.flops, {prefix}.tokens, {prefix}.steps"
+                    " and leave the others null",
+                )
+            ]
+        name, value = next(iter(given.items()))
+        if math.isfinite(value) and value > 0:
+            return []
+        return [Problem(f"{prefix}.{name}", value, "is not above 0", "give a positive number")]
+
+
+@dataclass
+class BatchConfig:
+    """How many tokens a step, and how many sequences at a time.
+
+    tokens: tokens an optimizer step, over all devices and accumulation.
+    micro_batch_size: sequences a device takes at once; accumulation makes up the rest.
+    """
+
+    tokens: int = 16384
+    micro_batch_size: int = 8
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the batch that needs no data to see."""
+        return _at_least(self, prefix, 1, "tokens", "micro_batch_size")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (arXiv 1711.05101).
+
+    weight_decay holds for matrices; norms' gains, biases and router vectors have none.
+    grad_clip: largest global norm of the gradient, null for no clipping. Predictors are clipped
+    by themselves, so that they cannot change the trunk's step.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float | None = 1.0
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the optimizer."""
+        found = _choice(self, prefix, "name", ("adamw",))
+        found += _above_zero(self, prefix, "lr", "eps")
+        if self.grad_clip is not None:
+            found += _above_zero(self, prefix, "grad_clip")
+        found += [
+            Problem(f"{prefix}.{name}", value, "is not in [0, 1)", "try 0.9 and 0.95")
+            for name in ("beta1", "beta2")
+            if not 0 <= (value := getattr(self, name)) < 1
+        ]
+        if not self.weight_decay >= 0:
+            found.append(
+                Problem(f"{prefix}.weight_decay", self.weight_decay, "is negative", "try 0.1")
+            )
+        return found
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over the run, whose length is exactly the run's steps.
+
+    name: ``cosine``, ``linear``, ``wsd`` (warm-up, stable, linear decay) or ``constant``.
+    warmup: share of the steps over which the rate rises from 0.
+    decay: share of the steps over which wsd falls at the end.
+    final: the last rate over the highest.
+    """
+
+    name: str = "cosine"
+    warmup: float = 0.02
+    decay: float = 0.2
+    final: float = 0.1
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the schedule."""
+        found = _choice(self, prefix, "name", SCHEDULES)
+        found += _shares(self, prefix, "warmup", "decay", "final")
+        if not found and self.name == "wsd" and self.warmup + self.decay > 1:
+            found.append(
+                Problem(
+                    f"{prefix}.decay",
+                    self.decay,
+                    f"and {prefix}.warmup={self.warmup} are more than the run",
+                    "let their sum be 1 at most",
+                )
+            )
+        return found
+
+
+@dataclass
+class StrategyConfig:
+    """Where the run computes. accelerator: ``auto`` takes CUDA, then MPS, then the CPU.
+
+    num_threads: CPU threads of the process; null leaves torch's choice.
+    """
+
+    name: str = "single"
+    accelerator: str = "auto"
+    num_threads: int | None = None
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the strategy."""
+        found = _choice(self, prefix, "name", STRATEGIES)
+        found += _choice(self, prefix, "accelerator", ACCELERATORS)
+        if self.num_threads is not None:
+            found += _at_least(self, prefix, 1, "num_threads")
+        return found
+
+
+@dataclass
+class EvalConfig:
+    """Held-out loss. every: steps between two; null: at the end only. sequences: null takes all."""
+
+    every: int | None = 200
+    sequences: int | None = 256
+    batch_size: int = 16
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the evaluation."""
+        names = [name for name in ("every", "sequences") if getattr(self, name) is not None]
+        return _at_least(self, prefix, 1, *names, "batch_size")
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save: every so many steps, and always at the end and on a signal.
+
+    keep_last: how many of the newest stay. keep_every: a checkpoint whose step is a multiple of
+    this stays for good; null: none.
+    """
+
+    every: int = 200
+    keep_last: int = 2
+    keep_every: int | None = None
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the checkpoints."""
+        found = _at_least(self, prefix, 1, "every", "keep_last")
+        if self.keep_every is not None:
+            found += _at_least(self, prefix, 1, "keep_every")
+            if not found and self.keep_every % self.every:
+                found.append(
+                    Problem(
+                        f"{prefix}.keep_every",
+                        self.keep_every,
+                        f"is no multiple of {prefix}.every={self.every}",
+                        "no checkpoint would fall on it: choose a multiple",
+                    )
+                )
+        return found
+
+
+@dataclass
+class LogConfig:
+    """What is seen. every: steps between two records. tensorboard: event files beside them."""
+
+    every: int = 10
+    tensorboard: bool = True
+    progress: bool = True
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the logging."""
+        return _at_least(self, prefix, 1, "every")
+
+
+@dataclass
+class TrainConfig:
+    """One training run.
+
+    name: its directory under ``runs_dir``; the same name resumes the same run.
+    seed: of the initial weights; the order of the data has ``data.seed``.
+    precision: ``auto`` takes bf16 mixed precision where CUDA has it, and fp32 elsewhere.
+    compile: ``torch.compile`` of the whole model, in one graph.
+    deterministic: torch's deterministic kernels, for bitwise equal runs on CUDA.
+    """
+
+    name: str | None = None
+    runs_dir: str = "runs"
+    seed: int = 0
+    precision: str = "auto"
+    compile: bool = False
+    deterministic: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def problems(self, needs_name: bool = True) -> list[Problem]:
+        """Everything wrong with the run that can be seen without its data."""
+        found = _choice(self, "", "precision", PRECISIONS)
+        found += self._name_problems() if needs_name or self.name is not None else []
+        for part in (
+            *("model", "data", "budget", "batch", "optimizer", "schedule"),
+            *("strategy", "eval", "checkpoint", "log"),
+        ):
+            found += getattr(self, part).problems(part)
+        return found
+
+    def _name_problems(self) -> list[Problem]:
+        if not self.name:
+            return [
+                Problem(
+                    "name",
+                    "null",
+                    "a run needs a name: a second start of the same name resumes it",
+                    "add name=my_run",
+                )
+            ]
+        parts = self.name.split("/")
+        if self.name.startswith("/") or ".." in parts or "" in parts or "\0" in self.name:
+            return [
+                Problem(
+                    "name",
+                    self.name,
+                    "is not a directory below runs_dir",
+                    "use a plain name such as my_run or sweep/my_run",
+                )
+            ]
+        return []
+
+
+def _key(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _at_least(config: object, prefix: str, least: int, *names: str) -> list[Problem]:
+    return [
+        Problem(_key(prefix, name), value, f"is below {least}", f"give {least} or more")
+        for name in names
+        if (value := getattr(config, name)) < least
+    ]
+
+
+def _above_zero(config: object, prefix: str, *names: str) -> list[Problem]:
+    return [
+        Problem(_key(prefix, name), value, "is not above 0", "give a positive number")
+        for name in names
+        if not (math.isfinite(value := getattr(config, name)) and value > 0)
+    ]
+
+
+def _shares(config: object, prefix: str, *names: str) -> list[Problem]:
+    return [
+        Problem(_key(prefix, name), value, "is not a share in [0, 1]", "give a number from 0 to 1")
+        for name in names
+        if not 0 <= (value := getattr(config, name)) <= 1
+    ]
+
+
+def _choice(config: object, prefix: str, name: str, choices: tuple[str, ...]) -> list[Problem]:
+    value = getattr(config, name)
+    if value in choices:
+        return []
+    return [Problem(_key(prefix, name), value, "is not known", f"use one of: {', '.join(choices)}")]

@@ -1,0 +1,47 @@
+"""What the devices at hand can do, as far as it is known."""
+
+from __future__ import annotations
+
+import torch
+
+# Dense bf16 peaks in FLOP/s without sparsity, from the makers' data sheets. Longer names first:
+# the first that occurs in the device's name counts.
+_BF16_PEAKS = (
+    ("B200", 2.25e15),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("A10G", 70e12),
+    ("RTX 4090", 165e12),
+)
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the device's peak FLOP/s at ``precision`` (``bf16``, ``fp32``), None if unknown.
+
+    An unknown device gives no utilisation rather than a wrong one.
+    """
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _BF16_PEAKS if part in name), None)
+
+
+def resolve_precision(precision: str, device_type: str) -> str:
+    """Return ``bf16`` or ``fp32`` for ``auto``: bf16 where the device computes it natively."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device_type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def resolve_accelerator(accelerator: str) -> str:
+    """Return ``cuda``, ``mps`` or ``cpu`` for ``auto``."""
+    if accelerator != "auto":
+        return accelerator
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,92 @@
+"""Where metrics go: one line of JSON a record, and TensorBoard by step, tokens and TFLOPs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from modtrain.training.plan import TrainingPlan
+from modtrain.training.run_directory import RunDirectory, write_aside
+
+
+class MetricsLog:
+    """Writes each record with its step, tokens and FLOPs.
+
+    On a resumed run, what was written after the checkpoint is dropped first, so every step stands
+    there once.
+    """
+
+    def __init__(
+        self, run: RunDirectory, plan: TrainingPlan, start_step: int, tensorboard: bool
+    ) -> None:
+        self.plan = plan
+        _drop_after(run.metrics, start_step)
+        self._file = run.metrics.open("a")
+        # TensorBoard's step is a whole number, and one file has one kind of step: an event file an
+        # axis. FLOPs do not fit into 64 bits; TFLOPs do.
+        self._writers = {}
+        if tensorboard:
+            starts = {
+                "step": start_step,
+                "tokens": start_step * plan.tokens_per_step,
+                "TFLOPs": self._teraflops(start_step),
+            }
+            self._writers = {
+                axis: SummaryWriter(
+                    str(run.tensorboard / f"by_{axis}"), purge_step=start + 1 if start else None
+                )
+                for axis, start in starts.items()
+            }
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Record ``values`` as of the end of optimizer step ``step``."""
+        record: dict[str, Any] = {
+            "step": step,
+            "tokens": step * self.plan.tokens_per_step,
+            "flops": step * self.plan.flops_per_step,
+            **values,
+        }
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for axis, writer in self._writers.items():
+            at = {"step": step, "tokens": record["tokens"], "TFLOPs": self._teraflops(step)}[axis]
+            for name, value in values.items():
+                if axis == "step" or name.startswith(("loss", "held_out")):
+                    writer.add_scalar(f"{name} by {axis}" if axis != "step" else name, value, at)
+
+    def picture(self, step: int, name: str, image_CHW: Tensor) -> None:
+        """Record a picture in TensorBoard."""
+        if writer := self._writers.get("step"):
+            writer.add_image(name, image_CHW, step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        for writer in self._writers.values():
+            writer.close()
+
+    def _teraflops(self, step: int) -> int:
+        return round(step * self.plan.flops_per_step / 1e12)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics file; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if path.is_file():
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        write_aside(path, "".join(json.dumps(record) + "\n" for record in kept))

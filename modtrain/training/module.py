@@ -1,0 +1,169 @@
+"""The model inside Lightning: a training step, its optimizer, and what it leaves to be logged."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modtrain.models.depth import RoutingRecord
+from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
+from modtrain.training.config import OptimizerConfig, TrainConfig
+from modtrain.training.plan import TrainingPlan
+from modtrain.training.schedules import lr_factor
+
+
+@dataclass
+class StepStatistics:
+    """Sums over micro-batches since they were last read. They stay on the device: reading waits.
+
+    loss, auxiliary: sums over ``count`` micro-batches. grad_norm: the trunk's, of the last step,
+    before clipping. routing: the records of the last micro-batch.
+    """
+
+    loss: Tensor
+    auxiliary: Tensor
+    count: int = 0
+    grad_norm: Tensor | None = None
+    routing: tuple[RoutingRecord, ...] = ()
+
+    @classmethod
+    def zero(cls, device: torch.device) -> StepStatistics:
+        """Start anew."""
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
+
+    def add(self, output: ModelOutput) -> None:
+        """Take in one micro-batch."""
+        if output.loss is not None:
+            self.loss = self.loss + output.loss.detach()
+        for value in output.auxiliary.values():
+            self.auxiliary = self.auxiliary + value.detach()
+        self.count += 1
+        self.routing = output.routing
+
+
+class LanguageModule(L.LightningModule):
+    """Trains a `Transformer` on next-token prediction."""
+
+    def __init__(self, config: TrainConfig, plan: TrainingPlan) -> None:
+        super().__init__()
+        self.config, self.plan = config, plan
+        self.model = Transformer(config.model, seed=config.seed)
+        self.statistics = StepStatistics.zero(torch.device("cpu"))
+        # Not assigned as a sub-module: its parameters would get a second name in checkpoints.
+        self._forward = [
+            torch.compile(self.model, fullgraph=True) if config.compile else self.model
+        ]
+        self._random_states: dict[str, Any] | None = None
+
+    def training_step(self, batch_BT: Tensor, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch (B, S + 1) of token ids."""
+        del batch_idx
+        output: ModelOutput = self._forward[0](batch_BT[:, :-1], batch_BT[:, 1:])
+        self.statistics.add(output)
+        if output.loss is None:
+            raise RuntimeError("the model gave no loss for its targets")
+        return sum(output.auxiliary.values(), start=output.loss)
+
+    def take_statistics(self) -> StepStatistics:
+        """Return the sums so far and start new ones."""
+        taken, self.statistics = self.statistics, StepStatistics.zero(self.device)
+        return taken
+
+    def on_train_start(self) -> None:
+        """Take up the random states of the checkpoint, after everything else drew from them."""
+        self.statistics = StepStatistics.zero(self.device)
+        if self._random_states is not None:
+            restore_random_states(self._random_states)
+            self._random_states = None
+
+    def configure_optimizers(self) -> Any:
+        """Give Lightning AdamW and the schedule by step."""
+        config = self.config
+        optimizer = adamw(self.model, config.optimizer)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(config.schedule, step, self.plan.steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(self, *_args: Any, **_kwargs: Any) -> None:
+        """Clip trunk and predictors each by its own norm.
+
+        A common norm would let a predictor's gradient shrink the trunk's step, and it must have no
+        effect on the language model (arXiv 2404.02258, section 3.5).
+        """
+        trunk: list[nn.Parameter] = []
+        predictors: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            (predictors if is_predictor(name) else trunk).append(parameter)
+        limit = self.config.optimizer.grad_clip
+        largest = float("inf") if limit is None else limit
+        self.statistics.grad_norm = nn.utils.clip_grad_norm_(trunk, largest)
+        if predictors:
+            nn.utils.clip_grad_norm_(predictors, largest)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the random states, the position in the data and the spent budget."""
+        step = int(checkpoint["global_step"])
+        checkpoint["random_states"] = random_states()
+        checkpoint["progress"] = {
+            "step": step,
+            "samples": step * self.plan.sequences_per_step,
+            "tokens": step * self.plan.tokens_per_step,
+            "flops": step * self.plan.flops_per_step,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the random states until training starts."""
+        self._random_states = checkpoint["random_states"]
+
+
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over two groups: matrices decay, vectors (gains, biases, routers) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=parameters[0].device.type in ("cpu", "cuda"),
+    )
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of every global generator, as tensors and plain numbers."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(internal), gauss],
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            *(int(position), int(has_gauss), float(cached)),
+        ],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Set every global generator to what `random_states` returned."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

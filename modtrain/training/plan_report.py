@@ -1,0 +1,99 @@
+"""What a run would take, printed before anything is built."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from modtrain.models.flops import (
+    CONVENTIONS,
+    TRAINING_OVER_FORWARD,
+    dense_equivalent_flops,
+    forward_flops,
+    parameters,
+)
+from modtrain.models.pattern import num_chosen
+from modtrain.training.config import TrainConfig
+from modtrain.training.plan import TrainingPlan, resolve
+from modtrain.training.schedules import lr_factor
+
+# fp32 weights, gradients, and AdamW's two moments; bf16 mixed precision keeps these in fp32 too.
+_BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "AdamW moments": 8}
+
+
+def show(config: TrainConfig) -> None:
+    """Print parameters, FLOPs, steps, schedule and memory of the run.
+
+    Raises:
+        ConfigError: everything that is wrong with it, at once.
+    """
+    config, plan = resolve(config, needs_data=False)
+    console = Console()
+    console.print(_parts(config, plan))
+    console.print(_run(config, plan))
+    console.print(_memory(config))
+    console.print("FLOP conventions:")
+    for line in CONVENTIONS:
+        console.print(f"  - {line}")
+
+
+def _parts(config: TrainConfig, plan: TrainingPlan) -> Table:
+    length = plan.seq_len
+    table = Table(title=f"model, at sequences of {length:,} tokens")
+    for heading in ("part", "parameters", "FLOPs a token, forward", "if dense"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    counts = parameters(config.model)
+    executed = forward_flops(config.model, length)
+    dense = dense_equivalent_flops(config.model, length)
+    for name, count in counts.parts().items():
+        flops = (executed.parts()[name] / length, dense.parts()[name] / length)
+        if count or any(flops):
+            table.add_row(name.replace("_", " "), f"{count:,}", *(f"{f:,.0f}" for f in flops))
+    table.add_section()
+    totals = (executed.total / length, dense.total / length)
+    table.add_row("total", f"{counts.total:,}", *(f"{f:,.0f}" for f in totals))
+    return table
+
+
+def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
+    table = Table(title="run", show_header=False)
+    executed = forward_flops(config.model, plan.seq_len).total
+    dense = dense_equivalent_flops(config.model, plan.seq_len).total
+    routed = [i for i, c in enumerate(config.model.capacities) if c is not None]
+    shown = ", ".join(map(str, routed)) if routed else "none"
+    peak = config.optimizer.lr
+    warmup = max(1, round(config.schedule.warmup * plan.steps))
+    last = peak * lr_factor(config.schedule, plan.steps - 1, plan.steps)
+    rows = {
+        "routed layers": shown,
+        "executed over dense-equivalent FLOPs": f"{executed / dense:.4f}",
+        "training FLOPs a token": f"{plan.flops_per_token:,.0f}"
+        f" ({TRAINING_OVER_FORWARD} x forward)",
+        "tokens a step": f"{plan.tokens_per_step:,} = {plan.sequences_per_step} sequences,"
+        f" {plan.accumulate} micro-batches",
+        "steps": f"{plan.steps:,}",
+        "tokens": f"{plan.tokens:,}",
+        "training FLOPs": f"{plan.flops:.4e}",
+        "schedule": f"{config.schedule.name}, {warmup:,} steps of warm-up to {peak:g},"
+        f" {last:g} at the end",
+    }
+    if routed:
+        tokens = {num_chosen(c, plan.seq_len) for c in config.model.capacities if c is not None}
+        rows["tokens chosen in a routed layer"] = ", ".join(map(str, sorted(tokens)))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _memory(config: TrainConfig) -> Table:
+    table = Table(title="memory of a device, without activations", show_header=False)
+    count = parameters(config.model).total
+    for name, size in _BYTES_PER_PARAMETER.items():
+        table.add_row(name, _gibibytes(count * size))
+    table.add_section()
+    table.add_row("total", _gibibytes(count * sum(_BYTES_PER_PARAMETER.values())))
+    return table
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

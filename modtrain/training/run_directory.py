@@ -1,0 +1,193 @@
+"""A run's directory: what was asked for, by which code, and what came of it.
+
+``runs/<name>/`` has the same path at every start, so a job that comes back finds it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import modtrain
+from modtrain.errors import CheckpointError
+from modtrain.training.config import MUTABLE_KEYS, TrainConfig
+
+_PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "webdataset", "numpy", "tokenizers")
+
+
+class RunDirectory:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.metrics = path / "metrics.jsonl"
+        self.logs = path / "logs"
+        self.config = path / "config.yaml"
+        self.manifest = path / "manifest.json"
+        self.result = path / "result.json"
+        self.completed_mark = path / "COMPLETED"
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> RunDirectory:
+        """Return the directory of the run that ``config`` names."""
+        return cls(Path(config.runs_dir) / str(config.name))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has reached its end."""
+        return self.completed_mark.is_file()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run: two processes in one directory would spoil each other's files.
+
+        Raises:
+            CheckpointError: another process holds it. The lock ends with its process.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CheckpointError(
+                    f"{self.path} is in use by another process: wait for it, or give another name="
+                ) from None
+            yield
+
+    def start(self, config: TrainConfig, data_fingerprint: str, device: str) -> None:
+        """Note this start; the first one freezes the configuration.
+
+        Raises:
+            CheckpointError: the directory holds another run than ``config`` asks for.
+        """
+        for folder in (self.checkpoints, self.tensorboard, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        started = _describe_start(data_fingerprint, device)
+        manifest: dict[str, Any] = {"data_fingerprint": data_fingerprint, "starts": []}
+        if self.config.is_file():
+            self.check_same(config)
+            manifest = json.loads(self.manifest.read_text())
+            if manifest["data_fingerprint"] != data_fingerprint:
+                raise CheckpointError(
+                    f"{self.path} was trained on other data than {config.data.path} holds now:"
+                    f" {manifest['data_fingerprint'][:12]} then, {data_fingerprint[:12]} now."
+                    " Give another name=, or bring the first data back"
+                )
+        manifest["starts"].append(started)
+        write_aside(self.manifest, json.dumps(manifest, indent=1))
+        if not self.config.is_file():
+            write_aside(self.path / "command.txt", shlex.join(sys.argv) + "\n")
+            # Last: a directory without it is a run that never started.
+            write_aside(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+    def read_config(self) -> TrainConfig:
+        """Return the configuration that the run was started with.
+
+        Raises:
+            CheckpointError: there is none, or it is not one of this version.
+        """
+        try:
+            loaded = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(self.config))
+            config = OmegaConf.to_object(loaded)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path} holds no run: it has no config.yaml") from None
+        except Exception as error:
+            raise CheckpointError(f"{self.config} cannot be read: {error}") from None
+        if not isinstance(config, TrainConfig):
+            raise CheckpointError(f"{self.config} is not a run's configuration")
+        return config
+
+    def check_same(self, config: TrainConfig) -> None:
+        """Raise unless ``config`` differs from the run's own only in what may change.
+
+        Raises:
+            CheckpointError: names each key that differs, with both values.
+        """
+        ours, theirs = _flat(self.read_config()), _flat(config)
+        changed = [
+            f"  {key}: {ours.get(key)} in the run, {theirs.get(key)} now"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+            and not any(key == free or key.startswith(free + ".") for free in MUTABLE_KEYS)
+        ]
+        if changed:
+            raise CheckpointError(
+                "\n".join([f"{self.path} holds a run with another configuration:", *changed])
+                + "\nremedy: take these back to go on with it, or give another name= for a new run"
+            )
+
+    def complete(self, result: dict[str, Any]) -> None:
+        """Write the result, then the mark that the run is at its end."""
+        write_aside(self.result, json.dumps(result, indent=1))
+        write_aside(self.completed_mark, "")
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write ``path`` under another name and rename it: it is whole or not there."""
+    aside = path.with_name(f".writing-{path.name}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            flat[prefix] = node
+
+    walk(OmegaConf.to_container(OmegaConf.structured(config)), "")
+    return flat
+
+
+def _describe_start(data_fingerprint: str, device: str) -> dict[str, Any]:
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "modtrain": modtrain.__version__,
+        "code": _code_version(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "host": platform.node(),
+        "device": device,
+        "cpus": os.cpu_count(),
+        "data_fingerprint": data_fingerprint,
+        "command": sys.argv,
+    }
+
+
+def _code_version() -> dict[str, str] | None:
+    """Commit and uncommitted changes of the checkout that this code runs from, if it is one."""
+    root = Path(modtrain.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)  # noqa: S603
+        return done.stdout
+
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD")[:1_000_000]}
+    except (OSError, subprocess.TimeoutExpired):
+        return None
