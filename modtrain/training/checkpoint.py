@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
@@ -59,10 +60,21 @@ def save(path: Path, state: dict[str, Any], step: int) -> None:
     """Write ``state``, a nest of dicts and lists with tensors in it, as the checkpoint ``path``.
 
     Raises:
-        CheckpointError: ``path`` exists already; checkpoints are never overwritten.
+        CheckpointError: ``path`` exists already, for checkpoints are never overwritten; or the
+            disk does not take it.
     """
     if path.exists():
         raise CheckpointError(f"{path} exists: a checkpoint is never written twice")
+    try:
+        _write(path, state, step)
+    except (CheckpointException, OSError) as error:
+        raise CheckpointError(
+            f"{path} could not be written: {_cause(error)}. What was saved before is untouched."
+            " Make room or mend the disk; the same command goes on from there"
+        ) from error
+
+
+def _write(path: Path, state: dict[str, Any], step: int) -> None:
     aside = path.with_name(_ASIDE + path.name)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -102,6 +114,8 @@ def load(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load_sharded(dict(tensors), storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise CheckpointError(f"{path} cannot be read: {_cause(error)}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than plain data; not loaded: {error}") from None
     joined: dict[str, Any] = _join(rest, tensors)
@@ -161,10 +175,24 @@ def latest(root: Path) -> tuple[int, Path] | None:
     return None
 
 
-def clean(root: Path) -> None:
-    """Remove what an interrupted save or removal left behind."""
+def recover(root: Path) -> tuple[int, Path] | None:
+    """Make ``root`` fit to go on from: return what `latest` would, with nothing in the way.
+
+    What an interrupted save or removal left is removed. Damaged checkpoints newer than the one
+    returned are kept under the name ``damaged-…``, so that their steps can be saved again.
+    """
     for path in root.glob(f"{_ASIDE}*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(root.glob(f"{_PREFIX}*"), reverse=True):
+        try:
+            return verify(path), path
+        except CheckpointError as error:
+            kept = path.with_name(f"damaged-{path.name}")
+            while kept.exists():
+                kept = kept.with_name(kept.name + "-again")
+            path.rename(kept)
+            log.warning("%s; kept as %s", error, kept.name)
+    return None
 
 
 def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
@@ -199,6 +227,13 @@ class _SafeReader(FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _cause(error: BaseException) -> str:
+    """What lies behind torch's CheckpointException, which is no Exception and a screen long."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(str(wrapped[0]) for wrapped in error.failures.values())
+    return str(error)
 
 
 _TENSOR = "__tensor__"

@@ -69,8 +69,7 @@ def _train_locked(
     index = ShardIndex.load(Path(config.data.path), verify=config.data.verify)
     device = resolve_accelerator(config.strategy.accelerator)
     run.start(config, index.summary.fingerprint, device)
-    checkpoint.clean(run.checkpoints)
-    found = checkpoint.latest(run.checkpoints)
+    found = checkpoint.recover(run.checkpoints)
     start_step, path = found if found is not None else (0, None)
     if start_step:
         console.print(f"{run.path} goes on from step {start_step} of {plan.steps}")

@@ -30,12 +30,10 @@ class CheckpointCallback(StepCallback):
         stop = trainer.strategy.reduce_boolean_decision(STOP.requested, all=False)
         if not stop and not is_due(step, self.config.every, module.plan.steps):
             return
-        path = checkpoint.checkpoint_path(self.run.checkpoints, step)
-        if not path.exists():
-            with self.clock:
-                trainer.save_checkpoint(path)
-                if trainer.is_global_zero:
-                    config = self.config
-                    checkpoint.prune(self.run.checkpoints, config.keep_last, config.keep_every)
+        root = self.run.checkpoints
+        with self.clock:
+            trainer.save_checkpoint(checkpoint.checkpoint_path(root, step))
+            if trainer.is_global_zero:
+                checkpoint.prune(root, self.config.keep_last, self.config.keep_every)
         if stop:
             trainer.should_stop = True

@@ -1,0 +1,77 @@
+"""What tests share: a small corpus, prepared once, and the command line as a process."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modtrain.data.config import PrepareConfig, TokenizerConfig
+from modtrain.data.prepare import prepare
+
+WORDS = "the a tree river stone walks sings under over bright old quiet and then of to".split()
+
+
+def make_corpus(folder: Path, documents: int = 60, words: int = 200) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(7)
+    for number in range(documents):
+        text = " ".join(draw.choices(WORDS, k=words))
+        (folder / f"{number:03d}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared directory: vocabulary 300, sequences of 64 tokens."""
+    root = tmp_path_factory.mktemp("prepared")
+    corpus = make_corpus(root / "corpus")
+    config = PrepareConfig(
+        sources=[f"{corpus}/*.txt"],
+        output=str(root / "shards"),
+        tokenizer=TokenizerConfig(vocab_size=300),
+        seq_len=64,
+        sequences_per_sample=8,
+        samples_per_shard=4,
+        valid_fraction=0.2,
+        num_workers=1,
+    )
+    prepare(config, progress=False)
+    return root / "shards"
+
+
+def modtrain_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "modtrain", *arguments]
+
+
+def run_modtrain(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        modtrain_command(*arguments),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(prepared: Path) -> list[str]:
+    """Overrides of a run that takes a second: 12 steps of 256 tokens."""
+    return [
+        "model=tiny",
+        f"data.path={prepared}",
+        "budget.steps=12",
+        "batch.tokens=256",
+        "batch.micro_batch_size=2",
+        "checkpoint.every=4",
+        "eval.every=6",
+        "eval.sequences=8",
+        "log.every=2",
+        "strategy.num_threads=1",
+        "strategy.accelerator=cpu",
+    ]

@@ -1,0 +1,180 @@
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modtrain.errors import CheckpointError
+from modtrain.training import checkpoint
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8)
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**40), 2**40),
+    st.floats(allow_nan=False),
+    st.text(max_size=8),
+    st.builds(
+        lambda shape, dtype: (torch.randn(shape) * 50).to(dtype),
+        st.lists(st.integers(0, 3), max_size=3),
+        st.sampled_from(DTYPES),
+    ),
+)
+STATES = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=5),
+    st.recursive(
+        LEAVES,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.tuples(inner, inner),
+            st.dictionaries(st.integers(0, 9), inner, max_size=3),
+        ),
+        max_leaves=8,
+    ),
+    max_size=4,
+)
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return type(left) is type(right) and all(
+            same(a, b) for a, b in zip(left, right, strict=True)
+        )
+    return left == right and type(left) is type(right)
+
+
+def save(root, step, **state):
+    path = checkpoint.checkpoint_path(root, step)
+    checkpoint.save(path, {"w": torch.arange(10.0) + step, **state}, step)
+    return path
+
+
+@given(state=STATES)
+@settings(max_examples=25, deadline=None)
+def test_any_state_comes_back_bitwise(tmp_path_factory, state):
+    path = tmp_path_factory.mktemp("state") / "step-000000001"
+    checkpoint.save(path, state, 1)
+    assert same(state, checkpoint.load(path))
+
+
+def damage_truncate(path):
+    file = max(path.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damage_flip(path):
+    file = max(path.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def damage_remove(path):
+    (path / "state.pt").unlink()
+
+
+def damage_manifest(path):
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-20])
+
+
+def damage_only_a_folder(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_truncate, damage_flip, damage_remove, damage_manifest, damage_only_a_folder],
+)
+def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, damage):
+    old, new = save(tmp_path, 5), save(tmp_path, 10)
+    assert checkpoint.latest(tmp_path) == (10, new)
+    damage(new)
+    with pytest.raises(CheckpointError):
+        checkpoint.load(new)
+    assert checkpoint.latest(tmp_path) == (5, old)
+    assert checkpoint.recover(tmp_path) == (5, old)
+    assert save(tmp_path, 10) == new
+    assert checkpoint.recover(tmp_path) == (10, new)
+
+
+def test_latest_goes_by_the_content_not_by_the_name(tmp_path):
+    path = save(tmp_path, 7)
+    path.rename(tmp_path / "step-000000999")
+    assert checkpoint.latest(tmp_path) == (7, tmp_path / "step-000000999")
+    assert checkpoint.latest(tmp_path / "nothing") is None
+
+
+def test_a_path_is_never_written_twice(tmp_path):
+    save(tmp_path, 3)
+    with pytest.raises(CheckpointError, match="never written twice"):
+        save(tmp_path, 3)
+
+
+def test_a_save_that_fails_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    kept = save(tmp_path, 1)
+
+    def fail(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    with pytest.raises(CheckpointError, match="could not be written: .*No space"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert checkpoint.whole_checkpoints(tmp_path) == [(1, kept)]
+    assert checkpoint.recover(tmp_path) == (1, kept)
+    assert [p.name for p in tmp_path.iterdir()] == [kept.name]
+
+
+def test_pruning_keeps_the_newest_and_the_multiples(tmp_path):
+    for step in range(1, 10):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path, keep_last=2, keep_every=4)
+    assert [step for step, _ in checkpoint.whole_checkpoints(tmp_path)] == [4, 8, 9]
+
+
+class Hostile:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("name", [".metadata", "state.pt"])
+def test_a_hostile_pickle_runs_nothing(tmp_path, name):
+    path, mark = save(tmp_path, 1), tmp_path / "it ran"
+    victim = path / name
+    if name == "state.pt":
+        torch.save(Hostile(mark), victim)
+    else:
+        victim.write_bytes(pickle.dumps(Hostile(mark)))
+    # Whoever plants a pickle can plant its checksum as well.
+    manifest = path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"][name] = {
+        "bytes": victim.stat().st_size,
+        "sha256": checkpoint._sha256(victim),
+    }
+    manifest.write_text(json.dumps(content))
+    assert checkpoint.latest(tmp_path) == (1, path)
+    with pytest.raises(CheckpointError, match="more than plain data"):
+        checkpoint.load(path)
+    assert not mark.exists()
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("state.pt", "../state.pt"))
+    with pytest.raises(CheckpointError):
+        checkpoint.verify(path)

@@ -1,0 +1,223 @@
+"""Whole runs in this process, and what they leave behind."""
+
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from modtrain.configuration import compose
+from modtrain.errors import CheckpointError, TrainingError
+from modtrain.training import checkpoint
+from modtrain.training.metrics_log import read_metrics
+from modtrain.training.preemption import STOP
+from modtrain.training.run import train
+from modtrain.training.run_directory import RunDirectory
+
+
+@pytest.fixture
+def start(tiny, tmp_path):
+    def run(name="run", *more):
+        return train(compose("train", [*tiny, f"name={name}", f"runs_dir={tmp_path}", *more]))
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def no_stop_request():
+    STOP.signum = None
+    yield
+    STOP.signum = None
+
+
+def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
+    found = checkpoint.latest(run.checkpoints)
+    return checkpoint.load(found[1])["state_dict"]
+
+
+def test_a_run_leaves_what_it_should_and_a_second_start_does_nothing(start):
+    outcome = start()
+    run = outcome.run
+    assert outcome.status == "complete"
+    assert {p.name for p in run.path.iterdir() if p.name != ".lock"} == {
+        *("config.yaml", "manifest.json", "command.txt", "checkpoints", "tensorboard", "logs"),
+        *("metrics.jsonl", "result.json", "COMPLETED"),
+    }
+    assert [s for s, _ in checkpoint.whole_checkpoints(run.checkpoints)] == [8, 12]
+    result = json.loads(run.result.read_text())
+    assert result["steps"] == 12
+    assert result["tokens"] == 12 * 256
+    before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}
+    assert start().status == "already complete"
+    assert before == {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}
+
+
+def test_metrics_stand_once_a_step_with_tokens_and_flops(start):
+    records = read_metrics(start().run.metrics)
+    training = [r for r in records if "loss" in r]
+    assert [r["step"] for r in training] == [2, 4, 6, 8, 10, 12]
+    for record in training:
+        assert record["tokens"] == record["step"] * 256
+        assert record["flops"] / record["step"] == training[0]["flops"] / 2
+        assert {"lr", "grad_norm", "throughput/tokens_per_second"} <= record.keys()
+        assert "throughput/mfu" not in record  # the CPU's peak is not known
+        assert math.isfinite(record["loss"])
+        for layer in ("01", "03"):
+            assert 0 <= record[f"router/layer_{layer}/position_entropy"] <= 1
+        assert 0 <= record["router/layer_03/chosen_again"] <= 1
+    held_out = [r for r in records if "held_out/causal_loss" in r]
+    assert [r["step"] for r in held_out] == [6, 12]
+    assert "held_out/top_k_loss (not causal)" in held_out[0]
+
+
+def test_tensorboard_shows_the_loss_on_three_axes_and_the_routing(start):
+    run = start().run
+    for axis, last in (("step", 12), ("tokens", 12 * 256)):
+        events = EventAccumulator(str(run.tensorboard / f"by_{axis}")).Reload()
+        name = "loss" if axis == "step" else f"loss by {axis}"
+        assert [e.step for e in events.Scalars(name)][-1] == last
+    tera = EventAccumulator(str(run.tensorboard / "by_TFLOPs")).Reload()
+    assert tera.Scalars("loss by TFLOPs")
+    by_step = EventAccumulator(str(run.tensorboard / "by_step")).Reload()
+    (picture,) = by_step.Tags()["images"]
+    assert by_step.Images(picture)[0].width == 64
+
+
+def test_a_dense_run_has_one_held_out_loss(start):
+    records = read_metrics(start("dense", "model.pattern=dense").run.metrics)
+    assert not any("top_k" in key or "router" in key for r in records for key in r)
+
+
+class StopAt:
+    """Raises the stop flag as a signal would, before a step."""
+
+    def __init__(self, monkeypatch, step):
+        from modtrain.training.module import LanguageModule
+
+        original = LanguageModule.training_step
+
+        def training_step(module, batch, batch_idx):
+            if module.global_step == step:
+                STOP.signum = 15
+            return original(module, batch, batch_idx)
+
+        monkeypatch.setattr(LanguageModule, "training_step", training_step)
+
+
+@pytest.mark.parametrize("step", [0, 5, 7])
+def test_a_signal_saves_the_step_and_the_next_start_ends_bitwise_equal(start, monkeypatch, step):
+    whole = start("whole")
+    with monkeypatch.context() as patch:
+        StopAt(patch, step)
+        stopped = start("cut")
+    assert stopped.status == "stopped"
+    assert stopped.exit_code == 75
+    assert not stopped.run.is_complete
+    assert checkpoint.latest(stopped.run.checkpoints)[0] == step + 1
+    STOP.signum = None
+    resumed = start("cut")
+    assert resumed.status == "complete"
+    left, right = weights(whole.run), weights(resumed.run)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+    keep = ("step", "loss", "grad_norm", "lr", "held_out/causal_loss")
+    shown = [
+        [{k: r[k] for k in keep if k in r} for r in read_metrics(run.metrics)]
+        for run in (whole.run, resumed.run)
+    ]
+    # The mean over a record's steps begins anew at a resume; all the rest is equal.
+    for record in (*shown[0], *shown[1]):
+        record.pop("loss", None)
+    assert shown[0] == shown[1]
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(start):
+    whole = start("whole")
+    hurt = start("hurt").run
+    newest = checkpoint.latest(hurt.checkpoints)[1]
+    victim = max(newest.glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-3])
+    hurt.completed_mark.unlink()
+    assert start("hurt").status == "complete"
+    assert checkpoint.latest(hurt.checkpoints) == (12, newest)
+    assert newest.with_name(f"damaged-{newest.name}").is_dir()
+    left, right = weights(whole.run), weights(hurt)
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_changed_configuration_names_the_keys_and_stops(start, tiny, tmp_path):
+    start()
+    with pytest.raises(CheckpointError) as error:
+        start("run", "optimizer.lr=0.5", "model.capacity=0.25", "log.every=7")
+    assert "optimizer.lr: 0.001 in the run, 0.5 now" in str(error.value)
+    assert "model.capacity: 0.125 in the run, 0.25 now" in str(error.value)
+    assert "log.every" not in str(error.value)
+    assert "remedy" in str(error.value)
+
+
+def test_two_processes_cannot_share_a_run(start, tmp_path):
+    with (
+        RunDirectory(tmp_path / "run").locked(),
+        pytest.raises(CheckpointError, match="in use by another process"),
+    ):
+        start()
+
+
+def test_a_loss_that_is_no_number_stops_with_step_samples_and_checkpoint(start, monkeypatch):
+    from modtrain.models.transformer import Transformer
+
+    original = Transformer.forward
+    calls = []
+
+    def forward(model, *args, **kwargs):
+        output = original(model, *args, **kwargs)
+        if model.training:
+            calls.append(1)
+            if len(calls) == 11:  # two micro-batches a step: the sixth step
+                return output._replace(loss=output.loss * float("nan"))
+        return output
+
+    monkeypatch.setattr(Transformer, "forward", forward)
+    with pytest.raises(TrainingError) as error:
+        start()
+    message = str(error.value)
+    assert "at step 6" in message
+    assert "step-000000004" in message
+    assert "samples are" in message
+
+
+def test_no_checkpoint_is_written_after_a_bad_step(start, tmp_path):
+    with pytest.raises(TrainingError, match="none: the run had not saved yet"):
+        start("bad", "optimizer.lr=1e30", "optimizer.grad_clip=null", "log.every=100")
+    assert checkpoint.latest(tmp_path / "bad" / "checkpoints") is None
+
+
+def test_predictors_change_nothing_in_the_trunk_over_a_whole_run(start):
+    """Clipping included: a common norm would couple them."""
+    tight = "optimizer.grad_clip=0.01"
+    with_predictor = weights(start("with", tight).run)
+    without = weights(start("without", tight, "model.router.causal=[]").run)
+    assert any("predictor" in key for key in with_predictor)
+    assert all(torch.equal(with_predictor[key], without[key]) for key in without)
+
+
+def test_random_states_come_back(start, monkeypatch):
+    """Whatever draws random numbers in a step draws the same after a resume."""
+    from modtrain.training.module import LanguageModule
+
+    drawn: dict[str, list[float]] = {}
+    original = LanguageModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        drawn.setdefault(module.config.name, []).append(float(torch.rand(())))
+        return original(module, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModule, "training_step", training_step)
+    start("whole")
+    with monkeypatch.context() as patch:
+        StopAt(patch, 6)
+        start("cut")
+    STOP.signum = None
+    start("cut")
+    assert drawn["cut"] == drawn["whole"]
