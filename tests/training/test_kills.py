@@ -1,0 +1,103 @@
+"""Real processes, killed without warning, go on to the very weights of the run never killed."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from modtrain.training import checkpoint
+from modtrain.training.metrics_log import read_metrics
+from tests.conftest import modtrain_command, run_modtrain
+
+STEPS = 40
+
+
+def overrides(tiny, tmp_path, name, *more):
+    keep = [o for o in tiny if not o.startswith(("budget", "log", "checkpoint"))]
+    return [
+        *(*keep, f"budget.steps={STEPS}", "log.every=1", "log.tensorboard=false"),
+        *("checkpoint.every=3", f"runs_dir={tmp_path}", f"name={name}", *more),
+    ]
+
+
+def last_step(path: Path) -> int:
+    return max((r["step"] for r in read_metrics(path)), default=0)
+
+
+def kill_at(step: int, arguments: list[str], metrics: Path, signum: int, delay: float) -> int:
+    """Start the run and end it by ``signum`` once ``step`` is recorded; return its exit code."""
+    with subprocess.Popen(
+        modtrain_command("train", *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=metrics.parents[1],
+    ) as process:
+        while process.poll() is None and last_step(metrics) < step:
+            time.sleep(0.002)
+        time.sleep(delay)
+        if process.poll() is None:
+            os.kill(process.pid, signum)
+        return process.wait()
+
+
+def final_weights(tmp_path: Path, name: str):
+    step, path = checkpoint.latest(tmp_path / name / "checkpoints")
+    assert step == STEPS
+    state = checkpoint.load(path)
+    return {**state["state_dict"], **flatten(state["optimizer_states"])}
+
+
+def flatten(node, key=""):
+    if isinstance(node, torch.Tensor):
+        return {key: node}
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return {k: v for name, child in items for k, v in flatten(child, f"{key}.{name}").items()}
+
+
+def check_kills(tiny, tmp_path, kills, *more):
+    done = run_modtrain("train", *overrides(tiny, tmp_path, "whole", *more), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    draw = random.Random(3)
+    arguments, metrics = overrides(tiny, tmp_path, "cut", *more), tmp_path / "cut/metrics.jsonl"
+    killed = 0
+    for number in range(kills):
+        # Spread over the run; a kill while a checkpoint is written, or before the first, included.
+        step = 1 + round(number * (STEPS - 4) / kills)
+        code = kill_at(step, arguments, metrics, signal.SIGKILL, draw.uniform(0, 0.05))
+        killed += code == -signal.SIGKILL
+    assert killed == kills
+    done = run_modtrain("train", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole, cut = final_weights(tmp_path, "whole"), final_weights(tmp_path, "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    steps = [r["step"] for r in read_metrics(metrics) if "loss" in r]
+    assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_twelve_kills_change_nothing(tiny, tmp_path, compiled):
+    check_kills(tiny, tmp_path, 12, f"compile={str(compiled).lower()}")
+
+
+def test_one_kill_changes_nothing(tiny, tmp_path):
+    check_kills(tiny, tmp_path, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_at_any_moment_ends_unfinished_and_is_resumed(tiny, tmp_path, signum, code):
+    arguments, metrics = overrides(tiny, tmp_path, "cut"), tmp_path / "cut/metrics.jsonl"
+    assert kill_at(0, arguments, metrics, signum, 0.4) == code  # during the imports
+    assert kill_at(5, arguments, metrics, signum, 0.0) == code
+    assert not (tmp_path / "cut/COMPLETED").exists()
+    done = run_modtrain("train", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "goes on from step" in done.stdout
