@@ -1,0 +1,158 @@
+"""Tokens a second from the shuffled shards, against a flat memmap of the same tokens.
+
+    python -m benchmarks.data_stream
+
+The stream is what training reads, ``TokenDataModule.train_dataloader()`` without workers. The
+memmap is the fastest plain loop: random rows of one uncompressed array (N, S + 1) on disk, as int64
+tensors. Both give batches int64 (B, S + 1). They run interleaved; medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modtrain.data.config import DataConfig
+from modtrain.data.datamodule import TokenDataModule
+from modtrain.data.index import TOKENIZER_NAME, IndexSummary, Shard, SplitSummary
+from modtrain.data.pack import PackLayout, TokenFile, plan_shards, write_shard
+from modtrain.data.prepare import finish
+from modtrain.data.tokenizer import check_tokenizer, train_tokenizer
+
+VOCAB_SIZE = 50_000
+
+
+def main() -> None:
+    """Measure, print a table, and the result as JSON on the last line."""
+    options = _options()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, flat = Path(folder) / "prepared", Path(folder) / "flat.bin"
+        make_prepared(prepared, options.tokens, options.seq_len)
+        write_flat(flat, options.tokens, options.seq_len)
+        rates = measure(options, prepared, flat)
+    ours, theirs = (statistics.median(rates[name]) for name in ("stream", "memmap"))
+    print(f"{options.tokens:,} tokens, batches of {options.batch_size} x {options.seq_len + 1}")
+    for name, values in rates.items():
+        spread = f"{min(values) / 1e6:.0f} to {max(values) / 1e6:.0f}"
+        print(f"{name:<8}{statistics.median(values) / 1e6:>9.0f} M tokens/s   ({spread})")
+    result = {"stream_tokens_per_s": round(ours), "memmap_tokens_per_s": round(theirs)}
+    print(
+        json.dumps({"benchmark": "data_stream", "over_memmap": round(ours / theirs, 3), **result})
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--tokens", type=int, default=40_000_000, help="tokens in the data set")
+    parser.add_argument("--seq-len", type=int, default=1024, help="tokens a sample is trained on")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples in a batch")
+    parser.add_argument("--batches", type=int, default=500, help="batches in a round")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each")
+    return parser.parse_args()
+
+
+def _tokens(num_tokens: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCAB_SIZE, num_tokens, dtype=np.uint16)
+
+
+def make_prepared(output: Path, num_tokens: int, seq_len: int) -> None:
+    """Write random tokens as a prepared directory, the same for training and validation."""
+    work = output / ".work"
+    for name in ("shards", "aside"):
+        (work / name).mkdir(parents=True)
+    tokens = work / "tokens.bin"
+    _tokens(num_tokens).tofile(tokens)
+    layout = PackLayout(seq_len, sequences_per_sample=64, samples_per_shard=64, dtype="uint16")
+    shards: dict[str, list[Shard]] = {}
+    for split in ("train", "valid"):
+        (output / split).mkdir()
+        file = TokenFile(str(tokens), num_tokens, split)
+        jobs = plan_shards([file], layout, output / split, work)
+        shards[split] = [write_shard(job) for job in jobs]
+    content = train_tokenizer(["a text"], 257)
+    (output / TOKENIZER_NAME).write_bytes(content)
+    _, eos_id = check_tokenizer(content, TOKENIZER_NAME)
+    counts = SplitSummary(
+        num_sequences=layout.num_sequences(num_tokens),
+        num_tokens=num_tokens,
+        num_documents=1,
+        num_bytes=num_tokens,
+        dropped_tokens=layout.dropped_tokens(num_tokens),
+    )
+    summary = IndexSummary(
+        seq_len=seq_len,
+        vocab_size=VOCAB_SIZE,
+        eos_id=eos_id,
+        dtype=layout.dtype,
+        tokenizer_sha256=hashlib.sha256(content).hexdigest(),
+        fingerprint="",
+        num_files=0,
+        flaws={},
+        splits={"train": counts, "valid": counts},
+    )
+    finish(output, summary, shards, work / "aside")
+    shutil.rmtree(work)
+
+
+def write_flat(path: Path, num_tokens: int, seq_len: int) -> None:
+    """Write the same sequences as one array (N, S + 1)."""
+    tokens = _tokens(num_tokens)
+    rows_NS = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
+    np.ascontiguousarray(rows_NS).tofile(path)
+
+
+def stream_batches(prepared: Path, options: argparse.Namespace) -> Iterator[Tensor]:
+    """Batches as training reads them, for ever enough."""
+    num_steps = (options.rounds + 1) * options.batches
+    module = TokenDataModule(
+        DataConfig(path=str(prepared)),
+        micro_batch_size=options.batch_size,
+        accumulate=1,
+        num_steps=num_steps,
+        eval_batch_size=1,
+    )
+    return iter(module.train_dataloader())
+
+
+def memmap_batches(flat: Path, options: argparse.Namespace) -> Iterator[Tensor]:
+    """Batches of random rows of a flat memmap."""
+    rows_NS = np.memmap(flat, np.uint16, mode="r").reshape(-1, options.seq_len + 1)
+    generator = np.random.default_rng(0)
+    while True:
+        rows = generator.integers(0, len(rows_NS), options.batch_size)
+        yield torch.from_numpy(rows_NS[rows].astype(np.int64))
+
+
+def measure(options: argparse.Namespace, prepared: Path, flat: Path) -> dict[str, list[float]]:
+    """Tokens a second of each round; a first round of each, which fills the caches, is left out."""
+    readers = {"stream": stream_batches(prepared, options), "memmap": memmap_batches(flat, options)}
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for round_number in range(options.rounds + 1):
+        for name, reader in readers.items():
+            rate = _rate(islice(reader, options.batches))
+            if round_number:
+                rates[name].append(rate)
+    return rates
+
+
+def _rate(batches: Iterable[Tensor]) -> float:
+    start = time.perf_counter()
+    tokens = sum(batch.numel() for batch in batches)
+    return tokens / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

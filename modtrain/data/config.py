@@ -1,0 +1,164 @@
+"""Configuration of the data layer. Imports nothing heavy: checks run before torch is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from modtrain.data.index import read_summary
+from modtrain.errors import DataError, Problem
+
+VERIFY_LEVELS = ("size", "sha256", "none")
+ERROR_POLICIES = ("skip", "stop")
+# The 256 bytes and the end-of-document token: a byte-level vocabulary cannot be smaller.
+SMALLEST_VOCAB = 257
+
+
+def _at_least(key: str, value: int, minimum: int) -> list[Problem]:
+    if value >= minimum:
+        return []
+    return [Problem(key, value, f"is less than {minimum}", f"{key}={minimum} or more")]
+
+
+def _one_of(key: str, value: str, choices: Sequence[str]) -> list[Problem]:
+    if value in choices:
+        return []
+    return [Problem(key, value, "is no such choice", f"one of {', '.join(choices)}")]
+
+
+def _not_empty(key: str, value: object, remedy: str) -> list[Problem]:
+    return [] if value else [Problem(key, value, "is empty", remedy)]
+
+
+@dataclass
+class DataConfig:
+    """Which prepared directory is read, and how.
+
+    path: directory that ``modtrain prepare`` wrote.
+    seq_len: tokens a sample is trained on; None takes that of the shards, else it must divide it.
+    seed: seed of the order of the samples.
+    shuffle: whether the samples come in a pseudo-random order, a new one each epoch.
+    num_workers: processes that read ahead; 0 reads in the training process.
+    prefetch_factor: batches that each worker reads ahead.
+    verify: what is checked of the shards before training: ``size``, ``sha256`` or ``none``.
+    """
+
+    path: str = ""
+    seq_len: int | None = None
+    seed: int = 0
+    shuffle: bool = True
+    num_workers: int = 0
+    prefetch_factor: int = 4
+    verify: str = "size"
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with this configuration, with keys below ``prefix``.
+
+        Reads ``index.json`` at ``path``, since ``seq_len`` must fit the shards there.
+        """
+        return [
+            *_at_least(f"{prefix}.seed", self.seed, 0),
+            *_at_least(f"{prefix}.num_workers", self.num_workers, 0),
+            *_at_least(f"{prefix}.prefetch_factor", self.prefetch_factor, 1),
+            *_one_of(f"{prefix}.verify", self.verify, VERIFY_LEVELS),
+            *self._problems_with_shards(prefix),
+        ]
+
+    def _problems_with_shards(self, prefix: str) -> list[Problem]:
+        wrong = [] if self.seq_len is None else _at_least(f"{prefix}.seq_len", self.seq_len, 1)
+        try:
+            stored = read_summary(self.path).seq_len
+        except DataError as error:
+            remedy = "modtrain prepare writes such a directory"
+            return [*wrong, Problem(f"{prefix}.path", self.path, str(error), remedy)]
+        if wrong or self.seq_len is None:
+            return wrong
+        return seq_len_problems(f"{prefix}.seq_len", self.seq_len, stored)
+
+
+def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:
+    """What is wrong with reading samples of ``seq_len`` from shards of ``stored`` tokens."""
+    if stored % seq_len == 0:
+        return []
+    divisors = [n for n in range(min(seq_len, stored), 0, -1) if stored % n == 0]
+    how = "is larger than" if seq_len > stored else "does not divide"
+    return [
+        Problem(
+            key,
+            seq_len,
+            f"{how} the shards' sequence length {stored}",
+            f"{key}={divisors[0]}, or prepare the data again with seq_len={seq_len}",
+        )
+    ]
+
+
+@dataclass
+class TokenizerConfig:
+    """The tokenizer of a prepared directory.
+
+    path: a ``tokenizer.json`` to use; None trains a byte-level BPE on the corpus.
+    vocab_size: tokens of the trained vocabulary, the end-of-document token included.
+    train_bytes: bytes of text that it is trained on at most, spread over the whole corpus.
+    """
+
+    path: str | None = None
+    vocab_size: int = 4096
+    train_bytes: int = 50_000_000
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with this configuration, with keys below ``prefix``."""
+        return [
+            *_at_least(f"{prefix}.vocab_size", self.vocab_size, SMALLEST_VOCAB),
+            *_at_least(f"{prefix}.train_bytes", self.train_bytes, 1),
+        ]
+
+
+@dataclass
+class PrepareConfig:
+    """A corpus, and the shards to make of it.
+
+    sources: files, globs (``**`` recurses) or ``package:NAME/glob`` for files inside an installed
+        Python package. Known are .txt (one file, one document), .jsonl, .jsonl.gz, .jsonl.zst and
+        .parquet.
+    output: directory to write.
+    text_column: key (jsonl) or column (parquet) that holds a document's text.
+    tokenizer: which tokenizer.
+    seq_len: tokens a stored sequence is trained on; it holds one more, the last target.
+    sequences_per_sample: sequences packed in one sample of a tar shard.
+    samples_per_shard: samples in one tar shard.
+    valid_fraction: share of the documents held out, chosen by a hash of seed and text.
+    on_error: ``skip`` counts damaged input and goes on, ``stop`` raises at the first.
+    num_workers: processes; 0 takes every usable CPU, 1 works in this process.
+    seed: seed of the choice of held-out documents.
+    """
+
+    sources: list[str]
+    output: str
+    text_column: str = "text"
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    seq_len: int = 256
+    sequences_per_sample: int = 64
+    samples_per_shard: int = 64
+    valid_fraction: float = 0.05
+    on_error: str = "skip"
+    num_workers: int = 0
+    seed: int = 0
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with this configuration, with keys below ``prefix``."""
+        found = [
+            *_not_empty(f"{prefix}.sources", self.sources, f"{prefix}.sources=[corpus/*.jsonl]"),
+            *_not_empty(f"{prefix}.output", self.output, f"{prefix}.output=DIRECTORY"),
+            *_not_empty(f"{prefix}.text_column", self.text_column, f"{prefix}.text_column=text"),
+            *self.tokenizer.problems(f"{prefix}.tokenizer"),
+            *_one_of(f"{prefix}.on_error", self.on_error, ERROR_POLICIES),
+        ]
+        for name in ("seq_len", "sequences_per_sample", "samples_per_shard"):
+            found += _at_least(f"{prefix}.{name}", getattr(self, name), 1)
+        for name in ("num_workers", "seed"):
+            found += _at_least(f"{prefix}.{name}", getattr(self, name), 0)
+        if not 0 < self.valid_fraction < 1:
+            key = f"{prefix}.valid_fraction"
+            reason = "is not between 0 and 1, both excluded"
+            found.append(Problem(key, self.valid_fraction, reason, f"{key}=0.05"))
+        return found

@@ -1,0 +1,62 @@
+"""Files that are either whole or absent: written aside, made durable, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def written_aside(path: Path, aside: Path) -> Iterator[BinaryIO]:
+    """Open a file in the directory ``aside`` that becomes ``path`` when the block ends well.
+
+    Both must be on one file system. After an error only a stray file in ``aside`` is left.
+    """
+    # The process number keeps apart two workers that write the same file after a restart.
+    temporary = aside / f"{path.name}.{os.getpid()}"
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_bytes(path: Path, content: bytes, aside: Path) -> None:
+    """Write ``content`` to ``path`` by way of ``aside``."""
+    with written_aside(path, aside) as file:
+        file.write(content)
+
+
+def write_json(path: Path, content: Any, aside: Path) -> None:
+    """Write ``content`` as JSON to ``path`` by way of ``aside``, equal content as equal bytes."""
+    write_bytes(path, canonical_json(content) + b"\n", aside)
+
+
+def canonical_json(content: Any) -> bytes:
+    """One spelling for equal content."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def digest(content: Any) -> str:
+    """Hexadecimal SHA-256 of ``content`` as JSON."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make the renames inside a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modtrain.data import batches
+from modtrain.data.batches import BatchPlan, EvalBatchSampler, RankBatchSampler
+from modtrain.data.order import SampleOrder
+from modtrain.errors import DataError
+
+
+def stream(order: SampleOrder, size: tuple[int, int, int], steps: int, start: int) -> list[int]:
+    """All sample numbers from ``start`` on: by step, micro-batch, rank and slot."""
+    world_size, micro_batch_size, accumulate = size
+    ranks = []
+    for rank in range(world_size):
+        plan = BatchPlan(micro_batch_size, accumulate, steps, world_size, rank)
+        ranks.append(list(RankBatchSampler(order, plan, start)))
+    return [number for micro in zip(*ranks, strict=True) for batch in micro for number in batch]
+
+
+# (world size, micro-batch size, accumulation) with one product.
+SAME_STEP = [
+    (w, m, 24 // (w * m)) for w in (1, 2, 3, 4, 8) for m in (1, 2, 3, 6) if 24 % (w * m) == 0
+]
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(SAME_STEP),
+    st.integers(1, 200),
+    st.integers(0, 99),
+    st.integers(0, 12),
+    st.data(),
+)
+def test_the_stream_is_one_for_every_way_to_share_it(
+    size: tuple[int, int, int], num_samples: int, seed: int, steps: int, data: st.DataObject
+) -> None:
+    order = SampleOrder(num_samples, seed)
+    start = data.draw(st.integers(0, steps))
+    expected = order.lookup(np.arange(start * 24, steps * 24)).tolist()
+    assert stream(order, size, steps, start) == expected
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from(SAME_STEP), min_size=1, max_size=4),
+    st.lists(st.integers(0, 15), max_size=3),
+)
+def test_interrupted_runs_on_other_worlds_lose_and_repeat_nothing(
+    sizes: list[tuple[int, int, int]], stops: list[int]
+) -> None:
+    order = SampleOrder(100, 5)
+    borders = [0, *sorted(stops), 15]
+    seen: list[int] = []
+    for run, (start, stop) in enumerate(pairwise(borders)):
+        numbers = stream(order, sizes[run % len(sizes)], 15, start)
+        seen += numbers[: (stop - start) * 24]
+    assert seen == order.lookup(np.arange(15 * 24)).tolist()
+
+
+def test_batches_do_not_depend_on_how_many_are_looked_up_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampler = RankBatchSampler(SampleOrder(50, 0), BatchPlan(2, 3, 40, 2, 1))
+    at_once = list(sampler)
+    monkeypatch.setattr(batches, "_LOOKUP_POSITIONS", 13)
+    assert list(sampler) == at_once
+
+
+def test_the_length_is_that_of_the_whole_run() -> None:
+    sampler = RankBatchSampler(SampleOrder(50, 0), BatchPlan(2, 3, 10), start_step=8)
+    assert len(sampler) == 30
+    assert len(list(sampler)) == 6
+
+
+@pytest.mark.parametrize("start_step", [-1, 11])
+def test_a_start_outside_the_run_is_refused(start_step: int) -> None:
+    with pytest.raises(ValueError, match="start_step"):
+        RankBatchSampler(SampleOrder(50, 0), BatchPlan(2, 3, 10), start_step)
+
+
+@pytest.mark.parametrize(
+    "numbers", [(0, 1, 1), (1, 0, 1), (1, 1, -1), (1, 1, 1, 0), (1, 1, 1, 2, 2), (1, 1, 1, 1, -1)]
+)
+def test_an_impossible_plan_is_refused(numbers: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"not 1 or more|no such plan"):
+        BatchPlan(*numbers)
+
+
+@given(st.integers(1, 8), st.integers(0, 100), st.integers(1, 10))
+def test_validation_covers_each_sample_once_in_equally_many_batches(
+    world_size: int, extra: int, batch_size: int
+) -> None:
+    num_samples = world_size + extra
+    ranks = [
+        list(EvalBatchSampler(num_samples, batch_size, world_size, rank))
+        for rank in range(world_size)
+    ]
+    for rank, found in enumerate(ranks):
+        numbers = [number for batch in found for number in batch]
+        assert numbers == list(range(rank, num_samples, world_size))
+        assert len(found) == len(EvalBatchSampler(num_samples, batch_size, world_size, rank))
+        assert all(1 <= len(batch) <= max(2, batch_size) for batch in found)
+    assert len({len(found) for found in ranks}) == 1
+
+
+def test_validation_on_one_rank_is_in_full_batches() -> None:
+    assert list(EvalBatchSampler(10, 4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_validation_with_fewer_samples_than_ranks_is_refused() -> None:
+    with pytest.raises(DataError, match="3 samples for 4 ranks"):
+        EvalBatchSampler(3, 1, 4, 0)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from modtrain.data.config import DataConfig, PrepareConfig, TokenizerConfig
+
+
+def test_the_configs_are_structured_configs() -> None:
+    composed = OmegaConf.merge(
+        OmegaConf.structured(PrepareConfig),
+        {"sources": ["a.txt"], "output": "out", "tokenizer": {"path": "t.json"}},
+    )
+    assert OmegaConf.to_object(composed) == PrepareConfig(
+        sources=["a.txt"], output="out", tokenizer=TokenizerConfig(path="t.json")
+    )
+    assert OmegaConf.to_object(OmegaConf.structured(DataConfig(path="x"))) == DataConfig(path="x")
+
+
+def test_config_and_index_import_nothing_heavy() -> None:
+    code = (
+        "import sys, modtrain.data.config, modtrain.data.index;"
+        "print([m for m in ('torch', 'numpy', 'pyarrow', 'lightning') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_good_configs_have_no_problems(prepared: Path) -> None:
+    assert DataConfig(path=str(prepared)).problems("data") == []
+    assert DataConfig(path=str(prepared), seq_len=8, verify="none").problems("data") == []
+    assert PrepareConfig(sources=["a.txt"], output="out").problems("prepare") == []
+
+
+def test_all_problems_of_a_prepare_are_told_at_once() -> None:
+    config = PrepareConfig(
+        sources=[],
+        output="",
+        text_column="",
+        tokenizer=TokenizerConfig(vocab_size=256, train_bytes=0),
+        seq_len=0,
+        sequences_per_sample=0,
+        samples_per_shard=0,
+        valid_fraction=1.0,
+        on_error="ignore",
+        num_workers=-1,
+        seed=-1,
+    )
+    keys = {problem.key for problem in config.problems("prepare")}
+    names = {*vars(config)} - {"tokenizer"} | {"tokenizer.vocab_size", "tokenizer.train_bytes"}
+    assert keys == {f"prepare.{name}" for name in names}
+
+
+def test_all_problems_of_the_data_are_told_at_once(prepared: Path) -> None:
+    config = DataConfig(
+        path=str(prepared), seq_len=5, seed=-1, num_workers=-1, prefetch_factor=0, verify="md5"
+    )
+    keys = {problem.key for problem in config.problems("data")}
+    assert keys == {
+        f"data.{name}" for name in ("seq_len", "seed", "num_workers", "prefetch_factor", "verify")
+    }
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "words"),
+    [(5, "does not divide"), (32, "is larger than"), (0, "less than 1")],
+)
+def test_a_sequence_length_that_does_not_fit_the_shards(
+    prepared: Path, seq_len: int, words: str
+) -> None:
+    (problem,) = DataConfig(path=str(prepared), seq_len=seq_len).problems("data")
+    assert problem.key == "data.seq_len"
+    assert words in problem.reason
+    if seq_len:
+        assert str(seq_len) in str(problem)
+        assert "16" in problem.reason
+
+
+def test_missing_data_is_a_problem(tmp_path: Path) -> None:
+    (problem,) = DataConfig(path=str(tmp_path)).problems("data")
+    assert problem.key == "data.path"
+    assert "modtrain prepare" in problem.reason

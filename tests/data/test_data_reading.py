@@ -1,0 +1,379 @@
+"""From a prepared directory to batches: the index, the samples, the data module."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modtrain.data.config import DataConfig
+from modtrain.data.datamodule import TokenDataModule
+from modtrain.data.index import ShardIndex, read_summary
+from modtrain.data.tokens import TokenDataset
+from modtrain.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    """A prepared directory to damage."""
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def rows(prepared: Path) -> np.ndarray:
+    """All stored training sequences (N, T + 1), as webdataset reads them."""
+    shards = [str(path) for path in sorted((prepared / "train").glob("*.tar"))]
+    samples = webdataset.WebDataset(shards, shardshuffle=False).decode()
+    return np.concatenate([sample["tokens.npy"] for sample in samples])
+
+
+def module(path: Path, *, num_steps: int = 6, **changes: Any) -> TokenDataModule:
+    sizes = {"micro_batch_size": 3, "accumulate": 2, "eval_batch_size": 4}
+    sizes |= {key: changes.pop(key) for key in list(changes) if key in (*sizes, "eval_sequences")}
+    return TokenDataModule(DataConfig(path=str(path), **changes), num_steps=num_steps, **sizes)
+
+
+def on_rank(data: TokenDataModule, world_size: int, rank: int) -> TokenDataModule:
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        world_size=world_size, global_rank=rank, distributed_sampler_kwargs=None
+    )
+    return data
+
+
+# Index ----------------------------------------------------------------------------------------
+
+
+def test_the_summary_is_that_of_the_index(prepared: Path) -> None:
+    summary = read_summary(prepared)
+    index = ShardIndex.load(prepared, "sha256")
+    assert index.summary == summary
+    assert summary.seq_len == 16
+    for split, shards in index.shards.items():
+        assert len(shards) > 1
+        assert sum(s.num_sequences for s in shards) == summary.splits[split].num_sequences
+
+
+def test_the_fingerprint_tells_other_tokens(copy: Path) -> None:
+    content = json.loads((copy / "index.json").read_bytes())
+    content["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    (copy / "index.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="fingerprint"):
+        ShardIndex.load(copy, "none")
+
+
+def change(content: Any, path: str, value: Any) -> None:
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split("/")]
+    for key in parents:
+        content = content[key]
+    content[last] = value
+
+
+SHARD = "splits/train/shards/0"
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        (f"{SHARD}/name", "../x.tar", "name is '../x.tar'"),
+        (f"{SHARD}/name", "/etc/x.tar", "name is"),
+        (f"{SHARD}/name", "a/x.tar", "name is"),
+        (f"{SHARD}/name", "..", "name is"),
+        (f"{SHARD}/name", "x.tar\n", "name is"),
+        (f"{SHARD}/name", 5, "name is 5"),
+        (f"{SHARD}/name", "shard-000001.tar", "names a shard twice"),
+        (f"{SHARD}/bytes", -1, "bytes is -1"),
+        (f"{SHARD}/bytes", True, "bytes is True"),
+        (f"{SHARD}/bytes", 1001, "no tar file"),
+        (f"{SHARD}/bytes", 1024, "outside its shard"),
+        (f"{SHARD}/sha256", "abc", "sha256 is"),
+        (f"{SHARD}/members", None, "members is not"),
+        (f"{SHARD}/members/0", [512], "members is not"),
+        (f"{SHARD}/members/0", [512, 0], "members is not"),
+        (f"{SHARD}/members/0", [512, 10**12], "outside its shard"),
+        (f"{SHARD}/members/1", [512, 4], "outside its shard"),
+        (f"{SHARD}/members/0", [512, 3], "not"),
+        ("splits/train/shards", {}, "is not a list"),
+        ("splits/train", [], "is not an object"),
+        ("splits/train/num_sequences", 7, "not 7"),
+        ("seq_len", 0, "seq_len is 0"),
+        ("seq_len", "16", "seq_len is '16'"),
+        ("dtype", "object", "dtype is 'object'"),
+        ("tokenizer_sha256", None, "tokenizer_sha256 is None"),
+        ("version", 2, "version 2"),
+        ("report/flaws", {"bad_json": "x"}, "bad_json is 'x'"),
+    ],
+)
+def test_a_hostile_or_damaged_index_is_refused(
+    copy: Path, where: str, value: Any, words: str
+) -> None:
+    content = json.loads((copy / "index.json").read_bytes())
+    change(content, where, value)
+    (copy / "index.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"index\.json") as caught:
+        ShardIndex.load(copy, "none")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\x00", '"index"'])
+def test_what_is_no_index_is_refused(copy: Path, text: str) -> None:
+    (copy / "index.json").write_text(text)
+    with pytest.raises(DataError, match=r"index\.json"):
+        ShardIndex.load(copy)
+
+
+def test_a_directory_without_index_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Run modtrain prepare"):
+        read_summary(tmp_path / "nowhere")
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_shards_are_found(copy: Path) -> None:
+    shard = copy / "train" / "shard-000001.tar"
+    damage(shard)
+    ShardIndex.load(copy, "size")
+    with pytest.raises(DataError, match=r"shard-000001\.tar: its SHA-256"):
+        ShardIndex.load(copy, "sha256")
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(DataError, match=r"shard-000001\.tar: has \d+ bytes, not"):
+        ShardIndex.load(copy, "size")
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-000001\.tar: cannot be read"):
+        ShardIndex.load(copy, "size")
+
+
+def test_another_tokenizer_is_found(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer\.json: is not the tokenizer"):
+        ShardIndex.load(copy)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json: missing"):
+        ShardIndex.load(copy)
+
+
+# Samples --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seq_len", [None, 16, 8, 4, 1])
+def test_samples_are_the_stored_sequences_or_parts_of_them(
+    prepared: Path, rows: np.ndarray, seq_len: int | None
+) -> None:
+    data = TokenDataset(ShardIndex.load(prepared), "train", seq_len)
+    length = seq_len or 16
+    parts = 16 // length
+    assert len(data) == len(rows) * parts
+    expected = np.stack(
+        [row[k * length : (k + 1) * length + 1] for row in rows for k in range(parts)]
+    )
+    found = data.__getitems__(list(range(len(data))))
+    assert found.dtype == torch.int64
+    assert found.tolist() == expected.tolist()
+    assert data[len(data) - 1].tolist() == expected[-1].tolist()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_batch_is_its_samples_in_order(prepared: Path, data: st.DataObject) -> None:
+    samples = TokenDataset(ShardIndex.load(prepared, "none"), "train", 8)
+    numbers = data.draw(st.lists(st.integers(0, len(samples) - 1), min_size=1, max_size=20))
+    batch = samples.__getitems__(numbers)
+    assert batch.tolist() == [samples[number].tolist() for number in numbers]
+
+
+def test_a_sample_outside_the_split_is_refused(prepared: Path) -> None:
+    data = TokenDataset(ShardIndex.load(prepared), "valid")
+    for number in (-1, len(data)):
+        with pytest.raises(IndexError):
+            data[number]
+
+
+def test_a_batch_can_be_changed_without_changing_the_shard(prepared: Path) -> None:
+    data = TokenDataset(ShardIndex.load(prepared), "train")
+    before = data[0].tolist()
+    data[0].zero_()
+    assert data[0].tolist() == before
+
+
+def test_a_pickled_data_set_is_small_and_reads_the_same(prepared: Path) -> None:
+    data = TokenDataset(ShardIndex.load(prepared), "train")
+    expected = data.__getitems__([5, 0, 17]).tolist()
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 10_000
+    assert pickle.loads(pickled).__getitems__([5, 0, 17]).tolist() == expected
+
+
+def test_a_length_that_does_not_fit_is_refused(prepared: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.seq_len"):
+        TokenDataset(ShardIndex.load(prepared), "train", 5)
+
+
+@pytest.mark.parametrize("what", ["magic", "shape", "dtype", "short"])
+def test_a_shard_damaged_after_the_index_was_read_is_refused(copy: Path, what: str) -> None:
+    data = TokenDataset(ShardIndex.load(copy), "train")
+    path = copy / "train" / "shard-000000.tar"
+    content = path.read_bytes()
+    changed = {
+        "magic": content.replace(b"NUMPY", b"PICKL", 1),
+        "shape": content.replace(b"(4, 17)", b"(5, 17)", 1),
+        "dtype": content.replace(b"'<u2'", b"'|O' ", 1),
+        "short": content[:-512],
+    }[what]
+    assert changed != content
+    path.write_bytes(changed)
+    with pytest.raises(DataError, match=r"shard-000000\.tar"):
+        data[0]
+
+
+# Data module ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_follow_the_order_and_resume_at_any_step(
+    prepared: Path, rows: np.ndarray, num_workers: int
+) -> None:
+    data = module(prepared, num_workers=num_workers)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 6 * 2
+    assert all(batch.shape == (3, 17) and batch.dtype == torch.int64 for batch in batches)
+    numbers = [number for step in range(6) for number in data.sample_numbers(step)]
+    assert torch.cat(batches).tolist() == rows[numbers].tolist()
+
+    resumed = module(prepared, num_workers=num_workers)
+    resumed.start_step = 4
+    loader = resumed.train_dataloader()
+    assert len(loader) == 12
+    assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in batches[8:]]
+
+
+def test_ranks_share_a_step(prepared: Path) -> None:
+    alone = module(prepared, micro_batch_size=6, accumulate=2)
+    expected = [batch.tolist() for batch in alone.train_dataloader()]
+    ranks = [on_rank(module(prepared, micro_batch_size=3), 2, rank) for rank in (0, 1)]
+    assert ranks[1].sample_numbers(3) == alone.sample_numbers(3)
+    pairs = zip(*(rank.train_dataloader() for rank in ranks), strict=True)
+    assert [torch.cat(pair).tolist() for pair in pairs] == expected
+
+
+def test_the_strategy_says_which_ranks_read_the_same(prepared: Path) -> None:
+    """Two tensor-parallel ranks of four are one data-parallel rank."""
+    data = on_rank(module(prepared), 4, 3)
+    data.trainer.distributed_sampler_kwargs = {"num_replicas": 2, "rank": 1}  # type: ignore
+    assert (data.plan().world_size, data.plan().rank) == (2, 1)
+
+
+def test_epochs_go_on_one_after_another(prepared: Path) -> None:
+    size = read_summary(prepared).splits["train"].num_sequences
+    data = module(prepared, micro_batch_size=1, accumulate=size, num_steps=2)
+    first, second = data.sample_numbers(0), data.sample_numbers(1)
+    assert sorted(first) == sorted(second) == list(range(size))
+    assert first != second
+    assert first != list(range(size))
+    ordered = module(prepared, micro_batch_size=1, accumulate=size, shuffle=False)
+    assert ordered.sample_numbers(1) == list(range(size))
+
+
+@pytest.mark.parametrize("eval_sequences", [None, 10, 10**9])
+def test_validation_reads_the_first_samples_in_order(
+    prepared: Path, eval_sequences: int | None
+) -> None:
+    data = module(prepared, eval_sequences=eval_sequences)
+    samples = data.valid_data
+    expected = samples.__getitems__(list(range(min(len(samples), eval_sequences or 10**9))))
+    batches = list(data.val_dataloader())
+    assert torch.cat(batches).tolist() == expected.tolist()
+    assert {len(batch) for batch in batches[:-1]} == {4}
+    per_rank = [list(on_rank(data, 3, rank).val_dataloader()) for rank in range(3)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    found = [row for batches in per_rank for row in torch.cat(batches).tolist()]
+    assert sorted(found) == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loaders_leave_the_global_random_state_alone(prepared: Path, num_workers: int) -> None:
+    before = torch.get_rng_state()
+    data = module(prepared, num_workers=num_workers, num_steps=1)
+    list(data.train_dataloader())
+    list(data.val_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_fingerprint_of_the_stream(prepared: Path) -> None:
+    same = module(prepared, micro_batch_size=7).fingerprint
+    assert module(prepared, num_workers=2).fingerprint == same
+    others = [
+        module(prepared, **change)
+        for change in (
+            {"seed": 1},
+            {"shuffle": False},
+            {"seq_len": 8},
+        )
+    ]
+    assert len({same, *(other.fingerprint for other in others)}) == 4
+
+
+class _Recorder(lightning.LightningModule):
+    """Trains one number, and keeps the batches it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.train_batches: list[list[list[int]]] = []
+        self.valid_samples = 0
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        self.train_batches.append(batch.tolist())
+        return self.weight * batch.sum()
+
+    def validation_step(self, batch: torch.Tensor) -> None:
+        self.valid_samples += len(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_lightning_trains_on_it(prepared: Path) -> None:
+    expected = [batch.tolist() for batch in module(prepared).train_dataloader()]
+    for start_step in (0, 4):
+        data = module(prepared, eval_sequences=10)
+        data.start_step = start_step
+        trainer = lightning.Trainer(
+            max_steps=6 - start_step,
+            accumulate_grad_batches=2,
+            accelerator="cpu",
+            devices=1,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        recorder = _Recorder()
+        trainer.fit(recorder, datamodule=data)
+        assert trainer.num_training_batches == 12
+        assert recorder.train_batches == expected[start_step * 2 :]
+        trainer.validate(recorder, datamodule=data, verbose=False)
+        assert recorder.valid_samples % 10 == 0
+        assert recorder.valid_samples
+
+
+def test_verify_reaches_the_shards(copy: Path) -> None:
+    damage(copy / "train" / "shard-000000.tar")
+    module(copy).train_dataloader()
+    with pytest.raises(DataError, match="SHA-256"):
+        module(copy, verify="sha256").train_dataloader()
