@@ -56,14 +56,12 @@ def compose(verb: str, overrides: Sequence[str], config_dir: str | None = None) 
         problem = Problem("--config-dir", config_dir, "is no directory", "give one that exists")
         raise ConfigError([problem])
     parsed, problems = _parse(overrides)
-    search = (
-        [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
-    )
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        problems += _group_problems(parsed)
+        composer = _Composer(verb, config_dir)
+        problems += composer.group_problems(parsed)
         wrong = {problem.key for problem in problems}
         sound = [override for override in parsed if override.get_key_element() not in wrong]
-        config, found = _Composer(verb, search).compose(sound)
+        config, found = composer.compose(sound)
     problems += found
     typed = OmegaConf.to_object(config)
     if problems:
@@ -76,8 +74,10 @@ def compose(verb: str, overrides: Sequence[str], config_dir: str | None = None) 
 class _Composer:
     """Composes, and where that fails finds the overrides that are to blame."""
 
-    def __init__(self, verb: str, search: list[str]) -> None:
-        self.verb, self.search = verb, search
+    def __init__(self, verb: str, config_dir: str | None) -> None:
+        self.verb = verb
+        self.own = None if config_dir is None else Path(config_dir).resolve()
+        self.search = [] if self.own is None else [f"hydra.searchpath=[file://{self.own}]"]
 
     def compose(self, overrides: list[Override]) -> tuple[DictConfig, list[Problem]]:
         lines = [str(override.input_line) for override in overrides]
@@ -85,7 +85,7 @@ class _Composer:
             return self._raw(lines), []
         except (HydraException, OmegaConfBaseException):
             pass
-        groups = [o for o in overrides if _is_group(o)]
+        groups = [o for o in overrides if self._options(o.key_or_group)]
         try:
             base = self._raw([str(o.input_line) for o in groups])
         except (HydraException, OmegaConfBaseException) as error:
@@ -104,6 +104,28 @@ class _Composer:
             except (HydraException, OmegaConfBaseException) as error:
                 problems.append(_explain(override, base, error))
         return self._raw([str(o.input_line) for o in good]), problems
+
+    def group_problems(self, overrides: list[Override]) -> list[Problem]:
+        """Find the choices of groups that do not exist."""
+        problems = []
+        for override in overrides:
+            options = self._options(override.key_or_group)
+            chosen = override.value()
+            for name in chosen if isinstance(chosen, list) else [chosen]:
+                if options and isinstance(name, str) and name not in (*options, "null"):
+                    near = difflib.get_close_matches(name, options, 1)
+                    hint = f"did you mean {near[0]}? " if near else ""
+                    remedy = f"{hint}there are: {', '.join(options)}"
+                    key = override.get_key_element()
+                    problems.append(Problem(key, name, "does not exist", remedy))
+        return problems
+
+    def _options(self, group: str) -> list[str]:
+        if not group:
+            return []
+        loader = GlobalHydra.instance().config_loader()
+        own = [] if self.own is None else [path.stem for path in self.own.glob(f"{group}/*.yaml")]
+        return sorted({*loader.get_group_options(group), *own})
 
     def _raw(self, lines: list[str]) -> DictConfig:
         config = hydra_compose(self.verb, overrides=[*self.search, *lines])
@@ -124,9 +146,10 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     for text in overrides:
         try:
             override = parser.parse_override(text)
-        except HydraException as error:
+            override.value()
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
             key, _, value = text.partition("=")
-            reason = f"is not understood: {str(error).splitlines()[0]}"
+            reason = f"is not understood: {_plain(error)}"
             remedy = "write key=value, with lists and spaces in quotes: 'key=[1, 2]'"
             problems.append(Problem(key, value, reason, remedy))
             continue
@@ -140,33 +163,9 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     return parsed, problems
 
 
-def _is_group(override: Override) -> bool:
-    return bool(_options(override.key_or_group))
-
-
-def _options(group: str) -> list[str]:
-    loader = GlobalHydra.instance().config_loader()
-    return list(loader.get_group_options(group)) if group else []
-
-
-def _group_problems(overrides: list[Override]) -> list[Problem]:
-    problems = []
-    for override in overrides:
-        options = _options(override.key_or_group)
-        chosen = override.value()
-        for name in chosen if isinstance(chosen, list) else [chosen]:
-            if options and isinstance(name, str) and name not in (*options, "null"):
-                key = override.get_key_element()
-                near = difflib.get_close_matches(name, options, 1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                remedy = f"{hint}there are: {', '.join(options)}"
-                problems.append(Problem(key, name, "does not exist", remedy))
-    return problems
-
-
 def _explain(override: Override, base: DictConfig, error: Exception) -> Problem:
     key = override.get_key_element().lstrip("+~")
-    value = override.get_value_string()
+    value = str(override.input_line).partition("=")[2]
     known = _keys(base)
     if key not in known:
         near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
@@ -184,7 +183,9 @@ def _plain(error: BaseException) -> str:
     """Return the innermost message, on one line, without OmegaConf's trailer."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(line.strip() for line in str(error).splitlines()[:1])
+    lines = [line.strip() for line in str(error).splitlines()]
+    # Hydra says on the first line where, and on the second one what.
+    return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
 
 
 def _keys(node: DictConfig, prefix: str = "") -> list[str]:
@@ -200,11 +201,9 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
 
 def _own_problems(config: Any, known: set[str]) -> list[Problem]:
     """Return what the typed parts find wrong, but for keys that are told already."""
-    found: list[Problem] = []
-    if isinstance(config, TrainConfig):
-        found = config.problems()
-    elif hasattr(config, "problems"):
-        found = config.problems("")
+    found: list[Problem] = config.problems()
+    if isinstance(config, TrainConfig) and "data.path" not in known:
+        found += config.data.shard_problems("data")
     return [problem for problem in found if problem.key not in known]
 
 

@@ -11,7 +11,7 @@ import pytest
 from modtrain.data.config import PrepareConfig, TokenizerConfig
 from modtrain.data.prepare import prepare
 
-WORDS = "the a tree river stone walks sings under over bright old quiet and then of to".split()
+WORDS = ["the", "a", "tree", "river", "stone", "walks", "sings", "under", "old", "quiet", "and"]
 
 
 def make_corpus(folder: Path, documents: int = 60, words: int = 200) -> Path:

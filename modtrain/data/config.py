@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from modtrain.checks import at_least, key_of, not_empty, one_of
 from modtrain.data.index import read_summary
 from modtrain.errors import DataError, Problem
 
@@ -12,22 +12,6 @@ VERIFY_LEVELS = ("size", "sha256", "none")
 ERROR_POLICIES = ("skip", "stop")
 # The 256 bytes and the end-of-document token: a byte-level vocabulary cannot be smaller.
 SMALLEST_VOCAB = 257
-
-
-def _at_least(key: str, value: int, minimum: int) -> list[Problem]:
-    if value >= minimum:
-        return []
-    return [Problem(key, value, f"is less than {minimum}", f"{key}={minimum} or more")]
-
-
-def _one_of(key: str, value: str, choices: Sequence[str]) -> list[Problem]:
-    if value in choices:
-        return []
-    return [Problem(key, value, "is no such choice", f"one of {', '.join(choices)}")]
-
-
-def _not_empty(key: str, value: object, remedy: str) -> list[Problem]:
-    return [] if value else [Problem(key, value, "is empty", remedy)]
 
 
 @dataclass
@@ -52,28 +36,23 @@ class DataConfig:
     verify: str = "size"
 
     def problems(self, prefix: str) -> list[Problem]:
-        """Everything wrong with this configuration, with keys below ``prefix``.
-
-        Reads ``index.json`` at ``path``, since ``seq_len`` must fit the shards there.
-        """
+        """Everything wrong with this configuration that can be seen without the shards."""
         return [
-            *_at_least(f"{prefix}.seed", self.seed, 0),
-            *_at_least(f"{prefix}.num_workers", self.num_workers, 0),
-            *_at_least(f"{prefix}.prefetch_factor", self.prefetch_factor, 1),
-            *_one_of(f"{prefix}.verify", self.verify, VERIFY_LEVELS),
-            *self._problems_with_shards(prefix),
+            *at_least(self, prefix, 0, "seed", "num_workers"),
+            *at_least(self, prefix, 1, "prefetch_factor", "seq_len"),
+            *one_of(self, prefix, "verify", VERIFY_LEVELS),
         ]
 
-    def _problems_with_shards(self, prefix: str) -> list[Problem]:
-        wrong = [] if self.seq_len is None else _at_least(f"{prefix}.seq_len", self.seq_len, 1)
+    def shard_problems(self, prefix: str) -> list[Problem]:
+        """What does not fit the shards at ``path``, which may be missing. Reads ``index.json``."""
         try:
             stored = read_summary(self.path).seq_len
         except DataError as error:
             remedy = "modtrain prepare writes such a directory"
-            return [*wrong, Problem(f"{prefix}.path", self.path, str(error), remedy)]
-        if wrong or self.seq_len is None:
-            return wrong
-        return seq_len_problems(f"{prefix}.seq_len", self.seq_len, stored)
+            return [Problem(key_of(prefix, "path"), self.path, str(error), remedy)]
+        if self.seq_len is None or self.seq_len < 1:
+            return []
+        return seq_len_problems(key_of(prefix, "seq_len"), self.seq_len, stored)
 
 
 def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:
@@ -108,8 +87,8 @@ class TokenizerConfig:
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with this configuration, with keys below ``prefix``."""
         return [
-            *_at_least(f"{prefix}.vocab_size", self.vocab_size, SMALLEST_VOCAB),
-            *_at_least(f"{prefix}.train_bytes", self.train_bytes, 1),
+            *at_least(self, prefix, SMALLEST_VOCAB, "vocab_size"),
+            *at_least(self, prefix, 1, "train_bytes"),
         ]
 
 
@@ -132,8 +111,8 @@ class PrepareConfig:
     seed: seed of the choice of held-out documents.
     """
 
-    sources: list[str]
-    output: str
+    sources: list[str] = field(default_factory=list)
+    output: str = ""
     text_column: str = "text"
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     seq_len: int = 256
@@ -144,21 +123,18 @@ class PrepareConfig:
     num_workers: int = 0
     seed: int = 0
 
-    def problems(self, prefix: str) -> list[Problem]:
+    def problems(self, prefix: str = "") -> list[Problem]:
         """Everything wrong with this configuration, with keys below ``prefix``."""
         found = [
-            *_not_empty(f"{prefix}.sources", self.sources, f"{prefix}.sources=[corpus/*.jsonl]"),
-            *_not_empty(f"{prefix}.output", self.output, f"{prefix}.output=DIRECTORY"),
-            *_not_empty(f"{prefix}.text_column", self.text_column, f"{prefix}.text_column=text"),
-            *self.tokenizer.problems(f"{prefix}.tokenizer"),
-            *_one_of(f"{prefix}.on_error", self.on_error, ERROR_POLICIES),
+            *not_empty(self, prefix, "sources", "name files: 'sources=[corpus/*.jsonl]'"),
+            *not_empty(self, prefix, "output", "name a directory: output=data/mine"),
+            *not_empty(self, prefix, "text_column", "text_column=text is usual"),
+            *self.tokenizer.problems(key_of(prefix, "tokenizer")),
+            *one_of(self, prefix, "on_error", ERROR_POLICIES),
+            *at_least(self, prefix, 1, "seq_len", "sequences_per_sample", "samples_per_shard"),
+            *at_least(self, prefix, 0, "num_workers", "seed"),
         ]
-        for name in ("seq_len", "sequences_per_sample", "samples_per_shard"):
-            found += _at_least(f"{prefix}.{name}", getattr(self, name), 1)
-        for name in ("num_workers", "seed"):
-            found += _at_least(f"{prefix}.{name}", getattr(self, name), 0)
         if not 0 < self.valid_fraction < 1:
-            key = f"{prefix}.valid_fraction"
-            reason = "is not between 0 and 1, both excluded"
-            found.append(Problem(key, self.valid_fraction, reason, f"{key}=0.05"))
+            key, reason = key_of(prefix, "valid_fraction"), "is not between 0 and 1, both excluded"
+            found.append(Problem(key, self.valid_fraction, reason, "try 0.05"))
         return found

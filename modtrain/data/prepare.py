@@ -56,6 +56,7 @@ from modtrain.errors import DataError, raise_if_any
 WORK_NAME = ".work"
 # What the output was made of, apart from the index: times of change are no part of the data.
 REQUEST_NAME = ".prepared.json"
+_TIMES = "times of change"
 # Tokens of 16 bits number this many.
 _LARGEST_UINT16_VOCAB = 1 << 16
 
@@ -72,7 +73,7 @@ def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
     Raises ConfigError for a configuration that cannot work; DataError for a corpus that cannot be
     read, an output made of something else, and a split without a single sequence.
     """
-    raise_if_any(config.problems("prepare"))
+    raise_if_any(config.problems())
     try:
         return _prepare(config, progress)
     except OSError as error:
@@ -140,8 +141,9 @@ def _request(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, An
     path = config.tokenizer.path
     if path is not None:
         options["tokenizer"] = {"sha256": file_sha256(Path(path))}
-    found = [[Path(file.path).name, file.size, file.mtime_ns] for file in files]
-    return {**options, "files": len(files), "contents": digest(found)}
+    names, sizes = [Path(file.path).name for file in files], [file.size for file in files]
+    times = digest([file.mtime_ns for file in files])
+    return {**options, "files": len(files), "contents": digest([names, sizes]), _TIMES: times}
 
 
 def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
@@ -150,10 +152,13 @@ def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
     except (OSError, ValueError):
         made_of = {}
     keys = sorted(key for key in {*request, *made_of} if request.get(key) != made_of.get(key))
-    if keys:
+    if keys == [_TIMES]:
+        # A corpus copied or installed anew has new times and the same text.
+        _log.warning("the sources' times of change differ, names and sizes do not: taken as equal")
+    elif keys:
         raise DataError(
             f"{output} holds data that was prepared otherwise: it differs in {', '.join(keys)} "
-            f"(contents: names, sizes and times of change of the sources). "
+            f"(contents: names and sizes of the sources). "
             f"Choose another output, or remove {output} to make it anew."
         )
     summary = ShardIndex.load(output).summary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from modtrain.checks import at_least
 from modtrain.errors import Problem
 from modtrain.training.config import TrainConfig
 
@@ -32,6 +33,4 @@ class CompareConfig(TrainConfig):
                     "give them as in conf/experiment/quickstart.yaml",
                 )
             )
-        if self.timed_rounds < 1:
-            found.append(Problem("timed_rounds", self.timed_rounds, "is below 1", "give 1 or more"))
-        return found
+        return found + at_least(self, "", 1, "timed_rounds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from modtrain.checks import at_least, not_empty, one_of
 from modtrain.errors import Problem
 from modtrain.training.config import ACCELERATORS, PRECISIONS
 
@@ -28,15 +29,9 @@ class EvalRunConfig:
 
     def problems(self, prefix: str = "") -> list[Problem]:
         """Everything wrong with the request."""
-        found = []
-        if not self.run:
-            found.append(Problem(f"{prefix}run", "null", "names no run", "add run=my_run"))
-        for name in ("sequences", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(Problem(prefix + name, value, "is below 1", "give 1 or more"))
-        for name, choices in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in choices:
-                remedy = f"use one of: {', '.join(choices)}"
-                found.append(Problem(prefix + name, getattr(self, name), "is not known", remedy))
-        return found
+        return [
+            *not_empty(self, prefix, "run", "add run=my_run"),
+            *at_least(self, prefix, 1, "sequences", "batch_size"),
+            *one_of(self, prefix, "accelerator", ACCELERATORS),
+            *one_of(self, prefix, "precision", PRECISIONS),
+        ]

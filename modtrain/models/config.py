@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from modtrain.checks import above_zero, at_least, one_of
 from modtrain.errors import Problem
 from modtrain.models.pattern import layer_capacities, pattern_problems
 
@@ -30,20 +31,15 @@ class RouterConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the router's settings."""
-        found = []
-        if self.gate not in GATES:
-            found.append(_choice(f"{prefix}.gate", self.gate, GATES))
-        found += [
-            _choice(f"{prefix}.causal", name, CAUSAL_ROUTERS)
-            for name in self.causal
-            if name not in CAUSAL_ROUTERS
+        found = [
+            *one_of(self, prefix, "gate", GATES),
+            *one_of(self, prefix, "causal", CAUSAL_ROUTERS),
+            *at_least(self, prefix, 1, "predictor_dim"),
         ]
         if len(set(self.causal)) != len(self.causal):
             found.append(
                 Problem(f"{prefix}.causal", self.causal, "names a router twice", "name each once")
             )
-        if self.predictor_dim < 1:
-            found.append(_positive(f"{prefix}.predictor_dim", self.predictor_dim))
         return found
 
 
@@ -118,40 +114,28 @@ class ModelConfig:
 
     def problems(self, prefix: str = "model") -> list[Problem]:
         """Everything wrong with the model's shape, in the order of the fields."""
-        names = ["d_model", "num_layers", "num_heads"]
-        names += [
-            name
-            for name in ("vocab_size", "num_kv_heads", "head_dim", "d_ff", "sliding_window")
-            if getattr(self, name) is not None
-        ]
-        found = [
-            _positive(f"{prefix}.{name}", getattr(self, name))
-            for name in names
-            if getattr(self, name) < 1
-        ]
+        sizes = ("d_model", "num_layers", "num_heads", "vocab_size", "num_kv_heads", "head_dim")
+        found = at_least(self, prefix, 1, *sizes, "d_ff", "sliding_window")
         if not found:
             found += self._head_problems(prefix)
-        found += [
-            Problem(f"{prefix}.{name}", getattr(self, name), "must be above 0", f"try {good}")
-            for name, good in (("rope_theta", "10000"), ("norm_eps", "1e-5"), ("init_std", "0.02"))
-            if not getattr(self, name) > 0
-        ]
-        if self.activation not in ACTIVATIONS:
-            found.append(_choice(f"{prefix}.activation", self.activation, ACTIVATIONS))
+        found += above_zero(self, prefix, "rope_theta", "norm_eps", "init_std")
+        found += one_of(self, prefix, "activation", ACTIVATIONS)
         found += pattern_problems(self.pattern, self.capacity, self.num_layers, prefix)
         return found + self.router.problems(f"{prefix}.router")
 
     def _head_problems(self, prefix: str) -> list[Problem]:
         found = []
         if self.head_dim is None and self.d_model % self.num_heads:
-            good = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
+            # Heads of even width alone: RoPE turns pairs. No model has more heads than the bound.
+            good = [h for h in range(1, min(self.d_model, 4096) + 1) if self.d_model % (2 * h) == 0]
             near = sorted(good, key=lambda h: abs(h - self.num_heads))[:3]
+            remedy = f"use {', '.join(map(str, sorted(near)))}, or set " if near else "set "
             found.append(
                 Problem(
                     f"{prefix}.num_heads",
                     self.num_heads,
                     f"does not divide {prefix}.d_model={self.d_model}",
-                    f"use {', '.join(map(str, sorted(near)))}, or set {prefix}.head_dim",
+                    f"{remedy}{prefix}.head_dim",
                 )
             )
         elif self.head_width % 2:
@@ -173,11 +157,3 @@ class ModelConfig:
                 )
             )
         return found
-
-
-def _positive(key: str, value: object) -> Problem:
-    return Problem(key, value, "must be at least 1", "give a whole number of 1 or more")
-
-
-def _choice(key: str, value: object, choices: tuple[str, ...]) -> Problem:
-    return Problem(key, value, "is not known", f"use one of: {', '.join(choices)}")

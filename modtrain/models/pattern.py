@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from modtrain.errors import Problem
 
 PATTERNS = ("dense", "every", "every_other")
-_LIST_TERM = re.compile(r"\s*\[([^\[\]]*)\]\s*(?:\*\s*(\d+))?\s*")
+# At most four digits of repetition: a typing error is not to fill the memory.
+_LIST_TERM = re.compile(r"\s*\[([^\[\]]*)\]\s*(?:\*\s*(\d{1,4}))?\s*")
 
 
 def num_chosen(capacity: float, seq_len: int) -> int:
@@ -57,9 +58,8 @@ def pattern_problems(
         values = _as_list(pattern)
     except ValueError as error:
         names = ", ".join(PATTERNS)
-        remedy = (
-            f"use one of: {names}; or a list of capacities such as '[1, .125]*{num_layers // 2}'"
-        )
+        example = f"[1, .125]*{num_layers // 2}" + (" + [1]" if num_layers % 2 else "")
+        remedy = f"use one of: {names}; or a list of capacities such as '{example}'"
         return [*found, Problem(key, pattern, str(error), remedy)]
     if len(values) != num_layers:
         found.append(
@@ -88,7 +88,10 @@ def _as_list(pattern: object) -> list[float]:
     for value in pattern:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"holds {value!r}, which is not a number")
-    return [float(value) for value in pattern]
+    try:
+        return [float(value) for value in pattern]
+    except OverflowError:
+        raise ValueError("holds a number too large for a float") from None
 
 
 def _parse(text: str) -> list[float]:

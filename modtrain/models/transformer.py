@@ -41,11 +41,14 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.d_model)
         capacities = config.capacities
-        self.layers = nn.ModuleList(_layer(config, capacity) for capacity in capacities)
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocabulary, bias=False)
+        # torch's layers draw weights as they are made, which `initialise` replaces: whoever draws
+        # from the global state next is not to notice.
+        with torch.random.fork_rng(devices=[]):
+            self.embedding = nn.Embedding(config.vocabulary, config.d_model)
+            self.layers = nn.ModuleList(_layer(config, capacity) for capacity in capacities)
+            self.norm = RMSNorm(config.d_model, config.norm_eps)
+            self.head = nn.Linear(config.d_model, config.vocabulary, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.routed_layers = tuple(i for i, c in enumerate(capacities) if c is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from modtrain.checks import above_zero, at_least, one_of, shares
 from modtrain.data.config import DataConfig
 from modtrain.errors import Problem
 from modtrain.models.config import ModelConfig
@@ -76,7 +77,7 @@ class BatchConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the batch that needs no data to see."""
-        return _at_least(self, prefix, 1, "tokens", "micro_batch_size")
+        return at_least(self, prefix, 1, "tokens", "micro_batch_size")
 
 
 @dataclass
@@ -98,10 +99,8 @@ class OptimizerConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the optimizer."""
-        found = _choice(self, prefix, "name", ("adamw",))
-        found += _above_zero(self, prefix, "lr", "eps")
-        if self.grad_clip is not None:
-            found += _above_zero(self, prefix, "grad_clip")
+        found = one_of(self, prefix, "name", ("adamw",))
+        found += above_zero(self, prefix, "lr", "eps", "grad_clip")
         found += [
             Problem(f"{prefix}.{name}", value, "is not in [0, 1)", "try 0.9 and 0.95")
             for name in ("beta1", "beta2")
@@ -131,8 +130,8 @@ class ScheduleConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the schedule."""
-        found = _choice(self, prefix, "name", SCHEDULES)
-        found += _shares(self, prefix, "warmup", "decay", "final")
+        found = one_of(self, prefix, "name", SCHEDULES)
+        found += shares(self, prefix, "warmup", "decay", "final")
         if not found and self.name == "wsd" and self.warmup + self.decay > 1:
             found.append(
                 Problem(
@@ -158,11 +157,9 @@ class StrategyConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the strategy."""
-        found = _choice(self, prefix, "name", STRATEGIES)
-        found += _choice(self, prefix, "accelerator", ACCELERATORS)
-        if self.num_threads is not None:
-            found += _at_least(self, prefix, 1, "num_threads")
-        return found
+        found = one_of(self, prefix, "name", STRATEGIES)
+        found += one_of(self, prefix, "accelerator", ACCELERATORS)
+        return found + at_least(self, prefix, 1, "num_threads")
 
 
 @dataclass
@@ -175,8 +172,7 @@ class EvalConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the evaluation."""
-        names = [name for name in ("every", "sequences") if getattr(self, name) is not None]
-        return _at_least(self, prefix, 1, *names, "batch_size")
+        return at_least(self, prefix, 1, "every", "sequences", "batch_size")
 
 
 @dataclass
@@ -193,18 +189,11 @@ class CheckpointConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the checkpoints."""
-        found = _at_least(self, prefix, 1, "every", "keep_last")
-        if self.keep_every is not None:
-            found += _at_least(self, prefix, 1, "keep_every")
-            if not found and self.keep_every % self.every:
-                found.append(
-                    Problem(
-                        f"{prefix}.keep_every",
-                        self.keep_every,
-                        f"is no multiple of {prefix}.every={self.every}",
-                        "no checkpoint would fall on it: choose a multiple",
-                    )
-                )
+        found = at_least(self, prefix, 1, "every", "keep_last", "keep_every")
+        if not found and self.keep_every is not None and self.keep_every % self.every:
+            reason = f"is no multiple of {prefix}.every={self.every}"
+            remedy = "no checkpoint would fall on it: choose a multiple"
+            found.append(Problem(f"{prefix}.keep_every", self.keep_every, reason, remedy))
         return found
 
 
@@ -218,7 +207,7 @@ class LogConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the logging."""
-        return _at_least(self, prefix, 1, "every")
+        return at_least(self, prefix, 1, "every")
 
 
 @dataclass
@@ -251,7 +240,7 @@ class TrainConfig:
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
         """Everything wrong with the run that can be seen without its data."""
-        found = _choice(self, "", "precision", PRECISIONS)
+        found = one_of(self, "", "precision", PRECISIONS)
         found += self._name_problems() if needs_name or self.name is not None else []
         for part in (
             *("model", "data", "budget", "batch", "optimizer", "schedule"),
@@ -281,38 +270,3 @@ class TrainConfig:
                 )
             ]
         return []
-
-
-def _key(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
-def _at_least(config: object, prefix: str, least: int, *names: str) -> list[Problem]:
-    return [
-        Problem(_key(prefix, name), value, f"is below {least}", f"give {least} or more")
-        for name in names
-        if (value := getattr(config, name)) < least
-    ]
-
-
-def _above_zero(config: object, prefix: str, *names: str) -> list[Problem]:
-    return [
-        Problem(_key(prefix, name), value, "is not above 0", "give a positive number")
-        for name in names
-        if not (math.isfinite(value := getattr(config, name)) and value > 0)
-    ]
-
-
-def _shares(config: object, prefix: str, *names: str) -> list[Problem]:
-    return [
-        Problem(_key(prefix, name), value, "is not a share in [0, 1]", "give a number from 0 to 1")
-        for name in names
-        if not 0 <= (value := getattr(config, name)) <= 1
-    ]
-
-
-def _choice(config: object, prefix: str, name: str, choices: tuple[str, ...]) -> list[Problem]:
-    value = getattr(config, name)
-    if value in choices:
-        return []
-    return [Problem(_key(prefix, name), value, "is not known", f"use one of: {', '.join(choices)}")]

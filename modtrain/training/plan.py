@@ -57,16 +57,13 @@ def resolve(config: TrainConfig, needs_data: bool = True) -> tuple[TrainConfig, 
 
     Raises:
         ConfigError: everything that is wrong, at once.
-        DataError: there is no prepared data, or it is damaged.
     """
     found = config.problems(needs_name=needs_data)
-    try:
-        summary = read_summary(config.data.path)
-    except DataError:
-        if needs_data:
+    summary = _summary(config.data.path)
+    if summary is not None or needs_data:
+        found += config.data.shard_problems("data")
+        if summary is None:
             raise_if_any(found)
-            raise
-        summary = None
     found += _vocabulary_problems(config, summary)
     seq_len, length_problems = _sequence_length(config, summary)
     found += length_problems
@@ -116,6 +113,13 @@ def derive(config: TrainConfig, world_size: int = 1) -> TrainingPlan:
         )
     accumulate = sequences // (config.batch.micro_batch_size * world_size)
     return TrainingPlan(seq_len, sequences, accumulate, steps, per_token, world_size)
+
+
+def _summary(path: str) -> IndexSummary | None:
+    try:
+        return read_summary(path)
+    except DataError:
+        return None
 
 
 def _vocabulary_problems(config: TrainConfig, summary: IndexSummary | None) -> list[Problem]:

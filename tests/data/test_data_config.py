@@ -31,8 +31,8 @@ def test_config_and_index_import_nothing_heavy() -> None:
 
 
 def test_good_configs_have_no_problems(prepared: Path) -> None:
-    assert DataConfig(path=str(prepared)).problems("data") == []
-    assert DataConfig(path=str(prepared), seq_len=8, verify="none").problems("data") == []
+    for config in (DataConfig(str(prepared)), DataConfig(str(prepared), 8, verify="none")):
+        assert config.problems("data") == config.shard_problems("data") == []
     assert PrepareConfig(sources=["a.txt"], output="out").problems("prepare") == []
 
 
@@ -59,20 +59,21 @@ def test_all_problems_of_the_data_are_told_at_once(prepared: Path) -> None:
     config = DataConfig(
         path=str(prepared), seq_len=5, seed=-1, num_workers=-1, prefetch_factor=0, verify="md5"
     )
-    keys = {problem.key for problem in config.problems("data")}
-    assert keys == {
+    found = [*config.problems("data"), *config.shard_problems("data")]
+    assert {problem.key for problem in found} == {
         f"data.{name}" for name in ("seq_len", "seed", "num_workers", "prefetch_factor", "verify")
     }
 
 
 @pytest.mark.parametrize(
     ("seq_len", "words"),
-    [(5, "does not divide"), (32, "is larger than"), (0, "less than 1")],
+    [(5, "does not divide"), (32, "is larger than"), (0, "below 1")],
 )
 def test_a_sequence_length_that_does_not_fit_the_shards(
     prepared: Path, seq_len: int, words: str
 ) -> None:
-    (problem,) = DataConfig(path=str(prepared), seq_len=seq_len).problems("data")
+    config = DataConfig(path=str(prepared), seq_len=seq_len)
+    (problem,) = [*config.problems("data"), *config.shard_problems("data")]
     assert problem.key == "data.seq_len"
     assert words in problem.reason
     if seq_len:
@@ -81,6 +82,6 @@ def test_a_sequence_length_that_does_not_fit_the_shards(
 
 
 def test_missing_data_is_a_problem(tmp_path: Path) -> None:
-    (problem,) = DataConfig(path=str(tmp_path)).problems("data")
+    (problem,) = DataConfig(path=str(tmp_path)).shard_problems("data")
     assert problem.key == "data.path"
     assert "modtrain prepare" in problem.reason

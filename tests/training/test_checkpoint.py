@@ -127,7 +127,7 @@ def test_a_save_that_fails_leaves_nothing_that_looks_whole(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", fail)
-    with pytest.raises(CheckpointError, match="could not be written: .*No space"):
+    with pytest.raises(CheckpointError, match=r"could not be written: .*No space"):
         save(tmp_path, 2)
     monkeypatch.undo()
     assert checkpoint.whole_checkpoints(tmp_path) == [(1, kept)]

@@ -55,7 +55,13 @@ def final_weights(tmp_path: Path, name: str):
 def flatten(node, key=""):
     if isinstance(node, torch.Tensor):
         return {key: node}
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
     return {k: v for name, child in items for k, v in flatten(child, f"{key}.{name}").items()}
 
 

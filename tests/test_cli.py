@@ -1,0 +1,169 @@
+"""The command line: help, mistakes, and what the verbs print."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modtrain import cli
+from modtrain.configuration import compose
+from modtrain.errors import ConfigError
+from tests.conftest import run_modtrain
+
+
+def errors(*overrides, verb="train"):
+    with pytest.raises(ConfigError) as error:
+        config = compose(verb, overrides)
+        from modtrain.training.plan import resolve
+
+        resolve(config)
+    return {problem.key: problem for problem in error.value.problems}
+
+
+def test_help_and_mistakes_load_nothing_heavy(tmp_path):
+    heavy = "torch", "lightning", "numpy", "hydra", "webdataset"
+    code = (
+        "import sys\nfrom modtrain.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(verb in done.stdout for verb in ("prepare", "train", "eval", "plan", "doctor"))
+
+
+def test_a_wrong_configuration_needs_no_torch(tmp_path):
+    code = (
+        "import sys\nfrom modtrain.cli import main\n"
+        "print(main(['train', 'model.capacity=0', 'budget.steps=1']), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.split() == ["2", "False"]
+
+
+def test_every_mistake_is_told_at_once_with_exit_code_2_and_no_traceback(prepared, tmp_path):
+    done = run_modtrain(
+        *("train", "model=tiny", f"data.path={prepared}", "model.capacity=1.3"),
+        *("model.num_heads=3", "data.seq_len=128", "budget.steps=1", "budget.tokens=5"),
+        *("modle.d_model=3", "batch.tokens=many", "schedule=cosin", "optimizer.lr=-1", "x=["),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for said in (
+        *("model.capacity=1.3", "model.num_heads=3", "data.seq_len=128", "budget="),
+        *("modle.d_model=3", "did you mean model.d_model?", "batch.tokens=many"),
+        *("schedule=cosin", "did you mean cosine?", "optimizer.lr=-1", "name=null", "x=["),
+    ):
+        assert said in done.stderr, said
+    assert done.stderr.count("remedy:") == 10
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["model.capacity=0"], "model.capacity", 0),
+        (["model.capacity=nan"], "model.capacity", None),
+        (["model.num_heads=3", "model=tiny"], "model.num_heads", 3),
+        (["budget.flops=0"], "budget.flops", 0),
+        (["budget.flops=inf"], "budget.flops", None),
+        ([], "budget", None),
+        (["budget.steps=1", "budget.flops=1"], "budget", None),
+        (["model.d_model=-8"], "model.d_model", -8),
+        (["model.pattern=zigzag"], "model.pattern", "zigzag"),
+        (["'model.pattern=[1, 0.5]'"], "model.pattern", None),
+        (["optimizer.beta2=1"], "optimizer.beta2", 1),
+        (["schedule.warmup=2"], "schedule.warmup", 2),
+        (["strategy.name=magic"], "strategy.name", "magic"),
+        (["precision=fp8"], "precision", "fp8"),
+        (["checkpoint.keep_every=7", "checkpoint.every=5"], "checkpoint.keep_every", 7),
+        (["name=../up"], "name", "../up"),
+        (["model.sliding_window=0"], "model.sliding_window", 0),
+        (["model.router.gate=hyper"], "model.router.gate", "hyper"),
+        (["model.router.causal=[oracle]"], "model.router.causal", "oracle"),
+        (["data.num_workers=-1"], "data.num_workers", -1),
+    ],
+)
+def test_each_mistake_names_key_value_and_remedy(prepared, overrides, key, value):
+    overrides = [o.strip("'") for o in overrides]
+    found = errors(f"data.path={prepared}", *overrides)
+    assert key in found
+    assert found[key].remedy
+    if value is not None:
+        assert found[key].value == value
+
+
+def test_missing_data_says_to_prepare_it(tmp_path):
+    done = run_modtrain("train", "name=x", "budget.steps=1", cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert "modtrain prepare" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@given(
+    st.lists(
+        st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=20), max_size=4
+    )
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_override_gives_a_traceback(overrides):
+    try:
+        compose("train", overrides)
+    except ConfigError as error:
+        assert error.problems
+
+
+def test_a_users_own_directory_of_configurations_is_searched(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("defaults: [tiny]\nnum_layers: 6\n")
+    config = compose("train", ["model=mine"], str(tmp_path))
+    assert (config.model.num_layers, config.model.d_model) == (6, 32)
+    with pytest.raises(ConfigError, match="is no directory"):
+        compose("train", [], str(tmp_path / "nowhere"))
+
+
+def test_a_mistake_in_a_users_file_is_told_without_a_traceback(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("num_layerz: 6\n")
+    with pytest.raises(ConfigError, match="num_layerz"):
+        compose("train", ["model=mine"], str(tmp_path))
+
+
+def test_plan_prints_parts_conventions_and_schedule(capsys):
+    assert cli.main(["plan", "model=mod_60m", "data.seq_len=2048", "budget.flops=6e18"]) == 0
+    shown = capsys.readouterr().out
+    for said in ("attention products", "router", "predictor", "head", "if dense", "backward = 2 x"):
+        assert said in shown
+    for said in ("steps", "tokens", "cosine", "AdamW moments", "causal attention is counted whole"):
+        assert said in shown
+
+
+def test_doctor_says_what_is_here(capsys):
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for said in ("torch", "lightning", "gloo", "disk", "shared memory", "Slurm", "CUDA"):
+        assert said in shown
+    assert cli.main(["doctor", "model=tiny"]) == 2
+
+
+def test_eval_after_training_tells_causal_and_not(tiny, prepared, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *tiny, "name=a"]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", "run=a", "sequences=8", "batch_size=4"]) == 0
+    shown = capsys.readouterr().out
+    for said in ("causal loss", "top-k loss, not causal", "bits a byte", "balanced accuracy"):
+        assert said in shown
+    (file,) = (tmp_path / "runs/a").glob("eval-*.json")
+    figures = json.loads(file.read_text())
+    result = json.loads((tmp_path / "runs/a/result.json").read_text())
+    assert figures["causal_loss"] == pytest.approx(result["held_out/causal_loss"], rel=1e-5)
+    assert cli.main(["eval", "run=nobody"]) == 1
+    assert cli.main(["eval", "run=a", "step=5"]) == 1
+    assert "there are: 8, 12" in capsys.readouterr().err
+    assert cli.main(["eval"]) == 2

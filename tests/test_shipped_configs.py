@@ -1,0 +1,74 @@
+"""Every shipped configuration composes, builds, steps, and costs what it says."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from modtrain.configuration import compose, compose_arms, conf_dir
+from modtrain.models.flops import forward_flops, parameters
+from modtrain.models.transformer import Transformer
+
+MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
+LENGTH = 256
+PAPER_SIZES = {"60m": 60e6, "220m": 220e6, "1b": 1e9, "3b": 3e9}
+
+
+def composed(*overrides):
+    config = compose("train", ["name=x", "budget.steps=1", "data.seq_len=256", *overrides])
+    if config.model.vocab_size is None:
+        config.model.vocab_size = 512
+    return config
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_builds_steps_and_costs_what_the_formula_says(name):
+    config = composed(f"model={name}").model
+    assert config.problems() == []
+    # Without values: sizes and operations are real, memory is not needed.
+    with FakeTensorMode():
+        model = Transformer(config)
+        tokens = torch.zeros(2, LENGTH, dtype=torch.long)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            output = model(tokens, tokens)
+        loss = sum(output.auxiliary.values(), start=output.loss)
+        loss.backward()
+    expected = forward_flops(config, LENGTH).total * 2
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+    assert all(p.grad is not None for p in model.parameters())
+    assert parameters(config).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", PAPER_SIZES)
+def test_sizes_are_what_their_names_say(size):
+    dense, routed = (composed(f"model={kind}_{size}").model for kind in ("dense", "mod"))
+    assert parameters(dense).total == pytest.approx(PAPER_SIZES[size], rel=0.1)
+    assert (dense.d_model, dense.num_layers) == (routed.d_model, routed.num_layers)
+    assert not dense.is_routed
+    assert routed.is_routed
+
+
+@pytest.mark.parametrize("group", ["optimizer", "schedule", "strategy", "log", "data"])
+def test_every_choice_of_a_group_composes_without_a_problem(group):
+    for path in (conf_dir() / group).glob("*.yaml"):
+        config = composed(f"{group}={path.stem}")
+        found = [p for p in config.problems() if p.key != "data.path"]
+        assert found == [], path
+
+
+def test_every_corpus_composes():
+    for path in (conf_dir() / "corpus").glob("*.yaml"):
+        compose("prepare", [f"corpus={path.stem}"])
+
+
+def test_the_quickstart_compares_like_with_like():
+    directory, arms, _ = compose_arms(["experiment=quickstart"])
+    assert str(directory) == "runs/quickstart"
+    dense, routed = arms["dense"], arms["mod"]
+    assert (dense.name, routed.name) == ("quickstart/dense", "quickstart/mod")
+    assert dense.model.pattern == "dense"
+    assert (routed.model.pattern, routed.model.capacity) == ("every_other", 0.125)
+    routed.model.pattern = dense.model.pattern
+    routed.name = dense.name
+    assert routed == dense
