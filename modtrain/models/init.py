@@ -4,7 +4,7 @@
 - The two projections that write to the residual stream (attention's and the MLP's last):
   ``init_std / sqrt(2 · num_layers)``, so that the stream's variance at the last block does not
   depend on depth (GPT-2's rule).
-- Router weights: normal, ``1 / sqrt(d_model)`` over the scale that the stream has at the start.
+- Router weights: normal, ``1 / sqrt(d_model)``, so that scores have the scale of their input.
 - Norm gains 1, biases 0.
 
 Each parameter draws from a generator of its own, seeded by (seed, name): adding a router or a

@@ -57,8 +57,8 @@ class ProgressCallback(StepCallback):
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == module.plan.steps:
             self._last_line = now
             left = (now - self._started) / (step - self._start_step) * (module.plan.steps - step)
-            print_line = f"{self.label}: step {step}/{module.plan.steps}  "
-            self.console.print(f"{print_line}{self._said(module, step)}  {left:.0f} s left")
+            said = f"{self.label}: step {step}/{module.plan.steps}  {self._said(module, step)}"
+            self.console.print(f"{said}  {left:.0f} s left", soft_wrap=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""

@@ -1,0 +1,66 @@
+"""What the benchmarks share: interleaved timing, a table, and a result that a program can read."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+
+def fix_threads(count: int) -> None:
+    """Use ``count`` threads for the rest of the process."""
+    torch.set_num_threads(count)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Return the seconds of each call in each of ``rounds`` rounds.
+
+    In a round every variant is called once, so that a slow moment of the machine meets all of them;
+    every second round goes backwards, so that none is always first. ``warmup`` calls of each go
+    before and are not counted.
+    """
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            for name in list(calls)[:: -1 if number % 2 else 1]:
+                start = time.perf_counter()
+                calls[name]()
+                seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median over the rounds of one variant's time over the other's in the same round."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def print_times(title: str, seconds: Mapping[str, Sequence[float]]) -> None:
+    """Print median, least and greatest milliseconds of each variant."""
+    print(title)
+    width = max(len(name) for name in seconds)
+    print(f"  {'':<{width}}{'median ms':>12}{'min':>10}{'max':>10}")
+    for name, values in seconds.items():
+        milliseconds = [1e3 * value for value in values]
+        print(
+            f"  {name:<{width}}{statistics.median(milliseconds):>12.1f}"
+            f"{min(milliseconds):>10.1f}{max(milliseconds):>10.1f}"
+        )
+
+
+def finish(benchmark: str, results: Mapping[str, float]) -> None:
+    """Print the result as one JSON object; nothing may be printed after it."""
+    rounded = {name: round(value, 4) for name, value in results.items()}
+    print(json.dumps({"benchmark": benchmark} | rounded), flush=True)

@@ -1,0 +1,116 @@
+"""Small models and inputs that the tests of this folder share."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modtrain.models.attention import SequenceContext, rotary_context
+from modtrain.models.config import ModelConfig, RouterConfig
+from modtrain.models.transformer import Transformer
+
+VOCAB = 48
+
+
+def quick(examples: int) -> settings:
+    """Few examples, the same ones on each run."""
+    return settings(max_examples=examples, deadline=None, derandomize=True)
+
+
+def small(**changes) -> ModelConfig:
+    """A model of four layers, the second and fourth routed at a quarter."""
+    values = {
+        "d_model": 16,
+        "num_layers": 4,
+        "num_heads": 2,
+        "vocab_size": VOCAB,
+        "d_ff": 32,
+        "capacity": 0.25,
+        "router": RouterConfig(predictor_dim=8),
+    }
+    return ModelConfig(**(values | changes))
+
+
+def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
+    """A model far from its start: sharp attention, uneven gains, biases, predictors of ~ half."""
+    model = Transformer(config, seed).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if name.endswith("gain"):
+                parameter.copy_(1 + 0.3 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(1.2 * noise / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def balance_predictors(model: Transformer, tokens_BS: Tensor) -> None:
+    """Move each predictor's bias so that it says yes to half of ``tokens_BS``."""
+    with torch.no_grad():
+        for place, layer in enumerate(model.routed_layers):
+            logits_BS = model(tokens_BS, selection="predictor").routing[place].predictor_BS
+            model.layers[layer].predictor.out.bias -= logits_BS.quantile(0.5)
+
+
+def distinct_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids (B, S) that are unique in their sequence, so that no two scores tie."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randperm(VOCAB, generator=generator)[:length] for _ in range(batch)]
+    return torch.stack(rows)
+
+
+def random_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCAB, (batch, length), generator=generator)
+
+
+def context_of(config: ModelConfig, positions_BS: Tensor) -> SequenceContext:
+    return rotary_context(positions_BS, config.head_width, config.rope_theta)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@st.composite
+def configs(draw: st.DrawFn, max_layers: int = 4) -> ModelConfig:
+    """Valid models over every choice of shape: heads, groups, widths, MLPs, windows, patterns."""
+    num_kv_heads = draw(st.sampled_from([1, 2]))
+    num_heads = num_kv_heads * draw(st.sampled_from([1, 2, 3]))
+    head_dim = draw(st.sampled_from([None, 2, 6, 8]))
+    d_model = num_heads * draw(st.sampled_from([2, 4, 8]))
+    if head_dim is not None:
+        d_model = draw(st.sampled_from([7, 12, 20]))
+    num_layers = draw(st.integers(1, max_layers))
+    capacity = st.sampled_from([0.05, 0.125, 0.3, 0.5, 0.85, 1.0])
+    listed = st.lists(capacity, min_size=num_layers, max_size=num_layers)
+    patterns = st.sampled_from(["dense", "every", "every_other"]) | listed
+    if num_layers % 2 == 0:
+        patterns |= st.just(f"[1, .125]*{num_layers // 2}")
+    return ModelConfig(
+        d_model=d_model,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=draw(st.sampled_from([None, num_kv_heads])),
+        head_dim=head_dim,
+        vocab_size=VOCAB,
+        d_ff=draw(st.sampled_from([None, 5, 24])),
+        activation=draw(st.sampled_from(["swiglu", "gelu"])),
+        tie_embeddings=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        sliding_window=draw(st.sampled_from([None, 1, 3, 9])),
+        rope_theta=draw(st.sampled_from([100.0, 10000.0])),
+        pattern=draw(patterns),
+        capacity=draw(capacity),
+        router=RouterConfig(
+            gate=draw(st.sampled_from(["raw", "raw", "none"])),
+            causal=draw(st.sampled_from([["predictor"], []])),
+            predictor_dim=draw(st.sampled_from([1, 7])),
+        ),
+    )

@@ -1,0 +1,167 @@
+"""The formulas of cost against what torch counts, and against the table of the derivation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from model_cases import configs, quick, random_tokens
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from modtrain.models.config import ModelConfig, RouterConfig
+from modtrain.models.flops import (
+    Cost,
+    dense_equivalent_flops,
+    forward_flops,
+    parameters,
+    realised_flops,
+    training_flops_per_token,
+)
+from modtrain.models.transformer import Transformer
+
+
+def matvec(matrix_shape, _vector_shape, **_):
+    return 2 * math.prod(matrix_shape)
+
+
+def measure(config: ModelConfig, batch: int, seq_len: int, backward: bool = False) -> Cost:
+    """What torch executes, by part. Backward passes are counted where they ran, in ``mlp``."""
+    model = Transformer(config)
+    # torch leaves the router's matrix-vector product (aten.mv) uncounted unless told how to.
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: matvec})
+    tokens_BS = random_tokens(batch, seq_len)
+    # Only the math kernel is made of products that the counter knows on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        output = model(tokens_BS, tokens_BS if backward else None)
+        if backward:
+            assert output.loss is not None
+            sum(output.auxiliary.values(), output.loss).backward()
+    if backward:
+        return Cost(mlp=counter.get_total_flops())
+    return by_part(counter)
+
+
+def by_part(counter: FlopCounterMode) -> Cost:
+    of = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+
+    def ending(*suffixes: str) -> int:
+        return sum(flops for name, flops in of.items() if name.endswith(suffixes))
+
+    projections = ending(".attention.q", ".attention.k", ".attention.v", ".attention.out")
+    cost = Cost(
+        attention_projections=projections,
+        attention_products=ending(".attention") - projections,
+        mlp=ending(".mlp"),
+        router=ending(".router"),
+        predictor=ending(".predictor"),
+        head=ending("Transformer.head"),
+    )
+    assert cost.total == counter.get_total_flops(), "a product outside every part"
+    return cost
+
+
+@quick(60)
+@given(configs(), st.integers(1, 40), st.integers(1, 2))
+def test_measured_forward_flops_are_the_formulas_by_part(config, seq_len, batch):
+    measured = measure(config, batch, seq_len)
+    formula = forward_flops(config, seq_len)
+    assert measured.total == pytest.approx(batch * formula.total, rel=0.01)
+    # Nothing is approximate about a product's shape, so the parts agree to the last FLOP.
+    assert measured.parts() == {part: batch * count for part, count in formula.parts().items()}
+
+
+@quick(20)
+@given(configs(), st.integers(4, 24))
+def test_the_dense_equivalent_is_the_cost_of_the_dense_model(config, seq_len):
+    equivalent = dense_equivalent_flops(config, seq_len)
+    config.pattern = "dense"
+    assert equivalent == forward_flops(config, seq_len)
+    assert equivalent.router == equivalent.predictor == 0
+
+
+@pytest.mark.parametrize("causal", [[], ["predictor"]])
+def test_training_flops_are_an_upper_bound_short_of_two_products(causal):
+    """Backward = 2 x forward holds but for what never runs: no gradient enters a predictor's input,
+    and the gradient of a router's input is an outer product, which torch does not count."""
+    d, width, seq_len, num_routed = 64, 8, 128, 2
+    config = ModelConfig(
+        d_model=d,
+        num_layers=4,
+        num_heads=2,
+        vocab_size=256,
+        router=RouterConfig(causal=causal, predictor_dim=width),
+    )
+    measured = measure(config, 1, seq_len, backward=True).total
+    formula = seq_len * training_flops_per_token(config, seq_len)
+    assert measured == pytest.approx(formula, rel=0.01)
+    never_run = num_routed * 2 * seq_len * d * (1 + (width if causal else 0))
+    assert measured == formula - never_run
+
+
+def test_realised_flops_follow_the_mean_of_squares():
+    config = ModelConfig(d_model=32, num_layers=2, num_heads=2, vocab_size=64)
+    # One sequence sends 2 tokens through the second layer, the other 6.
+    mean = realised_flops(config, 16, [(16, 256), (4, 20)])
+    two, six = (realised_flops(config, 16, [(16, 256), (k, k * k)]) for k in (2, 6))
+    assert 2 * mean.total == two.total + six.total
+    assert forward_flops(config, 16) == two
+
+
+@quick(60)
+@given(configs())
+def test_parameters_are_counted_exactly_by_part(config):
+    counts = dict.fromkeys(Cost().parts(), 0)
+    for name, parameter in Transformer(config).named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    assert parameters(config).parts() == counts
+
+
+def part_of(name: str) -> str:
+    if name.endswith(".gain"):
+        return "norms"
+    for part in ("embedding", "head", "mlp", "router", "predictor"):
+        if f".{part}." in f".{name}":
+            return part
+    assert ".attention." in name
+    return "attention_projections"
+
+
+TABLE = [  # d, S, L, V, rho, model, with head
+    (1024, 2048, 16, 32000, 0.0977, 0.549, 0.598),
+    (256, 512, 8, 4096, 0.0979, 0.549, 0.599),
+    (128, 256, 8, 256, 0.0981, 0.549, 0.556),
+]
+
+
+@pytest.mark.parametrize(("d", "seq_len", "layers", "vocab", "rho", "model", "with_head"), TABLE)
+def test_the_savings_are_those_of_the_derivation(d, seq_len, layers, vocab, rho, model, with_head):
+    """Routed over dense: c(6d + cS)/(6d + S) + 1/(12d + 2S), the MLP being two 4d matrices."""
+
+    def cost(pattern, num_layers=layers):
+        config = ModelConfig(
+            d_model=d,
+            num_layers=num_layers,
+            num_heads=4,
+            vocab_size=vocab,
+            activation="gelu",
+            pattern=pattern,
+            capacity=0.125,
+            router=RouterConfig(causal=[]),
+        )
+        return forward_flops(config, seq_len)
+
+    def blocks(part: Cost) -> int:
+        return part.total - part.head
+
+    one_layer = blocks(cost("every", 1)) / blocks(cost("dense", 1))
+    c = 0.125
+    formula = c * (6 * d + c * seq_len) / (6 * d + seq_len) + 1 / (12 * d + 2 * seq_len)
+    assert one_layer == pytest.approx(formula, rel=1e-12)
+    assert one_layer == pytest.approx(rho, abs=5e-5)
+    routed, dense = cost("every_other"), cost("dense")
+    assert blocks(routed) / blocks(dense) == pytest.approx(model, abs=5e-4)
+    assert routed.total / dense.total == pytest.approx(with_head, abs=5e-4)

@@ -1,0 +1,99 @@
+"""Every command that the documents show runs, and every link and file that they name is there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What runs for minutes has a test of its own, and the tests cannot run themselves.
+ELSEWHERE = {
+    "make quickstart": "tests/test_quickstart.py",
+    "make test": ".ci/run",
+    "make test-slow": ".ci/run",
+    "make lint": ".ci/run",
+    "make types": ".ci/run",
+    "make imports": ".ci/run",
+    "make install": ".ci/run",
+}
+
+
+def commands(document: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", document.read_text(), flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as a user has it after `make install`: the environment and the checkout's files."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for entry in ROOT.iterdir():
+        if entry.name not in {".venv", "data", "runs"}:
+            (folder / entry.name).symlink_to(entry)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_commands_run(document, workplace):
+    for command in commands(document):
+        if command in ELSEWHERE:
+            assert command in (ROOT / ELSEWHERE[command]).read_text()
+            continue
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=workplace,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"},
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_readme_shows_every_verb():
+    from modtrain.cli import _VERBS
+
+    shown = " ".join(commands(ROOT / "README.md"))
+    assert [verb for verb in _VERBS if f"modtrain {verb}" not in shown] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_files_it_names_are_there(document):
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+    for path in re.findall(r"`((?:modtrain|conf|tests|benchmarks|docs)/[\w./*-]+)`", text):
+        assert list(ROOT.glob(path)), path
+
+
+def test_every_configuration_key_is_documented():
+    from dataclasses import fields, is_dataclass
+
+    from modtrain.configuration import SCHEMAS
+
+    text = (ROOT / "docs/configuration.md").read_text()
+
+    def keys(schema, prefix=""):
+        for field in fields(schema):
+            default = field.default_factory() if callable(field.default_factory) else None
+            if is_dataclass(default):
+                yield from keys(type(default), f"{prefix}{field.name}.")
+            else:
+                yield f"{prefix}{field.name}"
+
+    missing = {
+        f"{verb}: {key}"
+        for verb, schema in SCHEMAS.items()
+        for key in keys(schema)
+        if f"`{key}`" not in text
+    }
+    assert missing == set()
