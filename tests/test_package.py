@@ -35,15 +35,16 @@ def test_an_installed_modtrain_prepares_trains_and_evaluates(tmp_path):
     corpus = make_corpus(tmp_path / "corpus")
     away = tmp_path / "away"
     away.mkdir()
-    for arguments in (
-        ["prepare", "corpus=files", f"sources=[{corpus}/*.txt]", "output=data/mine"]
-        + ["seq_len=64", "tokenizer.vocab_size=300", "valid_fraction=0.2"],
-        ["train", "name=a", "model=tiny", "data.path=data/mine", "budget.steps=5"]
-        + ["batch.tokens=256", "batch.micro_batch_size=4", "eval.sequences=8"],
-        ["eval", "run=a", "sequences=8"],
-        ["plan", "model=mod_3b", "data.seq_len=2048", "budget.flops=1e20"],
-        ["doctor"],
+    prepare = f"prepare corpus=files sources=[{corpus}/*.txt] output=data/mine seq_len=64"
+    train = "train name=a model=tiny data.path=data/mine budget.steps=5 eval.sequences=8"
+    for line in (
+        f"{prepare} tokenizer.vocab_size=300 valid_fraction=0.2",
+        f"{train} batch.tokens=256 batch.micro_batch_size=4",
+        "eval run=a sequences=8",
+        "plan model=mod_3b data.seq_len=2048 budget.flops=1e20",
+        "doctor",
     ):
+        arguments = line.split()
         command = [environment / "bin/modtrain", *arguments]
         done = subprocess.run(command, cwd=away, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -12,14 +12,12 @@ from rich.table import Table
 
 from modtrain.experiments.timing import step_seconds
 from modtrain.models.flops import dense_equivalent_flops, forward_flops
+from modtrain.training.callbacks.held_out import CAUSAL_FLOPS, CAUSAL_LOSS, TOP_K_LOSS
 from modtrain.training.config import TrainConfig
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import resolve
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory, write_aside
-
-CAUSAL = "held_out/causal_loss"
-TOP_K = "held_out/top_k_loss (not causal)"
 
 
 def compare(directory: Path, arms: dict[str, TrainConfig], rounds: int) -> int:
@@ -63,10 +61,10 @@ def _describe(config: TrainConfig, seconds: float) -> dict[str, Any]:
     result = json.loads(RunDirectory.of(config).result.read_text())
     seq_len = config.data.seq_len or 1
     return {
-        "causal_loss": result[CAUSAL],
-        "top_k_loss_not_causal": result.get(TOP_K),
+        "causal_loss": result.get(CAUSAL_LOSS),
+        "top_k_loss_not_causal": result.get(TOP_K_LOSS),
         "forward_flops_per_token": forward_flops(config.model, seq_len).total / seq_len,
-        "causal_flops_per_token": result.get("held_out/causal_flops_per_token"),
+        "causal_flops_per_token": result.get(CAUSAL_FLOPS),
         "dense_equivalent_flops_per_token": dense_equivalent_flops(config.model, seq_len).total
         / seq_len,
         "micro_batch_seconds": seconds,
@@ -92,7 +90,7 @@ def show(report: dict[str, dict[str, Any]], console: Console) -> None:
     for title, (key, form) in rows.items():
         values = [arm[key] for arm in report.values()]
         scale = 1000 if key == "micro_batch_seconds" else 1
-        table.add_row(title, *("same" if v is None else form.format(v * scale) for v in values))
+        table.add_row(title, *("-" if v is None else form.format(v * scale) for v in values))
     console.print(table)
     for line in verdict(report):
         console.print(line)
@@ -103,6 +101,9 @@ def verdict(report: dict[str, dict[str, Any]]) -> list[str]:
     (first, base), *others = report.items()
     lines = []
     for name, arm in others:
+        if arm["causal_loss"] is None or base["causal_loss"] is None:
+            lines.append(f"{name} and {first} cannot be compared: one has no causal decision")
+            continue
         change = arm["causal_loss"] / base["causal_loss"] - 1
         word = "beats" if change < 0 else "loses to" if change > 0 else "equals"
         flops = arm["forward_flops_per_token"] / base["forward_flops_per_token"]
@@ -120,9 +121,9 @@ def draw(arms: dict[str, TrainConfig], path: Path) -> None:
     axes = figure.subplots()
     for name, config in arms.items():
         records = read_metrics(RunDirectory.of(config).metrics)
-        points = [(r["flops"], r[CAUSAL]) for r in records if CAUSAL in r]
+        points = [(r["flops"], r[CAUSAL_LOSS]) for r in records if CAUSAL_LOSS in r]
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"{name}, causal")
-        above = [(r["flops"], r[TOP_K]) for r in records if TOP_K in r]
+        above = [(r["flops"], r[TOP_K_LOSS]) for r in records if TOP_K_LOSS in r]
         if above:
             label = f"{name}, top-k (not causal)"
             axes.plot(*zip(*above, strict=True), ls=":", color=line.get_color(), label=label)

@@ -93,11 +93,12 @@ def _check_tokenizer(trained: TrainConfig, data_path: str) -> None:
 def _figures(trained: TrainConfig, held_out: HeldOut, data_path: str, step: int) -> dict[str, Any]:
     split = read_summary(data_path).splits["valid"]
     tokens_per_byte = split.num_tokens / split.num_bytes
+    loss = held_out.causal_loss
     seq_len = trained.data.seq_len or 1
     return {
         "step": step,
         **held_out.as_dict(),
-        "perplexity": math.exp(held_out.causal_loss),
-        "bits_per_byte": held_out.causal_loss / math.log(2) * tokens_per_byte,
+        "perplexity": None if loss is None else math.exp(loss),
+        "bits_per_byte": None if loss is None else loss / math.log(2) * tokens_per_byte,
         "dense_equivalent_flops": dense_equivalent_flops(trained.model, seq_len).total / seq_len,
     }

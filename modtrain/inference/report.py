@@ -14,14 +14,20 @@ def show(figures: dict[str, Any]) -> None:
     table = Table(title=f"held-out text, step {figures['step']:,}, {figures['tokens']:,} tokens")
     table.add_column("")
     table.add_column("", justify="right")
-    table.add_row("causal loss (nats a token)", f"{figures['causal_loss']:.4f}")
-    table.add_row("perplexity", f"{figures['perplexity']:.2f}")
-    table.add_row("bits a byte", f"{figures['bits_per_byte']:.4f}")
-    if figures["top_k_loss"] is not None:
-        table.add_row("top-k loss, not causal", f"{figures['top_k_loss']:.4f}")
-        table.add_row("forward FLOPs a token, top-k", f"{figures['top_k_flops']:,.0f}")
-    table.add_row("forward FLOPs a token, causal", f"{figures['causal_flops']:,.0f}")
-    table.add_row("the same, if dense", f"{figures['dense_equivalent_flops']:,.0f}")
+    rows = {
+        "causal loss (nats a token)": ("causal_loss", "{:.4f}"),
+        "perplexity": ("perplexity", "{:.2f}"),
+        "bits a byte": ("bits_per_byte", "{:.4f}"),
+        "top-k loss, not causal": ("top_k_loss", "{:.4f}"),
+        "forward FLOPs a token, causal": ("causal_flops", "{:,.0f}"),
+        "forward FLOPs a token, top-k": ("top_k_flops", "{:,.0f}"),
+        "the same, if dense": ("dense_equivalent_flops", "{:,.0f}"),
+    }
+    for title, (key, form) in rows.items():
+        if figures[key] is not None:
+            table.add_row(title, form.format(figures[key]))
+    if figures["causal_loss"] is None:
+        table.add_row("causal loss", "none: trained without router.causal")
     console.print(table)
     if figures["predictor"]:
         console.print(_layers(figures))

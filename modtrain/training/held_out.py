@@ -6,7 +6,6 @@ by is the causal loss, under its own predictors. For a model without routing bot
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -36,15 +35,16 @@ class PredictorScores:
 class HeldOut:
     """Means over the held-out tokens; losses in nats a token.
 
-    causal_loss: what sampling would see. top_k_loss: 'not causal', None for a dense model.
+    causal_loss: what sampling would see, None for a routed model without a causal decision.
+    top_k_loss: 'not causal', None for a dense model.
     realised_capacity: share of tokens that took part, by routed layer, under causal decisions.
     predictor: scores by routed layer. *_flops: executed forward FLOPs a token.
     """
 
     tokens: int
-    causal_loss: float
+    causal_loss: float | None
     top_k_loss: float | None
-    causal_flops: float
+    causal_flops: float | None
     top_k_flops: float
     realised_capacity: dict[int, float] = field(default_factory=dict)
     predictor: dict[int, PredictorScores] = field(default_factory=dict)
@@ -139,8 +139,7 @@ def _summary(
         loss = sums["top_k"] / tokens
         return HeldOut(tokens, loss, None, top_k_flops, top_k_flops)
     if not _has_predictor(model):
-        # No causal decision was trained: there is no causal loss to tell.
-        return HeldOut(tokens, math.nan, sums["top_k"] / tokens, math.nan, top_k_flops)
+        return HeldOut(tokens, None, sums["top_k"] / tokens, None, top_k_flops)
     by_layer = dict(zip(model.routed_layers, layers, strict=True))
     processed = [
         (float(by_layer[i].chosen) / sequences, float(by_layer[i].squares) / sequences)

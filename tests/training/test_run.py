@@ -221,3 +221,43 @@ def test_random_states_come_back(start, monkeypatch):
     STOP.signum = None
     start("cut")
     assert drawn["cut"] == drawn["whole"]
+
+
+def test_utilisation_is_of_executed_flops_and_shown_only_where_the_peak_is_known(
+    start, monkeypatch
+):
+    from modtrain.training.callbacks import metrics
+
+    monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e12)
+    records = [r for r in read_metrics(start().run.metrics) if "loss" in r]
+    for record in records:
+        executed = record["flops"] / record["step"]
+        achieved = executed / record["throughput/step_seconds"]
+        assert record["throughput/mfu"] == pytest.approx(achieved / 1e12)
+
+
+def test_a_terminal_shows_a_bar(tiny, tmp_path):
+    import os
+    import pty
+    import subprocess
+
+    from tests.conftest import modtrain_command
+
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        modtrain_command("train", *tiny, "name=bar", f"runs_dir={tmp_path}"),
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "COLUMNS": "160", "TERM": "xterm"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while piece := os.read(ours, 65536):
+                shown += piece
+        except OSError:  # how a terminal says that the other side has gone
+            pass
+        assert process.wait() == 0
+    text = shown.decode()
+    for said in ("bar", "━", "step 12/12", "loss", "tokens/s", "FLOPs", "left"):
+        assert said in text

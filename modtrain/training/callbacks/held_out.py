@@ -12,6 +12,10 @@ from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
 from modtrain.training.routing_statistics import chosen_picture
 
+CAUSAL_LOSS = "held_out/causal_loss"
+TOP_K_LOSS = "held_out/top_k_loss (not causal)"
+CAUSAL_FLOPS = "held_out/causal_flops_per_token"
+
 
 class HeldOutCallback(StepCallback):
     """Records the causal loss, and beside it the top-k loss, which is not causal."""
@@ -49,10 +53,13 @@ class HeldOutCallback(StepCallback):
 
 def held_out_metrics(held_out: HeldOut) -> dict[str, float]:
     """Flatten the figures for the metrics; a dense model has one loss, which is causal."""
-    values = {"held_out/causal_loss": held_out.causal_loss}
+    values: dict[str, float] = {}
+    if held_out.causal_loss is not None:
+        values[CAUSAL_LOSS] = held_out.causal_loss
     if held_out.top_k_loss is not None:
-        values["held_out/top_k_loss (not causal)"] = held_out.top_k_loss
-        values["held_out/causal_flops_per_token"] = held_out.causal_flops
+        values[TOP_K_LOSS] = held_out.top_k_loss
+        if held_out.causal_flops is not None:
+            values[CAUSAL_FLOPS] = held_out.causal_flops
     for layer, share in held_out.realised_capacity.items():
         values[f"held_out/layer_{layer:02d}/realised_capacity"] = share
     for layer, scores in held_out.predictor.items():

@@ -1,0 +1,108 @@
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from modtrain.models.config import ModelConfig, RouterConfig
+from modtrain.models.flops import dense_equivalent_flops, forward_flops
+from modtrain.models.transformer import Transformer
+from modtrain.training.held_out import evaluate
+
+SEQ_LEN = 24
+
+
+def build(pattern="every_other", causal=("predictor",), seed=0):
+    config = ModelConfig(
+        d_model=32,
+        num_layers=4,
+        num_heads=2,
+        vocab_size=50,
+        pattern=pattern,
+        capacity=0.25,
+        router=RouterConfig(causal=list(causal), predictor_dim=8),
+    )
+    model = Transformer(config, seed=seed).double()
+    for name, parameter in model.named_parameters():
+        if ".predictor." in name:
+            nn.init.normal_(parameter, std=0.7)
+    return model
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    # Batches of unequal size: a mean of means would be wrong.
+    return [torch.randint(0, 50, (size, SEQ_LEN + 1), generator=generator) for size in (3, 1, 2)]
+
+
+def test_losses_are_means_over_tokens_and_scores_match_a_count(batches):
+    torch.manual_seed(0)
+    model = build()
+    found = evaluate(model, batches, nullcontext())
+    every = torch.cat(batches)
+    inputs, targets = every[:, :-1], every[:, 1:]
+    with torch.no_grad():
+        top_k = model(inputs, targets)
+        causal = model(inputs, targets, selection="predictor")
+    assert found.tokens == targets.numel()
+    assert found.top_k_loss == pytest.approx(float(top_k.loss))
+    assert found.causal_loss == pytest.approx(float(causal.loss))
+    assert found.causal_loss != pytest.approx(found.top_k_loss)
+    for layer, routed, free in zip(model.routed_layers, top_k.routing, causal.routing, strict=True):
+        assert found.realised_capacity[layer] == pytest.approx(
+            float(free.chosen_BS.double().mean())
+        )
+        pairs = list(
+            zip(
+                (routed.predictor_BS > 0).flatten().tolist(),
+                routed.chosen_BS.flatten().tolist(),
+                strict=True,
+            )
+        )
+        yes, no = (sum(1 for _, truth in pairs if truth is side) for side in (True, False))
+        hits, rejections = pairs.count((True, True)), pairs.count((False, False))
+        guesses = sum(1 for guess, _ in pairs if guess)
+        scores = found.predictor[layer]
+        assert scores.accuracy == pytest.approx((hits + rejections) / len(pairs))
+        assert scores.f1 == pytest.approx(2 * hits / (guesses + yes))
+        assert scores.balanced_accuracy == pytest.approx((hits / yes + rejections / no) / 2)
+
+
+@pytest.mark.parametrize("answer", [-9.0, 9.0])
+def test_executed_flops_follow_what_the_predictor_says(batches, answer):
+    model = build()
+    for name, parameter in model.named_parameters():
+        if ".predictor.out" in name:
+            nn.init.constant_(parameter, answer if name.endswith("bias") else 0)
+    found = evaluate(model, batches, nullcontext())
+    assert set(found.realised_capacity.values()) == {float(answer > 0)}
+    routing = sum(
+        forward_flops(model.config, SEQ_LEN).parts()[part] for part in ("router", "predictor")
+    )
+    dense = dense_equivalent_flops(model.config, SEQ_LEN)
+    blocks = dense.total - dense.head
+    expected = routing + dense.head + blocks * (1.0 if answer > 0 else 0.5)
+    assert found.causal_flops == pytest.approx(expected / SEQ_LEN)
+
+
+def test_a_dense_model_has_one_loss_and_it_is_causal(batches):
+    found = evaluate(build("dense"), batches, nullcontext())
+    assert found.top_k_loss is None
+    assert found.causal_loss is not None
+    assert found.causal_flops == found.top_k_flops
+
+
+def test_without_a_causal_decision_there_is_no_causal_loss(batches):
+    found = evaluate(build(causal=()), batches, nullcontext())
+    assert found.causal_loss is None
+    assert found.top_k_loss is not None
+
+
+def test_the_model_is_left_as_it_was(batches):
+    model = build().train()
+    evaluate(model, batches, nullcontext())
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="no held-out batches"):
+        evaluate(model, [], nullcontext())
