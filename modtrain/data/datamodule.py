@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from modtrain.data.batches import BatchPlan, EvalBatchSampler, RankBatchSampler
 from modtrain.data.config import DataConfig
-from modtrain.data.files import digest
 from modtrain.data.index import ShardIndex
 from modtrain.data.order import SampleOrder
 from modtrain.data.tokens import TokenDataset
+from modtrain.files import digest
 
 __all__ = ["BatchPlan", "RankBatchSampler", "TokenDataModule"]
 

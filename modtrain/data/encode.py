@@ -10,13 +10,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from modtrain.data.files import digest, write_json, written_aside
 from modtrain.data.index import SPLITS
 from modtrain.data.readers import Flaw, UnitReader
 from modtrain.data.sources import SourceFile
 from modtrain.data.tokenizer import DocumentEncoder, SplitChooser
 from modtrain.data.units import Unit
 from modtrain.errors import DataError
+from modtrain.files import digest, write_json, written_aside
 
 # Documents are encoded together up to so many characters, which bounds the memory.
 _BATCH_CHARS = 1_000_000

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modtrain.data.files import digest, file_sha256
 from modtrain.errors import DataError
+from modtrain.files import digest, file_sha256
 
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"

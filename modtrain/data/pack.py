@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modtrain.data.files import digest, file_sha256, write_json, written_aside
 from modtrain.data.index import ITEM_SIZES, Shard
+from modtrain.files import digest, file_sha256, write_json, written_aside
 
 _OWNER = "modtrain"
 

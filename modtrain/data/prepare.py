@@ -26,7 +26,6 @@ from modtrain.data.encode import (
     encode_unit,
     finished_record,
 )
-from modtrain.data.files import digest, file_sha256, sync_directory, write_bytes, write_json
 from modtrain.data.index import (
     INDEX_NAME,
     ITEM_SIZES,
@@ -52,6 +51,7 @@ from modtrain.data.tokenizer import (
 )
 from modtrain.data.units import Unit, plan_units
 from modtrain.errors import DataError, raise_if_any
+from modtrain.files import digest, file_sha256, sync, write_bytes, write_json
 
 WORK_NAME = ".work"
 # What the output was made of, apart from the index: times of change are no part of the data.
@@ -125,8 +125,8 @@ def finish(
             # Left by an interrupted run with other options.
             if path.name not in names:
                 path.unlink()
-        sync_directory(output / split)
-    sync_directory(output)
+        sync(output / split)
+    sync(output)
     write_json(output / INDEX_NAME, index_content(summary, shards), aside)
 
 

@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from modtrain.experiments.timing import step_seconds
+from modtrain.files import write_text, written_aside
 from modtrain.models.flops import dense_equivalent_flops, forward_flops
 from modtrain.training.callbacks.held_out import CAUSAL_FLOPS, CAUSAL_LOSS, TOP_K_LOSS
 from modtrain.training.config import TrainConfig
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import resolve
 from modtrain.training.run import train
-from modtrain.training.run_directory import RunDirectory, write_aside
+from modtrain.training.run_directory import RunDirectory
 
 
 def compare(directory: Path, arms: dict[str, TrainConfig], rounds: int) -> int:
@@ -41,7 +42,7 @@ def compare(directory: Path, arms: dict[str, TrainConfig], rounds: int) -> int:
             return outcome.exit_code
         trained = trained or outcome.status == "complete"
     if trained or not report_path.is_file() or not picture.is_file():
-        write_aside(report_path, json.dumps(_report(resolved, rounds), indent=1))
+        write_text(report_path, json.dumps(_report(resolved, rounds), indent=1))
         draw(resolved, picture)
     else:
         console.print(f"{directory} is complete: nothing was trained")
@@ -132,6 +133,5 @@ def draw(arms: dict[str, TrainConfig], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    aside = path.with_name(f".writing-{path.name}")
-    figure.savefig(aside, dpi=130, format="png")
-    aside.rename(path)
+    with written_aside(path, path.parent) as file:
+        figure.savefig(file, dpi=130, format="png")

@@ -13,6 +13,7 @@ import torch
 from modtrain.data.datamodule import TokenDataModule
 from modtrain.data.index import read_summary
 from modtrain.errors import CheckpointError, DataError, raise_if_any
+from modtrain.files import write_text
 from modtrain.inference.config import EvalRunConfig
 from modtrain.models.flops import dense_equivalent_flops
 from modtrain.models.transformer import Transformer
@@ -20,7 +21,7 @@ from modtrain.training import checkpoint
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.held_out import HeldOut, evaluate
-from modtrain.training.run_directory import RunDirectory, write_aside
+from modtrain.training.run_directory import RunDirectory
 
 
 def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
     held_out = evaluate(model.to(device), data.val_dataloader(), autocast)
     figures = _figures(trained, held_out, data_path, step)
-    write_aside(run.path / f"eval-{step:09d}.json", json.dumps(figures, indent=1))
+    write_text(run.path / f"eval-{step:09d}.json", json.dumps(figures, indent=1))
     return figures
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +53,8 @@ class ModelConfig:
     head_dim: width of a head; null: ``d_model / num_heads``.
     d_ff: hidden width of the MLP; null: 4 d for gelu, 8/3 d rounded up to 64 for swiglu.
     sliding_window: how many positions back a token sees, itself included; null: all.
-    init_std: standard deviation of the initial weights (see `modtrain.models.init`).
+    init_std: standard deviation of the initial weights; null: sqrt(2 / (5 d_model)) (see
+        `modtrain.models.init`).
     pattern: which blocks are routed: ``dense``, ``every``, ``every_other``, or a list with one
         capacity a layer in which 1 is a dense block, ``[1, 0.125]`` or ``"[1, .125]*6"``.
     capacity: the share of tokens that takes part in a routed block, in (0, 1].
@@ -71,7 +73,7 @@ class ModelConfig:
     sliding_window: int | None = None
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    init_std: float = 0.02
+    init_std: float | None = None
     pattern: Any = "every_other"
     capacity: float = 0.125
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -94,6 +96,11 @@ class ModelConfig:
         if self.activation == "gelu":
             return 4 * self.d_model
         return 64 * -(-8 * self.d_model // (3 * 64))
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of the initial weights (arXiv 1910.05895, section 2.2)."""
+        return math.sqrt(2 / (5 * self.d_model)) if self.init_std is None else self.init_std
 
     @property
     def vocabulary(self) -> int:

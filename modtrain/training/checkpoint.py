@@ -12,10 +12,8 @@ Files of others stay data: nothing is unpickled beyond a list of harmless classe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import pickle
 import shutil
 import warnings
@@ -31,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from modtrain.errors import CheckpointError
+from modtrain.files import file_sha256, sync
 
 log = logging.getLogger(__name__)
 
@@ -85,15 +84,15 @@ def _write(path: Path, state: dict[str, Any], step: int) -> None:
         save_sharded(dict(tensors), storage_writer=FileSystemWriter(aside), no_dist=True)
     torch.save(rest, aside / "state.pt")
     files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(aside.iterdir())
     }
     manifest = {"format": FORMAT, "step": step, "files": files}
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for file in (*aside.iterdir(), aside):
-        _fsync(file)
+        sync(file)
     aside.rename(path)
-    _fsync(path.parent)
+    sync(path.parent)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -144,7 +143,7 @@ def verify(path: Path, contents: bool = True) -> int:
             raise CheckpointError(f"{path} lacks its file {name}")
         if file.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{file} is cut short or grown: not {expected['bytes']} bytes")
-        if contents and _sha256(file) != expected["sha256"]:
+        if contents and file_sha256(file) != expected["sha256"]:
             raise CheckpointError(f"{file} does not match its checksum")
     return step
 
@@ -261,16 +260,3 @@ def _join(node: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, list | tuple):
         return type(node)(_join(v, tensors) for v in node)
     return node
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from modtrain.files import write_text
 from modtrain.training.plan import TrainingPlan
-from modtrain.training.run_directory import RunDirectory, write_aside
+from modtrain.training.run_directory import RunDirectory
 
 
 class MetricsLog:
@@ -89,4 +90,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _drop_after(path: Path, step: int) -> None:
     if path.is_file():
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        write_aside(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

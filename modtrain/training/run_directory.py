@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 import modtrain
 from modtrain.errors import CheckpointError
+from modtrain.files import write_text
 from modtrain.training.config import MUTABLE_KEYS, TrainConfig
 
 _PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "webdataset", "numpy", "tokenizers")
@@ -89,11 +90,11 @@ class RunDirectory:
                     " Give another name=, or bring the first data back"
                 )
         manifest["starts"].append(started)
-        write_aside(self.manifest, json.dumps(manifest, indent=1))
+        write_text(self.manifest, json.dumps(manifest, indent=1))
         if not self.config.is_file():
-            write_aside(self.path / "command.txt", shlex.join(sys.argv) + "\n")
+            write_text(self.path / "command.txt", shlex.join(sys.argv) + "\n")
             # Last: a directory without it is a run that never started.
-            write_aside(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+            write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
     def read_config(self) -> TrainConfig:
         """Return the configuration that the run was started with.
@@ -133,18 +134,8 @@ class RunDirectory:
 
     def complete(self, result: dict[str, Any]) -> None:
         """Write the result, then the mark that the run is at its end."""
-        write_aside(self.result, json.dumps(result, indent=1))
-        write_aside(self.completed_mark, "")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write ``path`` under another name and rename it: it is whole or not there."""
-    aside = path.with_name(f".writing-{path.name}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+        write_text(self.result, json.dumps(result, indent=1))
+        write_text(self.completed_mark, "")
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

@@ -39,9 +39,18 @@ def named(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
+def test_the_default_spread_falls_with_the_width():
+    stds = {d: ModelConfig(d_model=d, num_heads=2).weight_std for d in (64, 128, 1024)}
+    assert stds == {d: pytest.approx(math.sqrt(0.4 / d)) for d in stds}
+    weight = named(ModelConfig(d_model=128, num_heads=4, vocab_size=512))["head.weight"]
+    assert float(weight.std()) == pytest.approx(stds[128], rel=0.02)
+
+
 @pytest.mark.parametrize("num_layers", [2, 8])
 def test_each_class_of_weights_has_its_spread_and_depth_scales_the_writers(num_layers):
-    config = ModelConfig(d_model=128, num_layers=num_layers, num_heads=4, vocab_size=512)
+    config = ModelConfig(
+        d_model=128, num_layers=num_layers, num_heads=4, vocab_size=512, init_std=0.02
+    )
     for name, parameter in named(config, seed=1).items():
         if name.endswith("gain"):
             assert (parameter == 1).all(), name

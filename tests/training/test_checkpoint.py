@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modtrain.errors import CheckpointError
+from modtrain.files import file_sha256
 from modtrain.training import checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8)
@@ -126,7 +127,7 @@ def test_a_save_that_fails_leaves_nothing_that_looks_whole(tmp_path, monkeypatch
     def fail(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(CheckpointError, match=r"could not be written: .*No space"):
         save(tmp_path, 2)
     monkeypatch.undo()
@@ -163,7 +164,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, name):
     content = json.loads(manifest.read_text())
     content["files"][name] = {
         "bytes": victim.stat().st_size,
-        "sha256": checkpoint._sha256(victim),
+        "sha256": file_sha256(victim),
     }
     manifest.write_text(json.dumps(content))
     assert checkpoint.latest(tmp_path) == (1, path)

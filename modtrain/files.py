@@ -18,7 +18,7 @@ def written_aside(path: Path, aside: Path) -> Iterator[BinaryIO]:
     Both must be on one file system. After an error only a stray file in ``aside`` is left.
     """
     # The process number keeps apart two workers that write the same file after a restart.
-    temporary = aside / f"{path.name}.{os.getpid()}"
+    temporary = aside / f".{path.name}.{os.getpid()}"
     with temporary.open("wb") as file:
         yield file
         file.flush()
@@ -53,8 +53,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_directory(path: Path) -> None:
-    """Make the renames inside a directory survive a power cut."""
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` by way of a hidden file beside it."""
+    write_bytes(path, text.encode(), path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames inside a directory, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
