@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModtrainError as error:
         print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)  # noqa: T201
+        return 130
 
 
 def _prepare(overrides: list[str], config_dir: str | None) -> int:

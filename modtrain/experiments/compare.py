@@ -61,11 +61,12 @@ def _report(arms: dict[str, TrainConfig], rounds: int) -> dict[str, Any]:
 def _describe(config: TrainConfig, seconds: float) -> dict[str, Any]:
     result = json.loads(RunDirectory.of(config).result.read_text())
     seq_len = config.data.seq_len or 1
+    forward = forward_flops(config.model, seq_len).total / seq_len
     return {
         "causal_loss": result.get(CAUSAL_LOSS),
         "top_k_loss_not_causal": result.get(TOP_K_LOSS),
-        "forward_flops_per_token": forward_flops(config.model, seq_len).total / seq_len,
-        "causal_flops_per_token": result.get(CAUSAL_FLOPS),
+        "forward_flops_per_token": forward,
+        "causal_flops_per_token": result.get(CAUSAL_FLOPS) if config.model.is_routed else forward,
         "dense_equivalent_flops_per_token": dense_equivalent_flops(config.model, seq_len).total
         / seq_len,
         "micro_batch_seconds": seconds,

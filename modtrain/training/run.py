@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 
 from modtrain.data.datamodule import TokenDataModule
@@ -143,7 +144,9 @@ def make_trainer(
         max_epochs=-1,
         accumulate_grad_batches=plan.accumulate,
         callbacks=callbacks,
-        plugins=[ShardedCheckpointIO()],
+        # One process, whatever it runs under: in a Slurm job Lightning would put its own requeueing
+        # in place, which saves inside the signal handler.
+        plugins=[ShardedCheckpointIO(), LightningEnvironment()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -236,6 +236,24 @@ def test_utilisation_is_of_executed_flops_and_shown_only_where_the_peak_is_known
         assert record["throughput/mfu"] == pytest.approx(achieved / 1e12)
 
 
+def test_bf16_mixed_precision_keeps_its_weights_in_fp32(start):
+    run = start("narrow", "precision=bf16").run
+    wide = start("wide", "precision=fp32").run
+    assert {tensor.dtype for tensor in weights(run).values()} == {torch.float32}
+    losses = [read_metrics(r.metrics)[-2]["loss"] for r in (run, wide)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_accumulation_changes_the_memory_and_not_the_result(start):
+    small = start("small", "batch.micro_batch_size=1").run
+    large = start("large", "batch.micro_batch_size=4").run
+    pairs = zip(weights(small).values(), weights(large).values(), strict=True)
+    assert all(torch.allclose(a, b, atol=2e-4) for a, b in pairs)
+    first = [read_metrics(r.metrics)[0]["loss"] for r in (small, large)]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
 def test_a_terminal_shows_a_bar(tiny, tmp_path):
     import os
     import pty

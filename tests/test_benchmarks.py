@@ -1,0 +1,39 @@
+"""Each benchmark runs, at a small size, and ends with one JSON object of numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "mod_step": "--d-model 64 --layers 2 --seq-len 64 --vocab 128 --rounds 2 --skip-compiled",
+    "data_stream": "--tokens 200000 --seq-len 64 --rounds 2",
+    "startup": "--rounds 1",
+}
+RATIOS = {
+    "mod_step": {"eta_eager", "flops_ratio", "time_ratio_eager"},
+    "data_stream": {"over_memmap"},
+    "startup": {"help_seconds", "first_step_seconds", "over_import"},
+}
+
+
+def test_every_benchmark_is_run_here_and_by_make_bench():
+    names = {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
+    assert names == SMALL.keys() == RATIOS.keys()
+    target = (ROOT / "Makefile").read_text().split("bench:")[1].split("done")[0]
+    assert all(name in target for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_ends_with_its_ratios(name):
+    command = [sys.executable, "-m", f"benchmarks.{name}", *SMALL[name].split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result.pop("benchmark") == name
+    assert RATIOS[name] <= result.keys()
+    assert all(value > 0 for value in result.values())
