@@ -89,11 +89,7 @@ class _Composer:
         try:
             base = self._raw([str(o.input_line) for o in groups])
         except (HydraException, OmegaConfBaseException) as error:
-            names = " ".join(str(o.input_line) for o in groups)
-            problem = Problem(
-                names or self.verb, "", _plain(error), "mend the named file or choice"
-            )
-            raise ConfigError([problem]) from None
+            raise _together(self.verb, groups, error) from None
         problems, good = [], list(groups)
         for override in overrides:
             if override in groups:
@@ -103,7 +99,10 @@ class _Composer:
                 good.append(override)
             except (HydraException, OmegaConfBaseException) as error:
                 problems.append(_explain(override, base, error))
-        return self._raw([str(o.input_line) for o in good]), problems
+        try:
+            return self._raw([str(o.input_line) for o in good]), problems
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _together(self.verb, good, error) from None
 
     def group_problems(self, overrides: list[Override]) -> list[Problem]:
         """Find the choices of groups that do not exist."""
@@ -163,6 +162,13 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     return parsed, problems
 
 
+def _together(verb: str, overrides: list[Override], error: Exception) -> ConfigError:
+    """What to say where no single override is to blame."""
+    names = " ".join(str(override.input_line) for override in overrides)
+    remedy = "mend the named file, or leave one of them out"
+    return ConfigError([Problem(names or verb, "", _plain(error), remedy)])
+
+
 def _explain(override: Override, base: DictConfig, error: Exception) -> Problem:
     key = override.get_key_element().lstrip("+~")
     value = str(override.input_line).partition("=")[2]
@@ -175,7 +181,12 @@ def _explain(override: Override, base: DictConfig, error: Exception) -> Problem:
         return Problem(key, value, "is not a key of this configuration", remedy)
     reason = _plain(error).removeprefix(f"Error merging override {override.input_line}").strip()
     current = OmegaConf.select(base, key)
-    remedy = f"give a value such as {current}" if current is not None else "see its type above"
+    if reason.endswith("is not in struct"):
+        remedy = f"new entries come with a plus: +{override.input_line}"
+    elif current is not None:
+        remedy = f"give a value such as {current}"
+    else:
+        remedy = "give a value of that type"
     return Problem(key, value, f"does not fit: {reason}", remedy)
 
 

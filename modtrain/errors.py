@@ -25,7 +25,8 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.key}={self.value!s}: {self.reason}\n    remedy: {self.remedy}"
+        shown = self.key if self.value == "" else f"{self.key}={self.value!s}"
+        return f"{shown}: {self.reason}\n    remedy: {self.remedy}"
 
 
 class ModtrainError(Exception):

@@ -1,8 +1,11 @@
 """The command line: help, mistakes, and what the verbs print."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from modtrain import cli
 from modtrain.configuration import compose
 from modtrain.errors import ConfigError
-from tests.conftest import run_modtrain
+from tests.conftest import make_corpus, modtrain_command, run_modtrain
 
 
 def errors(*overrides, verb="train"):
@@ -116,6 +119,38 @@ def test_no_override_gives_a_traceback(overrides):
         compose("train", overrides)
     except ConfigError as error:
         assert error.problems
+
+
+def test_overrides_that_only_clash_together_are_told_without_a_traceback():
+    with pytest.raises(ConfigError):
+        compose("train", ["+experiment=quickstart", "experiment=quickstart"])
+
+
+def test_ctrl_c_in_prepare_is_told_in_a_line_and_gone_on_with(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus", documents=1500, words=2000)
+    command = [
+        *("prepare", "corpus=files", f"sources=[{corpus}/*.txt]", "output=out", "seq_len=64"),
+        *("tokenizer.vocab_size=300", "valid_fraction=0.2", "num_workers=2"),
+    ]
+    with subprocess.Popen(
+        modtrain_command(*command),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while process.poll() is None and not (tmp_path / "out/.work").exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        shown = process.stderr.read()
+        assert process.wait() == 130
+    assert "the same command goes on" in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out/index.json").exists()
+    assert run_modtrain(*command, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "out/index.json").exists()
 
 
 def test_a_users_own_directory_of_configurations_is_searched(tmp_path):

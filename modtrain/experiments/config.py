@@ -30,7 +30,7 @@ class CompareConfig(TrainConfig):
                     "arms",
                     dict(self.arms),
                     "a comparison has at least two arms",
-                    "give them as in conf/experiment/quickstart.yaml",
+                    """add '+arms={a: ["model.capacity=0.5"], b: ["model.capacity=0.25"]}'""",
                 )
             )
         return found + at_least(self, "", 1, "timed_rounds")
