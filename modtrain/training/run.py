@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from modtrain.data.datamodule import TokenDataModule
@@ -119,7 +121,10 @@ def _fit(
         callbacks.append(ProgressCallback(metrics, str(config.name)))
     callbacks.append(CheckpointCallback(run, config.checkpoint, clock))
     trainer = make_trainer(config, plan, accelerator, precision, callbacks)
-    trainer.fit(module, datamodule=data, ckpt_path=path)
+    # A SIGTERM after Lightning's handlers are set and before ours are again would end the process
+    # with exit code 0. No step is lost by it, for none was made; but the run is unfinished.
+    with suppress(SIGTERMException):
+        trainer.fit(module, datamodule=data, ckpt_path=path)
     return trainer.global_step
 
 

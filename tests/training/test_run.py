@@ -2,16 +2,19 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modtrain.configuration import compose
+from modtrain.data.datamodule import TokenDataModule
 from modtrain.errors import CheckpointError, TrainingError
 from modtrain.training import checkpoint
 from modtrain.training.metrics_log import read_metrics
-from modtrain.training.preemption import STOP
+from modtrain.training.preemption import STOP, STOP_SIGNALS
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
 
@@ -26,9 +29,12 @@ def start(tiny, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_stop_request():
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     STOP.signum = None
     yield
     STOP.signum = None
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
@@ -130,6 +136,23 @@ def test_a_signal_saves_the_step_and_the_next_start_ends_bitwise_equal(start, mo
     for record in (*shown[0], *shown[1]):
         record.pop("loss", None)
     assert shown[0] == shown[1]
+
+
+def test_a_signal_while_lightning_sets_up_is_not_taken_for_an_end(start, monkeypatch):
+    original = TokenDataModule.train_dataloader
+
+    def train_dataloader(data):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(data)
+
+    STOP.install()
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenDataModule, "train_dataloader", train_dataloader)
+        stopped = start()
+    assert (stopped.status, stopped.exit_code) == ("stopped", 75)
+    assert not stopped.run.is_complete
+    STOP.signum = None
+    assert start().status == "complete"
 
 
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(start):
