@@ -55,7 +55,7 @@ def main() -> None:
 def _prepare(root: Path) -> None:
     (root / "corpus").mkdir()
     for number in range(40):
-        text = " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(400))
+        text = f"{number} " + " ".join(WORDS[i * i % len(WORDS)] for i in range(400))
         (root / "corpus" / f"{number}.txt").write_text(text)
     prepare(
         PrepareConfig(

@@ -64,7 +64,7 @@ class _LayerCounts:
 
     def add_causal(self, record: RoutingRecord) -> None:
         # A sequence's attention products grow with the square of its own number of tokens.
-        count_B = record.chosen_BS.sum(dim=1).double().cpu()
+        count_B = record.chosen_BS.sum(dim=1).cpu().double()
         self.chosen += count_B.sum()
         self.squares += (count_B**2).sum()
 
@@ -73,7 +73,7 @@ class _LayerCounts:
             return
         guess = record.predictor_BS > 0
         cell = guess.long() * 2 + record.chosen_BS.long()
-        self.confusion += torch.bincount(cell.flatten(), minlength=4).double().cpu()
+        self.confusion += torch.bincount(cell.flatten(), minlength=4).cpu().double()
 
     def scores(self) -> PredictorScores:
         true_no, missed, false_yes, true_yes = self.confusion.tolist()
