@@ -1,8 +1,8 @@
 """How long a user waits: for the help, and for the first training step.
 
 ``python -m benchmarks.startup`` prints a table and, as its last line, one JSON object.
-``over_import``: the time to the first step over that of importing torch and Lightning alone, which
-no command that trains can be below; measured in turns in one run.
+``over_import``: the time to the first step over that of a process that imports torch and Lightning
+and ends; measured in turns in one run.
 """
 
 from __future__ import annotations

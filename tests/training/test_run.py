@@ -165,6 +165,8 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(s
     assert start("hurt").status == "complete"
     assert checkpoint.latest(hurt.checkpoints) == (12, newest)
     assert newest.with_name(f"damaged-{newest.name}").is_dir()
+    steps = [r["step"] for r in read_metrics(hurt.metrics) if "loss" in r]
+    assert steps == [2, 4, 6, 8, 10, 12]
     left, right = weights(whole.run), weights(hurt)
     assert all(torch.equal(left[key], right[key]) for key in left)
 
@@ -172,10 +174,11 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(s
 def test_a_changed_configuration_names_the_keys_and_stops(start, tiny, tmp_path):
     start()
     with pytest.raises(CheckpointError) as error:
-        start("run", "optimizer.lr=0.5", "model.capacity=0.25", "log.every=7")
+        start("run", "optimizer.lr=0.5", "model.capacity=0.25", "log.every=7", "eval.every=3")
     assert "optimizer.lr: 0.001 in the run, 0.5 now" in str(error.value)
     assert "model.capacity: 0.125 in the run, 0.25 now" in str(error.value)
     assert "log.every" not in str(error.value)
+    assert "eval.every" not in str(error.value)
     assert "remedy" in str(error.value)
 
 
@@ -187,7 +190,9 @@ def test_two_processes_cannot_share_a_run(start, tmp_path):
         start()
 
 
-def test_a_loss_that_is_no_number_stops_with_step_samples_and_checkpoint(start, monkeypatch):
+def test_a_loss_that_is_no_number_stops_with_step_samples_and_checkpoint(
+    start, monkeypatch, tmp_path
+):
     from modtrain.models.transformer import Transformer
 
     original = Transformer.forward
@@ -208,6 +213,28 @@ def test_a_loss_that_is_no_number_stops_with_step_samples_and_checkpoint(start, 
     assert "at step 6" in message
     assert "step-000000004" in message
     assert "samples are" in message
+    # What came after the bad step is neither recorded nor saved.
+    assert max(r["step"] for r in read_metrics(tmp_path / "run/metrics.jsonl")) == 4
+
+
+def test_a_signal_after_a_bad_step_saves_nothing(start, tmp_path, monkeypatch):
+    StopAt(monkeypatch, 4)
+    with pytest.raises(TrainingError, match="NaN or infinite at step"):
+        start(
+            *("bad", "optimizer.lr=1e30", "optimizer.grad_clip=null", "eval.every=null"),
+            *("log.every=100", "checkpoint.every=100"),
+        )
+    assert checkpoint.latest(tmp_path / "bad" / "checkpoints") is None
+
+
+def test_a_run_that_ended_between_its_last_checkpoint_and_its_mark_trains_no_further(start):
+    run = start().run
+    before, metrics = weights(run), run.metrics.read_text()
+    run.completed_mark.unlink()
+    assert start().status == "complete"
+    after = weights(run)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert run.metrics.read_text() == metrics
 
 
 def test_no_checkpoint_is_written_after_a_bad_step(start, tmp_path):
