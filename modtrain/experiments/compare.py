@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,24 @@ def compare(directory: Path, arms: dict[str, TrainConfig], rounds: int) -> int:
         write_text(report_path, json.dumps(_report(resolved, rounds), indent=1))
         draw(resolved, picture)
     else:
-        console.print(f"{directory} is complete: nothing was trained")
+        console.print(f"{directory} is complete: nothing was trained", soft_wrap=True)
     report = json.loads(report_path.read_text())
     show(report, console)
     console.print(f"\npicture: {picture.resolve()}", soft_wrap=True)
-    console.print(f"TensorBoard: tensorboard --logdir {directory}", soft_wrap=True)
+    console.print(
+        f"TensorBoard: {_tensorboard()} --logdir {shlex.quote(str(directory))}", soft_wrap=True
+    )
     return 0
+
+
+def _tensorboard() -> str:
+    """The command as it can be typed here: that of this environment, active or not."""
+    beside = Path(sys.executable).with_name("tensorboard")
+    if not beside.is_file():
+        return "tensorboard"
+    if beside.is_relative_to(Path.cwd()):
+        beside = beside.relative_to(Path.cwd())
+    return shlex.quote(str(beside))
 
 
 def _report(arms: dict[str, TrainConfig], rounds: int) -> dict[str, Any]:
@@ -95,7 +109,7 @@ def show(report: dict[str, dict[str, Any]], console: Console) -> None:
         table.add_row(title, *("-" if v is None else form.format(v * scale) for v in values))
     console.print(table)
     for line in verdict(report):
-        console.print(line)
+        console.print(line, soft_wrap=True)
 
 
 def verdict(report: dict[str, dict[str, Any]]) -> list[str]:

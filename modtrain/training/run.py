@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> Outcome:
     """
     config, plan = resolve(config)
     run = RunDirectory.of(config)
-    console = Console()
+    console = Console(soft_wrap=True)
     if run.is_complete:
         run.check_same(config)
         console.print(f"{run.path} is complete: nothing to train")
