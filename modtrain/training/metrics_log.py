@@ -37,9 +37,7 @@ class MetricsLog:
                 "TFLOPs": self._teraflops(start_step),
             }
             self._writers = {
-                axis: SummaryWriter(
-                    str(run.tensorboard / f"by_{axis}"), purge_step=start + 1 if start else None
-                )
+                axis: SummaryWriter(str(run.tensorboard / f"by_{axis}"), purge_step=start + 1)
                 for axis, start in starts.items()
             }
 

@@ -1,0 +1,35 @@
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from modtrain.training.metrics_log import MetricsLog, read_metrics
+from modtrain.training.plan import TrainingPlan
+from modtrain.training.run_directory import RunDirectory
+
+# A TFLOP a step, so that the third axis has a point for each.
+PLAN = TrainingPlan(
+    seq_len=10, sequences_per_step=4, accumulate=1, steps=9, flops_per_token=1e12 / 40
+)
+
+
+def write(run, start_step, last):
+    log = MetricsLog(run, PLAN, start_step, tensorboard=True)
+    for step in range(start_step + 1, last + 1):
+        log.write(step, {"loss": float(step), "lr": 0.1})
+    log.close()
+
+
+@pytest.mark.parametrize("resumed_at", [0, 3])
+def test_every_step_stands_once_after_a_kill(tmp_path, resumed_at):
+    run = RunDirectory(tmp_path)
+    write(run, 0, last=5)
+    with run.metrics.open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by the kill
+    time.sleep(1.1)  # event files are read in the order of the seconds in their names
+    write(run, resumed_at, last=4)
+    assert [r["step"] for r in read_metrics(run.metrics)] == [1, 2, 3, 4]
+    for axis, unit in (("step", 1), ("tokens", 40), ("TFLOPs", 1)):
+        events = EventAccumulator(str(run.tensorboard / f"by_{axis}")).Reload()
+        name = "loss" if axis == "step" else f"loss by {axis}"
+        assert [e.step for e in events.Scalars(name)] == [unit * step for step in range(1, 5)]
