@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModtrainError as error:
         print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"modtrain {arguments.verb}: {where}{error.strerror or error}", file=sys.stderr)  # noqa: T201
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)  # noqa: T201
         return 130

@@ -153,7 +153,7 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
             problems.append(Problem(key, value, reason, remedy))
             continue
         if override.is_sweep_override():
-            remedy = "add -m for a sweep, or put the value in quotes"
+            remedy = "give one value; a list stands in brackets, a text with commas in quotes"
             problems.append(
                 Problem(override.get_key_element(), text, "names several values", remedy)
             )

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +87,7 @@ def test_every_mistake_is_told_at_once_with_exit_code_2_and_no_traceback(prepare
         (["precision=fp8"], "precision", "fp8"),
         (["checkpoint.keep_every=7", "checkpoint.every=5"], "checkpoint.keep_every", 7),
         (["name=../up"], "name", "../up"),
+        (["seed=-1"], "seed", -1),
         (["model.sliding_window=0"], "model.sliding_window", 0),
         (["model.router.gate=hyper"], "model.router.gate", "hyper"),
         (["model.router.causal=[oracle]"], "model.router.causal", "oracle"),
@@ -199,6 +201,19 @@ def test_eval_after_training_tells_causal_and_not(tiny, prepared, tmp_path, caps
     result = json.loads((tmp_path / "runs/a/result.json").read_text())
     assert figures["causal_loss"] == pytest.approx(result["held_out/causal_loss"], rel=1e-5)
     assert cli.main(["eval", "run=nobody"]) == 1
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    assert cli.main(["eval", "run=a", f"accelerator={absent}"]) == 2
+    assert cli.main(["train", *tiny, "name=b", f"strategy.accelerator={absent}"]) == 2
+    assert not (tmp_path / "runs/b").exists()
+    (tmp_path / "a file").touch()
+    assert cli.main(["train", *tiny, "name=b", "runs_dir=a file"]) == 1
+    manifest = tmp_path / "runs/a/manifest.json"
+    whole = manifest.read_text()
+    fingerprint = json.loads(whole)["data_fingerprint"]
+    manifest.write_text(whole.replace(fingerprint, "0" * 64))
+    assert cli.main(["eval", "run=a"]) == 1
+    assert "other data now" in capsys.readouterr().err
+    manifest.write_text(whole)
     assert cli.main(["eval", "run=a", "step=5"]) == 1
     assert "there are: 8, 12" in capsys.readouterr().err
     assert cli.main(["eval"]) == 2

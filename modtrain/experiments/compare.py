@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -37,15 +38,16 @@ def compare(directory: Path, arms: dict[str, TrainConfig], rounds: int) -> int:
     console = Console()
     resolved = {name: resolve(config)[0] for name, config in arms.items()}
     report_path, picture = directory / "compare.json", directory / "loss_over_flops.png"
-    trained = False
+    if not all(RunDirectory.of(config).is_complete for config in resolved.values()):
+        # What it says is about to be old; it comes back when everything is trained.
+        report_path.unlink(missing_ok=True)
     for config in resolved.values():
         outcome = train(config)
         if outcome.exit_code:
             return outcome.exit_code
-        trained = trained or outcome.status == "complete"
-    if trained or not report_path.is_file() or not picture.is_file():
-        write_text(report_path, json.dumps(_report(resolved, rounds), indent=1))
+    if not _is_current(report_path, resolved):
         draw(resolved, picture)
+        write_text(report_path, json.dumps(_report(resolved, rounds), indent=1))
     else:
         console.print(f"{directory} is complete: nothing was trained", soft_wrap=True)
     report = json.loads(report_path.read_text())
@@ -55,6 +57,11 @@ def compare(directory: Path, arms: dict[str, TrainConfig], rounds: int) -> int:
         f"TensorBoard: {_tensorboard()} --logdir {shlex.quote(str(directory))}", soft_wrap=True
     )
     return 0
+
+
+def _is_current(report: Path, arms: dict[str, TrainConfig]) -> bool:
+    """Whether the report is there and of these arms, the first one the same."""
+    return report.is_file() and list(json.loads(report.read_text())) == list(arms)
 
 
 def _tensorboard() -> str:
@@ -68,11 +75,16 @@ def _tensorboard() -> str:
 
 
 def _report(arms: dict[str, TrainConfig], rounds: int) -> dict[str, Any]:
-    times = step_seconds(arms, rounds)
+    times: dict[str, float] | dict[str, None]
+    try:
+        times = step_seconds(arms, rounds)
+    except torch.OutOfMemoryError:
+        # Each fits alone, all together do not: the losses are worth more than the times.
+        times = dict.fromkeys(arms)
     return {name: _describe(config, times[name]) for name, config in arms.items()}
 
 
-def _describe(config: TrainConfig, seconds: float) -> dict[str, Any]:
+def _describe(config: TrainConfig, seconds: float | None) -> dict[str, Any]:
     result = json.loads(RunDirectory.of(config).result.read_text())
     seq_len = config.data.seq_len or 1
     forward = forward_flops(config.model, seq_len).total / seq_len
@@ -90,7 +102,9 @@ def _describe(config: TrainConfig, seconds: float) -> dict[str, Any]:
 
 def show(report: dict[str, dict[str, Any]], console: Console) -> None:
     """Print the report as a table, and in words who came out ahead."""
-    table = Table(title="held-out loss at equal training FLOPs")
+    flops = [arm["flops"] for arm in report.values()]
+    equal = "equal" if max(flops) <= 1.02 * min(flops) else "UNEQUAL"
+    table = Table(title=f"held-out loss at {equal} training FLOPs")
     for heading in ("", *report):
         table.add_column(heading, justify="left" if not heading else "right")
     rows = {
@@ -123,10 +137,11 @@ def verdict(report: dict[str, dict[str, Any]]) -> list[str]:
         change = arm["causal_loss"] / base["causal_loss"] - 1
         word = "beats" if change < 0 else "loses to" if change > 0 else "equals"
         flops = arm["forward_flops_per_token"] / base["forward_flops_per_token"]
-        seconds = arm["micro_batch_seconds"] / base["micro_batch_seconds"]
+        times = (arm["micro_batch_seconds"], base["micro_batch_seconds"])
+        timed = "" if None in times else f" and {times[0] / times[1]:.3f} of its step time"
         lines.append(
             f"{name} {word} {first} at this size: causal loss {change:+.2%}, with"
-            f" {flops:.3f} of its forward FLOPs and {seconds:.3f} of its step time"
+            f" {flops:.3f} of its forward FLOPs{timed}"
         )
     return lines
 
@@ -135,14 +150,17 @@ def draw(arms: dict[str, TrainConfig], path: Path) -> None:
     """Draw held-out causal loss against training FLOPs, a curve an arm, as a PNG."""
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
-    for name, config in arms.items():
+    for number, (name, config) in enumerate(arms.items()):
         records = read_metrics(RunDirectory.of(config).metrics)
         points = [(r["flops"], r[CAUSAL_LOSS]) for r in records if CAUSAL_LOSS in r]
-        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"{name}, causal")
+        color = f"C{number}"
+        if points:
+            label = f"{name}, causal"
+            axes.plot(*zip(*points, strict=True), marker="o", color=color, label=label)
         above = [(r["flops"], r[TOP_K_LOSS]) for r in records if TOP_K_LOSS in r]
         if above:
             label = f"{name}, top-k (not causal)"
-            axes.plot(*zip(*above, strict=True), ls=":", color=line.get_color(), label=label)
+            axes.plot(*zip(*above, strict=True), ls=":", color=color, label=label)
     axes.set_xlabel("training FLOPs, executed")
     axes.set_ylabel("held-out loss (nats a token)")
     axes.grid(alpha=0.3)

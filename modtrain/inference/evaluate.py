@@ -40,7 +40,7 @@ def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
     model = load_model(trained, path)
     device = torch.device(resolve_accelerator(config.accelerator))
     data_path = config.data_path or trained.data.path
-    _check_tokenizer(trained, data_path)
+    _check_tokenizer(run, trained, data_path)
     data = TokenDataModule(
         replace(trained.data, path=data_path),
         micro_batch_size=1,
@@ -78,11 +78,14 @@ def _choose(run: RunDirectory, step: int | None) -> tuple[int, Path]:
     return step, steps[step]
 
 
-def _check_tokenizer(trained: TrainConfig, data_path: str) -> None:
-    if data_path == trained.data.path:
-        return
-    if not Path(trained.data.path, "index.json").exists():
-        return
+def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data_path: str) -> None:
+    """Raise where the numbers of tokens would mean other text than in training."""
+    known = json.loads(run.manifest.read_text())["data_fingerprint"]
+    if read_summary(trained.data.path).fingerprint != known:
+        raise DataError(
+            f"{trained.data.path} holds other data now than {run.path} was trained on:"
+            " prepare that again, for its tokenizer is the run's"
+        )
     ours, theirs = read_summary(trained.data.path), read_summary(data_path)
     if ours.tokenizer_sha256 != theirs.tokenizer_sha256:
         raise DataError(

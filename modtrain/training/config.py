@@ -241,6 +241,8 @@ class TrainConfig:
     def problems(self, needs_name: bool = True) -> list[Problem]:
         """Everything wrong with the run that can be seen without its data."""
         found = one_of(self, "", "precision", PRECISIONS)
+        if not 0 <= self.seed < 2**32:
+            found.append(Problem("seed", self.seed, "is not in [0, 2^32)", "give one that is"))
         found += self._name_problems() if needs_name or self.name is not None else []
         for part in (
             *("model", "data", "budget", "batch", "optimizer", "schedule"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from modtrain.errors import ConfigError, Problem
+
 # Dense bf16 peaks in FLOP/s without sparsity, from the makers' data sheets. Longer names first:
 # the first that occurs in the device's name counts.
 _BF16_PEAKS = (
@@ -39,9 +41,15 @@ def resolve_precision(precision: str, device_type: str) -> str:
 
 
 def resolve_accelerator(accelerator: str) -> str:
-    """Return ``cuda``, ``mps`` or ``cpu`` for ``auto``."""
-    if accelerator != "auto":
-        return accelerator
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """Return ``cuda``, ``mps`` or ``cpu`` for ``auto``.
+
+    Raises:
+        ConfigError: the one asked for is not here.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if accelerator == "auto":
+        return next((name for name, is_there in there.items() if is_there), "cpu")
+    if not there.get(accelerator, True):
+        remedy = "use auto or cpu here; modtrain doctor says what is missing"
+        raise ConfigError([Problem("accelerator", accelerator, "is not available", remedy)])
+    return accelerator

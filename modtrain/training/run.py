@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,9 @@ def train(config: TrainConfig) -> Outcome:
         ModtrainError: what a user can mend, with the remedy.
     """
     config, plan = resolve(config)
+    # Frozen as it is here: on another device ``auto`` might mean another precision midway.
+    accelerator = resolve_accelerator(config.strategy.accelerator)
+    config = replace(config, precision=resolve_precision(config.precision, accelerator))
     run = RunDirectory.of(config)
     console = Console(soft_wrap=True)
     if run.is_complete:
@@ -110,7 +113,7 @@ def _fit(
     )
     data.start_step = start_step
     accelerator = resolve_accelerator(config.strategy.accelerator)
-    precision = resolve_precision(config.precision, accelerator)
+    precision = config.precision
     clock = StepClock()
     metrics = MetricsCallback(log, clock, config.log.every, precision)
     held_out = HeldOutCallback(log, clock, config.eval.every)

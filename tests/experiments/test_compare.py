@@ -58,6 +58,19 @@ def test_arms_spend_the_same_flops_and_the_report_stands_once(tiny, tmp_path, ca
     assert RunDirectory(directory / "routed").is_complete
 
 
+def test_a_report_is_made_anew_when_its_arms_change_and_needs_no_causal_loss(
+    tiny, tmp_path, capsys
+):
+    short = [o for o in overrides(tiny, tmp_path) if "arms" not in o]
+    both = '+arms={a: ["model.pattern=dense"], b: ["model.router.causal=[]"]}'
+    turned = '+arms={b: ["model.router.causal=[]"], a: ["model.pattern=dense"]}'
+    for arms in (both, turned):
+        directory, configs, _ = compose_arms([*short, arms])
+        assert compare(directory, configs, rounds=1) == 0
+        assert "cannot be compared" in capsys.readouterr().out
+        assert list(json.loads((directory / "compare.json").read_text())) == list(configs)
+
+
 def test_a_mistake_in_an_arm_names_the_arm(tiny, tmp_path):
     arms = '+arms={a: ["model.capacity=many"], b: ["optimizer=adam"]}'
     with pytest.raises(ConfigError) as error:

@@ -13,10 +13,14 @@ from modtrain.configuration import compose
 from modtrain.data.datamodule import TokenDataModule
 from modtrain.errors import CheckpointError, TrainingError
 from modtrain.training import checkpoint
+from modtrain.training.config import ScheduleConfig
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.preemption import STOP, STOP_SIGNALS
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.schedules import lr_factor
+
+COSINE = ScheduleConfig(warmup=0.02, final=0.1)
 
 
 @pytest.fixture
@@ -66,6 +70,7 @@ def test_metrics_stand_once_a_step_with_tokens_and_flops(start):
     for record in training:
         assert record["tokens"] == record["step"] * 256
         assert record["flops"] / record["step"] == training[0]["flops"] / 2
+        assert record["lr"] == pytest.approx(1e-3 * lr_factor(COSINE, record["step"] - 1, 12))
         assert {"lr", "grad_norm", "throughput/tokens_per_second"} <= record.keys()
         assert "throughput/mfu" not in record  # the CPU's peak is not known
         assert math.isfinite(record["loss"])

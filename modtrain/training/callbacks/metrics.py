@@ -11,6 +11,7 @@ from modtrain.training.hardware import peak_flops
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
 from modtrain.training.routing_statistics import routing_metrics
+from modtrain.training.schedules import lr_factor
 
 
 class StepClock:
@@ -84,7 +85,9 @@ class MetricsCallback(StepCallback):
             values["predictor_loss"] = float(statistics.auxiliary) / count
         if statistics.grad_norm is not None:
             values["grad_norm"] = float(statistics.grad_norm)
-        values["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        # By now the scheduler stands at the next step; this one was made with the rate before.
+        factor = lr_factor(module.config.schedule, trainer.global_step - 1, module.plan.steps)
+        values["lr"] = module.config.optimizer.lr * factor
         if routed:
             described = routing_metrics(routed, statistics.routing)
             values.update({name: float(value) for name, value in described.items()})
