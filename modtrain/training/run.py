@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from modtrain.data.datamodule import TokenDataModule
-from modtrain.data.index import ShardIndex
 from modtrain.training import checkpoint
 from modtrain.training.callbacks.checkpoints import CheckpointCallback
 from modtrain.training.callbacks.finite import FiniteLossGuard
@@ -72,9 +71,16 @@ def _train_locked(
 ) -> Outcome:
     if config.strategy.num_threads is not None:
         torch.set_num_threads(config.strategy.num_threads)
-    index = ShardIndex.load(Path(config.data.path), verify=config.data.verify)
+    data = TokenDataModule(
+        config.data,
+        micro_batch_size=config.batch.micro_batch_size,
+        accumulate=plan.accumulate,
+        num_steps=plan.steps,
+        eval_batch_size=config.eval.batch_size,
+        eval_sequences=config.eval.sequences,
+    )
     device = resolve_accelerator(config.strategy.accelerator)
-    run.start(config, index.summary.fingerprint, device)
+    run.start(config, data.index.summary.fingerprint, device)
     found = checkpoint.recover(run.checkpoints)
     start_step, path = found if found is not None else (0, None)
     if start_step:
@@ -82,7 +88,7 @@ def _train_locked(
     log = MetricsLog(run, plan, start_step, config.log.tensorboard)
     try:
         if start_step < plan.steps:
-            reached = _fit(config, plan, run, log, start_step, path)
+            reached = _fit(config, plan, run, data, log, start_step, path)
             if reached < plan.steps:
                 return _stopped(run, console)
     finally:
@@ -96,6 +102,7 @@ def _fit(
     config: TrainConfig,
     plan: TrainingPlan,
     run: RunDirectory,
+    data: TokenDataModule,
     log: MetricsLog,
     start_step: int,
     path: Path | None,
@@ -103,14 +110,6 @@ def _fit(
     """Train from ``start_step`` and return the step reached: the last one, or where it stopped."""
     L.seed_everything(config.seed, verbose=False)
     module = LanguageModule(config, plan)
-    data = TokenDataModule(
-        config.data,
-        micro_batch_size=config.batch.micro_batch_size,
-        accumulate=plan.accumulate,
-        num_steps=plan.steps,
-        eval_batch_size=config.eval.batch_size,
-        eval_sequences=config.eval.sequences,
-    )
     data.start_step = start_step
     accelerator = resolve_accelerator(config.strategy.accelerator)
     precision = config.precision

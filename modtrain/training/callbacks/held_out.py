@@ -22,22 +22,16 @@ class HeldOutCallback(StepCallback):
 
     def __init__(self, metrics_log: MetricsLog, clock: StepClock, every: int | None) -> None:
         self.metrics_log, self.clock, self.every = metrics_log, clock, every
-        self.latest: HeldOut | None = None
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Evaluate where it is due."""
         if not is_due(step, self.every, module.plan.steps):
             return
         with self.clock:
-            self.latest = self.run(trainer, module)
-            self.metrics_log.write(step, held_out_metrics(self.latest))
+            loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+            found = evaluate(module.model, loader, trainer.precision_plugin.forward_context())
+            self.metrics_log.write(step, held_out_metrics(found))
             self._draw(trainer, module, step)
-
-    @staticmethod
-    def run(trainer: L.Trainer, module: LanguageModule) -> HeldOut:
-        """Return the held-out figures of the module as it is."""
-        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        return evaluate(module.model, loader, trainer.precision_plugin.forward_context())
 
     def _draw(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Show which tokens of the first held-out sequence each routed layer takes."""
