@@ -8,40 +8,12 @@ from typing import Any
 
 from modtrain.checks import above_zero, at_least, one_of
 from modtrain.errors import Problem
+from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.pattern import layer_capacities, pattern_problems
+from modtrain.models.router_config import RouterConfig, Selection
 
 ACTIVATIONS = ("swiglu", "gelu")
-GATES = ("raw", "none")
-CAUSAL_ROUTERS = ("predictor",)
-
-
-@dataclass
-class RouterConfig:
-    """How a routed block scores its tokens.
-
-    gate: what the block's update is multiplied by. ``raw``: the score itself (arXiv 2404.02258,
-        eq. 1). ``none``: a control without the multiplication, in which the router never learns.
-    causal: decisions trained beside top-k that need no later token, for evaluation and sampling.
-        ``predictor``: a small MLP on the stop-gradient input of the router (section 3.5).
-    predictor_dim: hidden width of that MLP.
-    """
-
-    gate: str = "raw"
-    causal: list[str] = field(default_factory=lambda: ["predictor"])
-    predictor_dim: int = 64
-
-    def problems(self, prefix: str) -> list[Problem]:
-        """Everything wrong with the router's settings."""
-        found = [
-            *one_of(self, prefix, "gate", GATES),
-            *one_of(self, prefix, "causal", CAUSAL_ROUTERS),
-            *at_least(self, prefix, 1, "predictor_dim"),
-        ]
-        if len(set(self.causal)) != len(self.causal):
-            found.append(
-                Problem(f"{prefix}.causal", self.causal, "names a router twice", "name each once")
-            )
-        return found
+MIXERS = ("attention", "convolution")
 
 
 @dataclass
@@ -52,12 +24,17 @@ class ModelConfig:
     num_kv_heads: heads of keys and values (grouped-query attention); null: ``num_heads``.
     head_dim: width of a head; null: ``d_model / num_heads``.
     d_ff: hidden width of the MLP; null: 4 d for gelu, 8/3 d rounded up to 64 for swiglu.
-    sliding_window: how many positions back a token sees, itself included; null: all.
+    mixer: what moves features between tokens: ``attention``, ``convolution`` (causal, depthwise), or
+        a list with one of them a layer.
+    sliding_window: how many positions back attention sees, the token itself included; null: all.
+    conv_width: how many tokens a convolution reaches over, the token itself included.
     init_std: standard deviation of the initial weights; null: sqrt(2 / (5 d_model)) (see
         `modtrain.models.init`).
     pattern: which blocks are routed: ``dense``, ``every``, ``every_other``, or a list with one
         capacity a layer in which 1 is a dense block, ``[1, 0.125]`` or ``"[1, .125]*6"``.
     capacity: the share of tokens that takes part in a routed block, in (0, 1].
+    loss_chunk: tokens whose logits are in memory at once in training; null: as many as make some 32
+        million logits.
     """
 
     d_model: int = 256
@@ -70,13 +47,17 @@ class ModelConfig:
     activation: str = "swiglu"
     tie_embeddings: bool = False
     qk_norm: bool = False
+    mixer: Any = "attention"
     sliding_window: int | None = None
+    conv_width: int = 4
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     init_std: float | None = None
     pattern: Any = "every_other"
     capacity: float = 0.125
     router: RouterConfig = field(default_factory=RouterConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    loss_chunk: int | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -119,16 +100,102 @@ class ModelConfig:
         """Whether any layer is routed."""
         return any(capacity is not None for capacity in self.capacities)
 
+    @property
+    def mixers(self) -> list[str]:
+        """The mixer of each layer. Raises ValueError where the list is not one a layer."""
+        if isinstance(self.mixer, str):
+            return [self.mixer] * self.num_layers
+        names = list(self.mixer)
+        if len(names) != self.num_layers:
+            raise ValueError(f"names {len(names)} layers, but there are {self.num_layers}")
+        return names
+
+    @property
+    def routed_parts(self) -> list[tuple[int, str]]:
+        """Layer and part (``block``, ``attention``, ``mlp``) of each router, in running order."""
+        target = self.router.target
+        parts = ("attention", "mlp") if target == "both" else (target,)
+        return [
+            (layer, part)
+            for layer, capacity in enumerate(self.capacities)
+            if capacity is not None
+            for part in parts
+        ]
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of ``layer`` is a mixture of experts."""
+        experts = self.experts
+        return experts.count is not None and (self.num_layers - 1 - layer) % experts.every == 0
+
+    @property
+    def training_selection(self) -> Selection:
+        """How tokens are chosen in training."""
+        return "token" if self.is_routed and self.router.choice == "token" else "top_k"
+
+    @property
+    def causal_selections(self) -> list[Selection]:
+        """The causal decisions that the model has; the first one is what it is judged by.
+
+        Empty where nothing was trained that could decide without the future.
+        """
+        if self.is_routed and self.router.needs_causal:
+            return list(self.router.causal_routers)  # type: ignore[arg-type]
+        return ["causal"]
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether what training chooses by looks at later tokens."""
+        by_experts = self.experts.count is not None and self.experts.choice == "expert"
+        return by_experts or (self.is_routed and self.router.needs_causal)
+
     def problems(self, prefix: str = "model") -> list[Problem]:
         """Everything wrong with the model's shape, in the order of the fields."""
         sizes = ("d_model", "num_layers", "num_heads", "vocab_size", "num_kv_heads", "head_dim")
-        found = at_least(self, prefix, 1, *sizes, "d_ff", "sliding_window")
-        if not found:
+        found = at_least(
+            self, prefix, 1, *sizes, "d_ff", "sliding_window", "conv_width", "loss_chunk"
+        )
+        sized = not found
+        if sized:
             found += self._head_problems(prefix)
         found += above_zero(self, prefix, "rope_theta", "norm_eps", "init_std")
         found += one_of(self, prefix, "activation", ACTIVATIONS)
         found += pattern_problems(self.pattern, self.capacity, self.num_layers, prefix)
-        return found + self.router.problems(f"{prefix}.router")
+        found += self._mixer_problems(prefix)
+        found += self.router.problems(f"{prefix}.router")
+        if sized and self.activation in ACTIVATIONS:
+            found += self.experts.problems(f"{prefix}.experts", self.ff_width, self.num_layers)
+        return found or self._signal_problems(prefix)
+
+    def _mixer_problems(self, prefix: str) -> list[Problem]:
+        if isinstance(self.mixer, str):
+            return one_of(self, prefix, "mixer", MIXERS)
+        key, remedy = f"{prefix}.mixer", f"name one of {', '.join(MIXERS)}, or one for each layer"
+        try:
+            names = self.mixers
+        except (TypeError, ValueError) as error:
+            return [Problem(key, self.mixer, str(error), remedy)]
+        return [Problem(key, name, "is not known", remedy) for name in names if name not in MIXERS]
+
+    def _signal_problems(self, prefix: str) -> list[Problem]:
+        """Find routed layers that the attention of the layer before has nothing to tell."""
+        if self.router.score != "attention":
+            return []
+        attends = [
+            mixer == "attention" and (capacity is None or self.router.target == "mlp")
+            for mixer, capacity in zip(self.mixers, self.capacities, strict=True)
+        ]
+        routed = [layer for layer, capacity in enumerate(self.capacities) if capacity is not None]
+        return [
+            Problem(
+                f"{prefix}.router.score",
+                self.router.score,
+                f"takes the attention of the layer before, but before layer {layer} there is no"
+                " layer in which all the tokens attend",
+                f"use {prefix}.pattern=every_other, or a learned score",
+            )
+            for layer in routed
+            if layer == 0 or not attends[layer - 1]
+        ][:1]
 
     def _head_problems(self, prefix: str) -> list[Problem]:
         found = []

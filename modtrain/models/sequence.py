@@ -1,0 +1,173 @@
+"""What passes between the parts of a model: the tokens' context in, updates and records out.
+
+Shapes: B batch, S sequence, K chosen, D model, W half the width of a head, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from modtrain.models.router_config import Selection
+
+
+class SequenceContext(NamedTuple):
+    """What a sequence module has to know of its tokens beside their features.
+
+    positions_BS: where each token stands in the text; B may be 1 where all sequences agree.
+    cos_BSW, sin_BSW: the rotary factors of those positions.
+    selection: how routers and experts are to choose.
+    window: how many positions back attention sees; None: all.
+    documents_BS: numbers of the documents, rising along the sequence; None where it is all one.
+        Nothing passes between documents.
+    valid_BS: False for padding, which nobody sees and nothing is spent on; None: all are valid.
+    visible_BSS: which key (last) each query sees; None: itself and every one before.
+    """
+
+    positions_BS: Tensor
+    cos_BSW: Tensor
+    sin_BSW: Tensor
+    selection: Selection = "top_k"
+    window: int | None = None
+    documents_BS: Tensor | None = None
+    valid_BS: Tensor | None = None
+    visible_BSS: Tensor | None = None
+
+    def gather(self, index_BK: Tensor, valid_BK: Tensor | None = None) -> SequenceContext:
+        """Return the context of the tokens ``index_BK`` alone; they keep their positions.
+
+        valid_BK: False for slots that hold nobody. They stand behind the others, where causal
+        attention never looks.
+        """
+        batch = index_BK.shape[0]
+
+        def take(table_BSW: Tensor) -> Tensor:
+            if table_BSW.shape[0] == 1:
+                return table_BSW[0][index_BK]
+            index = index_BK.unsqueeze(-1).expand(-1, -1, table_BSW.shape[-1])
+            return table_BSW.gather(1, index)
+
+        positions = self.positions_BS.expand(batch, -1).gather(1, index_BK)
+        documents = self.documents_BS
+        if documents is not None:
+            documents = documents.expand(batch, -1).gather(1, index_BK)
+        return self._replace(
+            positions_BS=positions,
+            cos_BSW=take(self.cos_BSW),
+            sin_BSW=take(self.sin_BSW),
+            documents_BS=documents,
+            valid_BS=valid_BK,
+            visible_BSS=visible(positions, self.window, documents, None),
+        )
+
+
+def sequence_context(
+    positions_BS: Tensor,
+    head_width: int,
+    theta: float,
+    *,
+    selection: Selection = "top_k",
+    window: int | None = None,
+    documents_BS: Tensor | None = None,
+    valid_BS: Tensor | None = None,
+) -> SequenceContext:
+    """Make the context of tokens at ``positions_BS`` (RoPE, arXiv 2104.09864)."""
+    device = positions_BS.device
+    exponent_W = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
+    angle_BSW = positions_BS.unsqueeze(-1).float() * theta**-exponent_W
+    return SequenceContext(
+        positions_BS,
+        angle_BSW.cos(),
+        angle_BSW.sin(),
+        selection,
+        window,
+        documents_BS,
+        valid_BS,
+        visible(positions_BS, window, documents_BS, valid_BS),
+    )
+
+
+def visible(
+    positions_BS: Tensor,
+    window: int | None,
+    documents_BS: Tensor | None,
+    valid_BS: Tensor | None,
+) -> Tensor | None:
+    """Which key (last dim) each query sees (B, S, S); None for plain causal attention.
+
+    A token always sees itself, padding too: an empty row would be a mean over nothing.
+    """
+    if window is None and documents_BS is None and valid_BS is None:
+        return None
+    length = positions_BS.shape[1]
+    # The order among equal positions (padding) is kept by the lower triangle.
+    sees = torch.ones(length, length, dtype=torch.bool, device=positions_BS.device).tril()[None]
+    if window is not None:
+        sees = sees & (positions_BS.unsqueeze(2) - positions_BS.unsqueeze(1) < window)
+    if documents_BS is not None:
+        sees = sees & (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1))
+    if valid_BS is not None:
+        itself = torch.eye(length, dtype=torch.bool, device=positions_BS.device)
+        sees = sees & (valid_BS.unsqueeze(1) | itself)
+    return sees
+
+
+class RoutingRecord(NamedTuple):
+    """What one depth router decided.
+
+    scores_BS: its scores. chosen_BS: who took part. predictor_BS: the predictor's logits, None
+    where there is no predictor. valid_BS: False for padding; None: all are valid.
+    """
+
+    scores_BS: Tensor
+    chosen_BS: Tensor
+    predictor_BS: Tensor | None = None
+    valid_BS: Tensor | None = None
+
+
+class ExpertRecord(NamedTuple):
+    """What one mixture of experts did with its tokens.
+
+    load_E: share of all choices that fell on each expert, no-op experts last; sums to 1.
+    executed_E: tokens that each expert computed, without no-ops; what was dropped is not in it.
+    dropped: share of the choices of computing experts that found no room.
+    quantile_E: expert choice's score above which an expert takes a token; None for token choice.
+    balance_loss, z_loss: unweighted; None where the configuration has none.
+    """
+
+    load_E: Tensor
+    executed_E: Tensor
+    dropped: Tensor
+    quantile_E: Tensor | None = None
+    balance_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+
+
+class Output(NamedTuple):
+    """What a part of the model gives: an update, or the residual stream after a layer.
+
+    received_BS: mean attention that each token received, where the next layer routes by it.
+    """
+
+    value_BSD: Tensor
+    routing: tuple[RoutingRecord, ...] = ()
+    experts: tuple[ExpertRecord, ...] = ()
+    received_BS: Tensor | None = None
+
+
+class SequenceModule(Protocol):
+    """Anything that maps (B, S, D) to an update of the same shape can be routed.
+
+    It returns the update alone, f(x), not x + f(x), as a tensor or with what else there is to tell.
+    """
+
+    def __call__(self, x_BSD: Tensor, context: SequenceContext) -> Tensor | Output:
+        """Return the update (B, S, D)."""
+        ...
+
+
+def as_output(found: Tensor | Output) -> Output:
+    """Give a module's bare tensor the shape that everything else has."""
+    return Output(found) if isinstance(found, Tensor) else found
