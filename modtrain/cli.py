@@ -65,10 +65,10 @@ def _compare(overrides: list[str], config_dir: str | None) -> int:
     STOP.install()
     from modtrain.configuration import compose_arms
 
-    directory, arms, rounds = compose_arms(overrides, config_dir)
+    comparison = compose_arms(overrides, config_dir)
     from modtrain.experiments.compare import compare
 
-    return compare(directory, arms, rounds)
+    return compare(comparison)
 
 
 def _eval(overrides: list[str], config_dir: str | None) -> int:

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.data.config import PrepareConfig
 from modtrain.errors import ConfigError, Problem, raise_if_any
-from modtrain.experiments.config import CompareConfig
+from modtrain.experiments.config import CompareConfig, Comparison
 from modtrain.inference.config import EvalRunConfig
 from modtrain.training.config import TrainConfig
 
@@ -218,27 +218,35 @@ def _own_problems(config: Any, known: set[str]) -> list[Problem]:
     return [problem for problem in found if problem.key not in known]
 
 
-def compose_arms(
-    overrides: Sequence[str], config_dir: str | None = None
-) -> tuple[Path, dict[str, TrainConfig], int]:
-    """Return a comparison's directory, the training configuration of each arm, and timed rounds.
+def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Comparison:
+    """Return a comparison with the training configurations of its arms.
 
     Raises:
         ConfigError: the comparison or an arm is wrong; an arm's name stands before its keys.
     """
     config = compose("compare", overrides, config_dir)
     raise_if_any(config.problems())
-    arms, problems = {}, []
-    for arm, own in config.arms.items():
+    arms: dict[str, list[TrainConfig]] = {}
+    problems: list[Problem] = []
+    for arm, own in config.chosen_arms.items():
         try:
-            composed = compose(
-                "compare", [*overrides, *own, f"name={config.name}/{arm}"], config_dir
-            )
+            composed = compose("compare", [*overrides, *own], config_dir)
         except ConfigError as error:
             problems += [
                 replace(problem, key=f"{arm}: {problem.key}") for problem in error.problems
             ]
             continue
-        arms[arm] = TrainConfig(**{f.name: getattr(composed, f.name) for f in fields(TrainConfig)})
+        shared = {f.name: getattr(composed, f.name) for f in fields(TrainConfig)}
+        arms[arm] = _runs_of_an_arm(TrainConfig(**shared), f"{config.name}/{arm}", config.seeds)
     raise_if_any(problems)
-    return Path(config.runs_dir) / str(config.name), arms, config.timed_rounds
+    directory = Path(config.runs_dir) / str(config.name)
+    return Comparison(directory, arms, not config.only, config.train, config.timed_rounds)
+
+
+def _runs_of_an_arm(config: TrainConfig, name: str, seeds: list[int]) -> list[TrainConfig]:
+    if not seeds:
+        return [replace(config, name=name)]
+    return [
+        replace(config, name=f"{name}/seed_{seed}", seed=seed, data=replace(config.data, seed=seed))
+        for seed in seeds
+    ]

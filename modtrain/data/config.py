@@ -25,6 +25,8 @@ class DataConfig:
     num_workers: processes that read ahead; 0 reads in the training process.
     prefetch_factor: batches that each worker reads ahead.
     verify: what is checked of the shards before training: ``size``, ``sha256`` or ``none``.
+    document_mask: neither attention nor the choice of tokens crosses documents.
+    eos_id: the token that ends a document, for document_mask; None takes that of the shards.
     """
 
     path: str = ""
@@ -34,25 +36,37 @@ class DataConfig:
     num_workers: int = 0
     prefetch_factor: int = 4
     verify: str = "size"
+    document_mask: bool = False
+    eos_id: int | None = None
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with this configuration that can be seen without the shards."""
-        return [
-            *at_least(self, prefix, 0, "seed", "num_workers"),
+        found = [
+            *at_least(self, prefix, 0, "seed", "num_workers", "eos_id"),
             *at_least(self, prefix, 1, "prefetch_factor", "seq_len"),
             *one_of(self, prefix, "verify", VERIFY_LEVELS),
         ]
+        if self.eos_id is not None and not self.document_mask:
+            key, mask = key_of(prefix, "eos_id"), key_of(prefix, "document_mask")
+            reason, remedy = f"has no use without {mask}", f"set {mask}=true, or leave it null"
+            found.append(Problem(key, self.eos_id, reason, remedy))
+        return found
 
     def shard_problems(self, prefix: str) -> list[Problem]:
         """What does not fit the shards at ``path``, which may be missing. Reads ``index.json``."""
         try:
-            stored = read_summary(self.path).seq_len
+            stored = read_summary(self.path)
         except DataError as error:
             remedy = "modtrain prepare writes such a directory"
             return [Problem(key_of(prefix, "path"), self.path, str(error), remedy)]
+        found = []
+        if self.eos_id is not None and self.eos_id != stored.eos_id:
+            reason = f"does not end the documents of these shards, {stored.eos_id} does"
+            remedy = f"set it to {stored.eos_id}, or leave it null"
+            found.append(Problem(key_of(prefix, "eos_id"), self.eos_id, reason, remedy))
         if self.seq_len is None or self.seq_len < 1:
-            return []
-        return seq_len_problems(key_of(prefix, "seq_len"), self.seq_len, stored)
+            return found
+        return found + seq_len_problems(key_of(prefix, "seq_len"), self.seq_len, stored.seq_len)
 
 
 def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:

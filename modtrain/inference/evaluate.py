@@ -51,7 +51,9 @@ def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
     )
     bf16 = resolve_precision(config.precision, device.type) == "bf16"
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-    held_out = evaluate(model.to(device), data.val_dataloader(), autocast)
+    held_out = evaluate(
+        model.to(device), data.val_dataloader(), autocast, eos_id=trained.data.eos_id
+    )
     figures = _figures(trained, held_out, data_path, step)
     write_text(run.path / f"eval-{step:09d}.json", json.dumps(figures, indent=1))
     return figures

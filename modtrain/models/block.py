@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from modtrain.models.attention import Attention, SequenceContext
-from modtrain.models.config import ModelConfig
-from modtrain.models.feed_forward import FeedForward
-from modtrain.models.norm import RMSNorm
+from modtrain.models.sequence import Output, SequenceContext, as_output
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm MLP.
+    """Attention (or another mixer), then an MLP (or experts), each with its own norm before it.
 
     Like every sequence module here it returns its update f(x), not x + f(x): whoever calls it adds
     the residual, so that a router can weigh the update alone and no residual is added twice.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = FeedForward(config)
+        self.attention, self.mlp = attention, mlp
 
-    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
         """Return the update (B, S, D) of both parts together."""
-        attended = self.attention(self.attention_norm(x_BSD), context)
-        out: Tensor = attended + self.mlp(self.mlp_norm(x_BSD + attended))
-        return out
+        attended = as_output(self.attention(x_BSD, context))
+        fed = as_output(self.mlp(x_BSD + attended.value_BSD, context))
+        return Output(
+            attended.value_BSD + fed.value_BSD,
+            experts=attended.experts + fed.experts,
+            received_BS=attended.received_BS,
+        )

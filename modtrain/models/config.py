@@ -24,8 +24,8 @@ class ModelConfig:
     num_kv_heads: heads of keys and values (grouped-query attention); null: ``num_heads``.
     head_dim: width of a head; null: ``d_model / num_heads``.
     d_ff: hidden width of the MLP; null: 4 d for gelu, 8/3 d rounded up to 64 for swiglu.
-    mixer: what moves features between tokens: ``attention``, ``convolution`` (causal, depthwise), or
-        a list with one of them a layer.
+    mixer: what moves features between tokens: ``attention``, ``convolution`` (causal, depthwise),
+        or a list with one of them a layer.
     sliding_window: how many positions back attention sees, the token itself included; null: all.
     conv_width: how many tokens a convolution reaches over, the token itself included.
     init_std: standard deviation of the initial weights; null: sqrt(2 / (5 d_model)) (see
@@ -122,6 +122,19 @@ class ModelConfig:
             for part in parts
         ]
 
+    @property
+    def routed_labels(self) -> list[str]:
+        """A name for each of `routed_parts`, such as ``layer_03`` or ``layer_03_mlp``."""
+        return [
+            f"layer_{layer:02d}" + ("" if part == "block" else f"_{part}")
+            for layer, part in self.routed_parts
+        ]
+
+    @property
+    def expert_labels(self) -> list[str]:
+        """A name for each mixture of experts, such as ``layer_03``."""
+        return [f"layer_{i:02d}" for i in range(self.num_layers) if self.has_experts(i)]
+
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of ``layer`` is a mixture of experts."""
         experts = self.experts
@@ -146,7 +159,9 @@ class ModelConfig:
     def looks_ahead(self) -> bool:
         """Whether what training chooses by looks at later tokens."""
         by_experts = self.experts.count is not None and self.experts.choice == "expert"
-        return by_experts or (self.is_routed and self.router.needs_causal)
+        router = self.router
+        by_depth = self.is_routed and router.needs_causal and router.choice == "expert"
+        return by_experts or by_depth
 
     def problems(self, prefix: str = "model") -> list[Problem]:
         """Everything wrong with the model's shape, in the order of the fields."""

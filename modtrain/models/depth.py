@@ -1,119 +1,265 @@
 """Mixture-of-Depths: a sequence module that only some tokens of each sequence enter.
 
-Shapes: B batch, S sequence, D model, K chosen.
+Shapes: B batch, S sequence, D model, K places.
 """
 
 from __future__ import annotations
-
-from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modtrain.models.attention import SequenceContext
 from modtrain.models.pattern import num_chosen
-from modtrain.models.router import LinearRouter, Predictor, top_k
-
-Selection = Literal["top_k", "predictor"]
-"""Who takes part. ``top_k`` looks at the whole sequence, the future included, and is what training
-uses; ``predictor`` decides on each token by itself, as sampling has to."""
-
-
-class SequenceModule(Protocol):
-    """Anything that maps (B, S, D) to an update of the same shape can be routed."""
-
-    def __call__(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
-        """Return the update (B, S, D)."""
-        ...
+from modtrain.models.router import Gate, Predictor, evenly_spaced, make_router, widened
+from modtrain.models.router_config import RouterConfig, Selection
+from modtrain.models.selection import (
+    Places,
+    expert_choice,
+    first_places,
+    quantile,
+    token_choice,
+)
+from modtrain.models.sequence import Output, RoutingRecord, SequenceContext, as_output
 
 
-class RoutingRecord(NamedTuple):
-    """What one routed layer decided.
+class Residual(nn.Module):
+    """x + f(x): a sequence module that every token enters."""
 
-    scores_BS: the router's scores. chosen_BS: who took part. predictor_BS: the predictor's logits,
-    None where there is no predictor.
-    """
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
-    scores_BS: Tensor
-    chosen_BS: Tensor
-    predictor_BS: Tensor | None
+    def forward(
+        self,
+        x_BSD: Tensor,
+        context: SequenceContext,
+        capacity: float | None = None,
+        received_BS: Tensor | None = None,
+    ) -> Output:
+        """Return the residual stream after the module."""
+        del capacity, received_BS
+        found = as_output(self.module(x_BSD, context))
+        return found._replace(value_BSD=x_BSD + found.value_BSD)
 
 
 class MixtureOfDepths(nn.Module):
-    """x_i + r_i f(X)_i for the chosen tokens X, x_i unchanged for the rest (arXiv 2404.02258)."""
+    """x_i + g_i f(X)_i for the chosen tokens X, x_i unchanged for the rest (arXiv 2404.02258).
+
+    Where the configuration wants a threshold, the buffers ``threshold_sum`` and
+    ``threshold_weight`` hold a running mean of the scores' quantile. A forward pass leaves them
+    alone: `observe` and `absorb` move them, once an optimizer step.
+    """
+
+    threshold_sum: Tensor
+    threshold_weight: Tensor
 
     def __init__(
-        self,
-        module: nn.Module,
-        router: LinearRouter,
-        predictor: Predictor | None,
-        capacity: float,
-        gated: bool = True,
+        self, module: nn.Module, config: RouterConfig, capacity: float, d_model: int, eps: float
     ) -> None:
-        """Wrap ``module``, a `SequenceModule`; ``gated=False`` leaves r_i out (a control)."""
+        """Wrap ``module``, a `SequenceModule` of width ``d_model``, at this capacity."""
         super().__init__()
-        self.module, self.router, self.predictor = module, router, predictor
-        self.capacity, self.gated = capacity, gated
+        self.module, self.config, self.capacity = module, config, capacity
+        self.router = make_router(config, d_model, eps)
+        self.gate = Gate(config, eps)
+        wanted = "predictor" in config.causal_routers
+        self.predictor = Predictor(d_model, config.predictor_dim, eps) if wanted else None
+        if config.keeps_threshold:
+            for name in ("threshold_sum", "threshold_weight"):
+                self.register_buffer(name, torch.zeros((), dtype=torch.float32))
 
     def forward(
-        self, x_BSD: Tensor, context: SequenceContext, selection: Selection = "top_k"
-    ) -> tuple[Tensor, RoutingRecord]:
-        """Return the residual stream after the layer, and what was decided."""
-        scores_BS = self.router(x_BSD)
+        self,
+        x_BSD: Tensor,
+        context: SequenceContext,
+        capacity: float | None = None,
+        received_BS: Tensor | None = None,
+    ) -> Output:
+        """Return the residual stream after the layer, and what was decided.
+
+        capacity: in place of the layer's own, where it follows a schedule. received_BS: the
+        attention that each token received in the layer before, for routers that go by it.
+        """
+        count = num_chosen(self.capacity if capacity is None else capacity, x_BSD.shape[1])
+        scores_BS = self._scores(x_BSD, context, count, received_BS)
         predictor_BS = None if self.predictor is None else self.predictor(x_BSD)
-        if selection == "top_k":
-            index_BK = top_k(scores_BS, num_chosen(self.capacity, x_BSD.shape[1]))
-            chosen_BS = torch.zeros_like(scores_BS, dtype=torch.bool).scatter(1, index_BK, True)
-            out_BSD = self._route(x_BSD, context, scores_BS, index_BK)
-            return out_BSD, RoutingRecord(scores_BS, chosen_BS, predictor_BS)
-        if predictor_BS is None:
-            raise ValueError("this model has no predictor: it was built without router.causal")
-        chosen_BS = predictor_BS > 0
-        out_BSD = self._route_ragged(x_BSD, context, scores_BS, chosen_BS)
-        return out_BSD, RoutingRecord(scores_BS, chosen_BS, predictor_BS)
+        places, chosen_BS = self._choose(scores_BS, predictor_BS, count, context)
+        trains = context.selection in ("top_k", "token")
+        record = RoutingRecord(
+            scores_BS,
+            chosen_BS,
+            predictor_BS,
+            context.valid_BS,
+            quantile(scores_BS, count, context.valid_BS)
+            if trains and self.config.keeps_threshold
+            else None,
+        )
+        if places.index_BK.shape[1] == 0:
+            return Output(x_BSD, (record,))
+        found = self._route(x_BSD, context, scores_BS, places)
+        return found._replace(routing=(record, *found.routing))
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether `observe` and `absorb` have anything to do."""
+        return self.config.keeps_threshold
+
+    def threshold(self) -> Tensor:
+        """The score above which a token takes part, a scalar; 0 before anything was learned."""
+        return self.threshold_sum / self.threshold_weight.clamp(min=1e-12)
+
+    def decide(
+        self, selection: Selection, scores_BS: Tensor, predictor_BS: Tensor | None
+    ) -> Tensor:
+        """Return who takes part (B, S) by a causal decision.
+
+        Raises:
+            ValueError: the model was built without that decision.
+        """
+        if selection not in self.config.causal_routers:
+            raise ValueError(
+                f"this model cannot choose by {selection!r}: it was built with"
+                f" router.causal={self.config.causal_routers}"
+            )
+        if selection == "threshold":
+            return scores_BS > self.threshold()
+        if selection == "auxiliary" or predictor_BS is None:
+            return scores_BS > 0
+        return predictor_BS > 0
+
+    def observe(self, record: RoutingRecord) -> Tensor | None:
+        """Return what `absorb` wants to know of a micro-batch; None where there is nothing."""
+        return record.quantile
+
+    @torch.no_grad()
+    def absorb(self, observed: Tensor) -> None:
+        """Take in a step's quantile, a mean over micro-batches and ranks."""
+        decay = self.config.threshold_decay
+        self.threshold_sum.lerp_(observed.to(self.threshold_sum.dtype), 1 - decay)
+        self.threshold_weight.lerp_(torch.ones_like(self.threshold_weight), 1 - decay)
+
+    def _scores(
+        self, x_BSD: Tensor, context: SequenceContext, count: int, received_BS: Tensor | None
+    ) -> Tensor:
+        if self.router is not None:
+            scores: Tensor = self.router(x_BSD)
+            return scores
+        if self.config.score == "fixed":
+            return evenly_spaced(x_BSD, count)
+        weighs = self.gate.kind != "none" or context.selection == "threshold"
+        if not weighs and context.selection not in ("top_k", "token"):
+            # The predictor decides and nothing is multiplied: what nobody reads is not computed.
+            return x_BSD.new_zeros(x_BSD.shape[:2])
+        if self.config.score == "attention":
+            if received_BS is None:
+                raise ValueError("the layer before does not tell what attention it received")
+            return received_BS
+        with torch.no_grad():
+            update_BSD = as_output(self.module(x_BSD, context)).value_BSD
+            size_BS: Tensor = torch.linalg.vector_norm(widened(update_BSD), dim=-1)
+            return size_BS
+
+    def _choose(
+        self,
+        scores_BS: Tensor,
+        predictor_BS: Tensor | None,
+        count: int,
+        context: SequenceContext,
+    ) -> tuple[Places, Tensor]:
+        """Return the places to compute, and who takes part (B, S)."""
+        if context.selection == "top_k" or not self.config.needs_causal:
+            places = expert_choice(scores_BS, count, context)
+            source = True if places.filled_BK is None else places.filled_BK
+            nobody_BS = torch.zeros_like(scores_BS, dtype=torch.bool)
+            return places, nobody_BS.scatter(1, places.index_BK, source)
+        valid_BS = context.valid_BS
+        if context.selection == "token":
+            room = self.config.places(count, scores_BS.shape[1])
+            known_BS = scores_BS
+            if valid_BS is not None:
+                known_BS = scores_BS.masked_fill(~valid_BS, float("-inf"))
+            has_threshold = self.threshold_weight > 0
+            chosen_BS = token_choice(known_BS, count, room, self.threshold(), has_threshold)
+        else:
+            chosen_BS = self.decide(context.selection, scores_BS, predictor_BS)
+            if valid_BS is not None:
+                chosen_BS = chosen_BS & valid_BS
+            # The number is read on the host, which is why training does not come this way.
+            room = int(chosen_BS.sum(dim=1).max().item())
+        index_BK = first_places(chosen_BS, room)
+        return Places(index_BK, chosen_BS.gather(1, index_BK)), chosen_BS
 
     def _route(
-        self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, index_BK: Tensor
-    ) -> Tensor:
+        self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, places: Places
+    ) -> Output:
         """Gather the chosen, update them, put them back; the others' bits stay as they are."""
         batch, length, dim = x_BSD.shape
+        index_BK, filled_BK = places
         # Rows of the flattened batch: selecting and adding whole rows is several times faster than
         # gather and scatter with an index spread over the features.
         start_B1 = torch.arange(batch, device=x_BSD.device).unsqueeze(1) * length
         row_N = (index_BK + start_B1).flatten()
         chosen_BKD = x_BSD.reshape(-1, dim).index_select(0, row_N).view(batch, -1, dim)
-        update_BKD = self.module(chosen_BKD, context.gather(index_BK))
-        if self.gated:
-            update_BKD = update_BKD * scores_BS.gather(1, index_BK).unsqueeze(-1)
+        found = as_output(self.module(chosen_BKD, context.gather(index_BK, filled_BK)))
+        update_BKD = found.value_BSD
+        factor_BK = self.gate(scores_BS.gather(1, index_BK), chosen_BKD)
+        if factor_BK is not None:
+            update_BKD = update_BKD * factor_BK.unsqueeze(-1)
+        if filled_BK is not None:
+            # Adding minus zero changes no bit, that of a zero's sign included.
+            update_BKD = update_BKD.where(filled_BK.unsqueeze(-1), -0.0)
         # Autocast leaves the update narrower, or the gate wider, than the residual stream.
         update_ND = update_BKD.to(x_BSD.dtype).reshape(-1, dim)
-        return x_BSD.reshape(-1, dim).index_add(0, row_N, update_ND).view_as(x_BSD)
+        out_ND = x_BSD.reshape(-1, dim).index_add(0, row_N, update_ND)
+        # What a part of the tokens received says nothing to a router behind.
+        return found._replace(value_BSD=out_ND.view_as(x_BSD), received_BS=None)
 
-    def _route_ragged(
-        self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, chosen_BS: Tensor
-    ) -> Tensor:
-        """Update the chosen, of which each sequence may have another number.
 
-        The chosen come first, in order, then others as padding up to the longest sequence: under
-        causal attention what stands behind is never seen, so no mask is needed. The number is read
-        on the host, which is why training does not come this way.
-        """
-        longest = int(chosen_BS.sum(dim=1).max().item())
-        if longest == 0:
-            return x_BSD
-        order_BS = torch.argsort(chosen_BS.logical_not().byte(), dim=1, stable=True)
-        updated_BSD = self._route(x_BSD, context, scores_BS, order_BS[:, :longest])
-        return torch.where(chosen_BS.unsqueeze(-1), updated_BSD, x_BSD)
+class SplitLayer(nn.Module):
+    """A layer whose attention and MLP are routed apart, or one of them alone.
+
+    attention, mlp: each a `Residual` or a `MixtureOfDepths`.
+    """
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.mlp = attention, mlp
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        context: SequenceContext,
+        capacity: float | None = None,
+        received_BS: Tensor | None = None,
+    ) -> Output:
+        """Return the residual stream after both."""
+        attended: Output = self.attention(x_BSD, context, capacity, received_BS)
+        fed: Output = self.mlp(attended.value_BSD, context, capacity, received_BS)
+        return Output(
+            fed.value_BSD,
+            attended.routing + fed.routing,
+            attended.experts + fed.experts,
+            attended.received_BS,
+        )
 
 
 def predictor_loss(records: tuple[RoutingRecord, ...]) -> Tensor | None:
     """Mean binary cross-entropy of the predictors against who was chosen; None without any."""
-    losses = [
-        F.binary_cross_entropy_with_logits(
-            record.predictor_BS, record.chosen_BS.to(record.predictor_BS.dtype)
-        )
-        for record in records
-        if record.predictor_BS is not None
-    ]
+    return _mean_cross_entropy([(r, r.predictor_BS) for r in records if r.predictor_BS is not None])
+
+
+def auxiliary_loss(records: tuple[RoutingRecord, ...]) -> Tensor | None:
+    """The same with the scores as logits: centres their sigmoid on 1/2 (section 3.5)."""
+    return _mean_cross_entropy([(r, r.scores_BS) for r in records])
+
+
+def _mean_cross_entropy(guesses: list[tuple[RoutingRecord, Tensor]]) -> Tensor | None:
+    losses = []
+    for record, logits_BS in guesses:
+        target_BS = record.chosen_BS.to(logits_BS.dtype)
+        loss_BS = F.binary_cross_entropy_with_logits(logits_BS, target_BS, reduction="none")
+        if record.valid_BS is None:
+            losses.append(loss_BS.mean())
+        else:
+            valid_BS = record.valid_BS.expand_as(loss_BS)
+            losses.append(loss_BS.where(valid_BS, 0).sum() / valid_BS.sum().clamp(min=1))
     return torch.stack(losses).mean() if losses else None

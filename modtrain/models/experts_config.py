@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from modtrain.checks import above_zero, at_least, one_of, shares
@@ -27,7 +28,8 @@ class ExpertsConfig:
         sequence (arXiv 2202.09368), which looks at later ones; sampling goes by running quantiles.
     capacity_factor: how many tokens of a sequence an expert takes, over its even share. Token
         choice: null is dropless; else the later tokens of the sequence are dropped, in training
-        alone. Expert choice: null is 1.
+        alone. Expert choice: null is 1; of a sequence with padding an expert takes fewer, in
+        proportion.
     balance: of token choice. ``loss``: an auxiliary loss (arXiv 2101.03961, section 2.2). ``bias``:
         a bias on the choice that follows the load (arXiv 2408.15664). ``none``. null: loss for
         token choice, none for expert choice, whose load is even by construction.
@@ -62,6 +64,32 @@ class ExpertsConfig:
     def width(self, ff_width: int) -> int:
         """Hidden width of one expert, where the MLP's would be ``ff_width``."""
         return ff_width // (self.top_k + self.shared) if self.dim is None else self.dim
+
+    def slots(self, tokens: int) -> int | None:
+        """Tokens that an expert computes of a training sequence of ``tokens``; None: any number.
+
+        No token goes to an expert twice, so a capacity above ``tokens`` is cut to that.
+        """
+        if self.count is None:
+            raise ValueError("there are no experts: experts.count is null")
+        if self.choice == "token" and self.capacity_factor is None:
+            return None
+        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
+        even = factor * self.top_k * tokens / (self.count + self.noop)
+        wanted = round(even) if self.choice == "expert" else math.ceil(even)
+        return min(tokens, max(1, wanted))
+
+    def computed_slots(self, tokens: int) -> float:
+        """Pairs of an expert and a token computed for one training sequence of ``tokens``.
+
+        Exact where experts have a capacity, slots that stay empty included; without one it is what
+        an even load over all experts, no-ops among them, comes to. Shared experts are not counted.
+        """
+        slots = self.slots(tokens)
+        count = self.count or 0
+        if slots is None:
+            return tokens * self.top_k * count / (count + self.noop)
+        return float(count * slots)
 
     def problems(self, prefix: str, ff_width: int, num_layers: int) -> list[Problem]:
         """Everything wrong with the experts; ``ff_width`` is the hidden width of the MLP."""

@@ -6,21 +6,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modtrain.models.config import ModelConfig
+from modtrain.models.norm import RMSNorm
+from modtrain.models.sequence import SequenceContext
+
+
+class MLP(nn.Module):
+    """Each token by itself through a wider hidden layer."""
+
+    def __init__(self, d_model: int, width: int, activation: str) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, width, bias=False)
+        self.gate = nn.Linear(d_model, width, bias=False) if activation == "swiglu" else None
+        self.down = nn.Linear(width, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, D) to (…, D)."""
+        up = self.up(x)
+        hidden = F.gelu(up) if self.gate is None else F.silu(self.gate(x)) * up
+        out: Tensor = self.down(hidden)
+        return out
 
 
 class FeedForward(nn.Module):
-    """Each token by itself through a wider hidden layer."""
+    """A block's MLP with its norm, as a sequence module."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.d_model, config.ff_width, bias=False)
-        gated = config.activation == "swiglu"
-        self.gate = nn.Linear(config.d_model, config.ff_width, bias=False) if gated else None
-        self.down = nn.Linear(config.ff_width, config.d_model, bias=False)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.inner = MLP(config.d_model, config.ff_width, config.activation)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Return the update (B, S, D)."""
-        up = self.up(x_BSD)
-        hidden = F.gelu(up) if self.gate is None else F.silu(self.gate(x_BSD)) * up
-        out: Tensor = self.down(hidden)
+    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
+        """Return the update (B, S, D); no token looks at another."""
+        del context
+        out: Tensor = self.inner(self.norm(x_BSD))
         return out

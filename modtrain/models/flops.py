@@ -6,20 +6,24 @@ count in the project comes from here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from modtrain.models.config import ModelConfig
 from modtrain.models.pattern import num_chosen
 
 CONVENTIONS = (
-    "matrix products only, 2 FLOPs a multiply-add: norms, RoPE, softmax, activations, top-k,"
-    " gather and scatter are left out",
+    "matrix products only, 2 FLOPs a multiply-add: norms, RoPE, softmax, activations, a"
+    " convolution's taps, top-k, gather and scatter are left out",
     "causal attention is counted whole: S x S products for S tokens, also under a sliding window",
     "the output head is counted, the embedding look-up is not",
-    "a routed block counts its k = max(1, round(capacity x S)) tokens, its router and its"
-    " predictor all S",
+    "what is routed counts its k = max(1, round(capacity x S)) tokens (token choice: the room it"
+    " keeps for them), its router and its predictor all S",
+    "experts count the tokens that they compute, padding up to a fixed room included; token choice"
+    " among no-op experts counts the balanced load",
     "backward = 2 x forward, for every part",
-    "dense-equivalent: the same model with every block dense and no router",
+    "dense-equivalent: the same model with nothing routed past a block and no no-op experts",
 )
 TRAINING_OVER_FORWARD = 3
 
@@ -28,9 +32,11 @@ TRAINING_OVER_FORWARD = 3
 class Cost:
     """A count by part; the unit (FLOPs a sequence, parameters, …) is that of who made it."""
 
-    attention_projections: int = 0
+    mixer_projections: int = 0
     attention_products: int = 0
     mlp: int = 0
+    experts: int = 0
+    expert_router: int = 0
     router: int = 0
     predictor: int = 0
     embedding: int = 0
@@ -50,73 +56,171 @@ class Cost:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def forward_flops(config: ModelConfig, seq_len: int) -> Cost:
-    """Executed FLOPs of a forward pass over one sequence of ``seq_len`` tokens, under top-k."""
-    counts = [
-        seq_len if capacity is None else num_chosen(capacity, seq_len)
-        for capacity in config.capacities
-    ]
-    return realised_flops(config, seq_len, [(count, count * count) for count in counts])
+class Load(NamedTuple):
+    """What one layer processes of a sequence.
+
+    mixer_tokens: tokens in the mixer. mixer_squares: their number squared, or the mean square where
+    it varies between sequences. mlp_tokens: tokens in the MLP or before the experts. expert_slots:
+    pairs of token and expert that are computed; 0 where the layer has no experts.
+    """
+
+    mixer_tokens: float
+    mixer_squares: float
+    mlp_tokens: float
+    expert_slots: float = 0
 
 
-def realised_flops(config: ModelConfig, seq_len: int, tokens: list[tuple[float, float]]) -> Cost:
-    """Executed FLOPs a sequence where each layer processed ``tokens`` = (mean k, mean k²)."""
+def forward_flops(
+    config: ModelConfig, seq_len: int, capacities: Sequence[float | None] | None = None
+) -> Cost:
+    """Executed FLOPs of a forward pass over one sequence of ``seq_len`` tokens, as in training.
+
+    capacities: one a layer, in place of the configuration's, where they follow a schedule.
+    """
+    found = config.capacities if capacities is None else list(capacities)
+    loads = [training_load(config, i, capacity, seq_len) for i, capacity in enumerate(found)]
+    return realised_flops(config, seq_len, loads)
+
+
+def realised_flops(config: ModelConfig, seq_len: int, loads: Sequence[Load]) -> Cost:
+    """Executed FLOPs a sequence where each layer processed its ``loads``."""
     total = Cost(head=2 * seq_len * config.d_model * config.vocabulary)
-    for capacity, (count, square) in zip(config.capacities, tokens, strict=True):
-        total += _block_flops(config, count, square)
-        if capacity is not None:
-            total += _routing_flops(config, seq_len)
+    capacities = config.capacities
+    for layer, load in enumerate(loads):
+        total += _mixer_flops(config, layer, load) + _mlp_flops(config, layer, load)
+        if capacities[layer] is not None:
+            total += _routing_flops(config, layer, seq_len)
     return total
 
 
 def dense_equivalent_flops(config: ModelConfig, seq_len: int) -> Cost:
-    """FLOPs of a forward pass over one sequence if no block were routed."""
+    """FLOPs of a forward pass over one sequence if no token passed by anything."""
     total = Cost(head=2 * seq_len * config.d_model * config.vocabulary)
-    for _ in range(config.num_layers):
-        total += _block_flops(config, seq_len, seq_len * seq_len)
+    for layer in range(config.num_layers):
+        slots = seq_len * config.experts.top_k if config.has_experts(layer) else 0
+        load = Load(seq_len, seq_len * seq_len, seq_len, slots)
+        total += _mixer_flops(config, layer, load) + _mlp_flops(config, layer, load)
     return total
 
 
-def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def training_flops_per_token(
+    config: ModelConfig, seq_len: int, capacities: Sequence[float | None] | None = None
+) -> float:
     """Executed FLOPs of forward and backward, a token of the sequence."""
-    return TRAINING_OVER_FORWARD * forward_flops(config, seq_len).total / seq_len
+    return TRAINING_OVER_FORWARD * forward_flops(config, seq_len, capacities).total / seq_len
+
+
+def training_load(config: ModelConfig, layer: int, capacity: float | None, seq_len: int) -> Load:
+    """What ``layer`` processes of a sequence in training, at this capacity (None: not routed)."""
+    count = seq_len
+    if capacity is not None:
+        count = num_chosen(capacity, seq_len)
+        if config.router.choice == "token":
+            count = config.router.places(count, seq_len)
+    target = config.router.target
+    mixed = seq_len if target == "mlp" else count
+    fed = seq_len if target == "attention" else count
+    slots = config.experts.computed_slots(fed) if config.has_experts(layer) else 0
+    return Load(mixed, mixed * mixed, fed, slots)
 
 
 def parameters(config: ModelConfig) -> Cost:
     """Number of parameters by part; a tied head counts once, as the embedding."""
-    d, query_dim = config.d_model, config.num_heads * config.head_width
-    kv_dim = config.kv_heads * config.head_width
-    matrices = 3 if config.activation == "swiglu" else 2
-    block = Cost(
-        attention_projections=2 * d * query_dim + 2 * d * kv_dim,
-        mlp=matrices * d * config.ff_width,
-        norms=2 * d + (2 * config.head_width if config.qk_norm else 0),
-    )
-    width = config.router.predictor_dim if "predictor" in config.router.causal else 0
-    routing = Cost(router=d, predictor=(d + 1) * width + (width + 1 if width else 0))
     total = Cost(
-        embedding=config.vocabulary * d,
-        head=0 if config.tie_embeddings else config.vocabulary * d,
-        norms=d,
+        embedding=config.vocabulary * config.d_model,
+        head=0 if config.tie_embeddings else config.vocabulary * config.d_model,
+        norms=config.d_model,
     )
-    for capacity in config.capacities:
-        total += block if capacity is None else block + routing
+    for layer in range(config.num_layers):
+        total += _mixer_parameters(config, layer) + _mlp_parameters(config, layer)
+    routing = _router_parameters(config)
+    for _ in config.routed_parts:
+        total += routing
     return total
 
 
-def _block_flops(config: ModelConfig, count: float, square: float) -> Cost:
-    d, query_dim = config.d_model, config.num_heads * config.head_width
-    kv_dim = config.kv_heads * config.head_width
-    matrices = 3 if config.activation == "swiglu" else 2
+def _matrices(config: ModelConfig) -> int:
+    return 3 if config.activation == "swiglu" else 2
+
+
+def _mixer_flops(config: ModelConfig, layer: int, load: Load) -> Cost:
+    d = config.d_model
+    if config.mixers[layer] == "convolution":
+        return Cost(mixer_projections=round(2 * load.mixer_tokens * d * 3 * d))
+    query_dim, kv_dim = config.num_heads * config.head_width, config.kv_heads * config.head_width
     return Cost(
-        attention_projections=round(2 * count * d * (2 * query_dim + 2 * kv_dim)),
-        attention_products=round(4 * square * query_dim),
-        mlp=round(2 * count * d * config.ff_width * matrices),
+        mixer_projections=round(2 * load.mixer_tokens * d * (2 * query_dim + 2 * kv_dim)),
+        attention_products=round(4 * load.mixer_squares * query_dim),
     )
 
 
-def _routing_flops(config: ModelConfig, seq_len: int) -> Cost:
-    width = config.router.predictor_dim if "predictor" in config.router.causal else 0
+def _mlp_flops(config: ModelConfig, layer: int, load: Load) -> Cost:
+    d, matrices, experts = config.d_model, _matrices(config), config.experts
+    if not config.has_experts(layer):
+        return Cost(mlp=round(2 * load.mlp_tokens * d * config.ff_width * matrices))
+    width = experts.width(config.ff_width)
+    slots = load.expert_slots + load.mlp_tokens * experts.shared
     return Cost(
-        router=2 * seq_len * config.d_model, predictor=2 * seq_len * (config.d_model + 1) * width
+        experts=round(2 * slots * d * width * matrices),
+        expert_router=round(2 * load.mlp_tokens * d * ((experts.count or 0) + experts.noop)),
+    )
+
+
+def _routing_flops(config: ModelConfig, layer: int, seq_len: int) -> Cost:
+    """FLOPs of a routed layer's routers and predictors, all of them together."""
+    router, d = config.router, config.d_model
+    parts = 2 if router.target == "both" else 1
+    width = router.predictor_dim if "predictor" in router.causal_routers else 0
+    scores = {"linear": 2 * seq_len * d, "mlp": 2 * seq_len * (d + 1) * router.hidden_dim}
+    cost = Cost(
+        router=parts * scores.get(router.score, 0), predictor=parts * 2 * seq_len * (d + 1) * width
+    )
+    if router.score == "attention":
+        # Made once, whoever reads it.
+        query_dim = config.num_heads * config.head_width
+        return cost + Cost(router=2 * seq_len * seq_len * query_dim)
+    if router.score != "oracle_norm":
+        return cost
+    slots = config.experts.computed_slots(seq_len) if config.has_experts(layer) else 0
+    whole = Load(seq_len, seq_len * seq_len, seq_len, slots)
+    asked = Cost()
+    if router.target != "mlp":
+        asked += _mixer_flops(config, layer, whole)
+    if router.target != "attention":
+        asked += _mlp_flops(config, layer, whole)
+    return cost + Cost(router=asked.total)
+
+
+def _mixer_parameters(config: ModelConfig, layer: int) -> Cost:
+    d = config.d_model
+    if config.mixers[layer] == "convolution":
+        return Cost(mixer_projections=3 * d * d + config.conv_width * d, norms=d)
+    query_dim, kv_dim = config.num_heads * config.head_width, config.kv_heads * config.head_width
+    norms = d + (2 * config.head_width if config.qk_norm else 0)
+    return Cost(mixer_projections=2 * d * query_dim + 2 * d * kv_dim, norms=norms)
+
+
+def _mlp_parameters(config: ModelConfig, layer: int) -> Cost:
+    d, matrices, experts = config.d_model, _matrices(config), config.experts
+    if not config.has_experts(layer):
+        return Cost(mlp=matrices * d * config.ff_width, norms=d)
+    count = experts.count or 0
+    width = experts.width(config.ff_width)
+    return Cost(
+        experts=(count + experts.shared) * matrices * d * width,
+        expert_router=(count + experts.noop) * d,
+        norms=d,
+    )
+
+
+def _router_parameters(config: ModelConfig) -> Cost:
+    router, d = config.router, config.d_model
+
+    def token_mlp(width: int) -> int:
+        return (d + 1) * width + width + 1 if width else 0
+
+    scores = {"linear": d, "mlp": token_mlp(router.hidden_dim)}
+    return Cost(
+        router=scores.get(router.score, 0) + (1 if router.gate_scale else 0),
+        predictor=token_mlp(router.predictor_dim if "predictor" in router.causal_routers else 0),
     )

@@ -3,11 +3,12 @@
 - Linear weights and the embedding: normal, standard deviation ``init_std``; where that is not
   given ``sqrt(2 / (5 d_model))`` (arXiv 1910.05895, section 2.2): a constant that suits one width
   leaves narrower models on a plateau for hundreds of steps.
-- The two projections that write to the residual stream (attention's and the MLP's last):
+- The projections that write to the residual stream (the mixer's and the MLP's or experts' last):
   ``init_std / sqrt(2 · num_layers)``, so that the stream's variance at the last block does not
   depend on depth (GPT-2's rule).
-- Router weights: normal, ``1 / sqrt(d_model)``, so that scores have the scale of their input.
-- Norm gains 1, biases 0.
+- Depth routers' weights: normal, ``1 / sqrt(fan in)``, so that scores have the scale of their
+  input. A convolution's taps: normal, ``1 / sqrt(conv_width)``, so that it keeps its input's scale.
+- Gains and scales 1, biases 0.
 
 Each parameter draws from a generator of its own, seeded by (seed, name): adding a router or a
 predictor moves no other parameter, and a dense and a routed model of one seed start from the same
@@ -24,15 +25,17 @@ from torch import nn
 
 from modtrain.models.config import ModelConfig
 
-_RESIDUAL_WRITERS = ("attention.out.weight", "mlp.down.weight")
+_RESIDUAL_WRITERS = ("attention.out.weight", "down.weight", "mlp.down")
+# Names of wrappers, which a dense model of the same seed may not have.
+_WRAPPERS = (".module.", ".inner.")
 
 
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Set every parameter of ``model`` in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            canonical = name.replace(".module.", ".")
-            if name.endswith("gain"):
+            canonical = _canonical(name)
+            if name.endswith(("gain", "scale")):
                 parameter.fill_(1.0)
             elif name.endswith("bias"):
                 parameter.zero_()
@@ -46,9 +49,19 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
     """Return the standard deviation from which the parameter ``name`` is drawn."""
     if name.endswith(_RESIDUAL_WRITERS):
         return config.weight_std / math.sqrt(2 * config.num_layers)
-    if name.endswith("router.weight"):
+    if name.endswith("taps"):
+        return 1 / math.sqrt(config.conv_width)
+    if name.endswith(".router.out.weight"):
+        return 1 / math.sqrt(config.router.hidden_dim)
+    if name.endswith((".router.weight", ".router.hidden.weight")):
         return 1 / math.sqrt(config.d_model)
     return config.weight_std
+
+
+def _canonical(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, ".")
+    return name
 
 
 def _seed(seed: int, name: str) -> int:

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from modtrain.errors import Problem
 
-PATTERNS = ("dense", "every", "every_other")
+
+def _cosine(layer: int, last: int) -> float:
+    return (1 + math.cos(math.pi * layer / last)) / 2
+
+
+def _u_shape(layer: int, last: int) -> float:
+    # Of an even number of layers the middle two are the bottom, so that some are at the capacity.
+    bottom = last % 2
+    return ((2 * layer - last) ** 2 - bottom) / (last**2 - bottom) if last > 1 else 1.0
+
+
+def _ramp_down(layer: int, last: int) -> float:
+    return (last - layer) / last
+
+
+def _ramp_up(layer: int, last: int) -> float:
+    return layer / last
+
+
+# How far each layer is from the capacity (0) towards all the tokens (1).
+_GRADED: dict[str, Callable[[int, int], float]] = {
+    "cosine": _cosine,
+    "u_shape": _u_shape,
+    "ramp_down": _ramp_down,
+    "ramp_up": _ramp_up,
+}
+PATTERNS = ("dense", "every", "every_other", "all_but_ends", *_GRADED)
 # At most four digits of repetition: a typing error is not to fill the memory.
 _LIST_TERM = re.compile(r"\s*\[([^\[\]]*)\]\s*(?:\*\s*(\d{1,4}))?\s*")
 
@@ -23,7 +50,12 @@ def layer_capacities(
     """Return the capacity of each layer, None for a dense one.
 
     ``every_other`` routes the layers 1, 3, 5, … counted from 0, so that the first block, which
-    builds the features that routers score, is whole. In a list a 1 stands for a dense layer.
+    builds the features that routers score, is whole. ``all_but_ends`` leaves the first and the last
+    layer dense. The graded patterns lie between 1 and ``capacity``, their lowest: ``cosine`` falls
+    along half a cosine (after the progressive ratio decay of p-MoD, arXiv 2412.04449),
+    ``ramp_down`` falls and ``ramp_up`` rises in a straight line, ``u_shape`` is a parabola with 1
+    at both ends; a single layer is at ``capacity``. In these and in a list a 1 stands for a dense
+    layer.
 
     Raises:
         ValueError: the pattern is neither a known name nor a list.
@@ -34,7 +66,11 @@ def layer_capacities(
         return [capacity] * num_layers
     if pattern == "every_other":
         return [capacity if layer % 2 else None for layer in range(num_layers)]
-    return [None if value == 1 else value for value in _as_list(pattern)]
+    if pattern == "all_but_ends":
+        return [capacity if 0 < layer < num_layers - 1 else None for layer in range(num_layers)]
+    graded = _GRADED.get(pattern) if isinstance(pattern, str) else None
+    values = _as_list(pattern) if graded is None else _values(graded, capacity, num_layers)
+    return [None if value == 1 else value for value in values]
 
 
 def pattern_problems(
@@ -51,9 +87,9 @@ def pattern_problems(
                 f"try 0.125, the paper's best; for no routing set {prefix}.pattern=dense",
             )
         )
-    if isinstance(pattern, str) and pattern in PATTERNS:
-        return found
     key = f"{prefix}.pattern"
+    if isinstance(pattern, str) and pattern in PATTERNS:
+        return found + _too_few_layers(pattern, num_layers, key)
     try:
         values = _as_list(pattern)
     except ValueError as error:
@@ -78,6 +114,24 @@ def pattern_problems(
             )
         )
     return found
+
+
+def _too_few_layers(pattern: str, num_layers: int, key: str) -> list[Problem]:
+    """Find a pattern whose dense ends are all the layers that there are."""
+    if pattern not in ("all_but_ends", "u_shape") or num_layers not in (1, 2):
+        return []
+    if any(share is not None for share in layer_capacities(pattern, 0.5, num_layers)):
+        return []
+    reason = f"routes nothing: with num_layers={num_layers} there is none between the dense ends"
+    return [Problem(key, pattern, reason, "use 3 layers or more, or the pattern every")]
+
+
+def _values(graded: Callable[[int, int], float], capacity: float, num_layers: int) -> list[float]:
+    last = num_layers - 1
+    if last < 1:
+        return [capacity] * num_layers
+    # In this form the ends are exactly 1 and exactly the capacity.
+    return [capacity + (1 - capacity) * graded(layer, last) for layer in range(num_layers)]
 
 
 def _as_list(pattern: object) -> list[float]:

@@ -1,4 +1,4 @@
-"""Scores by which a routed block chooses its tokens, and a causal prediction of that choice.
+"""Scores by which a routed layer chooses its tokens, gates, and a causal prediction of the choice.
 
 Shapes: B batch, S sequence, D model, K chosen.
 """
@@ -9,6 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modtrain.models.router_config import RouterConfig
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 or wider: scores in bfloat16 would often tie."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 
 class LinearRouter(nn.Module):
     """One scalar a token, r = w·x, with no squashing (arXiv 2404.02258, section 3.4)."""
@@ -18,17 +25,15 @@ class LinearRouter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(d_model))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """Return the scores (B, S), in float32 or wider: in bfloat16 many would tie."""
-        wide = torch.promote_types(x_BSD.dtype, torch.float32)
+        """Return the scores (B, S), in float32 or wider."""
         with torch.autocast(x_BSD.device.type, enabled=False):
-            return x_BSD.to(wide) @ self.weight.to(wide)
+            return widened(x_BSD) @ widened(self.weight)
 
 
-class Predictor(nn.Module):
-    """Guesses from a token alone whether top-k will choose it (arXiv 2404.02258, section 3.5).
+class TokenMLP(nn.Module):
+    """Two layers from a token to one number; what the MLP router and the predictor are made of.
 
-    It reads a detached input, so it leaves the gradients of everything else as they are. The input
-    is scaled to root mean square 1, for the residual stream grows with depth.
+    The input is scaled to root mean square 1, for the residual stream grows with depth.
     """
 
     def __init__(self, d_model: int, hidden_dim: int, eps: float) -> None:
@@ -38,16 +43,80 @@ class Predictor(nn.Module):
         self.out = nn.Linear(hidden_dim, 1)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """Return the logits (B, S) of being chosen, without a gradient to ``x_BSD``."""
-        x = F.rms_norm(x_BSD.detach(), (x_BSD.shape[-1],), eps=self.eps)
-        logits: Tensor = self.out(F.gelu(self.hidden(x))).squeeze(-1)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        """Return one number a token (B, S), in float32 or wider."""
+        x = F.rms_norm(x_BSD, (x_BSD.shape[-1],), eps=self.eps)
+        out: Tensor = self.out(F.gelu(self.hidden(x))).squeeze(-1)
+        return widened(out)
 
 
-def top_k(scores_BS: Tensor, count: int) -> Tensor:
-    """Return the indices (B, K) of the ``count`` largest scores of each sequence, ascending.
+class MLPRouter(TokenMLP):
+    """A two-layer router, computed in float32 under autocast too, lest scores tie."""
 
-    Ascending order keeps plain causal attention among the chosen valid.
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return the scores (B, S)."""
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            return super().forward(x_BSD.to(self.out.weight.dtype))
+
+
+class Predictor(TokenMLP):
+    """Guesses from a token alone whether top-k will choose it (arXiv 2404.02258, section 3.5).
+
+    It reads a detached input, so it leaves the gradients of everything else as they are.
     """
-    index_BK: Tensor = scores_BS.detach().topk(count, dim=1, sorted=False).indices
-    return index_BK.sort(dim=1).values
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return the logits (B, S) of being chosen, without a gradient to ``x_BSD``."""
+        return super().forward(x_BSD.detach())
+
+
+class RandomRouter(nn.Module):
+    """A control: Gaussian scores from the global generator, new ones at each call."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return the scores (B, S)."""
+        wide = torch.promote_types(x_BSD.dtype, torch.float32)
+        return torch.randn(x_BSD.shape[:2], dtype=wide, device=x_BSD.device)
+
+
+def evenly_spaced(x_BSD: Tensor, count: int) -> Tensor:
+    """Score ``count`` evenly spaced positions 1 and the others 0 (B, S): a control.
+
+    With count = S / j these are the positions j - 1, 2j - 1, …
+    """
+    batch, length, _ = x_BSD.shape
+    place_S = torch.arange(length + 1, device=x_BSD.device) * count // length
+    wide = torch.promote_types(x_BSD.dtype, torch.float32)
+    return place_S.diff().to(wide).expand(batch, -1)
+
+
+class Gate(nn.Module):
+    """What a chosen token's update is multiplied by; it is what puts a router on the gradient."""
+
+    def __init__(self, config: RouterConfig, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = config.gate_kind, eps
+        self.scale = nn.Parameter(torch.ones(())) if config.gate_scale else None
+
+    def forward(self, scores_BK: Tensor, x_BKD: Tensor) -> Tensor | None:
+        """Return the factors (B, K) of tokens with these scores and features; None for 1."""
+        factor_BK: Tensor | None = None
+        if self.kind == "raw":
+            factor_BK = scores_BK
+        elif self.kind == "sigmoid":
+            factor_BK = scores_BK.sigmoid()
+        elif self.kind == "tanh":
+            mean_square_BK = widened(x_BKD).square().mean(dim=-1)
+            factor_BK = (scores_BK * torch.rsqrt(mean_square_BK + self.eps)).tanh()
+        if self.scale is None:
+            return factor_BK
+        scale = widened(self.scale)
+        return scale.expand_as(scores_BK) if factor_BK is None else factor_BK * scale
+
+
+def make_router(config: RouterConfig, d_model: int, eps: float) -> nn.Module | None:
+    """Make the module that scores; None for scores that come from elsewhere."""
+    if config.score == "linear":
+        return LinearRouter(d_model)
+    if config.score == "mlp":
+        return MLPRouter(d_model, config.hidden_dim, eps)
+    return RandomRouter() if config.score == "random" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,6 +94,10 @@ class RouterConfig:
     def keeps_threshold(self) -> bool:
         """Whether a running quantile of the scores is part of the model's state."""
         return "threshold" in self.causal_routers or self.choice == "token"
+
+    def places(self, count: int, seq_len: int) -> int:
+        """How many tokens of a sequence token choice keeps room for, where ``count`` are wanted."""
+        return min(seq_len, math.ceil(self.room * count))
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the router's settings."""

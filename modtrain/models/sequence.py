@@ -118,13 +118,15 @@ class RoutingRecord(NamedTuple):
     """What one depth router decided.
 
     scores_BS: its scores. chosen_BS: who took part. predictor_BS: the predictor's logits, None
-    where there is no predictor. valid_BS: False for padding; None: all are valid.
+    where there is no predictor. valid_BS: False for padding; None: all are valid. quantile: the
+    score above which the wanted share of the batch lies, where the router keeps a running mean.
     """
 
     scores_BS: Tensor
     chosen_BS: Tensor
     predictor_BS: Tensor | None = None
     valid_BS: Tensor | None = None
+    quantile: Tensor | None = None
 
 
 class ExpertRecord(NamedTuple):

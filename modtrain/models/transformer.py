@@ -1,23 +1,39 @@
-"""The language model: embedding, blocks (dense or routed), head, loss.
+"""The language model: embedding, layers (dense or routed), head, loss.
 
 Shapes: B batch, S sequence, D model, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modtrain.models.attention import rotary_context
+from modtrain.models.attention import Attention
 from modtrain.models.block import Block
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth import MixtureOfDepths, RoutingRecord, Selection, predictor_loss
+from modtrain.models.convolution import Convolution
+from modtrain.models.depth import (
+    MixtureOfDepths,
+    Residual,
+    SplitLayer,
+    auxiliary_loss,
+    predictor_loss,
+)
+from modtrain.models.experts import Experts
+from modtrain.models.feed_forward import FeedForward
 from modtrain.models.init import initialise
+from modtrain.models.loss import next_token_loss
 from modtrain.models.norm import RMSNorm
-from modtrain.models.router import LinearRouter, Predictor
+from modtrain.models.router_config import Selection
+from modtrain.models.sequence import (
+    ExpertRecord,
+    RoutingRecord,
+    SequenceContext,
+    sequence_context,
+)
 
 
 class ModelOutput(NamedTuple):
@@ -25,14 +41,16 @@ class ModelOutput(NamedTuple):
 
     logits_BSV: the next token's logits; None where targets were given.
     loss: mean cross-entropy in nats a token; None without targets.
-    auxiliary: further losses to minimise beside it, by name.
-    routing: one record a routed layer, in the order of `Transformer.routed_layers`.
+    auxiliary: further losses to minimise beside it, by name, with their weights.
+    routing: one record a depth router, in the order of `Transformer.routers`.
+    experts: one record a mixture of experts, in the order of `Transformer.mixtures`.
     """
 
     logits_BSV: Tensor | None
     loss: Tensor | None
     auxiliary: dict[str, Tensor]
     routing: tuple[RoutingRecord, ...]
+    experts: tuple[ExpertRecord, ...]
 
 
 class Transformer(nn.Module):
@@ -41,52 +59,120 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        capacities = config.capacities
+        self.capacities = tuple(config.capacities)
         # torch's layers draw weights as they are made, which `initialise` replaces: whoever draws
         # from the global state next is not to notice.
         with torch.random.fork_rng(devices=[]):
             self.embedding = nn.Embedding(config.vocabulary, config.d_model)
-            self.layers = nn.ModuleList(_layer(config, capacity) for capacity in capacities)
+            self.layers = nn.ModuleList(_layer(config, i) for i in range(config.num_layers))
             self.norm = RMSNorm(config.d_model, config.norm_eps)
             self.head = nn.Linear(config.d_model, config.vocabulary, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.routed_layers = tuple(i for i, c in enumerate(capacities) if c is not None)
         initialise(self, config, seed)
+
+    @property
+    def routers(self) -> list[MixtureOfDepths]:
+        """The depth routers, in running order."""
+        return [module for module in self.modules() if isinstance(module, MixtureOfDepths)]
+
+    @property
+    def mixtures(self) -> list[Experts]:
+        """The mixtures of experts, in running order."""
+        return [module for module in self.modules() if isinstance(module, Experts)]
 
     def forward(
         self,
         tokens_BS: Tensor,
         targets_BS: Tensor | None = None,
-        selection: Selection = "top_k",
+        selection: Selection | None = None,
+        *,
+        capacities: Sequence[float | None] | None = None,
+        documents_BS: Tensor | None = None,
+        valid_BS: Tensor | None = None,
     ) -> ModelOutput:
         """Run the model.
 
-        tokens_BS: token ids. targets_BS: the ids that come next, for the loss.
-        selection: who takes part in routed blocks; `Selection` says which choices are causal.
+        tokens_BS: token ids. targets_BS: the ids that come next, for the loss; -100 is left out.
+        selection: who takes part in what is routed; None: as in training. `Selection` says which
+        choices are causal.
+        capacities: one a layer, in place of the configuration's, where they follow a schedule.
+        documents_BS: numbers of the documents, rising along each sequence: nothing then passes
+        between documents. valid_BS: False for padding.
         """
-        length = tokens_BS.shape[1]
-        positions_BS = torch.arange(length, device=tokens_BS.device).unsqueeze(0)
-        context = rotary_context(positions_BS, self.config.head_width, self.config.rope_theta)
+        selection = selection or self.config.training_selection
+        context = self._context(tokens_BS, selection, documents_BS, valid_BS)
         x_BSD = self.embedding(tokens_BS)
-        records: list[RoutingRecord] = []
-        for layer in self.layers:
-            if isinstance(layer, MixtureOfDepths):
-                x_BSD, record = layer(x_BSD, context, selection)
-                records.append(record)
-            else:
-                x_BSD = x_BSD + layer(x_BSD, context)
-        logits_BSV = self.head(self.norm(x_BSD))
-        routing = tuple(records)
+        routing: tuple[RoutingRecord, ...] = ()
+        experts: tuple[ExpertRecord, ...] = ()
+        received_BS = None
+        for layer, capacity in zip(self.layers, capacities or self.capacities, strict=True):
+            found = layer(x_BSD, context, capacity, received_BS)
+            x_BSD, received_BS = found.value_BSD, found.received_BS
+            routing, experts = routing + found.routing, experts + found.experts
+        x_BSD = self.norm(x_BSD)
         if targets_BS is None:
-            return ModelOutput(logits_BSV, None, {}, routing)
-        wide = torch.promote_types(logits_BSV.dtype, torch.float32)
-        loss = F.cross_entropy(logits_BSV.flatten(0, 1).to(wide), targets_BS.flatten())
-        # Under the predictor its own decisions would be the target: no loss to learn from.
-        auxiliary = predictor_loss(routing) if selection == "top_k" else None
-        return ModelOutput(
-            None, loss, {} if auxiliary is None else {"predictor": auxiliary}, routing
+            return ModelOutput(self.head(x_BSD), None, {}, routing, experts)
+        loss = next_token_loss(x_BSD, self.head.weight, targets_BS, self.config.loss_chunk)
+        # Under a causal decision that decision would be its own target: no loss to learn from.
+        trains = selection == self.config.training_selection
+        auxiliary = self._auxiliary(routing, experts) if trains else {}
+        return ModelOutput(None, loss, auxiliary, routing, experts)
+
+    def observe(self, output: ModelOutput) -> list[Tensor]:
+        """Return what the running states of routers and experts are to learn from a batch."""
+        found: list[Tensor | None] = [
+            *(r.observe(record) for r, record in zip(self.routers, output.routing, strict=True)),
+            *(m.observe(record) for m, record in zip(self.mixtures, output.experts, strict=True)),
+        ]
+        return [observed for observed in found if observed is not None]
+
+    def absorb(self, observed: Sequence[Tensor]) -> None:
+        """Move the running states: thresholds, biases. Once an optimizer step.
+
+        observed: what `observe` returned, averaged over micro-batches and ranks.
+        """
+        modules: list[MixtureOfDepths | Experts] = [*self.routers, *self.mixtures]
+        keepers = [module for module in modules if module.keeps_state]
+        for module, value in zip(keepers, observed, strict=True):
+            module.absorb(value)
+
+    def _context(
+        self,
+        tokens_BS: Tensor,
+        selection: Selection,
+        documents_BS: Tensor | None,
+        valid_BS: Tensor | None,
+    ) -> SequenceContext:
+        if valid_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
+        else:
+            positions_BS = (valid_BS.long().cumsum(dim=1) - 1).clamp(min=0)
+        return sequence_context(
+            positions_BS,
+            self.config.head_width,
+            self.config.rope_theta,
+            selection=selection,
+            window=self.config.sliding_window,
+            documents_BS=documents_BS,
+            valid_BS=valid_BS,
         )
+
+    def _auxiliary(
+        self, routing: tuple[RoutingRecord, ...], experts: tuple[ExpertRecord, ...]
+    ) -> dict[str, Tensor]:
+        router, mixture = self.config.router, self.config.experts
+        found = {"predictor": (1.0, predictor_loss(routing))}
+        if "auxiliary" in router.causal_routers:
+            found["auxiliary"] = (router.auxiliary_weight, auxiliary_loss(routing))
+        for name, weight in (
+            ("balance_loss", mixture.balance_weight),
+            ("z_loss", mixture.z_loss_weight),
+        ):
+            losses = [loss for r in experts if (loss := getattr(r, name)) is not None]
+            mean = torch.stack(losses).mean() if losses else None
+            found[name.removesuffix("_loss")] = (weight, mean)
+        return {name: weight * loss for name, (weight, loss) in found.items() if loss is not None}
 
 
 def is_predictor(name: str) -> bool:
@@ -94,12 +180,27 @@ def is_predictor(name: str) -> bool:
     return ".predictor." in name
 
 
-def _layer(config: ModelConfig, capacity: float | None) -> nn.Module:
-    block = Block(config)
+def _layer(config: ModelConfig, index: int) -> nn.Module:
+    capacity = config.capacities[index]
+    attention = _mixer(config, index)
+    mlp = Experts(config) if config.has_experts(index) else FeedForward(config)
     if capacity is None:
-        return block
-    predictor = None
-    if "predictor" in config.router.causal:
-        predictor = Predictor(config.d_model, config.router.predictor_dim, config.norm_eps)
-    router = LinearRouter(config.d_model)
-    return MixtureOfDepths(block, router, predictor, capacity, config.router.gate == "raw")
+        return Residual(Block(attention, mlp))
+
+    def routed(module: nn.Module) -> MixtureOfDepths:
+        return MixtureOfDepths(module, config.router, capacity, config.d_model, config.norm_eps)
+
+    target = config.router.target
+    if target == "block":
+        return routed(Block(attention, mlp))
+    return SplitLayer(
+        Residual(attention) if target == "mlp" else routed(attention),
+        Residual(mlp) if target == "attention" else routed(mlp),
+    )
+
+
+def _mixer(config: ModelConfig, index: int) -> nn.Module:
+    if config.mixers[index] == "convolution":
+        return Convolution(config)
+    follows = index + 1 < config.num_layers and config.capacities[index + 1] is not None
+    return Attention(config, tells_received=follows and config.router.score == "attention")

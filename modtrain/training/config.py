@@ -11,9 +11,11 @@ from modtrain.errors import Problem
 from modtrain.models.config import ModelConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+CAPACITY_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("auto", "fp32", "bf16")
 STRATEGIES = ("single",)
 ACCELERATORS = ("auto", "cpu", "cuda", "mps")
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
 MUTABLE_KEYS = (
     "runs_dir",
@@ -145,20 +147,69 @@ class ScheduleConfig:
 
 
 @dataclass
+class CapacityScheduleConfig:
+    """The capacity of each routed layer over the run: from ``start`` to its own of the pattern.
+
+    name: ``constant``: its own throughout. ``linear``, ``cosine`` (half a cosine): from ``start``
+        at ``begin`` to its own at ``end``. ``step``: from one to the other at ``end``.
+    start: the first capacity of every routed layer, in (0, 1].
+    begin, end: shares of the run's tokens.
+    levels: of linear and cosine, how many values a capacity takes, the first and the last included;
+        a compiled model is compiled anew ``levels - 1`` times at most.
+    """
+
+    name: str = "constant"
+    start: float = 1.0
+    begin: float = 0.0
+    end: float = 0.5
+    levels: int = 8
+
+    @property
+    def num_levels(self) -> int:
+        """How many values a capacity takes over the run."""
+        return {"constant": 1, "step": 2}.get(self.name, self.levels)
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the schedule of capacities."""
+        found = [
+            *one_of(self, prefix, "name", CAPACITY_SCHEDULES),
+            *shares(self, prefix, "begin", "end"),
+            *at_least(self, prefix, 2, "levels"),
+        ]
+        if not 0 < self.start <= 1:
+            reason = "is not a share of the tokens in (0, 1]"
+            found.append(Problem(f"{prefix}.start", self.start, reason, "1 takes all the tokens"))
+        if self.begin > self.end:
+            reason = f"is after {prefix}.end={self.end}"
+            found.append(Problem(f"{prefix}.begin", self.begin, reason, "begin before the end"))
+        never = self.end == 1 if self.name == "step" else self.begin == 1
+        if not found and never and self.name != "constant":
+            key = "end" if self.name == "step" else "begin"
+            reason = "leaves no step at the model's own capacities"
+            found.append(Problem(f"{prefix}.{key}", 1, reason, "let the change come earlier"))
+        return found
+
+
+@dataclass
 class StrategyConfig:
     """Where the run computes. accelerator: ``auto`` takes CUDA, then MPS, then the CPU.
 
     num_threads: CPU threads of the process; null leaves torch's choice.
+    activation_checkpointing: what the backward pass computes again in place of keeping it:
+        ``none``; ``selective``: what is cheap, with the products of matrices kept; ``full``: each
+        block. Recomputation is not in the FLOPs that budgets and MFU count.
     """
 
     name: str = "single"
     accelerator: str = "auto"
     num_threads: int | None = None
+    activation_checkpointing: str = "none"
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the strategy."""
         found = one_of(self, prefix, "name", STRATEGIES)
         found += one_of(self, prefix, "accelerator", ACCELERATORS)
+        found += one_of(self, prefix, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
         return found + at_least(self, prefix, 1, "num_threads")
 
 
@@ -233,6 +284,7 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    capacity_schedule: CapacityScheduleConfig = field(default_factory=CapacityScheduleConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -246,10 +298,19 @@ class TrainConfig:
         found += self._name_problems() if needs_name or self.name is not None else []
         for part in (
             *("model", "data", "budget", "batch", "optimizer", "schedule"),
-            *("strategy", "eval", "checkpoint", "log"),
+            *("capacity_schedule", "strategy", "eval", "checkpoint", "log"),
         ):
             found += getattr(self, part).problems(part)
-        return found
+        return found + self._routing_problems()
+
+    def _routing_problems(self) -> list[Problem]:
+        """Find a schedule of capacities in a model that has none."""
+        name = self.capacity_schedule.name
+        if name == "constant" or self.model.problems("model") or self.model.is_routed:
+            return []
+        reason = f"has no layer to change: model.pattern={self.model.pattern} routes none"
+        remedy = "use constant, or a pattern such as every_other"
+        return [Problem("capacity_schedule.name", name, reason, remedy)]
 
     def _name_problems(self) -> list[Problem]:
         if not self.name:

@@ -1,12 +1,11 @@
-"""Held-out loss, causal and not, and how well the predictors guess.
+"""Loss on held-out text: causally, which counts, and as trained beside it where that looks ahead.
 
-Top-k decides with the future in view, so its loss on held-out text flatters: what a model is judged
-by is the causal loss, under its own predictors. For a model without routing both are one.
+Shapes: B batch, S sequence, T = S + 1, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modtrain.models.depth import RoutingRecord, Selection
-from modtrain.models.flops import forward_flops, realised_flops
-from modtrain.models.transformer import Transformer
+from modtrain.data.documents import document_numbers
+from modtrain.models.config import ModelConfig
+from modtrain.models.flops import Load, forward_flops, realised_flops
+from modtrain.models.router_config import Selection
+from modtrain.models.sequence import RoutingRecord
+from modtrain.models.transformer import ModelOutput, Transformer
 
 
 @dataclass
-class PredictorScores:
-    """How a layer's predictor does against its top-k, over the held-out tokens.
+class Agreement:
+    """How a causal decision does against top-k, over the held-out tokens.
 
     Four of five tokens and more are skipped, so accuracy alone says little.
     """
@@ -32,131 +34,203 @@ class PredictorScores:
 
 
 @dataclass
+class Decision:
+    """What a model comes to under one causal decision; the loss in nats a token.
+
+    flops: executed forward FLOPs a token. realised_capacity: share of tokens that took part, by
+    router. agreement: with top-k, by router; empty where training has no top-k. expert_load: share
+    of the choices that fell on each expert, no-op experts last, by layer.
+    """
+
+    loss: float
+    flops: float
+    realised_capacity: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, Agreement] = field(default_factory=dict)
+    expert_load: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass
 class HeldOut:
     """Means over the held-out tokens; losses in nats a token.
 
-    causal_loss: what sampling would see, None for a routed model without a causal decision.
-    top_k_loss: 'not causal', None for a dense model.
-    realised_capacity: share of tokens that took part, by routed layer, under causal decisions.
-    predictor: scores by routed layer. *_flops: executed forward FLOPs a token.
+    decisions: by each causal decision that the model has; the first is what it is judged by.
+    top_k_loss: as trained and 'not causal'; None where training does not look ahead.
+    top_k_flops: executed forward FLOPs a token, as trained.
     """
 
     tokens: int
-    causal_loss: float | None
     top_k_loss: float | None
-    causal_flops: float | None
     top_k_flops: float
-    realised_capacity: dict[int, float] = field(default_factory=dict)
-    predictor: dict[int, PredictorScores] = field(default_factory=dict)
+    decisions: dict[str, Decision] = field(default_factory=dict)
+
+    @property
+    def causal(self) -> Decision | None:
+        """The decision that the model is judged by; None where it has none."""
+        return next(iter(self.decisions.values()), None)
+
+    @property
+    def causal_loss(self) -> float | None:
+        """The loss under that decision."""
+        return None if self.causal is None else self.causal.loss
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return asdict(self)
-
-
-class _LayerCounts:
-    """Running counts of one routed layer, on the device."""
-
-    def __init__(self) -> None:
-        self.chosen = torch.zeros((), dtype=torch.float64)
-        self.squares = torch.zeros((), dtype=torch.float64)
-        self.confusion = torch.zeros(4, dtype=torch.float64)
-
-    def add_causal(self, record: RoutingRecord) -> None:
-        # A sequence's attention products grow with the square of its own number of tokens.
-        count_B = record.chosen_BS.sum(dim=1).cpu().double()
-        self.chosen += count_B.sum()
-        self.squares += (count_B**2).sum()
-
-    def add_top_k(self, record: RoutingRecord) -> None:
-        if record.predictor_BS is None:
-            return
-        guess = record.predictor_BS > 0
-        cell = guess.long() * 2 + record.chosen_BS.long()
-        self.confusion += torch.bincount(cell.flatten(), minlength=4).cpu().double()
-
-    def scores(self) -> PredictorScores:
-        true_no, missed, false_yes, true_yes = self.confusion.tolist()
-        total = true_no + missed + false_yes + true_yes
-        recall = true_yes / max(1.0, true_yes + missed)
-        rejection = true_no / max(1.0, true_no + false_yes)
-        f1 = 2 * true_yes / max(1.0, 2 * true_yes + missed + false_yes)
-        return PredictorScores((true_no + true_yes) / total, f1, (recall + rejection) / 2)
+        flops = None if self.causal is None else self.causal.flops
+        return {**asdict(self), "causal_loss": self.causal_loss, "causal_flops": flops}
 
 
 def evaluate(
     model: Transformer,
     batches: Iterable[Tensor],
     precision: AbstractContextManager[Any],
+    *,
+    eos_id: int | None = None,
+    capacities: Sequence[float | None] | None = None,
 ) -> HeldOut:
-    """Evaluate ``model`` on batches (B, S + 1) of token ids, under top-k and causally.
+    """Evaluate ``model`` on batches (B, S + 1) of token ids, as trained and causally.
 
     precision: the context to compute in, such as a strategy's forward context.
+    eos_id: the end of documents, where the model is to keep them apart.
+    capacities: one a layer, where training is at other ones than the configuration's.
 
     Raises:
         ValueError: there is no batch.
     """
-    causal: Selection = "predictor" if _has_predictor(model) else "top_k"
-    layers = [_LayerCounts() for _ in model.routed_layers]
-    sums = {"causal": 0.0, "top_k": 0.0}
-    tokens = sequences = seq_len = 0
+    config = model.config
+    selections: list[Selection] = [*config.causal_selections]
+    if config.looks_ahead:
+        selections.append(config.training_selection)
+    tallies = {selection: _Tally(model, selection) for selection in selections}
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with torch.no_grad(), precision:
+    cuda = [device] if device.type == "cuda" else []
+    # Random routers draw from the global state: the same for each evaluation, and given back.
+    with torch.no_grad(), precision, torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(0)
         for batch in batches:
             batch_BT = batch.to(device)
-            count = batch_BT[:, 1:].numel()
-            tokens, sequences = tokens + count, sequences + len(batch_BT)
-            seq_len = batch_BT.shape[1] - 1
-            output = model(batch_BT[:, :-1], batch_BT[:, 1:], selection="top_k")
-            sums["top_k"] += float(output.loss) * count
-            for layer, record in zip(layers, output.routing, strict=True):
-                layer.add_top_k(record)
-            if causal == "top_k":
-                continue
-            output = model(batch_BT[:, :-1], batch_BT[:, 1:], selection=causal)
-            sums["causal"] += float(output.loss) * count
-            for layer, record in zip(layers, output.routing, strict=True):
-                layer.add_causal(record)
+            inputs_BS, targets_BS = batch_BT[:, :-1], batch_BT[:, 1:]
+            documents_BS = None if eos_id is None else document_numbers(inputs_BS, eos_id)
+            for selection, tally in tallies.items():
+                tally.add(
+                    model(
+                        inputs_BS,
+                        targets_BS,
+                        selection,
+                        capacities=capacities,
+                        documents_BS=documents_BS,
+                    ),
+                    targets_BS,
+                )
     model.train(was_training)
-    if tokens == 0:
-        raise ValueError("there are no held-out batches")
-    return _summary(model, layers, sums, tokens, sequences, seq_len)
+    first = next(iter(tallies.values()), None)
+    if first is None or first.tokens == 0:
+        raise ValueError("there are no held-out batches, or nothing to evaluate by")
+    trained = tallies[config.training_selection] if config.looks_ahead else None
+    as_trained = forward_flops(config, first.seq_len, capacities).total / first.seq_len
+    found = HeldOut(first.tokens, None if trained is None else trained.mean_loss, as_trained)
+    for selection in config.causal_selections:
+        found.decisions[selection] = tallies[selection].decision(trained)
+    return found
 
 
-def _summary(
-    model: Transformer,
-    layers: list[_LayerCounts],
-    sums: dict[str, float],
-    tokens: int,
-    sequences: int,
-    seq_len: int,
-) -> HeldOut:
-    config = model.config
-    top_k_flops = forward_flops(config, seq_len).total / seq_len
-    if not model.routed_layers:
-        loss = sums["top_k"] / tokens
-        return HeldOut(tokens, loss, None, top_k_flops, top_k_flops)
-    if not _has_predictor(model):
-        return HeldOut(tokens, None, sums["top_k"] / tokens, None, top_k_flops)
-    by_layer = dict(zip(model.routed_layers, layers, strict=True))
-    processed = [
-        (float(by_layer[i].chosen) / sequences, float(by_layer[i].squares) / sequences)
-        if i in by_layer
-        else (float(seq_len), float(seq_len**2))
-        for i in range(config.num_layers)
-    ]
-    return HeldOut(
-        tokens,
-        sums["causal"] / tokens,
-        sums["top_k"] / tokens,
-        realised_flops(config, seq_len, processed).total / seq_len,
-        top_k_flops,
-        {i: float(counts.chosen) / tokens for i, counts in by_layer.items()},
-        {i: counts.scores() for i, counts in by_layer.items()},
-    )
+class _Tally:
+    """Running sums of one way to choose, on the host."""
+
+    def __init__(self, model: Transformer, selection: Selection) -> None:
+        self.model, self.config, self.selection = model, model.config, selection
+        self.routers, self.mixtures = model.routers, model.mixtures
+        self.tokens = self.sequences = self.seq_len = 0
+        self.loss = 0.0
+        self.chosen_R, self.squares_R = (_zeros(len(self.routers)) for _ in range(2))
+        # Of each causal decision and router: how often it said no or yes where top-k did.
+        self.confusion: dict[str, Tensor] = {}
+        experts = self.config.experts
+        self.executed_M = _zeros(len(self.mixtures))
+        self.load_ME = _zeros(len(self.mixtures), (experts.count or 0) + experts.noop)
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.tokens
+
+    def add(self, output: ModelOutput, targets_BS: Tensor) -> None:
+        count, length = targets_BS.numel(), targets_BS.shape[1]
+        self.tokens, self.sequences = self.tokens + count, self.sequences + len(targets_BS)
+        self.seq_len = length
+        self.loss += float(output.loss if output.loss is not None else 0) * count
+        for i, record in enumerate(output.routing):
+            # A sequence's attention products grow with the square of its own number of tokens.
+            count_B = record.chosen_BS.sum(dim=1).cpu().double()
+            self.chosen_R[i] += count_B.sum()
+            self.squares_R[i] += (count_B**2).sum()
+        for i, mixture in enumerate(output.experts):
+            self.executed_M[i] += mixture.executed_E.sum().cpu().double()
+            self.load_ME[i] += mixture.load_E.cpu().double() * len(targets_BS)
+        if self.selection == "top_k" and self.config.is_routed and self.config.router.needs_causal:
+            self._compare(output.routing)
+
+    def decision(self, trained: _Tally | None) -> Decision:
+        labels = self.config.routed_labels
+        flops = realised_flops(self.config, self.seq_len, self._loads()).total / self.seq_len
+        agreement = {}
+        if trained is not None and self.selection in trained.confusion:
+            cells = trained.confusion[self.selection].tolist()
+            agreement = {name: _agreement(*four) for name, four in zip(labels, cells, strict=True)}
+        shares = (self.chosen_R / self.tokens).tolist()
+        loads = (self.load_ME / self.sequences).tolist()
+        return Decision(
+            self.mean_loss,
+            flops,
+            dict(zip(labels, shares, strict=True)),
+            agreement,
+            dict(zip(self.config.expert_labels, loads, strict=True)),
+        )
+
+    def _compare(self, records: tuple[RoutingRecord, ...]) -> None:
+        """Count where each causal decision agrees with the choice that was made."""
+        for selection in self.config.causal_selections:
+            cells_R4 = self.confusion.setdefault(selection, _zeros(len(self.routers), 4))
+            for i, (router, record) in enumerate(zip(self.routers, records, strict=True)):
+                guess_BS = router.decide(selection, record.scores_BS, record.predictor_BS)
+                cell_BS = guess_BS.long() * 2 + record.chosen_BS.long()
+                cells_R4[i] += torch.bincount(cell_BS.flatten(), minlength=4).cpu().double()
+
+    def _loads(self) -> list[Load]:
+        """What each layer processed of a mean sequence."""
+        parts = self.config.routed_parts
+        count_R2 = torch.stack([self.chosen_R, self.squares_R], dim=1) / self.sequences
+        counts = dict(zip(parts, map(tuple, count_R2.tolist()), strict=True))
+        slots = dict(
+            zip(self.config.expert_labels, (self.executed_M / self.sequences).tolist(), strict=True)
+        )
+        everyone = (float(self.seq_len), float(self.seq_len**2))
+        return [
+            _load(self.config, layer, counts, everyone, slots.get(f"layer_{layer:02d}", 0.0))
+            for layer in range(self.config.num_layers)
+        ]
 
 
-def _has_predictor(model: Transformer) -> bool:
-    return "predictor" in model.config.router.causal and bool(model.routed_layers)
+def _load(
+    config: ModelConfig,
+    layer: int,
+    counts: dict[tuple[int, str], tuple[float, ...]],
+    everyone: tuple[float, ...],
+    slots: float,
+) -> Load:
+    block = counts.get((layer, "block"), everyone)
+    mixed = counts.get((layer, "attention"), block)
+    fed = counts.get((layer, "mlp"), block)
+    return Load(mixed[0], mixed[1], fed[0], slots if config.has_experts(layer) else 0.0)
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def _agreement(true_no: float, missed: float, false_yes: float, true_yes: float) -> Agreement:
+    total = true_no + missed + false_yes + true_yes
+    recall = true_yes / max(1.0, true_yes + missed)
+    rejection = true_no / max(1.0, true_no + false_yes)
+    f1 = 2 * true_yes / max(1.0, 2 * true_yes + missed + false_yes)
+    return Agreement((true_no + true_yes) / total, f1, (recall + rejection) / 2)

@@ -46,7 +46,7 @@ class MetricsLog:
         record: dict[str, Any] = {
             "step": step,
             "tokens": step * self.plan.tokens_per_step,
-            "flops": step * self.plan.flops_per_step,
+            "flops": self.plan.flops_until(step),
             **values,
         }
         self._file.write(json.dumps(record) + "\n")
@@ -69,7 +69,7 @@ class MetricsLog:
             writer.close()
 
     def _teraflops(self, step: int) -> int:
-        return round(step * self.plan.flops_per_step / 1e12)
+        return round(self.plan.flops_until(step) / 1e12)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modtrain.models.depth import RoutingRecord
+from modtrain.data.documents import document_numbers
+from modtrain.models.sequence import ExpertRecord, RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
+from modtrain.training import activation_checkpointing
 from modtrain.training.config import OptimizerConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.schedules import lr_factor
@@ -22,29 +24,37 @@ from modtrain.training.schedules import lr_factor
 class StepStatistics:
     """Sums over micro-batches since they were last read. They stay on the device: reading waits.
 
-    loss, auxiliary: sums over ``count`` micro-batches. grad_norm: the trunk's, of the last step,
-    before clipping. routing: the records of the last micro-batch.
+    loss, auxiliary: sums over ``count`` micro-batches, the latter by name and with their weights in
+    the objective. grad_norm: the trunk's, of the last step, before clipping. routing, experts: the
+    records of the last micro-batch.
     """
 
     loss: Tensor
-    auxiliary: Tensor
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
     grad_norm: Tensor | None = None
     routing: tuple[RoutingRecord, ...] = ()
+    experts: tuple[ExpertRecord, ...] = ()
 
     @classmethod
     def zero(cls, device: torch.device) -> StepStatistics:
         """Start anew."""
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
+        return cls(torch.zeros((), device=device))
+
+    @property
+    def total(self) -> Tensor:
+        """The objective: the loss with everything that is minimised beside it."""
+        return sum(self.auxiliary.values(), start=self.loss)
 
     def add(self, output: ModelOutput) -> None:
         """Take in one micro-batch."""
         if output.loss is not None:
             self.loss = self.loss + output.loss.detach()
-        for value in output.auxiliary.values():
-            self.auxiliary = self.auxiliary + value.detach()
+        for name, value in output.auxiliary.items():
+            before = self.auxiliary.get(name)
+            self.auxiliary[name] = value.detach() if before is None else before + value.detach()
         self.count += 1
-        self.routing = output.routing
+        self.routing, self.experts = output.routing, output.experts
 
 
 class LanguageModule(L.LightningModule):
@@ -54,21 +64,43 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         self.config, self.plan = config, plan
         self.model = Transformer(config.model, seed=config.seed)
+        activation_checkpointing.apply(self.model, config.strategy.activation_checkpointing)
         self.statistics = StepStatistics.zero(torch.device("cpu"))
         # Not assigned as a sub-module: its parameters would get a second name in checkpoints.
-        self._forward = [
-            torch.compile(self.model, fullgraph=True) if config.compile else self.model
-        ]
+        self._forward = [compiled(self.model, plan) if config.compile else self.model]
+        self._observed: list[Tensor] = []
         self._random_states: dict[str, Any] | None = None
 
     def training_step(self, batch_BT: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch (B, S + 1) of token ids."""
         del batch_idx
-        output: ModelOutput = self._forward[0](batch_BT[:, :-1], batch_BT[:, 1:])
+        inputs_BS, targets_BS = batch_BT[:, :-1], batch_BT[:, 1:]
+        eos_id = self.config.data.eos_id
+        output: ModelOutput = self._forward[0](
+            inputs_BS,
+            targets_BS,
+            capacities=self.plan.capacities_at(self.trainer.global_step),
+            documents_BS=None if eos_id is None else document_numbers(inputs_BS, eos_id),
+        )
         self.statistics.add(output)
+        observed = self.model.observe(output)
+        sums = self._observed or [torch.zeros_like(value) for value in observed]
+        self._observed = [one + other for one, other in zip(sums, observed, strict=True)]
         if output.loss is None:
             raise RuntimeError("the model gave no loss for its targets")
         return sum(output.auxiliary.values(), start=output.loss)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Let the running states of routers and experts follow the step that was made."""
+        super().optimizer_step(*args, **kwargs)
+        if self._observed:
+            count = self.trainer.accumulate_grad_batches
+            means = [
+                self.trainer.strategy.reduce(value / count, reduce_op="mean")
+                for value in self._observed
+            ]
+            self.model.absorb(means)
+            self._observed = []
 
     def take_statistics(self) -> StepStatistics:
         """Return the sums so far and start new ones."""
@@ -118,12 +150,19 @@ class LanguageModule(L.LightningModule):
             "step": step,
             "samples": step * self.plan.sequences_per_step,
             "tokens": step * self.plan.tokens_per_step,
-            "flops": step * self.plan.flops_per_step,
+            "flops": self.plan.flops_until(step),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random states until training starts."""
         self._random_states = checkpoint["random_states"]
+
+
+def compiled(model: nn.Module, plan: TrainingPlan) -> Any:
+    """Compile the whole model in one graph for each stage of the schedule of capacities."""
+    limit = max(8, len(plan.stages) + 1)
+    options: dict[str, Any] = {"recompile_limit": limit}  # unknown to the types of torch 2.13
+    return torch.compile(model, fullgraph=True, dynamic=False, **options)
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -5,12 +5,22 @@ Nothing here touches torch: `modtrain plan` and the checks before a run are quic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from modtrain.data.index import IndexSummary, read_summary
 from modtrain.errors import DataError, Problem, raise_if_any
 from modtrain.models.flops import training_flops_per_token
+from modtrain.models.pattern import PATTERNS
+from modtrain.training.capacity_schedule import CapacityStage, capacity_stages
 from modtrain.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class CostedStage(CapacityStage):
+    """A stage of the schedule of capacities. flops_per_token: executed, training."""
+
+    flops_per_token: float
 
 
 @dataclass(frozen=True)
@@ -18,15 +28,20 @@ class TrainingPlan:
     """The derived side of a run.
 
     seq_len: tokens a sequence. sequences_per_step: over all devices and accumulation.
-    accumulate: micro-batches a step on each device. flops_per_token: executed, training.
+    accumulate: micro-batches a step on each device. stages: one after the other, without a gap,
+    from step 0 to the last; a run without a schedule of capacities has one.
     """
 
     seq_len: int
     sequences_per_step: int
     accumulate: int
-    steps: int
-    flops_per_token: float
+    stages: tuple[CostedStage, ...]
     world_size: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages[-1].stop
 
     @property
     def tokens_per_step(self) -> int:
@@ -39,20 +54,58 @@ class TrainingPlan:
         return self.steps * self.tokens_per_step
 
     @property
-    def flops_per_step(self) -> float:
-        """Executed training FLOPs of one optimizer step."""
-        return self.flops_per_token * self.tokens_per_step
+    def flops_per_token(self) -> float:
+        """Executed training FLOPs a token, as a mean over the run."""
+        return self.flops / self.tokens
 
     @property
     def flops(self) -> float:
         """Executed training FLOPs of the whole run."""
-        return self.flops_per_step * self.steps
+        return self.flops_until(self.steps)
+
+    def capacities_at(self, step: int) -> tuple[float | None, ...]:
+        """Capacities of all layers in optimizer step ``step``, counted from 0; None: not routed.
+
+        Raises:
+            ValueError: the run has no such step.
+        """
+        return self._stage(step).capacities
+
+    def flops_at(self, step: int) -> float:
+        """Executed training FLOPs of optimizer step ``step``, counted from 0.
+
+        Raises:
+            ValueError: the run has no such step.
+        """
+        return self._stage(step).flops_per_token * self.tokens_per_step
+
+    def flops_until(self, step: int) -> float:
+        """Executed training FLOPs of the first ``step`` optimizer steps.
+
+        Raises:
+            ValueError: the run has not so many steps.
+        """
+        if not 0 <= step <= self.steps:
+            raise ValueError(f"there are not {step} steps but {self.steps}")
+        per_token = sum(
+            stage.flops_per_token * (min(step, stage.stop) - stage.first)
+            for stage in self.stages
+            if stage.first < step
+        )
+        return float(per_token * self.tokens_per_step)
+
+    def _stage(self, step: int) -> CostedStage:
+        for stage in self.stages:
+            if stage.first <= step < stage.stop:
+                return stage
+        raise ValueError(f"there is no step {step} among {self.steps}")
 
 
 def resolve(config: TrainConfig, needs_data: bool = True) -> tuple[TrainConfig, TrainingPlan]:
     """Fill in what follows from the data, and derive the plan.
 
-    Returns the configuration with ``model.vocab_size`` and ``data.seq_len`` set, and its plan.
+    Returns the configuration with ``model.vocab_size`` and ``data.seq_len`` set, with
+    ``data.document_mask`` also ``data.eos_id``, and its plan.
     ``needs_data=False`` goes on without prepared data where the configuration says enough.
 
     Raises:
@@ -67,14 +120,17 @@ def resolve(config: TrainConfig, needs_data: bool = True) -> tuple[TrainConfig, 
     found += _vocabulary_problems(config, summary)
     seq_len, length_problems = _sequence_length(config, summary)
     found += length_problems
-    if seq_len:
+    if seq_len > 0:
         found += _batch_problems(config, seq_len)
+        found += _capacity_problems(config, seq_len)
+    eos_id, eos_problems = _end_of_document(config, summary)
+    found += eos_problems
     raise_if_any(found)
     vocab_size = config.model.vocab_size or (summary.vocab_size if summary else 0)
     resolved = replace(
         config,
         model=replace(config.model, vocab_size=vocab_size),
-        data=replace(config.data, seq_len=seq_len),
+        data=replace(config.data, seq_len=seq_len, eos_id=eos_id),
     )
     return resolved, derive(resolved)
 
@@ -88,19 +144,19 @@ def derive(config: TrainConfig, world_size: int = 1) -> TrainingPlan:
     seq_len = config.data.seq_len
     if seq_len is None:
         raise ValueError("data.seq_len is not resolved")
-    per_token = training_flops_per_token(config.model, seq_len)
     sequences = config.batch.tokens // seq_len
     tokens_per_step = sequences * seq_len
+    costs = _Costs(config, seq_len)
     budget = config.budget
     if budget.steps is not None:
         steps = budget.steps
     elif budget.tokens is not None:
         steps = round(budget.tokens / tokens_per_step)
     else:
-        steps = round((budget.flops or 0) / (per_token * tokens_per_step))
+        steps = costs.nearest_steps((budget.flops or 0) / tokens_per_step)
     if steps < 1:
         name, value = ("tokens", budget.tokens) if budget.tokens else ("flops", budget.flops)
-        need = tokens_per_step if budget.tokens else per_token * tokens_per_step
+        need = tokens_per_step if budget.tokens else costs.total(1) * tokens_per_step
         raise_if_any(
             [
                 Problem(
@@ -112,7 +168,53 @@ def derive(config: TrainConfig, world_size: int = 1) -> TrainingPlan:
             ]
         )
     accumulate = sequences // (config.batch.micro_batch_size * world_size)
-    return TrainingPlan(seq_len, sequences, accumulate, steps, per_token, world_size)
+    return TrainingPlan(seq_len, sequences, accumulate, costs.stages(steps), world_size)
+
+
+class _Costs:
+    """What runs of any length take, in FLOPs for each token of a step."""
+
+    def __init__(self, config: TrainConfig, seq_len: int) -> None:
+        self.config, self.seq_len = config, seq_len
+        self.final = config.model.capacities
+        self._known: dict[tuple[float | None, ...], float] = {}
+
+    def stages(self, steps: int) -> tuple[CostedStage, ...]:
+        """Return the stages of a run of ``steps`` steps."""
+        found = capacity_stages(self.config.capacity_schedule, self.final, steps)
+        return tuple(
+            CostedStage(s.first, s.stop, s.capacities, self._per_token(s.capacities)) for s in found
+        )
+
+    def total(self, steps: int) -> float:
+        """Return the sum over a run of ``steps`` steps."""
+        return sum(stage.flops_per_token * stage.num_steps for stage in self.stages(steps))
+
+    def nearest_steps(self, budget: float) -> int:
+        """Return how many steps have the total that lies nearest to ``budget``; it may be 0.
+
+        The stages stretch with the run. In a run longer by a step each stage begins where it did or
+        a step later, so the total rises with every step, and bisection finds the budget in it.
+        """
+        if self.total(1) > budget:
+            return int(budget > self.total(1) / 2)
+        fewer, more = 1, 2
+        while self.total(more) <= budget:
+            fewer, more = more, 2 * more
+        while more - fewer > 1:
+            middle = (fewer + more) // 2
+            if self.total(middle) <= budget:
+                fewer = middle
+            else:
+                more = middle
+        return fewer if budget - self.total(fewer) <= self.total(more) - budget else more
+
+    def _per_token(self, capacities: tuple[float | None, ...]) -> float:
+        if capacities not in self._known:
+            self._known[capacities] = training_flops_per_token(
+                self.config.model, self.seq_len, capacities
+            )
+        return self._known[capacities]
 
 
 def _summary(path: str) -> IndexSummary | None:
@@ -162,6 +264,53 @@ def _sequence_length(
         return summary.seq_len, []
     # A length that does not fit the shards is told by the data's own problems.
     return (length if length > 0 and summary.seq_len % length == 0 else 0), []
+
+
+def _end_of_document(
+    config: TrainConfig, summary: IndexSummary | None
+) -> tuple[int | None, list[Problem]]:
+    eos_id = config.data.eos_id
+    if not config.data.document_mask or eos_id is not None:
+        return eos_id, []
+    if summary is not None:
+        return summary.eos_id, []
+    remedy = "run modtrain prepare first, or set data.eos_id"
+    reason = "comes from the shards, which are not there, and data.document_mask needs it"
+    return None, [Problem("data.eos_id", "null", reason, remedy)]
+
+
+def _capacity_problems(config: TrainConfig, seq_len: int) -> list[Problem]:
+    """Find capacities that round to no token at all; between two that do not, none does."""
+    if config.model.problems("model"):
+        return []
+    model, schedule = config.model, config.capacity_schedule
+    final = model.capacities
+    named = isinstance(model.pattern, str) and model.pattern in PATTERNS
+    key, value = ("model.capacity", model.capacity) if named else ("model.pattern", model.pattern)
+    found = _no_token_problems(final, seq_len, key, value)
+    if schedule.name != "constant" and schedule.start > 0:
+        start = [None if share is None else schedule.start for share in final]
+        found += _no_token_problems(start, seq_len, "capacity_schedule.start", schedule.start)
+    return found
+
+
+def _no_token_problems(
+    capacities: Sequence[float | None], seq_len: int, key: str, value: object
+) -> list[Problem]:
+    empty: dict[float, list[str]] = {}
+    for layer, share in enumerate(capacities):
+        if share is not None and round(share * seq_len) < 1:
+            empty.setdefault(share, []).append(str(layer))
+    return [
+        Problem(
+            key,
+            value,
+            f"leaves layer{'s' * (len(layers) > 1)} {', '.join(layers)} no token of a sequence:"
+            f" k = round({share:g} x {seq_len}) = 0",
+            f"use {1 / seq_len:.2g} or more, which is one token, or longer sequences",
+        )
+        for share, layers in empty.items()
+    ]
 
 
 def _batch_problems(config: TrainConfig, seq_len: int, world_size: int = 1) -> list[Problem]:

@@ -31,6 +31,8 @@ def show(config: TrainConfig) -> None:
     console = Console()
     console.print(_parts(config, plan))
     console.print(_run(config, plan))
+    if len(plan.stages) > 1:
+        console.print(_stages(plan))
     console.print(_memory(config))
     console.print("FLOP conventions:")
     for line in CONVENTIONS:
@@ -39,7 +41,8 @@ def show(config: TrainConfig) -> None:
 
 def _parts(config: TrainConfig, plan: TrainingPlan) -> Table:
     length = plan.seq_len
-    table = Table(title=f"model, at sequences of {length:,} tokens")
+    at_end = ", at the last capacities" if len(plan.stages) > 1 else ""
+    table = Table(title=f"model, at sequences of {length:,} tokens{at_end}")
     for heading in ("part", "parameters", "FLOPs a token, forward", "if dense"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
     counts = parameters(config.model)
@@ -57,8 +60,9 @@ def _parts(config: TrainConfig, plan: TrainingPlan) -> Table:
 
 def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     table = Table(title="run", show_header=False)
-    executed = forward_flops(config.model, plan.seq_len).total
-    dense = dense_equivalent_flops(config.model, plan.seq_len).total
+    dense = TRAINING_OVER_FORWARD * dense_equivalent_flops(config.model, plan.seq_len).total
+    over_dense = plan.flops_per_token * plan.seq_len / dense
+    mean, at_end = (", mean of the run", ", at the end") if len(plan.stages) > 1 else ("", "")
     routed = [i for i, c in enumerate(config.model.capacities) if c is not None]
     shown = ", ".join(map(str, routed)) if routed else "none"
     peak = config.optimizer.lr
@@ -66,9 +70,9 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     last = peak * lr_factor(config.schedule, plan.steps - 1, plan.steps)
     rows = {
         "routed layers": shown,
-        "executed over dense-equivalent FLOPs": f"{executed / dense:.4f}",
+        "executed over dense-equivalent FLOPs": f"{over_dense:.4f}",
         "training FLOPs a token": f"{plan.flops_per_token:,.0f}"
-        f" ({TRAINING_OVER_FORWARD} x forward)",
+        f" ({TRAINING_OVER_FORWARD} x forward{mean})",
         "tokens a step": f"{plan.tokens_per_step:,} = {plan.sequences_per_step} sequences,"
         f" {plan.accumulate} micro-batches",
         "steps": f"{plan.steps:,}",
@@ -79,10 +83,32 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     }
     if routed:
         tokens = {num_chosen(c, plan.seq_len) for c in config.model.capacities if c is not None}
-        rows["tokens chosen in a routed layer"] = ", ".join(map(str, sorted(tokens)))
+        rows[f"tokens chosen in a routed layer{at_end}"] = ", ".join(map(str, sorted(tokens)))
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _stages(plan: TrainingPlan) -> Table:
+    table = Table(title="schedule of capacities")
+    for heading in ("steps", "capacity", "tokens chosen", "FLOPs a step", "share of FLOPs"):
+        table.add_column(heading, justify="right")
+    for stage in plan.stages:
+        capacities = [share for share in stage.capacities if share is not None]
+        low, high = min(capacities), max(capacities)
+        spent = plan.flops_until(stage.stop) - plan.flops_until(stage.first)
+        table.add_row(
+            f"{stage.first + 1:,} to {stage.stop:,}",
+            _range(f"{low:.4g}", f"{high:.4g}"),
+            _range(*(f"{num_chosen(share, plan.seq_len):,}" for share in (low, high))),
+            f"{plan.flops_at(stage.first):.3e}",
+            f"{spent / plan.flops:.1%}",
+        )
+    return table
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
 
 
 def _memory(config: TrainConfig) -> Table:

@@ -3,14 +3,16 @@ import json
 import pytest
 
 from modtrain.configuration import compose_arms
-from modtrain.errors import ConfigError
-from modtrain.experiments.compare import compare, verdict
+from modtrain.errors import ConfigError, TrainingError
+from modtrain.experiments.compare import compare
+from modtrain.experiments.report import verdict
 from modtrain.training.run_directory import RunDirectory
 
 
-def arm(loss, flops=100.0, seconds=1.0):
+def arm(loss, flops=100.0, seconds=1.0, by_seed=None):
     return {
         "causal_loss": loss,
+        "causal_losses": by_seed or {"0": loss},
         "forward_flops_per_token": flops,
         "micro_batch_seconds": seconds,
     }
@@ -38,8 +40,9 @@ def overrides(tiny, tmp_path):
 
 
 def test_arms_spend_the_same_flops_and_the_report_stands_once(tiny, tmp_path, capsys):
-    directory, arms, _ = compose_arms(overrides(tiny, tmp_path))
-    assert compare(directory, arms, rounds=1) == 0
+    comparison = compose_arms([*overrides(tiny, tmp_path), "timed_rounds=1"])
+    directory = comparison.directory
+    assert compare(comparison) == 0
     report = json.loads((directory / "compare.json").read_text())
     whole, routed = report["whole"], report["routed"]
     assert whole["flops"] == pytest.approx(routed["flops"], rel=0.05)
@@ -52,7 +55,7 @@ def test_arms_spend_the_same_flops_and_the_report_stands_once(tiny, tmp_path, ca
     assert shown[-1].endswith(f"tensorboard --logdir {directory}")
 
     before = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
-    assert compare(directory, arms, rounds=1) == 0
+    assert compare(comparison) == 0
     assert "is complete: nothing was trained" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
     assert RunDirectory(directory / "routed").is_complete
@@ -65,10 +68,11 @@ def test_a_report_is_made_anew_when_its_arms_change_and_needs_no_causal_loss(
     both = '+arms={a: ["model.pattern=dense"], b: ["model.router.causal=[]"]}'
     turned = '+arms={b: ["model.router.causal=[]"], a: ["model.pattern=dense"]}'
     for arms in (both, turned):
-        directory, configs, _ = compose_arms([*short, arms])
-        assert compare(directory, configs, rounds=1) == 0
+        comparison = compose_arms([*short, arms, "timed_rounds=0"])
+        assert compare(comparison) == 0
         assert "cannot be compared" in capsys.readouterr().out
-        assert list(json.loads((directory / "compare.json").read_text())) == list(configs)
+        report = json.loads((comparison.directory / "compare.json").read_text())
+        assert list(report) == list(comparison.arms)
 
 
 def test_a_mistake_in_an_arm_names_the_arm(tiny, tmp_path):
@@ -81,3 +85,41 @@ def test_a_mistake_in_an_arm_names_the_arm(tiny, tmp_path):
 def test_one_arm_is_no_comparison(tiny):
     with pytest.raises(ConfigError, match="at least two arms"):
         compose_arms(list(tiny))
+
+
+def test_a_difference_within_the_spread_of_the_seeds_is_not_told_apart():
+    base = arm(2.0, by_seed={"0": 1.9, "1": 2.0, "2": 2.1})
+    noisy = arm(1.99, by_seed={"0": 2.0, "1": 1.9, "2": 2.07})
+    steady = arm(1.95, by_seed={"0": 1.851, "1": 1.95, "2": 2.049})
+    said = verdict({"base": base, "noisy": noisy, "steady": steady})
+    assert said[0].startswith("noisy is not told apart from base")
+    assert said[1].startswith("steady beats base")
+    assert "over 3 seeds" in said[1]
+
+
+def test_seeds_are_runs_of_their_own_and_a_row_can_be_trained_alone(tiny, tmp_path, capsys):
+    shared = [*overrides(tiny, tmp_path), "seeds=[3, 5]", "timed_rounds=0"]
+    with pytest.raises(TrainingError, match="no run"):
+        compare(compose_arms([*shared, "train=false"]))
+    assert compare(compose_arms([*shared, "only=[routed]"])) == 0
+    assert "causal loss" in capsys.readouterr().out
+    directory = tmp_path / "pair"
+    assert not (directory / "compare.json").exists()
+    assert not (directory / "whole").exists()
+    assert RunDirectory(directory / "routed/seed_5").is_complete
+
+    assert compare(compose_arms(shared)) == 0
+    report = json.loads((directory / "compare.json").read_text())
+    for name in ("whole", "routed"):
+        losses = report[name]["causal_losses"]
+        assert set(losses) == {"3", "5"}
+        assert losses["3"] != losses["5"]
+        assert report[name]["causal_loss"] == pytest.approx(sum(losses.values()) / 2)
+        configs = [RunDirectory(directory / name / f"seed_{s}").read_config() for s in (3, 5)]
+        assert [(c.seed, c.data.seed) for c in configs] == [(3, 3), (5, 5)]
+
+
+def test_an_arm_that_is_not_there_and_a_seed_twice_are_told(tiny, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        compose_arms([*overrides(tiny, tmp_path), "only=[route]", "seeds=[1, 1]"])
+    assert {p.key for p in error.value.problems} == {"only", "seeds"}

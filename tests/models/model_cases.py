@@ -7,8 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modtrain.models.attention import SequenceContext, rotary_context
-from modtrain.models.config import ModelConfig, RouterConfig
+from modtrain.models.config import ModelConfig
+from modtrain.models.router_config import RouterConfig
+from modtrain.models.sequence import SequenceContext, sequence_context
 from modtrain.models.transformer import Transformer
 
 VOCAB = 48
@@ -40,7 +41,7 @@ def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float6
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if name.endswith("gain"):
+            if name.endswith(("gain", "scale")):
                 parameter.copy_(1 + 0.3 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
@@ -52,9 +53,9 @@ def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float6
 def balance_predictors(model: Transformer, tokens_BS: Tensor) -> None:
     """Move each predictor's bias so that it says yes to half of ``tokens_BS``."""
     with torch.no_grad():
-        for place, layer in enumerate(model.routed_layers):
+        for place, router in enumerate(model.routers):
             logits_BS = model(tokens_BS, selection="predictor").routing[place].predictor_BS
-            model.layers[layer].predictor.out.bias -= logits_BS.quantile(0.5)
+            router.predictor.out.bias -= logits_BS.quantile(0.5)
 
 
 def distinct_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -69,8 +70,14 @@ def random_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=generator)
 
 
-def context_of(config: ModelConfig, positions_BS: Tensor) -> SequenceContext:
-    return rotary_context(positions_BS, config.head_width, config.rope_theta)
+def context_of(config: ModelConfig, positions_BS: Tensor, **changes) -> SequenceContext:
+    """The context of tokens at these positions; ``changes`` are those of `sequence_context`."""
+    return sequence_context(
+        positions_BS,
+        config.head_width,
+        config.rope_theta,
+        **({"window": config.sliding_window} | changes),
+    )
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -108,9 +115,31 @@ def configs(draw: st.DrawFn, max_layers: int = 4) -> ModelConfig:
         rope_theta=draw(st.sampled_from([100.0, 10000.0])),
         pattern=draw(patterns),
         capacity=draw(capacity),
-        router=RouterConfig(
-            gate=draw(st.sampled_from(["raw", "raw", "none"])),
-            causal=draw(st.sampled_from([["predictor"], []])),
-            predictor_dim=draw(st.sampled_from([1, 7])),
+        mixer=draw(
+            st.sampled_from(["attention", "attention", "convolution"])
+            | st.lists(
+                st.sampled_from(["attention", "convolution"]),
+                min_size=num_layers,
+                max_size=num_layers,
+            )
         ),
+        conv_width=draw(st.sampled_from([1, 3])),
+        router=draw(routers()),
+    )
+
+
+@st.composite
+def routers(draw: st.DrawFn) -> RouterConfig:
+    """Learned routers with every target, gate and set of causal decisions."""
+    causal = st.lists(
+        st.sampled_from(["predictor", "auxiliary", "threshold"]), max_size=3, unique=True
+    )
+    return RouterConfig(
+        target=draw(st.sampled_from(["block", "block", "attention", "mlp", "both"])),
+        score=draw(st.sampled_from(["linear", "linear", "mlp"])),
+        hidden_dim=draw(st.sampled_from([1, 6])),
+        gate=draw(st.sampled_from([None, "raw", "sigmoid", "tanh", "none"])),
+        gate_scale=draw(st.booleans()),
+        causal=draw(causal),
+        predictor_dim=draw(st.sampled_from([1, 7])),
     )

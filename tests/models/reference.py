@@ -10,6 +10,7 @@ Shapes: S sequence, D model, H heads, W width of a head, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,23 +40,36 @@ def rope(x_SW: Tensor, positions_S: Tensor, theta: float) -> Tensor:
     return torch.cat((turned_SW.real, turned_SW.imag), dim=-1)
 
 
-def visible(chosen: list[bool], positions_S: Tensor, window: int | None) -> Tensor:
+class Sequence(NamedTuple):
+    """One sequence: positions, and the document of each token."""
+
+    at_S: Tensor
+    documents: list[int]
+
+
+def plain(length: int) -> Sequence:
+    return Sequence(torch.arange(length), [0] * length)
+
+
+def visible(chosen: list[bool], sequence: Sequence, window: int | None) -> Tensor:
     """Who sees whom (S, S): the chosen before it, and itself so that no row is empty."""
-    length = len(chosen)
+    length, at_S = len(chosen), sequence.at_S
     sees_SS = torch.zeros(length, length, dtype=torch.bool)
     for query in range(length):
         for key in range(query + 1):
-            near = window is None or int(positions_S[query] - positions_S[key]) < window
-            sees_SS[query, key] = query == key or (chosen[key] and near)
+            near = window is None or int(at_S[query] - at_S[key]) < window
+            same = sequence.documents[query] == sequence.documents[key]
+            sees_SS[query, key] = query == key or (chosen[key] and near and same)
     return sees_SS
 
 
 def attention(
-    p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor, chosen: list[bool], at_S: Tensor
+    p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor, chosen: list[bool], seq: Sequence
 ) -> Tensor:
+    x_SD = rms_norm(x_SD, p[f"{prefix}.norm.gain"], c.norm_eps)
     group = c.num_heads // c.kv_heads
-    width = c.head_width
-    sees_SS = visible(chosen, at_S, c.sliding_window)
+    width, at_S = c.head_width, seq.at_S
+    sees_SS = visible(chosen, seq, c.sliding_window)
     heads = []
     for head in range(c.num_heads):
         own = slice(head * width, (head + 1) * width)
@@ -72,46 +86,107 @@ def attention(
     return torch.cat(heads, dim=1) @ p[f"{prefix}.out.weight"].T
 
 
+def convolution(
+    p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor, chosen: list[bool], seq: Sequence
+) -> Tensor:
+    """Each token over the W - 1 chosen tokens before it, counted without the others."""
+    x_SD = rms_norm(x_SD, p[f"{prefix}.norm.gain"], c.norm_eps)
+    value_SD = x_SD @ p[f"{prefix}.value.weight"].T
+    gate_SD = x_SD @ p[f"{prefix}.gate.weight"].T
+    rows = []
+    for i in range(len(chosen)):
+        line = [j for j in range(i) if chosen[j]] + [i]
+        mixed_D = torch.zeros_like(value_SD[0])
+        for back in range(min(c.conv_width, len(line))):
+            j = line[-1 - back]
+            if seq.documents[j] == seq.documents[i]:
+                mixed_D = mixed_D + p[f"{prefix}.taps"][back] * value_SD[j]
+        rows.append(mixed_D)
+    hidden_SD = gate_SD / (1 + torch.exp(-gate_SD)) * torch.stack(rows)
+    return hidden_SD @ p[f"{prefix}.out.weight"].T
+
+
+def mixer(
+    p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor, chosen: list[bool], seq: Sequence
+) -> Tensor:
+    mix = convolution if f"{prefix}.taps" in p else attention
+    return mix(p, prefix, c, x_SD, chosen, seq)
+
+
 def mlp(p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor) -> Tensor:
-    up = x_SD @ p[f"{prefix}.up.weight"].T
+    x_SD = rms_norm(x_SD, p[f"{prefix}.norm.gain"], c.norm_eps)
+    up = x_SD @ p[f"{prefix}.inner.up.weight"].T
     if c.activation == "gelu":
         hidden = gelu(up)
     else:
-        gate = x_SD @ p[f"{prefix}.gate.weight"].T
+        gate = x_SD @ p[f"{prefix}.inner.gate.weight"].T
         hidden = gate / (1 + torch.exp(-gate)) * up
-    return hidden @ p[f"{prefix}.down.weight"].T
+    return hidden @ p[f"{prefix}.inner.down.weight"].T
 
 
-def block_update(
-    p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor, chosen: list[bool], at_S: Tensor
+def update(
+    p: Parameters,
+    part: str,
+    prefix: str,
+    c: ModelConfig,
+    x_SD: Tensor,
+    chosen: list[bool],
+    seq: Sequence,
 ) -> Tensor:
-    """The block's output less its input, the residuals written out as in a common block."""
-    h_SD = x_SD + attention(
-        p,
-        f"{prefix}.attention",
-        c,
-        rms_norm(x_SD, p[f"{prefix}.attention_norm.gain"], c.norm_eps),
-        chosen,
-        at_S,
-    )
-    y_SD = h_SD + mlp(
-        p, f"{prefix}.mlp", c, rms_norm(h_SD, p[f"{prefix}.mlp_norm.gain"], c.norm_eps)
-    )
+    """The output less the input of a block, an attention or an MLP; residuals written out."""
+    if part == "attention":
+        return mixer(p, prefix, c, x_SD, chosen, seq)
+    if part == "mlp":
+        return mlp(p, prefix, c, x_SD)
+    h_SD = x_SD + mixer(p, f"{prefix}.attention", c, x_SD, chosen, seq)
+    y_SD = h_SD + mlp(p, f"{prefix}.mlp", c, h_SD)
     return y_SD - x_SD
 
 
-def largest(scores_S: Tensor, capacity: float) -> list[bool]:
-    """Membership of the k = max(1, round(capacity S)) largest scores."""
+def largest(scores_S: Tensor, capacity: float, documents: list[int] | None = None) -> list[bool]:
+    """Membership of the k = max(1, round(capacity S)) largest scores, or each document's of its
+    share of k: as many as lie between the rounded shares of k up to its ends."""
     length = len(scores_S)
-    ranked = sorted(range(length), key=scores_S.tolist().__getitem__, reverse=True)
-    members = set(ranked[: max(1, round(capacity * length))])
+    count = max(1, round(capacity * length))
+    documents = documents or [0] * length
+    members: set[int] = set()
+    for document in sorted(set(documents)):
+        own = [i for i in range(length) if documents[i] == document]
+        start, end = own[0], own[-1] + 1
+        quota = math.floor(end * count / length + 0.5) - math.floor(start * count / length + 0.5)
+        ranked = sorted(own, key=scores_S.tolist().__getitem__, reverse=True)
+        members |= set(ranked[:quota])
     return [i in members for i in range(length)]
 
 
-def predict(p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor) -> Tensor:
-    x = rms_norm(x_SD.detach(), 1.0, c.norm_eps)
+def token_mlp(p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor) -> Tensor:
+    x = rms_norm(x_SD, 1.0, c.norm_eps)
     hidden = gelu(x @ p[f"{prefix}.hidden.weight"].T + p[f"{prefix}.hidden.bias"])
     return (hidden @ p[f"{prefix}.out.weight"].T + p[f"{prefix}.out.bias"])[:, 0]
+
+
+def predict(p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor) -> Tensor:
+    return token_mlp(p, prefix, c, x_SD.detach())
+
+
+def score(p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor) -> Tensor:
+    if c.router.score == "mlp":
+        return token_mlp(p, f"{prefix}router", c, x_SD)
+    return x_SD @ p[f"{prefix}router.weight"]
+
+
+def factor(p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor) -> Tensor:
+    """What each token's update is multiplied by, were it chosen."""
+    score_S = score(p, prefix, c, x_SD)
+    size_S = torch.sqrt((x_SD * x_SD).mean(dim=1) + c.norm_eps)
+    kinds = {
+        "raw": score_S,
+        "sigmoid": 1 / (1 + torch.exp(-score_S)),
+        "tanh": torch.tanh(score_S / size_S),
+        "none": torch.ones_like(score_S),
+    }
+    found = kinds[c.router.gate or "raw"]
+    return found * p[f"{prefix}gate.scale"] if c.router.gate_scale else found
 
 
 def routed_layer(
@@ -119,39 +194,66 @@ def routed_layer(
     prefix: str,
     c: ModelConfig,
     x_SD: Tensor,
-    at_S: Tensor,
+    seq: Sequence,
     chosen: list[bool],
+    part: str = "block",
 ) -> Tensor:
-    """x + score * mask * f(x), the scores being w·x, or 1 without a gate."""
-    mask_S = torch.tensor(chosen, dtype=torch.float64)
-    if c.router.gate == "raw":
-        mask_S = mask_S * (x_SD @ p[f"{prefix}router.weight"])
-    return x_SD + mask_S[:, None] * block_update(p, f"{prefix}module", c, x_SD, chosen, at_S)
+    """x + factor * mask * f(x)."""
+    mask_S = torch.tensor(chosen, dtype=torch.float64) * factor(p, prefix, c, x_SD)
+    return x_SD + mask_S[:, None] * update(p, part, f"{prefix}module", c, x_SD, chosen, seq)
+
+
+class Trace(NamedTuple):
+    """What one sequence went through: by router, in running order."""
+
+    chosen: list[list[bool]]
+    scores: list[Tensor]
+    predictions: list[Tensor]
 
 
 def transformer(
-    p: Parameters, c: ModelConfig, tokens_S: Tensor, selection: str = "top_k"
-) -> tuple[Tensor, list[list[bool]], list[Tensor]]:
-    """Logits (S, V), who took part in each routed layer, and the predictors' logits."""
+    p: Parameters,
+    c: ModelConfig,
+    tokens_S: Tensor,
+    selection: str = "top_k",
+    documents: list[int] | None = None,
+) -> tuple[Tensor, Trace]:
+    """Logits (S, V), and what was decided."""
     length = len(tokens_S)
-    at_S = torch.arange(length)
+    seq = Sequence(torch.arange(length), documents or [0] * length)
     x_SD = p["embedding.weight"][tokens_S]
-    memberships, predictions = [], []
+    trace = Trace([], [], [])
     for i, capacity in enumerate(c.capacities):
-        prefix = f"layers.{i}."
-        if capacity is None:
-            everyone = [True] * length
-            x_SD = x_SD + block_update(p, f"layers.{i}", c, x_SD, everyone, at_S)
-            continue
-        chosen = largest(x_SD @ p[f"{prefix}router.weight"], capacity)
-        if "predictor" in c.router.causal:
-            predictions.append(predict(p, f"{prefix}predictor", c, x_SD))
-        if selection == "predictor":
-            chosen = [logit > 0 for logit in predictions[-1].tolist()]
-        memberships.append(chosen)
-        x_SD = routed_layer(p, prefix, c, x_SD, at_S, chosen)
+        for part, prefix, routed in parts(c, i, capacity):
+            if not routed:
+                everyone = [True] * length
+                x_SD = x_SD + update(p, part, f"{prefix}module", c, x_SD, everyone, seq)
+                continue
+            trace.scores.append(score(p, prefix, c, x_SD))
+            chosen = largest(trace.scores[-1], capacity, documents)
+            if "predictor" in c.router.causal_routers:
+                trace.predictions.append(predict(p, f"{prefix}predictor", c, x_SD))
+            if selection == "predictor":
+                chosen = [logit > 0 for logit in trace.predictions[-1].tolist()]
+            elif selection == "auxiliary":
+                chosen = [logit > 0 for logit in trace.scores[-1].tolist()]
+            elif selection == "threshold":
+                edge = float(p[f"{prefix}threshold_sum"] / p[f"{prefix}threshold_weight"])
+                chosen = [logit > edge for logit in trace.scores[-1].tolist()]
+            trace.chosen.append(chosen)
+            x_SD = routed_layer(p, prefix, c, x_SD, seq, chosen, part)
     head = p["embedding.weight" if c.tie_embeddings else "head.weight"]
-    return rms_norm(x_SD, p["norm.gain"], c.norm_eps) @ head.T, memberships, predictions
+    return rms_norm(x_SD, p["norm.gain"], c.norm_eps) @ head.T, trace
+
+
+def parts(c: ModelConfig, i: int, capacity: float | None) -> list[tuple[str, str, bool]]:
+    """What a layer is made of: part, prefix of its names, whether it is routed."""
+    if capacity is None or c.router.target == "block":
+        return [("block", f"layers.{i}.", capacity is not None)]
+    return [
+        (part, f"layers.{i}.{part}.", c.router.target in (part, "both"))
+        for part in ("attention", "mlp")
+    ]
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from model_cases import configs, quick, small
 
 from modtrain.errors import ConfigError, raise_if_any
-from modtrain.models.config import ModelConfig, RouterConfig
+from modtrain.models.config import ModelConfig
 from modtrain.models.pattern import layer_capacities, num_chosen
+from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
 
 # Patterns.
@@ -69,7 +70,7 @@ def test_all_the_problems_are_told_at_once():
         init_std=-1.0,
         pattern="everyother",
         capacity=1.3,
-        router=RouterConfig(gate="sigmoid", causal=["oracle"], predictor_dim=0),
+        router=RouterConfig(gate="softmax", causal=["oracle"], predictor_dim=0),
     )
     found = {problem.key: problem for problem in config.problems()}
     assert set(found) == {

@@ -12,15 +12,17 @@ from model_cases import configs, quick, random_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from modtrain.models.config import ModelConfig, RouterConfig
+from modtrain.models.config import ModelConfig
 from modtrain.models.flops import (
     Cost,
+    Load,
     dense_equivalent_flops,
     forward_flops,
     parameters,
     realised_flops,
     training_flops_per_token,
 )
+from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
 
 
@@ -45,17 +47,22 @@ def measure(config: ModelConfig, batch: int, seq_len: int, backward: bool = Fals
     return by_part(counter)
 
 
+# Where a mixer's names stand: in a block, or under a wrapper of its own.
+MIXERS = ("module.attention", "attention.module")
+
+
 def by_part(counter: FlopCounterMode) -> Cost:
     of = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
     def ending(*suffixes: str) -> int:
         return sum(flops for name, flops in of.items() if name.endswith(suffixes))
 
-    projections = ending(".attention.q", ".attention.k", ".attention.v", ".attention.out")
+    linear = ("q", "k", "v", "out", "value", "gate")
+    projections = ending(*(f".{way}.{name}" for way in MIXERS for name in linear))
     cost = Cost(
-        attention_projections=projections,
-        attention_products=ending(".attention") - projections,
-        mlp=ending(".mlp"),
+        mixer_projections=projections,
+        attention_products=ending(*(f".{way}" for way in MIXERS)) - projections,
+        mlp=ending(".inner"),
         router=ending(".router"),
         predictor=ending(".predictor"),
         head=ending("Transformer.head"),
@@ -105,8 +112,9 @@ def test_training_flops_are_an_upper_bound_short_of_two_products(causal):
 def test_realised_flops_follow_the_mean_of_squares():
     config = ModelConfig(d_model=32, num_layers=2, num_heads=2, vocab_size=64)
     # One sequence sends 2 tokens through the second layer, the other 6.
-    mean = realised_flops(config, 16, [(16, 256), (4, 20)])
-    two, six = (realised_flops(config, 16, [(16, 256), (k, k * k)]) for k in (2, 6))
+    everyone = Load(16, 256, 16)
+    mean = realised_flops(config, 16, [everyone, Load(4, 20, 4)])
+    two, six = (realised_flops(config, 16, [everyone, Load(k, k * k, k)]) for k in (2, 6))
     assert 2 * mean.total == two.total + six.total
     assert forward_flops(config, 16) == two
 
@@ -123,11 +131,19 @@ def test_parameters_are_counted_exactly_by_part(config):
 def part_of(name: str) -> str:
     if name.endswith(".gain"):
         return "norms"
-    for part in ("embedding", "head", "mlp", "router", "predictor"):
-        if f".{part}." in f".{name}":
+    if name.endswith("gate.scale"):
+        return "router"
+    for part, place in (
+        ("router", "router"),
+        ("predictor", "predictor"),
+        ("embedding", "embedding"),
+        ("head", "head"),
+        ("mlp", "inner"),
+    ):
+        if f".{place}." in f".{name}":
             return part
     assert ".attention." in name
-    return "attention_projections"
+    return "mixer_projections"
 
 
 TABLE = [  # d, S, L, V, rho, model, with head

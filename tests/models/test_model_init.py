@@ -9,7 +9,8 @@ import pytest
 import torch
 from model_cases import lively, random_tokens, small
 
-from modtrain.models.config import ModelConfig, RouterConfig
+from modtrain.models.config import ModelConfig
+from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
 
 CLASSES = {
@@ -34,7 +35,7 @@ def expected_std(name: str, num_layers: int) -> float:
 
 def named(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     return {
-        name.replace(".module.", "."): parameter.detach()
+        name.replace(".module.", ".").replace(".inner.", "."): parameter.detach()
         for name, parameter in Transformer(config, seed).named_parameters()
     }
 

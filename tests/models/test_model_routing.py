@@ -24,9 +24,9 @@ from model_cases import (
 )
 from torch import Tensor, nn
 
-from modtrain.models.config import RouterConfig
 from modtrain.models.depth import MixtureOfDepths
-from modtrain.models.router import top_k
+from modtrain.models.router_config import RouterConfig
+from modtrain.models.selection import top_k
 from modtrain.models.transformer import Transformer, is_predictor
 
 
@@ -51,7 +51,7 @@ def test_exactly_k_tokens_take_part(config, seq_len, batch, tied):
     if tied:  # one token throughout: in the first layer all the scores are equal
         tokens_BS = torch.zeros_like(tokens_BS)
     routing = Transformer(config)(tokens_BS).routing
-    shares = [share for share in config.capacities if share is not None]
+    shares = [config.capacities[layer] for layer, _ in config.routed_parts]
     assert len(routing) == len(shares)
     for record, share in zip(routing, shares, strict=True):
         expected = max(1, round(share * seq_len))
@@ -91,9 +91,9 @@ def test_skipped_tokens_leave_bitwise_unchanged(selection, dtype, autocast):
     x_BSD = normal(3, 24, config.d_model, dtype=dtype)
     x_BSD[:, ::2, 0] = -0.0
     x_BSD[:, :, 1] = 1e-30
-    context = context_of(config, torch.arange(24)[None])
+    context = context_of(config, torch.arange(24)[None], selection=selection)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        out_BSD, record = layer(x_BSD, context, selection)
+        out_BSD, (record,), *_ = layer(x_BSD, context)
     skipped_BS = ~record.chosen_BS
     assert 0 < skipped_BS.sum() < skipped_BS.numel()
     assert out_BSD.dtype == x_BSD.dtype
@@ -106,7 +106,7 @@ def test_scores_are_kept_wider_than_bfloat16_which_would_make_them_tie(dtype, au
     layer = routed(lively(small(), dtype=dtype))
     x_BSD = normal(2, 200, 16, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        _, record = layer(x_BSD, context_of(small(), torch.arange(200)[None]))
+        _, (record,), *_ = layer(x_BSD, context_of(small(), torch.arange(200)[None]))
     exact_BS = x_BSD.double() @ layer.router.weight.double()
     torch.testing.assert_close(record.scores_BS.double(), exact_BS, rtol=1e-5, atol=1e-5)
     assert record.scores_BS.dtype == torch.float32
@@ -130,15 +130,15 @@ def test_capacity_one_and_no_gate_is_dense(gate, selection, window):
     model = lively(small(pattern="every", router=raw_or_none, **shape), dtype=torch.float32)
     dense = Transformer(small(pattern="dense", **shape))
     trunk = {
-        name.replace(".module.", "."): value
+        name: value
         for name, value in model.state_dict().items()
         if "predictor" not in name and "router" not in name
     }
     dense.load_state_dict(trunk)
-    for layer in model.routed_layers:
-        nn.init.constant_(routed(model, layer).predictor.out.bias, 1e3)
+    for router in model.routers:
+        nn.init.constant_(router.predictor.out.bias, 1e3)
         if gate == "one":
-            routed(model, layer).router = One()
+            router.router = One()
     tokens_BS = random_tokens(2, 20)
     actual_BSV = model(tokens_BS, selection=selection).logits_BSV
     torch.testing.assert_close(actual_BSV, dense(tokens_BS).logits_BSV, rtol=1e-6, atol=1e-6)
@@ -165,7 +165,7 @@ def test_without_the_gate_the_router_gets_no_gradient_at_all():
         model = lively(small(router=RouterConfig(gate=gate, predictor_dim=8)))
         output = model(random_tokens(2, 16), random_tokens(2, 16, 1))
         (output.loss + output.auxiliary["predictor"]).backward()
-        weights[gate] = [routed(model, layer).router.weight for layer in model.routed_layers]
+        weights[gate] = [router.router.weight for router in model.routers]
         assert all(
             parameter.grad is not None
             for name, parameter in model.named_parameters()
@@ -193,7 +193,7 @@ def test_the_predictor_leaves_the_trunks_gradients_alone(pattern):
     for name, gradient in trunk.items():
         assert torch.equal(bits(gradient), bits(gradients[False][name])), name
     predictors = {name: g for name, g in gradients[True].items() if is_predictor(name)}
-    assert len(predictors) == 4 * len(Transformer(small(pattern=pattern)).routed_layers)
+    assert len(predictors) == 4 * len(Transformer(small(pattern=pattern)).routers)
     assert all(gradient.abs().sum() > 0 for gradient in predictors.values())
 
 

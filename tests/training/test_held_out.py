@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from modtrain.models.config import ModelConfig, RouterConfig
+from modtrain.models.config import ModelConfig
 from modtrain.models.flops import dense_equivalent_flops, forward_flops
+from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
 from modtrain.training.held_out import evaluate
 
@@ -49,8 +50,11 @@ def test_losses_are_means_over_tokens_and_scores_match_a_count(batches):
     assert found.top_k_loss == pytest.approx(float(top_k.loss))
     assert found.causal_loss == pytest.approx(float(causal.loss))
     assert found.causal_loss != pytest.approx(found.top_k_loss)
-    for layer, routed, free in zip(model.routed_layers, top_k.routing, causal.routing, strict=True):
-        assert found.realised_capacity[layer] == pytest.approx(
+    decision = found.decisions["predictor"]
+    labels = model.config.routed_labels
+    assert labels == ["layer_01", "layer_03"]
+    for label, routed, free in zip(labels, top_k.routing, causal.routing, strict=True):
+        assert decision.realised_capacity[label] == pytest.approx(
             float(free.chosen_BS.double().mean())
         )
         pairs = list(
@@ -63,7 +67,7 @@ def test_losses_are_means_over_tokens_and_scores_match_a_count(batches):
         yes, no = (sum(1 for _, truth in pairs if truth is side) for side in (True, False))
         hits, rejections = pairs.count((True, True)), pairs.count((False, False))
         guesses = sum(1 for guess, _ in pairs if guess)
-        scores = found.predictor[layer]
+        scores = decision.agreement[label]
         assert scores.accuracy == pytest.approx((hits + rejections) / len(pairs))
         assert scores.f1 == pytest.approx(2 * hits / (guesses + yes))
         assert scores.balanced_accuracy == pytest.approx((hits / yes + rejections / no) / 2)
@@ -76,21 +80,22 @@ def test_executed_flops_follow_what_the_predictor_says(batches, answer):
         if ".predictor.out" in name:
             nn.init.constant_(parameter, answer if name.endswith("bias") else 0)
     found = evaluate(model, batches, nullcontext())
-    assert set(found.realised_capacity.values()) == {float(answer > 0)}
+    decision = found.decisions["predictor"]
+    assert set(decision.realised_capacity.values()) == {float(answer > 0)}
     routing = sum(
         forward_flops(model.config, SEQ_LEN).parts()[part] for part in ("router", "predictor")
     )
     dense = dense_equivalent_flops(model.config, SEQ_LEN)
     blocks = dense.total - dense.head
     expected = routing + dense.head + blocks * (1.0 if answer > 0 else 0.5)
-    assert found.causal_flops == pytest.approx(expected / SEQ_LEN)
+    assert decision.flops == pytest.approx(expected / SEQ_LEN)
 
 
 def test_a_dense_model_has_one_loss_and_it_is_causal(batches):
     found = evaluate(build("dense"), batches, nullcontext())
     assert found.top_k_loss is None
     assert found.causal_loss is not None
-    assert found.causal_flops == found.top_k_flops
+    assert found.decisions["causal"].flops == found.top_k_flops
 
 
 def test_without_a_causal_decision_there_is_no_causal_loss(batches):

@@ -1,16 +1,27 @@
+import json
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modtrain.data.config import DataConfig
 from modtrain.errors import ConfigError, DataError
 from modtrain.models.config import ModelConfig
 from modtrain.models.flops import training_flops_per_token
-from modtrain.training.config import BatchConfig, BudgetConfig, TrainConfig
+from modtrain.training.capacity_schedule import capacities_at
+from modtrain.training.config import (
+    CAPACITY_SCHEDULES,
+    BatchConfig,
+    BudgetConfig,
+    CapacityScheduleConfig,
+    TrainConfig,
+)
 from modtrain.training.plan import derive, resolve
+from modtrain.training.plan_report import show
 
+QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 MODEL = ModelConfig(d_model=32, num_layers=4, num_heads=2, vocab_size=300)
 
 
@@ -22,6 +33,86 @@ def config(**changes):
         batch=BatchConfig(tokens=512, micro_batch_size=2),
     )
     return replace(base, **changes)
+
+
+@st.composite
+def scheduled(draw):
+    """A run of few steps whose capacities fall, rise or both."""
+    begin, end = sorted(draw(st.tuples(st.floats(0, 0.9), st.floats(0, 0.9))))
+    name = draw(st.sampled_from(CAPACITY_SCHEDULES))
+    start, levels = draw(st.sampled_from([0.05, 0.4, 1.0])), draw(st.integers(2, 9))
+    pattern = draw(st.sampled_from(["every_other", "cosine", "u_shape", [0.1, 0.9, 1, 0.5]]))
+    return config(
+        model=replace(MODEL, pattern=pattern, capacity=draw(st.sampled_from([0.1, 0.5]))),
+        capacity_schedule=CapacityScheduleConfig(name, start, begin, end, levels),
+    )
+
+
+@QUICK
+@given(scheduled(), st.integers(1, 150))
+def test_the_whole_is_the_sum_of_the_steps(run, steps):
+    plan = derive(replace(run, budget=BudgetConfig(steps=steps)))
+    each = [
+        512 * training_flops_per_token(run.model, 64, capacities)
+        for step in range(steps)
+        for capacities in [capacities_at(run.capacity_schedule, run.model.capacities, step, steps)]
+    ]
+    assert [plan.flops_at(step) for step in range(steps)] == pytest.approx(each)
+    until = [plan.flops_until(step) for step in range(steps + 1)]
+    assert until == pytest.approx(list(accumulate(each, initial=0.0)))
+    assert plan.flops == until[-1]
+    assert plan.flops_per_token * plan.tokens == pytest.approx(plan.flops)
+    assert (plan.steps, plan.tokens) == (steps, 512 * steps)
+
+
+@QUICK
+@given(scheduled(), st.floats(0.6, 400))
+def test_under_a_schedule_a_budget_is_met_by_the_nearest_whole_number_of_steps(run, size):
+    budget = size * 512 * training_flops_per_token(run.model, 64)
+    try:
+        plan = derive(replace(run, budget=BudgetConfig(flops=budget)))
+    except ConfigError:
+        # A step at the first capacities may take more than twice what one at the last does.
+        assert derive(replace(run, budget=BudgetConfig(steps=1))).flops >= 2 * budget
+        return
+    near = range(max(1, plan.steps - 4), plan.steps + 5)
+    totals = [derive(replace(run, budget=BudgetConfig(steps=steps))).flops for steps in near]
+    assert all(before < after for before, after in pairwise(totals))
+    assert abs(plan.flops - budget) == min(abs(total - budget) for total in totals)
+    assert plan.flops in totals
+
+
+@given(st.integers(1, 10**6), st.sampled_from(["dense", "every_other", "ramp_up"]))
+def test_without_a_schedule_every_step_costs_the_same(steps, pattern):
+    model = replace(MODEL, pattern=pattern)
+    plan = derive(config(model=model, budget=BudgetConfig(steps=steps)))
+    per_token = training_flops_per_token(model, 64)
+    assert plan.flops_per_token == pytest.approx(per_token)
+    assert len(plan.stages) == 1
+    for step in (0, steps // 2, steps - 1):
+        assert plan.flops_at(step) == pytest.approx(per_token * 512)
+        assert plan.flops_until(step) == pytest.approx(per_token * 512 * step)
+
+
+def test_more_tokens_at_the_start_leave_fewer_steps():
+    budget = BudgetConfig(flops=1e12)
+    falling = CapacityScheduleConfig("linear", start=1.0)
+    constant, scheduled = (
+        derive(config(budget=budget, capacity_schedule=schedule))
+        for schedule in (CapacityScheduleConfig(), falling)
+    )
+    assert scheduled.steps < constant.steps
+    assert scheduled.flops == pytest.approx(constant.flops, rel=1e-2)
+
+
+@pytest.mark.parametrize("step", [-1, 4, 5])
+def test_a_step_that_the_run_does_not_have_is_refused(step):
+    plan = derive(config(budget=BudgetConfig(steps=4)))
+    with pytest.raises(ValueError, match=str(step)):
+        plan.flops_at(step)
+    if step != 4:
+        with pytest.raises(ValueError, match=str(step)):
+            plan.flops_until(step)
 
 
 @given(st.integers(1, 10**6))
@@ -113,3 +204,78 @@ def test_planning_needs_no_data_where_the_configuration_says_enough():
 def test_training_without_data_says_to_prepare_it():
     with pytest.raises((DataError, ConfigError), match="prepare"):
         resolve(config(budget=BudgetConfig(steps=2)))
+
+
+def problem_of(wrong, key, needs_data=False):
+    with pytest.raises(ConfigError) as error:
+        resolve(wrong, needs_data=needs_data)
+    (problem,) = (p for p in error.value.problems if p.key == key)
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("model", "schedule", "key", "layers"),
+    [
+        ({"capacity": 0.005}, {}, "model.capacity", "1, 3"),
+        ({"capacity": 0.005, "pattern": "ramp_down"}, {}, "model.capacity", "3"),
+        ({"pattern": [1, 0.5, 0.5, 0.001]}, {}, "model.pattern", "3"),
+        ({}, {"name": "linear", "start": 0.005}, "capacity_schedule.start", "1, 3"),
+    ],
+)
+def test_a_capacity_of_no_token_names_layers_and_k(model, schedule, key, layers):
+    run = config(
+        model=replace(MODEL, **model),
+        capacity_schedule=CapacityScheduleConfig(**schedule),
+        budget=BudgetConfig(steps=2),
+    )
+    problem = problem_of(run, key)
+    assert f" {layers} " in problem.reason
+    assert "= 0" in problem.reason
+    assert "0.016" in problem.remedy
+
+
+@pytest.mark.parametrize("schedule", [{}, {"name": "constant", "start": 0.005}])
+def test_what_rounds_to_one_token_is_enough_and_an_unused_start_is_not_judged(schedule):
+    run = config(
+        model=replace(MODEL, capacity=0.6 / 64),
+        capacity_schedule=CapacityScheduleConfig(**schedule),
+        budget=BudgetConfig(steps=2),
+    )
+    assert resolve(run, needs_data=False)[1].steps == 2
+
+
+def test_the_token_that_ends_documents_comes_with_the_mask_alone(prepared):
+    eos_id = json.loads((prepared / "index.json").read_text())["eos_id"]
+    plain = config(data=DataConfig(path=str(prepared)), budget=BudgetConfig(steps=2))
+    assert resolve(plain)[0].data.eos_id is None
+    masked = replace(plain, data=replace(plain.data, document_mask=True))
+    resolved, plan = resolve(masked)
+    assert resolved.data.eos_id == eos_id
+    # What is resolved stays as it is.
+    assert resolve(resolved) == (resolved, plan)
+
+
+def test_a_mask_without_shards_says_where_the_end_token_comes_from():
+    run = config(
+        data=DataConfig(path="nowhere", seq_len=64, document_mask=True),
+        budget=BudgetConfig(steps=2),
+    )
+    assert "prepare" in problem_of(run, "data.eos_id").remedy
+    known = replace(run, data=replace(run.data, eos_id=0))
+    assert resolve(known, needs_data=False)[0].data.eos_id == 0
+
+
+def test_the_report_shows_the_stages(capsys):
+    run = config(
+        budget=BudgetConfig(steps=100),
+        capacity_schedule=CapacityScheduleConfig("step", start=0.5, end=0.25),
+    )
+    show(run)
+    said = capsys.readouterr().out
+    assert "1 to 25" in said
+    assert "26 to 100" in said
+    plan = resolve(run, needs_data=False)[1]
+    assert f"{plan.flops_until(25) / plan.flops:.1%}" in said
+    assert f"{1 - plan.flops_until(25) / plan.flops:.1%}" in said
+    show(replace(run, capacity_schedule=CapacityScheduleConfig()))
+    assert "schedule of capacities" not in capsys.readouterr().out

@@ -30,7 +30,7 @@ class FiniteLossGuard(StepCallback):
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Note a bad step, and raise where one has been and something is due."""
         statistics = module.statistics
-        healthy = torch.isfinite(statistics.loss) & torch.isfinite(statistics.auxiliary)
+        healthy = torch.isfinite(statistics.total)
         if statistics.grad_norm is not None:
             healthy = healthy & torch.isfinite(statistics.grad_norm)
         if self._first_bad is None:

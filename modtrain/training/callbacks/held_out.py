@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 
+from modtrain.data.documents import document_numbers
 from modtrain.training.callbacks.metrics import StepClock
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.held_out import HeldOut, evaluate
@@ -29,34 +30,59 @@ class HeldOutCallback(StepCallback):
             return
         with self.clock:
             loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-            found = evaluate(module.model, loader, trainer.precision_plugin.forward_context())
+            found = evaluate(
+                module.model,
+                loader,
+                trainer.precision_plugin.forward_context(),
+                eos_id=module.config.data.eos_id,
+                capacities=module.plan.capacities_at(step - 1),
+            )
             self.metrics_log.write(step, held_out_metrics(found))
             self._draw(trainer, module, step)
 
     def _draw(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Show which tokens of the first held-out sequence each routed layer takes."""
-        if not module.model.routed_layers:
+        if not module.model.routers:
             return
         batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            output = module.model(batch[:1, :-1].to(module.device))
+        tokens_BS = batch[:1, :-1].to(module.device)
+        eos_id = module.config.data.eos_id
+        documents_BS = None if eos_id is None else document_numbers(tokens_BS, eos_id)
+        # Random routers draw: training is to go on as if nobody had looked.
+        cuda = [module.device] if module.device.type == "cuda" else []
+        with (
+            torch.no_grad(),
+            trainer.precision_plugin.forward_context(),
+            torch.random.fork_rng(devices=cuda),
+        ):
+            output = module.model(
+                tokens_BS,
+                capacities=module.plan.capacities_at(step - 1),
+                documents_BS=documents_BS,
+            )
         self.metrics_log.picture(
             step, "router/chosen (layer x position)", chosen_picture(output.routing)
         )
 
 
 def held_out_metrics(held_out: HeldOut) -> dict[str, float]:
-    """Flatten the figures for the metrics; a dense model has one loss, which is causal."""
+    """Flatten the figures for the metrics; a model that never looks ahead has causal losses alone.
+
+    The decision that a model is judged by has the short names, others stand beside it by theirs.
+    """
     values: dict[str, float] = {}
-    if held_out.causal_loss is not None:
-        values[CAUSAL_LOSS] = held_out.causal_loss
+    if held_out.causal is not None:
+        values[CAUSAL_LOSS] = held_out.causal.loss
+        values[CAUSAL_FLOPS] = held_out.causal.flops
     if held_out.top_k_loss is not None:
         values[TOP_K_LOSS] = held_out.top_k_loss
-        if held_out.causal_flops is not None:
-            values[CAUSAL_FLOPS] = held_out.causal_flops
-    for layer, share in held_out.realised_capacity.items():
-        values[f"held_out/layer_{layer:02d}/realised_capacity"] = share
-    for layer, scores in held_out.predictor.items():
-        for name in ("accuracy", "f1", "balanced_accuracy"):
-            values[f"held_out/layer_{layer:02d}/predictor_{name}"] = getattr(scores, name)
+    for name, decision in held_out.decisions.items():
+        if len(held_out.decisions) > 1:
+            values[f"held_out/causal_loss_{name}"] = decision.loss
+            values[f"held_out/causal_flops_per_token_{name}"] = decision.flops
+        for label, share in decision.realised_capacity.items():
+            values[f"held_out/{label}/realised_capacity_{name}"] = share
+        for label, scores in decision.agreement.items():
+            for figure in ("accuracy", "f1", "balanced_accuracy"):
+                values[f"held_out/{label}/{name}_{figure}"] = getattr(scores, figure)
     return values

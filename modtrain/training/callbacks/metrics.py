@@ -10,7 +10,7 @@ from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.hardware import peak_flops
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
-from modtrain.training.routing_statistics import routing_metrics
+from modtrain.training.routing_statistics import expert_metrics, routing_metrics
 from modtrain.training.schedules import lr_factor
 
 
@@ -63,32 +63,32 @@ class MetricsCallback(StepCallback):
         if not is_due(step, self.every, module.plan.steps):
             return
         values = self._learning(trainer, module)
-        steps = step - (self._last_step or 0)
-        self._last_step = step
+        last, self._last_step = self._last_step or 0, step
+        steps = step - last
         # Reading the loss above has waited for the device, so the time is that of finished steps.
         seconds = self.clock.lap()
         if steps > 0:
             values["throughput/tokens_per_second"] = steps * module.plan.tokens_per_step / seconds
             values["throughput/step_seconds"] = seconds / steps
             if self._peak is not None:
-                achieved = steps * module.plan.flops_per_step / seconds
-                values["throughput/mfu"] = achieved / (self._peak * module.plan.world_size)
+                spent = module.plan.flops_until(step) - module.plan.flops_until(last)
+                values["throughput/mfu"] = spent / (seconds * self._peak * module.plan.world_size)
         self.latest = values
         self.metrics_log.write(step, values)
 
     def _learning(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, float]:
         statistics = module.take_statistics()
         count = max(1, statistics.count)
-        routed = module.model.routed_layers
+        model = module.config.model
         values = {"loss": float(statistics.loss) / count}
-        if routed and "predictor" in module.config.model.router.causal:
-            values["predictor_loss"] = float(statistics.auxiliary) / count
+        for name, total in statistics.auxiliary.items():
+            values[f"{name}_loss"] = float(total) / count
         if statistics.grad_norm is not None:
             values["grad_norm"] = float(statistics.grad_norm)
         # By now the scheduler stands at the next step; this one was made with the rate before.
         factor = lr_factor(module.config.schedule, trainer.global_step - 1, module.plan.steps)
         values["lr"] = module.config.optimizer.lr * factor
-        if routed:
-            described = routing_metrics(routed, statistics.routing)
-            values.update({name: float(value) for name, value in described.items()})
+        described = routing_metrics(model.routed_labels, statistics.routing)
+        described |= expert_metrics(model.expert_labels, statistics.experts, model.experts.noop)
+        values.update({name: float(value) for name, value in described.items()})
         return values

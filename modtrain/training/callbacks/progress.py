@@ -72,7 +72,7 @@ class ProgressCallback(StepCallback):
 
     def _said(self, module: LanguageModule, step: int) -> str:
         plan, latest = module.plan, self.metrics.latest
-        parts = [f"{step * plan.flops_per_step:.3g} of {plan.flops:.3g} FLOPs"]
+        parts = [f"{plan.flops_until(step):.3g} of {plan.flops:.3g} FLOPs"]
         if "throughput/tokens_per_second" in latest:
             parts.insert(0, f"{latest['throughput/tokens_per_second']:,.0f} tokens/s")
         if "loss" in latest:

@@ -1,0 +1,93 @@
+"""Less memory for activations: layers whose forward pass is done again during backward.
+
+Applied to a model from outside, after it is made and before it is compiled or sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
+
+MODES = ("none", "selective", "full")
+
+SAVED_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "_grouped_mm"})
+SAVED_CHOICES = frozenset({"topk", "sort"})
+
+
+def apply(model: nn.Module, mode: str) -> None:
+    """Wrap each of ``model.layers`` in place.
+
+    A layer may draw random numbers, which come again as they were, but must not change its own
+    state in training: it would do so twice. Names of parameters, buffers and modules, and the
+    state dict, stay as they are.
+
+    mode: what is kept from forward to backward. ``none``: all that gradients need. ``selective``:
+        the results of matrix products, attention and modtrain's own operations; the cheap rest,
+        such as norms and activations, is computed again (arXiv 2205.05198, section 5). It goes
+        through backward once only, ``retain_graph`` or not. ``full``: each layer's input alone; a
+        step costs about a third more.
+
+    Raises:
+        ValueError: ``mode`` is none of these.
+    """
+    if mode not in MODES:
+        raise ValueError(f"activation checkpointing is one of {', '.join(MODES)}, not {mode}")
+    if mode == "none":
+        return
+    layers = model.get_submodule("layers")
+    for name, layer in list(layers.named_children()):
+        layers.register_module(name, _checkpointed(layer, mode))
+
+
+class _Checkpointed(CheckpointWrapper):
+    """A wrapper that nobody sees who asks for names.
+
+    torch's own hides itself in state dicts only: in the names of the whole model's parameters it
+    would show, and whoever goes by names would take one weight for two.
+    """
+
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Give the names of the layer inside."""
+        inner: nn.Module = self._checkpoint_wrapped_module
+        yield from inner.named_modules(memo, prefix, remove_duplicate)
+
+
+def _checkpointed(layer: nn.Module, mode: str) -> nn.Module:
+    if mode == "full":
+        return _Checkpointed(layer)
+    return _Checkpointed(
+        layer, context_fn=partial(create_selective_checkpoint_contexts, _selective_policy)
+    )
+
+
+def _selective_policy(
+    context: SelectiveCheckpointContext, operation: Any, *_args: Any, **_kwargs: Any
+) -> CheckpointPolicy:
+    """Say whether the result of ``operation`` is kept."""
+    del context
+    return CheckpointPolicy.MUST_SAVE if _is_saved(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_saved(operation: Any) -> bool:
+    namespace, _, name = operation.name().partition("::")
+    if namespace != "aten":
+        return bool(namespace == "modtrain")
+    name = name.partition(".")[0]
+    # Choices weigh little, and made anew they might fall out differently on some devices.
+    return (
+        name in SAVED_PRODUCTS or name in SAVED_CHOICES or name.startswith("_scaled_dot_product_")
+    )

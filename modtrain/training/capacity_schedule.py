@@ -1,0 +1,102 @@
+"""The capacities of routed layers over the run: a pure function of configuration, step and steps.
+
+Nothing is kept between steps, so accumulation, a resumed run and recomputed activations see the
+same capacities. Imports no torch: plans are made of it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from modtrain.training.config import CapacityScheduleConfig
+
+Capacities = tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class CapacityStage:
+    """Steps that have the same capacities: ``first`` (from 0) up to, but without, ``stop``."""
+
+    first: int
+    stop: int
+    capacities: Capacities
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps it has."""
+        return self.stop - self.first
+
+
+def capacity_level(config: CapacityScheduleConfig, step: int, num_steps: int) -> int:
+    """Return the level of step ``step`` (from 0): 0 at the start, ``num_levels - 1`` at the end.
+
+    It is the level that lies nearest to the curve at the share of the run's tokens that was seen
+    before the step.
+    """
+    return bisect_right(level_starts(config, num_steps), step) - 1
+
+
+def level_starts(config: CapacityScheduleConfig, num_steps: int) -> list[int]:
+    """Return the first step of each level, rising from 0; a level may be left out by the next."""
+    span = config.end - config.begin
+    last = config.num_levels - 1
+    starts = [0]
+    for level in range(1, last + 1):
+        if config.name == "step":
+            share = config.end
+        else:
+            # Halfway between two levels the later one begins.
+            progress = (level - 0.5) / last
+            if config.name == "cosine":
+                progress = math.acos(1 - 2 * progress) / math.pi
+            share = config.begin + span * progress
+        # A hair earlier: 0.55 x 100 steps is 55.000000000000007 in floating point.
+        starts.append(math.ceil(share * num_steps * (1 - 1e-12)))
+    return starts
+
+
+def level_capacities(
+    config: CapacityScheduleConfig, final: Sequence[float | None], level: int
+) -> Capacities:
+    """Return each layer's capacity at ``level``: ``start`` at 0, ``final`` at the last one.
+
+    final: the capacities of the pattern, one a layer; None, a dense layer, stays None.
+    """
+    last = config.num_levels - 1
+    if level == last:
+        return tuple(final)
+    return tuple(
+        None if share is None else config.start + (share - config.start) * (level / last)
+        for share in final
+    )
+
+
+def capacities_at(
+    config: CapacityScheduleConfig, final: Sequence[float | None], step: int, num_steps: int
+) -> list[float | None]:
+    """Return each layer's capacity at step ``step`` (from 0) of ``num_steps``; None: dense.
+
+    final: the capacities of the pattern, which the run ends with.
+    """
+    return list(level_capacities(config, final, capacity_level(config, step, num_steps)))
+
+
+def capacity_stages(
+    config: CapacityScheduleConfig, final: Sequence[float | None], num_steps: int
+) -> list[CapacityStage]:
+    """Return the stages of the run, in order and without a gap; no two neighbours are equal."""
+    bounds = [*level_starts(config, num_steps), num_steps]
+    stages: list[CapacityStage] = []
+    for level, (first, stop) in enumerate(pairwise(bounds)):
+        if first == stop:
+            continue
+        capacities = level_capacities(config, final, level)
+        if stages and stages[-1].capacities == capacities:
+            stages[-1] = CapacityStage(stages[-1].first, stop, capacities)
+        else:
+            stages.append(CapacityStage(first, stop, capacities))
+    return stages
