@@ -50,7 +50,9 @@ def test_sizes_are_what_their_names_say(size):
     assert routed.is_routed
 
 
-@pytest.mark.parametrize("group", ["optimizer", "schedule", "strategy", "log", "data"])
+@pytest.mark.parametrize(
+    "group", ["optimizer", "schedule", "capacity_schedule", "strategy", "log", "data"]
+)
 def test_every_choice_of_a_group_composes_without_a_problem(group):
     for path in (conf_dir() / group).glob("*.yaml"):
         config = composed(f"{group}={path.stem}")

@@ -30,9 +30,12 @@ class ModelConfig:
     conv_width: how many tokens a convolution reaches over, the token itself included.
     init_std: standard deviation of the initial weights; null: sqrt(2 / (5 d_model)) (see
         `modtrain.models.init`).
-    pattern: which blocks are routed: ``dense``, ``every``, ``every_other``, or a list with one
-        capacity a layer in which 1 is a dense block, ``[1, 0.125]`` or ``"[1, .125]*6"``.
-    capacity: the share of tokens that takes part in a routed block, in (0, 1].
+    pattern: which blocks are routed: ``dense``, ``every``, ``every_other``, ``all_but_ends``;
+        graded ``cosine``, ``u_shape``, ``ramp_down``, ``ramp_up`` (see `modtrain.models.pattern`);
+        or a list with one capacity a layer in which 1 is a dense block, ``[1, 0.125]`` or
+        ``"[1, .125]*6"``.
+    capacity: the share of tokens that takes part in a routed block, in (0, 1]; the lowest one of a
+        graded pattern.
     loss_chunk: tokens whose logits are in memory at once in training; null: as many as make some 32
         million logits.
     """

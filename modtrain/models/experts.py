@@ -117,7 +117,7 @@ class Experts(nn.Module):
         y_MD = self._compute(normed_TD.index_select(0, rows.token_M), rows.offsets_E)
         dtype = x_BSD.dtype
         y_MD = y_MD.to(dtype) * rows.weight_M.to(dtype).unsqueeze(-1)
-        update_TD = torch.zeros_like(normed_TD, dtype=dtype).index_add(0, rows.token_M, y_MD)
+        update_TD = torch.zeros_like(normed_TD, dtype=dtype).index_add_(0, rows.token_M, y_MD)
         update_BSD = update_TD.view_as(x_BSD)
         if self.shared is not None:
             update_BSD = update_BSD + self.shared(normed_BSD)

@@ -169,7 +169,7 @@ class Transformer(nn.Module):
             ("balance_loss", mixture.balance_weight),
             ("z_loss", mixture.z_loss_weight),
         ):
-            losses = [loss for r in experts if (loss := getattr(r, name)) is not None]
+            losses = [getattr(r, name) for r in experts if getattr(r, name) is not None]
             mean = torch.stack(losses).mean() if losses else None
             found[name.removesuffix("_loss")] = (weight, mean)
         return {name: weight * loss for name, (weight, loss) in found.items() if loss is not None}

@@ -196,8 +196,9 @@ class StrategyConfig:
 
     num_threads: CPU threads of the process; null leaves torch's choice.
     activation_checkpointing: what the backward pass computes again in place of keeping it:
-        ``none``; ``selective``: what is cheap, with the products of matrices kept; ``full``: each
-        block. Recomputation is not in the FLOPs that budgets and MFU count.
+        ``none``; ``selective``: what is cheap, the results of matrix products and attention being
+        kept; ``full``: each whole layer. Recomputation is not in the FLOPs that budgets and MFU
+        count.
     """
 
     name: str = "single"

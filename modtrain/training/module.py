@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -18,6 +18,8 @@ from modtrain.training import activation_checkpointing
 from modtrain.training.config import OptimizerConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.schedules import lr_factor
+
+Record = TypeVar("Record", RoutingRecord, ExpertRecord)
 
 
 @dataclass
@@ -54,7 +56,13 @@ class StepStatistics:
             before = self.auxiliary.get(name)
             self.auxiliary[name] = value.detach() if before is None else before + value.detach()
         self.count += 1
-        self.routing, self.experts = output.routing, output.experts
+        self.routing = tuple(_detached(record) for record in output.routing)
+        self.experts = tuple(_detached(record) for record in output.experts)
+
+
+def _detached(record: Record) -> Record:
+    """Let go of the graph: what is looked at later is numbers."""
+    return record._make(None if value is None else value.detach() for value in record)
 
 
 class LanguageModule(L.LightningModule):

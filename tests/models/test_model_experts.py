@@ -59,7 +59,7 @@ def mask_of(kind: str, batch: int, length: int, seed: int) -> Tensor | None:
         return None
     if kind == "nobody":
         return torch.zeros(batch, length, dtype=torch.bool)
-    return normal(batch, length, seed=seed + 50) > -0.5
+    return normal(batch, length, seed=seed + 50) > (1 if kind == "few" else -0.5)
 
 
 def losses(value_BSD: Tensor, record: dict, valid_BS: Tensor | None) -> Tensor:
@@ -79,7 +79,7 @@ def losses(value_BSD: Tensor, record: dict, valid_BS: Tensor | None) -> Tensor:
     st.integers(1, 9),
     st.integers(1, 3),
     st.sampled_from(["top_k", "token", *CAUSAL]),
-    st.sampled_from(["none", "some", "nobody"]),
+    st.sampled_from(["none", "some", "few", "nobody"]),
     st.integers(0, 9),
 )
 @example(config_of(noop=2, capacity_factor=0.4), 9, 2, "top_k", "some", 0)
@@ -87,6 +87,7 @@ def losses(value_BSD: Tensor, record: dict, valid_BS: Tensor | None) -> Tensor:
 @example(config_of(choice="expert", noop=1), 9, 3, "top_k", "some", 2)
 @example(config_of(choice="expert", top_k=4, shared=1), 9, 2, "token", "none", 3)
 @example(config_of(choice="expert", noop=1), 9, 2, "threshold", "some", 4)
+@example(config_of(choice="expert", top_k=1, capacity_factor=0.4), 9, 3, "top_k", "few", 5)
 def test_a_layer_equals_the_reference(config, length, batch, selection, mask, seed):
     """Update, record and every gradient, for any tokens, choice and padding."""
     layer = lively(config, seed)

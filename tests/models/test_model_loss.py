@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -171,12 +172,14 @@ def test_a_second_derivative_is_refused_not_wrong():
 
 
 class Seen(TorchDispatchMode):
-    """Notes the elements of the largest tensor that any operation gives, and what gave which."""
+    """Notes what operations give: the largest one's elements, dtypes, most bytes alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
         self.dtypes: dict[str, torch.dtype] = {}
+        self.peak_bytes = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -184,6 +187,10 @@ class Seen(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.elements = max(self.elements, leaf.numel())
                 self.dtypes[func.overloadpacket.__name__] = leaf.dtype
+                reference = StorageWeakRef(leaf.untyped_storage())
+                self._storages[reference.cdata] = reference, leaf.untyped_storage().nbytes()
+        alive = [size for reference, size in self._storages.values() if not reference.expired()]
+        self.peak_bytes = max(self.peak_bytes, sum(alive))
         return out
 
 
@@ -197,6 +204,15 @@ def test_no_tensor_is_larger_than_a_chunks_logits(autocast):
         with Seen() as seen:
             whole(x_ND, weight_VD, targets_N).backward()
         assert seen.elements == 40 * 30
+
+
+def test_two_chunks_logits_are_the_most_in_memory():
+    """Logits and their softmax; nothing of the chunk before."""
+    x_ND, weight_VD, targets_N = cases(100, 2, 300, dtype=torch.float32)
+    logits = 20 * 300 * 4
+    with Seen() as seen:
+        next_token_loss(x_ND, weight_VD, targets_N, 20).backward()
+    assert 2 * logits <= seen.peak_bytes < 2.5 * logits
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(64, 6), (5, 1)])

@@ -58,6 +58,9 @@ def test_the_whole_is_the_sum_of_the_steps(run, steps):
         for capacities in [capacities_at(run.capacity_schedule, run.model.capacities, step, steps)]
     ]
     assert [plan.flops_at(step) for step in range(steps)] == pytest.approx(each)
+    for step in (0, steps // 3, steps - 1):
+        wanted = capacities_at(run.capacity_schedule, run.model.capacities, step, steps)
+        assert list(plan.capacities_at(step)) == wanted
     until = [plan.flops_until(step) for step in range(steps + 1)]
     assert until == pytest.approx(list(accumulate(each, initial=0.0)))
     assert plan.flops == until[-1]
