@@ -17,11 +17,11 @@ def key_of(prefix: str, name: str) -> str:
 
 
 def at_least(config: object, prefix: str, least: int, *names: str) -> list[Problem]:
-    """Find the fields below ``least``; a field that is None is open and passes."""
+    """Find the fields that are not finite or below ``least``; None is open and passes."""
     return [
-        Problem(key_of(prefix, name), value, f"is below {least}", f"give {least} or more")
+        Problem(key_of(prefix, name), value, f"is not {least} or more", f"give {least} or more")
         for name, value in _values(config, names)
-        if value is not None and value < least
+        if value is not None and not (least <= value < math.inf)
     ]
 
 
@@ -42,6 +42,15 @@ def shares(config: object, prefix: str, *names: str) -> list[Problem]:
         )
         for name, value in _values(config, names)
         if not 0 <= value <= 1
+    ]
+
+
+def decays(config: object, prefix: str, *names: str) -> list[Problem]:
+    """Find the fields outside [0, 1): a running mean with decay 1 would never move."""
+    return [
+        Problem(key_of(prefix, name), value, "is not in [0, 1)", "0.9 and 0.99 are usual")
+        for name, value in _values(config, names)
+        if not 0 <= value < 1
     ]
 
 

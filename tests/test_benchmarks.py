@@ -10,11 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "mod_step": "--d-model 64 --layers 2 --seq-len 64 --vocab 128 --rounds 2 --skip-compiled",
+    "moe_layer": "--d-model 64 --seq-len 64 --batch 2 --rounds 2",
+    "dense_step": "--d-model 64 --layers 1 --seq-len 64 --vocab 300 --rounds 2 --log-every 2"
+    " --threads 1",
+    "loss_memory": "--tokens 1024 --d-model 64 --vocab 8192 --rounds 2",
     "data_stream": "--tokens 200000 --seq-len 64 --rounds 2",
     "startup": "--rounds 1",
 }
 RATIOS = {
-    "mod_step": {"eta_eager", "flops_ratio", "time_ratio_eager"},
+    "mod_step": {"eta_eager", "flops_ratio", "time_ratio_eager", "gather_scatter_share"},
+    "moe_layer": {"moe", "mode", "moe_expert_choice"},
+    "dense_step": {"over_plain_loop", "steps_per_second"},
+    "loss_memory": {"memory_ratio", "time_ratio"},
     "data_stream": {"over_memmap"},
     "startup": {"help_seconds", "first_step_seconds", "over_import"},
 }

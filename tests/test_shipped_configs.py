@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modtrain.configuration import compose, compose_arms, conf_dir
-from modtrain.models.flops import forward_flops, parameters
+from modtrain.models.flops import forward_flops, parameters, realised_flops, training_load
 from modtrain.models.transformer import Transformer
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
@@ -35,7 +35,14 @@ def test_a_model_builds_steps_and_costs_what_the_formula_says(name):
         output = model(tokens, tokens)
         loss = sum(output.auxiliary.values(), start=output.loss)
         loss.backward()
-    expected = forward_flops(config, LENGTH).total * 2
+    loads = [training_load(config, i, c, LENGTH) for i, c in enumerate(config.capacities)]
+    assert realised_flops(config, LENGTH, loads) == forward_flops(config, LENGTH)
+    if config.experts.noop:
+        # Who goes to a no-op is not known without values: the counter takes every choice for one
+        # that computes.
+        top_k = config.experts.top_k
+        loads = [load._replace(expert_slots=load.mlp_tokens * top_k) for load in loads]
+    expected = realised_flops(config, LENGTH, loads).total * 2
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
     assert all(p.grad is not None for p in model.parameters())
     assert parameters(config).total == sum(p.numel() for p in model.parameters())

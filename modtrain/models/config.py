@@ -14,6 +14,8 @@ from modtrain.models.router_config import RouterConfig, Selection
 
 ACTIVATIONS = ("swiglu", "gelu")
 MIXERS = ("attention", "convolution")
+# More is a mistake, and would fill the memory before anything could say so.
+_MOST_LAYERS = 10_000
 
 
 @dataclass
@@ -172,6 +174,10 @@ class ModelConfig:
         found = at_least(
             self, prefix, 1, *sizes, "d_ff", "sliding_window", "conv_width", "loss_chunk"
         )
+        if self.num_layers > _MOST_LAYERS:
+            reason, remedy = "is more than any model has", f"use {_MOST_LAYERS} at most"
+            found.append(Problem(f"{prefix}.num_layers", self.num_layers, reason, remedy))
+            return found
         sized = not found
         if sized:
             found += self._head_problems(prefix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from modtrain.checks import above_zero, at_least, one_of, shares
+from modtrain.checks import above_zero, at_least, decays, one_of
 from modtrain.errors import Problem
 
 EXPERT_CHOICES = ("token", "expert")
@@ -99,7 +99,7 @@ class ExpertsConfig:
             *one_of(self, prefix, "choice", EXPERT_CHOICES),
             *(one_of(self, prefix, "balance", BALANCES) if self.balance is not None else []),
             *above_zero(self, prefix, "capacity_factor", "bias_rate"),
-            *shares(self, prefix, "threshold_decay"),
+            *decays(self, prefix, "threshold_decay"),
         ]
         if found or self.count is None:
             return found

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from modtrain.checks import above_zero, at_least, one_of, shares
+from modtrain.checks import above_zero, at_least, decays, one_of
 from modtrain.errors import Problem
 
 Selection = Literal["top_k", "token", "auxiliary", "predictor", "threshold", "causal"]
@@ -109,7 +109,7 @@ class RouterConfig:
             *(one_of(self, prefix, "causal", CAUSAL_ROUTERS) if self.causal is not None else []),
             *at_least(self, prefix, 1, "hidden_dim", "predictor_dim", "room"),
             *above_zero(self, prefix, "auxiliary_weight"),
-            *shares(self, prefix, "threshold_decay"),
+            *decays(self, prefix, "threshold_decay"),
         ]
         if self.causal is not None and len(set(self.causal)) != len(self.causal):
             found.append(

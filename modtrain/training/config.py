@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from modtrain.checks import above_zero, at_least, one_of, shares
+from modtrain.checks import above_zero, at_least, decays, one_of, shares
 from modtrain.data.config import DataConfig
 from modtrain.errors import Problem
 from modtrain.models.config import ModelConfig
@@ -103,11 +103,7 @@ class OptimizerConfig:
         """Everything wrong with the optimizer."""
         found = one_of(self, prefix, "name", ("adamw",))
         found += above_zero(self, prefix, "lr", "eps", "grad_clip")
-        found += [
-            Problem(f"{prefix}.{name}", value, "is not in [0, 1)", "try 0.9 and 0.95")
-            for name in ("beta1", "beta2")
-            if not 0 <= (value := getattr(self, name)) < 1
-        ]
+        found += decays(self, prefix, "beta1", "beta2")
         if not self.weight_decay >= 0:
             found.append(
                 Problem(f"{prefix}.weight_decay", self.weight_decay, "is negative", "try 0.1")

@@ -62,7 +62,8 @@ class StepStatistics:
 
 def _detached(record: Record) -> Record:
     """Let go of the graph: what is looked at later is numbers."""
-    return record._make(None if value is None else value.detach() for value in record)
+    values: list[Any] = [None if value is None else value.detach() for value in record]
+    return type(record)(*values)
 
 
 class LanguageModule(L.LightningModule):

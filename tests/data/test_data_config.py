@@ -67,7 +67,7 @@ def test_all_problems_of_the_data_are_told_at_once(prepared: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seq_len", "words"),
-    [(5, "does not divide"), (32, "is larger than"), (0, "below 1")],
+    [(5, "does not divide"), (32, "is larger than"), (0, "is not 1 or more")],
 )
 def test_a_sequence_length_that_does_not_fit_the_shards(
     prepared: Path, seq_len: int, words: str

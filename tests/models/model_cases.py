@@ -143,3 +143,18 @@ def routers(draw: st.DrawFn) -> RouterConfig:
         causal=draw(causal),
         predictor_dim=draw(st.sampled_from([1, 7])),
     )
+
+
+def settle(model: Transformer, length: int, batches: int = 3) -> Transformer:
+    """Let the running thresholds and biases learn from a few batches."""
+    for seed in range(batches):
+        with torch.no_grad():
+            output = model(random_tokens(4, length, 100 + seed))
+            model.absorb(model.observe(output))
+    return model
+
+
+def bits(x: Tensor) -> Tensor:
+    """The same memory as integers, in which 0.0 and -0.0 differ."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().view(integers[x.element_size()])

@@ -2,15 +2,103 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 import torch
 from model_cases import lively, random_tokens, small
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from modtrain.models.config import ModelConfig
+from modtrain.models.experts_config import ExpertsConfig
+from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
+from modtrain.training.module import compiled as compiled_for
 
 PATTERNS = ["dense", "every_other", "every"]
+BATCH, LENGTH = 2, 32
+
+
+def routed(**router) -> ModelConfig:
+    """Two layers, the second routed at a quarter."""
+    return small(num_layers=2, router=RouterConfig(predictor_dim=8, **router))
+
+
+def mixed(pattern="dense", **experts) -> ModelConfig:
+    """Two layers whose MLPs are three experts."""
+    values = {"count": 3, "top_k": 2, "dim": 8} | experts
+    return small(num_layers=2, pattern=pattern, experts=ExpertsConfig(**values))
+
+
+def documents() -> dict[str, Tensor]:
+    """Three documents in the first sequence, one in the second."""
+    ends_BS = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    ends_BS[0, [5, 20]] = 1
+    return {"documents_BS": ends_BS.cumsum(dim=1)}
+
+
+def padding() -> dict[str, Tensor]:
+    """Nothing in the first third of the second sequence."""
+    valid_BS = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    valid_BS[1, : LENGTH // 3] = False
+    return {"valid_BS": valid_BS}
+
+
+# The quick ones together have every way to choose: top-k, token choice, documents, experts.
+QUICK = {
+    "both parts": (routed(target="both", causal=["auxiliary", "predictor", "threshold"]), {}),
+    "token choice": (routed(choice="token"), {}),
+    "documents": (routed(), documents()),
+    "experts": (mixed(shared=1, noop=1), {}),
+    "staged MoDE, expert choice": (mixed("every_other", choice="expert", noop=1), {}),
+}
+VARIANTS = QUICK | {
+    "attention's router": (routed(target="attention"), {}),
+    "MLP's router": (routed(target="mlp"), {}),
+    "MLP score": (routed(score="mlp", hidden_dim=6), {}),
+    "attention score": (routed(score="attention"), {}),
+    "attention score, window": (replace(routed(score="attention"), sliding_window=5), {}),
+    "attention score, MLP": (replace(routed(score="attention", target="mlp"), pattern="every"), {}),
+    "fixed score": (routed(score="fixed"), {}),
+    "random score": (routed(score="random"), {}),
+    "oracle score": (routed(score="oracle_norm"), {}),
+    "oracle score, both parts": (routed(score="oracle_norm", target="both"), {}),
+    "sigmoid gate": (routed(gate="sigmoid", gate_scale=True), {}),
+    "tanh gate": (routed(gate="tanh", gate_scale=True), {}),
+    "no gate": (routed(gate="none"), {}),
+    "scaled": (routed(score="fixed", gate_scale=True), {}),
+    "token choice, both parts": (routed(choice="token", target="both", room=1), {}),
+    "token choice, documents": (routed(choice="token"), documents()),
+    "token choice, padding": (routed(choice="token"), padding()),
+    "padding": (routed(causal=["threshold"]), padding()),
+    "documents, padding": (routed(causal=["threshold"]), documents() | padding()),
+    "convolution": (replace(routed(), mixer="convolution"), {}),
+    "convolution, documents": (replace(routed(), mixer="convolution"), documents()),
+    "two mixers": (replace(routed(), mixer=["attention", "convolution"]), {}),
+    "graded": (replace(routed(), pattern="cosine", num_layers=4), {}),
+    "dense, documents": (small(num_layers=2, pattern="dense"), documents()),
+    "one expert a token": (replace(mixed(top_k=1), activation="gelu"), {}),
+    "limited experts": (mixed(capacity_factor=0.7, noop=1), {}),
+    "limited experts, padding": (mixed(capacity_factor=0.7, noop=1), padding()),
+    "balance bias": (mixed(balance="bias", noop=1), {}),
+    "expert choice": (mixed(choice="expert", shared=1), {}),
+    "expert choice, padding": (mixed(choice="expert", noop=1), padding()),
+    "experts, padding": (mixed(noop=1), padding()),
+    "staged MoDE": (mixed("every_other", noop=1), {}),
+    "staged MoDE, documents": (mixed("every_other", balance="bias"), documents()),
+    "loss by chunks": (replace(routed(), loss_chunk=24), {}),
+    "loss by chunks, tied": (replace(routed(), loss_chunk=24, tie_embeddings=True), {}),
+}
+INDUCTED = [
+    *QUICK,
+    *("MLP score", "attention score", "oracle score", "tanh gate", "documents, padding"),
+    *("token choice, documents", "convolution, documents", "limited experts", "expert choice"),
+    "loss by chunks",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -20,36 +108,108 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def step(model: Transformer, call, autocast: bool) -> tuple[Tensor, list[Tensor], dict]:
-    """Losses, who was chosen, and every gradient, of one step through ``call``."""
+class Step(NamedTuple):
+    """What one step gives. decided: who was chosen, and what each expert took."""
+
+    losses: Tensor
+    decided: list[Tensor]
+    gradients: dict[str, Tensor | None]
+    observed: list[Tensor]
+
+
+def step(model: Transformer, call, autocast: bool = False, **kwargs) -> Step:
+    """Losses, choices and every gradient, of one step through ``call``."""
     model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        output = call(random_tokens(2, 32), random_tokens(2, 32, 1))
+        output = call(random_tokens(BATCH, LENGTH), random_tokens(BATCH, LENGTH, 1), **kwargs)
         losses = torch.stack([output.loss, *output.auxiliary.values()])
     losses.sum().backward()
-    chosen = [record.chosen_BS for record in output.routing]
-    return losses.detach(), chosen, {name: p.grad for name, p in model.named_parameters()}
+    decided = [record.chosen_BS for record in output.routing]
+    for record in output.experts:
+        decided += [record.load_E, record.executed_E, record.dropped]
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return Step(losses.detach(), decided, gradients, model.observe(output))
 
 
-def assert_compiled_equals_eager(model: Transformer, backend: str, autocast: bool, rtol: float):
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    eager_losses, eager_chosen, eager_gradients = step(model, model, autocast)
-    losses, chosen, gradients = step(model, compiled, autocast)
-    assert counter.frame_count == 1
-    torch.testing.assert_close(losses, eager_losses, rtol=rtol, atol=rtol)
-    for one, two in zip(chosen, eager_chosen, strict=True):
+def assert_same(found: Step, expected: Step, rtol: float) -> None:
+    torch.testing.assert_close(found.losses, expected.losses, rtol=rtol, atol=rtol)
+    for one, two in zip(found.decided, expected.decided, strict=True):
         assert torch.equal(one, two)
-    for name, gradient in gradients.items():
-        scale = float(eager_gradients[name].abs().max())
-        error = float((gradient - eager_gradients[name]).abs().max())
-        assert error <= rtol * scale, f"{name}: {error / scale:.1e}"
+    torch.testing.assert_close(found.observed, expected.observed, rtol=rtol, atol=rtol)
+    for name, wanted in expected.gradients.items():
+        gradient = found.gradients[name]
+        assert (gradient is None) == (wanted is None), name
+        if gradient is not None and wanted is not None:
+            scale = float(wanted.abs().max())
+            error = float((gradient - wanted).abs().max())
+            assert error <= rtol * scale, f"{name}: {error / scale:.1e}"
+
+
+def assert_compiled_equals_eager(
+    model: Transformer, backend: str, autocast: bool = False, rtol: float = 1e-4, **kwargs
+) -> None:
+    """In one graph, also after thresholds and biases have moved."""
+    counter = CompileCounterWithBackend(backend)
+    call = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        expected = step(model, model, autocast, **kwargs)
+        assert_same(step(model, call, autocast, **kwargs), expected, rtol)
+        model.absorb(expected.observed)
+    assert counter.frame_count == 1
+
+
+def assert_variant(name: str, backend: str) -> None:
+    config, given = VARIANTS[name]
+    model = lively(config, dtype=torch.float32)
+    assert_compiled_equals_eager(model, backend, **given)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_what_training_can_choose_by_is_one_graph_equal_to_eager(name):
+    assert_variant(name, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in QUICK])
+def test_every_variant_is_one_graph_equal_to_eager(name):
+    assert_variant(name, "aot_eager")
+
+
+def schedule(levels: int) -> list[tuple[float | None, ...]]:
+    """Capacities of a model with one routed layer, from all tokens down."""
+    return [(1 - level / (2 * levels),) for level in range(levels)]
+
+
+def count_graphs(monkeypatch, model: Transformer, schedule: list) -> CompileCounterWithBackend:
+    """Compile ``model`` as training does, for this many stages, and say what is compiled."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    call = compiled_for(model, SimpleNamespace(stages=schedule))
+    for times in range(2):
+        for stage, capacities in enumerate(schedule):
+            expected = step(model, model, capacities=capacities)
+            assert_same(step(model, call, capacities=capacities), expected, 1e-4)
+            assert counter.frame_count == (len(schedule) if times else stage + 1)
+    return counter
+
+
+def test_each_stage_of_the_capacities_is_compiled_once(monkeypatch):
+    model = lively(small(num_layers=1, pattern="every"), dtype=torch.float32)
+    count_graphs(monkeypatch, model, schedule(4))
+
+
+@pytest.mark.slow
+def test_more_stages_than_the_compilers_own_limit_of_graphs(monkeypatch):
+    assert torch._dynamo.config.recompile_limit < 10
+    model = lively(small(num_layers=1, pattern="every"), dtype=torch.float32)
+    count_graphs(monkeypatch, model, schedule(10))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_step_is_one_graph_equal_to_eager(pattern):
     model = lively(small(pattern=pattern, num_kv_heads=1), dtype=torch.float32)
-    assert_compiled_equals_eager(model, "aot_eager", autocast=False, rtol=1e-4)
+    assert_compiled_equals_eager(model, "aot_eager")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -61,14 +221,33 @@ def test_a_step_under_autocast_is_one_graph_equal_to_eager(pattern):
 
 def test_a_window_and_normed_keys_compile_too():
     model = lively(small(sliding_window=8, qk_norm=True, tie_embeddings=True), dtype=torch.float32)
-    assert_compiled_equals_eager(model, "aot_eager", autocast=False, rtol=1e-4)
+    assert_compiled_equals_eager(model, "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["dense", "every_other"])
 def test_inductors_step_equals_eager(pattern):
     model = Transformer(small(pattern=pattern, init_std=0.2))
-    assert_compiled_equals_eager(model, "inductor", autocast=False, rtol=1e-4)
+    assert_compiled_equals_eager(model, "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INDUCTED)
+def test_inductors_step_of_a_variant_equals_eager(name):
+    assert_variant(name, "inductor")
+
+
+@pytest.mark.slow
+def test_inductors_random_scores_are_one_graph_that_draws_anew():
+    """Its generator is not eager's: other tokens are chosen, as many of them."""
+    config, _ = VARIANTS["random score"]
+    model = lively(config, dtype=torch.float32)
+    call = torch.compile(model, backend="inductor", fullgraph=True, dynamic=False)
+    tokens_BS = random_tokens(BATCH, LENGTH)
+    one, two = (call(tokens_BS, tokens_BS).routing[0].chosen_BS for _ in range(2))
+    assert not torch.equal(one, two)
+    assert (one.sum(dim=1) == LENGTH // 4).all()
+    assert (two.sum(dim=1) == LENGTH // 4).all()
 
 
 @pytest.mark.slow
@@ -76,14 +255,14 @@ def test_inductors_step_under_autocast_is_near_eager():
     """Fused kernels round to bfloat16 less often, so two near scores may change places: the choice
     and with it single gradients differ, the losses hardly do."""
     model = Transformer(small(init_std=0.2))
-    eager_losses, eager_chosen, _ = step(model, model, autocast=True)
+    expected = step(model, model, autocast=True)
     compiled = torch.compile(model, backend="inductor", fullgraph=True)
-    losses, chosen, gradients = step(model, compiled, autocast=True)
-    torch.testing.assert_close(losses, eager_losses, rtol=0.02, atol=0)
-    for one, two in zip(chosen, eager_chosen, strict=True):
+    found = step(model, compiled, autocast=True)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=0.02, atol=0)
+    for one, two in zip(found.decided, expected.decided, strict=True):
         assert torch.equal(one.sum(dim=1), two.sum(dim=1))
         assert (one == two).double().mean() > 0.9
-    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert all(gradient.isfinite().all() for gradient in found.gradients.values())
 
 
 @pytest.mark.parametrize("pattern", ["dense", "every_other"])

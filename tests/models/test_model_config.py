@@ -12,6 +12,7 @@ from model_cases import configs, quick, small
 
 from modtrain.errors import ConfigError, raise_if_any
 from modtrain.models.config import ModelConfig
+from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.pattern import layer_capacities, num_chosen
 from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
@@ -174,6 +175,64 @@ def test_the_prefix_leads_every_key():
         ({"router": RouterConfig(gate="")}, "model.router.gate"),
         ({"router": RouterConfig(causal=["predictor", "predictor"])}, "model.router.causal"),
         ({"router": RouterConfig(predictor_dim=-3)}, "model.router.predictor_dim"),
+        ({"num_layers": 10**9}, "model.num_layers"),
+        ({"mixer": "mamba"}, "model.mixer"),
+        ({"mixer": ["attention"] * 3}, "model.mixer"),
+        ({"mixer": ["attention"] * 3 + ["conv"]}, "model.mixer"),
+        ({"mixer": None}, "model.mixer"),
+        *(
+            ({"router": RouterConfig(**wrong)}, f"model.router.{key}")
+            for wrong, key in (
+                ({"target": "layer"}, "target"),
+                ({"score": "norm"}, "score"),
+                ({"choice": "tokens"}, "choice"),
+                ({"room": 0.5}, "room"),
+                ({"auxiliary_weight": 0.0}, "auxiliary_weight"),
+                ({"threshold_decay": 1.5}, "threshold_decay"),
+                ({"threshold_decay": 1.0}, "threshold_decay"),
+                # What cannot work together.
+                ({"score": "random", "causal": ["predictor"]}, "causal"),
+                ({"score": "fixed", "causal": ["threshold"]}, "causal"),
+                ({"score": "random", "choice": "token"}, "choice"),
+                ({"score": "attention", "gate": "raw"}, "gate"),
+                ({"score": "attention", "causal": ["threshold"]}, "causal"),
+                ({"score": "attention", "choice": "token"}, "choice"),
+                ({"score": "oracle_norm", "causal": ["auxiliary"]}, "causal"),
+                ({"choice": "token", "causal": []}, "causal"),
+                ({"choice": "token", "causal": ["predictor"]}, "causal"),
+            )
+        ),
+        # The attention that a router goes by has to be there, and whole.
+        ({"pattern": "every", "router": RouterConfig(score="attention")}, "model.router.score"),
+        (
+            {"pattern": [1, 0.5, 0.5, 1], "router": RouterConfig(score="attention")},
+            "model.router.score",
+        ),
+        ({"mixer": "convolution", "router": RouterConfig(score="attention")}, "model.router.score"),
+        *(
+            ({"experts": ExpertsConfig(**{"count": 4, **wrong})}, f"model.experts.{key}")
+            for wrong, key in (
+                ({"count": 0}, "count"),
+                ({"count": 1, "top_k": 1}, "count"),
+                ({"top_k": 8}, "top_k"),
+                ({"top_k": 0}, "top_k"),
+                ({"top_k": 3}, "dim"),  # d_ff=32 is no multiple of 3
+                ({"shared": 1}, "dim"),
+                ({"shared": -1}, "shared"),
+                ({"noop": -1}, "noop"),
+                ({"choice": "tokens"}, "choice"),
+                ({"capacity_factor": 0.0}, "capacity_factor"),
+                ({"balance": "even"}, "balance"),
+                ({"choice": "expert", "balance": "loss"}, "balance"),
+                ({"choice": "expert", "balance": "bias"}, "balance"),
+                ({"balance_weight": -1.0}, "balance_weight"),
+                ({"balance_weight": math.nan}, "balance_weight"),
+                ({"z_loss_weight": math.inf}, "z_loss_weight"),
+                ({"bias_rate": 0.0}, "bias_rate"),
+                ({"every": 5}, "every"),
+                ({"threshold_decay": 1.0}, "threshold_decay"),
+            )
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -268,11 +327,41 @@ LIST_TEXTS = st.text("[],.*+ 0123456789e-naif", max_size=30)
         | LIST_TEXTS
         | st.lists(FLOATS | INTEGERS | st.text() | st.none(), max_size=6),
         capacity=FLOATS,
+        mixer=st.sampled_from(["attention", "convolution"])
+        | st.none()
+        | INTEGERS
+        | st.lists(st.sampled_from(["attention", "convolution"]) | st.text() | INTEGERS),
+        conv_width=INTEGERS,
+        loss_chunk=st.none() | INTEGERS,
         router=st.builds(
             RouterConfig,
-            gate=st.sampled_from(["raw", "none"]) | st.text(),
-            causal=st.lists(st.sampled_from(["predictor"]) | st.text(), max_size=3),
+            target=st.sampled_from(["block", "mlp", "both"]) | st.text(),
+            score=st.sampled_from(["linear", "attention", "random"]) | st.text(),
+            hidden_dim=INTEGERS,
+            gate=st.none() | st.sampled_from(["raw", "none"]) | st.text(),
+            choice=st.sampled_from(["expert", "token"]) | st.text(),
+            room=FLOATS,
+            causal=st.none()
+            | st.lists(st.sampled_from(["predictor", "threshold"]) | st.text(), max_size=3),
+            auxiliary_weight=FLOATS,
             predictor_dim=INTEGERS,
+            threshold_decay=FLOATS,
+        ),
+        experts=st.builds(
+            ExpertsConfig,
+            count=st.none() | INTEGERS,
+            top_k=INTEGERS,
+            dim=st.none() | INTEGERS,
+            shared=INTEGERS,
+            noop=INTEGERS,
+            choice=st.sampled_from(["expert", "token"]) | st.text(),
+            capacity_factor=st.none() | FLOATS,
+            balance=st.none() | st.sampled_from(["loss", "bias"]) | st.text(),
+            balance_weight=FLOATS,
+            bias_rate=FLOATS,
+            z_loss_weight=FLOATS,
+            every=INTEGERS,
+            threshold_decay=FLOATS,
         ),
     )
 )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model_cases import configs, quick, random_tokens
+from model_cases import configs, quick, random_tokens, small
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modtrain.models.config import ModelConfig
+from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.flops import (
     Cost,
     Load,
@@ -44,14 +46,14 @@ def measure(config: ModelConfig, batch: int, seq_len: int, backward: bool = Fals
             sum(output.auxiliary.values(), output.loss).backward()
     if backward:
         return Cost(mlp=counter.get_total_flops())
-    return by_part(counter)
+    return by_part(counter, config.experts.count is not None)
 
 
 # Where a mixer's names stand: in a block, or under a wrapper of its own.
 MIXERS = ("module.attention", "attention.module")
 
 
-def by_part(counter: FlopCounterMode) -> Cost:
+def by_part(counter: FlopCounterMode, has_experts: bool) -> Cost:
     of = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
     def ending(*suffixes: str) -> int:
@@ -63,12 +65,14 @@ def by_part(counter: FlopCounterMode) -> Cost:
         mixer_projections=projections,
         attention_products=ending(*(f".{way}" for way in MIXERS)) - projections,
         mlp=ending(".inner"),
+        expert_router=ending(".expert_router"),
         router=ending(".router"),
         predictor=ending(".predictor"),
         head=ending("Transformer.head"),
     )
-    assert cost.total == counter.get_total_flops(), "a product outside every part"
-    return cost
+    rest = counter.get_total_flops() - cost.total
+    assert has_experts or rest == 0, "a product outside every part"
+    return replace(cost, experts=rest)
 
 
 @quick(60)
@@ -79,6 +83,69 @@ def test_measured_forward_flops_are_the_formulas_by_part(config, seq_len, batch)
     assert measured.total == pytest.approx(batch * formula.total, rel=0.01)
     # Nothing is approximate about a product's shape, so the parts agree to the last FLOP.
     assert measured.parts() == {part: batch * count for part, count in formula.parts().items()}
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        ExpertsConfig(count=4),
+        ExpertsConfig(count=3, top_k=1, shared=2, dim=5),
+        ExpertsConfig(count=4, every=2),
+        ExpertsConfig(count=4, capacity_factor=1.25),
+        ExpertsConfig(count=3, noop=2, capacity_factor=1.0),
+        ExpertsConfig(count=4, noop=4, choice="expert"),
+        ExpertsConfig(count=2, shared=2, choice="expert", capacity_factor=0.7),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("target", ["block", "attention", "mlp"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_measured_flops_of_experts_are_the_formulas(experts, target, activation):
+    router = RouterConfig(target=target, causal=["threshold"])
+    config = small(experts=experts, router=router, activation=activation, d_ff=48, capacity=0.3)
+    assert config.problems() == []
+    measured, formula = measure(config, 2, 20), forward_flops(config, 20)
+    assert measured.parts() == {part: 2 * count for part, count in formula.parts().items()}
+    assert formula.experts
+    assert formula.expert_router
+
+
+def test_no_op_experts_of_a_balanced_load_cost_their_share_less():
+    """The formula says half for as many no-ops as experts; what ran follows the choices made."""
+    config = small(pattern="dense", experts=ExpertsConfig(count=4, noop=4), num_layers=1)
+    plain = small(pattern="dense", experts=ExpertsConfig(count=4), num_layers=1)
+    formula, whole = (forward_flops(c, 32).experts for c in (config, plain))
+    assert formula * 2 == whole
+    model = Transformer(config)
+    tokens_BS = random_tokens(4, 32)
+    (record,) = model(tokens_BS).experts
+    executed = float(record.executed_E.sum()) / 4
+    loads = [Load(32, 32 * 32, 32, executed)]
+    share = executed / (32 * config.experts.top_k)
+    assert realised_flops(config, 32, loads).experts == pytest.approx(whole * share)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterConfig(score="attention"),
+        RouterConfig(score="attention", target="mlp"),
+        RouterConfig(score="random"),
+        RouterConfig(score="fixed", target="both"),
+        RouterConfig(score="oracle_norm"),
+        RouterConfig(score="oracle_norm", target="both"),
+        RouterConfig(choice="token"),
+        RouterConfig(choice="token", room=2.0, score="mlp", target="attention"),
+    ],
+    ids=str,
+)
+def test_measured_flops_of_every_score_and_choice_are_the_formulas(router):
+    config = small(router=router, num_kv_heads=1, d_ff=48)
+    assert config.problems() == []
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: matvec})
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        Transformer(config)(random_tokens(2, 24))
+    assert counter.get_total_flops() == 2 * forward_flops(config, 24).total
 
 
 @quick(20)
@@ -126,6 +193,19 @@ def test_parameters_are_counted_exactly_by_part(config):
     for name, parameter in Transformer(config).named_parameters():
         counts[part_of(name)] += parameter.numel()
     assert parameters(config).parts() == counts
+
+
+@pytest.mark.parametrize("noop", [0, 3])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_parameters_of_experts_are_counted(noop, activation):
+    experts = ExpertsConfig(count=5, noop=noop, shared=1, top_k=3, every=2, dim=7)
+    config = small(experts=experts, activation=activation)
+    model = Transformer(config)
+    counts = parameters(config)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert len(model.mixtures) == 2
+    weights = [m.expert_router.weight.numel() for m in model.mixtures]
+    assert counts.expert_router == sum(weights) == 2 * (5 + noop) * 16
 
 
 def part_of(name: str) -> str:

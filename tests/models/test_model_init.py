@@ -10,6 +10,7 @@ import torch
 from model_cases import lively, random_tokens, small
 
 from modtrain.models.config import ModelConfig
+from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
 
@@ -62,6 +63,55 @@ def test_each_class_of_weights_has_its_spread_and_depth_scales_the_writers(num_l
             std, count = expected_std(name, num_layers), parameter.numel()
             assert float(parameter.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * count)), name
             assert abs(float(parameter.mean())) < 5 * std / math.sqrt(count), name
+
+
+FAMILY = {
+    # Names as they stand in the model, and the spread of each where init_std is 0.02.
+    ".router.hidden.weight": 1 / math.sqrt(128),
+    ".router.out.weight": 1 / math.sqrt(64),
+    ".taps": 1 / math.sqrt(4),
+    ".expert_router.weight": 0.02,
+    ".mlp.up": 0.02,
+    ".mlp.gate": 0.02,
+    ".mlp.down": 0.02 / math.sqrt(2 * 2),
+    ".shared.down.weight": 0.02 / math.sqrt(2 * 2),
+}
+
+
+@pytest.mark.parametrize("target", ["block", "both"])
+def test_experts_convolutions_and_routers_of_two_layers_have_theirs(target):
+    config = ModelConfig(
+        d_model=128,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=64,
+        init_std=0.02,
+        mixer="convolution",
+        pattern="every",
+        router=RouterConfig(score="mlp", target=target, gate_scale=True),
+        experts=ExpertsConfig(count=4, top_k=1, shared=1, noop=4, dim=64),
+    )
+    parameters = named(config)
+    for suffix, std in FAMILY.items():
+        found = [p for name, p in parameters.items() if name.endswith(suffix)]
+        assert len(found) == (4 if target == "both" and ".router." in suffix else 2), suffix
+        for parameter in found:
+            tolerance = 5 / math.sqrt(2 * parameter.numel())
+            assert float(parameter.std()) == pytest.approx(std, rel=tolerance), suffix
+    scales = [p for name, p in parameters.items() if name.endswith("gate.scale")]
+    assert scales
+    assert all(float(scale) == 1 for scale in scales)
+
+
+def test_a_routed_mlps_router_and_its_experts_router_draw_apart():
+    """Both are called router in an MLP; their names must not come to one seed or one spread."""
+    experts = ExpertsConfig(count=2, top_k=1)
+    router = RouterConfig(target="mlp")
+    parameters = named(small(pattern="every", router=router, experts=experts))
+    depth, expert = (
+        parameters[f"layers.0.mlp.{name}.weight"].flatten() for name in ("router", "expert_router")
+    )
+    assert depth[0] / depth[1] != expert[0] / expert[1]
 
 
 @pytest.mark.parametrize("pattern", ["every", "every_other", [0.5, 1, 1, 0.125]])
