@@ -10,7 +10,7 @@ import torch
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
-from modtrain.training.module import adamw
+from modtrain.training.module import adamw, compiled
 
 
 def step_seconds(configs: dict[str, TrainConfig], rounds: int) -> dict[str, float]:
@@ -36,7 +36,7 @@ class _Step:
         self.bf16 = resolve_precision(config.precision, self.device.type) == "bf16"
         model = Transformer(config.model, seed=config.seed).to(self.device)
         self.optimizer = adamw(model, config.optimizer)
-        self.model = torch.compile(model, fullgraph=True) if config.compile else model
+        self.model = compiled(model) if config.compile else model
         generator = torch.Generator().manual_seed(0)
         shape = (config.batch.micro_batch_size, (config.data.seq_len or 1) + 1)
         tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)

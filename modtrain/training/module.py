@@ -76,7 +76,7 @@ class LanguageModule(L.LightningModule):
         activation_checkpointing.apply(self.model, config.strategy.activation_checkpointing)
         self.statistics = StepStatistics.zero(torch.device("cpu"))
         # Not assigned as a sub-module: its parameters would get a second name in checkpoints.
-        self._forward = [compiled(self.model, plan) if config.compile else self.model]
+        self._forward = [compiled(self.model, len(plan.stages)) if config.compile else self.model]
         self._observed: list[Tensor] = []
         self._random_states: dict[str, Any] | None = None
 
@@ -167,10 +167,16 @@ class LanguageModule(L.LightningModule):
         self._random_states = checkpoint["random_states"]
 
 
-def compiled(model: nn.Module, plan: TrainingPlan) -> Any:
-    """Compile the whole model in one graph for each stage of the schedule of capacities."""
-    limit = max(8, len(plan.stages) + 1)
-    options: dict[str, Any] = {"recompile_limit": limit}  # unknown to the types of torch 2.13
+def compiled(model: nn.Module, num_stages: int = 1) -> Any:
+    """Compile the whole model in one graph for each stage of the schedule of capacities.
+
+    Graphs of other models in the process, as in a comparison, do not count against its limit.
+    """
+    # Unknown to the types of torch 2.13.
+    options: dict[str, Any] = {
+        "recompile_limit": max(8, num_stages + 1),
+        "isolate_recompiles": True,
+    }
     return torch.compile(model, fullgraph=True, dynamic=False, **options)
 
 

@@ -81,7 +81,18 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
         "schedule": f"{config.schedule.name}, {warmup:,} steps of warm-up to {peak:g},"
         f" {last:g} at the end",
     }
+    experts = config.model.experts
+    if experts.count is not None:
+        rows["experts"] = (
+            f"{experts.count} of width {experts.width(config.model.ff_width)}, {experts.noop} no-op,"
+            f" {experts.shared} shared; {experts.choice} choice, {experts.top_k} a token"
+        )
     if routed:
+        router = config.model.router
+        rows["routers"] = (
+            f"{router.target} by {router.score} score, gate {router.gate_kind}, {router.choice}"
+            f" choice; causal: {', '.join(router.causal_routers) or 'as it is'}"
+        )
         tokens = {num_chosen(c, plan.seq_len) for c in config.model.capacities if c is not None}
         rows[f"tokens chosen in a routed layer{at_end}"] = ", ".join(map(str, sorted(tokens)))
     for name, value in rows.items():

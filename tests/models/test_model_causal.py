@@ -122,7 +122,7 @@ def test_causal_choices_take_some_tokens_and_leave_others(case):
     assert len(output.experts) == len(model_of(case).mixtures)
     for record in output.experts:
         computed = float(record.executed_E.sum())
-        assert 0 < computed and (record.executed_E > 0).sum() > 1
+        assert computed > 0 and (record.executed_E > 0).sum() > 1
 
 
 LOOK_AHEAD = [case for case in CASES if CASES[case].looks_ahead]
@@ -139,13 +139,13 @@ def test_the_choices_of_training_that_look_ahead_are_seen_to(case):
 @pytest.mark.parametrize(
     "case", ["dropless", "limited", "bias", "integrated, token choice", "token choice: both"]
 )
-def test_token_choice_does_not_look_ahead_in_training_either(case):
+def test_token_choice_does_not_look_ahead_in_training_either(case, monkeypatch):
     config = CASES[case]
     assert not config.looks_ahead
     model = model_of(case)
     for router in model.routers:
         # Room for all: where it runs out, the lowest scores give way to later ones.
-        router.config.room = 10.0
+        monkeypatch.setattr(router.config, "room", 10.0)
     for seed in range(2):
         assert (moved(model, config.training_selection, seed).tril(-1) < 1e-9).all()
 
@@ -196,7 +196,7 @@ def test_a_decision_that_the_model_lacks_is_refused(router):
             continue
         with pytest.raises(ValueError, match=f"cannot choose by '{selection}'.*router.causal="):
             model.routers[0].decide(selection, record.scores_BS, record.predictor_BS)
-        with pytest.raises(ValueError, match="cannot choose by"):
+        with pytest.raises(ValueError, match=r"cannot choose by|does not tell"):
             model(tokens_BS, selection=selection)
 
 

@@ -17,6 +17,8 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
+from modtrain.training.config import OptimizerConfig
+from modtrain.training.module import adamw
 from modtrain.training.module import compiled as compiled_for
 
 PATTERNS = ["dense", "every_other", "every"]
@@ -62,7 +64,10 @@ VARIANTS = QUICK | {
     "MLP score": (routed(score="mlp", hidden_dim=6), {}),
     "attention score": (routed(score="attention"), {}),
     "attention score, window": (replace(routed(score="attention"), sliding_window=5), {}),
-    "attention score, MLP": (replace(routed(score="attention", target="mlp"), pattern="every"), {}),
+    "attention score, MLPs": (
+        replace(routed(score="attention", target="mlp"), num_layers=3, pattern=[1, 0.25, 0.5]),
+        {},
+    ),
     "fixed score": (routed(score="fixed"), {}),
     "random score": (routed(score="random"), {}),
     "oracle score": (routed(score="oracle_norm"), {}),
@@ -139,11 +144,14 @@ def assert_same(found: Step, expected: Step, rtol: float) -> None:
     torch.testing.assert_close(found.observed, expected.observed, rtol=rtol, atol=rtol)
     for name, wanted in expected.gradients.items():
         gradient = found.gradients[name]
-        assert (gradient is None) == (wanted is None), name
-        if gradient is not None and wanted is not None:
-            scale = float(wanted.abs().max())
-            error = float((gradient - wanted).abs().max())
-            assert error <= rtol * scale, f"{name}: {error / scale:.1e}"
+        if wanted is None:
+            # Of what only reaches the records the compiler makes zeros.
+            assert gradient is None or not gradient.any(), name
+            continue
+        assert gradient is not None, name
+        scale = float(wanted.abs().max())
+        error = float((gradient - wanted).abs().max())
+        assert error <= rtol * scale, f"{name}: {error / scale:.1e}"
 
 
 def assert_compiled_equals_eager(
@@ -176,51 +184,69 @@ def test_every_variant_is_one_graph_equal_to_eager(name):
     assert_variant(name, "aot_eager")
 
 
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="compiled, it has a gradient of zeros, and matrices decay")
+def test_a_router_on_no_path_to_the_loss_trains_compiled_as_it_does_in_eager():
+    model = lively(routed(score="mlp", hidden_dim=6, gate="none"), dtype=torch.float32)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    trained = []
+    for forward in (model, call):
+        weights = {name: p.clone() for name, p in model.state_dict().items()}
+        step(model, forward)
+        adamw(model, OptimizerConfig()).step()
+        trained.append(model.layers[1].router.hidden.weight.clone())
+        model.load_state_dict(weights)
+    assert torch.equal(*trained)
+
+
 def schedule(levels: int) -> list[tuple[float | None, ...]]:
     """Capacities of a model with one routed layer, from all tokens down."""
     return [(1 - level / (2 * levels),) for level in range(levels)]
 
 
-def count_graphs(monkeypatch, model: Transformer, schedule: list) -> CompileCounterWithBackend:
-    """Compile ``model`` as training does, for this many stages, and say what is compiled."""
+def check_graphs(monkeypatch, schedule: list[tuple[float | None, ...]]) -> None:
+    """Compile as training does, and go through the schedule twice."""
+    model = lively(small(num_layers=1, pattern="every"), dtype=torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     call = compiled_for(model, SimpleNamespace(stages=schedule))
+    tokens_BS = random_tokens(BATCH, LENGTH)
     for times in range(2):
         for stage, capacities in enumerate(schedule):
-            expected = step(model, model, capacities=capacities)
-            assert_same(step(model, call, capacities=capacities), expected, 1e-4)
+            with torch.no_grad():
+                expected = model(tokens_BS, tokens_BS, capacities=capacities)
+                found = call(tokens_BS, tokens_BS, capacities=capacities)
+            torch.testing.assert_close(found.loss, expected.loss)
+            assert torch.equal(found.routing[0].chosen_BS, expected.routing[0].chosen_BS)
             assert counter.frame_count == (len(schedule) if times else stage + 1)
-    return counter
 
 
 def test_each_stage_of_the_capacities_is_compiled_once(monkeypatch):
-    model = lively(small(num_layers=1, pattern="every"), dtype=torch.float32)
-    count_graphs(monkeypatch, model, schedule(4))
+    check_graphs(monkeypatch, schedule(4))
 
 
 @pytest.mark.slow
 def test_more_stages_than_the_compilers_own_limit_of_graphs(monkeypatch):
     assert torch._dynamo.config.recompile_limit < 10
-    model = lively(small(num_layers=1, pattern="every"), dtype=torch.float32)
-    count_graphs(monkeypatch, model, schedule(10))
+    check_graphs(monkeypatch, schedule(10))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_step_is_one_graph_equal_to_eager(pattern):
-    model = lively(small(pattern=pattern, num_kv_heads=1), dtype=torch.float32)
+    model = lively(small(num_layers=2, pattern=pattern, num_kv_heads=1), dtype=torch.float32)
     assert_compiled_equals_eager(model, "aot_eager")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_step_under_autocast_is_one_graph_equal_to_eager(pattern):
-    model = Transformer(small(pattern=pattern, init_std=0.2))
+    model = Transformer(small(num_layers=2, pattern=pattern, init_std=0.2))
     # bfloat16 keeps eight bits: the same graph, rounded at other places.
     assert_compiled_equals_eager(model, "aot_eager", autocast=True, rtol=0.05)
 
 
 def test_a_window_and_normed_keys_compile_too():
-    model = lively(small(sliding_window=8, qk_norm=True, tie_embeddings=True), dtype=torch.float32)
+    config = small(num_layers=2, sliding_window=8, qk_norm=True, tie_embeddings=True)
+    model = lively(config, dtype=torch.float32)
     assert_compiled_equals_eager(model, "aot_eager")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from modtrain.configuration import compose
 from modtrain.models.depth import MixtureOfDepths
@@ -76,7 +77,8 @@ class _Operators(TorchDispatchMode):
 
 class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in READS or (func is Tensor.to and "cpu" in map(str, args[1:])):
+        to_cpu = func is Tensor.to and any(arg == "cpu" for arg in args if isinstance(arg, str))
+        if func in READS or to_cpu:
             raise WaitedError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
 
@@ -99,6 +101,9 @@ class Watch(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_args: Any) -> None:
         if trainer.global_step == STEPS:
             self.modes.close()
+
+    def on_exception(self, *_args: Any) -> None:
+        self.modes.close()
 
     @property
     def closing(self) -> L.Callback:
@@ -141,7 +146,7 @@ def step(tiny, tmp_path: Path):
         vocabulary = config.model.vocabulary
         batches = [torch.randint(vocabulary, (2, plan.seq_len + 1)) for _ in range(2 * STEPS)]
         try:
-            trainer.fit(module, batches)
+            trainer.fit(module, DataLoader(batches, batch_size=None))
         finally:
             watch.modes.close()
         assert (watch.steps, records.written) == (STEPS, [STEPS])
