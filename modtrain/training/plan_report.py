@@ -84,8 +84,8 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     experts = config.model.experts
     if experts.count is not None:
         rows["experts"] = (
-            f"{experts.count} of width {experts.width(config.model.ff_width)}, {experts.noop} no-op,"
-            f" {experts.shared} shared; {experts.choice} choice, {experts.top_k} a token"
+            f"{experts.count} of width {experts.width(config.model.ff_width)}, {experts.noop}"
+            f" no-op, {experts.shared} shared; {experts.choice} choice, {experts.top_k} a token"
         )
     if routed:
         router = config.model.router
