@@ -65,21 +65,25 @@ class Attention(nn.Module):
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
         if not self.tells_received or context.selection not in ("top_k", "token"):
             return out
-        return Output(out, received_BS=received(q.detach(), k.detach(), sees))
+        told_BS = received(q.detach(), k.detach(), sees, context.valid_BS)
+        return Output(out, received_BS=told_BS)
 
 
-def received(q_BHSW: Tensor, k_BGSW: Tensor, visible_BSS: Tensor | None) -> Tensor:
+def received(
+    q_BHSW: Tensor, k_BGSW: Tensor, visible_BSS: Tensor | None, valid_BS: Tensor | None
+) -> Tensor:
     """Return the attention (B, S) that each token receives: a mean over heads and queries.
 
-    The mean goes over the queries that see the token, or else early tokens, which more queries see,
-    would always win. Of A-MoD's signal (arXiv 2412.20875, section 3.2) this is the causal form. It
-    is made of what later tokens attend to, so it is for training's choice alone.
+    The mean goes over the valid queries that see the token, or else early tokens, which more
+    queries see, would always win. Of A-MoD's signal (arXiv 2412.20875, section 3.2) this is the
+    causal form. It is made of what later tokens attend to, so it is for training's choice alone.
     """
     _, heads, length, width = q_BHSW.shape
     if visible_BSS is None:
         visible_BSS = torch.ones(length, length, dtype=torch.bool, device=q_BHSW.device).tril()[
             None
         ]
+    asks_BSS = visible_BSS if valid_BS is None else visible_BSS & valid_BS.unsqueeze(2)
     group = heads // k_BGSW.shape[1]
     wide = torch.promote_types(q_BHSW.dtype, torch.float32)
     total_BS = torch.zeros((), dtype=wide, device=q_BHSW.device)
@@ -89,5 +93,5 @@ def received(q_BHSW: Tensor, k_BGSW: Tensor, visible_BSS: Tensor | None) -> Tens
             key_BSW = k_BGSW[:, head // group].to(wide)
             score_BSS = q_BHSW[:, head].to(wide) @ key_BSW.mT / math.sqrt(width)
             weight_BSS = score_BSS.masked_fill(~visible_BSS, float("-inf")).softmax(dim=-1)
-            total_BS = total_BS + weight_BSS.sum(dim=1)
-    return total_BS / (heads * visible_BSS.sum(dim=1))
+            total_BS = total_BS + weight_BSS.where(asks_BSS, 0).sum(dim=1)
+    return total_BS / (heads * asks_BSS.sum(dim=1).clamp(min=1))

@@ -61,6 +61,10 @@ class MixtureOfDepths(nn.Module):
         self.module, self.config, self.capacity = module, config, capacity
         self.router = make_router(config, d_model, eps)
         self.gate = Gate(config, eps)
+        if self.router is not None and self.gate.kind == "none":
+            # On no path to the loss, unless the auxiliary one makes one. Eager and compiled differ
+            # in whether such a parameter has a gradient of zeros, with which it would still decay.
+            self.router.requires_grad_("auxiliary" in config.causal_routers)
         wanted = "predictor" in config.causal_routers
         self.predictor = Predictor(d_model, config.predictor_dim, eps) if wanted else None
         if config.keeps_threshold:
@@ -79,6 +83,7 @@ class MixtureOfDepths(nn.Module):
         capacity: in place of the layer's own, where it follows a schedule. received_BS: the
         attention that each token received in the layer before, for routers that go by it.
         """
+        self._check(context.selection)
         count = num_chosen(self.capacity if capacity is None else capacity, x_BSD.shape[1])
         scores_BS = self._scores(x_BSD, context, count, received_BS)
         predictor_BS = None if self.predictor is None else self.predictor(x_BSD)
@@ -93,8 +98,6 @@ class MixtureOfDepths(nn.Module):
             if trains and self.config.keeps_threshold
             else None,
         )
-        if places.index_BK.shape[1] == 0:
-            return Output(x_BSD, (record,))
         found = self._route(x_BSD, context, scores_BS, places)
         return found._replace(routing=(record, *found.routing))
 
@@ -115,11 +118,7 @@ class MixtureOfDepths(nn.Module):
         Raises:
             ValueError: the model was built without that decision.
         """
-        if selection not in self.config.causal_routers:
-            raise ValueError(
-                f"this model cannot choose by {selection!r}: it was built with"
-                f" router.causal={self.config.causal_routers}"
-            )
+        self._check(selection)
         if selection == "threshold":
             return scores_BS > self.threshold()
         if selection == "auxiliary" or predictor_BS is None:
@@ -134,8 +133,20 @@ class MixtureOfDepths(nn.Module):
     def absorb(self, observed: Tensor) -> None:
         """Take in a step's quantile, a mean over micro-batches and ranks."""
         decay = self.config.threshold_decay
+        # A batch of padding alone has nothing to say.
+        observed = torch.where(observed.isfinite(), observed, self.threshold())
         self.threshold_sum.lerp_(observed.to(self.threshold_sum.dtype), 1 - decay)
         self.threshold_weight.lerp_(torch.ones_like(self.threshold_weight), 1 - decay)
+
+    def _check(self, selection: Selection) -> None:
+        config = self.config
+        known = ["top_k", "token"] if config.choice == "token" else ["top_k"]
+        known += config.causal_routers if config.needs_causal else ["causal"]
+        if selection not in known:
+            raise ValueError(
+                f"this model cannot choose by {selection!r}: it was built with"
+                f" router.choice={config.choice}, router.causal={config.causal_routers}"
+            )
 
     def _scores(
         self, x_BSD: Tensor, context: SequenceContext, count: int, received_BS: Tensor | None
@@ -174,17 +185,15 @@ class MixtureOfDepths(nn.Module):
         valid_BS = context.valid_BS
         if context.selection == "token":
             room = self.config.places(count, scores_BS.shape[1])
-            known_BS = scores_BS
-            if valid_BS is not None:
-                known_BS = scores_BS.masked_fill(~valid_BS, float("-inf"))
-            has_threshold = self.threshold_weight > 0
-            chosen_BS = token_choice(known_BS, count, room, self.threshold(), has_threshold)
+            threshold, is_known = self.threshold(), self.threshold_weight > 0
+            chosen_BS = token_choice(scores_BS, count, room, threshold, is_known, valid_BS)
         else:
             chosen_BS = self.decide(context.selection, scores_BS, predictor_BS)
             if valid_BS is not None:
                 chosen_BS = chosen_BS & valid_BS
             # The number is read on the host, which is why training does not come this way.
-            room = int(chosen_BS.sum(dim=1).max().item())
+            # One place at least, if only for nobody: what is inside leaves its records.
+            room = max(1, int(chosen_BS.sum(dim=1).max().item()))
         index_BK = first_places(chosen_BS, room)
         return Places(index_BK, chosen_BS.gather(1, index_BK)), chosen_BS
 

@@ -20,6 +20,7 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.feed_forward import MLP
 from modtrain.models.grouped import grouped_matmul
 from modtrain.models.norm import RMSNorm
+from modtrain.models.selection import best_of_documents, first_places
 from modtrain.models.sequence import ExpertRecord, Output, SequenceContext
 
 TRAINING = ("top_k", "token")
@@ -113,7 +114,8 @@ class Experts(nn.Module):
         normed_BSD = self.norm(x_BSD)
         normed_TD = normed_BSD.flatten(0, 1)
         logits_TR = self.expert_router(normed_TD)
-        rows = self._rows(logits_TR, x_BSD.shape[:2], valid_BS, context.selection in TRAINING)
+        slots = self.config.slots(x_BSD.shape[1]) if context.selection in TRAINING else None
+        rows = self._rows(logits_TR, x_BSD.shape[:2], valid_BS, context.documents_BS, slots)
         y_MD = self._compute(normed_TD.index_select(0, rows.token_M), rows.offsets_E)
         dtype = x_BSD.dtype
         y_MD = y_MD.to(dtype) * rows.weight_M.to(dtype).unsqueeze(-1)
@@ -146,18 +148,23 @@ class Experts(nn.Module):
             self.bias.add_(above_R.sign().to(self.bias.dtype), alpha=self.config.bias_rate)
 
     def _rows(
-        self, logits_TR: Tensor, shape: torch.Size, valid_BS: Tensor | None, training: bool
+        self,
+        logits_TR: Tensor,
+        shape: torch.Size,
+        valid_BS: Tensor | None,
+        documents_BS: Tensor | None,
+        slots: int | None,
     ) -> Rows:
+        """Send the tokens to experts; ``slots``: how many an expert takes, None: any number."""
         batch, length = shape
         if valid_BS is None:
             valid_BS = torch.ones(batch, length, dtype=torch.bool, device=logits_TR.device)
-        slots = self.config.slots(length) if training else None
         if self.config.choice == "expert":
             probability_TE = logits_TR.softmax(-1)[:, : self.count]
             if slots is None:
                 return self._above_quantile(probability_TE, valid_BS.flatten())
             probability_BSE = probability_TE.view(batch, length, -1)
-            return largest_rows(probability_BSE, valid_BS, self.choices, slots)
+            return largest_rows(probability_BSE, valid_BS, documents_BS, self.choices, slots)
         choice_TK, weight_TK = self._choose(logits_TR)
         choice_TK = torch.where(valid_BS.view(-1, 1), choice_TK, self.choices)
         if slots is None:
@@ -209,11 +216,14 @@ class Experts(nn.Module):
         dropped = (computing - rows.taken_E.sum()).to(wide) / computing.clamp(min=1)
         valid_T = None if valid_BS is None else valid_BS.flatten().to(wide)
         balance_loss = z_loss = None
+        # One reduction for both losses: of a softmax beside a logsumexp torch 2.13's inductor makes
+        # a wrong gradient on the CPU.
+        normaliser_T1 = logits_TR.logsumexp(-1, keepdim=True)
         if self.config.balance_kind == "loss":
-            mean_R = _mean(logits_TR.softmax(-1), valid_T)
+            mean_R = _mean((logits_TR - normaliser_T1).exp(), valid_T)
             balance_loss = self.choices * (load_R * mean_R).sum()
         if self.config.z_loss_weight > 0:
-            z_loss = _mean(logits_TR.logsumexp(-1, keepdim=True).square(), valid_T).squeeze(0)
+            z_loss = _mean(normaliser_T1.square(), valid_T).squeeze(0)
         return ExpertRecord(
             load_R, rows.taken_E.to(wide), dropped, rows.quantile_E, balance_loss, z_loss
         )
@@ -254,8 +264,16 @@ def limited_rows(
     return Rows(token_M[:end], weight_M[:end], None, load_R, taken_E)
 
 
-def largest_rows(probability_BSE: Tensor, valid_BS: Tensor, choices: int, slots: int) -> Rows:
+def largest_rows(
+    probability_BSE: Tensor,
+    valid_BS: Tensor,
+    documents_BS: Tensor | None,
+    choices: int,
+    slots: int,
+) -> Rows:
     """C rows for each expert and sequence, with its largest probabilities, and their quantile.
+
+    With documents each has its share of the C, and an expert chooses within them one by one.
 
     The quantile lies midway between the smallest probability that would be taken, were the whole
     batch one sequence, and the largest that would not be.
@@ -263,14 +281,28 @@ def largest_rows(probability_BSE: Tensor, valid_BS: Tensor, choices: int, slots:
     batch, length, experts = probability_BSE.shape
     device = valid_BS.device
     valid_BS1 = valid_BS.unsqueeze(-1)
-    score_BSE = torch.where(valid_BS1, probability_BSE, -1)
-    weight_BCE, index_BCE = score_BSE.topk(slots, dim=1)
     valid_B = valid_BS.sum(1)
     # C V / S rounded in integers: halves upwards.
     room_B = (2 * slots * valid_B + length) // (2 * length)
     room_B = torch.minimum(room_B.clamp(min=1), valid_B)
-    holds_BC = torch.arange(slots, device=device) < room_B.unsqueeze(-1)
-    weight_BCE = torch.where(holds_BC.unsqueeze(-1), weight_BCE, 0)
+    if documents_BS is None:
+        score_BSE = torch.where(valid_BS1, probability_BSE, -1)
+        weight_BCE, index_BCE = score_BSE.topk(slots, dim=1)
+        holds_BC = torch.arange(slots, device=device) < room_B.unsqueeze(-1)
+        holds_BCE = holds_BC.unsqueeze(-1)
+    else:
+        # An expert of a sequence is like a router of a sequence.
+        each_XS = probability_BSE.transpose(1, 2).flatten(0, 1)
+        own_XS, known_XS = (
+            mask_BS.expand(batch, length).repeat_interleave(experts, dim=0)
+            for mask_BS in (documents_BS, valid_BS)
+        )
+        chosen_XS = best_of_documents(each_XS, slots, own_XS, known_XS)
+        index_XC = first_places(chosen_XS, slots)
+        index_BCE = index_XC.view(batch, experts, slots).transpose(1, 2)
+        holds_BCE = chosen_XS.gather(1, index_XC).view(batch, experts, slots).transpose(1, 2)
+        weight_BCE = probability_BSE.gather(1, index_BCE)
+    weight_BCE = torch.where(holds_BCE, weight_BCE, 0)
     token_BCE = index_BCE + torch.arange(0, batch * length, length, device=device)[:, None, None]
     taken = room_B.sum()
     load_R = torch.cat([taken.expand(experts), taken.new_zeros(choices - experts)])

@@ -74,12 +74,19 @@ def best_of_documents(
     # How many valid tokens there are up to each, and how many of these are to be chosen.
     seen_BS = valid_BS.long().cumsum(dim=1)
     total_B1 = seen_BS[:, -1:]
-    share_B1 = ((2 * total_B1 * count + length) // (2 * length)).clamp(min=1)
+    share_B1 = _share_of_valid(count, valid_BS)
     quota_BS = (2 * seen_BS * share_B1 + total_B1) // (2 * total_B1).clamp(min=1)
     before_BS = torch.where(start_BS > 0, quota_BS.gather(1, (start_BS - 1).clamp(min=0)), 0)
     own_BS = quota_BS.gather(1, last_BS) - before_BS
     taken_BS = place_S - start_BS < own_BS
-    return torch.zeros_like(valid_BS).scatter(1, order_BS, taken_BS) & valid_BS
+    return torch.zeros_like(valid_BS).scatter(1, order_BS, taken_BS)
+
+
+def _share_of_valid(count: int, valid_BS: Tensor) -> Tensor:
+    """Return the tokens (B, 1) to choose of each sequence: count n / S of n valid, 1 at least."""
+    length = valid_BS.shape[1]
+    total_B1 = valid_BS.sum(dim=1, keepdim=True)
+    return ((2 * total_B1 * count + length) // (2 * length)).clamp(min=1)
 
 
 def first_places(chosen_BS: Tensor, count: int) -> Tensor:
@@ -88,17 +95,27 @@ def first_places(chosen_BS: Tensor, count: int) -> Tensor:
 
 
 def token_choice(
-    scores_BS: Tensor, count: int, places: int, threshold: Tensor, has_threshold: Tensor
+    scores_BS: Tensor,
+    count: int,
+    places: int,
+    threshold: Tensor,
+    has_threshold: Tensor,
+    valid_BS: Tensor | None = None,
 ) -> Tensor:
     """Choose the tokens above ``threshold``, the best ``places`` of a sequence at most.
 
-    Before there is a threshold, the ``count`` best. Padding has a score of minus infinity.
+    Before there is a threshold, the ``count`` best, or their share of the valid tokens.
 
     Returns who is chosen (B, S).
     """
-    best = scores_BS.detach().topk(places, dim=1)
+    scores_BS = scores_BS.detach()
+    share_B1 = torch.full_like(scores_BS[:, :1], count, dtype=torch.long)
+    if valid_BS is not None:
+        scores_BS = scores_BS.masked_fill(~valid_BS, float("-inf"))
+        share_B1 = _share_of_valid(count, valid_BS.expand_as(scores_BS))
+    best = scores_BS.topk(places, dim=1)
     rank_K = torch.arange(places, device=scores_BS.device)
-    above_BK = torch.where(has_threshold, best.values > threshold, rank_K < count)
+    above_BK = torch.where(has_threshold, best.values > threshold, rank_K < share_B1)
     above_BK = above_BK & (best.values > float("-inf"))
     return torch.zeros_like(scores_BS, dtype=torch.bool).scatter(1, best.indices, above_BK)
 

@@ -53,6 +53,9 @@ class SequenceContext(NamedTuple):
         documents = self.documents_BS
         if documents is not None:
             documents = documents.expand(batch, -1).gather(1, index_BK)
+            if valid_BK is not None:
+                # Numbers rise along the sequence, and who is nobody stands behind.
+                documents = documents.where(valid_BK, torch.iinfo(documents.dtype).max)
         return self._replace(
             positions_BS=positions,
             cos_BSW=take(self.cos_BSW),

@@ -98,7 +98,8 @@ class Transformer(nn.Module):
         choices are causal.
         capacities: one a layer, in place of the configuration's, where they follow a schedule.
         documents_BS: numbers of the documents, rising along each sequence: nothing then passes
-        between documents. valid_BS: False for padding.
+        between documents, but that the room of token choice and of limited experts is the
+        sequence's. valid_BS: False for padding.
         """
         selection = selection or self.config.training_selection
         context = self._context(tokens_BS, selection, documents_BS, valid_BS)

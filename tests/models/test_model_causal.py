@@ -65,6 +65,8 @@ CASES |= {
     "two-layer scores": routed(score="mlp", causal=["threshold"], gate="tanh"),
     "attention's scores": routed(score="attention", gate_scale=True),
     "the oracle's scores": routed(score="oracle_norm", gate="raw", causal=["threshold"]),
+    "the oracle's threshold": routed(score="oracle_norm", causal=["threshold"]),
+    "the oracle's token choice": routed(score="oracle_norm", choice="token", target="mlp"),
     "the oracle predicted": routed(score="oracle_norm", gate="sigmoid"),
 }
 CASES["windows and convolutions"] = routed(target="both", causal=["auxiliary"])

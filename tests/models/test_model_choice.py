@@ -124,7 +124,7 @@ def masked(batch: int, length: int, seed: int, side: str) -> Tensor:
 # Expert choice among documents and padding.
 
 
-@quick(200)
+@quick(100)
 @given(scored())
 def test_documents_take_their_share_and_the_sequence_its_k(case):
     scores_BS, count, documents_BS = case
@@ -139,7 +139,7 @@ def test_documents_take_their_share_and_the_sequence_its_k(case):
             assert chosen[documents == document].sum() == quota[1] - quota[0]
 
 
-@quick(150)
+@quick(80)
 @given(scored(), st.integers(0, 99))
 def test_a_documents_choice_knows_nothing_of_another_document(case, seed):
     scores_BS, count, documents_BS = case
@@ -153,7 +153,7 @@ def test_a_documents_choice_knows_nothing_of_another_document(case, seed):
     assert torch.equal(before_BS[~is_changed_BS], after_BS[~is_changed_BS])
 
 
-@quick(200)
+@quick(100)
 @given(scored(), st.sampled_from(["right", "left", "any"]), st.integers(0, 99), st.booleans())
 def test_padding_is_never_chosen_and_a_share_of_the_rest_is(case, side, seed, several):
     scores_BS, count, documents_BS = case
@@ -169,7 +169,7 @@ def test_padding_is_never_chosen_and_a_share_of_the_rest_is(case, side, seed, se
         assert chosen.sum() == share
 
 
-@quick(200)
+@quick(100)
 @given(scored(), st.sampled_from(["none", "right", "left", "any"]), st.integers(0, 99))
 def test_expert_choice_takes_the_best_of_each_document(case, side, seed):
     scores_BS, count, documents_BS = case
@@ -299,13 +299,7 @@ def test_padding_changes_nothing_among_experts(router, target, experts, side):
     ],
     ids=str,
 )
-def test_padding_changes_nothing_whatever_the_router(router, side, request):
-    if router.get("score") == "attention" and side == "right":
-        request.applymarker(
-            pytest.mark.xfail(
-                strict=True, reason="what padding behind a token pays counts as received"
-            )
-        )
+def test_padding_changes_nothing_whatever_the_router(router, side):
     config = model_of(router=router)
     for selection in (None, *config.router.causal_routers):
         assert_padding_is_nothing(config, side, selection)
@@ -358,6 +352,8 @@ def document_cases() -> dict[str, tuple[ModelConfig, list[str | None]]]:
     cases["thresholds"] = model_of(router={"causal": ["auxiliary", "threshold"]})
     cases["token choice"] = model_of(router={"choice": "token", "room": 4.0})
     cases["experts"] = model_of("integrated", router={"target": "mlp"})
+    cases["expert choice"] = model_of("expert choice", router={"target": "attention"})
+    cases["staged expert choice"] = model_of("expert choice", capacity=0.5)
     return {name: (case, [None, *case.router.causal_routers]) for name, case in cases.items()}
 
 
@@ -449,7 +445,7 @@ def slow_token_choice(
     return [i in members for i in range(len(scores))]
 
 
-@quick(150)
+@quick(80)
 @given(st.data(), st.integers(1, 20), st.integers(0, 99), st.booleans())
 def test_token_choice_takes_what_is_above_the_threshold_up_to_its_places(data, length, seed, first):
     count = data.draw(st.integers(1, length))
@@ -548,7 +544,7 @@ def test_token_choice_computes_the_same_number_of_places_whoever_is_chosen(thres
 # The running threshold.
 
 
-@quick(150)
+@quick(80)
 @given(st.data(), st.integers(1, 3), st.integers(1, 20), st.integers(0, 99))
 def test_the_quantile_is_the_middle_between_the_last_above_and_the_first_below(
     data, batch, length, seed
@@ -611,7 +607,7 @@ def test_each_running_state_learns_from_its_own_record(experts):
 @pytest.mark.parametrize("capacity", [0.125, 0.5])
 def test_the_share_chosen_keeps_to_the_capacity_while_scores_wander(capacity):
     config = small(
-        router=RouterConfig(choice="token", target="mlp", threshold_decay=0.8),
+        router=RouterConfig(choice="token", target="mlp", threshold_decay=0.6),
         pattern=[capacity],
         num_layers=1,
     )
@@ -636,7 +632,7 @@ def test_the_share_chosen_keeps_to_the_capacity_while_scores_wander(capacity):
         layer.absorb(observed)
     off = {name: abs(sum(found[10:]) / 50 - capacity) for name, found in shares.items()}
     assert off["token"] < 0.03
-    assert off["threshold"] < 0.05
+    assert off["threshold"] < 0.04
     assert off["old"] > 0.12
     assert all(abs(share - capacity) < 0.12 for share in shares["token"])
 
@@ -714,7 +710,6 @@ def test_skipped_tokens_keep_their_bits_on_every_path(
         assert torch.equal(bits(out_BSD[skipped_BS]), bits(x_BSD[skipped_BS]))
 
 
-@pytest.mark.xfail(strict=True, reason="an empty layer gives no record of its experts")
 def test_a_layer_that_nobody_enters_still_says_what_its_experts_did():
     """Records go by their place: without one, a later layer's would be taken for it."""
     model = lively(model_of("dropless", pattern="every"))

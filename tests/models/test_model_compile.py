@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -98,10 +97,12 @@ VARIANTS = QUICK | {
     "loss by chunks": (replace(routed(), loss_chunk=24), {}),
     "loss by chunks, tied": (replace(routed(), loss_chunk=24, tie_embeddings=True), {}),
 }
+# Inductor has got the gradient of an experts' router wrong before, with losses and choices equal.
 INDUCTED = [
     *QUICK,
+    "limited experts",
     *("MLP score", "attention score", "oracle score", "tanh gate", "documents, padding"),
-    *("token choice, documents", "convolution, documents", "limited experts", "expert choice"),
+    *("token choice, documents", "convolution, documents", "expert choice"),
     "loss by chunks",
 ]
 
@@ -185,7 +186,6 @@ def test_every_variant_is_one_graph_equal_to_eager(name):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="compiled, it has a gradient of zeros, and matrices decay")
 def test_a_router_on_no_path_to_the_loss_trains_compiled_as_it_does_in_eager():
     model = lively(routed(score="mlp", hidden_dim=6, gate="none"), dtype=torch.float32)
     call = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -209,7 +209,7 @@ def check_graphs(monkeypatch, schedule: list[tuple[float | None, ...]]) -> None:
     model = lively(small(num_layers=1, pattern="every"), dtype=torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    call = compiled_for(model, SimpleNamespace(stages=schedule))
+    call = compiled_for(model, len(schedule))
     tokens_BS = random_tokens(BATCH, LENGTH)
     for times in range(2):
         for stage, capacities in enumerate(schedule):
@@ -229,6 +229,13 @@ def test_each_stage_of_the_capacities_is_compiled_once(monkeypatch):
 def test_more_stages_than_the_compilers_own_limit_of_graphs(monkeypatch):
     assert torch._dynamo.config.recompile_limit < 10
     check_graphs(monkeypatch, schedule(10))
+
+
+@pytest.mark.slow
+def test_more_models_in_a_process_than_the_compilers_own_limit_of_graphs(monkeypatch):
+    for _ in range(torch._dynamo.config.recompile_limit // 2 + 1):
+        with monkeypatch.context() as patch:
+            check_graphs(patch, schedule(2))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

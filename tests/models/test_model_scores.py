@@ -166,7 +166,7 @@ def received(
     return [sum(weights) / len(weights) for weights in received_by]
 
 
-@quick(25)
+@quick(15)
 @given(
     st.sampled_from([1, 2, 4]),
     st.sampled_from([None, 1, 3, 50]),
@@ -225,8 +225,15 @@ def test_the_attention_score_passes_no_gradient_to_the_layer_before():
 
 def test_the_attention_score_is_computed_in_training_alone():
     model = lively(small(router=router_of("attention")))
-    for record in model(random_tokens(2, 12), selection="predictor").routing:
-        assert not record.scores_BS.any()
+    told = []
+    model.layers[0].module.attention.register_forward_hook(
+        lambda _module, _inputs, found: told.append(as_output(found).received_BS is not None)
+    )
+    for selection in ("top_k", "predictor"):
+        routing = model(random_tokens(2, 12), selection=selection).routing
+        for record in routing:
+            assert bool(record.scores_BS.any()) == (selection == "top_k")
+    assert told == [True, False]
 
 
 # The size of the update.
