@@ -41,7 +41,7 @@ def compare(comparison: Comparison) -> int:
     }
     if comparison.train:
         report_path = comparison.directory / "compare.json"
-        if comparison.is_whole and not all(map(_is_complete, arms.values())):
+        if not all(map(_is_complete, arms.values())):
             # What it says is about to be old; it comes back when everything is trained.
             report_path.unlink(missing_ok=True)
         for of_a_seed in zip(*arms.values(), strict=True):
@@ -87,12 +87,12 @@ def _complete_runs(arms: dict[str, list[TrainConfig]]) -> dict[str, list[TrainCo
 
 
 def _is_current(report: Path, arms: dict[str, list[TrainConfig]]) -> bool:
-    """Whether the report is there and of these arms and seeds, the first one the same."""
+    """Whether the report is there and of these arms and runs, the first one the same."""
     if not report.is_file():
         return False
     known = json.loads(report.read_text())
-    return [(name, len(arm["causal_losses"])) for name, arm in known.items()] == [
-        (name, len(configs)) for name, configs in arms.items()
+    return [(name, arm["runs"]) for name, arm in known.items()] == [
+        (name, [config.name for config in configs]) for name, configs in arms.items()
     ]
 
 

@@ -35,6 +35,7 @@ def describe(configs: list[TrainConfig], seconds: float | None) -> dict[str, Any
     losses = [result.get(CAUSAL_LOSS) for result in results]
     others = {key.removeprefix(_OTHER) for key in results[0] if key.startswith(_OTHER)}
     return {
+        "runs": [config.name for config in configs],
         "causal_loss": _mean(losses),
         "causal_loss_spread": _spread(losses),
         "causal_losses": {

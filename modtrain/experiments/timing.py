@@ -7,7 +7,9 @@ import time
 
 import torch
 
+from modtrain.data.documents import document_numbers
 from modtrain.models.transformer import Transformer
+from modtrain.training import activation_checkpointing
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.module import adamw, compiled
@@ -35,18 +37,24 @@ class _Step:
         self.device = torch.device(resolve_accelerator(config.strategy.accelerator))
         self.bf16 = resolve_precision(config.precision, self.device.type) == "bf16"
         model = Transformer(config.model, seed=config.seed).to(self.device)
+        activation_checkpointing.apply(model, config.strategy.activation_checkpointing)
         self.optimizer = adamw(model, config.optimizer)
         self.model = compiled(model) if config.compile else model
         generator = torch.Generator().manual_seed(0)
         shape = (config.batch.micro_batch_size, (config.data.seq_len or 1) + 1)
         tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)
         self.tokens_BT = tokens.to(self.device)
+        eos_id = config.data.eos_id
+        inputs_BS = self.tokens_BT[:, :-1]
+        self.documents_BS = None if eos_id is None else document_numbers(inputs_BS, eos_id)
 
     def __call__(self) -> float:
         self._wait()
         start = time.perf_counter()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            output = self.model(self.tokens_BT[:, :-1], self.tokens_BT[:, 1:])
+            output = self.model(
+                self.tokens_BT[:, :-1], self.tokens_BT[:, 1:], documents_BS=self.documents_BS
+            )
             loss = sum(output.auxiliary.values(), start=output.loss)
         loss.backward()
         self.optimizer.step()

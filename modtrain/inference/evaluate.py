@@ -21,6 +21,7 @@ from modtrain.training import checkpoint
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.held_out import HeldOut, evaluate
+from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
 
 
@@ -52,7 +53,12 @@ def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
     bf16 = resolve_precision(config.precision, device.type) == "bf16"
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
     held_out = evaluate(
-        model.to(device), data.val_dataloader(), autocast, eos_id=trained.data.eos_id
+        model.to(device),
+        data.val_dataloader(),
+        autocast,
+        eos_id=trained.data.eos_id,
+        # In the middle of a schedule the model is at other capacities than at its end.
+        capacities=derive(trained).capacities_at(max(0, step - 1)),
     )
     figures = _figures(trained, held_out, data_path, step)
     write_text(run.path / f"eval-{step:09d}.json", json.dumps(figures, indent=1))

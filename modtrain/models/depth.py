@@ -156,9 +156,7 @@ class MixtureOfDepths(nn.Module):
             return scores
         if self.config.score == "fixed":
             return evenly_spaced(x_BSD, count)
-        weighs = self.gate.kind != "none" or context.selection == "threshold"
-        if not weighs and context.selection not in ("top_k", "token"):
-            # The predictor decides and nothing is multiplied: what nobody reads is not computed.
+        if not self.config.needs_scores(context.selection):
             return x_BSD.new_zeros(x_BSD.shape[:2])
         if self.config.score == "attention":
             if received_BS is None:
@@ -178,6 +176,9 @@ class MixtureOfDepths(nn.Module):
     ) -> tuple[Places, Tensor]:
         """Return the places to compute, and who takes part (B, S)."""
         if context.selection == "top_k" or not self.config.needs_causal:
+            if not self.config.needs_causal:
+                # A document's share depends on where it ends: these choices are to know nothing.
+                context = context._replace(documents_BS=None)
             places = expert_choice(scores_BS, count, context)
             source = True if places.filled_BK is None else places.filled_BK
             nobody_BS = torch.zeros_like(scores_BS, dtype=torch.bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from modtrain.checks import above_zero, at_least, decays, one_of
 from modtrain.errors import Problem
@@ -101,8 +101,10 @@ class ExpertsConfig:
             *above_zero(self, prefix, "capacity_factor", "bias_rate"),
             *decays(self, prefix, "threshold_decay"),
         ]
-        if found or self.count is None:
+        if found:
             return found
+        if self.count is None:
+            return self._unused(prefix)
         if self.every > num_layers:
             found.append(
                 Problem(
@@ -133,6 +135,16 @@ class ExpertsConfig:
                 )
             )
         return found + self._choice_problems(prefix)
+
+    def _unused(self, prefix: str) -> list[Problem]:
+        """Find what is set in vain: without a count there are no experts."""
+        reason = f"has no use: {prefix}.count is null, so there are no experts"
+        remedy = f"set {prefix}.count"
+        return [
+            Problem(f"{prefix}.{f.name}", getattr(self, f.name), reason, remedy)
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
 
     def _choice_problems(self, prefix: str) -> list[Problem]:
         if self.choice == "token" and self.count == 1 and self.noop == 0:

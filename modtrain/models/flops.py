@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from modtrain.models.config import ModelConfig
 from modtrain.models.pattern import num_chosen
+from modtrain.models.router_config import Selection
 
 CONVENTIONS = (
     "matrix products only, 2 FLOPs a multiply-add: norms, RoPE, softmax, activations, a"
@@ -21,9 +22,10 @@ CONVENTIONS = (
     "what is routed counts its k = max(1, round(capacity x S)) tokens (token choice: the room it"
     " keeps for them), its router and its predictor all S",
     "experts count the tokens that they compute, padding up to a fixed room included; token choice"
-    " among no-op experts counts the balanced load",
+    " among no-op experts counts the balanced load, as on devices with grouped products",
     "backward = 2 x forward, for every part",
-    "dense-equivalent: the same model with nothing routed past a block and no no-op experts",
+    "dense-equivalent: the same model in which no token passes by anything: nothing routed, no"
+    " no-op experts, each token with its top_k experts and no padding",
 )
 TRAINING_OVER_FORWARD = 3
 
@@ -82,14 +84,23 @@ def forward_flops(
     return realised_flops(config, seq_len, loads)
 
 
-def realised_flops(config: ModelConfig, seq_len: int, loads: Sequence[Load]) -> Cost:
-    """Executed FLOPs a sequence where each layer processed its ``loads``."""
+def realised_flops(
+    config: ModelConfig,
+    seq_len: int,
+    loads: Sequence[Load],
+    selection: Selection | None = None,
+) -> Cost:
+    """Executed FLOPs a sequence where each layer processed its ``loads``.
+
+    selection: how tokens were chosen; None: as in training. Where a predictor decides and nothing
+    is multiplied by the score, a costly score is not computed.
+    """
     total = Cost(head=2 * seq_len * config.d_model * config.vocabulary)
     capacities = config.capacities
     for layer, load in enumerate(loads):
         total += _mixer_flops(config, layer, load) + _mlp_flops(config, layer, load)
         if capacities[layer] is not None:
-            total += _routing_flops(config, layer, seq_len)
+            total += _routing_flops(config, layer, seq_len, selection)
     return total
 
 
@@ -113,14 +124,19 @@ def training_flops_per_token(
 def training_load(config: ModelConfig, layer: int, capacity: float | None, seq_len: int) -> Load:
     """What ``layer`` processes of a sequence in training, at this capacity (None: not routed)."""
     count = seq_len
+    wanted = count
     if capacity is not None:
-        count = num_chosen(capacity, seq_len)
+        count = wanted = num_chosen(capacity, seq_len)
         if config.router.choice == "token":
             count = config.router.places(count, seq_len)
     target = config.router.target
     mixed = seq_len if target == "mlp" else count
-    fed = seq_len if target == "attention" else count
-    slots = config.experts.computed_slots(fed) if config.has_experts(layer) else 0
+    fed, sent = (seq_len, seq_len) if target == "attention" else (count, wanted)
+    slots = 0.0
+    if config.has_experts(layer):
+        # Places that hold nobody are sent to no expert, but a fixed room is computed whole.
+        is_dropless = config.experts.slots(fed) is None
+        slots = config.experts.computed_slots(sent if is_dropless else fed)
     return Load(mixed, mixed * mixed, fed, slots)
 
 
@@ -166,7 +182,9 @@ def _mlp_flops(config: ModelConfig, layer: int, load: Load) -> Cost:
     )
 
 
-def _routing_flops(config: ModelConfig, layer: int, seq_len: int) -> Cost:
+def _routing_flops(
+    config: ModelConfig, layer: int, seq_len: int, selection: Selection | None
+) -> Cost:
     """FLOPs of a routed layer's routers and predictors, all of them together."""
     router, d = config.router, config.d_model
     parts = 2 if router.target == "both" else 1
@@ -175,6 +193,8 @@ def _routing_flops(config: ModelConfig, layer: int, seq_len: int) -> Cost:
     cost = Cost(
         router=parts * scores.get(router.score, 0), predictor=parts * 2 * seq_len * (d + 1) * width
     )
+    if not router.needs_scores(selection or config.training_selection):
+        return cost
     if router.score == "attention":
         # Made once, whoever reads it.
         query_dim = config.num_heads * config.head_width

@@ -89,6 +89,10 @@ def pattern_problems(
         )
     key = f"{prefix}.pattern"
     if isinstance(pattern, str) and pattern in PATTERNS:
+        if pattern in _GRADED and capacity == 1:
+            reason = f"routes nothing: it grades between 1 and {prefix}.capacity=1"
+            remedy = f"lower {prefix}.capacity, or use the pattern every"
+            return [*found, Problem(key, pattern, reason, remedy)]
         return found + _too_few_layers(pattern, num_layers, key)
     try:
         values = _as_list(pattern)

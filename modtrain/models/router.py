@@ -95,6 +95,8 @@ class Gate(nn.Module):
     def __init__(self, config: RouterConfig, eps: float) -> None:
         super().__init__()
         self.kind, self.eps = config.gate_kind, eps
+        # The other scores do not grow with the stream.
+        self.normalises = config.score == "linear"
         self.scale = nn.Parameter(torch.ones(())) if config.gate_scale else None
 
     def forward(self, scores_BK: Tensor, x_BKD: Tensor) -> Tensor | None:
@@ -104,9 +106,11 @@ class Gate(nn.Module):
             factor_BK = scores_BK
         elif self.kind == "sigmoid":
             factor_BK = scores_BK.sigmoid()
-        elif self.kind == "tanh":
+        elif self.kind == "tanh" and self.normalises:
             mean_square_BK = widened(x_BKD).square().mean(dim=-1)
             factor_BK = (scores_BK * torch.rsqrt(mean_square_BK + self.eps)).tanh()
+        elif self.kind == "tanh":
+            factor_BK = scores_BK.tanh()
         if self.scale is None:
             return factor_BK
         scale = widened(self.scale)

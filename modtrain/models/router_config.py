@@ -40,8 +40,9 @@ class RouterConfig:
         whole module and is for analysis.
     hidden_dim: hidden width of the ``mlp`` router.
     gate: what the update is multiplied by. ``raw``: the score (eq. 1). ``sigmoid``: its sigmoid.
-        ``tanh``: tanh of the score over the root mean square of the token's features. ``none``:
-        nothing. null: raw for learned scores, none for the others.
+        ``tanh``: its tanh; that of a linear score over the root mean square of the token's
+        features, since it grows with them. ``none``: nothing. null: raw for learned scores, none
+        for the others.
     gate_scale: a learned factor on the gate, one a router, 1 at the start.
     choice: ``expert``: the k largest scores of a sequence take part. ``token``: each token whose
         score is above a running quantile takes part, which keeps the mean share at the capacity.
@@ -95,9 +96,15 @@ class RouterConfig:
         """Whether a running quantile of the scores is part of the model's state."""
         return "threshold" in self.causal_routers or self.choice == "token"
 
+    def needs_scores(self, selection: Selection) -> bool:
+        """Whether anything reads the scores; under a predictor without a gate nothing does."""
+        trains = selection in ("top_k", "token")
+        return trains or selection in ("threshold", "auxiliary") or self.gate_kind != "none"
+
     def places(self, count: int, seq_len: int) -> int:
         """How many tokens of a sequence token choice keeps room for, where ``count`` are wanted."""
-        return min(seq_len, math.ceil(self.room * count))
+        # A hair less: 1.1 x 10 may be more than 11 in floating point.
+        return min(seq_len, math.ceil(self.room * count * (1 - 1e-12)))
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the router's settings."""

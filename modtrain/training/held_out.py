@@ -172,7 +172,8 @@ class _Tally:
 
     def decision(self, trained: _Tally | None) -> Decision:
         labels = self.config.routed_labels
-        flops = realised_flops(self.config, self.seq_len, self._loads()).total / self.seq_len
+        cost = realised_flops(self.config, self.seq_len, self._loads(), self.selection)
+        flops = cost.total / self.seq_len
         agreement = {}
         if trained is not None and self.selection in trained.confusion:
             cells = trained.confusion[self.selection].tolist()

@@ -139,7 +139,8 @@ def derive(config: TrainConfig, world_size: int = 1) -> TrainingPlan:
     """Derive the plan of a configuration in which nothing is open.
 
     Raises:
-        ConfigError: the budget does not pay for a single step.
+        ConfigError: the budget does not pay for a single step, or a schedule does not come to
+            its end.
     """
     seq_len = config.data.seq_len
     if seq_len is None:
@@ -168,7 +169,13 @@ def derive(config: TrainConfig, world_size: int = 1) -> TrainingPlan:
             ]
         )
     accumulate = sequences // (config.batch.micro_batch_size * world_size)
-    return TrainingPlan(seq_len, sequences, accumulate, costs.stages(steps), world_size)
+    stages = costs.stages(steps)
+    if stages[-1].capacities != tuple(costs.final):
+        reason = f"leaves none of the {steps} steps at the model's own capacities"
+        key = "capacity_schedule.end"
+        remedy = "lower it, or train longer"
+        raise_if_any([Problem(key, config.capacity_schedule.end, reason, remedy)])
+    return TrainingPlan(seq_len, sequences, accumulate, stages, world_size)
 
 
 class _Costs:

@@ -123,3 +123,14 @@ def test_an_arm_that_is_not_there_and_a_seed_twice_are_told(tiny, tmp_path):
     with pytest.raises(ConfigError) as error:
         compose_arms([*overrides(tiny, tmp_path), "only=[route]", "seeds=[1, 1]"])
     assert {p.key for p in error.value.problems} == {"only", "seeds"}
+
+
+def test_a_report_of_other_seeds_is_not_shown_as_this_one(tiny, tmp_path):
+    shared = [*overrides(tiny, tmp_path), "timed_rounds=0"]
+    path = tmp_path / "pair/compare.json"
+    for seed in (0, 1, 0):
+        assert compare(compose_arms([*shared, f"seeds=[{seed}]"])) == 0
+        assert set(json.loads(path.read_text())["whole"]["causal_losses"]) == {str(seed)}
+    # A row that is trained anew makes the report old.
+    compare(compose_arms([*shared, "seeds=[2]", "only=[routed]"]))
+    assert not path.exists()

@@ -182,7 +182,7 @@ def factor(p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor) -> Tensor:
     kinds = {
         "raw": score_S,
         "sigmoid": 1 / (1 + torch.exp(-score_S)),
-        "tanh": torch.tanh(score_S / size_S),
+        "tanh": torch.tanh(score_S / size_S if c.router.score == "linear" else score_S),
         "none": torch.ones_like(score_S),
     }
     found = kinds[c.router.gate or "raw"]

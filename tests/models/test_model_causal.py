@@ -20,6 +20,7 @@ from model_cases import (
 )
 from torch import Tensor
 
+from modtrain.data.documents import document_numbers
 from modtrain.models.config import ModelConfig
 from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.router_config import CAUSAL_ROUTERS, RouterConfig
@@ -269,3 +270,24 @@ def test_each_decision_has_its_own_loss(causal):
         (record.quantile is not None) == (causal == ["threshold"]) for record in output.routing
     )
     assert all((r.predictor_BS is not None) == (causal == ["predictor"]) for r in output.routing)
+
+
+@pytest.mark.parametrize("score", ["random", "fixed"])
+def test_content_free_choices_do_not_know_where_documents_end(score):
+    """A token that becomes the end of a document moves the share of that document."""
+    model = lively(small(router=RouterConfig(score=score)))
+    tokens_BS = 1 + random_tokens(2, 24) % (VOCAB - 1)
+    ended_BS = tokens_BS.clone()
+    ended_BS[:, 13] = 0
+
+    def run(tokens_BS: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        documents_BS = document_numbers(tokens_BS, eos_id=0)
+        output = model(tokens_BS, selection="causal", documents_BS=documents_BS)
+        assert all(record.chosen_BS.sum() == 12 for record in output.routing)
+        return output.logits_BSV
+
+    with torch.no_grad():
+        moved_BS = (run(tokens_BS) - run(ended_BS)).abs().amax(dim=-1)
+    assert moved_BS[:, :13].max() < 1e-9
+    assert moved_BS[:, 13:].max() > 1e-3

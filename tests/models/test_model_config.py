@@ -209,6 +209,12 @@ def test_the_prefix_leads_every_key():
             "model.router.score",
         ),
         ({"mixer": "convolution", "router": RouterConfig(score="attention")}, "model.router.score"),
+        *(({"pattern": name, "capacity": 1.0}, "model.pattern") for name in ("cosine", "u_shape")),
+        # Without a count there are no experts.
+        *(
+            ({"experts": ExpertsConfig(**{key: value})}, f"model.experts.{key}")
+            for key, value in (("noop", 8), ("shared", 2), ("balance", "bias"), ("dim", 4))
+        ),
         *(
             ({"experts": ExpertsConfig(**{"count": 4, **wrong})}, f"model.experts.{key}")
             for wrong, key in (

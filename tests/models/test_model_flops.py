@@ -148,6 +148,30 @@ def test_measured_flops_of_every_score_and_choice_are_the_formulas(router):
     assert counter.get_total_flops() == 2 * forward_flops(config, 24).total
 
 
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def test_places_that_hold_nobody_are_sent_to_no_expert(capacity_factor):
+    """In the first step token choice takes just k tokens, in a room for half as many again."""
+    router = RouterConfig(choice="token", room=1.5)
+    experts = ExpertsConfig(count=4, capacity_factor=capacity_factor)
+    config = small(pattern="every", capacity=0.5, router=router, experts=experts)
+    measured, formula = measure(config, 2, 24), forward_flops(config, 24)
+    assert measured.parts() == {part: 2 * count for part, count in formula.parts().items()}
+
+
+@pytest.mark.parametrize("score", ["linear", "attention", "oracle_norm"])
+def test_a_score_that_nobody_reads_is_neither_computed_nor_counted(score):
+    router = RouterConfig(score=score, gate="none", predictor_dim=8)
+    config = small(router=router, pattern="every_other")
+    model = Transformer(config)
+    for depth in model.routers:
+        torch.nn.init.constant_(depth.predictor.out.bias, 1e3)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: matvec})
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        model(random_tokens(1, 24), selection="predictor")
+    everyone = [Load(24, 24 * 24, 24)] * config.num_layers
+    assert counter.get_total_flops() == realised_flops(config, 24, everyone, "predictor").total
+
+
 @quick(20)
 @given(configs(), st.integers(4, 24))
 def test_the_dense_equivalent_is_the_cost_of_the_dense_model(config, seq_len):

@@ -304,7 +304,7 @@ def routed_once(
     return out_BSD, record.chosen_BS, record.scores_BS, seen[-1].flatten(0, 1)
 
 
-def plain_factor(kind: str, scores_N: Tensor, x_ND: Tensor, eps: float) -> Tensor:
+def plain_factor(kind: str, scores_N: Tensor, x_ND: Tensor, eps: float, is_linear: bool) -> Tensor:
     pairs = zip(scores_N.tolist(), x_ND.tolist(), strict=True)
     found = []
     for score, features in pairs:
@@ -313,7 +313,7 @@ def plain_factor(kind: str, scores_N: Tensor, x_ND: Tensor, eps: float) -> Tenso
             {
                 "raw": score,
                 "sigmoid": 1 / (1 + math.exp(-score)),
-                "tanh": math.tanh(score / size),
+                "tanh": math.tanh(score / size if is_linear else score),
                 "none": 1.0,
             }[kind]
         )
@@ -332,7 +332,8 @@ def test_the_gate_multiplies_the_update_and_nothing_else(kind, scaled, score, ta
     x_BSD[:, ::2, 0] = -0.0
     context = context_of(config, torch.arange(20)[None])
     out_BSD, chosen_BS, scores_BS, update_ND = routed_once(layer, x_BSD, context)
-    factor_N = plain_factor(kind, scores_BS[chosen_BS], x_BSD[chosen_BS], 0.5)
+    is_linear = layer.config.score == "linear"
+    factor_N = plain_factor(kind, scores_BS[chosen_BS], x_BSD[chosen_BS], 0.5, is_linear)
     if scaled:
         assert layer.gate.scale != 1
         factor_N = factor_N * layer.gate.scale
