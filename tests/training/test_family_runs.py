@@ -294,3 +294,27 @@ def test_an_evaluation_afterwards_finds_what_the_run_recorded_last(finished, nam
     for decision, found in figures["decisions"].items():
         key = f"held_out/causal_loss_{decision}"
         assert found["loss"] == pytest.approx(last.get(key, figures["causal_loss"]), rel=1e-6)
+
+
+def test_an_evaluation_in_the_middle_of_a_schedule_is_at_the_capacities_of_that_step(start):
+    run = start(
+        "midway", "capacity_schedule=step", "capacity_schedule.end=0.8", "checkpoint.every=4"
+    ).run
+    figures = {
+        step: evaluate_run(
+            EvalRunConfig(
+                run="midway",
+                runs_dir=str(run.path.parent),
+                sequences=8,
+                step=step,
+                accelerator="cpu",
+            )
+        )
+        for step in (4, 8)
+    }
+    for record in records(run, "held_out/causal_loss"):
+        found = figures[record["step"]]
+        assert found["top_k_loss"] == pytest.approx(
+            record["held_out/top_k_loss (not causal)"], rel=1e-6
+        )
+    assert figures[4]["top_k_flops"] > 1.2 * figures[8]["top_k_flops"]
