@@ -53,7 +53,8 @@ class RouterConfig:
         binary cross-entropy against top-k (section 3.5). ``predictor``: a small MLP on the
         stop-gradient input (section 3.5). ``threshold``: the score against a running quantile
         (arXiv 2603.11535). null: predictor where one is needed.
-    auxiliary_weight: of the auxiliary loss in the objective.
+    auxiliary_weight: of the auxiliary loss in the objective; a tenth of it left the share of yes
+        several points below the capacity in short runs (docs/results.md).
     predictor_dim: hidden width of the predictor.
     threshold_decay: of the running quantile, a step.
     """
@@ -66,7 +67,7 @@ class RouterConfig:
     choice: str = "expert"
     room: float = 1.25
     causal: list[str] | None = None
-    auxiliary_weight: float = 0.01
+    auxiliary_weight: float = 0.1
     predictor_dim: int = 64
     threshold_decay: float = 0.99
 
