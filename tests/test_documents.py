@@ -19,6 +19,9 @@ ELSEWHERE = {
     "make types": ".ci/run",
     "make imports": ".ci/run",
     "make install": ".ci/run",
+    ".venv/bin/modtrain compare experiment=study": "tests/test_study.py",
+    ".venv/bin/modtrain compare experiment=study only=[moe]": "tests/test_study.py",
+    ".venv/bin/modtrain compare experiment=study train=false timed_rounds=0": "tests/test_study.py",
 }
 
 
