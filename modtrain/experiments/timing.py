@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from modtrain.data.documents import document_numbers
+from modtrain.data.documents import document_numbers_if_apart
 from modtrain.models.transformer import Transformer
 from modtrain.training import activation_checkpointing
 from modtrain.training.config import TrainConfig
@@ -46,7 +46,7 @@ class _Step:
         self.tokens_BT = tokens.to(self.device)
         eos_id = config.data.eos_id
         inputs_BS = self.tokens_BT[:, :-1]
-        self.documents_BS = None if eos_id is None else document_numbers(inputs_BS, eos_id)
+        self.documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
 
     def __call__(self) -> float:
         self._wait()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modtrain.models.config import ModelConfig
 from modtrain.models.norm import RMSNorm
+from modtrain.models.router_config import TRAINING_SELECTIONS
 from modtrain.models.sequence import Output, SequenceContext
 
 
@@ -63,7 +64,7 @@ class Attention(nn.Module):
             enable_gqa=self.kv_heads != self.num_heads,
         )
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
-        if not self.tells_received or context.selection not in ("top_k", "token"):
+        if not self.tells_received or context.selection not in TRAINING_SELECTIONS:
             return out
         told_BS = received(q.detach(), k.detach(), sees, context.valid_BS)
         return Output(out, received_BS=told_BS)

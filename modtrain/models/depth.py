@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modtrain.models.pattern import num_chosen
 from modtrain.models.router import Gate, Predictor, evenly_spaced, make_router, widened
-from modtrain.models.router_config import RouterConfig, Selection
+from modtrain.models.router_config import TRAINING_SELECTIONS, RouterConfig, Selection
 from modtrain.models.selection import (
     Places,
     expert_choice,
@@ -88,7 +88,7 @@ class MixtureOfDepths(nn.Module):
         scores_BS = self._scores(x_BSD, context, count, received_BS)
         predictor_BS = None if self.predictor is None else self.predictor(x_BSD)
         places, chosen_BS = self._choose(scores_BS, predictor_BS, count, context)
-        trains = context.selection in ("top_k", "token")
+        trains = context.selection in TRAINING_SELECTIONS
         record = RoutingRecord(
             scores_BS,
             chosen_BS,

@@ -20,10 +20,9 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.feed_forward import MLP
 from modtrain.models.grouped import grouped_matmul
 from modtrain.models.norm import RMSNorm
+from modtrain.models.router_config import TRAINING_SELECTIONS
 from modtrain.models.selection import best_of_documents, first_places
 from modtrain.models.sequence import ExpertRecord, Output, SequenceContext
-
-TRAINING = ("top_k", "token")
 
 
 class ExpertRouter(nn.Module):
@@ -114,7 +113,9 @@ class Experts(nn.Module):
         normed_BSD = self.norm(x_BSD)
         normed_TD = normed_BSD.flatten(0, 1)
         logits_TR = self.expert_router(normed_TD)
-        slots = self.config.slots(x_BSD.shape[1]) if context.selection in TRAINING else None
+        slots = (
+            self.config.slots(x_BSD.shape[1]) if context.selection in TRAINING_SELECTIONS else None
+        )
         rows = self._rows(logits_TR, x_BSD.shape[:2], valid_BS, context.documents_BS, slots)
         y_MD = self._compute(normed_TD.index_select(0, rows.token_M), rows.offsets_E)
         dtype = x_BSD.dtype

@@ -18,6 +18,8 @@ is token choice with static shapes. Evaluation and sampling: ``auxiliary``, ``pr
 none of these, because what they choose by holds nothing of the future.
 """
 
+TRAINING_SELECTIONS: tuple[Selection, ...] = ("top_k", "token")
+
 TARGETS = ("block", "attention", "mlp", "both")
 LEARNED_SCORES = ("linear", "mlp")
 CONTENT_FREE_SCORES = ("random", "fixed")
@@ -99,7 +101,7 @@ class RouterConfig:
 
     def needs_scores(self, selection: Selection) -> bool:
         """Whether anything reads the scores; under a predictor without a gate nothing does."""
-        trains = selection in ("top_k", "token")
+        trains = selection in TRAINING_SELECTIONS
         return trains or selection in ("threshold", "auxiliary") or self.gate_kind != "none"
 
     def places(self, count: int, seq_len: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modtrain.data.documents import document_numbers
+from modtrain.data.documents import document_numbers_if_apart
 from modtrain.models.config import ModelConfig
 from modtrain.models.flops import Load, forward_flops, realised_flops
 from modtrain.models.router_config import Selection
@@ -111,7 +111,7 @@ def evaluate(
         for batch in batches:
             batch_BT = batch.to(device)
             inputs_BS, targets_BS = batch_BT[:, :-1], batch_BT[:, 1:]
-            documents_BS = None if eos_id is None else document_numbers(inputs_BS, eos_id)
+            documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
             for selection, tally in tallies.items():
                 tally.add(
                     model(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modtrain.data.documents import document_numbers
+from modtrain.data.documents import document_numbers_if_apart
 from modtrain.models.sequence import ExpertRecord, RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
 from modtrain.training import activation_checkpointing
@@ -89,7 +89,7 @@ class LanguageModule(L.LightningModule):
             inputs_BS,
             targets_BS,
             capacities=self.plan.capacities_at(self.trainer.global_step),
-            documents_BS=None if eos_id is None else document_numbers(inputs_BS, eos_id),
+            documents_BS=document_numbers_if_apart(inputs_BS, eos_id),
         )
         self.statistics.add(output)
         observed = self.model.observe(output)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from model_cases import normal
 from torch import Tensor
 
 from modtrain.models.config import ModelConfig
@@ -22,11 +23,6 @@ from modtrain.models.sequence import SequenceContext, sequence_context
 
 DIM = 6
 TRAINING = ("top_k", "token")
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def config_of(activation: str = "swiglu", **experts: Any) -> ModelConfig:
@@ -198,3 +194,9 @@ def by_expert(layer, settings, batch, length, tokens, odds, context):
         ranked += [0.0, 0.0]
         quantiles.append((ranked[max(0, taken - 1)] + ranked[taken]) / 2)
     return pairs, load, torch.tensor(quantiles, dtype=torch.float64)
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=1e-9, atol=1e-10, msg=lambda m: f"{what}: {m}"
+    )

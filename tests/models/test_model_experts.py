@@ -9,9 +9,19 @@ import math
 
 import pytest
 import torch
-from experts_reference import DIM, config_of, configs, context_of, lively, mixture, normal
-from hypothesis import example, given, settings
+from experts_reference import (
+    DIM,
+    assert_close,
+    config_of,
+    configs,
+    context_of,
+    lively,
+    mixture,
+    normal,
+)
+from hypothesis import example, given
 from hypothesis import strategies as st
+from model_cases import quick
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,27 +38,6 @@ VARIANTS = {
     "limited": {"capacity_factor": 0.6, "noop": 1},
     "expert choice": {"choice": "expert", "noop": 1},
 }
-
-
-def quick(examples: int) -> settings:
-    """Few examples, the same ones on each run."""
-    return settings(max_examples=examples, deadline=None, derandomize=True)
-
-
-@pytest.fixture
-def _poisoned_memory():
-    """Memory that nobody has written holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    torch.testing.assert_close(
-        actual.double(), expected.double(), rtol=1e-9, atol=1e-10, msg=lambda m: f"{what}: {m}"
-    )
 
 
 def mask_of(kind: str, batch: int, length: int, seed: int) -> Tensor | None:

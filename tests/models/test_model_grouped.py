@@ -9,36 +9,16 @@ import math
 
 import pytest
 import torch
-from experts_reference import normal
-from hypothesis import example, given, settings
+from experts_reference import assert_close, normal
+from hypothesis import example, given
 from hypothesis import strategies as st
+from model_cases import quick
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from modtrain.models import grouped
 from modtrain.models.grouped import grouped_matmul
-
-
-def quick(examples: int) -> settings:
-    """Few examples, the same ones on each run."""
-    return settings(max_examples=examples, deadline=None, derandomize=True)
-
-
-@pytest.fixture
-def _poisoned_memory():
-    """Memory that nobody has written holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    torch.testing.assert_close(
-        actual.double(), expected.double(), rtol=1e-9, atol=1e-10, msg=lambda m: f"{what}: {m}"
-    )
 
 
 def grouped_reference(x_ND: Tensor, weight_EDF: Tensor, offsets: list[int]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 
-from modtrain.data.documents import document_numbers
+from modtrain.data.documents import document_numbers_if_apart
 from modtrain.training.callbacks.metrics import StepClock
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.held_out import HeldOut, evaluate
@@ -47,7 +47,7 @@ class HeldOutCallback(StepCallback):
         batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
         tokens_BS = batch[:1, :-1].to(module.device)
         eos_id = module.config.data.eos_id
-        documents_BS = None if eos_id is None else document_numbers(tokens_BS, eos_id)
+        documents_BS = document_numbers_if_apart(tokens_BS, eos_id)
         # Random routers draw: training is to go on as if nobody had looked.
         cuda = [module.device] if module.device.type == "cuda" else []
         with (
