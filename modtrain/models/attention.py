@@ -1,16 +1,20 @@
 """Causal self-attention with rotary positions, grouped queries and an optional sliding window.
 
-Shapes: B batch, S sequence, D model, H heads, G heads of keys and values, W width of a head.
+Shapes: B batch, S sequence, D model, H heads, G heads of keys and values, W width of a head; with
+a cache N sequences, K new tokens, L entries.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modtrain.models.cache import CacheView, Entries
 from modtrain.models.config import ModelConfig
 from modtrain.models.norm import RMSNorm
 from modtrain.models.router_config import TRAINING_SELECTIONS
@@ -53,14 +57,17 @@ class Attention(nn.Module):
         v = self.v(x_BSD).view(batch, length, self.kv_heads, self.head_width)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, context).transpose(1, 2), rotate(k, context).transpose(1, 2)
-        sees = context.visible_BSS
+        q, k = rotate(q, context), rotate(k, context)
+        sees, is_causal = context.visible_BSS, context.visible_BSS is None
+        if context.cache is not None:
+            k, v, sees, is_causal = remembered(k, v, context, context.cache)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
             q,
             k,
             v.transpose(1, 2),
             attn_mask=None if sees is None else sees.unsqueeze(1),
-            is_causal=sees is None,
+            is_causal=is_causal,
             enable_gqa=self.kv_heads != self.num_heads,
         )
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
@@ -68,6 +75,43 @@ class Attention(nn.Module):
             return out
         told_BS = received(q.detach(), k.detach(), sees, context.valid_BS)
         return Output(out, received_BS=told_BS)
+
+
+def remembered(
+    k_NKGW: Tensor, v_NKGW: Tensor, context: SequenceContext, cache: CacheView
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Store new keys and values; return all that there are, and what the new tokens see of them.
+
+    Returns keys and values (N, L, G, W), which key each query sees (N, K, L) or None, and whether
+    the plain causal order among the new tokens says it all.
+    """
+    positions_NK, documents_NK = context.positions_BS, context.documents_BS
+    is_plain = context.window is None and documents_NK is None
+    is_first = cache.is_empty()
+    cache.append((k_NKGW, v_NKGW), positions_NK, documents_NK)
+    if is_first and is_plain:
+        return k_NKGW, v_NKGW, None, True
+    entries = cache.entries()
+    k_NLGW, v_NLGW = entries.fields
+    return k_NLGW, v_NLGW, _sees_entries(context, entries), False
+
+
+def _sees_entries(context: SequenceContext, entries: Entries) -> Tensor | None:
+    """Which entry (last) each new token sees (N, K, L); None: all of them."""
+    query_NK1, key_N1L = context.positions_BS.unsqueeze(2), entries.positions_NL.unsqueeze(1)
+    longest = key_N1L.shape[2]
+    conditions = []
+    if query_NK1.shape[1] > 1:
+        conditions.append(key_N1L <= query_NK1)
+    if min(entries.lengths) < longest:
+        device = key_N1L.device
+        length_N11 = torch.tensor(entries.lengths, device=device).view(-1, 1, 1)
+        conditions.append(torch.arange(longest, device=device) < length_N11)
+    if context.window is not None:
+        conditions.append(query_NK1 - key_N1L < context.window)
+    if context.documents_BS is not None:
+        conditions.append(context.documents_BS.unsqueeze(2) == entries.documents_NL.unsqueeze(1))
+    return functools.reduce(operator.and_, conditions) if conditions else None
 
 
 def received(

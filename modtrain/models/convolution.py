@@ -1,10 +1,13 @@
 """A gated causal depthwise convolution in attention's place.
 
-Shapes: B batch, S sequence, D model, W width of the convolution.
+Shapes: B batch, S sequence, D model, W width of the convolution, R = W - 1 tokens before.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,24 +37,46 @@ class Convolution(nn.Module):
         x_BSD = self.norm(x_BSD)
         value_BSD = self.value(x_BSD)
         taps_WD = self.taps.to(value_BSD.dtype)
+        reach, length = len(taps_WD) - 1, x_BSD.shape[1]
+        before = _with_before(value_BSD, context, reach)
         mixed_BSD = value_BSD * taps_WD[0]
-        for back in range(1, min(len(taps_WD), x_BSD.shape[1])):
-            before_BSD = F.pad(value_BSD, (0, 0, back, 0))[:, : x_BSD.shape[1]]
-            sees_BS1 = self._sees(context, back)
-            if sees_BS1 is not None:
-                before_BSD = before_BSD.where(sees_BS1, 0)
+        for back in range(1, reach + 1):
+            there = slice(reach - back, reach - back + length)
+            before_BSD = before.value_BTD[:, there]
+            sees_BS: Tensor | None = None
+            if before.documents_BT is not None:
+                sees_BS = before.documents_BT[:, there] == before.documents_BT[:, reach:]
+            if before.valid_BT is not None:
+                valid_BS = before.valid_BT[:, there]
+                sees_BS = valid_BS if sees_BS is None else sees_BS & valid_BS
+            if sees_BS is not None:
+                before_BSD = before_BSD.where(sees_BS.unsqueeze(-1), 0)
             mixed_BSD = mixed_BSD + before_BSD * taps_WD[back]
         out: Tensor = self.out(F.silu(self.gate(x_BSD)) * mixed_BSD)
         return out
 
-    @staticmethod
-    def _sees(context: SequenceContext, back: int) -> Tensor | None:
-        """Whether each token (B, S, 1) may see the one ``back`` places before it; None: all may."""
-        sees = None
-        if context.documents_BS is not None:
-            other = F.pad(context.documents_BS, (back, 0), value=-1)[:, :-back]
-            sees = other == context.documents_BS
-        if context.valid_BS is not None:
-            other = F.pad(context.valid_BS, (back, 0), value=False)[:, :-back]
-            sees = other if sees is None else sees & other
-        return None if sees is None else sees.unsqueeze(-1)
+
+class _Before(NamedTuple):
+    """The tokens with the W - 1 before them, zeros where there are none: T = W - 1 + S."""
+
+    value_BTD: Tensor
+    documents_BT: Tensor | None
+    valid_BT: Tensor | None
+
+
+def _with_before(value_BSD: Tensor, context: SequenceContext, reach: int) -> _Before:
+    documents_BS, valid_BS, cache = context.documents_BS, context.valid_BS, context.cache
+    if cache is None:
+        return _Before(
+            F.pad(value_BSD, (0, 0, reach, 0)),
+            None if documents_BS is None else F.pad(documents_BS, (reach, 0), value=-1),
+            None if valid_BS is None else F.pad(valid_BS, (reach, 0), value=False),
+        )
+    stored_BRD, own_BR = cache.latest(reach, value_BSD)
+    cache.append((value_BSD,), context.positions_BS, documents_BS)
+    # New tokens that hold nobody stand behind the others, where no token looks.
+    return _Before(
+        torch.cat([stored_BRD, value_BSD], dim=1),
+        None if documents_BS is None else torch.cat([own_BR, documents_BS], dim=1),
+        None,
+    )

@@ -9,15 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modtrain.models.dial import Dial
 from modtrain.models.pattern import num_chosen
-from modtrain.models.router import Gate, Predictor, evenly_spaced, make_router, widened
+from modtrain.models.router import (
+    Gate,
+    Predictor,
+    evenly_spaced,
+    every_so_many,
+    make_router,
+    scattered,
+    so_many,
+    widened,
+)
 from modtrain.models.router_config import TRAINING_SELECTIONS, RouterConfig, Selection
 from modtrain.models.selection import (
     Places,
     expert_choice,
     first_places,
+    places_of,
     quantile,
     token_choice,
+    within,
 )
 from modtrain.models.sequence import Output, RoutingRecord, SequenceContext, as_output
 
@@ -54,11 +66,21 @@ class MixtureOfDepths(nn.Module):
     threshold_weight: Tensor
 
     def __init__(
-        self, module: nn.Module, config: RouterConfig, capacity: float, d_model: int, eps: float
+        self,
+        module: nn.Module,
+        config: RouterConfig,
+        capacity: float,
+        d_model: int,
+        eps: float,
+        number: int = 0,
     ) -> None:
-        """Wrap ``module``, a `SequenceModule` of width ``d_model``, at this capacity."""
+        """Wrap ``module``, a `SequenceModule` of width ``d_model``, at this capacity.
+
+        number: the router's place among those of the model.
+        """
         super().__init__()
         self.module, self.config, self.capacity = module, config, capacity
+        self.number = number
         self.router = make_router(config, d_model, eps)
         self.gate = Gate(config, eps)
         if self.router is not None and self.gate.kind == "none":
@@ -84,10 +106,11 @@ class MixtureOfDepths(nn.Module):
         attention that each token received in the layer before, for routers that go by it.
         """
         self._check(context.selection)
-        count = num_chosen(self.capacity if capacity is None else capacity, x_BSD.shape[1])
+        share = self.capacity if capacity is None else capacity
+        count = num_chosen(share, x_BSD.shape[1])
         scores_BS = self._scores(x_BSD, context, count, received_BS)
         predictor_BS = None if self.predictor is None else self.predictor(x_BSD)
-        places, chosen_BS = self._choose(scores_BS, predictor_BS, count, context)
+        places, chosen_BS = self._choose(scores_BS, predictor_BS, share, context)
         trains = context.selection in TRAINING_SELECTIONS
         record = RoutingRecord(
             scores_BS,
@@ -98,6 +121,8 @@ class MixtureOfDepths(nn.Module):
             if trains and self.config.keeps_threshold
             else None,
         )
+        if places is None:
+            return Output(x_BSD, routing=(record,))
         found = self._route(x_BSD, context, scores_BS, places)
         return found._replace(routing=(record, *found.routing))
 
@@ -110,20 +135,26 @@ class MixtureOfDepths(nn.Module):
         """The score above which a token takes part, a scalar; 0 before anything was learned."""
         return self.threshold_sum / self.threshold_weight.clamp(min=1e-12)
 
-    def decide(
-        self, selection: Selection, scores_BS: Tensor, predictor_BS: Tensor | None
-    ) -> Tensor:
-        """Return who takes part (B, S) by a causal decision.
+    def level(self, selection: Selection) -> Tensor | float:
+        """What `value` has to exceed for a token to take part, as trained."""
+        return self.threshold() if selection == "threshold" else 0.0
+
+    def value(self, selection: Selection, scores_BS: Tensor, predictor_BS: Tensor | None) -> Tensor:
+        """Return what a causal decision goes by (B, S): scores, or the predictor's logits.
 
         Raises:
             ValueError: the model was built without that decision.
         """
         self._check(selection)
-        if selection == "threshold":
-            return scores_BS > self.threshold()
-        if selection == "auxiliary" or predictor_BS is None:
-            return scores_BS > 0
-        return predictor_BS > 0
+        if selection == "predictor" and predictor_BS is not None:
+            return predictor_BS
+        return scores_BS
+
+    def decide(
+        self, selection: Selection, scores_BS: Tensor, predictor_BS: Tensor | None
+    ) -> Tensor:
+        """Return who takes part (B, S) by a causal decision, as trained."""
+        return self.value(selection, scores_BS, predictor_BS) > self.level(selection)
 
     def observe(self, record: RoutingRecord) -> Tensor | None:
         """Return what `absorb` wants to know of a micro-batch; None where there is nothing."""
@@ -171,11 +202,12 @@ class MixtureOfDepths(nn.Module):
         self,
         scores_BS: Tensor,
         predictor_BS: Tensor | None,
-        count: int,
+        share: float,
         context: SequenceContext,
-    ) -> tuple[Places, Tensor]:
-        """Return the places to compute, and who takes part (B, S)."""
-        if context.selection == "top_k" or not self.config.needs_causal:
+    ) -> tuple[Places | None, Tensor]:
+        """Return the places to compute (None: there are none), and who takes part (B, S)."""
+        count = num_chosen(share, scores_BS.shape[1])
+        if context.selection == "top_k":
             if not self.config.needs_causal:
                 # A document's share depends on where it ends: these choices are to know nothing.
                 context = context._replace(documents_BS=None)
@@ -183,32 +215,83 @@ class MixtureOfDepths(nn.Module):
             source = True if places.filled_BK is None else places.filled_BK
             nobody_BS = torch.zeros_like(scores_BS, dtype=torch.bool)
             return places, nobody_BS.scatter(1, places.index_BK, source)
-        valid_BS = context.valid_BS
         if context.selection == "token":
             room = self.config.places(count, scores_BS.shape[1])
             threshold, is_known = self.threshold(), self.threshold_weight > 0
-            chosen_BS = token_choice(scores_BS, count, room, threshold, is_known, valid_BS)
+            chosen_BS = token_choice(scores_BS, count, room, threshold, is_known, context.valid_BS)
         else:
-            chosen_BS = self.decide(context.selection, scores_BS, predictor_BS)
-            if valid_BS is not None:
-                chosen_BS = chosen_BS & valid_BS
+            chosen_BS = self._choose_causally(scores_BS, predictor_BS, share, context)
             # The number is read on the host, which is why training does not come this way.
+            counts = chosen_BS.sum(dim=1).tolist()
+            if context.cache is not None:
+                return places_of(chosen_BS, counts), chosen_BS
             # One place at least, if only for nobody: what is inside leaves its records.
-            room = max(1, int(chosen_BS.sum(dim=1).max().item()))
+            room = max(1, *counts)
         index_BK = first_places(chosen_BS, room)
         return Places(index_BK, chosen_BS.gather(1, index_BK)), chosen_BS
+
+    def _choose_causally(
+        self,
+        scores_BS: Tensor,
+        predictor_BS: Tensor | None,
+        share: float,
+        context: SequenceContext,
+    ) -> Tensor:
+        """Return who takes part (B, S), within what the dial allows."""
+        selection, dial = context.selection, context.dial or Dial()
+        moved = None if dial.levels is None else dial.levels[self.number]
+        if self.config.needs_causal:
+            level = self.level(selection) if moved is None else moved
+            chosen_BS = self.value(selection, scores_BS, predictor_BS) > level
+        else:
+            share = share if moved is None else moved
+            positions_BS = context.positions_BS.expand_as(scores_BS)
+            if self.config.score == "fixed":
+                chosen_BS = every_so_many(positions_BS, share)
+            else:
+                chosen_BS = scattered(positions_BS, share, self.number)
+        if context.valid_BS is not None:
+            chosen_BS = chosen_BS & context.valid_BS
+        if dial.step_cap is not None:
+            entered_BS = 0 if context.entered_BS is None else context.entered_BS
+            chosen_BS = chosen_BS & (
+                torch.zeros_like(chosen_BS.long()) + entered_BS < dial.step_cap
+            )
+        if dial.layer_cap is None:
+            return chosen_BS
+        return self._cap(chosen_BS, dial.layer_cap, context)
+
+    def _cap(self, wanted_BS: Tensor, cap: float, context: SequenceContext) -> Tensor:
+        """Keep to ``cap`` of the tokens so far, those before the cache's end included."""
+        allowed_BS = so_many(context.positions_BS.expand_as(wanted_BS) + 1, cap)
+        if not context.taken:
+            return within(wanted_BS, allowed_BS, 0)
+        taken = context.taken[self.number]
+        before_B = [taken.store.lengths[row] for row in taken.rows]
+        taken_B1 = torch.tensor(before_B, device=wanted_BS.device).unsqueeze(1)
+        chosen_BS = within(wanted_BS, allowed_BS, taken_B1)
+        counts = chosen_BS.sum(dim=1).tolist()
+        index_BK = first_places(chosen_BS, max(counts))
+        positions_BK = context.positions_BS.gather(1, index_BK)
+        taken._replace(counts=counts).append((), positions_BK, None)
+        return chosen_BS
 
     def _route(
         self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, places: Places
     ) -> Output:
         """Gather the chosen, update them, put them back; the others' bits stay as they are."""
         batch, length, dim = x_BSD.shape
-        index_BK, filled_BK = places
+        index_BK, filled_BK = places.index_BK, places.filled_BK
         # Rows of the flattened batch: selecting and adding whole rows is several times faster than
         # gather and scatter with an index spread over the features.
-        start_B1 = torch.arange(batch, device=x_BSD.device).unsqueeze(1) * length
-        row_N = (index_BK + start_B1).flatten()
-        chosen_BKD = x_BSD.reshape(-1, dim).index_select(0, row_N).view(batch, -1, dim)
+        if places.rows is None or places.counts is None:
+            number_B = torch.arange(batch, device=x_BSD.device)
+        else:
+            number_B = torch.tensor(places.rows, device=x_BSD.device)
+            context = context.of(places.rows, places.counts)
+            scores_BS = scores_BS.index_select(0, number_B)
+        row_N = (index_BK + number_B.unsqueeze(1) * length).flatten()
+        chosen_BKD = x_BSD.reshape(-1, dim).index_select(0, row_N).view(len(number_B), -1, dim)
         found = as_output(self.module(chosen_BKD, context.gather(index_BK, filled_BK)))
         update_BKD = found.value_BSD
         factor_BK = self.gate(scores_BS.gather(1, index_BK), chosen_BKD)
@@ -243,6 +326,7 @@ class SplitLayer(nn.Module):
     ) -> Output:
         """Return the residual stream after both."""
         attended: Output = self.attention(x_BSD, context, capacity, received_BS)
+        context = context.after(attended.routing)
         fed: Output = self.mlp(attended.value_BSD, context, capacity, received_BS)
         return Output(
             fed.value_BSD,

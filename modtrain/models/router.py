@@ -5,6 +5,8 @@ Shapes: B batch, S sequence, D model, K chosen.
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,6 +89,33 @@ def evenly_spaced(x_BSD: Tensor, count: int) -> Tensor:
     place_S = torch.arange(length + 1, device=x_BSD.device) * count // length
     wide = torch.promote_types(x_BSD.dtype, torch.float32)
     return place_S.diff().to(wide).expand(batch, -1)
+
+
+def scattered(positions_BS: Tensor, share: float, salt: int) -> Tensor:
+    """Choose this share of the positions at random (B, S): what the control goes by when causal.
+
+    A hash of position and ``salt`` draws, so that a token is chosen alike in a whole sequence, in
+    pieces of it, and on every device.
+    """
+    # Multiply and shift in 32 bits, after Wellons' "lowbias32" (https://nullprogram.com, 2018).
+    hashed = (positions_BS + (salt + 1) * 0x9E3779B1) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        hashed = ((hashed ^ (hashed >> shift)) * factor) & 0xFFFFFFFF
+    return (hashed ^ (hashed >> 16)) < int(share * 2**32)
+
+
+def so_many(count_BS: Tensor, share: float) -> Tensor:
+    """Return floor(share x count), exactly: 3 x (1 / 3) is less than 1 in floating point."""
+    fraction = Fraction(share).limit_denominator(10**6)
+    return count_BS * fraction.numerator // fraction.denominator
+
+
+def every_so_many(positions_BS: Tensor, share: float) -> Tensor:
+    """Choose this share of the positions, evenly spaced (B, S), whatever the sequence's length.
+
+    Where share x S is whole, these are the positions of `evenly_spaced`.
+    """
+    return so_many(positions_BS + 1, share) > so_many(positions_BS, share)
 
 
 class Gate(nn.Module):

@@ -18,10 +18,14 @@ class Places(NamedTuple):
 
     index_BK: their positions; the chosen come first, in ascending order, which keeps plain causal
     attention among them valid. filled_BK: False for places that hold nobody; None: all are filled.
+    rows: the sequences of the batch that the places are of, and ``counts`` how many of them are
+    filled; None: all, in order.
     """
 
     index_BK: Tensor
     filled_BK: Tensor | None = None
+    rows: list[int] | None = None
+    counts: list[int] | None = None
 
 
 def top_k(scores_BS: Tensor, count: int) -> Tensor:
@@ -118,6 +122,36 @@ def token_choice(
     above_BK = torch.where(has_threshold, best.values > threshold, rank_K < share_B1)
     above_BK = above_BK & (best.values > float("-inf"))
     return torch.zeros_like(scores_BS, dtype=torch.bool).scatter(1, best.indices, above_BK)
+
+
+def places_of(chosen_BS: Tensor, counts: list[int]) -> Places | None:
+    """Return the places of the sequences in which anybody is chosen; None where nobody is.
+
+    counts: how many are chosen of each sequence.
+    """
+    rows = [row for row, count in enumerate(counts) if count]
+    if not rows:
+        return None
+    if len(rows) < len(counts):
+        chosen_BS = chosen_BS[torch.tensor(rows, device=chosen_BS.device)]
+    own = [counts[row] for row in rows]
+    index_BK = first_places(chosen_BS, max(own))
+    filled_BK = None if min(own) == max(own) else chosen_BS.gather(1, index_BK)
+    return Places(index_BK, filled_BK, rows, own)
+
+
+def within(wanted_BS: Tensor, allowed_BS: Tensor, taken_B1: Tensor | int) -> Tensor:
+    """Choose the wanted tokens (B, S) as long as they are allowed, the earlier ones first.
+
+    allowed_BS: how many may be chosen up to each token, rising; what was chosen before the first
+    one, ``taken_B1``, included.
+    """
+    # N_t = min(N_(t-1) + w_t, a_t), written without the recursion.
+    wished_BS = wanted_BS.long().cumsum(dim=1)
+    slack_BS = (allowed_BS - wished_BS).cummin(dim=1).values
+    total_BS = wished_BS + torch.minimum(slack_BS, torch.zeros_like(slack_BS) + taken_B1)
+    before_BS = torch.cat([torch.zeros_like(total_BS[:, :1]) + taken_B1, total_BS[:, :-1]], dim=1)
+    return total_BS > before_BS
 
 
 def quantile(scores_BS: Tensor, count: int, valid_BS: Tensor | None) -> Tensor:

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from modtrain.models.cache import CacheView
+from modtrain.models.dial import Dial
 from modtrain.models.router_config import Selection
 
 
@@ -24,6 +26,10 @@ class SequenceContext(NamedTuple):
         Nothing passes between documents.
     valid_BS: False for padding, which nobody sees and nothing is spent on; None: all are valid.
     visible_BSS: which key (last) each query sees; None: itself and every one before.
+    cache: what the layer's mixer has seen before; None where these tokens are all there is.
+    taken: by router, the tokens that took part before, where ``cache`` is one and a cap asks.
+    dial: how much is to be computed; None: as trained.
+    entered_BS: routed parts that each token entered so far in this pass, where a cap asks.
     """
 
     positions_BS: Tensor
@@ -34,6 +40,37 @@ class SequenceContext(NamedTuple):
     documents_BS: Tensor | None = None
     valid_BS: Tensor | None = None
     visible_BSS: Tensor | None = None
+    cache: CacheView | None = None
+    taken: tuple[CacheView, ...] = ()
+    dial: Dial | None = None
+    entered_BS: Tensor | None = None
+
+    def after(self, routing: tuple[RoutingRecord, ...]) -> SequenceContext:
+        """Return the context behind a part of a layer that decided so."""
+        if self.dial is None or self.dial.step_cap is None or not routing:
+            return self
+        entered_BS = torch.stack([record.chosen_BS for record in routing]).sum(dim=0)
+        return self._replace(
+            entered_BS=entered_BS if self.entered_BS is None else self.entered_BS + entered_BS
+        )
+
+    def of(self, rows: list[int], counts: list[int]) -> SequenceContext:
+        """Return the context of the sequences ``rows`` alone, ``counts`` new tokens of each.
+
+        Every tensor has a row a sequence.
+        """
+        cache = None if self.cache is None else self.cache.of(rows, counts)
+        if len(rows) == len(self.positions_BS):
+            return self._replace(cache=cache)
+        index_N = torch.tensor(rows, device=self.positions_BS.device)
+        documents = self.documents_BS
+        return self._replace(
+            positions_BS=self.positions_BS.index_select(0, index_N),
+            cos_BSW=self.cos_BSW.index_select(0, index_N),
+            sin_BSW=self.sin_BSW.index_select(0, index_N),
+            documents_BS=None if documents is None else documents.index_select(0, index_N),
+            cache=cache,
+        )
 
     def gather(self, index_BK: Tensor, valid_BK: Tensor | None = None) -> SequenceContext:
         """Return the context of the tokens ``index_BK`` alone; they keep their positions.
@@ -62,7 +99,9 @@ class SequenceContext(NamedTuple):
             sin_BSW=take(self.sin_BSW),
             documents_BS=documents,
             valid_BS=valid_BK,
-            visible_BSS=visible(positions, self.window, documents, None),
+            visible_BSS=None
+            if self.cache is not None
+            else visible(positions, self.window, documents, None),
         )
 
 
@@ -77,19 +116,25 @@ def sequence_context(
     valid_BS: Tensor | None = None,
 ) -> SequenceContext:
     """Make the context of tokens at ``positions_BS`` (RoPE, arXiv 2104.09864)."""
-    device = positions_BS.device
-    exponent_W = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
-    angle_BSW = positions_BS.unsqueeze(-1).float() * theta**-exponent_W
+    cos_BSW, sin_BSW = rotary(positions_BS, head_width, theta)
     return SequenceContext(
         positions_BS,
-        angle_BSW.cos(),
-        angle_BSW.sin(),
+        cos_BSW,
+        sin_BSW,
         selection,
         window,
         documents_BS,
         valid_BS,
         visible(positions_BS, window, documents_BS, valid_BS),
     )
+
+
+def rotary(positions_BS: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of each position's angles (B, S, W)."""
+    device = positions_BS.device
+    exponent_W = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
+    angle_BSW = positions_BS.unsqueeze(-1).float() * theta**-exponent_W
+    return angle_BSW.cos(), angle_BSW.sin()
 
 
 def visible(

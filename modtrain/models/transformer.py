@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modtrain.models.attention import Attention
 from modtrain.models.block import Block
+from modtrain.models.cache import Cache, CacheView
 from modtrain.models.config import ModelConfig
 from modtrain.models.convolution import Convolution
 from modtrain.models.depth import (
@@ -22,16 +23,19 @@ from modtrain.models.depth import (
     auxiliary_loss,
     predictor_loss,
 )
+from modtrain.models.dial import Dial
 from modtrain.models.experts import Experts
 from modtrain.models.feed_forward import FeedForward
 from modtrain.models.init import initialise
 from modtrain.models.loss import next_token_loss
 from modtrain.models.norm import RMSNorm
+from modtrain.models.packing import Packed, packed
 from modtrain.models.router_config import Selection
 from modtrain.models.sequence import (
     ExpertRecord,
     RoutingRecord,
     SequenceContext,
+    rotary,
     sequence_context,
 )
 
@@ -90,6 +94,7 @@ class Transformer(nn.Module):
         capacities: Sequence[float | None] | None = None,
         documents_BS: Tensor | None = None,
         valid_BS: Tensor | None = None,
+        dial: Dial | None = None,
     ) -> ModelOutput:
         """Run the model.
 
@@ -99,10 +104,11 @@ class Transformer(nn.Module):
         capacities: one a layer, in place of the configuration's, where they follow a schedule.
         documents_BS: numbers of the documents, rising along each sequence: nothing then passes
         between documents, but that the room of token choice and of limited experts is the
-        sequence's. valid_BS: False for padding.
+        sequence's. valid_BS: False for padding. dial: how much causal decisions are to compute.
         """
         selection = selection or self.config.training_selection
         context = self._context(tokens_BS, selection, documents_BS, valid_BS)
+        context = context._replace(dial=dial)
         x_BSD = self.embedding(tokens_BS)
         routing: tuple[RoutingRecord, ...] = ()
         experts: tuple[ExpertRecord, ...] = ()
@@ -111,6 +117,7 @@ class Transformer(nn.Module):
             found = layer(x_BSD, context, capacity, received_BS)
             x_BSD, received_BS = found.value_BSD, found.received_BS
             routing, experts = routing + found.routing, experts + found.experts
+            context = context.after(found.routing)
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return ModelOutput(self.head(x_BSD), None, {}, routing, experts)
@@ -119,6 +126,62 @@ class Transformer(nn.Module):
         trains = selection == self.config.training_selection
         auxiliary = self._auxiliary(routing, experts) if trains else {}
         return ModelOutput(None, loss, auxiliary, routing, experts)
+
+    @torch.no_grad()
+    def extend(
+        self,
+        tokens_NS: Tensor,
+        cache: Cache,
+        selection: Selection | None = None,
+        *,
+        rows: list[int] | None = None,
+        dial: Dial | None = None,
+        documents_NS: Tensor | None = None,
+        valid_NS: Tensor | None = None,
+        last_only: bool = False,
+    ) -> ModelOutput:
+        """Run the next tokens of sequences whose earlier ones ``cache`` holds, and remember them.
+
+        The same logits as those of all the tokens at once. Each routed part is computed for the
+        sequences that take part in it, and not at all where none does.
+
+        tokens_NS: the next tokens of the cache's sequences ``rows``, each named once; None: of all.
+        selection: a causal decision; None: the first that the model has. documents_NS: numbers of
+        the documents, which go on rising from call to call. valid_NS: False for padding, on
+        whichever side. last_only: logits (N, 1, V) of each sequence's last token alone.
+
+        Returns logits and the routing; records of experts are left out.
+
+        Raises:
+            ValueError: the model has no such decision, or ``rows`` does not fit.
+        """
+        rows = list(range(cache.batch)) if rows is None else rows
+        if len(rows) != len(tokens_NS) or len(set(rows)) != len(rows):
+            raise ValueError(f"{len(tokens_NS)} sequences of tokens for the rows {rows}")
+        tokens = packed(tokens_NS, valid_NS, documents_NS)
+        context = self._cached_context(tokens, cache, self._causal(selection), rows, dial)
+        x_NSD = self.embedding(tokens.tokens_NS)
+        routing: tuple[RoutingRecord, ...] = ()
+        for layer, store in zip(self.layers, cache.layers, strict=True):
+            view = CacheView(store, rows, tokens.counts)
+            found = layer(x_NSD, context._replace(cache=view))
+            x_NSD, routing = found.value_BSD, routing + found.routing
+            context = context.after(found.routing)
+        for row, count in zip(rows, tokens.counts, strict=True):
+            cache.seen[row] += count
+        x_NSD = tokens.last(x_NSD) if last_only else tokens.unpacked(x_NSD)
+        routing = tuple(
+            record._replace(
+                scores_BS=tokens.unpacked(record.scores_BS),
+                chosen_BS=tokens.unpacked(record.chosen_BS),
+                predictor_BS=None
+                if record.predictor_BS is None
+                else tokens.unpacked(record.predictor_BS),
+                valid_BS=valid_NS,
+            )
+            for record in routing
+        )
+        return ModelOutput(self.head(self.norm(x_NSD)), None, {}, routing, ())
 
     def observe(self, output: ModelOutput) -> list[Tensor]:
         """Return what the running states of routers and experts are to learn from a batch."""
@@ -159,6 +222,46 @@ class Transformer(nn.Module):
             valid_BS=valid_BS,
         )
 
+    def _causal(self, selection: Selection | None) -> Selection:
+        """Return the causal decision to go by. Raises ValueError where there is none."""
+        config, known = self.config, self.config.causal_selections
+        chosen = next(iter(known), None) if selection is None else selection
+        if chosen is None or chosen not in known:
+            raise ValueError(
+                f"the model has no causal decision {chosen or ''}: it was trained with"
+                f" {', '.join(known) or 'none'}"
+            )
+        if config.router.score == "oracle_norm" and config.router.needs_scores(chosen):
+            raise ValueError(
+                "router.score=oracle_norm is made of the whole sequence; decide by a predictor,"
+                " with router.gate=none"
+            )
+        return chosen
+
+    def _cached_context(
+        self,
+        tokens: Packed,
+        cache: Cache,
+        selection: Selection,
+        rows: list[int],
+        dial: Dial | None,
+    ) -> SequenceContext:
+        device = tokens.tokens_NS.device
+        seen_N1 = torch.tensor([cache.seen[row] for row in rows], device=device).unsqueeze(1)
+        positions_NS = seen_N1 + torch.arange(tokens.tokens_NS.shape[1], device=device)
+        cos_NSW, sin_NSW = rotary(positions_NS, self.config.head_width, self.config.rope_theta)
+        return SequenceContext(
+            positions_NS,
+            cos_NSW,
+            sin_NSW,
+            selection,
+            self.config.sliding_window,
+            tokens.documents_NS,
+            tokens.valid_NS,
+            taken=tuple(CacheView(store, rows, tokens.counts) for store in cache.taken),
+            dial=dial,
+        )
+
     def _auxiliary(
         self, routing: tuple[RoutingRecord, ...], experts: tuple[ExpertRecord, ...]
     ) -> dict[str, Tensor]:
@@ -188,15 +291,18 @@ def _layer(config: ModelConfig, index: int) -> nn.Module:
     if capacity is None:
         return Residual(Block(attention, mlp))
 
-    def routed(module: nn.Module) -> MixtureOfDepths:
-        return MixtureOfDepths(module, config.router, capacity, config.d_model, config.norm_eps)
+    def routed(module: nn.Module, part: str) -> MixtureOfDepths:
+        number = config.routed_parts.index((index, part))
+        return MixtureOfDepths(
+            module, config.router, capacity, config.d_model, config.norm_eps, number
+        )
 
     target = config.router.target
     if target == "block":
-        return routed(Block(attention, mlp))
+        return routed(Block(attention, mlp), "block")
     return SplitLayer(
-        Residual(attention) if target == "mlp" else routed(attention),
-        Residual(mlp) if target == "attention" else routed(mlp),
+        Residual(attention) if target == "mlp" else routed(attention, "attention"),
+        Residual(mlp) if target == "attention" else routed(mlp, "mlp"),
     )
 
 

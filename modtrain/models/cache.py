@@ -1,0 +1,311 @@
+"""What a model keeps of the tokens that it has seen, so that the next ones can be run alone.
+
+Each mixer has a `Store`: keys and values of attention, inputs of a convolution. Behind a depth
+router it holds the tokens that took part and no others, so its rows are of different lengths.
+Lengths are numbers on the host: what runs next depends on them.
+
+Shapes: B sequences of the cache, N sequences of the batch, C places of a store, L entries in use,
+K new tokens, Q queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modtrain.models.config import ModelConfig
+
+# A store grows by an eighth and a page at least: copying then costs a constant a token, and little
+# is allocated that is not used.
+_PAGE = 32
+_GROWTH = 8
+
+
+class Entries(NamedTuple):
+    """Entries of some sequences, oldest first.
+
+    fields: tensors (N, L, …). positions_NL: where each entry's token stands in the text.
+    documents_NL: its document's number. lengths: how many entries of each sequence count; what is
+    behind them is finite and means nothing.
+    """
+
+    fields: tuple[Tensor, ...]
+    positions_NL: Tensor
+    documents_NL: Tensor
+    lengths: list[int]
+
+
+class Store:
+    """Ragged rows of entries, one row a sequence, in the order of their positions.
+
+    window: how many positions back the next token looks; None: all. last: how many entries back.
+    margin: by how many tokens `truncate` may go back; so much more is kept of what the window or
+    the last entries leave behind.
+    """
+
+    def __init__(
+        self, batch: int, window: int | None = None, last: int | None = None, margin: int = 0
+    ) -> None:
+        self.batch, self.window, self.last, self.margin = batch, window, last, margin
+        self.lengths = [0] * batch
+        self._fields: tuple[Tensor, ...] = ()
+        # Allocated on the device of the first entries.
+        self._positions_BC = torch.zeros(batch, 0, dtype=torch.long)
+        self._documents_BC = torch.zeros(batch, 0, dtype=torch.long)
+
+    @property
+    def places(self) -> int:
+        """Entries of a row that there is memory for."""
+        return self._positions_BC.shape[1]
+
+    def append(
+        self,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        fields: tuple[Tensor, ...],
+        positions_NK: Tensor,
+        documents_NK: Tensor | None,
+    ) -> None:
+        """Add the first ``counts[i]`` of K new tokens to row ``rows[i]``; fields are (N, K, …)."""
+        self._reserve(rows, counts, fields, positions_NK.device)
+        buffers = self._buffers()
+        if documents_NK is None:
+            documents_NK = torch.zeros_like(positions_NK)
+        new = (*fields, positions_NK, documents_NK)
+        starts = [self.lengths[row] for row in rows]
+        length = positions_NK.shape[1]
+        if len(rows) == self.batch and set(counts) == {length} and len(set(starts)) == 1:
+            for buffer, values in zip(buffers, new, strict=True):
+                buffer[:, starts[0] : starts[0] + length].copy_(values)
+        else:
+            device = positions_NK.device
+            rows_N1, starts_N1, counts_N1 = (
+                torch.tensor(numbers, device=device).unsqueeze(1)
+                for numbers in (list(rows), starts, list(counts))
+            )
+            place_K = torch.arange(length, device=device)
+            source_M, place_M = (place_K < counts_N1).nonzero(as_tuple=True)
+            target = (rows_N1[source_M, 0], starts_N1[source_M, 0] + place_M)
+            for buffer, values in zip(buffers, new, strict=True):
+                values_M = values.expand(len(rows), *values.shape[1:])[source_M, place_M]
+                buffer.index_put_(target, values_M.to(buffer.dtype))
+        for row, count in zip(rows, counts, strict=True):
+            self.lengths[row] += count
+
+    def entries(self, rows: Sequence[int]) -> Entries:
+        """Return what there is of these rows. Views where they are one row, or all."""
+        lengths = [self.lengths[row] for row in rows]
+        longest = max(lengths)
+        narrowed = tuple(buffer[:, :longest] for buffer in self._buffers())
+        if len(rows) == 1:
+            narrowed = tuple(buffer[rows[0] : rows[0] + 1] for buffer in narrowed)
+        elif len(rows) != self.batch:
+            index_N = torch.tensor(list(rows), device=narrowed[0].device)
+            narrowed = tuple(buffer.index_select(0, index_N) for buffer in narrowed)
+        *fields, positions_NL, documents_NL = narrowed
+        return Entries(tuple(fields), positions_NL, documents_NL, lengths)
+
+    def truncate(self, rows: Sequence[int], seen: Sequence[int]) -> None:
+        """Forget the entries of row ``rows[i]`` from position ``seen[i]`` on."""
+        if not self.places:
+            return
+        kept = [self.lengths[row] for row in rows]
+        longest = max(kept)
+        device = self._positions_BC.device
+        rows_N = torch.tensor(list(rows), device=device)
+        seen_N1, length_N1 = (
+            torch.tensor(list(numbers), device=device).unsqueeze(1) for numbers in (seen, kept)
+        )
+        positions_NL = self._positions_BC[rows_N, :longest]
+        counts_NL = torch.arange(longest, device=device) < length_N1
+        left = ((positions_NL < seen_N1) & counts_NL).sum(1).tolist()
+        for row, count in zip(rows, left, strict=True):
+            self.lengths[row] = count
+
+    def allocated_bytes(self) -> int:
+        """Memory held, the places not in use included."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers())
+
+    def used_bytes(self) -> int:
+        """Memory of the entries that there are."""
+        return self.allocated_bytes() * sum(self.lengths) // max(1, self.batch * self.places)
+
+    def _buffers(self) -> tuple[Tensor, ...]:
+        return (*self._fields, self._positions_BC, self._documents_BC)
+
+    def _reserve(
+        self,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        fields: tuple[Tensor, ...],
+        device: torch.device,
+    ) -> None:
+        """Make room for so many more entries: drop what nobody will look at, else grow."""
+
+        def missing() -> int:
+            wanted = (self.lengths[row] + n for row, n in zip(rows, counts, strict=True))
+            return max(wanted) - self.places
+
+        if not self.places:
+            places = _pages(missing())
+            self._fields = tuple(
+                field.new_zeros(self.batch, places, *field.shape[2:]) for field in fields
+            )
+            self._positions_BC = torch.zeros(self.batch, places, dtype=torch.long, device=device)
+            self._documents_BC = torch.zeros_like(self._positions_BC)
+        if missing() > 0:
+            self._drop_unseen()
+        if missing() > 0:
+            # Zeros, not whatever lay there: a weight of zero times NaN is NaN.
+            more = _pages(max(missing(), self.places // _GROWTH))
+            self._replace(lambda b: torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], 1))
+
+    def _drop_unseen(self) -> None:
+        """Shift out the entries that are behind every coming token's window."""
+        gone = self._unseen()
+        if not any(gone):
+            return
+        device = self._positions_BC.device
+        place_BC = torch.arange(self.places, device=device) + torch.tensor(
+            gone, device=device
+        ).unsqueeze(1)
+        # The rows' ends now repeat the last place, which is finite and behind the length.
+        place_BC = place_BC.clamp(max=self.places - 1)
+        row_B1 = torch.arange(self.batch, device=device).unsqueeze(1)
+        self._replace(lambda buffer: buffer[row_B1, place_BC])
+        self.lengths = [length - n for length, n in zip(self.lengths, gone, strict=True)]
+
+    def _unseen(self) -> list[int]:
+        """How many of the oldest entries of each row no coming token looks at."""
+        if self.last is not None:
+            kept = self.last + self.margin
+            return [max(0, length - kept) for length in self.lengths]
+        if self.window is None:
+            return [0] * self.batch
+        device = self._positions_BC.device
+        length_B1 = torch.tensor(self.lengths, device=device).unsqueeze(1)
+        counts_BC = torch.arange(self.places, device=device) < length_B1
+        newest_B1 = self._positions_BC.where(counts_BC, -1).amax(1, keepdim=True)
+        oldest_B1 = newest_B1 + 2 - self.window - self.margin
+        gone: list[int] = ((self._positions_BC < oldest_B1) & counts_BC).sum(1).tolist()
+        return gone
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        *fields, positions, documents = (change(buffer) for buffer in self._buffers())
+        self._fields = tuple(fields)
+        self._positions_BC, self._documents_BC = positions, documents
+
+
+class CacheView(NamedTuple):
+    """The store of a mixer, and the rows of it that the batch stands for.
+
+    counts: how many of the new tokens of each sequence there are; the first ones.
+    """
+
+    store: Store
+    rows: list[int]
+    counts: list[int]
+
+    def of(self, rows: list[int], counts: list[int]) -> CacheView:
+        """Return the view of the sequences ``rows`` of the batch, so many new tokens of each."""
+        return CacheView(self.store, [self.rows[row] for row in rows], counts)
+
+    def append(
+        self, fields: tuple[Tensor, ...], positions_NK: Tensor, documents_NK: Tensor | None
+    ) -> None:
+        """Add the new tokens; positions and documents may be those of one sequence for all."""
+        self.store.append(self.rows, self.counts, fields, positions_NK, documents_NK)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is stored of any of these sequences."""
+        return not any(self.store.lengths[row] for row in self.rows)
+
+    def entries(self) -> Entries:
+        """What is stored of these sequences."""
+        return self.store.entries(self.rows)
+
+    def latest(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the newest ``count`` entries of a store with one field, and their documents.
+
+        Where there are fewer, the field (N, count, …) has zeros in front, the documents
+        (N, count) have -1. like: a field of new tokens (N, K, …).
+        """
+        rows = len(self.rows)
+        if count == 0 or self.is_empty():
+            nothing = like.new_zeros(rows, count, *like.shape[2:])
+            return nothing, torch.full((rows, count), -1, device=like.device)
+        entries = self.entries()
+        length_N1 = torch.tensor(entries.lengths, device=like.device).unsqueeze(1)
+        place_NR = length_N1 - count + torch.arange(count, device=like.device)
+        row_N1 = torch.arange(rows, device=like.device).unsqueeze(1)
+        found = entries.fields[0][row_N1, place_NR.clamp(min=0)]
+        is_there = place_NR >= 0
+        shape = (*is_there.shape, *(1 for _ in like.shape[2:]))
+        documents_NR = entries.documents_NL.gather(1, place_NR.clamp(min=0))
+        return found.where(is_there.view(shape), 0), documents_NR.where(is_there, -1)
+
+
+class Cache:
+    """What a model has seen of a batch of sequences.
+
+    Rows differ in length; each goes on, stops or is cut back by itself.
+
+    margin: by how many tokens `truncate` may go back where a layer forgets what it no longer
+    looks at; without sliding windows and convolutions it may go back to any place.
+    counts_taken: also keep which tokens took part in each router, which a cap on them asks for.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, margin: int = 0, counts_taken: bool = False
+    ) -> None:
+        self.batch, self.margin = batch, margin
+        self.seen = [0] * batch
+        self.layers = [
+            Store(batch, last=config.conv_width - 1, margin=margin)
+            if mixer == "convolution"
+            else Store(batch, window=config.sliding_window, margin=margin)
+            for mixer in config.mixers
+        ]
+        routers = len(config.routed_parts) if counts_taken else 0
+        self.taken = [Store(batch) for _ in range(routers)]
+
+    def truncate(self, seen: Sequence[int], rows: Sequence[int] | None = None) -> None:
+        """Go back to where the sequences ``rows`` (None: all) had ``seen`` tokens each.
+
+        Raises:
+            ValueError: that is further on, or further back than ``margin`` and forgotten.
+        """
+        rows = range(self.batch) if rows is None else rows
+        for row, count in zip(rows, seen, strict=True):
+            back = self.seen[row] - count
+            if back < 0 or (back > self.margin and self._forgets()):
+                raise ValueError(
+                    f"sequence {row} has {self.seen[row]} tokens: no way back to {count}"
+                    f" with a margin of {self.margin}"
+                )
+            self.seen[row] = count
+        for store in (*self.layers, *self.taken):
+            store.truncate(rows, seen)
+
+    def allocated_bytes(self) -> int:
+        """Memory held."""
+        return sum(store.allocated_bytes() for store in (*self.layers, *self.taken))
+
+    def used_bytes(self) -> int:
+        """Memory of what is stored."""
+        return sum(store.used_bytes() for store in (*self.layers, *self.taken))
+
+    def stored(self) -> list[list[int]]:
+        """Entries in use by layer and sequence."""
+        return [list(store.lengths) for store in self.layers]
+
+    def _forgets(self) -> bool:
+        return any(s.window is not None or s.last is not None for s in self.layers)
+
+
+def _pages(entries: int) -> int:
+    """Round up to whole pages."""
+    return max(1, -(-entries // _PAGE)) * _PAGE
