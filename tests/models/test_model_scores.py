@@ -133,8 +133,9 @@ def test_content_free_scores_are_causal_as_they_are(score, gate, target):
         assert (moved_BS[0, :position] < 1e-9).all()
         assert moved_BS[0, position] > 1e-3
         assert (moved_BS[1] < 1e-9).all()
-    trained = seeded(model, tokens_BS)
-    assert torch.equal(before.logits_BSV, trained.logits_BSV), "and choose as in training"
+    if score == "fixed":
+        trained = seeded(model, tokens_BS)
+        assert torch.equal(before.logits_BSV, trained.logits_BSV), "and choose as in training"
 
 
 # Attention that a token received.
