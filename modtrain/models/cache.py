@@ -77,7 +77,7 @@ class Store:
         new = (*fields, positions_NK, documents_NK)
         starts = [self.lengths[row] for row in rows]
         length = positions_NK.shape[1]
-        if len(rows) == self.batch and set(counts) == {length} and len(set(starts)) == 1:
+        if self._is_all(rows) and set(counts) == {length} and len(set(starts)) == 1:
             for buffer, values in zip(buffers, new, strict=True):
                 buffer[:, starts[0] : starts[0] + length].copy_(values)
         else:
@@ -102,7 +102,7 @@ class Store:
         narrowed = tuple(buffer[:, :longest] for buffer in self._buffers())
         if len(rows) == 1:
             narrowed = tuple(buffer[rows[0] : rows[0] + 1] for buffer in narrowed)
-        elif len(rows) != self.batch:
+        elif not self._is_all(rows):
             index_N = torch.tensor(list(rows), device=narrowed[0].device)
             narrowed = tuple(buffer.index_select(0, index_N) for buffer in narrowed)
         *fields, positions_NL, documents_NL = narrowed
@@ -132,6 +132,10 @@ class Store:
     def used_bytes(self) -> int:
         """Memory of the entries that there are."""
         return self.allocated_bytes() * sum(self.lengths) // max(1, self.batch * self.places)
+
+    def _is_all(self, rows: Sequence[int]) -> bool:
+        """Whether ``rows`` are all of them, and in order."""
+        return len(rows) == self.batch and all(row == i for i, row in enumerate(rows))
 
     def _buffers(self) -> tuple[Tensor, ...]:
         return (*self._fields, self._positions_BC, self._documents_BC)
@@ -271,6 +275,12 @@ class Cache:
         ]
         routers = len(config.routed_parts) if counts_taken else 0
         self.taken = [Store(batch) for _ in range(routers)]
+
+    def reset(self, row: int) -> None:
+        """Forget a sequence, whose row another one may take."""
+        self.seen[row] = 0
+        for store in (*self.layers, *self.taken):
+            store.lengths[row] = 0
 
     def truncate(self, seen: Sequence[int], rows: Sequence[int] | None = None) -> None:
         """Go back to where the sequences ``rows`` (None: all) had ``seen`` tokens each.
