@@ -82,6 +82,26 @@ def _eval(overrides: list[str], config_dir: str | None) -> int:
     return 0
 
 
+def _inspect(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.configuration import compose
+
+    config = compose("inspect", overrides, config_dir)
+    from modtrain.inference.inspect import inspect_run
+
+    _say(f"wrote {inspect_run(config)}")
+    return 0
+
+
+def _generate(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.configuration import compose
+
+    config = compose("generate", overrides, config_dir)
+    from modtrain.inference.generate import generate
+
+    generate(config)
+    return 0
+
+
 def _plan(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.configuration import compose
     from modtrain.training.plan_report import show
@@ -106,6 +126,8 @@ _VERBS: dict[str, tuple[Verb, str]] = {
     "train": (_train, "train a run, or go on with it"),
     "compare": (_compare, "train several models on one budget and report them side by side"),
     "eval": (_eval, "held-out losses of a run, causal and not"),
+    "inspect": (_inspect, "a page that shows what a run's routers do with a text"),
+    "generate": (_generate, "continue texts with a run"),
     "plan": (_plan, "what a run would take: parameters, FLOPs, steps, memory"),
     "doctor": (_doctor, "versions, devices, and what is missing here"),
 }

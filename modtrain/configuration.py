@@ -25,6 +25,8 @@ from modtrain.data.config import PrepareConfig
 from modtrain.errors import ConfigError, Problem, raise_if_any
 from modtrain.experiments.config import CompareConfig, Comparison
 from modtrain.inference.config import EvalRunConfig
+from modtrain.inference.generate_config import GenerateConfig
+from modtrain.inference.inspect_config import InspectConfig
 from modtrain.training.config import TrainConfig
 
 SCHEMAS: dict[str, type] = {
@@ -33,6 +35,8 @@ SCHEMAS: dict[str, type] = {
     "compare": CompareConfig,
     "prepare": PrepareConfig,
     "eval": EvalRunConfig,
+    "generate": GenerateConfig,
+    "inspect": InspectConfig,
 }
 
 

@@ -1,116 +1,191 @@
-"""Evaluate a run's checkpoint on held-out text, causally and under top-k."""
+"""Evaluate a run's checkpoint on held-out text: causally, as trained beside it, along the dial."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from modtrain.data.datamodule import TokenDataModule
 from modtrain.data.index import read_summary
-from modtrain.errors import CheckpointError, DataError, raise_if_any
+from modtrain.errors import Problem, raise_if_any
 from modtrain.files import write_text
-from modtrain.inference.config import EvalRunConfig
+from modtrain.inference.config import DialConfig, EvalRunConfig
+from modtrain.inference.dial import (
+    Calibration,
+    chosen_decisions,
+    dial_of_run,
+    dial_problems,
+    training_text,
+)
+from modtrain.inference.loading import LoadedRun, load_run
+from modtrain.inference.report import draw_sweep, evaluation_points, sweep_points, write_points
+from modtrain.models.dial import Dial
 from modtrain.models.flops import dense_equivalent_flops
-from modtrain.models.transformer import Transformer
-from modtrain.training import checkpoint
-from modtrain.training.config import TrainConfig
-from modtrain.training.hardware import resolve_accelerator, resolve_precision
-from modtrain.training.held_out import HeldOut, evaluate
-from modtrain.training.plan import derive
-from modtrain.training.run_directory import RunDirectory
+from modtrain.models.router_config import Selection
+from modtrain.training.held_out import Decision, HeldOut, evaluate
 
 
 def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
-    """Evaluate the run and write the figures to ``eval-<step>.json`` in its directory.
+    """Evaluate the run, or sweep it where ``config.sweep`` says so, and write the figures.
+
+    They go to ``eval-<step>.json`` or ``sweep-<step>.json`` in the run's directory and to its
+    ``tensorboard/``; a sweep's curve to a PNG as well. A setting of the dial is part of the names.
+    docs/method.md explains the keys.
 
     Returns:
-        The figures as plain data: those of `HeldOut`, perplexity and bits a byte.
+        The figures as plain data.
 
     Raises:
         ConfigError, CheckpointError, DataError: what cannot be evaluated, with the remedy.
     """
     raise_if_any(config.problems())
-    run = RunDirectory(Path(config.runs_dir) / str(config.run))
-    trained = run.read_config()
-    step, path = _choose(run, config.step)
-    model = load_model(trained, path)
-    device = torch.device(resolve_accelerator(config.accelerator))
-    data_path = config.data_path or trained.data.path
-    _check_tokenizer(run, trained, data_path)
-    data = TokenDataModule(
-        replace(trained.data, path=data_path),
-        micro_batch_size=1,
-        accumulate=1,
-        num_steps=1,
-        eval_batch_size=config.batch_size,
-        eval_sequences=config.sequences,
+    loaded = load_run(config)
+    raise_if_any(dial_problems(config.inference, loaded.trained.model, "inference"))
+    return _evaluation(config, loaded) if config.sweep is None else _sweep(config, loaded)
+
+
+def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
+    wish = config.inference
+    selections = chosen_decisions(wish, loaded.trained.model)
+    dials: dict[Selection, Dial] = {}
+    for selection in selections:
+        dial = dial_of_run(loaded, selection, wish, config.batch_size)
+        if dial is not None:
+            dials[selection] = dial
+    found = _held_out(config, loaded, selections, dials)
+    figures = {**_head(config, loaded, found), **_figures(found, _tokens_per_byte(loaded))}
+    write_text(
+        loaded.directory.path / f"eval-{loaded.step:09d}{_suffix(wish)}.json",
+        json.dumps(figures, indent=1),
     )
-    bf16 = resolve_precision(config.precision, device.type) == "bf16"
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-    held_out = evaluate(
-        model.to(device),
-        data.val_dataloader(),
-        autocast,
-        eos_id=trained.data.eos_id,
-        # In the middle of a schedule the model is at other capacities than at its end.
-        capacities=derive(trained).capacities_at(max(0, step - 1)),
-    )
-    figures = _figures(trained, held_out, data_path, step)
-    write_text(run.path / f"eval-{step:09d}.json", json.dumps(figures, indent=1))
+    events = loaded.directory.tensorboard / f"eval{_suffix(wish)}"
+    write_points(events, loaded.step, evaluation_points(figures))
     return figures
 
 
-def load_model(config: TrainConfig, path: Path) -> Transformer:
-    """Return the model of ``config`` with the weights of the checkpoint ``path``, on the CPU."""
-    model = Transformer(config.model, seed=config.seed)
-    state = checkpoint.load(path)["state_dict"]
-    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
-    return model.eval()
-
-
-def _choose(run: RunDirectory, step: int | None) -> tuple[int, Path]:
-    if step is None:
-        newest = checkpoint.latest(run.checkpoints)
-        if newest is None:
-            raise CheckpointError(f"{run.checkpoints} holds no whole checkpoint: train first")
-        return newest
-    steps = dict(checkpoint.whole_checkpoints(run.checkpoints))
-    if step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"{run.path} has no checkpoint of step={step}; there are: {there}")
-    return step, steps[step]
-
-
-def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data_path: str) -> None:
-    """Raise where the numbers of tokens would mean other text than in training."""
-    known = json.loads(run.manifest.read_text())["data_fingerprint"]
-    if read_summary(trained.data.path).fingerprint != known:
-        raise DataError(
-            f"{trained.data.path} holds other data now than {run.path} was trained on:"
-            " prepare that again, for its tokenizer is the run's"
-        )
-    ours, theirs = read_summary(trained.data.path), read_summary(data_path)
-    if ours.tokenizer_sha256 != theirs.tokenizer_sha256:
-        raise DataError(
-            f"{data_path} was made with another tokenizer than {trained.data.path}: prepare it"
-            f" with tokenizer.path={Path(trained.data.path, 'tokenizer.json')}"
-        )
-
-
-def _figures(trained: TrainConfig, held_out: HeldOut, data_path: str, step: int) -> dict[str, Any]:
-    split = read_summary(data_path).splits["valid"]
-    tokens_per_byte = split.num_tokens / split.num_bytes
-    loss = held_out.causal_loss
-    seq_len = trained.data.seq_len or 1
-    return {
-        "step": step,
-        **held_out.as_dict(),
-        "perplexity": None if loss is None else math.exp(loss),
-        "bits_per_byte": None if loss is None else loss / math.log(2) * tokens_per_byte,
-        "dense_equivalent_flops": dense_equivalent_flops(trained.model, seq_len).total / seq_len,
+def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
+    """Follow the loss over FLOPs, each capacity calibrated as ``inference.capacity`` is."""
+    wish, selection, rate = config.inference, _swept(config, loaded), _tokens_per_byte(loaded)
+    calibration = Calibration(
+        loaded.model,
+        selection,
+        training_text(loaded, wish.calibration_sequences, config.batch_size),
+        loaded.autocast,
+        eos_id=loaded.trained.data.eos_id,
+        caps=Dial(None, wish.layer_cap, wish.step_cap),
+    )
+    trained = _held_out(config, loaded, [selection], {}, as_trained=False)
+    points = []
+    for capacity in sorted(config.sweep or []):
+        dials = {selection: calibration.dial(capacity)}
+        moved = _held_out(config, loaded, [selection], dials, as_trained=False)
+        points.append({"capacity": capacity, **_decision(moved.decisions[selection], rate)})
+    figures = {
+        **_head(config, loaded, trained),
+        "decision": selection,
+        "points": points,
+        "as_trained": _decision(trained.decisions[selection], rate),
     }
+    name = f"sweep-{loaded.step:09d}{_suffix(wish)}"
+    write_text(loaded.directory.path / f"{name}.json", json.dumps(figures, indent=1))
+    draw_sweep(figures, loaded.directory.path / f"{name}.png")
+    write_points(loaded.directory.tensorboard / name, loaded.step, sweep_points(figures))
+    return figures
+
+
+def _swept(config: EvalRunConfig, loaded: LoadedRun) -> Selection:
+    """Return the decision that is swept. Raises ConfigError where there is nothing to move."""
+    known = chosen_decisions(config.inference, loaded.trained.model)
+    problems = dial_problems(DialConfig(capacity=1.0), loaded.trained.model, "")
+    raise_if_any(
+        [Problem("sweep", config.sweep, problem.reason, problem.remedy) for problem in problems]
+    )
+    return known[0]
+
+
+def _held_out(
+    config: EvalRunConfig,
+    loaded: LoadedRun,
+    selections: list[Selection],
+    dials: Mapping[Selection, Dial],
+    as_trained: bool = True,
+) -> HeldOut:
+    return evaluate(
+        loaded.model,
+        loaded.held_out(config.sequences, config.batch_size),
+        loaded.autocast(),
+        eos_id=loaded.trained.data.eos_id,
+        capacities=loaded.capacities,
+        selections=selections,
+        as_trained=as_trained,
+        dials=dials,
+    )
+
+
+def _head(config: EvalRunConfig, loaded: LoadedRun, held_out: HeldOut) -> dict[str, Any]:
+    wish, seq_len = config.inference, loaded.seq_len
+    dial: dict[str, float] = dict(wish.asked)
+    if wish.capacity is not None or config.sweep is not None:
+        dial["calibration_sequences"] = wish.calibration_sequences
+    dense = dense_equivalent_flops(loaded.trained.model, seq_len).total / seq_len
+    return {
+        "run": config.run,
+        "step": loaded.step,
+        "tokens": held_out.tokens,
+        "dial": dial or None,
+        "trained_flops": held_out.trained_flops,
+        "dense_equivalent_flops": dense,
+    }
+
+
+def _figures(held_out: HeldOut, tokens_per_byte: float) -> dict[str, Any]:
+    """The losses by decision; the first one's stand on top as well."""
+    top_k = None
+    if held_out.top_k is not None:
+        top_k = _decision(held_out.top_k, tokens_per_byte)
+    decisions = {}
+    for name, decision in held_out.decisions.items():
+        gap = None if top_k is None else decision.loss - top_k["loss"]
+        decisions[name] = {
+            **_decision(decision, tokens_per_byte),
+            "gap_to_top_k_not_causal": gap,
+            "agreement_with_top_k_not_causal": {
+                label: asdict(scores) for label, scores in decision.agreement.items()
+            },
+        }
+    first = next(iter(decisions.values()), {})
+    keys = {
+        "causal_loss": "loss",
+        "causal_flops": "flops",
+        "perplexity": "perplexity",
+        "bits_per_byte": "bits_per_byte",
+    }
+    return {
+        **{name: first.get(key) for name, key in keys.items()},
+        "decisions": decisions,
+        "top_k_not_causal": top_k,
+    }
+
+
+def _decision(decision: Decision, tokens_per_byte: float) -> dict[str, Any]:
+    return {
+        "loss": decision.loss,
+        "perplexity": math.exp(decision.loss),
+        "bits_per_byte": decision.loss / math.log(2) * tokens_per_byte,
+        "flops": decision.flops,
+        "realised_capacity": decision.realised_capacity,
+        "expert_load": decision.expert_load,
+    }
+
+
+def _tokens_per_byte(loaded: LoadedRun) -> float:
+    split = read_summary(loaded.data_path).splits["valid"]
+    return split.num_tokens / split.num_bytes
+
+
+def _suffix(wish: DialConfig) -> str:
+    """What of a file's name tells its figures from those of the model as trained."""
+    parts = [f"{name}_{value}" for name, value in wish.asked.items()]
+    return "".join(f"-{part}" for part in [wish.decision, *parts] if part)

@@ -5,9 +5,9 @@ Shapes: B batch, S sequence, T = S + 1, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modtrain.data.documents import document_numbers_if_apart
 from modtrain.models.config import ModelConfig
+from modtrain.models.dial import Dial
 from modtrain.models.flops import Load, forward_flops, realised_flops
 from modtrain.models.router_config import Selection
 from modtrain.models.sequence import RoutingRecord
@@ -35,11 +36,12 @@ class Agreement:
 
 @dataclass
 class Decision:
-    """What a model comes to under one causal decision; the loss in nats a token.
+    """What a model comes to under one way to choose; the loss in nats a token.
 
     flops: executed forward FLOPs a token. realised_capacity: share of tokens that took part, by
-    router. agreement: with top-k, by router; empty where training has no top-k. expert_load: share
-    of the choices that fell on each expert, no-op experts last, by layer.
+    router. agreement: of a causal decision with top-k, by router; empty where training has no
+    top-k. Caps of a dial are left out of it. expert_load: share of the choices that fell on each
+    expert, no-op experts last, by layer.
     """
 
     loss: float
@@ -53,15 +55,16 @@ class Decision:
 class HeldOut:
     """Means over the held-out tokens; losses in nats a token.
 
-    decisions: by each causal decision that the model has; the first is what it is judged by.
-    top_k_loss: as trained and 'not causal'; None where training does not look ahead.
-    top_k_flops: executed forward FLOPs a token, as trained.
+    trained_flops: executed forward FLOPs a token as trained, by the formula.
+    decisions: by each causal decision that was asked for; the first is what the model is judged by.
+    top_k: as trained and 'not causal', never moved by a dial; None where training does not look
+        ahead, or nobody asked.
     """
 
     tokens: int
-    top_k_loss: float | None
-    top_k_flops: float
+    trained_flops: float
     decisions: dict[str, Decision] = field(default_factory=dict)
+    top_k: Decision | None = None
 
     @property
     def causal(self) -> Decision | None:
@@ -73,10 +76,10 @@ class HeldOut:
         """The loss under that decision."""
         return None if self.causal is None else self.causal.loss
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        flops = None if self.causal is None else self.causal.flops
-        return {**asdict(self), "causal_loss": self.causal_loss, "causal_flops": flops}
+    @property
+    def top_k_loss(self) -> float | None:
+        """The loss as trained, 'not causal'."""
+        return None if self.top_k is None else self.top_k.loss
 
 
 def evaluate(
@@ -86,21 +89,28 @@ def evaluate(
     *,
     eos_id: int | None = None,
     capacities: Sequence[float | None] | None = None,
+    selections: Sequence[Selection] | None = None,
+    as_trained: bool = True,
+    dials: Mapping[Selection, Dial] | None = None,
 ) -> HeldOut:
     """Evaluate ``model`` on batches (B, S + 1) of token ids, as trained and causally.
 
     precision: the context to compute in, such as a strategy's forward context.
     eos_id: the end of documents, where the model is to keep them apart.
     capacities: one a layer, where training is at other ones than the configuration's.
+    selections: causal decisions; None: all that the model has. as_trained: False leaves out what is
+    not causal, and with it each decision's agreement.
+    dials: how much a causal decision is to compute, where not as trained.
 
     Raises:
         ValueError: there is no batch.
     """
-    config = model.config
-    selections: list[Selection] = [*config.causal_selections]
-    if config.looks_ahead:
-        selections.append(config.training_selection)
-    tallies = {selection: _Tally(model, selection) for selection in selections}
+    config, dials = model.config, dials or {}
+    selections = config.causal_selections if selections is None else selections
+    ways = [*selections]
+    if config.looks_ahead and as_trained:
+        ways.append(config.training_selection)
+    tallies = {way: _Tally(model, way, selections, dials) for way in ways}
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -120,6 +130,7 @@ def evaluate(
                         selection,
                         capacities=capacities,
                         documents_BS=documents_BS,
+                        dial=dials.get(selection),
                     ),
                     targets_BS,
                 )
@@ -127,19 +138,28 @@ def evaluate(
     first = next(iter(tallies.values()), None)
     if first is None or first.tokens == 0:
         raise ValueError("there are no held-out batches, or nothing to evaluate by")
-    trained = tallies[config.training_selection] if config.looks_ahead else None
-    as_trained = forward_flops(config, first.seq_len, capacities).total / first.seq_len
-    found = HeldOut(first.tokens, None if trained is None else trained.mean_loss, as_trained)
-    for selection in config.causal_selections:
+    trained = tallies.get(config.training_selection)
+    flops = forward_flops(config, first.seq_len, capacities).total / first.seq_len
+    found = HeldOut(first.tokens, flops)
+    for selection in selections:
         found.decisions[selection] = tallies[selection].decision(trained)
+    if trained is not None:
+        found.top_k = replace(trained.decision(None), flops=flops)
     return found
 
 
 class _Tally:
     """Running sums of one way to choose, on the host."""
 
-    def __init__(self, model: Transformer, selection: Selection) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        selection: Selection,
+        compared: Sequence[Selection],
+        dials: Mapping[Selection, Dial],
+    ) -> None:
         self.model, self.config, self.selection = model, model.config, selection
+        self.compared, self.dials = compared, dials
         self.routers, self.mixtures = model.routers, model.mixtures
         self.tokens = self.sequences = self.seq_len = 0
         self.loss = 0.0
@@ -190,10 +210,13 @@ class _Tally:
 
     def _compare(self, records: tuple[RoutingRecord, ...]) -> None:
         """Count where each causal decision agrees with the choice that was made."""
-        for selection in self.config.causal_selections:
+        for selection in self.compared:
             cells_R4 = self.confusion.setdefault(selection, _zeros(len(self.routers), 4))
+            levels = self.dials.get(selection, Dial()).levels
             for i, (router, record) in enumerate(zip(self.routers, records, strict=True)):
-                guess_BS = router.decide(selection, record.scores_BS, record.predictor_BS)
+                value_BS = router.value(selection, record.scores_BS, record.predictor_BS)
+                level = router.level(selection) if levels is None else levels[i]
+                guess_BS = value_BS > level
                 cell_BS = guess_BS.long() * 2 + record.chosen_BS.long()
                 cells_R4[i] += torch.bincount(cell_BS.flatten(), minlength=4).cpu().double()
 

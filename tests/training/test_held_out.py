@@ -1,10 +1,12 @@
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from modtrain.models.config import ModelConfig
+from modtrain.models.dial import Dial
 from modtrain.models.flops import dense_equivalent_flops, forward_flops
 from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
@@ -95,7 +97,7 @@ def test_a_dense_model_has_one_loss_and_it_is_causal(batches):
     found = evaluate(build("dense"), batches, nullcontext())
     assert found.top_k_loss is None
     assert found.causal_loss is not None
-    assert found.decisions["causal"].flops == found.top_k_flops
+    assert found.decisions["causal"].flops == found.trained_flops
 
 
 def test_without_a_causal_decision_there_is_no_causal_loss(batches):
@@ -111,3 +113,55 @@ def test_the_model_is_left_as_it_was(batches):
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="no held-out batches"):
         evaluate(model, [], nullcontext())
+
+
+def test_what_is_asked_for_is_what_is_computed(batches, monkeypatch):
+    model = build(causal=("predictor", "auxiliary"))
+    whole = evaluate(model, batches, nullcontext())
+    seen, forward = [], model.forward
+
+    def counted(*arguments, **named):
+        seen.append((arguments[2], named["dial"]))
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(model, "forward", counted)
+    some = evaluate(model, batches, nullcontext(), selections=["auxiliary"], as_trained=False)
+    assert seen == [("auxiliary", None)] * len(batches)
+    assert some.top_k is None
+    expected = replace(whole.decisions["auxiliary"], agreement={})
+    assert some.decisions == {"auxiliary": expected}
+    assert (some.tokens, some.trained_flops) == (whole.tokens, whole.trained_flops)
+    with pytest.raises(ValueError, match="nothing to evaluate by"):
+        evaluate(model, batches, nullcontext(), selections=[], as_trained=False)
+
+
+def test_a_dial_moves_its_decision_and_nothing_else(batches):
+    model = build(causal=("predictor", "auxiliary"))
+    plain = evaluate(model, batches, nullcontext())
+    levels = (0.4, -0.3)
+    dial = Dial(levels, 0.5, 1)
+    moved = evaluate(model, batches, nullcontext(), dials={"predictor": dial})
+    assert moved.top_k == plain.top_k
+    assert moved.decisions["auxiliary"] == plain.decisions["auxiliary"]
+    every = torch.cat(batches)
+    inputs, targets = every[:, :-1], every[:, 1:]
+    with torch.no_grad():
+        trained = model(inputs, targets)
+        output = model(inputs, targets, selection="predictor", dial=dial)
+    found = moved.decisions["predictor"]
+    assert found.loss == pytest.approx(float(output.loss))
+    shares = [float(record.chosen_BS.double().mean()) for record in output.routing]
+    assert list(found.realised_capacity.values()) == pytest.approx(shares)
+    for level, record, scores in zip(
+        levels, trained.routing, found.agreement.values(), strict=True
+    ):
+        same = (record.predictor_BS > level) == record.chosen_BS
+        assert scores.accuracy == pytest.approx(float(same.double().mean()))
+
+
+def test_top_k_is_told_with_what_it_took_and_costs(batches):
+    model = build()
+    top_k = evaluate(model, batches, nullcontext()).top_k
+    assert set(top_k.realised_capacity.values()) == {0.25}
+    assert top_k.flops == forward_flops(model.config, SEQ_LEN).total / SEQ_LEN
+    assert top_k.agreement == {}

@@ -1,0 +1,123 @@
+"""Show what a trained run's routers do with a text, as one HTML page.
+
+Shapes: B batch, S sequence, T = S + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from modtrain.data.tokenizer import DocumentEncoder
+from modtrain.errors import ConfigError, DataError, Problem, raise_if_any
+from modtrain.files import write_text
+from modtrain.inference.inspect_config import InspectConfig
+from modtrain.inference.inspect_page import Subject, render
+from modtrain.inference.loading import LoadedRun, load_run
+from modtrain.inference.token_text import TokenTexts
+from modtrain.inference.trace import trace
+from modtrain.models.config import ModelConfig
+from modtrain.models.loss import IGNORED
+from modtrain.models.router_config import Selection
+
+
+def inspect_run(config: InspectConfig) -> Path:
+    """Run the model over the text and write the page. Returns where it is.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what cannot be inspected, with the remedy.
+    """
+    raise_if_any(config.problems())
+    loaded = load_run(config)
+    selection = choose_decision(loaded.trained.model, config.decision)
+    source, windows = _windows(config, loaded)
+    found = trace(
+        loaded.model,
+        windows,
+        selection,
+        loaded.autocast(),
+        eos_id=loaded.trained.data.eos_id,
+        capacities=loaded.capacities,
+    )
+    texts = TokenTexts(Tokenizer.from_file(str(loaded.tokenizer)))
+    model = loaded.trained.model
+    subject = Subject(
+        run=str(config.run),
+        step=loaded.step,
+        source=source,
+        seq_len=loaded.seq_len,
+        selection=selection,
+        is_causal=selection in model.causal_selections,
+        num_layers=model.num_layers,
+        capacities=[loaded.capacities[layer] or 1.0 for layer, _ in model.routed_parts],
+    )
+    default = loaded.directory.path / f"inspect-{loaded.step:09d}.html"
+    path = default if config.output is None else Path(config.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pieces = texts.pieces(found.token_N.tolist())
+    write_text(path, render(subject, found, pieces, config.tokens_shown))
+    return path
+
+
+def choose_decision(model: ModelConfig, wanted: str | None) -> Selection:
+    """Return the decision to look at. Raises ConfigError where the model does not have it."""
+    known = list(model.causal_selections)
+    if wanted is None and known:
+        return known[0]
+    if model.looks_ahead:
+        known.append(model.training_selection)
+    for selection in known:
+        if selection == wanted:
+            return selection
+    reason = "is not a decision of this model"
+    if wanted is None:
+        reason = "has no default: the model was trained without a causal decision"
+    remedy = f"use one of: {', '.join(known)}"
+    raise ConfigError([Problem("decision", "null" if wanted is None else wanted, reason, remedy)])
+
+
+def text_windows(
+    token_N: Sequence[int], seq_len: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a text into (inputs, targets) of ``seq_len``, the last one shorter.
+
+    The last token of a window is asked for the first one of the next; that of the text for nothing.
+    """
+    inputs_N = torch.tensor(token_N, dtype=torch.int64)
+    targets_N = torch.cat([inputs_N[1:], torch.tensor([IGNORED])])
+    whole = len(inputs_N) // seq_len * seq_len
+    sides = [side_N[:whole].view(-1, seq_len) for side_N in (inputs_N, targets_N)]
+    if whole:
+        yield from zip(*(torch.split(side, batch_size) for side in sides), strict=True)
+    if whole < len(inputs_N):
+        yield inputs_N[None, whole:], targets_N[None, whole:]
+
+
+def _windows(
+    config: InspectConfig, loaded: LoadedRun
+) -> tuple[str, Iterable[tuple[Tensor, Tensor]]]:
+    """Return the text's name and its windows."""
+    if config.text is None and config.file is None:
+        batches = loaded.held_out(config.sequences, config.batch_size)
+        return "held-out text", ((batch_BT[:, :-1], batch_BT[:, 1:]) for batch_BT in batches)
+    text = config.text if config.text is not None else _read(str(config.file))
+    (numbers,) = DocumentEncoder(loaded.tokenizer.read_bytes(), str(loaded.tokenizer)).encode(
+        [text]
+    )
+    if not numbers:
+        raise DataError("the text has no token")
+    source = "the text given" if config.file is None else Path(config.file).name
+    return source, text_windows(numbers, loaded.seq_len, config.batch_size)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None

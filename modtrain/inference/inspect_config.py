@@ -1,0 +1,62 @@
+"""Typed configuration of an inspection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from modtrain.checks import at_least, key_of
+from modtrain.errors import Problem
+from modtrain.inference.config import TrainedRunConfig
+
+
+@dataclass
+class InspectConfig(TrainedRunConfig):
+    """What a run's routers are shown, and where the page goes.
+
+    text: shown as it is. file: a UTF-8 text file instead. Neither: held-out text.
+    sequences: of the held-out text; null takes all. batch_size: windows computed at a time.
+    decision: one of the model's causal decisions; null takes the first, which losses are judged
+        by. ``top_k`` is for models that look ahead, and the page then says that it is not causal.
+    output: the page; null is ``inspect-<step>.html`` in the run's directory.
+    tokens_shown: how many of the tokens are shown one by one; the statistics are of all.
+    """
+
+    text: str | None = None
+    file: str | None = None
+    sequences: int | None = 16
+    batch_size: int = 4
+    decision: str | None = None
+    output: str | None = None
+    tokens_shown: int = 2000
+
+    def problems(self, prefix: str = "") -> list[Problem]:
+        """Everything wrong with the request."""
+        return [
+            *super().problems(prefix),
+            *at_least(self, prefix, 1, "sequences", "batch_size", "tokens_shown"),
+            *self._text_problems(prefix),
+        ]
+
+    def _text_problems(self, prefix: str) -> list[Problem]:
+        if self.text is not None and self.file is not None:
+            reason = "is given beside text: which of the two is meant?"
+            return [Problem(key_of(prefix, "file"), self.file, reason, "leave one of them out")]
+        if self.text is not None and not _is_utf8(self.text):
+            reason = "is not valid Unicode"
+            return [Problem(key_of(prefix, "text"), repr(self.text), reason, "give UTF-8")]
+        if self.text == "":
+            reason = "is empty"
+            return [Problem(key_of(prefix, "text"), "''", reason, "give some text, or null")]
+        if self.file is not None and not Path(self.file).is_file():
+            remedy = "name a text file that exists"
+            return [Problem(key_of(prefix, "file"), self.file, "is no file", remedy)]
+        return []
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,127 @@
+"""A trained run's model and its held-out text, as evaluation and inspection need them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from modtrain.data.datamodule import TokenDataModule
+from modtrain.data.index import TOKENIZER_NAME, read_summary
+from modtrain.errors import CheckpointError, DataError
+from modtrain.inference.config import TrainedRunConfig
+from modtrain.models.transformer import Transformer
+from modtrain.training import checkpoint
+from modtrain.training.config import TrainConfig
+from modtrain.training.hardware import resolve_accelerator, resolve_precision
+from modtrain.training.plan import derive
+from modtrain.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run at one of its checkpoints; the model is on its device and in evaluation mode.
+
+    data_path: the prepared directory to take held-out text from, of the run's tokenizer.
+    precision: ``fp32`` or ``bf16``.
+    """
+
+    directory: RunDirectory
+    trained: TrainConfig
+    step: int
+    model: Transformer
+    device: torch.device
+    data_path: str
+    precision: str
+
+    @property
+    def capacities(self) -> tuple[float | None, ...]:
+        """One a layer; in the middle of a schedule other ones than at its end."""
+        return derive(self.trained).capacities_at(max(0, self.step - 1))
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence."""
+        return self.trained.data.seq_len or read_summary(self.trained.data.path).seq_len
+
+    @property
+    def tokenizer(self) -> Path:
+        """The run's ``tokenizer.json``."""
+        return Path(self.trained.data.path, TOKENIZER_NAME)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context to compute in."""
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def held_out(self, sequences: int | None, batch_size: int) -> DataLoader[Tensor]:
+        """Batches (B, S + 1) of the first ``sequences`` held-out ones; None takes all."""
+        data = TokenDataModule(
+            replace(self.trained.data, path=self.data_path),
+            micro_batch_size=1,
+            accumulate=1,
+            num_steps=1,
+            eval_batch_size=batch_size,
+            eval_sequences=sequences,
+        )
+        return data.val_dataloader()
+
+
+def load_run(config: TrainedRunConfig) -> LoadedRun:
+    """Load the run that ``config`` names.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what cannot be loaded, with the remedy.
+    """
+    run = RunDirectory(Path(config.runs_dir) / str(config.run))
+    trained = run.read_config()
+    step, path = _choose(run, config.step)
+    model = load_model(trained, path)
+    device = torch.device(resolve_accelerator(config.accelerator))
+    data_path = config.data_path or trained.data.path
+    _check_tokenizer(run, trained, data_path)
+    precision = resolve_precision(config.precision, device.type)
+    return LoadedRun(run, trained, step, model.to(device), device, data_path, precision)
+
+
+def load_model(config: TrainConfig, path: Path) -> Transformer:
+    """Return the model of ``config`` with the weights of the checkpoint ``path``, on the CPU."""
+    model = Transformer(config.model, seed=config.seed)
+    state = checkpoint.load(path)["state_dict"]
+    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
+    return model.eval()
+
+
+def _choose(run: RunDirectory, step: int | None) -> tuple[int, Path]:
+    if step is None:
+        newest = checkpoint.latest(run.checkpoints)
+        if newest is None:
+            raise CheckpointError(f"{run.checkpoints} holds no whole checkpoint: train first")
+        return newest
+    steps = dict(checkpoint.whole_checkpoints(run.checkpoints))
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(f"{run.path} has no checkpoint of step={step}; there are: {there}")
+    return step, steps[step]
+
+
+def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data_path: str) -> None:
+    """Raise where the numbers of tokens would mean other text than in training."""
+    known = json.loads(run.manifest.read_text())["data_fingerprint"]
+    if read_summary(trained.data.path).fingerprint != known:
+        raise DataError(
+            f"{trained.data.path} holds other data now than {run.path} was trained on:"
+            " prepare that again, for its tokenizer is the run's"
+        )
+    ours, theirs = read_summary(trained.data.path), read_summary(data_path)
+    if ours.tokenizer_sha256 != theirs.tokenizer_sha256:
+        raise DataError(
+            f"{data_path} was made with another tokenizer than {trained.data.path}: prepare it"
+            f" with tokenizer.path={Path(trained.data.path, TOKENIZER_NAME)}"
+        )

@@ -1,0 +1,126 @@
+"""What each token says: its bytes, and how they look on a page."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACES = re.compile(r"^ +$|  +")
+# What errors="surrogateescape" makes of bytes that are no UTF-8.
+_ESCAPED = 0xDC00
+_NAMED = {"\n": "↵\n", "\r": "␍", "\t": "⇥"}
+
+# How many of a token's bytes end a character, and which one.
+_Ending = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token as text.
+
+    shown: printable; white space that would not be seen is marked. A byte that is only part of a
+        character stands as ⟨e2⟩, the last one as ⟨ac €⟩.
+    characters: those that the token has a part of, in print.
+    """
+
+    shown: str
+    characters: str = ""
+
+
+class TokenTexts:
+    """Token numbers → pieces of text, for byte-level tokenizers and those with byte fallback."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        decoder = json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
+        self._alphabet = byte_alphabet() if "ByteLevel" in decoder else None
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = {number: token.content for number, token in added.items()}
+
+    def bytes_of(self, number: int) -> bytes:
+        """Return the bytes that a token stands for; empty where the vocabulary has no such one."""
+        if number in self._added:
+            return self._added[number].encode()
+        token = self._tokenizer.id_to_token(number)
+        if token is None:
+            return b""
+        if self._alphabet is not None:
+            return bytes(self._alphabet[character] for character in token)
+        byte = _BYTE_TOKEN.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+
+    def pieces(self, numbers: Sequence[int]) -> list[Piece]:
+        """Return each token's piece; characters are put together over neighbouring tokens."""
+        known = {number: self.bytes_of(number) for number in set(numbers)}
+        contents = [known[number] for number in numbers]
+        shared, ended = _shared_characters(contents)
+        return [
+            Piece(
+                _shown(content, *ended.get(place, (0, ""))) or f"⟨token {number}⟩",
+                visible(shared.get(place, "")),
+            )
+            for place, (number, content) in enumerate(zip(numbers, contents, strict=True))
+        ]
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes with (GPT-2's ``bytes_to_unicode``)."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with nothing in it that would not be seen, or would change what is around."""
+    text = _SPACES.sub(lambda spaces: "·" * len(spaces[0]), text)
+    text = "".join(map(_visible, text))
+    # A mark without its letter would sit on the token before.
+    return f"◌{text}" if text and unicodedata.category(text[0]).startswith("M") else text
+
+
+def _visible(character: str) -> str:
+    if character == " ":
+        return character
+    if character in _NAMED:
+        return _NAMED[character]
+    number = ord(character)
+    if 0x80 <= number - _ESCAPED <= 0xFF:
+        return f"⟨{number - _ESCAPED:02x}⟩"
+    # Controls, formats such as a change of direction, unassigned, separators.
+    hidden = unicodedata.category(character)[0] in "CZ"
+    return f"⟨U+{number:04X}⟩" if hidden else character
+
+
+def _shown(content: bytes, num_bytes: int, character: str) -> str:
+    """Return a token in print; its first ``num_bytes`` end a ``character`` begun before it."""
+    rest = visible(content[num_bytes:].decode(errors="surrogateescape"))
+    if not num_bytes:
+        return rest
+    before = "".join(f"⟨{byte:02x}⟩" for byte in content[: num_bytes - 1])
+    return f"{before}⟨{content[num_bytes - 1]:02x} {visible(character)}⟩{rest}"
+
+
+def _shared_characters(contents: Sequence[bytes]) -> tuple[dict[int, str], dict[int, _Ending]]:
+    """Find the characters made of several tokens.
+
+    Returns, by the place of a token: those that it has a part of; the one that ends in it.
+    """
+    owner = [place for place, content in enumerate(contents) for _ in content]
+    shared: dict[int, str] = {}
+    ended: dict[int, _Ending] = {}
+    start = 0
+    for character in b"".join(contents).decode(errors="surrogateescape"):
+        end = start + len(character.encode(errors="surrogateescape"))
+        first, last = owner[start], owner[end - 1]
+        if first != last:
+            ended[last] = sum(place == last for place in owner[start:end]), character
+            for place in range(first, last + 1):
+                shared[place] = shared.get(place, "") + character
+        start = end
+    return shared, ended

@@ -1,0 +1,372 @@
+"""`modtrain eval` of a trained run: figures against a slow loop, files, TensorBoard, the sweep."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from modtrain.configuration import compose
+from modtrain.data.datamodule import TokenDataModule
+from modtrain.data.index import read_summary
+from modtrain.errors import ConfigError
+from modtrain.inference.config import DialConfig, EvalRunConfig
+from modtrain.inference.dial import dial_of_run, training_text
+from modtrain.inference.evaluate import evaluate_run
+from modtrain.inference.loading import load_run
+from modtrain.inference.report import show
+from modtrain.models.flops import Load, dense_equivalent_flops, realised_flops
+from modtrain.training.run import train
+
+EVERY = ["predictor", "auxiliary", "threshold"]
+HEAD = ["run", "step", "tokens", "dial", "trained_flops", "dense_equivalent_flops"]
+WAY = ["loss", "perplexity", "bits_per_byte", "flops", "realised_capacity", "expert_load"]
+AGAINST = ["gap_to_top_k_not_causal", "agreement_with_top_k_not_causal"]
+SWEPT = [0.5, 0.03, 0.2, 1.0]
+
+
+@pytest.fixture(scope="module")
+def start(tiny, tmp_path_factory):
+    """Train a run of a few steps, logged as JSON lines alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    quick = ["eval.every=null", "log=jsonl", "log.progress=false", f"runs_dir={folder}"]
+
+    def run(name, *more):
+        return train(compose("train", [*tiny, *quick, f"name={name}", *more])).run
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def routed(start):
+    """A run whose routers want some tokens and not others, by every decision."""
+    return start(
+        "routed",
+        "budget.steps=6",
+        "model.capacity=0.25",
+        f"model.router.causal=[{','.join(EVERY)}]",
+    )
+
+
+@pytest.fixture(scope="module")
+def dense(start):
+    return start("dense", "budget.steps=1", "model.pattern=dense")
+
+
+def request(run, **changes) -> EvalRunConfig:
+    values = {"sequences": 6, "batch_size": 4, "accelerator": "cpu"}
+    return EvalRunConfig(run=run.path.name, runs_dir=str(run.path.parent), **(values | changes))
+
+
+def flat(node, prefix="") -> dict:
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    found = {}
+    for key, value in node.items():
+        found |= flat(value, f"{prefix}/{key}" if prefix else key)
+    return found
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def slowly(loaded, selection, dial, sequences=6):
+    """Loss, executed FLOPs a token and shares, a sequence and a token at a time."""
+    config, shares = loaded.trained.model, []
+    loss = flops = 0.0
+    for batch_BT in loaded.held_out(sequences, 1):
+        inputs, targets = batch_BT[:, :-1], batch_BT[0, 1:]
+        output = loaded.model(inputs, selection=selection, dial=dial)
+        for logits, target in zip(output.logits_BSV[0].double(), targets, strict=True):
+            loss -= float(logits[target] - logits.exp().sum().log())
+        counts = [int(record.chosen_BS.sum()) for record in output.routing]
+        shares.append([count / len(targets) for count in counts])
+        routed = dict(zip((layer for layer, _ in config.routed_parts), counts, strict=True))
+        took = [routed.get(layer, len(targets)) for layer in range(config.num_layers)]
+        loads = [Load(count, count**2, count) for count in took]
+        flops += realised_flops(config, len(targets), loads, selection).total
+    tokens = sequences * len(targets)
+    means = [sum(column) / sequences for column in zip(*shares, strict=True)]
+    return loss / tokens, flops / tokens, means
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{}, {"capacity": 0.4}, {"shift": -0.05, "layer_cap": 0.5}, {"step_cap": 1, "capacity": 0.8}],
+    ids=str,
+)
+def test_figures_are_those_of_a_slow_loop(routed, wish):
+    wish = DialConfig(calibration_sequences=8, **wish)
+    figures = evaluate_run(request(routed, inference=wish))
+    loaded = load_run(request(routed))
+    valid = read_summary(loaded.data_path).splits["valid"]
+    assert list(figures["decisions"]) == EVERY
+    ways = {**figures["decisions"], "top_k": figures["top_k_not_causal"]}
+    with torch.no_grad():
+        for name, found in ways.items():
+            dial = None if name == "top_k" else dial_of_run(loaded, name, wish, 4)
+            loss, flops, shares = slowly(loaded, name, dial)
+            assert found["loss"] == pytest.approx(loss, rel=1e-5)
+            assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+            bits = loss / math.log(2) * valid.num_tokens / valid.num_bytes
+            assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+            assert found["flops"] == pytest.approx(flops, rel=1e-4)
+            assert list(found["realised_capacity"].values()) == pytest.approx(shares, abs=1e-9)
+    top_k = figures["top_k_not_causal"]
+    for found in figures["decisions"].values():
+        assert found["gap_to_top_k_not_causal"] == found["loss"] - top_k["loss"]
+    first = figures["decisions"]["predictor"]
+    short = {"causal_loss": "loss", "causal_flops": "flops"}
+    for key in ("causal_loss", "causal_flops", "perplexity", "bits_per_byte"):
+        assert figures[key] == first[short.get(key, key)]
+    equivalent = dense_equivalent_flops(loaded.trained.model, 64).total / 64
+    assert figures["dense_equivalent_flops"] == equivalent
+
+
+def test_the_file_has_the_keys_that_are_documented_and_a_dial_another_file(routed):
+    plain = evaluate_run(request(routed))
+    path = routed.path / "eval-000000006.json"
+    before = path.read_bytes()
+    assert json.loads(before) == plain
+    assert set(plain) == {
+        *(*HEAD, "causal_loss", "causal_flops", "perplexity", "bits_per_byte"),
+        *("decisions", "top_k_not_causal"),
+    }
+    assert plain["dial"] is None
+    assert set(plain["top_k_not_causal"]) == set(WAY)
+    for found in plain["decisions"].values():
+        assert set(found) == {*WAY, *AGAINST}
+        for scores in found["agreement_with_top_k_not_causal"].values():
+            assert set(scores) == {"accuracy", "f1", "balanced_accuracy"}
+    wish = DialConfig(decision="threshold", capacity=0.4, layer_cap=0.9, calibration_sequences=4)
+    moved = evaluate_run(request(routed, inference=wish))
+    named = routed.path / "eval-000000006-threshold-capacity_0.4-layer_cap_0.9.json"
+    assert json.loads(named.read_text()) == moved
+    assert moved["dial"] == {"capacity": 0.4, "layer_cap": 0.9, "calibration_sequences": 4}
+    assert list(moved["decisions"]) == ["threshold"]
+    assert moved["decisions"]["threshold"] != plain["decisions"]["threshold"]
+    assert moved["top_k_not_causal"] == plain["top_k_not_causal"]
+    assert path.read_bytes() == before
+    assert set(scalars(routed.tensorboard / named.stem.replace("-000000006", ""))) < set(
+        scalars(routed.tensorboard / "eval")
+    )
+
+
+def test_the_agreement_of_a_moved_decision_is_that_of_the_moved_level(routed):
+    everybody = evaluate_run(request(routed, inference=DialConfig(capacity=1.0)))
+    for found in everybody["decisions"].values():
+        assert set(found["realised_capacity"].values()) == {1.0}
+        for scores in found["agreement_with_top_k_not_causal"].values():
+            assert scores["accuracy"] == pytest.approx(0.25)
+            assert scores["balanced_accuracy"] == 0.5
+
+
+def test_whatever_is_not_causal_says_so(routed, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    figures = evaluate_run(request(routed, inference=DialConfig(capacity=0.5)))
+    show(figures)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "top-k" in line.lower()]
+    assert len(lines) == 7
+    assert all("top-k loss, not causal" in line or "top-k, not causal" in line for line in lines)
+    tags = scalars(routed.tensorboard / "eval-capacity_0.5")
+    # Keys of the figures with a file, tags with TensorBoard.
+    for names in (flat(figures), tags):
+        about = [name for name in names if "top" in name.lower()]
+        assert about
+        for name in about:
+            assert "not causal" in name or "not_causal" in name
+    agreements = [tag for tag in tags if "accuracy" in tag or "/f1" in tag]
+    assert len(agreements) == len(EVERY) * 2 * 3
+    assert all("against top-k, not causal" in tag for tag in agreements)
+
+
+def test_the_table_says_how_the_dial_stands(routed, capsys):
+    show(evaluate_run(request(routed, inference=DialConfig(shift=0.5, step_cap=1))))
+    first, _ = capsys.readouterr().out.split("\n", 1)
+    assert first == "held-out text, step 6, 384 tokens, shift=0.5, step_cap=1"
+    show(evaluate_run(request(routed)))
+    first, _ = capsys.readouterr().out.split("\n", 1)
+    assert first == "held-out text, step 6, 384 tokens"
+
+
+def test_tensorboard_has_the_figures_at_the_checkpoints_step_once(routed):
+    for _ in range(2):
+        figures = evaluate_run(request(routed))
+    assert len(list((routed.tensorboard / "eval").iterdir())) == 1
+    found = scalars(routed.tensorboard / "eval")
+    assert {step for points in found.values() for step, _ in points} == {6}
+    assert {len(points) for points in found.values()} == {1}
+    ways = {**figures["decisions"], "top-k, not causal": figures["top_k_not_causal"]}
+    expected = {}
+    for name, way in ways.items():
+        expected |= {f"eval/{name}/{key}": way[key] for key in WAY[:3]}
+        expected[f"eval/{name}/flops_per_token"] = way["flops"]
+        expected |= flat(way["realised_capacity"], f"eval/{name}/@")
+        if name in EVERY:
+            expected[f"eval/{name}/gap to top-k, not causal"] = way[AGAINST[0]]
+            for label, scores in way[AGAINST[1]].items():
+                for key, value in scores.items():
+                    tag = f"eval/{name}/{label}/{key} against top-k, not causal"
+                    expected[tag] = value
+    expected = {
+        key.replace("@/", "") + ("/realised_capacity" if "@" in key else ""): value
+        for key, value in expected.items()
+    }
+    assert {tag: points[0][1] for tag, points in found.items()} == pytest.approx(expected, rel=1e-6)
+
+
+def test_calibration_reads_what_the_run_was_trained_on_first(routed):
+    loaded = load_run(request(routed))
+    data = TokenDataModule(
+        loaded.trained.data, micro_batch_size=2, accumulate=1, num_steps=3, eval_batch_size=1
+    )
+    first = torch.cat(list(data.train_dataloader()))
+    batches = training_text(loaded, 6, 4)
+    assert [len(batch) for batch in batches] == [4, 2]
+    assert torch.equal(torch.cat(batches), first)
+    held_out = {tuple(row.tolist()) for batch in loaded.held_out(None, 8) for row in batch}
+    assert not held_out & {tuple(row.tolist()) for row in first}
+    # No more than there is, each once.
+    every = torch.cat(training_text(loaded, 10**6, 512))
+    assert len(every) == len(data.train_data) == len(every.unique(dim=0))
+
+
+def test_a_calibrated_capacity_is_near_on_held_out_text(routed):
+    wish = DialConfig(capacity=0.3)
+    figures = evaluate_run(request(routed, inference=wish, sequences=None))
+    for found in figures["decisions"].values():
+        for share in found["realised_capacity"].values():
+            assert share == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def swept(routed):
+    wish = DialConfig(calibration_sequences=8)
+    return evaluate_run(request(routed, sweep=SWEPT, inference=wish))
+
+
+def test_a_sweep_has_a_point_a_capacity_that_is_the_evaluation_there(routed, swept):
+    assert set(swept) == {*HEAD, "decision", "points", "as_trained"}
+    assert swept["decision"] == "predictor"
+    assert swept["dial"] == {"calibration_sequences": 8}
+    assert [point["capacity"] for point in swept["points"]] == sorted(SWEPT)
+    for point in swept["points"]:
+        assert set(point) == {"capacity", *WAY}
+    flops = [point["flops"] for point in swept["points"]]
+    assert all(below < above for below, above in pairwise(flops))
+    for chosen, at in ((0.2, swept["points"][1]), (None, swept["as_trained"])):
+        wish = DialConfig(capacity=chosen, decision="predictor", calibration_sequences=8)
+        alone = evaluate_run(request(routed, inference=wish))["decisions"]["predictor"]
+        assert {key: at[key] for key in WAY} == {key: alone[key] for key in WAY}
+
+
+def test_a_sweep_is_written_drawn_and_recorded(routed, swept, capsys, monkeypatch):
+    assert json.loads((routed.path / "sweep-000000006.json").read_text()) == swept
+    assert (routed.path / "sweep-000000006.png").read_bytes().startswith(b"\x89PNG")
+    found = scalars(routed.tensorboard / "sweep-000000006")
+    assert len(found) == 6
+    for key in ("loss", "perplexity", "bits_per_byte"):
+        curve = found[f"eval/sweep/{key} by kFLOPs a token"]
+        steps = [round(point["flops"] / 1000) for point in swept["points"]]
+        assert [step for step, _ in curve] == steps
+        values = [point[key] for point in swept["points"]]
+        assert [value for _, value in curve] == pytest.approx(values)
+        ((step, value),) = found[f"eval/sweep/{key} as trained by kFLOPs a token"]
+        assert step == round(swept["as_trained"]["flops"] / 1000)
+        assert value == pytest.approx(swept["as_trained"][key])
+    monkeypatch.setenv("COLUMNS", "200")
+    show(swept)
+    shown = capsys.readouterr().out
+    for said in ("sweep of predictor, causal", "calibration_sequences=8", "0.03", "as trained"):
+        assert said in shown
+    share = swept["points"][0]["flops"] / swept["dense_equivalent_flops"]
+    assert f"{share:.3f}" in shown
+
+
+def test_a_sweep_under_caps_or_of_another_decision_has_a_file_of_its_own(routed):
+    wish = DialConfig(decision="auxiliary", layer_cap=0.5, calibration_sequences=4)
+    found = evaluate_run(request(routed, sweep=[1.0], inference=wish))
+    name = "sweep-000000006-auxiliary-layer_cap_0.5"
+    assert json.loads((routed.path / f"{name}.json").read_text()) == found
+    assert found["decision"] == "auxiliary"
+    assert set(found["points"][0]["realised_capacity"].values()) == {0.5}
+
+
+def test_a_model_without_routers_is_evaluated_but_not_moved(dense, capsys):
+    figures = evaluate_run(request(dense))
+    assert figures["top_k_not_causal"] is None
+    assert figures["decisions"]["causal"]["gap_to_top_k_not_causal"] is None
+    assert figures["causal_flops"] == figures["trained_flops"] == figures["dense_equivalent_flops"]
+    show(figures)
+    assert "top-k" not in capsys.readouterr().out
+    for changes, key in (
+        ({"sweep": [0.5]}, "sweep"),
+        ({"inference": DialConfig(capacity=0.5)}, "inference.capacity"),
+        ({"inference": DialConfig(step_cap=1)}, "inference.step_cap"),
+    ):
+        with pytest.raises(ConfigError, match="the model has none") as error:
+            evaluate_run(request(dense, **changes))
+        assert [problem.key for problem in error.value.problems] == [key]
+
+
+def test_experts_that_choose_look_ahead_and_their_loads_are_told(start, capsys):
+    experts = ["model.experts.count=3", "model.experts.dim=16", "model.experts.choice=expert"]
+    run = start("experts", "budget.steps=1", "model.pattern=dense", *experts)
+    figures = evaluate_run(request(run))
+    causal, top_k = figures["decisions"]["causal"], figures["top_k_not_causal"]
+    assert causal["gap_to_top_k_not_causal"] == causal["loss"] - top_k["loss"] != 0
+    assert causal["agreement_with_top_k_not_causal"] == causal["realised_capacity"] == {}
+    for way in (causal, top_k):
+        assert [sum(shares) for shares in way["expert_load"].values()] == pytest.approx([1.0] * 4)
+    assert top_k["expert_load"]["layer_00"] == pytest.approx([1 / 3] * 3)
+    show(figures)
+    shown = capsys.readouterr().out
+    assert "no-op experts last (causal)" in shown
+    assert "no-op experts last (top-k, not causal)" in shown
+
+
+def test_without_a_causal_decision_top_k_alone_is_told_and_nothing_is_swept(start, capsys):
+    run = start("none", "budget.steps=1", "model.router.causal=[]")
+    figures = evaluate_run(request(run))
+    assert figures["causal_loss"] is figures["perplexity"] is None
+    assert (figures["decisions"], figures["top_k_not_causal"]["loss"] > 0) == ({}, True)
+    show(figures)
+    assert "none: trained without router.causal" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="trained without"):
+        evaluate_run(request(run, sweep=[0.5]))
+
+
+def test_a_decision_that_the_model_does_not_have_is_refused(routed):
+    for changes in ({}, {"sweep": [0.5]}):
+        with pytest.raises(ConfigError, match="use one of: predictor, auxiliary, threshold"):
+            evaluate_run(request(routed, inference=DialConfig(decision="top_k"), **changes))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "wish", "keys"),
+    [
+        ([0.5, 1.0], {}, []),
+        ([], {}, ["sweep"]),
+        ([0.5, 0.0, 1.5], {}, ["sweep", "sweep"]),
+        ([0.5, 0.5], {}, ["sweep"]),
+        ([0.5], {"capacity": 0.5}, ["inference.capacity"]),
+        ([0.5], {"shift": 0.5}, ["inference.shift"]),
+    ],
+)
+def test_every_mistake_in_a_sweep_is_told(sweep, wish, keys):
+    found = EvalRunConfig(run="a", sweep=sweep, inference=DialConfig(**wish)).problems()
+    assert [problem.key for problem in found] == keys
+
+
+def test_the_command_line_knows_the_dial_and_the_sweep():
+    config = compose("eval", ["run=a", "sweep=[0.03, 1]", "inference.step_cap=0"])
+    assert (config.sweep, config.inference) == ([0.03, 1.0], DialConfig(step_cap=0))
+    assert config.problems() == []
