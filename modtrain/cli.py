@@ -19,8 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 2 for a wrong configuration or command."""
     arguments = _parser().parse_intermixed_args(argv)
     verb = _VERBS[arguments.verb][0]
+    overrides = [*arguments.overrides, *(["show_depth=true"] if arguments.show_depth else [])]
     try:
-        return verb(arguments.overrides, arguments.config_dir)
+        return verb(overrides, arguments.config_dir)
     except ModtrainError as error:
         print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
@@ -145,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"modtrain {__version__}")
     parser.add_argument(
         "--config-dir", metavar="DIR", help="a directory of your own YAML, laid out as conf/ is"
+    )
+    parser.add_argument(
+        "--show-depth", action="store_true", help="for generate, the same as show_depth=true"
     )
     parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help="see below")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="key=value or group=name")

@@ -122,6 +122,14 @@ class Store:
         positions_NL = self._positions_BC[rows_N, :longest]
         counts_NL = torch.arange(longest, device=device) < length_N1
         left = ((positions_NL < seen_N1) & counts_NL).sum(1).tolist()
+        # Zeros: what is no number would stay none when a weight of zero multiplies it.
+        tail = slice(min(left), longest)
+        left_N1 = torch.tensor(left, device=device).unsqueeze(1)
+        gone_NT = torch.arange(longest, device=device)[tail] >= left_N1
+        for field in self._fields:
+            own = field[rows_N, tail]
+            mask = gone_NT.view(*gone_NT.shape, *(1 for _ in own.shape[2:]))
+            field[rows_N, tail] = own.masked_fill(mask, 0)
         for row, count in zip(rows, left, strict=True):
             self.lengths[row] = count
 
@@ -160,9 +168,11 @@ class Store:
             )
             self._positions_BC = torch.zeros(self.batch, places, dtype=torch.long, device=device)
             self._documents_BC = torch.zeros_like(self._positions_BC)
-        if missing() > 0:
+        was_full = missing() > 0
+        if was_full:
             self._drop_unseen()
-        if missing() > 0:
+        # A store that is nearly full would be shifted again at each of the next tokens.
+        if was_full and missing() + self.places // _GROWTH > 0:
             # Zeros, not whatever lay there: a weight of zero times NaN is NaN.
             more = _pages(max(missing(), self.places // _GROWTH))
             self._replace(lambda b: torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], 1))
@@ -267,6 +277,8 @@ class Cache:
     ) -> None:
         self.batch, self.margin = batch, margin
         self.seen = [0] * batch
+        # What lay behind a window then may be gone, however far back the sequence is now.
+        self._furthest = [0] * batch
         self.layers = [
             Store(batch, last=config.conv_width - 1, margin=margin)
             if mixer == "convolution"
@@ -278,24 +290,32 @@ class Cache:
 
     def reset(self, row: int) -> None:
         """Forget a sequence, whose row another one may take."""
-        self.seen[row] = 0
+        self.seen[row] = self._furthest[row] = 0
         for store in (*self.layers, *self.taken):
-            store.lengths[row] = 0
+            store.truncate([row], [0])
+
+    def advance(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        """Count the new tokens of these sequences."""
+        for row, count in zip(rows, counts, strict=True):
+            self.seen[row] += count
+            self._furthest[row] = max(self._furthest[row], self.seen[row])
 
     def truncate(self, seen: Sequence[int], rows: Sequence[int] | None = None) -> None:
         """Go back to where the sequences ``rows`` (None: all) had ``seen`` tokens each.
 
         Raises:
-            ValueError: that is further on, or further back than ``margin`` and forgotten.
+            ValueError: that is further on, or further back than ``margin`` from where the
+                sequence ever was, and forgotten. Nothing is changed then.
         """
         rows = range(self.batch) if rows is None else rows
         for row, count in zip(rows, seen, strict=True):
-            back = self.seen[row] - count
-            if back < 0 or (back > self.margin and self._forgets()):
+            forgotten = self._furthest[row] - self.margin if self._forgets() else 0
+            if not max(0, forgotten) <= count <= self.seen[row]:
                 raise ValueError(
                     f"sequence {row} has {self.seen[row]} tokens: no way back to {count}"
-                    f" with a margin of {self.margin}"
+                    f" with a margin of {self.margin} from {self._furthest[row]}"
                 )
+        for row, count in zip(rows, seen, strict=True):
             self.seen[row] = count
         for store in (*self.layers, *self.taken):
             store.truncate(rows, seen)

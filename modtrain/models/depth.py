@@ -186,7 +186,10 @@ class MixtureOfDepths(nn.Module):
             scores: Tensor = self.router(x_BSD)
             return scores
         if self.config.score == "fixed":
-            return evenly_spaced(x_BSD, count)
+            scores_BS = evenly_spaced(x_BSD, count)
+            # Where a sequence ends is not known: who is chosen by position has 1, as in training.
+            trains = context.selection in TRAINING_SELECTIONS
+            return scores_BS if trains else torch.ones_like(scores_BS)
         if not self.config.needs_scores(context.selection):
             return x_BSD.new_zeros(x_BSD.shape[:2])
         if self.config.score == "attention":
@@ -257,23 +260,19 @@ class MixtureOfDepths(nn.Module):
             chosen_BS = chosen_BS & (
                 torch.zeros_like(chosen_BS.long()) + entered_BS < dial.step_cap
             )
-        if dial.layer_cap is None:
-            return chosen_BS
-        return self._cap(chosen_BS, dial.layer_cap, context)
-
-    def _cap(self, wanted_BS: Tensor, cap: float, context: SequenceContext) -> Tensor:
-        """Keep to ``cap`` of the tokens so far, those before the cache's end included."""
-        allowed_BS = so_many(context.positions_BS.expand_as(wanted_BS) + 1, cap)
-        if not context.taken:
-            return within(wanted_BS, allowed_BS, 0)
-        taken = context.taken[self.number]
-        before_B = [taken.store.lengths[row] for row in taken.rows]
-        taken_B1 = torch.tensor(before_B, device=wanted_BS.device).unsqueeze(1)
-        chosen_BS = within(wanted_BS, allowed_BS, taken_B1)
-        counts = chosen_BS.sum(dim=1).tolist()
-        index_BK = first_places(chosen_BS, max(counts))
-        positions_BK = context.positions_BS.gather(1, index_BK)
-        taken._replace(counts=counts).append((), positions_BK, None)
+        taken = context.taken[self.number] if context.taken else None
+        if dial.layer_cap is not None:
+            # Of the tokens so far, those before the cache's end included.
+            allowed_BS = so_many(context.positions_BS.expand_as(chosen_BS) + 1, dial.layer_cap)
+            before_B = [0] if taken is None else [taken.store.lengths[row] for row in taken.rows]
+            taken_B1 = torch.tensor(before_B, device=chosen_BS.device).unsqueeze(1)
+            # More than are allowed may have taken part, under another dial.
+            chosen_BS = within(chosen_BS, torch.maximum(allowed_BS, taken_B1), taken_B1)
+        if taken is not None:
+            counts = chosen_BS.sum(dim=1).tolist()
+            index_BK = first_places(chosen_BS, max(counts))
+            positions_BK = context.positions_BS.gather(1, index_BK)
+            taken._replace(counts=counts).append((), positions_BK, None)
         return chosen_BS
 
     def _route(

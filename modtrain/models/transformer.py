@@ -107,6 +107,7 @@ class Transformer(nn.Module):
         sequence's. valid_BS: False for padding. dial: how much causal decisions are to compute.
         """
         selection = selection or self.config.training_selection
+        self._check(dial)
         context = self._context(tokens_BS, selection, documents_BS, valid_BS)
         context = context._replace(dial=dial)
         x_BSD = self.embedding(tokens_BS)
@@ -156,8 +157,18 @@ class Transformer(nn.Module):
             ValueError: the model has no such decision, or ``rows`` does not fit.
         """
         rows = list(range(cache.batch)) if rows is None else rows
-        if len(rows) != len(tokens_NS) or len(set(rows)) != len(rows):
-            raise ValueError(f"{len(tokens_NS)} sequences of tokens for the rows {rows}")
+        are_there = len(rows) > 0 and all(0 <= row < cache.batch for row in rows)
+        if not are_there or len(rows) != len(tokens_NS) or len(set(rows)) != len(rows):
+            raise ValueError(
+                f"{len(tokens_NS)} sequences of tokens for the rows {rows} of {cache.batch}"
+            )
+        if (
+            dial is not None
+            and dial.layer_cap is not None
+            and len(cache.taken) < len(self.config.routed_parts)
+        ):
+            raise ValueError("a layer_cap asks for a cache made with counts_taken=True")
+        self._check(dial)
         tokens = packed(tokens_NS, valid_NS, documents_NS)
         context = self._cached_context(tokens, cache, self._causal(selection), rows, dial)
         x_NSD = self.embedding(tokens.tokens_NS)
@@ -167,8 +178,7 @@ class Transformer(nn.Module):
             found = layer(x_NSD, context._replace(cache=view))
             x_NSD, routing = found.value_BSD, routing + found.routing
             context = context.after(found.routing)
-        for row, count in zip(rows, tokens.counts, strict=True):
-            cache.seen[row] += count
+        cache.advance(rows, tokens.counts)
         x_NSD = tokens.last(x_NSD) if last_only else tokens.unpacked(x_NSD)
         routing = tuple(
             record._replace(
@@ -222,6 +232,11 @@ class Transformer(nn.Module):
             valid_BS=valid_BS,
         )
 
+    def _check(self, dial: Dial | None) -> None:
+        routers = len(self.config.routed_parts)
+        if dial is not None and dial.levels is not None and len(dial.levels) != routers:
+            raise ValueError(f"{len(dial.levels)} levels for {routers} routers")
+
     def _causal(self, selection: Selection | None) -> Selection:
         """Return the causal decision to go by. Raises ValueError where there is none."""
         config, known = self.config, self.config.causal_selections
@@ -231,7 +246,8 @@ class Transformer(nn.Module):
                 f"the model has no causal decision {chosen or ''}: it was trained with"
                 f" {', '.join(known) or 'none'}"
             )
-        if config.router.score == "oracle_norm" and config.router.needs_scores(chosen):
+        is_oracle = config.is_routed and config.router.score == "oracle_norm"
+        if is_oracle and config.router.needs_scores(chosen):
             raise ValueError(
                 "router.score=oracle_norm is made of the whole sequence; decide by a predictor,"
                 " with router.gate=none"

@@ -18,6 +18,7 @@ from modtrain.inference.evaluate import evaluate_run
 from modtrain.inference.loading import load_run
 from modtrain.inference.report import show
 from modtrain.models.flops import Load, dense_equivalent_flops, realised_flops
+from modtrain.models.transformer import Transformer
 from modtrain.training.run import train
 
 EVERY = ["predictor", "auxiliary", "threshold"]
@@ -298,6 +299,23 @@ def test_a_sweep_under_caps_or_of_another_decision_has_a_file_of_its_own(routed)
     assert json.loads((routed.path / f"{name}.json").read_text()) == found
     assert found["decision"] == "auxiliary"
     assert set(found["points"][0]["realised_capacity"].values()) == {0.5}
+
+
+def test_a_sweep_makes_no_needless_pass(routed, monkeypatch):
+    seen, forward = [], Transformer.forward
+
+    def counted(model, *arguments, **named):
+        seen.append(arguments[2])
+        return forward(model, *arguments, **named)
+
+    monkeypatch.setattr(Transformer, "forward", counted)
+    wish = DialConfig(decision="threshold", calibration_sequences=8)
+    evaluate_run(request(routed, sweep=[1.0], inference=wish))
+    # Two batches of held-out text for the point and for the model as trained.
+    assert seen == ["threshold"] * 4
+    evaluate_run(request(routed, sweep=[0.4, 0.6, 1.0], inference=wish))
+    # Two of training text for both shares, and once more for each.
+    assert seen[4:] == ["threshold"] * (8 + 2 + 4)
 
 
 def test_a_model_without_routers_is_evaluated_but_not_moved(dense, capsys):

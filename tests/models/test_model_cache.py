@@ -318,14 +318,12 @@ def test_routers_without_content_take_the_dial_s_share(share):
         assert (taking - wanted).abs().max() < (2e-3 if score == "fixed" else 0.06)
 
 
-@pytest.mark.xfail(strict=True, reason="a cap counts nothing where the cache does not")
 def test_a_cap_that_the_cache_does_not_count_for_is_refused():
     config = small()
     with pytest.raises(ValueError, match="counts_taken"):
         ready(config, 24).extend(random_tokens(1, 3), Cache(config, 1), dial=Dial(layer_cap=0.5))
 
 
-@pytest.mark.xfail(strict=True, reason="what took part without a cap is not counted")
 @pytest.mark.parametrize("before", [None, 1.0])
 def test_a_cap_set_later_counts_what_took_part_before(before):
     config = small(num_layers=2)
@@ -338,7 +336,6 @@ def test_a_cap_set_later_counts_what_took_part_before(before):
     assert later.nonzero()[:, 0].tolist() == [7, 9, 11, 13]
 
 
-@pytest.mark.xfail(strict=True, reason="evenly spaced in the piece, not in the text")
 @pytest.mark.parametrize("gate", ["raw", "sigmoid"])
 def test_a_gate_on_fixed_scores_is_alike_in_pieces(gate):
     config = small(num_layers=2, capacity=0.3, router=RouterConfig(score="fixed", gate=gate))
@@ -382,16 +379,23 @@ def test_scores_of_the_whole_sequence_are_refused(router):
         ready(config, 24).extend(random_tokens(2, 3), Cache(config, 2))
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="no layer asks for the scores")
 def test_scores_that_no_layer_asks_for_are_no_error():
     config = small(pattern="dense", router=RouterConfig(score="oracle_norm", gate="raw"))
     assert not config.problems()
     ready(config, 24).extend(random_tokens(2, 3), Cache(config, 2))
 
 
-@pytest.mark.xfail(strict=True, reason="rows count from the end as lists do")
 @pytest.mark.parametrize("rows", [[0, -2], [-1, 0], [0, 2]])
 def test_rows_that_there_are_not_are_refused(rows):
     config = small()
     with pytest.raises(ValueError, match="rows"):
         ready(config, 24).extend(random_tokens(2, 3), Cache(config, 2), rows=rows)
+
+
+def test_levels_are_one_a_router():
+    model, tokens = ready(small(), 24), random_tokens(1, 3)
+    for levels in ((0.0,), (0.0, 0.0, 0.0)):
+        with pytest.raises(ValueError, match="levels for 2 routers"):
+            model(tokens, selection="predictor", dial=Dial(levels))
+        with pytest.raises(ValueError, match="levels for 2 routers"):
+            model.extend(tokens, Cache(model.config, 1), dial=Dial(levels))

@@ -1,0 +1,214 @@
+"""What does routing save when text is made? Decoding and prompts, MoD against dense.
+
+    python -m benchmarks.decode
+
+Both models have the same shape; every other block of the second takes 12.5 % of the tokens. It is
+trained for some steps on text of a Markov chain, so that its thresholds are those of its capacity,
+and then continues such text by its own draws at temperature 1. Cached, in float32.
+
+``speedup_b1``, ``speedup_b8``: tokens a second of MoD over dense, behind the prompt, with one and
+with eight sequences in the batch. ``cache_ratio``: memory of MoD's cache over dense's at the end.
+``eta_prefill``: (T_dense / T_MoD) / (F_dense / F_MoD) for the prompt, F the executed FLOPs.
+``over_hf``: tokens a second of the dense model over those of Hugging Face's ``generate`` with the
+same weights in a Llama, greedy, prompt included; both come to the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks._harness import finish, fix_threads, interleave, print_times, ratio
+from benchmarks._llama import as_llama
+from modtrain.inference.decoder import Decoder, DecoderConfig, Token
+from modtrain.inference.sampling_config import SamplingConfig
+from modtrain.models.cache import Cache
+from modtrain.models.config import ModelConfig
+from modtrain.models.flops import Load, realised_flops
+from modtrain.models.router_config import RouterConfig
+from modtrain.models.transformer import Transformer
+from modtrain.training.config import OptimizerConfig
+from modtrain.training.module import adamw
+
+HEAD_WIDTH = 64
+CAPACITY = 0.125
+
+
+def main() -> None:
+    """Measure, print the times, and the result as JSON on the last line."""
+    options = _options()
+    fix_threads(options.threads)
+    text = _MarkovText(options.vocab)
+    models = {
+        "dense": Transformer(_config(options, "dense")).eval(),
+        "mod": _trained(Transformer(_config(options, "every_other")), text, options),
+    }
+    result: dict[str, float] = {}
+    caches: dict[str, int] = {}
+    for batch in (1, 8):
+        prompts = text.draw(batch, options.prompt, seed=batch).tolist()
+        calls = {
+            name: _decoding(name, model, prompts, options.tokens, caches)
+            for name, model in models.items()
+        }
+        seconds = interleave(calls, options.rounds, warmup=1)
+        print_times(f"{options.tokens} tokens behind {options.prompt}, {batch} at once", seconds)
+        result[f"speedup_b{batch}"] = ratio(seconds["dense"], seconds["mod"])
+    result["cache_ratio"] = caches["mod"] / caches["dense"]
+    result |= _prefill(models, text.draw(1, options.prompt, seed=3), options)
+    result["over_hf"] = _over_hf(models["dense"], text.draw(1, options.hf_prompt, seed=4), options)
+    finish("decode", result)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--d-model", type=int, default=512, help=f"a multiple of {HEAD_WIDTH}")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens made of each")
+    parser.add_argument("--hf-prompt", type=int, default=128, help="the same beside Hugging Face")
+    parser.add_argument("--train-steps", type=int, default=40, help="of 4 x 256 tokens")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    if options.d_model < HEAD_WIDTH or options.d_model % HEAD_WIDTH:
+        parser.error(f"--d-model must be a multiple of {HEAD_WIDTH}, the width of a head")
+    numbers = vars(options).values()
+    if min(numbers) < 1 or options.tokens < 2:
+        parser.error("every number must be at least 1, --tokens 2")
+    return options
+
+
+def _config(options: argparse.Namespace, pattern: str) -> ModelConfig:
+    return ModelConfig(
+        d_model=options.d_model,
+        num_layers=options.layers,
+        num_heads=options.d_model // HEAD_WIDTH,
+        vocab_size=options.vocab,
+        pattern=pattern,
+        capacity=CAPACITY,
+        router=RouterConfig(causal=["threshold"], threshold_decay=0.9),
+    )
+
+
+class _MarkovText:
+    """Text in which each token is followed by one of eight, some of them rare."""
+
+    def __init__(self, vocab: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._next_VC = torch.randint(vocab, (vocab, 8), generator=generator)
+        self._chance_C = torch.arange(1, 9, dtype=torch.float64).reciprocal()
+
+    def draw(self, sequences: int, length: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        token_B = torch.randint(len(self._next_VC), (sequences,), generator=generator)
+        tokens = []
+        for _ in range(length):
+            tokens.append(token_B)
+            choice_B = torch.multinomial(
+                self._chance_C, sequences, replacement=True, generator=generator
+            )
+            token_B = self._next_VC[token_B, choice_B]
+        return torch.stack(tokens, dim=1)
+
+
+def _trained(model: Transformer, text: _MarkovText, options: argparse.Namespace) -> Transformer:
+    optimizer = adamw(model, OptimizerConfig(lr=1e-3))
+    loss = 0.0
+    for step in range(options.train_steps):
+        tokens_BT = text.draw(4, 257, seed=1000 + step)
+        output = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
+        if output.loss is None:
+            raise ValueError("there are no targets")
+        optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        optimizer.step()
+        model.absorb(model.observe(output))
+        loss = output.loss.item()
+    print(f"trained for {options.train_steps} steps, to a loss of {loss:.2f}")
+    return model.eval()
+
+
+def _decoding(
+    name: str, model: Transformer, prompts: list[list[int]], tokens: int, caches: dict[str, int]
+) -> Callable[[], float]:
+    selection = model.config.causal_selections[0]
+    config = DecoderConfig(selection, tokens, SamplingConfig(seed=1), batch_size=len(prompts))
+
+    def run() -> float:
+        decoder = Decoder(model, config, prompts)
+        times = [time.perf_counter() for event in decoder.run() if isinstance(event, Token)]
+        counts = decoder.statistics
+        caches[name] = counts.cache_bytes
+        if counts.chosen_R:
+            shares = [f"{count / counts.stepped_tokens:.1%}" for count in counts.chosen_R]
+            print(f"  took part: {', '.join(shares)}")
+        # Behind the first token the prompt is done.
+        return times[-1] - times[0]
+
+    return run
+
+
+def _prefill(
+    models: dict[str, Transformer], tokens_BS: Tensor, options: argparse.Namespace
+) -> dict[str, float]:
+    flops = {}
+    calls: dict[str, Callable[[], None]] = {}
+    for name, model in models.items():
+
+        def run(model: Transformer = model) -> None:
+            model.extend(tokens_BS, Cache(model.config, 1), last_only=True)
+
+        calls[name] = run
+        routing = iter(model.extend(tokens_BS, Cache(model.config, 1)).routing)
+        length = tokens_BS.shape[1]
+        loads = []
+        for capacity in model.config.capacities:
+            count = length if capacity is None else int(next(routing).chosen_BS.sum())
+            loads.append(Load(count, count * count, count))
+        selection = model.config.causal_selections[0]
+        cost = realised_flops(model.config, length, loads, selection)
+        # The head is computed for the last token alone.
+        flops[name] = cost.total - cost.head * (1 - 1 / length)
+    seconds = interleave(calls, options.rounds)
+    print_times(f"a prompt of {options.prompt} tokens", seconds)
+    saved = flops["dense"] / flops["mod"]
+    return {
+        "flops_ratio_prefill": saved,
+        "eta_prefill": ratio(seconds["dense"], seconds["mod"]) / saved,
+    }
+
+
+def _over_hf(model: Transformer, tokens_BS: Tensor, options: argparse.Namespace) -> float:
+    llama = as_llama(model, options.hf_prompt + options.tokens)
+    config = DecoderConfig("causal", options.tokens, SamplingConfig(greedy=True))
+    made: dict[str, list[int]] = {}
+
+    def ours() -> None:
+        decoder = Decoder(model, config, tokens_BS.tolist())
+        made["ours"] = [event.id for event in decoder.run() if isinstance(event, Token)]
+
+    def theirs() -> None:
+        found = llama.generate(
+            tokens_BS,
+            attention_mask=torch.ones_like(tokens_BS),
+            max_new_tokens=options.tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        made["theirs"] = found[0, tokens_BS.shape[1] :].tolist()
+
+    seconds = interleave({"Hugging Face": theirs, "ours": ours}, options.rounds, warmup=1)
+    print_times(f"{options.tokens} tokens and a prompt of {options.hf_prompt}, dense", seconds)
+    if made["ours"] != made["theirs"]:
+        raise RuntimeError(f"the tokens differ: {made}")
+    return ratio(seconds["Hugging Face"], seconds["ours"])
+
+
+if __name__ == "__main__":
+    main()

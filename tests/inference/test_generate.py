@@ -1,0 +1,280 @@
+"""`modtrain generate`: what comes out, where it goes, and what is refused."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from modtrain.cli import main
+from modtrain.configuration import compose
+from modtrain.errors import ConfigError, DataError
+from modtrain.inference.generate import decoder_config, generate
+from modtrain.inference.loading import load_run
+from modtrain.training.run import train
+
+
+@pytest.fixture(scope="module")
+def start(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    quick = ["eval.every=null", "log=jsonl", "log.progress=false", f"runs_dir={folder}"]
+
+    def run(name, *more):
+        return train(compose("train", [*tiny, *quick, f"name={name}", *more])).run
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def routed(start):
+    return start("routed", "budget.steps=8", "model.capacity=0.5", "optimizer.lr=0.01")
+
+
+@pytest.fixture(scope="module")
+def dense(start):
+    return start("dense", "budget.steps=1", "model.pattern=dense")
+
+
+def flags(run):
+    return [
+        f"run={run.path.name}",
+        f"runs_dir={run.path.parent}",
+        "accelerator=cpu",
+        "max_tokens=12",
+        "sampling.greedy=true",
+    ]
+
+
+def asked(run, *overrides):
+    return compose("generate", [*flags(run), *overrides])
+
+
+def slowly(run, prompt: str, count: int) -> str:
+    """The continuation by the whole text's forward pass for each token."""
+    loaded = load_run(asked(run))
+    tokenizer = Tokenizer.from_file(str(loaded.tokenizer))
+    tokens = tokenizer.encode(prompt).ids or [tokenizer.token_to_id("<|endoftext|>")]
+    made = []
+    for _ in range(count):
+        with torch.no_grad():
+            text = torch.tensor([[*tokens, *made]])
+            decision = loaded.model.config.causal_selections[0]
+            logits = loaded.model(text, selection=decision).logits_BSV
+        made.append(int(logits[0, -1].argmax()))
+    return tokenizer.decode(made)
+
+
+@pytest.mark.parametrize("prompt", ["the old tree", ""])
+def test_the_text_is_what_the_model_says(routed, capsys, prompt):
+    generate(asked(routed, f"prompt='{prompt}'"))
+    said = capsys.readouterr()
+    assert said.out == slowly(routed, prompt, 12) + "\n"
+    assert "12 tokens behind" in said.err
+    assert re.search(r"took part: layer_\d\d \d", said.err)
+
+
+def test_a_dense_run_goes_on_too(dense, capsys):
+    generate(asked(dense, "prompt=the"))
+    said = capsys.readouterr()
+    assert said.out == slowly(dense, "the", 12) + "\n"
+    assert "took part" not in said.err
+
+
+def test_prompts_come_from_a_file_or_standard_input(routed, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("under the stone")
+    generate(asked(routed, f"file={tmp_path}/prompt.txt", "echo=true"))
+    by_file = capsys.readouterr().out
+    with (tmp_path / "prompt.txt").open() as piped:
+        monkeypatch.setattr(sys, "stdin", piped)
+        generate(asked(routed, "file=-", "echo=true"))
+    assert capsys.readouterr().out == by_file
+    assert by_file == "under the stone" + slowly(routed, "under the stone", 12) + "\n"
+
+
+def test_a_stop_string_ends_the_text_before_it(routed, capsys):
+    whole = slowly(routed, "the", 12)
+    stop = whole[4:7]
+    generate(asked(routed, "prompt=the", f"stop=['{stop}']"))
+    assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
+
+
+def test_depths_are_marked_where_there_are_no_colours(routed, capsys):
+    generate(asked(routed, "prompt='the old'", "show_depth=true", "echo=true"))
+    marked = capsys.readouterr().out
+    digits = "₀₁₂₃₄₅₆₇₈₉"
+    plain = "".join(c for c in marked if c not in digits)
+    assert plain == "the old" + slowly(routed, "the old", 12) + "\n"
+    assert any(digit in marked for digit in digits)
+    assert main(["generate", "--show-depth", *flags(routed), "prompt='the old'", "echo=true"]) == 0
+    assert capsys.readouterr().out == marked
+
+
+def test_json_lines_keep_their_order_and_keys(routed, tmp_path):
+    prompts = ["the river", "a", "", "stone walks under the old quiet tree", "and"]
+    lines = [json.dumps({"prompt": text, "id": 10 * n}) for n, text in enumerate(prompts)]
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines[:2], "", *lines[2:]]) + "\n")
+    generate(
+        asked(
+            routed,
+            f"input={tmp_path}/in.jsonl",
+            f"output={tmp_path}/out.jsonl",
+            "batch_size=3",
+            "show_depth=true",
+        )
+    )
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["prompt"] for record in records] == prompts
+    assert [record["id"] for record in records] == [0, 10, 20, 30, 40]
+    tokenizer = Tokenizer.from_file(str(load_run(asked(routed)).tokenizer))
+    for record in records:
+        assert record["completion"] == slowly(routed, record["prompt"], 12)
+        assert (record["num_tokens"], record["finish"]) == (12, "length")
+        given = max(1, len(tokenizer.encode(record["prompt"]).ids))
+        assert len(record["depth"]) == given + 12
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_samples_differ_and_come_again_with_their_seed(routed, capsys):
+    def run(*overrides):
+        generate(asked(routed, "prompt=the", "sampling.greedy=false", *overrides))
+        return capsys.readouterr().out
+
+    both = run("samples=2")
+    assert both == run("samples=2", "batch_size=1")
+    first, second = re.fullmatch(r"--- 1 of 2\n(.*)\n--- 2 of 2\n(.*)\n", both, re.S).groups()
+    assert first != second
+    assert run() == first + "\n"
+    assert run("sampling.seed=1") != first + "\n"
+
+
+def test_self_speculation_says_the_same(routed, capsys):
+    generate(asked(routed, "prompt=the", "speculate.tokens=3"))
+    said = capsys.readouterr()
+    assert said.out == slowly(routed, "the", 12) + "\n"
+    assert "drafts were right" in said.err
+    generate(asked(routed, "prompt=the", "speculate.tokens=2", "speculate.capacity=0.25"))
+    assert capsys.readouterr().out == said.out
+
+
+def test_the_dial_moves_what_takes_part(routed, capsys):
+    def shares(*overrides):
+        generate(asked(routed, "prompt=the", "max_tokens=60", *overrides))
+        err = capsys.readouterr().err
+        return [float(share) for share in re.findall(r"layer_\d\d ([\d.]+)%", err)]
+
+    assert max(shares("inference.step_cap=0")) == 0
+    assert min(shares("inference.capacity=1")) == 100
+    assert max(shares("inference.layer_cap=0.2", "inference.capacity=1")) <= 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["speculate.tokens=2"], ["speculate.tokens=2", "no", "depth routers"]),
+        (["show_depth=true"], ["show_depth", "depth routers"]),
+        (["inference.decision=threshold"], ["inference.decision=threshold", "causal"]),
+        (["inference.capacity=0.5"], ["inference.capacity", "none"]),
+        (["output=no/where/out.txt"], ["output", "no directory"]),
+    ],
+)
+def test_what_a_dense_model_cannot_do_is_told(dense, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        generate(asked(dense, *overrides))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_model_without_a_causal_decision_is_refused(start):
+    run = start("blind", "budget.steps=1", "model.router.causal=[]")
+    with pytest.raises(ConfigError, match=r"router\.causal"):
+        generate(asked(run))
+
+
+def test_an_oracle_that_needs_the_whole_sequence_is_refused(start):
+    router = ["model.router.score=oracle_norm", "model.router.causal=[predictor,threshold]"]
+    run = start("oracle", "budget.steps=1", *router)
+    generate(asked(run, "max_tokens=2"))
+    with pytest.raises(ConfigError, match="whole sequence"):
+        generate(asked(run, "inference.decision=threshold"))
+
+
+def test_content_free_routers_keep_their_schedule(start):
+    """In the middle of a schedule a checkpoint's shares are not those of its end."""
+    run = start(
+        "rising",
+        "budget.steps=6",
+        "model.router.score=fixed",
+        "capacity_schedule=linear",
+        "capacity_schedule.end=0.8",
+    )
+    config = asked(run, "step=4")
+    loaded = load_run(config)
+    dial = decoder_config(config, loaded, 0).dial
+    assert dial.levels == tuple(
+        loaded.capacities[layer] for layer, _ in loaded.model.config.routed_parts
+    )
+    assert dial.levels != tuple(
+        loaded.model.config.capacities[layer] for layer, _ in loaded.model.config.routed_parts
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["prompt=a", "file=b.txt", "input=c.jsonl"], ["beside", "file", "input", "is no file"]),
+        (["samples=0", "max_tokens=0"], ["samples=0", "max_tokens=0", "1 or more"]),
+        (["stop=['']"], ["stop", "empty"]),
+        (["sampling.temperature=0"], ["sampling.temperature", "greedy"]),
+        (
+            ["speculate.tokens=0", "speculate.capacity=2"],
+            ["speculate.tokens", "speculate.capacity"],
+        ),
+        (["inference.layer_cap=0"], ["inference.layer_cap"]),
+    ],
+)
+def test_every_mistake_is_told_at_once(routed, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        generate(asked(routed, *overrides))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"text": "a"}', '{"prompt": 3}'])
+def test_a_bad_line_is_named(routed, tmp_path, line):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"in\.jsonl, line 2"):
+        generate(asked(routed, f"input={tmp_path}/in.jsonl", f"output={tmp_path}/out.jsonl"))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_colours(routed, tmp_path):
+    """In a pseudo-terminal depths are colours, and no digits."""
+    command = [sys.executable, "-m", "modtrain", "generate", *flags(routed), "--show-depth"]
+    ours, theirs = pty.openpty()
+    look = {"env": {**os.environ, "TERM": "xterm-256color"}, "cwd": tmp_path}
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL, **look) as done:
+        os.close(theirs)
+        said = b""
+        # A closed terminal is an error to read from.
+        with contextlib.suppress(OSError):
+            while part := os.read(ours, 4096):
+                said += part
+    os.close(ours)
+    assert done.returncode == 0
+    assert b"\x1b[38;" in said
+    assert "₁".encode() not in said
+
+
+@pytest.mark.slow
+def test_it_runs_as_a_command(routed, tmp_path):
+    command = [sys.executable, "-m", "modtrain", "generate", *flags(routed), "prompt=the"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == slowly(routed, "the", 12) + "\n"
