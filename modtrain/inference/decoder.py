@@ -73,9 +73,9 @@ class DecoderConfig:
 class Statistics:
     """What a job took.
 
-    prompt_tokens, made_tokens: of all sequences. steps: forward passes behind the prompts.
-    drafted, accepted: tokens of self-speculation. chosen_R: tokens of the steps that took part, by
-    router, of ``stepped_tokens``. cache_bytes: the largest memory of the cache.
+    prompt_tokens, made_tokens: of all sequences. steps: forward passes that a token was drawn
+    behind. drafted, accepted: tokens of self-speculation. chosen_R: tokens of the steps that took
+    part, by router, of ``stepped_tokens``. cache_bytes: the largest memory of the cache.
     """
 
     prompt_tokens: int = 0
@@ -137,11 +137,13 @@ class Decoder:
     def run(self) -> Iterator[Token | End]:
         """Yield the tokens of all sequences as they come, mixed, each sequence's in order."""
         while self._waiting or self._active:
-            for advance in (self._admit, self._step):
-                for event in advance():
-                    # Whoever reads may stop a sequence of which more has come already.
-                    if event.number not in self._stopped:
-                        yield event
+            with torch.inference_mode():
+                rows = self._admit()
+                events = [*self._prefill(rows), *self._step(rows or list(self._active))]
+            for event in events:
+                # Whoever reads may stop a sequence of which more has come already.
+                if event.number not in self._stopped:
+                    yield event
 
     def stop(self, number: int) -> None:
         """End a sequence from outside, such as at a stop string; no more of it comes."""
@@ -202,8 +204,8 @@ class Decoder:
         before_N1 = torch.tensor(before, device=tokens_NS.device).unsqueeze(1)
         return before_N1 + document_numbers(tokens_NS, end_id)
 
-    def _admit(self) -> list[Token | End]:
-        """Begin waiting sequences where there is room: run their prompts but for the last token."""
+    def _admit(self) -> list[int]:
+        """Give waiting sequences the rows that are free, and return these."""
         rows: list[int] = []
         while self._free and self._waiting:
             row, number = self._free.pop(0), self._waiting.popleft()
@@ -216,21 +218,17 @@ class Decoder:
                 self._seen_RV[row, self._active[row].text] = True
             self.statistics.prompt_tokens += len(self._active[row].text)
             rows.append(row)
+        return rows
+
+    def _prefill(self, rows: list[int]) -> list[Token | End]:
+        """Run all of new prompts but what their first step runs: the last chunk at most."""
         events: list[Token | End] = []
-        texts = {row: self._active[row].text[:-1] for row in rows}
-        chunk, longest = self._config.prefill_chunk, max(map(len, texts.values()), default=0)
-        for start in range(0, longest, chunk):
-            left = [row for row in rows if len(texts[row]) > start]
-            parts = [texts[row][start : start + chunk] for row in left]
+        chunk = self._config.prefill_chunk
+        last = chunk if self._drafter is None else 1
+        while left := [row for row in rows if len(self._unread(row)) > last]:
+            parts = [self._unread(row)[: min(chunk, len(self._unread(row)) - last)] for row in left]
             tokens_NS, valid_NS = padded(parts, self._device)
-            output = self._extend(
-                tokens_NS,
-                self._cache,
-                rows=left,
-                dial=self._config.dial,
-                valid_NS=valid_NS,
-                last_only=True,
-            )
+            output = self._run(tokens_NS, left, valid_NS, last_only=True)
             if self._drafter is not None:
                 self._drafter.feed(tokens_NS, left, valid_NS)
             if self._config.with_depth:
@@ -242,46 +240,61 @@ class Decoder:
                 ]
         return events
 
-    def _step(self) -> list[Token | End]:
-        """Run the newest token of each sequence, with drafts behind it, and draw what follows."""
-        if not self._active:
+    def _unread(self, row: int) -> list[int]:
+        """Return the tokens of a sequence that the cache lacks."""
+        return self._active[row].text[self._cache.seen[row] :]
+
+    def _step(self, rows: list[int]) -> list[Token | End]:
+        """Run what is unread of these sequences, with drafts behind it, and draw what follows."""
+        if not rows:
             return []
-        sequences = list(self._active.values())
-        rows, numbers = [s.row for s in sequences], [s.number for s in sequences]
+        sequences = [self._active[row] for row in rows]
+        numbers = [s.number for s in sequences]
         seen_NV = None if self._seen_RV is None else self._seen_RV[rows]
+        unread = [self._unread(row) for row in rows]
+        tokens_NT, valid_NT = padded(unread, self._device)
         drafts = None
         if self._drafter is not None:
             drafts = self._drafter.propose([s.text for s in sequences], rows, numbers, seen_NV)
-        tokens_NT = torch.tensor([[s.text[-1]] for s in sequences], device=self._device)
-        if drafts is not None:
             tokens_NT = torch.cat([tokens_NT, drafts.tokens_NG], dim=1)
-        output = self._extend(tokens_NT, self._cache, rows=rows, dial=self._config.dial)
+        output = self._run(tokens_NT, rows, valid_NT, last_only=drafts is None)
         probability_NTV = self._probabilities(output, drafts, seen_NV)
-        taken, next_N = verify(probability_NTV, drafts, self._dice, numbers)
+        if drafts is None and self._config.sampling.greedy:
+            taken, next_N = [0] * len(rows), probability_NTV[:, 0].argmax(dim=-1)
+        else:
+            taken, next_N = verify(probability_NTV, drafts, self._dice, numbers)
         drafted: list[list[int]] = [[] for _ in rows]
         if drafts is not None:
             drafted = [
                 own[:count] for own, count in zip(drafts.tokens_NG.tolist(), taken, strict=True)
             ]
-        self._tally(output, tokens_NT, drafted)
+        self._tally(output, tokens_NT, valid_NT, drafted)
         depths = self._depths(output, tokens_NT) if self._config.with_depth else [None] * len(rows)
         events = [
             event
-            for sequence, own, token, depth in zip(
-                sequences, drafted, next_N.tolist(), depths, strict=True
-            )
-            for event in self._go_on(sequence, [*own, token], depth)
+            for i, token in enumerate(next_N.tolist())
+            for event in self._go_on(sequences[i], unread[i], [*drafted[i], token], depths[i])
         ]
         self._settle(rows)
         return events
 
+    def _run(
+        self, tokens_NS: Tensor, rows: list[int], valid_NS: Tensor | None, last_only: bool
+    ) -> ModelOutput:
+        dial = self._config.dial
+        return self._extend(
+            tokens_NS, self._cache, rows=rows, dial=dial, valid_NS=valid_NS, last_only=last_only
+        )
+
     def _go_on(
-        self, sequence: _Sequence, new: list[int], depths: list[int] | None
+        self, sequence: _Sequence, unread: list[int], new: list[int], depths: list[int] | None
     ) -> Iterator[Token | End]:
-        """Add new tokens, all but the last of which were run in this step."""
+        """Add new tokens. Run in this step were those unread, and all of ``new`` but the last."""
         number, text = sequence.number, sequence.text
         if depths is not None:
-            yield Token(number, text[-1], depths[0], is_prompt=sequence.made == 0)
+            for token, depth in zip(unread, depths, strict=False):
+                yield Token(number, token, depth, is_prompt=sequence.made == 0)
+            depths = depths[len(unread) :]
         reason: Finish | None = "length" if sequence.is_last else None
         for place, token in enumerate(new, start=1):
             if reason is not None or sequence.is_last:
@@ -296,7 +309,7 @@ class Decoder:
             if depths is None:
                 yield Token(number, token)
             elif is_run:
-                yield Token(number, token, depths[place])
+                yield Token(number, token, depths[place - 1])
             if sequence.made == self._config.max_tokens:
                 sequence.is_last = depths is not None and not is_run
                 reason = None if sequence.is_last else "length"
@@ -339,15 +352,21 @@ class Decoder:
         found: list[list[int]] = depth_NS.tolist()
         return found
 
-    def _tally(self, output: ModelOutput, tokens_NT: Tensor, drafted: list[list[int]]) -> None:
+    def _tally(
+        self,
+        output: ModelOutput,
+        tokens_NT: Tensor,
+        valid_NT: Tensor | None,
+        drafted: list[list[int]],
+    ) -> None:
         counts = self.statistics
+        counts.cache_bytes = max(counts.cache_bytes, self._cache.allocated_bytes())
         counts.steps += 1
-        counts.stepped_tokens += tokens_NT.numel()
-        counts.drafted += tokens_NT.numel() - len(tokens_NT)
+        counts.stepped_tokens += tokens_NT.numel() if valid_NT is None else int(valid_NT.sum())
+        counts.drafted += self._config.drafts * len(tokens_NT)
         counts.accepted += sum(map(len, drafted))
         for place, record in enumerate(output.routing):
             counts.chosen_R[place] += int(record.chosen_BS.sum())
-        counts.cache_bytes = max(counts.cache_bytes, self._cache.allocated_bytes())
 
     def _release(self, row: int) -> None:
         self._active.pop(row)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modtrain.models.cache import CacheView, Entries
+from modtrain.models.cache import CacheView
 from modtrain.models.config import ModelConfig
 from modtrain.models.norm import RMSNorm
 from modtrain.models.router_config import TRAINING_SELECTIONS
@@ -89,28 +89,29 @@ def remembered(
     is_plain = context.window is None and documents_NK is None
     is_first = cache.is_empty()
     cache.append((k_NKGW, v_NKGW), positions_NK, documents_NK)
-    if is_first and is_plain:
+    # Padding alone is nowhere looked at.
+    if is_first and (is_plain or not any(cache.counts)):
         return k_NKGW, v_NKGW, None, True
     entries = cache.entries()
     k_NLGW, v_NLGW = entries.fields
-    return k_NLGW, v_NLGW, _sees_entries(context, entries), False
+    return k_NLGW, v_NLGW, _sees_entries(context, cache, entries.lengths), False
 
 
-def _sees_entries(context: SequenceContext, entries: Entries) -> Tensor | None:
+def _sees_entries(context: SequenceContext, cache: CacheView, lengths: list[int]) -> Tensor | None:
     """Which entry (last) each new token sees (N, K, L); None: all of them."""
-    query_NK1, key_N1L = context.positions_BS.unsqueeze(2), entries.positions_NL.unsqueeze(1)
-    longest = key_N1L.shape[2]
+    query_NK1, longest = context.positions_BS.unsqueeze(2), max(lengths)
     conditions = []
-    if query_NK1.shape[1] > 1:
-        conditions.append(key_N1L <= query_NK1)
-    if min(entries.lengths) < longest:
-        device = key_N1L.device
-        length_N11 = torch.tensor(entries.lengths, device=device).view(-1, 1, 1)
+    if min(lengths) < longest:
+        device = query_NK1.device
+        length_N11 = torch.tensor(lengths, device=device).view(-1, 1, 1)
         conditions.append(torch.arange(longest, device=device) < length_N11)
-    if context.window is not None:
-        conditions.append(query_NK1 - key_N1L < context.window)
+    if query_NK1.shape[1] > 1 or context.window is not None:
+        back_NKL = query_NK1 - cache.positions().unsqueeze(1)
+        conditions.append(back_NKL >= 0)
+        if context.window is not None:
+            conditions.append(back_NKL < context.window)
     if context.documents_BS is not None:
-        conditions.append(context.documents_BS.unsqueeze(2) == entries.documents_NL.unsqueeze(1))
+        conditions.append(context.documents_BS.unsqueeze(2) == cache.documents().unsqueeze(1))
     return functools.reduce(operator.and_, conditions) if conditions else None
 
 

@@ -10,7 +10,7 @@ K new tokens, Q queries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,14 +27,11 @@ _GROWTH = 8
 class Entries(NamedTuple):
     """Entries of some sequences, oldest first.
 
-    fields: tensors (N, L, …). positions_NL: where each entry's token stands in the text.
-    documents_NL: its document's number. lengths: how many entries of each sequence count; what is
-    behind them is finite and means nothing.
+    fields: tensors (N, L, …). lengths: how many entries of each sequence count; what is behind them
+    is finite and means nothing.
     """
 
     fields: tuple[Tensor, ...]
-    positions_NL: Tensor
-    documents_NL: Tensor
     lengths: list[int]
 
 
@@ -52,9 +49,9 @@ class Store:
         self.batch, self.window, self.last, self.margin = batch, window, last, margin
         self.lengths = [0] * batch
         self._fields: tuple[Tensor, ...] = ()
-        # Allocated on the device of the first entries.
+        # Allocated on the device of the first entries; documents as soon as there are any.
         self._positions_BC = torch.zeros(batch, 0, dtype=torch.long)
-        self._documents_BC = torch.zeros(batch, 0, dtype=torch.long)
+        self._documents_BC: Tensor | None = None
 
     @property
     def places(self) -> int:
@@ -70,43 +67,72 @@ class Store:
         documents_NK: Tensor | None,
     ) -> None:
         """Add the first ``counts[i]`` of K new tokens to row ``rows[i]``; fields are (N, K, …)."""
+        if not any(counts):
+            return
         self._reserve(rows, counts, fields, positions_NK.device)
-        buffers = self._buffers()
-        if documents_NK is None:
-            documents_NK = torch.zeros_like(positions_NK)
-        new = (*fields, positions_NK, documents_NK)
+        new = [*fields, positions_NK]
+        if documents_NK is not None and self._documents_BC is None:
+            self._documents_BC = torch.zeros_like(self._positions_BC)
+        if self._documents_BC is not None:
+            new.append(torch.zeros_like(positions_NK) if documents_NK is None else documents_NK)
         starts = [self.lengths[row] for row in rows]
         length = positions_NK.shape[1]
-        if self._is_all(rows) and set(counts) == {length} and len(set(starts)) == 1:
-            for buffer, values in zip(buffers, new, strict=True):
+        is_full = min(counts) == length
+        if is_full and self._is_all(rows) and min(starts) == max(starts):
+            for buffer, values in zip(self._buffers(), new, strict=True):
                 buffer[:, starts[0] : starts[0] + length].copy_(values)
         else:
-            device = positions_NK.device
-            rows_N1, starts_N1, counts_N1 = (
-                torch.tensor(numbers, device=device).unsqueeze(1)
-                for numbers in (list(rows), starts, list(counts))
-            )
-            place_K = torch.arange(length, device=device)
-            source_M, place_M = (place_K < counts_N1).nonzero(as_tuple=True)
-            target = (rows_N1[source_M, 0], starts_N1[source_M, 0] + place_M)
-            for buffer, values in zip(buffers, new, strict=True):
-                values_M = values.expand(len(rows), *values.shape[1:])[source_M, place_M]
-                buffer.index_put_(target, values_M.to(buffer.dtype))
+            self._scatter(rows, starts, None if is_full else counts, new)
         for row, count in zip(rows, counts, strict=True):
             self.lengths[row] += count
 
+    def _scatter(
+        self,
+        rows: Sequence[int],
+        starts: list[int],
+        counts: Sequence[int] | None,
+        new: list[Tensor],
+    ) -> None:
+        """Write new tokens (N, K, …) where each row goes on; None: all K of each count."""
+        device, length = new[-1].device, new[-1].shape[1]
+        row_N1 = torch.tensor(list(rows), device=device).unsqueeze(1)
+        place_NK = torch.tensor(starts, device=device).unsqueeze(1)
+        if length > 1:
+            place_NK = place_NK + torch.arange(length, device=device)
+        target = (row_N1.expand_as(place_NK), place_NK)
+        if counts is not None:
+            count_N1 = torch.tensor(list(counts), device=device).unsqueeze(1)
+            is_own_NK = torch.arange(length, device=device) < count_N1
+            target = (target[0][is_own_NK], place_NK[is_own_NK])
+            new = [values[is_own_NK] for values in new]
+        for buffer, values in zip(self._buffers(), new, strict=True):
+            buffer.index_put_(target, values.to(buffer.dtype))
+
     def entries(self, rows: Sequence[int]) -> Entries:
         """Return what there is of these rows. Views where they are one row, or all."""
-        lengths = [self.lengths[row] for row in rows]
-        longest = max(lengths)
-        narrowed = tuple(buffer[:, :longest] for buffer in self._buffers())
+        return Entries(
+            tuple(self._of(rows, field) for field in self._fields),
+            [self.lengths[row] for row in rows],
+        )
+
+    def positions(self, rows: Sequence[int]) -> Tensor:
+        """Where the token of each entry of these rows stands in the text (N, L)."""
+        return self._of(rows, self._positions_BC)
+
+    def documents(self, rows: Sequence[int]) -> Tensor:
+        """The number of its document (N, L)."""
+        if self._documents_BC is None:
+            return torch.zeros_like(self.positions(rows))
+        return self._of(rows, self._documents_BC)
+
+    def _of(self, rows: Sequence[int], buffer: Tensor) -> Tensor:
+        narrowed = buffer[:, : max(self.lengths[row] for row in rows)]
         if len(rows) == 1:
-            narrowed = tuple(buffer[rows[0] : rows[0] + 1] for buffer in narrowed)
-        elif not self._is_all(rows):
-            index_N = torch.tensor(list(rows), device=narrowed[0].device)
-            narrowed = tuple(buffer.index_select(0, index_N) for buffer in narrowed)
-        *fields, positions_NL, documents_NL = narrowed
-        return Entries(tuple(fields), positions_NL, documents_NL, lengths)
+            return narrowed[rows[0] : rows[0] + 1]
+        if self._is_all(rows):
+            return narrowed
+        index_N = torch.tensor(list(rows), device=buffer.device)
+        return _turned(_turned(narrowed).index_select(0, index_N))
 
     def truncate(self, rows: Sequence[int], seen: Sequence[int]) -> None:
         """Forget the entries of row ``rows[i]`` from position ``seen[i]`` on."""
@@ -146,7 +172,8 @@ class Store:
         return len(rows) == self.batch and all(row == i for i, row in enumerate(rows))
 
     def _buffers(self) -> tuple[Tensor, ...]:
-        return (*self._fields, self._positions_BC, self._documents_BC)
+        documents = () if self._documents_BC is None else (self._documents_BC,)
+        return (*self._fields, self._positions_BC, *documents)
 
     def _reserve(
         self,
@@ -163,19 +190,15 @@ class Store:
 
         if not self.places:
             places = _pages(missing())
-            self._fields = tuple(
-                field.new_zeros(self.batch, places, *field.shape[2:]) for field in fields
-            )
+            self._fields = tuple(_zeros(field, self.batch, places) for field in fields)
             self._positions_BC = torch.zeros(self.batch, places, dtype=torch.long, device=device)
-            self._documents_BC = torch.zeros_like(self._positions_BC)
         was_full = missing() > 0
         if was_full:
             self._drop_unseen()
         # A store that is nearly full would be shifted again at each of the next tokens.
         if was_full and missing() + self.places // _GROWTH > 0:
             # Zeros, not whatever lay there: a weight of zero times NaN is NaN.
-            more = _pages(max(missing(), self.places // _GROWTH))
-            self._replace(lambda b: torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], 1))
+            self._move(self.places + _pages(max(missing(), self.places // _GROWTH)))
 
     def _drop_unseen(self) -> None:
         """Shift out the entries that are behind every coming token's window."""
@@ -183,13 +206,10 @@ class Store:
         if not any(gone):
             return
         device = self._positions_BC.device
-        place_BC = torch.arange(self.places, device=device) + torch.tensor(
-            gone, device=device
-        ).unsqueeze(1)
+        gone_B1 = torch.tensor(gone, device=device).unsqueeze(1)
+        place_BC = torch.arange(self.places, device=device) + gone_B1
         # The rows' ends now repeat the last place, which is finite and behind the length.
-        place_BC = place_BC.clamp(max=self.places - 1)
-        row_B1 = torch.arange(self.batch, device=device).unsqueeze(1)
-        self._replace(lambda buffer: buffer[row_B1, place_BC])
+        self._move(self.places, place_BC.clamp(max=self.places - 1))
         self.lengths = [length - n for length, n in zip(self.lengths, gone, strict=True)]
 
     def _unseen(self) -> list[int]:
@@ -207,10 +227,22 @@ class Store:
         gone: list[int] = ((self._positions_BC < oldest_B1) & counts_BC).sum(1).tolist()
         return gone
 
-    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
-        *fields, positions, documents = (change(buffer) for buffer in self._buffers())
-        self._fields = tuple(fields)
-        self._positions_BC, self._documents_BC = positions, documents
+    def _move(self, places: int, source_BC: Tensor | None = None) -> None:
+        """Take new memory of ``places`` places: the old ones, or those of ``source_BC``."""
+
+        def move(old: Tensor) -> Tensor:
+            new = _zeros(old, self.batch, places)
+            if source_BC is None:
+                new[:, : old.shape[1]] = old
+            else:
+                row_B1 = torch.arange(self.batch, device=old.device).unsqueeze(1)
+                new.copy_(old[row_B1, source_BC])
+            return new
+
+        self._fields = tuple(map(move, self._fields))
+        self._positions_BC = move(self._positions_BC)
+        if self._documents_BC is not None:
+            self._documents_BC = move(self._documents_BC)
 
 
 class CacheView(NamedTuple):
@@ -241,6 +273,14 @@ class CacheView(NamedTuple):
         """What is stored of these sequences."""
         return self.store.entries(self.rows)
 
+    def positions(self) -> Tensor:
+        """Where their tokens stand in the text (N, L)."""
+        return self.store.positions(self.rows)
+
+    def documents(self) -> Tensor:
+        """The numbers of their documents (N, L)."""
+        return self.store.documents(self.rows)
+
     def latest(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the newest ``count`` entries of a store with one field, and their documents.
 
@@ -251,14 +291,14 @@ class CacheView(NamedTuple):
         if count == 0 or self.is_empty():
             nothing = like.new_zeros(rows, count, *like.shape[2:])
             return nothing, torch.full((rows, count), -1, device=like.device)
-        entries = self.entries()
+        entries, own_NL = self.entries(), self.documents()
         length_N1 = torch.tensor(entries.lengths, device=like.device).unsqueeze(1)
         place_NR = length_N1 - count + torch.arange(count, device=like.device)
         row_N1 = torch.arange(rows, device=like.device).unsqueeze(1)
         found = entries.fields[0][row_N1, place_NR.clamp(min=0)]
         is_there = place_NR >= 0
         shape = (*is_there.shape, *(1 for _ in like.shape[2:]))
-        documents_NR = entries.documents_NL.gather(1, place_NR.clamp(min=0))
+        documents_NR = own_NL.gather(1, place_NR.clamp(min=0))
         return found.where(is_there.view(shape), 0), documents_NR.where(is_there, -1)
 
 
@@ -334,6 +374,20 @@ class Cache:
 
     def _forgets(self) -> bool:
         return any(s.window is not None or s.last is not None for s in self.layers)
+
+
+def _turned(x: Tensor) -> Tensor:
+    """Turn (N, L, G, W) into (N, G, L, W), or back; others stay as they are.
+
+    So entries of a head lie in a row in memory, which attention reads half as fast again.
+    """
+    return x.transpose(1, 2) if x.dim() == 4 else x
+
+
+def _zeros(like: Tensor, batch: int, places: int) -> Tensor:
+    """Zeros (B, C, …) of the kind of ``like``, in the order in memory of `_turned`."""
+    shape = _turned(like[:1, :1].expand(batch, places, *like.shape[2:])).shape
+    return _turned(like.new_zeros(shape))
 
 
 def _pages(entries: int) -> int:

@@ -291,7 +291,9 @@ class MixtureOfDepths(nn.Module):
             scores_BS = scores_BS.index_select(0, number_B)
         row_N = (index_BK + number_B.unsqueeze(1) * length).flatten()
         chosen_BKD = x_BSD.reshape(-1, dim).index_select(0, row_N).view(len(number_B), -1, dim)
-        found = as_output(self.module(chosen_BKD, context.gather(index_BK, filled_BK)))
+        if context.cache is None or length > 1:
+            context = context.gather(index_BK, filled_BK)
+        found = as_output(self.module(chosen_BKD, context))
         update_BKD = found.value_BSD
         factor_BK = self.gate(scores_BS.gather(1, index_BK), chosen_BKD)
         if factor_BK is not None:

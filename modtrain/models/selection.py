@@ -135,6 +135,8 @@ def places_of(chosen_BS: Tensor, counts: list[int]) -> Places | None:
     if len(rows) < len(counts):
         chosen_BS = chosen_BS[torch.tensor(rows, device=chosen_BS.device)]
     own = [counts[row] for row in rows]
+    if chosen_BS.shape[1] == 1:
+        return Places(chosen_BS.new_zeros(chosen_BS.shape, dtype=torch.long), None, rows, own)
     index_BK = first_places(chosen_BS, max(own))
     filled_BK = None if min(own) == max(own) else chosen_BS.gather(1, index_BK)
     return Places(index_BK, filled_BK, rows, own)

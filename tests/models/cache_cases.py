@@ -359,6 +359,8 @@ def append(store: Store, slow: SlowStore, rows, counts, seen, width: int, data) 
 
 
 def kept(store: Store, row: int) -> list[tuple[int, int, float]]:
-    entries, (length,) = store.entries([row]), store.entries([row]).lengths
-    columns = (entries.positions_NL, entries.documents_NL, entries.fields[0][..., 0])
+    if not store.lengths[row]:
+        return []
+    (field_NL1,), (length,) = store.entries([row])
+    columns = (store.positions([row]), store.documents([row]), field_NL1[..., 0])
     return list(zip(*(column[0, :length].tolist() for column in columns), strict=True))

@@ -271,9 +271,8 @@ def test_caps_are_hard_at_every_token(cap, target, score, data):
             assert all(n <= limit for n, limit in zip(own.cumsum(0).tolist(), allowed, strict=True))
     for number, store in enumerate(run.cache.taken):
         for row, told in enumerate(run.told):
-            entries = store.entries([row])
             expected = told.taking()[number].nonzero()[:, 0]
-            assert torch.equal(entries.positions_NL[0, : entries.lengths[0]], expected)
+            assert torch.equal(store.positions([row])[0, : store.lengths[row]], expected)
 
 
 @pytest.mark.parametrize("target", ["block", "attention", "mlp", "both"])

