@@ -6,11 +6,13 @@ Both models have the same shape; every other block of the second takes 12.5 % of
 trained for some steps on text of a Markov chain, so that its thresholds are those of its capacity,
 and then continues such text by its own draws at temperature 1. Cached, in float32.
 
-``speedup_b1``, ``speedup_b8``: tokens a second of MoD over dense, behind the prompt, with one and
-with eight sequences in the batch. ``cache_ratio``: memory of MoD's cache over dense's at the end.
-``eta_prefill``: (T_dense / T_MoD) / (F_dense / F_MoD) for the prompt, F the executed FLOPs.
-``over_hf``: tokens a second of the dense model over those of Hugging Face's ``generate`` with the
-same weights in a Llama, greedy, prompt included; both come to the same tokens.
+``speedup_b1``, ``speedup_b8``: tokens a second of MoD over dense behind a long prompt, with one and
+with eight sequences in the batch; ``speedup_b8_short``: behind a short one, where a step mostly
+reads weights, once for all eight, and one sequence that takes part is enough to read them.
+``cache_ratio``: memory of MoD's cache over dense's, eight sequences, long. ``eta_prefill``:
+(T_dense / T_MoD) / (F_dense / F_MoD) for a prompt, F the executed FLOPs. ``over_hf``: tokens a
+second of the dense model's `Decoder` over those of Hugging Face's ``generate``, the same weights
+in a Llama, greedy, prompt included; both come to the same tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from torch import Tensor
 from benchmarks._harness import finish, fix_threads, interleave, print_times, ratio
 from benchmarks._llama import as_llama
 from modtrain.inference.decoder import Decoder, DecoderConfig, Token
+from modtrain.inference.sampling import Dice, distribution, draw
 from modtrain.inference.sampling_config import SamplingConfig
 from modtrain.models.cache import Cache
 from modtrain.models.config import ModelConfig
@@ -48,19 +52,24 @@ def main() -> None:
         "mod": _trained(Transformer(_config(options, "every_other")), text, options),
     }
     result: dict[str, float] = {}
-    caches: dict[str, int] = {}
-    for batch in (1, 8):
-        prompts = text.draw(batch, options.prompt, seed=batch).tolist()
-        calls = {
-            name: _decoding(name, model, prompts, options.tokens, caches)
-            for name, model in models.items()
-        }
+    for name, batch, length in (
+        ("speedup_b1", 1, options.prompt),
+        ("speedup_b8", 8, options.prompt),
+        ("speedup_b8_short", 8, options.short_prompt),
+    ):
+        prompts_BS = text.draw(batch, length, seed=batch)
+        sides = {side: _Decoding(model, prompts_BS) for side, model in models.items()}
+        calls = {side: partial(decoding.run, options.tokens) for side, decoding in sides.items()}
         seconds = interleave(calls, options.rounds, warmup=1)
-        print_times(f"{options.tokens} tokens behind {options.prompt}, {batch} at once", seconds)
-        result[f"speedup_b{batch}"] = ratio(seconds["dense"], seconds["mod"])
-    result["cache_ratio"] = caches["mod"] / caches["dense"]
-    result |= _prefill(models, text.draw(1, options.prompt, seed=3), options)
-    result["over_hf"] = _over_hf(models["dense"], text.draw(1, options.hf_prompt, seed=4), options)
+        print_times(f"{options.tokens} tokens behind {length:,}, {batch} at once", seconds)
+        print(f"  took part: {sides['mod'].shares()}")
+        result[name] = ratio(seconds["dense"], seconds["mod"])
+        if name == "speedup_b8":
+            held = {side: decoding.cache.allocated_bytes() for side, decoding in sides.items()}
+            result["cache_ratio"] = held["mod"] / held["dense"]
+    result |= _prefill(models, text.draw(1, options.middle_prompt, seed=3), options)
+    short_BS = text.draw(1, options.short_prompt, seed=4)
+    result["over_hf"] = _over_hf(models["dense"], short_BS, options)
     finish("decode", result)
 
 
@@ -69,9 +78,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--d-model", type=int, default=512, help=f"a multiple of {HEAD_WIDTH}")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens made of each")
-    parser.add_argument("--hf-prompt", type=int, default=128, help="the same beside Hugging Face")
+    parser.add_argument("--prompt", type=int, default=4096, help="tokens of a long prompt")
+    parser.add_argument("--middle-prompt", type=int, default=1024, help="of the one for prefill")
+    parser.add_argument("--short-prompt", type=int, default=256, help="of a short one")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens made of each")
     parser.add_argument("--train-steps", type=int, default=40, help="of 4 x 256 tokens")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -134,24 +144,39 @@ def _trained(model: Transformer, text: _MarkovText, options: argparse.Namespace)
     return model.eval()
 
 
-def _decoding(
-    name: str, model: Transformer, prompts: list[list[int]], tokens: int, caches: dict[str, int]
-) -> Callable[[], float]:
-    selection = model.config.causal_selections[0]
-    config = DecoderConfig(selection, tokens, SamplingConfig(seed=1), batch_size=len(prompts))
+class _Decoding:
+    """Sequences that go on from their prompts, and back to them."""
 
-    def run() -> float:
-        decoder = Decoder(model, config, prompts)
-        times = [time.perf_counter() for event in decoder.run() if isinstance(event, Token)]
-        counts = decoder.statistics
-        caches[name] = counts.cache_bytes
-        if counts.chosen_R:
-            shares = [f"{count / counts.stepped_tokens:.1%}" for count in counts.chosen_R]
-            print(f"  took part: {', '.join(shares)}")
-        # Behind the first token the prompt is done.
-        return times[-1] - times[0]
+    def __init__(self, model: Transformer, prompts_BS: Tensor) -> None:
+        batch, self.length = prompts_BS.shape
+        self.model, self.cache = model, Cache(model.config, batch)
+        self.chosen_R, self.tokens = [0] * len(model.routers), 0
+        for part_BS in torch.split(prompts_BS[:, :-1], 512, dim=1):
+            model.extend(part_BS, self.cache, last_only=True)
+        self.last_B1 = prompts_BS[:, -1:]
 
-    return run
+    @torch.inference_mode()
+    def run(self, tokens: int) -> float:
+        """Make so many tokens of each sequence. Returns the seconds."""
+        batch = len(self.last_B1)
+        dice, token_B1 = Dice.of(1, batch), self.last_B1
+        start = time.perf_counter()
+        for _ in range(tokens):
+            output = self.model.extend(token_B1, self.cache, last_only=True)
+            if output.logits_BSV is None:
+                raise ValueError("there are no logits")
+            chance_BV = distribution(output.logits_BSV[:, -1], SamplingConfig())
+            token_B1 = draw(chance_BV, dice.uniform(range(batch))).unsqueeze(1)
+            for place, record in enumerate(output.routing):
+                self.chosen_R[place] += int(record.chosen_BS.sum())
+            self.tokens += batch
+        seconds = time.perf_counter() - start
+        self.cache.truncate([self.length - 1] * batch)
+        return seconds
+
+    def shares(self) -> str:
+        """What took part, by router."""
+        return ", ".join(f"{count / self.tokens:.1%}" for count in self.chosen_R)
 
 
 def _prefill(
@@ -176,7 +201,7 @@ def _prefill(
         # The head is computed for the last token alone.
         flops[name] = cost.total - cost.head * (1 - 1 / length)
     seconds = interleave(calls, options.rounds)
-    print_times(f"a prompt of {options.prompt} tokens", seconds)
+    print_times(f"a prompt of {options.middle_prompt} tokens", seconds)
     saved = flops["dense"] / flops["mod"]
     return {
         "flops_ratio_prefill": saved,
@@ -185,7 +210,7 @@ def _prefill(
 
 
 def _over_hf(model: Transformer, tokens_BS: Tensor, options: argparse.Namespace) -> float:
-    llama = as_llama(model, options.hf_prompt + options.tokens)
+    llama = as_llama(model, options.short_prompt + options.tokens)
     config = DecoderConfig("causal", options.tokens, SamplingConfig(greedy=True))
     made: dict[str, list[int]] = {}
 
@@ -204,7 +229,7 @@ def _over_hf(model: Transformer, tokens_BS: Tensor, options: argparse.Namespace)
         made["theirs"] = found[0, tokens_BS.shape[1] :].tolist()
 
     seconds = interleave({"Hugging Face": theirs, "ours": ours}, options.rounds, warmup=1)
-    print_times(f"{options.tokens} tokens and a prompt of {options.hf_prompt}, dense", seconds)
+    print_times(f"{options.tokens} tokens and a prompt of {options.short_prompt}, dense", seconds)
     if made["ours"] != made["theirs"]:
         raise RuntimeError(f"the tokens differ: {made}")
     return ratio(seconds["Hugging Face"], seconds["ours"])

@@ -14,6 +14,8 @@ SMALL = {
     "dense_step": "--d-model 64 --layers 1 --seq-len 64 --vocab 300 --rounds 2 --log-every 2"
     " --threads 1",
     "loss_memory": "--tokens 1024 --d-model 64 --vocab 8192 --rounds 2",
+    "decode": "--d-model 64 --layers 2 --vocab 128 --prompt 64 --middle-prompt 32"
+    " --short-prompt 16 --tokens 4 --train-steps 2 --rounds 2",
     "data_stream": "--tokens 200000 --seq-len 64 --rounds 2",
     "startup": "--rounds 1",
 }
@@ -22,6 +24,10 @@ RATIOS = {
     "moe_layer": {"moe", "mode", "moe_expert_choice"},
     "dense_step": {"over_plain_loop", "steps_per_second"},
     "loss_memory": {"memory_ratio", "time_ratio"},
+    "decode": {
+        *("speedup_b1", "speedup_b8", "speedup_b8_short", "cache_ratio"),
+        *("eta_prefill", "flops_ratio_prefill", "over_hf"),
+    },
     "data_stream": {"over_memmap"},
     "startup": {"help_seconds", "first_step_seconds", "over_import"},
 }

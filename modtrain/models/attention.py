@@ -58,48 +58,68 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context), rotate(k, context)
-        sees, is_causal = context.visible_BSS, context.visible_BSS is None
-        if context.cache is not None:
-            k, v, sees, is_causal = remembered(k, v, context, context.cache)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v.transpose(1, 2),
-            attn_mask=None if sees is None else sees.unsqueeze(1),
-            is_causal=is_causal,
-            enable_gqa=self.kv_heads != self.num_heads,
-        )
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        sees = context.visible_BSS
+        if context.cache is None:
+            mixed = attend(q, k, v, sees, is_causal=sees is None)
+        else:
+            mixed = attend_through(context.cache, q, k, v, context)
+        out: Tensor = self.out(mixed.reshape(batch, length, -1))
         if not self.tells_received or context.selection not in TRAINING_SELECTIONS:
             return out
-        told_BS = received(q.detach(), k.detach(), sees, context.valid_BS)
-        return Output(out, received_BS=told_BS)
+        q, k = q.detach().transpose(1, 2), k.detach().transpose(1, 2)
+        return Output(out, received_BS=received(q, k, sees, context.valid_BS))
 
 
-def remembered(
-    k_NKGW: Tensor, v_NKGW: Tensor, context: SequenceContext, cache: CacheView
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Store new keys and values; return all that there are, and what the new tokens see of them.
+def attend(
+    q_BSHW: Tensor, k_BLGW: Tensor, v_BLGW: Tensor, sees_BSL: Tensor | None, is_causal: bool
+) -> Tensor:
+    """Return what each query attends to (B, S, H, W); ``sees_BSL`` None: all, or as is causal."""
+    mixed = F.scaled_dot_product_attention(
+        q_BSHW.transpose(1, 2),
+        k_BLGW.transpose(1, 2),
+        v_BLGW.transpose(1, 2),
+        attn_mask=None if sees_BSL is None else sees_BSL.unsqueeze(1),
+        is_causal=is_causal,
+        enable_gqa=q_BSHW.shape[2] != k_BLGW.shape[2],
+    )
+    return mixed.transpose(1, 2)
 
-    Returns keys and values (N, L, G, W), which key each query sees (N, K, L) or None, and whether
-    the plain causal order among the new tokens says it all.
-    """
-    positions_NK, documents_NK = context.positions_BS, context.documents_BS
-    is_plain = context.window is None and documents_NK is None
+
+def attend_through(
+    cache: CacheView, q_NKHW: Tensor, k_NKGW: Tensor, v_NKGW: Tensor, context: SequenceContext
+) -> Tensor:
+    """Store new keys and values, and attend to all that there are: (N, K, H, W)."""
+    is_plain = context.window is None and context.documents_BS is None
     is_first = cache.is_empty()
-    cache.append((k_NKGW, v_NKGW), positions_NK, documents_NK)
+    cache.append((k_NKGW, v_NKGW), context.positions_BS, context.documents_BS)
     # Padding alone is nowhere looked at.
     if is_first and (is_plain or not any(cache.counts)):
-        return k_NKGW, v_NKGW, None, True
+        return attend(q_NKHW, k_NKGW, v_NKGW, None, is_causal=True)
+    if q_NKHW.device.type != "cpu" or cache.is_whole():
+        return _recall(cache, q_NKHW, context)
+    # A CPU gains nothing from a batch here, and rows that do not lie together would be copied.
+    mixed = []
+    for number, count in enumerate(cache.counts):
+        own = slice(number, number + 1)
+        documents = context.documents_BS
+        alone = context._replace(
+            positions_BS=context.positions_BS[own],
+            documents_BS=None if documents is None else documents[own],
+        )
+        mixed.append(_recall(cache.of([number], [count]), q_NKHW[own], alone))
+    return torch.cat(mixed)
+
+
+def _recall(cache: CacheView, q_NKHW: Tensor, context: SequenceContext) -> Tensor:
     entries = cache.entries()
     k_NLGW, v_NLGW = entries.fields
-    return k_NLGW, v_NLGW, _sees_entries(context, cache, entries.lengths), False
+    sees_NKL = _sees_entries(context, cache, entries.lengths)
+    return attend(q_NKHW, k_NLGW, v_NLGW, sees_NKL, is_causal=False)
 
 
 def _sees_entries(context: SequenceContext, cache: CacheView, lengths: list[int]) -> Tensor | None:
     """Which entry (last) each new token sees (N, K, L); None: all of them."""
-    query_NK1, longest = context.positions_BS.unsqueeze(2), max(lengths)
+    query_NK1, longest = context.positions_BS.unsqueeze(2), max([1, *lengths])
     conditions = []
     if min(lengths) < longest:
         device = query_NK1.device

@@ -23,10 +23,11 @@ from model_cases import VOCAB, quick, random_tokens, small
 from torch import Tensor
 
 from modtrain.models import attention, depth
-from modtrain.models.cache import Cache, Store
+from modtrain.models.cache import Cache
 from modtrain.models.dial import Dial
 from modtrain.models.router_config import RouterConfig
 from modtrain.models.selection import within
+from modtrain.models.store import Store
 
 
 @quick(60)
