@@ -68,6 +68,12 @@ class DialConfig:
         }
         return {name: value for name, value in found.items() if value is not None}
 
+    @property
+    def suffix(self) -> str:
+        """What of a file's name tells its content from that of the model as trained."""
+        parts = [f"{name}_{value}" for name, value in self.asked.items()]
+        return "".join(f"-{part}" for part in [self.decision, *parts] if part)
+
     def problems(self, prefix: str = "inference") -> list[Problem]:
         """Everything wrong with the request, but for what only the model can tell."""
         remedy = "give a share above 0, up to 1"

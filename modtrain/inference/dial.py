@@ -97,9 +97,11 @@ def training_text(loaded: LoadedRun, sequences: int, batch_size: int) -> list[Te
 
 
 def chosen_decisions(
-    config: DialConfig, model: ModelConfig, prefix: str = "inference"
+    config: DialConfig, model: ModelConfig, prefix: str = "inference", as_trained: bool = False
 ) -> list[Selection]:
     """Return the causal decisions to look at; all that the model has where none is named.
+
+    as_trained: what a model that looks ahead chooses by in training may be named too.
 
     Raises:
         ConfigError: the model does not have the one that is named.
@@ -107,11 +109,13 @@ def chosen_decisions(
     known = model.causal_selections
     if config.decision is None:
         return known
+    if as_trained and model.looks_ahead:
+        known = [*known, model.training_selection]
     for selection in known:
         if selection == config.decision:
             return [selection]
     remedy = f"use one of: {', '.join(known)}" if known else "evaluate it without"
-    reason = "is not a causal decision of this model"
+    reason = f"is not a {'' if as_trained else 'causal '}decision of this model"
     raise ConfigError([Problem(key_of(prefix, "decision"), config.decision, reason, remedy)])
 
 

@@ -57,10 +57,10 @@ def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
     found = _held_out(config, loaded, selections, dials)
     figures = {**_head(config, loaded, found), **_figures(found, _tokens_per_byte(loaded))}
     write_text(
-        loaded.directory.path / f"eval-{loaded.step:09d}{_suffix(wish)}.json",
+        loaded.directory.path / f"eval-{loaded.step:09d}{wish.suffix}.json",
         json.dumps(figures, indent=1),
     )
-    events = loaded.directory.tensorboard / f"eval{_suffix(wish)}"
+    events = loaded.directory.tensorboard / f"eval{wish.suffix}"
     write_points(events, loaded.step, evaluation_points(figures))
     return figures
 
@@ -88,7 +88,7 @@ def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
         "points": points,
         "as_trained": _decision(trained.decisions[selection], rate),
     }
-    name = f"sweep-{loaded.step:09d}{_suffix(wish)}"
+    name = f"sweep-{loaded.step:09d}{wish.suffix}"
     write_text(loaded.directory.path / f"{name}.json", json.dumps(figures, indent=1))
     draw_sweep(figures, loaded.directory.path / f"{name}.png")
     write_points(loaded.directory.tensorboard / name, loaded.step, sweep_points(figures))
@@ -183,9 +183,3 @@ def _decision(decision: Decision, tokens_per_byte: float) -> dict[str, Any]:
 def _tokens_per_byte(loaded: LoadedRun) -> float:
     split = read_summary(loaded.data_path).splits["valid"]
     return split.num_tokens / split.num_bytes
-
-
-def _suffix(wish: DialConfig) -> str:
-    """What of a file's name tells its figures from those of the model as trained."""
-    parts = [f"{name}_{value}" for name, value in wish.asked.items()]
-    return "".join(f"-{part}" for part in [wish.decision, *parts] if part)

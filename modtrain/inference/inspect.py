@@ -15,6 +15,8 @@ from torch import Tensor
 from modtrain.data.tokenizer import DocumentEncoder
 from modtrain.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.files import write_text
+from modtrain.inference.config import DialConfig
+from modtrain.inference.dial import chosen_decisions, dial_of_run
 from modtrain.inference.inspect_config import InspectConfig
 from modtrain.inference.inspect_page import Subject, render
 from modtrain.inference.loading import LoadedRun, load_run
@@ -33,7 +35,8 @@ def inspect_run(config: InspectConfig) -> Path:
     """
     raise_if_any(config.problems())
     loaded = load_run(config)
-    selection = choose_decision(loaded.trained.model, config.decision)
+    selection = choose_decision(loaded.trained.model, config.inference)
+    dial = dial_of_run(loaded, selection, config.inference, config.batch_size)
     source, windows = _windows(config, loaded)
     found = trace(
         loaded.model,
@@ -42,6 +45,7 @@ def inspect_run(config: InspectConfig) -> Path:
         loaded.autocast(),
         eos_id=loaded.trained.data.eos_id,
         capacities=loaded.capacities,
+        dial=dial,
     )
     texts = TokenTexts(Tokenizer.from_file(str(loaded.tokenizer)))
     model = loaded.trained.model
@@ -51,11 +55,13 @@ def inspect_run(config: InspectConfig) -> Path:
         source=source,
         seq_len=loaded.seq_len,
         selection=selection,
+        dial=", ".join(f"{name} {value}" for name, value in config.inference.asked.items()),
         is_causal=selection in model.causal_selections,
         num_layers=model.num_layers,
         capacities=[loaded.capacities[layer] or 1.0 for layer, _ in model.routed_parts],
     )
-    default = loaded.directory.path / f"inspect-{loaded.step:09d}.html"
+    name = f"inspect-{loaded.step:09d}{config.inference.suffix}.html"
+    default = loaded.directory.path / name
     path = default if config.output is None else Path(config.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     pieces = texts.pieces(found.token_N.tolist())
@@ -63,21 +69,21 @@ def inspect_run(config: InspectConfig) -> Path:
     return path
 
 
-def choose_decision(model: ModelConfig, wanted: str | None) -> Selection:
-    """Return the decision to look at. Raises ConfigError where the model does not have it."""
-    known = list(model.causal_selections)
-    if wanted is None and known:
-        return known[0]
-    if model.looks_ahead:
-        known.append(model.training_selection)
-    for selection in known:
-        if selection == wanted:
-            return selection
-    reason = "is not a decision of this model"
-    if wanted is None:
+def choose_decision(model: ModelConfig, wish: DialConfig) -> Selection:
+    """Return the decision to look at; also as trained, where it is named.
+
+    Raises:
+        ConfigError: the model does not have it, or what it chooses by in training is to be moved.
+    """
+    found = chosen_decisions(wish, model, as_trained=True)
+    key, remedy = "inference.decision", f"use {model.training_selection}, which is not causal"
+    if not found:
         reason = "has no default: the model was trained without a causal decision"
-    remedy = f"use one of: {', '.join(known)}"
-    raise ConfigError([Problem("decision", "null" if wanted is None else wanted, reason, remedy)])
+        raise ConfigError([Problem(key, "null", reason, remedy)])
+    if found[0] not in model.causal_selections and wish.asked:
+        reason = f"is not moved by {', '.join(wish.asked)}"
+        raise ConfigError([Problem(key, found[0], reason, "leave that out")])
+    return found[0]
 
 
 def text_windows(

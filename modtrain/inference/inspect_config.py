@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from modtrain.checks import at_least, key_of
 from modtrain.errors import Problem
-from modtrain.inference.config import TrainedRunConfig
+from modtrain.inference.config import DialConfig, TrainedRunConfig
 
 
 @dataclass
@@ -16,9 +16,9 @@ class InspectConfig(TrainedRunConfig):
 
     text: shown as it is. file: a UTF-8 text file instead. Neither: held-out text.
     sequences: of the held-out text; null takes all. batch_size: windows computed at a time.
-    decision: one of the model's causal decisions; null takes the first, which losses are judged
-        by. ``top_k`` is for models that look ahead, and the page then says that it is not causal.
-    output: the page; null is ``inspect-<step>.html`` in the run's directory.
+    inference: the decision and how much is computed. As decision ``top_k`` is for models that look
+        ahead, and the page then says that it is not causal.
+    output: the page; null is ``inspect-<step>….html`` in the run's directory.
     tokens_shown: how many of the tokens are shown one by one; the statistics are of all.
     """
 
@@ -26,7 +26,7 @@ class InspectConfig(TrainedRunConfig):
     file: str | None = None
     sequences: int | None = 16
     batch_size: int = 4
-    decision: str | None = None
+    inference: DialConfig = field(default_factory=DialConfig)
     output: str | None = None
     tokens_shown: int = 2000
 
@@ -35,6 +35,7 @@ class InspectConfig(TrainedRunConfig):
         return [
             *super().problems(prefix),
             *at_least(self, prefix, 1, "sequences", "batch_size", "tokens_shown"),
+            *self.inference.problems(key_of(prefix, "inference")),
             *self._text_problems(prefix),
         ]
 

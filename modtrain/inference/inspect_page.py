@@ -30,6 +30,7 @@ _TOKENS_IN_STRIPS = 768
 class Subject:
     """What was looked at: run, checkpoint, text, and who decided.
 
+    dial: what of the model's compute was moved; empty: nothing.
     capacities: share of the tokens that each router was trained to take, in running order.
     """
 
@@ -38,6 +39,7 @@ class Subject:
     source: str
     seq_len: int
     selection: str
+    dial: str
     is_causal: bool
     num_layers: int
     capacities: list[float]

@@ -6,13 +6,14 @@ import codecs
 import re
 from collections import deque
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import Any, Protocol
 
 from rich.color import Color
 from rich.style import Style
 from rich.text import Text
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders
+
+from modtrain.inference.token_text import byte_alphabet
 
 Piece = tuple[str, Any]
 """A text, and the mark of the token that it came from."""
@@ -206,22 +207,10 @@ class _Windows:
 
 def _token_bytes(token: str) -> bytes:
     """Return the bytes of a byte-level token; of an added one, which is plain text, its UTF-8."""
-    known = _alphabet()
+    known = byte_alphabet()
     if all(character in known for character in token):
         return bytes(known[character] for character in token)
     return token.encode()
-
-
-@cache
-def _alphabet() -> dict[str, int]:
-    """Return the byte of each character of byte-level tokens (GPT-2's, by way of the library).
-
-    Bytes that can be seen stand for themselves, the others for characters from 256 on, in order.
-    """
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    seen = {character: ord(character) for character in characters if ord(character) < 256}
-    unseen = (byte for byte in range(256) if chr(byte) not in seen)
-    return seen | dict(zip(characters[len(seen) :], unseen, strict=True))
 
 
 def styled(pieces: Iterable[tuple[str, int | None]], most: int) -> Text:

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from tokenizers import Tokenizer
 
@@ -69,6 +70,7 @@ class TokenTexts:
         ]
 
 
+@cache
 def byte_alphabet() -> dict[str, int]:
     """The characters that byte-level BPE writes bytes with (GPT-2's ``bytes_to_unicode``)."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

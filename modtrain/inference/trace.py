@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, V vocabulary, N all tokens of the text, R routers, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from modtrain.data.documents import document_numbers_if_apart
 from modtrain.models.depth import MixtureOfDepths
+from modtrain.models.dial import Dial
 from modtrain.models.loss import IGNORED
-from modtrain.models.router_config import Selection
+from modtrain.models.router_config import TRAINING_SELECTIONS, Selection
 from modtrain.models.sequence import RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer
 
@@ -88,15 +90,17 @@ def trace(
     *,
     eos_id: int | None = None,
     capacities: Sequence[float | None] | None = None,
+    dial: Dial | None = None,
 ) -> Trace:
     """Run ``model`` over windows of (inputs, targets), each (B, S) and of any B and S.
 
-    A target of -100 is unknown. precision, eos_id, capacities: as for `held_out.evaluate`.
+    A target of -100 is unknown. precision, eos_id, capacities: as for `held_out.evaluate`. dial:
+    how much a causal decision is to compute.
 
     Raises:
         ValueError: there is no window.
     """
-    tape = _Tape(model, selection)
+    tape = _Tape(model, selection, dial)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -108,7 +112,11 @@ def trace(
             inputs_BS, targets_BS = (side.to(device) for side in window)
             documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
             output = model(
-                inputs_BS, selection=selection, capacities=capacities, documents_BS=documents_BS
+                inputs_BS,
+                selection=selection,
+                capacities=capacities,
+                documents_BS=documents_BS,
+                dial=dial,
             )
             tape.add(inputs_BS, targets_BS, output)
     model.train(was_training)
@@ -116,18 +124,19 @@ def trace(
 
 
 def deciding_values(
-    router: MixtureOfDepths, selection: Selection, record: RoutingRecord
+    router: MixtureOfDepths, selection: Selection, record: RoutingRecord, dial: Dial | None = None
 ) -> tuple[str, Tensor | None, float | None]:
     """Return what the router decides by: its name, the values (B, S), the threshold if any."""
     if not router.config.needs_causal:
         return f"nothing of the token ({router.config.score})", None, None
-    if selection == "threshold":
-        return "score", record.scores_BS, float(router.threshold())
-    if selection == "auxiliary":
-        return "score", record.scores_BS, 0.0
-    if selection == "predictor" and record.predictor_BS is not None:
-        return "predictor's logit", record.predictor_BS, 0.0
-    return "score", record.scores_BS, None
+    if selection in TRAINING_SELECTIONS:
+        return "score", record.scores_BS, None
+    moved = None if dial is None or dial.levels is None else dial.levels[router.number]
+    level = float(router.level(selection)) if moved is None else moved
+    value_BS = router.value(selection, record.scores_BS, record.predictor_BS)
+    name = "predictor's logit" if selection == "predictor" else "score"
+    # Everybody takes part at a level of minus infinity, and there is no line to draw.
+    return name, value_BS, level if math.isfinite(level) else None
 
 
 def prediction_quality(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,8 +152,8 @@ def prediction_quality(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Te
 class _Tape:
     """What is kept of each forward pass, on the host."""
 
-    def __init__(self, model: Transformer, selection: Selection) -> None:
-        self.model, self.selection = model, selection
+    def __init__(self, model: Transformer, selection: Selection, dial: Dial | None) -> None:
+        self.model, self.selection, self.dial = model, selection, dial
         self.columns: dict[str, list[Tensor]] = {}
         self.decisions: list[tuple[str, float | None]] = []
         self.choices: list[Tensor] = []
@@ -159,7 +168,7 @@ class _Tape:
             self._keep("loss", loss_S, torch.float64)
             self._keep("entropy", entropy_S, torch.float64)
         found = [
-            deciding_values(router, self.selection, record)
+            deciding_values(router, self.selection, record, self.dial)
             for router, record in zip(self.model.routers, output.routing, strict=True)
         ]
         self.decisions = [(name, threshold) for name, _, threshold in found]

@@ -191,7 +191,7 @@ class Store:
         if was_full:
             self._drop_unseen()
         # A store that is nearly full would be shifted again at each of the next tokens.
-        if was_full and missing() + self.places // _GROWTH > 0:
+        if was_full and missing() + max(self.places // _GROWTH, _PAGE // 2) > 0:
             # Zeros, not whatever lay there: a weight of zero times NaN is NaN.
             self._move(self.places + _pages(max(missing(), self.places // _GROWTH)))
 

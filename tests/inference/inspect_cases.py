@@ -3,6 +3,8 @@
 from contextlib import nullcontext
 from html.parser import HTMLParser
 
+from model_cases import lively, settle, small
+
 from modtrain.inference.inspect import text_windows
 from modtrain.inference.inspect_figures import (
     luminance,
@@ -12,7 +14,6 @@ from modtrain.inference.token_text import TokenTexts
 from modtrain.inference.trace import Trace, trace
 from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.router_config import RouterConfig
-from tests.models.model_cases import lively, settle, small
 
 EVERY = ["predictor", "auxiliary", "threshold"]
 SEQ_LEN = 16
@@ -117,6 +118,7 @@ def subject(model, selection, **changes) -> Subject:
         "source": "<script>source.txt",
         "seq_len": SEQ_LEN,
         "selection": selection,
+        "dial": "",
         "is_causal": selection != "top_k",
         "num_layers": model.config.num_layers,
         "capacities": [0.25] * len(model.routers),

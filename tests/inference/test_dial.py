@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from model_cases import VOCAB, bits, lively, quick, random_tokens, settle, small
 
 from modtrain.errors import ConfigError
 from modtrain.inference.config import DialConfig, EvalRunConfig
@@ -17,7 +18,6 @@ from modtrain.inference.dial import Calibration, chosen_decisions, level_of, mak
 from modtrain.models.dial import Dial
 from modtrain.models.router_config import RouterConfig
 from modtrain.training.held_out import evaluate
-from tests.models.model_cases import VOCAB, bits, lively, quick, random_tokens, settle, small
 
 EVERY = ["predictor", "auxiliary", "threshold"]
 SEQ_LEN = 24

@@ -9,12 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inspect_cases import EVERY, KINDS, SEQ_LEN, model_of, router, traced
+from model_cases import quick, random_tokens, small
 
 from modtrain.errors import ConfigError
+from modtrain.inference.config import DialConfig
 from modtrain.inference.inspect import choose_decision, text_windows
 from modtrain.inference.trace import trace
+from modtrain.models.dial import Dial
 from modtrain.training.held_out import evaluate
-from tests.models.model_cases import quick, random_tokens, small
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +148,26 @@ def test_windows_hold_the_text_once_and_ask_for_what_comes_next(tokens, seq_len,
 
 def test_the_first_causal_decision_is_taken_and_top_k_only_by_its_name():
     config = small(**KINDS["mod"])
-    assert choose_decision(config, None) == "predictor"
-    assert choose_decision(config, "threshold") == "threshold"
-    assert choose_decision(config, "top_k") == "top_k"
-    assert choose_decision(small(pattern="dense"), None) == "causal"
-    for changes, wanted in (
-        ({"pattern": "dense"}, "top_k"),
-        ({}, "auxiliary"),
-        ({"router": router(causal=[])}, None),
+    assert choose_decision(config, DialConfig()) == "predictor"
+    assert choose_decision(config, DialConfig("threshold")) == "threshold"
+    assert choose_decision(config, DialConfig("top_k")) == "top_k"
+    assert choose_decision(small(pattern="dense"), DialConfig()) == "causal"
+    for changes, wish, word in (
+        ({"pattern": "dense"}, DialConfig("top_k"), "use one of: causal"),
+        ({}, DialConfig("auxiliary"), "use one of: predictor, top_k"),
+        ({"router": router(causal=[])}, DialConfig(), "use top_k, which is not causal"),
+        ({}, DialConfig("top_k", capacity=0.5), "is not moved by capacity"),
     ):
-        with pytest.raises(ConfigError, match="decision") as error:
-            choose_decision(small(**changes), wanted)
-        assert "use one of" in str(error.value)
+        with pytest.raises(ConfigError, match=r"inference\.decision") as error:
+            choose_decision(small(**changes), wish)
+        assert word in str(error.value)
+
+
+def test_a_dial_moves_the_line_and_what_takes_part():
+    model = model_of("mod")
+    windows = [(random_tokens(2, 24), random_tokens(2, 24, 1))]
+    dial = Dial((0.3, math.inf, -math.inf)[: len(model.routers)])
+    moved = trace(model, windows, "predictor", nullcontext(), dial=dial).routers
+    for own, level in zip(moved, dial.levels, strict=True):
+        assert own.threshold == (level if math.isfinite(level) else None)
+        assert (own.chosen_N == (own.value_N > level)).all()

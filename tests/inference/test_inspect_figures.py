@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from inspect_cases import contrast
+from model_cases import quick
 
 from modtrain.inference.inspect_figures import (
     binned,
@@ -19,7 +20,6 @@ from modtrain.inference.inspect_figures import (
     quantile_edges,
     themes,
 )
-from tests.models.model_cases import quick
 
 
 def slow_bins(x, y, edges):

@@ -19,7 +19,7 @@ from modtrain import cli
 from modtrain.configuration import compose
 from modtrain.errors import ConfigError, DataError
 from modtrain.inference import inspect_figures
-from modtrain.inference.config import EvalRunConfig
+from modtrain.inference.config import DialConfig, EvalRunConfig
 from modtrain.inference.evaluate import evaluate_run
 from modtrain.inference.inspect import inspect_run
 from modtrain.inference.inspect_config import InspectConfig
@@ -231,7 +231,7 @@ def test_mistakes_of_an_inspection_are_told(run, tmp_path, capsys, undrawn):
     latin.write_bytes(b"caf\xe9 noir")
     empty.touch()
     for changes, error, word in (
-        ({"decision": "auxiliary"}, ConfigError, "use one of: predictor, top_k"),
+        ({"inference": DialConfig("auxiliary")}, ConfigError, "use one of: predictor, top_k"),
         ({"text": ""}, ConfigError, "is empty"),
         ({"file": str(tmp_path / "none")}, ConfigError, "is no file"),
         ({"file": str(latin)}, DataError, "is not UTF-8"),
