@@ -41,6 +41,8 @@ def test_an_installed_modtrain_prepares_trains_and_evaluates(tmp_path):
         f"{prepare} tokenizer.vocab_size=300 valid_fraction=0.2",
         f"{train} batch.tokens=256 batch.micro_batch_size=4",
         "eval run=a sequences=8",
+        "generate run=a max_tokens=4",
+        "inspect run=a sequences=2",
         "plan model=mod_3b data.seq_len=2048 budget.flops=1e20",
         "doctor",
     ):
