@@ -163,9 +163,7 @@ class _Decoding:
         start = time.perf_counter()
         for _ in range(tokens):
             output = self.model.extend(token_B1, self.cache, last_only=True)
-            if output.logits_BSV is None:
-                raise ValueError("there are no logits")
-            chance_BV = distribution(output.logits_BSV[:, -1], SamplingConfig())
+            chance_BV = distribution(output.require_logits()[:, -1], SamplingConfig())
             token_B1 = draw(chance_BV, dice.uniform(range(batch))).unsqueeze(1)
             for place, record in enumerate(output.routing):
                 self.chosen_R[place] += int(record.chosen_BS.sum())

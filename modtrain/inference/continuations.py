@@ -13,7 +13,6 @@ from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 
-from modtrain.errors import ConfigError, Problem
 from modtrain.files import written_aside
 from modtrain.inference.decoder import End, Finish, Token
 from modtrain.inference.text import Piece, TextStream, marked, styled
@@ -39,6 +38,7 @@ class Continuation:
     def hear(self, event: Token | End) -> bool:
         """Take in what came. Returns whether a stop string has ended it just now."""
         if isinstance(event, End):
+            self._end_prompt()
             self.pieces += self.stream.finish()
             self.finish = "stop" if self.stream.stopped else event.reason
             return False
@@ -48,14 +48,17 @@ class Continuation:
             if self.prompt is not None:
                 self.pieces += self.prompt.push(event.id, event.depth)
             return False
-        if self.prompt is not None:
-            self.pieces += self.prompt.finish()
-            self.prompt = None
+        self._end_prompt()
         self.num_tokens += 1
         self.pieces += self.stream.push(event.id, event.depth)
         if self.stream.stopped:
             self.finish = "stop"
         return self.stream.stopped
+
+    def _end_prompt(self) -> None:
+        if self.prompt is not None:
+            self.pieces += self.prompt.finish()
+            self.prompt = None
 
     def take(self) -> list[Piece]:
         """Return the text that came since the last call."""
@@ -110,6 +113,10 @@ class PlainWriter:
             self._out.write(marked(pieces))
 
 
+# What a line of JSON has beside the request.
+OWN_KEYS = ("completion", "num_tokens", "finish", "depth", "sample")
+
+
 class JSONLinesWriter:
     """A line of JSON for each continuation: the request, and what came of it."""
 
@@ -138,18 +145,11 @@ class JSONLinesWriter:
 
 @contextmanager
 def output(path: str | None) -> Iterator[TextIO]:
-    """Open what continuations are written to; a file is there once it is whole.
-
-    Raises:
-        ConfigError: it would lie in no directory.
-    """
+    """Open what continuations are written to; a file is there once it is whole."""
     if path is None:
         yield sys.stdout
         return
     target = Path(path)
-    if not target.parent.is_dir():
-        reason, remedy = "lies in no directory that exists", f"make {target.parent}"
-        raise ConfigError([Problem("output", path, reason, remedy)])
     with written_aside(target, target.parent) as file:
         text = io.TextIOWrapper(file, encoding="utf-8")
         yield text

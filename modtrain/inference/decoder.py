@@ -73,9 +73,10 @@ class DecoderConfig:
 class Statistics:
     """What a job took.
 
-    prompt_tokens, made_tokens: of all sequences. steps: forward passes that a token was drawn
-    behind. drafted, accepted: tokens of self-speculation. chosen_R: tokens of the steps that took
-    part, by router, of ``stepped_tokens``. cache_bytes: the largest memory of the cache.
+    prompt_tokens, made_tokens: of all sequences. steps: how often a sequence went on by a pass of
+    the whole model. drafted, accepted: tokens of self-speculation, and those of them that the text
+    has. chosen_R: tokens of these passes that took part, by router, of ``stepped_tokens``, drafts
+    that were dropped included. cache_bytes: the largest memory of the caches.
     """
 
     prompt_tokens: int = 0
@@ -268,7 +269,7 @@ class Decoder:
             drafted = [
                 own[:count] for own, count in zip(drafts.tokens_NG.tolist(), taken, strict=True)
             ]
-        self._tally(output, tokens_NT, valid_NT, drafted)
+        self._tally(output, tokens_NT, valid_NT)
         depths = self._depths(output, tokens_NT) if self._config.with_depth else [None] * len(rows)
         events = [
             event
@@ -290,7 +291,10 @@ class Decoder:
         self, sequence: _Sequence, unread: list[int], new: list[int], depths: list[int] | None
     ) -> Iterator[Token | End]:
         """Add new tokens. Run in this step were those unread, and all of ``new`` but the last."""
-        number, text = sequence.number, sequence.text
+        number, text, counts = sequence.number, sequence.text, self.statistics
+        if not sequence.is_last:
+            counts.steps += 1
+            counts.drafted += self._config.drafts
         if depths is not None:
             for token, depth in zip(unread, depths, strict=False):
                 yield Token(number, token, depth, is_prompt=sequence.made == 0)
@@ -304,8 +308,9 @@ class Decoder:
                 break
             text.append(token)
             sequence.made += 1
-            self.statistics.made_tokens += 1
             is_run = place < len(new)
+            counts.made_tokens += 1
+            counts.accepted += is_run
             if depths is None:
                 yield Token(number, token)
             elif is_run:
@@ -321,15 +326,13 @@ class Decoder:
         self, output: ModelOutput, drafts: Drafts | None, seen_NV: Tensor | None
     ) -> Tensor:
         """Return the distribution behind each token of the step (N, T, V)."""
-        if output.logits_BSV is None:
-            raise ValueError("a forward pass for a loss has no logits")
         found = []
-        for place in range(output.logits_BSV.shape[1]):
+        logits_NTV = output.require_logits()
+        for place in range(logits_NTV.shape[1]):
             if place and drafts is not None and seen_NV is not None:
                 token_N1 = drafts.tokens_NG[:, place - 1 : place]
                 seen_NV = seen_NV.scatter(1, token_N1, True)
-            logits_NV = output.logits_BSV[:, place]
-            found.append(distribution(logits_NV, self._config.sampling, seen_NV))
+            found.append(distribution(logits_NTV[:, place], self._config.sampling, seen_NV))
         return torch.stack(found, dim=1)
 
     def _settle(self, rows: list[int]) -> None:
@@ -357,14 +360,13 @@ class Decoder:
         output: ModelOutput,
         tokens_NT: Tensor,
         valid_NT: Tensor | None,
-        drafted: list[list[int]],
     ) -> None:
         counts = self.statistics
-        counts.cache_bytes = max(counts.cache_bytes, self._cache.allocated_bytes())
-        counts.steps += 1
+        held = self._cache.allocated_bytes()
+        if self._drafter is not None:
+            held += self._drafter.allocated_bytes()
+        counts.cache_bytes = max(counts.cache_bytes, held)
         counts.stepped_tokens += tokens_NT.numel() if valid_NT is None else int(valid_NT.sum())
-        counts.drafted += self._config.drafts * len(tokens_NT)
-        counts.accepted += sum(map(len, drafted))
         for place, record in enumerate(output.routing):
             counts.chosen_R[place] += int(record.chosen_BS.sum())
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from modtrain.data.tokenizer import DocumentEncoder, check_tokenizer
 from modtrain.errors import DataError, Problem, raise_if_any
 from modtrain.inference.config import DialConfig
 from modtrain.inference.continuations import (
+    OWN_KEYS,
     Continuation,
     JSONLinesWriter,
     PlainWriter,
@@ -26,6 +27,7 @@ from modtrain.inference.decoder import Decoder, DecoderConfig, Statistics
 from modtrain.inference.dial import chosen_decisions, dial_of_run
 from modtrain.inference.generate_config import GenerateConfig
 from modtrain.inference.loading import LoadedRun, load_run
+from modtrain.inference.source import is_unicode, read_text
 from modtrain.inference.text import TextStream
 from modtrain.models.config import ModelConfig
 from modtrain.models.dial import Dial
@@ -122,9 +124,8 @@ def _draft_dial(loaded: LoadedRun, selection: Selection, config: GenerateConfig)
     capacity = config.speculate.capacity
     if capacity == 0:
         return Dial(step_cap=0)
-    wish = DialConfig(
-        capacity=capacity, calibration_sequences=config.inference.calibration_sequences
-    )
+    # What drafts compute is capped as everything is.
+    wish = replace(config.inference, capacity=capacity, shift=0.0)
     dial = dial_of_run(loaded, selection, wish, config.batch_size, "speculate")
     return dial or Dial()
 
@@ -156,7 +157,8 @@ def _continuation(
 
 def _requests(config: GenerateConfig) -> Iterator[dict[str, Any]]:
     if config.input is not None:
-        lines = _read(config.input).splitlines()
+        # Not splitlines: JSON may have other ends of lines within its texts.
+        lines = read_text(config.input).split("\n")
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 request = _request(line, f"{config.input}, line {number}")
@@ -167,7 +169,7 @@ def _requests(config: GenerateConfig) -> Iterator[dict[str, Any]]:
         return
     prompt = config.prompt or ""
     if config.file is not None:
-        prompt = _read(config.file)
+        prompt = read_text(config.file)
     yield from ({"prompt": prompt} for _ in range(config.samples))
 
 
@@ -178,14 +180,12 @@ def _request(line: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: is no JSON ({error})") from None
     if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
         raise DataError(f'{where}: has no text under "prompt"')
+    if not is_unicode(request["prompt"]):
+        raise DataError(f"{where}: its prompt is not valid Unicode")
+    taken = [key for key in OWN_KEYS if key in request]
+    if taken:
+        raise DataError(f"{where}: has {', '.join(taken)}, which is to be written: rename it")
     return request
-
-
-def _read(path: str) -> str:
-    try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is no UTF-8 text ({error})") from None
 
 
 def _say(statistics: Statistics, labels: list[str], seconds: float) -> None:
@@ -206,7 +206,7 @@ def _say(statistics: Statistics, labels: list[str], seconds: float) -> None:
         share = statistics.accepted / statistics.drafted
         lines.append(
             f"{share:.1%} of {statistics.drafted:,} drafts were right:"
-            f" {made / statistics.steps:.2f} tokens a step of the whole model"
+            f" {made / max(1, statistics.steps):.2f} tokens for each pass of the whole model"
         )
     for line in lines:
         console.print(line, markup=False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from modtrain.checks import at_least, key_of, shares
 from modtrain.errors import Problem
 from modtrain.inference.config import DialConfig, TrainedRunConfig
 from modtrain.inference.sampling_config import SamplingConfig
+from modtrain.inference.source import file_problems, output_problems, text_problems
 
 
 @dataclass
@@ -24,7 +24,11 @@ class SpeculateConfig:
 
     def problems(self, prefix: str = "") -> list[Problem]:
         """Everything wrong with the settings."""
-        return [*at_least(self, prefix, 1, "tokens"), *shares(self, prefix, "capacity")]
+        found = [*at_least(self, prefix, 1, "tokens"), *shares(self, prefix, "capacity")]
+        if self.capacity and self.tokens is None:
+            reason, remedy = "has no use without drafts", f"set {key_of(prefix, 'tokens')}"
+            found.append(Problem(key_of(prefix, "capacity"), self.capacity, reason, remedy))
+        return found
 
 
 @dataclass
@@ -76,9 +80,9 @@ class GenerateConfig(TrainedRunConfig):
             for reason in (f"stands beside {' and '.join(named)}",)
             for name in named[1:]
         ]
-        for name in ("file", "input"):
-            path = getattr(self, name)
-            if path is not None and path != "-" and not Path(path).is_file():
-                remedy = "give a file that exists, or - for standard input"
-                found.append(Problem(key_of(prefix, name), path, "is no file", remedy))
-        return found
+        return [
+            *found,
+            *text_problems(self, prefix, "prompt"),
+            *file_problems(self, prefix, "file", "input"),
+            *output_problems(self, prefix),
+        ]

@@ -20,6 +20,7 @@ from modtrain.inference.dial import chosen_decisions, dial_of_run
 from modtrain.inference.inspect_config import InspectConfig
 from modtrain.inference.inspect_page import Subject, render
 from modtrain.inference.loading import LoadedRun, load_run
+from modtrain.inference.source import read_text
 from modtrain.inference.token_text import TokenTexts
 from modtrain.inference.trace import trace
 from modtrain.models.config import ModelConfig
@@ -63,7 +64,6 @@ def inspect_run(config: InspectConfig) -> Path:
     name = f"inspect-{loaded.step:09d}{config.inference.suffix}.html"
     default = loaded.directory.path / name
     path = default if config.output is None else Path(config.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
     pieces = texts.pieces(found.token_N.tolist())
     write_text(path, render(subject, found, pieces, config.tokens_shown))
     return path
@@ -110,7 +110,7 @@ def _windows(
     if config.text is None and config.file is None:
         batches = loaded.held_out(config.sequences, config.batch_size)
         return "held-out text", ((batch_BT[:, :-1], batch_BT[:, 1:]) for batch_BT in batches)
-    text = config.text if config.text is not None else _read(str(config.file))
+    text = config.text if config.text is not None else read_text(str(config.file))
     (numbers,) = DocumentEncoder(loaded.tokenizer.read_bytes(), str(loaded.tokenizer)).encode(
         [text]
     )
@@ -118,12 +118,3 @@ def _windows(
         raise DataError("the text has no token")
     source = "the text given" if config.file is None else Path(config.file).name
     return source, text_windows(numbers, loaded.seq_len, config.batch_size)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None

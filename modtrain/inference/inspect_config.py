@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from modtrain.checks import at_least, key_of
 from modtrain.errors import Problem
 from modtrain.inference.config import DialConfig, TrainedRunConfig
+from modtrain.inference.source import file_problems, output_problems, text_problems
 
 
 @dataclass
 class InspectConfig(TrainedRunConfig):
     """What a run's routers are shown, and where the page goes.
 
-    text: shown as it is. file: a UTF-8 text file instead. Neither: held-out text.
+    text: shown as it is. file: a UTF-8 text file instead, ``-`` for standard input. Neither:
+    held-out text.
     sequences: of the held-out text; null takes all. batch_size: windows computed at a time.
     inference: the decision and how much is computed. As decision ``top_k`` is for models that look
         ahead, and the page then says that it is not causal.
@@ -37,27 +38,14 @@ class InspectConfig(TrainedRunConfig):
             *at_least(self, prefix, 1, "sequences", "batch_size", "tokens_shown"),
             *self.inference.problems(key_of(prefix, "inference")),
             *self._text_problems(prefix),
+            *output_problems(self, prefix),
         ]
 
     def _text_problems(self, prefix: str) -> list[Problem]:
         if self.text is not None and self.file is not None:
             reason = "is given beside text: which of the two is meant?"
             return [Problem(key_of(prefix, "file"), self.file, reason, "leave one of them out")]
-        if self.text is not None and not _is_utf8(self.text):
-            reason = "is not valid Unicode"
-            return [Problem(key_of(prefix, "text"), repr(self.text), reason, "give UTF-8")]
         if self.text == "":
             reason = "is empty"
             return [Problem(key_of(prefix, "text"), "''", reason, "give some text, or null")]
-        if self.file is not None and not Path(self.file).is_file():
-            remedy = "name a text file that exists"
-            return [Problem(key_of(prefix, "file"), self.file, "is no file", remedy)]
-        return []
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        return [*text_problems(self, prefix, "text"), *file_problems(self, prefix, "file")]

@@ -41,6 +41,8 @@ def show(figures: dict[str, Any]) -> None:
     for name, way in ways.items():
         if way["realised_capacity"]:
             against = f" against {_TOP_K}" if way.get("agreement_with_top_k_not_causal") else ""
+            if against and {"layer_cap", "step_cap"} & (figures["dial"] or {}).keys():
+                against += ", before caps"
             _print(console, f"routers: {name}{against}", _routers(way))
         if way["expert_load"]:
             heading = f"experts: share of the choices, no-op experts last ({name})"

@@ -72,7 +72,8 @@ class Drafter:
             output = self._extend(
                 tokens_NS, self._cache, rows=rows, valid_NS=valid_NS, last_only=True
             )
-            probability_NV = distribution(_logits(output)[:, -1], self._sampling, seen_NV)
+            logits_NV = output.require_logits()[:, -1]
+            probability_NV = distribution(logits_NV, self._sampling, seen_NV)
             token_N = draw(probability_NV, self._dice.uniform(numbers))
             if seen_NV is not None:
                 seen_NV = seen_NV.scatter(1, token_N.unsqueeze(1), True)
@@ -85,6 +86,10 @@ class Drafter:
         """Forget what was drafted beyond ``seen`` tokens of each row."""
         own = [min(self._cache.seen[row], count) for row, count in zip(rows, seen, strict=True)]
         self._cache.truncate(own, rows)
+
+    def allocated_bytes(self) -> int:
+        """Memory of the drafts' cache."""
+        return self._cache.allocated_bytes()
 
     def reset(self, row: int) -> None:
         """Make a row ready for another sequence."""
@@ -142,9 +147,3 @@ def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor
         return tokens_NS, None
     length_N1 = torch.tensor(lengths, device=device).unsqueeze(1)
     return tokens_NS, torch.arange(longest, device=device) < length_N1
-
-
-def _logits(output: ModelOutput) -> Tensor:
-    if output.logits_BSV is None:
-        raise ValueError("a forward pass for a loss has no logits")
-    return output.logits_BSV

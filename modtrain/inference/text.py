@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.text import Text
 from tokenizers import Tokenizer, decoders
 
-from modtrain.inference.token_text import byte_alphabet
+from modtrain.inference.token_text import byte_level_bytes
 
 Piece = tuple[str, Any]
 """A text, and the mark of the token that it came from."""
@@ -157,7 +157,7 @@ class _Bytes:
         if token is None:
             return []
         self._mark = mark
-        text = self._utf8.decode(_token_bytes(token))
+        text = self._utf8.decode(byte_level_bytes(token))
         return [(text, mark)] if text else []
 
     def finish(self) -> list[Piece]:
@@ -203,14 +203,6 @@ class _Windows:
         before: str = self._tokenizer.decode(self._context)
         text: str = self._tokenizer.decode(self._context + token_ids)[len(before) :]
         return [(text, mark)] if text else []
-
-
-def _token_bytes(token: str) -> bytes:
-    """Return the bytes of a byte-level token; of an added one, which is plain text, its UTF-8."""
-    known = byte_alphabet()
-    if all(character in known for character in token):
-        return bytes(known[character] for character in token)
-    return token.encode()
 
 
 def styled(pieces: Iterable[tuple[str, int | None]], most: int) -> Text:

@@ -40,7 +40,7 @@ class TokenTexts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         decoder = json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
-        self._alphabet = byte_alphabet() if "ByteLevel" in decoder else None
+        self._is_byte_level = "ByteLevel" in decoder
         added = tokenizer.get_added_tokens_decoder()
         self._added = {number: token.content for number, token in added.items()}
 
@@ -51,8 +51,8 @@ class TokenTexts:
         token = self._tokenizer.id_to_token(number)
         if token is None:
             return b""
-        if self._alphabet is not None:
-            return bytes(self._alphabet[character] for character in token)
+        if self._is_byte_level:
+            return byte_level_bytes(token)
         byte = _BYTE_TOKEN.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
 
@@ -68,6 +68,14 @@ class TokenTexts:
             )
             for place, (number, content) in enumerate(zip(numbers, contents, strict=True))
         ]
+
+
+def byte_level_bytes(token: str) -> bytes:
+    """Return the bytes of a byte-level token; of an added one, which is plain text, its UTF-8."""
+    known = byte_alphabet()
+    if all(character in known for character in token):
+        return bytes(known[character] for character in token)
+    return token.encode()
 
 
 @cache

@@ -12,7 +12,8 @@ class Dial(NamedTuple):
         level (see `MixtureOfDepths.level`). A router whose choice does not go by content takes this
         share of the tokens. None: as trained.
     layer_cap: a hard cap on each router: of the first n tokens of a sequence it takes at most
-        floor(layer_cap x n), the earlier ones that it wants.
+        floor(layer_cap x n), the earlier ones that it wants. That goes over the whole sequence,
+        also where documents are kept apart.
     step_cap: a hard cap on each token: at most so many routed parts, the first ones that want it.
     """
 

@@ -56,6 +56,12 @@ class ModelOutput(NamedTuple):
     routing: tuple[RoutingRecord, ...]
     experts: tuple[ExpertRecord, ...]
 
+    def require_logits(self) -> Tensor:
+        """Return the logits (B, S, V). Raises ValueError where a loss was asked for instead."""
+        if self.logits_BSV is None:
+            raise ValueError("a forward pass for a loss has no logits")
+        return self.logits_BSV
+
 
 class Transformer(nn.Module):
     """A causal decoder whose blocks are routed as ``config.pattern`` says."""
@@ -103,8 +109,9 @@ class Transformer(nn.Module):
         choices are causal.
         capacities: one a layer, in place of the configuration's, where they follow a schedule.
         documents_BS: numbers of the documents, rising along each sequence: nothing then passes
-        between documents, but that the room of token choice and of limited experts is the
-        sequence's. valid_BS: False for padding. dial: how much causal decisions are to compute.
+        between documents, but that the room of token choice and of limited experts, and a cap
+        on a layer, are the sequence's. valid_BS: False for padding. dial: how much causal
+        decisions are to compute.
         """
         selection = selection or self.config.training_selection
         self._check(dial)
@@ -233,8 +240,10 @@ class Transformer(nn.Module):
         )
 
     def _check(self, dial: Dial | None) -> None:
+        if dial is None or dial.levels is None:
+            return
         routers = len(self.config.routed_parts)
-        if dial is not None and dial.levels is not None and len(dial.levels) != routers:
+        if len(dial.levels) != routers:
             raise ValueError(f"{len(dial.levels)} levels for {routers} routers")
 
     def _causal(self, selection: Selection | None) -> Selection:

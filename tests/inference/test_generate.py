@@ -90,7 +90,7 @@ def test_prompts_come_from_a_file_or_standard_input(routed, tmp_path, capsys, mo
     (tmp_path / "prompt.txt").write_text("under the stone")
     generate(asked(routed, f"file={tmp_path}/prompt.txt", "echo=true"))
     by_file = capsys.readouterr().out
-    with (tmp_path / "prompt.txt").open() as piped:
+    with (tmp_path / "prompt.txt").open(encoding="utf-8") as piped:
         monkeypatch.setattr(sys, "stdin", piped)
         generate(asked(routed, "file=-", "echo=true"))
     assert capsys.readouterr().out == by_file
@@ -140,6 +140,25 @@ def test_json_lines_keep_their_order_and_keys(routed, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_what_it_writes_it_reads(routed, tmp_path):
+    """Ends of lines that JSON leaves as they are, and a mark of the encoding in front."""
+    line = json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False)
+    (tmp_path / "in.jsonl").write_text("\ufeff" + line + "\r\n", encoding="utf-8")
+    generate(asked(routed, f"input={tmp_path}/in.jsonl", f"output={tmp_path}/out.jsonl"))
+    (record,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().split("\n")[:-1]]
+    assert record["prompt"] == "a\u2028b\u0085c"
+
+
+def test_a_file_that_is_no_text_is_named(routed, tmp_path):
+    (tmp_path / "latin").write_bytes(b"caf\xe9 noir")
+    with pytest.raises(DataError, match="latin: is not UTF-8"):
+        generate(asked(routed, f"file={tmp_path}/latin"))
+
+
+def test_a_line_end_stops_a_text_as_documented(routed):
+    assert asked(routed, 'stop=["\n"]').stop == ["\n"]
+
+
 def test_samples_differ_and_come_again_with_their_seed(routed, capsys):
     def run(*overrides):
         generate(asked(routed, "prompt=the", "sampling.greedy=false", *overrides))
@@ -157,7 +176,8 @@ def test_self_speculation_says_the_same(routed, capsys):
     generate(asked(routed, "prompt=the", "speculate.tokens=3"))
     said = capsys.readouterr()
     assert said.out == slowly(routed, "the", 12) + "\n"
-    assert "drafts were right" in said.err
+    (passes,) = re.findall(r"([\d.]+) tokens for each pass", said.err)
+    assert 1 <= float(passes) <= 4
     generate(asked(routed, "prompt=the", "speculate.tokens=2", "speculate.capacity=0.25"))
     assert capsys.readouterr().out == said.out
 
@@ -180,7 +200,6 @@ def test_the_dial_moves_what_takes_part(routed, capsys):
         (["show_depth=true"], ["show_depth", "depth routers"]),
         (["inference.decision=threshold"], ["inference.decision=threshold", "causal"]),
         (["inference.capacity=0.5"], ["inference.capacity", "none"]),
-        (["output=no/where/out.txt"], ["output", "no directory"]),
     ],
 )
 def test_what_a_dense_model_cannot_do_is_told(dense, overrides, words):
@@ -229,6 +248,9 @@ def test_content_free_routers_keep_their_schedule(start):
     [
         (["prompt=a", "file=b.txt", "input=c.jsonl"], ["beside", "file", "input", "is no file"]),
         (["samples=0", "max_tokens=0"], ["samples=0", "max_tokens=0", "1 or more"]),
+        (["speculate.capacity=0.2"], ["speculate.capacity=0.2", "speculate.tokens"]),
+        (["output=no/where/out.txt"], ["output=no/where/out.txt", "no directory"]),
+        (["output=/"], ["output=/", "is a directory"]),
         (["stop=['']"], ["stop", "empty"]),
         (["sampling.temperature=0"], ["sampling.temperature", "greedy"]),
         (
@@ -245,7 +267,11 @@ def test_every_mistake_is_told_at_once(routed, overrides, words):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"text": "a"}', '{"prompt": 3}'])
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", '{"text": "a"}', '{"prompt": 3}', '{"prompt": "\\ud800"}']
+    + [json.dumps({"prompt": "a", key: 1}) for key in ("completion", "finish", "depth", "sample")],
+)
 def test_a_bad_line_is_named(routed, tmp_path, line):
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
     with pytest.raises(DataError, match=r"in\.jsonl, line 2"):

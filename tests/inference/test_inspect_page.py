@@ -199,8 +199,8 @@ def test_a_run_is_inspected_on_held_out_text_a_text_and_a_file(run, tmp_path, ca
     assert "128, in windows of 64" in page.said
     figures = evaluate_run(EvalRunConfig("a", str(run.parent), sequences=2, accelerator="cpu"))
     assert f"{figures['causal_loss']:.4f} nats a token" in page.said
-    assert cli.main([*common, "text='the river'", f"output={tmp_path}/new/one.html"]) == 0
-    one = Parsed((tmp_path / "new/one.html").read_text())
+    assert cli.main([*common, "text='the river'", f"output={tmp_path}/one.html"]) == 0
+    one = Parsed((tmp_path / "one.html").read_text())
     assert "the text given" in one.said
     assert "".join(one.tokens) == "the river"
     (tmp_path / "mine.txt").write_text(NASTY, encoding="utf-8")
