@@ -24,6 +24,7 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.dial import Dial
 from modtrain.models.router_config import Selection
 from modtrain.models.transformer import Transformer
+from modtrain.training.held_out import evaluating
 
 Precision = Callable[[], AbstractContextManager[Any]]
 # A share within a hundredth of what is wanted, or half a token of the text, is near enough.
@@ -195,28 +196,22 @@ class Calibration:
             levels = tuple(level_of(value_N, share) for value_N in values)
         return levels
 
-    @torch.no_grad()
     def _values(self, dial: Dial) -> list[Tensor]:
         """What each router decides by (N,) under ``dial``."""
-        model, device = self.model, next(self.model.parameters()).device
-        kept: list[list[Tensor]] = [[] for _ in model.routers]
-        was_training = model.training
-        model.eval()
-        for batch in self.batches:
-            inputs_BS, targets_BS = batch[:, :-1].to(device), batch[:, 1:].to(device)
-            with self.precision():
-                # With targets the logits are never there as a whole.
-                output = model(
-                    inputs_BS,
-                    targets_BS,
-                    self.selection,
-                    documents_BS=document_numbers_if_apart(inputs_BS, self.eos_id),
-                    dial=dial,
-                )
-            for values, router, record in zip(kept, model.routers, output.routing, strict=True):
-                value_BS = router.value(self.selection, record.scores_BS, record.predictor_BS)
-                values.append(value_BS.flatten().cpu())
-        model.train(was_training)
+        kept: list[list[Tensor]] = [[] for _ in self.model.routers]
+        with evaluating(self.model) as device:
+            for batch in self.batches:
+                inputs_BS, targets_BS = batch[:, :-1].to(device), batch[:, 1:].to(device)
+                documents_BS = document_numbers_if_apart(inputs_BS, self.eos_id)
+                with self.precision():
+                    # With targets the logits are never there as a whole.
+                    output = self.model(
+                        inputs_BS, targets_BS, self.selection, documents_BS=documents_BS, dial=dial
+                    )
+                records = zip(kept, self.model.routers, output.routing, strict=True)
+                for values, router, record in records:
+                    value_BS = router.value(self.selection, record.scores_BS, record.predictor_BS)
+                    values.append(value_BS.flatten().cpu())
         if not all(kept):
             raise ValueError("there is no text to calibrate on")
         return [torch.cat(values) for values in kept]

@@ -23,6 +23,7 @@ from modtrain.models.loss import IGNORED
 from modtrain.models.router_config import TRAINING_SELECTIONS, Selection
 from modtrain.models.sequence import RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer
+from modtrain.training.held_out import evaluating
 
 Floats = NDArray[np.float64]
 
@@ -101,13 +102,7 @@ def trace(
         ValueError: there is no window.
     """
     tape = _Tape(model, selection, dial)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    cuda = [device] if device.type == "cuda" else []
-    # Random routers draw from the global state: the same each time, and given back.
-    with torch.no_grad(), precision, torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(0)
+    with evaluating(model) as device, precision:
         for window in windows:
             inputs_BS, targets_BS = (side.to(device) for side in window)
             documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
@@ -119,7 +114,6 @@ def trace(
                 dial=dial,
             )
             tape.add(inputs_BS, targets_BS, output)
-    model.train(was_training)
     return tape.trace()
 
 

@@ -150,12 +150,6 @@ class MixtureOfDepths(nn.Module):
             return predictor_BS
         return scores_BS
 
-    def decide(
-        self, selection: Selection, scores_BS: Tensor, predictor_BS: Tensor | None
-    ) -> Tensor:
-        """Return who takes part (B, S) by a causal decision, as trained."""
-        return self.value(selection, scores_BS, predictor_BS) > self.level(selection)
-
     def observe(self, record: RoutingRecord) -> Tensor | None:
         """Return what `absorb` wants to know of a micro-batch; None where there is nothing."""
         return record.quantile

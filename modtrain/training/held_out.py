@@ -5,8 +5,8 @@ Shapes: B batch, S sequence, T = S + 1, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,13 +111,7 @@ def evaluate(
     if config.looks_ahead and as_trained:
         ways.append(config.training_selection)
     tallies = {way: _Tally(model, way, selections, dials) for way in ways}
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    cuda = [device] if device.type == "cuda" else []
-    # Random routers draw from the global state: the same for each evaluation, and given back.
-    with torch.no_grad(), precision, torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(0)
+    with evaluating(model) as device, precision:
         for batch in batches:
             batch_BT = batch.to(device)
             inputs_BS, targets_BS = batch_BT[:, :-1], batch_BT[:, 1:]
@@ -134,7 +128,6 @@ def evaluate(
                     ),
                     targets_BS,
                 )
-    model.train(was_training)
     first = next(iter(tallies.values()), None)
     if first is None or first.tokens == 0:
         raise ValueError("there are no held-out batches, or nothing to evaluate by")
@@ -146,6 +139,25 @@ def evaluate(
     if trained is not None:
         found.top_k = replace(trained.decision(None), flops=flops)
     return found
+
+
+@contextmanager
+def evaluating(model: Transformer) -> Iterator[torch.device]:
+    """Compute without gradients, as when generating. Gives the model's device.
+
+    Routers that draw at random as in training do so from the global state: they draw the same in each
+    such context, and the state is given back, as the model's mode is.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    cuda = [device] if device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(0)
+            yield device
+    finally:
+        model.train(was_training)
 
 
 class _Tally:

@@ -3,10 +3,24 @@
 import pytest
 from tokenizers import Tokenizer
 
+from modtrain.configuration import compose
 from modtrain.data.tokenizer import train_tokenizer
+from modtrain.training.run import train
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     """Byte-level; what is not in its few words is spelt in bytes."""
     return Tokenizer.from_str(train_tokenizer(["the tree and the river"] * 4, 270).decode())
+
+
+@pytest.fixture(scope="module")
+def start(tiny, tmp_path_factory):
+    """Train a run of a few steps, logged as JSON lines alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    quick = ["eval.every=null", "log=jsonl", "log.progress=false", f"runs_dir={folder}"]
+
+    def run(name, *more):
+        return train(compose("train", [*tiny, *quick, f"name={name}", *more])).run
+
+    return run

@@ -19,25 +19,12 @@ from modtrain.inference.loading import load_run
 from modtrain.inference.report import show
 from modtrain.models.flops import Load, dense_equivalent_flops, realised_flops
 from modtrain.models.transformer import Transformer
-from modtrain.training.run import train
 
 EVERY = ["predictor", "auxiliary", "threshold"]
 HEAD = ["run", "step", "tokens", "dial", "trained_flops", "dense_equivalent_flops"]
 WAY = ["loss", "perplexity", "bits_per_byte", "flops", "realised_capacity", "expert_load"]
 AGAINST = ["gap_to_top_k_not_causal", "agreement_with_top_k_not_causal"]
 SWEPT = [0.5, 0.03, 0.2, 1.0]
-
-
-@pytest.fixture(scope="module")
-def start(tiny, tmp_path_factory):
-    """Train a run of a few steps, logged as JSON lines alone."""
-    folder = tmp_path_factory.mktemp("runs")
-    quick = ["eval.every=null", "log=jsonl", "log.progress=false", f"runs_dir={folder}"]
-
-    def run(name, *more):
-        return train(compose("train", [*tiny, *quick, f"name={name}", *more])).run
-
-    return run
 
 
 @pytest.fixture(scope="module")

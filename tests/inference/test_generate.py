@@ -17,18 +17,6 @@ from modtrain.configuration import compose
 from modtrain.errors import ConfigError, DataError
 from modtrain.inference.generate import decoder_config, generate
 from modtrain.inference.loading import load_run
-from modtrain.training.run import train
-
-
-@pytest.fixture(scope="module")
-def start(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    quick = ["eval.every=null", "log=jsonl", "log.progress=false", f"runs_dir={folder}"]
-
-    def run(name, *more):
-        return train(compose("train", [*tiny, *quick, f"name={name}", *more])).run
-
-    return run
 
 
 @pytest.fixture(scope="module")
