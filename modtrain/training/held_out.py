@@ -145,8 +145,8 @@ def evaluate(
 def evaluating(model: Transformer) -> Iterator[torch.device]:
     """Compute without gradients, as when generating. Gives the model's device.
 
-    Routers that draw at random as in training do so from the global state: they draw the same in each
-    such context, and the state is given back, as the model's mode is.
+    Routers that draw at random as in training do so from the global state: they draw the same in
+    each such context, and the state is given back, as the model's mode is.
     """
     device = next(model.parameters()).device
     was_training = model.training
