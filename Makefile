@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+SAMPLE := prompt='My fellow citizens' echo=true max_tokens=60 sampling.top_p=0.9
 
 .PHONY: help install quickstart test test-slow lint format types imports bench docs lock clean
 
@@ -21,6 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## a dense and a MoD model on real text, on the same FLOPs (about 6 minutes)
 	@$(BIN)/modtrain prepare corpus=sotu
 	@$(BIN)/modtrain compare experiment=quickstart
+	@echo; echo "dense goes on:"
+	@$(BIN)/modtrain generate run=quickstart/dense $(SAMPLE)
+	@echo; echo "MoD goes on, each token with the number of routed blocks that it entered:"
+	@$(BIN)/modtrain generate run=quickstart/mod $(SAMPLE) --show-depth
 
 test: $(STAMP)  ## the quick tests
 	$(BIN)/pytest

@@ -63,9 +63,12 @@ def test_make_quickstart(tmp_path):
     for said in ("causal loss", "top-k loss, not causal", "forward FLOPs a token", "step time"):
         assert said in shown
     assert re.search(r"mod (beats|loses to|equals) dense", shown)
-    picture, tensorboard = shown.strip().splitlines()[-2:]
-    assert Path(picture.removeprefix("picture: ")).read_bytes().startswith(b"\x89PNG")
-    assert "tensorboard --logdir runs/quickstart" in tensorboard
+    (picture,) = re.findall(r"^picture: (.*)$", shown, re.MULTILINE)
+    assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    assert "tensorboard --logdir runs/quickstart" in shown
+    dense, routed = shown.split("dense goes on:\n")[1].split("MoD goes on")
+    assert dense.startswith("My fellow citizens")
+    assert len(re.findall("[₀₁₂₃₄]", routed)) > 40 > len(re.findall("[₀₁₂₃₄]", dense))
     for arm in ("dense", "mod"):
         assert steps(folder, arm) == sorted(set(steps(folder, arm)))
 
