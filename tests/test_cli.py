@@ -144,7 +144,7 @@ def test_ctrl_c_in_prepare_is_told_in_a_line_and_gone_on_with(tmp_path):
     ) as process:
         while process.poll() is None and not (tmp_path / "out/.work").exists():
             time.sleep(0.01)
-        time.sleep(0.5)
+        time.sleep(0.2)
         os.killpg(process.pid, signal.SIGINT)
         shown = process.stderr.read()
         assert process.wait() == 130

@@ -42,6 +42,8 @@ def workplace(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_the_commands_run(document, workplace):
     for command in commands(document):

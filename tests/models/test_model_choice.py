@@ -34,7 +34,7 @@ def chosen_of(
     valid_BS: Tensor | None = None,
 ) -> Tensor:
     """Who is chosen (B, S), after a look at the places: each once, the chosen first, in order."""
-    index_BK, filled_BK = expert_choice(
+    index_BK, filled_BK, *_ = expert_choice(
         scores_BS, count, context(scores_BS.shape[1], documents_BS, valid_BS)
     )
     assert index_BK.shape == (len(scores_BS), count)

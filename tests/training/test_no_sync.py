@@ -292,5 +292,5 @@ def test_a_causal_decision_waits_so_training_must_not_take_it(step, monkeypatch)
         return original(model, *args, selection="predictor", **kwargs)
 
     monkeypatch.setattr(Transformer, "forward", forward)
-    with pytest.raises(WaitedError, match="_local_scalar_dense"):
+    with pytest.raises(WaitedError, match="waits for the device"):
         step()
