@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import statistics
@@ -9,6 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
+HEAD_WIDTH = 64
+
+
+def check_width(parser: argparse.ArgumentParser, d_model: int) -> None:
+    """End with ``parser``'s error where ``d_model`` is not made of whole heads."""
+    if d_model < HEAD_WIDTH or d_model % HEAD_WIDTH:
+        parser.error(f"--d-model must be a multiple of {HEAD_WIDTH}, the width of a head")
 
 
 def fix_threads(count: int) -> None:

@@ -25,7 +25,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks._harness import finish, fix_threads, interleave, print_times, ratio
+from benchmarks._harness import (
+    HEAD_WIDTH,
+    check_width,
+    finish,
+    fix_threads,
+    interleave,
+    print_times,
+    ratio,
+)
 from benchmarks._llama import as_llama
 from modtrain.inference.decoder import Decoder, DecoderConfig, Token
 from modtrain.inference.sampling import Dice, distribution, draw
@@ -38,7 +46,6 @@ from modtrain.models.transformer import Transformer
 from modtrain.training.config import OptimizerConfig
 from modtrain.training.module import adamw
 
-HEAD_WIDTH = 64
 CAPACITY = 0.125
 
 
@@ -86,8 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    if options.d_model < HEAD_WIDTH or options.d_model % HEAD_WIDTH:
-        parser.error(f"--d-model must be a multiple of {HEAD_WIDTH}, the width of a head")
+    check_width(parser, options.d_model)
     numbers = vars(options).values()
     if min(numbers) < 1 or options.tokens < 2:
         parser.error("every number must be at least 1, --tokens 2")

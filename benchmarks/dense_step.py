@@ -24,7 +24,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from benchmarks._harness import finish, fix_threads, print_times, ratio
+from benchmarks._harness import HEAD_WIDTH, check_width, finish, fix_threads, print_times, ratio
 from modtrain.data.config import DataConfig, PrepareConfig, TokenizerConfig
 from modtrain.data.datamodule import TokenDataModule
 from modtrain.data.prepare import prepare
@@ -42,7 +42,6 @@ from modtrain.training.config import (
 )
 from modtrain.training.schedules import lr_factor
 
-HEAD_WIDTH = 64
 WORDS = ("river", "stone", "sings", "under", "the", "old", "bridge")
 
 
@@ -76,8 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=10, help="steps of a round")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    if options.d_model < HEAD_WIDTH or options.d_model % HEAD_WIDTH:
-        parser.error(f"--d-model must be a multiple of {HEAD_WIDTH}, the width of a head")
+    check_width(parser, options.d_model)
     if min(options.layers, options.seq_len, options.rounds, options.log_every, options.threads) < 1:
         parser.error("every number must be at least 1")
     if options.vocab < 300:

@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks._harness import finish, fix_threads, interleave, print_times, ratio
+from benchmarks._harness import (
+    HEAD_WIDTH,
+    check_width,
+    finish,
+    fix_threads,
+    interleave,
+    print_times,
+    ratio,
+)
 from modtrain.models.config import ModelConfig
 from modtrain.models.flops import CONVENTIONS, forward_flops, training_flops_per_token
 from modtrain.models.transformer import Transformer
@@ -26,7 +34,6 @@ from modtrain.training.config import OptimizerConfig
 from modtrain.training.module import adamw
 
 PATTERNS = {"dense": "dense", "mod": "every_other"}
-HEAD_WIDTH = 64
 # What routing adds: the choice, rows out of the stream and back into it, and their gradients.
 MOVES = (
     *("topk", "sort", "argsort", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_"),
@@ -70,8 +77,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--skip-compiled", action="store_true", help="measure eager steps alone")
     options = parser.parse_args()
-    if options.d_model < HEAD_WIDTH or options.d_model % HEAD_WIDTH:
-        parser.error(f"--d-model must be a multiple of {HEAD_WIDTH}, the width of a head")
+    check_width(parser, options.d_model)
     if min(options.layers, options.seq_len, options.batch, options.vocab, options.threads) < 1:
         parser.error("--layers, --seq-len, --batch, --vocab and --threads must be at least 1")
     if options.rounds < 1:

@@ -22,14 +22,20 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks._harness import finish, fix_threads, interleave, print_times, ratio
+from benchmarks._harness import (
+    HEAD_WIDTH,
+    check_width,
+    finish,
+    fix_threads,
+    interleave,
+    print_times,
+    ratio,
+)
 from modtrain.models.config import ModelConfig
 from modtrain.models.experts import Experts
 from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.feed_forward import FeedForward
 from modtrain.models.sequence import Output, SequenceContext, as_output, sequence_context
-
-HEAD_WIDTH = 64
 
 
 def main() -> None:
@@ -77,8 +83,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="passes of each variant")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    if options.d_model < HEAD_WIDTH or options.d_model % HEAD_WIDTH:
-        parser.error(f"--d-model must be a multiple of {HEAD_WIDTH}, the width of a head")
+    check_width(parser, options.d_model)
     if min(options.seq_len, options.batch, options.noop, options.threads, options.rounds) < 1:
         parser.error("--seq-len, --batch, --noop, --threads and --rounds must be at least 1")
     config = _config(options, ExpertsConfig(count=options.experts, top_k=options.top_k))

@@ -112,12 +112,10 @@ def _dial(
     loaded: LoadedRun, selection: Selection, wish: DialConfig, batch_size: int
 ) -> Dial | None:
     dial = dial_of_run(loaded, selection, wish, batch_size)
-    model = loaded.trained.model
-    if model.router.needs_causal or (dial is not None and dial.levels is not None):
+    if loaded.trained.model.router.needs_causal or (dial is not None and dial.levels is not None):
         return dial
     # Shares, which a checkpoint from the middle of a schedule has other ones of.
-    shares = tuple(loaded.capacities[layer] or 1.0 for layer, _ in model.routed_parts)
-    return (dial or Dial())._replace(levels=shares)
+    return (dial or Dial())._replace(levels=loaded.shares)
 
 
 def _draft_dial(loaded: LoadedRun, selection: Selection, config: GenerateConfig) -> Dial:

@@ -59,7 +59,7 @@ def inspect_run(config: InspectConfig) -> Path:
         dial=", ".join(f"{name} {value}" for name, value in config.inference.asked.items()),
         is_causal=selection in model.causal_selections,
         num_layers=model.num_layers,
-        capacities=[loaded.capacities[layer] or 1.0 for layer, _ in model.routed_parts],
+        capacities=list(loaded.shares),
     )
     name = f"inspect-{loaded.step:09d}{config.inference.suffix}.html"
     default = loaded.directory.path / name

@@ -46,6 +46,12 @@ class LoadedRun:
         return derive(self.trained).capacities_at(max(0, self.step - 1))
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """The same, one a router."""
+        parts = self.trained.model.routed_parts
+        return tuple(self.capacities[layer] or 1.0 for layer, _ in parts)
+
+    @property
     def seq_len(self) -> int:
         """Tokens of a sequence."""
         return self.trained.data.seq_len or read_summary(self.trained.data.path).seq_len

@@ -250,10 +250,10 @@ class MixtureOfDepths(nn.Module):
         if context.valid_BS is not None:
             chosen_BS = chosen_BS & context.valid_BS
         if dial.step_cap is not None:
-            entered_BS = 0 if context.entered_BS is None else context.entered_BS
-            chosen_BS = chosen_BS & (
-                torch.zeros_like(chosen_BS.long()) + entered_BS < dial.step_cap
-            )
+            entered_BS = context.entered_BS
+            if entered_BS is None:
+                entered_BS = torch.zeros_like(chosen_BS, dtype=torch.long)
+            chosen_BS = chosen_BS & (entered_BS < dial.step_cap)
         taken = context.taken[self.number] if context.taken else None
         if dial.layer_cap is not None:
             # Of the tokens so far, those before the cache's end included.

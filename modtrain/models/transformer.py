@@ -169,13 +169,10 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"{len(tokens_NS)} sequences of tokens for the rows {rows} of {cache.batch}"
             )
-        if (
-            dial is not None
-            and dial.layer_cap is not None
-            and len(cache.taken) < len(self.config.routed_parts)
-        ):
-            raise ValueError("a layer_cap asks for a cache made with counts_taken=True")
         self._check(dial)
+        counts_taken = len(cache.taken) == len(self.config.routed_parts)
+        if dial is not None and dial.layer_cap is not None and not counts_taken:
+            raise ValueError("a layer_cap asks for a cache made with counts_taken=True")
         tokens = packed(tokens_NS, valid_NS, documents_NS)
         context = self._cached_context(tokens, cache, self._causal(selection), rows, dial)
         x_NSD = self.embedding(tokens.tokens_NS)

@@ -14,6 +14,7 @@ from inspect_cases import (
     model_of,
     page_of,
 )
+from playwright.sync_api import sync_playwright
 
 from modtrain import cli
 from modtrain.configuration import compose
@@ -268,11 +269,10 @@ READ = """() => {
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("needs Debian's chromium")
-    with api.sync_playwright() as playwright:
+        pytest.skip("needs Debian's chromium, which .ci/run installs")
+    with sync_playwright() as playwright:
         # Its sandbox does not start as root, and the page is our own.
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
