@@ -62,6 +62,10 @@ class TrainingError(ModtrainError):
     """A run that has to stop: the loss is not finite, a budget cannot be met."""
 
 
+class RankError(ModtrainError):
+    """What went wrong on another rank, or between the ranks."""
+
+
 def raise_if_any(problems: Sequence[Problem]) -> None:
     """Raise one `ConfigError` that tells all ``problems``, if there are any."""
     if problems:

@@ -37,9 +37,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, tells_received: bool = False) -> None:
         super().__init__()
-        self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
         self.head_width, self.tells_received = config.head_width, tells_received
-        query_dim, kv_dim = self.num_heads * self.head_width, self.kv_heads * self.head_width
+        query_dim, kv_dim = (
+            heads * self.head_width for heads in (config.num_heads, config.kv_heads)
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.q = nn.Linear(config.d_model, query_dim, bias=False)
         self.k = nn.Linear(config.d_model, kv_dim, bias=False)
@@ -52,9 +53,10 @@ class Attention(nn.Module):
         """Return the update (B, S, D). The tokens come in the order of their positions."""
         batch, length, _ = x_BSD.shape
         x_BSD = self.norm(x_BSD)
-        q = self.q(x_BSD).view(batch, length, self.num_heads, self.head_width)
-        k = self.k(x_BSD).view(batch, length, self.kv_heads, self.head_width)
-        v = self.v(x_BSD).view(batch, length, self.kv_heads, self.head_width)
+        # Of all heads, or of those that this process has.
+        q = self.q(x_BSD).view(batch, length, -1, self.head_width)
+        k = self.k(x_BSD).view(batch, length, -1, self.head_width)
+        v = self.v(x_BSD).view(batch, length, -1, self.head_width)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context), rotate(k, context)

@@ -39,6 +39,37 @@ class ExpertRouter(nn.Module):
             return x_TD.to(wide) @ self.weight.to(wide).t()
 
 
+class ExpertMLPs(nn.Module):
+    """The experts' matrices: E MLPs of one shape, each for its own rows."""
+
+    def __init__(self, count: int, d_model: int, width: int, activation: str) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(count, d_model, width))
+        self.gate = None
+        if activation == "swiglu":
+            self.gate = nn.Parameter(torch.zeros(count, d_model, width))
+        self.down = nn.Parameter(torch.zeros(count, width, d_model))
+
+    def forward(self, x_MD: Tensor, offsets_E: Tensor | None) -> Tensor:
+        """Send each row (M, D) through its expert; rows behind the last offset come back zero.
+
+        offsets_E: cumulative ends of the experts' rows; None where all have the same number.
+        """
+
+        def multiply(rows: Tensor, weight: Tensor) -> Tensor:
+            if offsets_E is not None:
+                return grouped_matmul(rows, weight, offsets_E)
+            count = weight.shape[0]
+            return torch.bmm(rows.view(count, -1, rows.shape[-1]), weight).flatten(0, 1)
+
+        up_MW = multiply(x_MD, self.up)
+        if self.gate is None:
+            hidden_MW = F.gelu(up_MW)
+        else:
+            hidden_MW = F.silu(multiply(x_MD, self.gate)) * up_MW
+        return multiply(hidden_MW, self.down)
+
+
 class Rows(NamedTuple):
     """What the experts compute, sorted by expert, and what was decided.
 
@@ -89,11 +120,7 @@ class Experts(nn.Module):
         dim, width = config.d_model, experts.width(config.ff_width)
         self.norm = RMSNorm(dim, config.norm_eps)
         self.expert_router = ExpertRouter(dim, self.choices)
-        self.up = nn.Parameter(torch.zeros(self.count, dim, width))
-        self.gate = None
-        if config.activation == "swiglu":
-            self.gate = nn.Parameter(torch.zeros(self.count, dim, width))
-        self.down = nn.Parameter(torch.zeros(self.count, width, dim))
+        self.inner = ExpertMLPs(self.count, dim, width, config.activation)
         self.shared = None
         if experts.shared:
             self.shared = MLP(dim, experts.shared * width, config.activation)
@@ -117,7 +144,7 @@ class Experts(nn.Module):
             self.config.slots(x_BSD.shape[1]) if context.selection in TRAINING_SELECTIONS else None
         )
         rows = self._rows(logits_TR, x_BSD.shape[:2], valid_BS, context.documents_BS, slots)
-        y_MD = self._compute(normed_TD.index_select(0, rows.token_M), rows.offsets_E)
+        y_MD = self.inner(normed_TD.index_select(0, rows.token_M), rows.offsets_E)
         dtype = x_BSD.dtype
         y_MD = y_MD.to(dtype) * rows.weight_M.to(dtype).unsqueeze(-1)
         update_TD = torch.zeros_like(normed_TD, dtype=dtype).index_add_(0, rows.token_M, y_MD)
@@ -193,21 +220,6 @@ class Experts(nn.Module):
         expert_E = torch.arange(self.count, device=valid_T.device)
         choice_TE = torch.where(taken_TE, expert_E, self.choices)
         return sorted_rows(choice_TE, probability_TE, self.count, self.choices)
-
-    def _compute(self, x_MD: Tensor, offsets_E: Tensor | None) -> Tensor:
-        """Send each row through its expert; rows behind the last offset come back zero."""
-
-        def multiply(rows: Tensor, weight: Tensor) -> Tensor:
-            if offsets_E is not None:
-                return grouped_matmul(rows, weight, offsets_E)
-            return torch.bmm(rows.view(self.count, -1, rows.shape[-1]), weight).flatten(0, 1)
-
-        up_MW = multiply(x_MD, self.up)
-        if self.gate is None:
-            hidden_MW = F.gelu(up_MW)
-        else:
-            hidden_MW = F.silu(multiply(x_MD, self.gate)) * up_MW
-        return multiply(hidden_MW, self.down)
 
     def _record(self, rows: Rows, logits_TR: Tensor, valid_BS: Tensor | None) -> ExpertRecord:
         wide = logits_TR.dtype

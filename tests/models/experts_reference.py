@@ -84,7 +84,8 @@ def expert(p: dict[str, Tensor], name: str, number: int | None, x_D: Tensor) -> 
         up, gate, down = (p.get(f"shared.{part}.weight") for part in ("up", "gate", "down"))
         up, gate, down = (None if w is None else w.T for w in (up, gate, down))
     else:
-        up, gate, down = (p[part][number] if part in p else None for part in ("up", "gate", "down"))
+        names = ("inner.up", "inner.gate", "inner.down")
+        up, gate, down = (p[name][number] if name in p else None for name in names)
     hidden = x_D @ up
     if gate is None:
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))

@@ -1,0 +1,167 @@
+"""Ranks of a process group, forked from a warm interpreter: real ones, without the imports.
+
+The interpreter is multiprocessing's fork server, which has torch, Lightning and modtrain imported
+and computes nothing itself, so that no thread pool is forked. A function that ranks run is found by
+its name: it stands at the top of a test's module, and its arguments are pickled.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_WARM = ["pytest", "hypothesis", "lightning.pytorch.strategies", "modtrain.training.run"]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(_WARM)
+
+TIMEOUT = 120.0
+
+
+class RankFailedError(AssertionError):
+    """What a rank raised, with its traceback."""
+
+    def __init__(self, rank: int, kind: str, said: str, trace: str) -> None:
+        super().__init__(f"rank {rank}: {kind}: {said}\n{trace}")
+        self.rank, self.kind, self.said = rank, kind, said
+
+
+def on_ranks(
+    function: Callable[..., Any],
+    world_size: int = 2,
+    *arguments: Any,
+    timeout: float = TIMEOUT,
+    nodes: int = 1,
+    joins: bool = True,
+) -> list[Any]:
+    """Call ``function(*arguments)`` on every rank and return what each one returned.
+
+    joins: make a gloo process group first. nodes: how many nodes the ranks say that they are on.
+
+    Raises:
+        RankFailedError: the first rank that raised, or died.
+        TimeoutError: some rank did not end in time; names them.
+    """
+    outcomes = outcomes_on_ranks(
+        function, world_size, *arguments, timeout=timeout, nodes=nodes, joins=joins
+    )
+    for outcome in outcomes:
+        if isinstance(outcome, RankFailedError):
+            raise outcome
+    return outcomes
+
+
+def outcomes_on_ranks(
+    function: Callable[..., Any],
+    world_size: int = 2,
+    *arguments: Any,
+    timeout: float = TIMEOUT,
+    nodes: int = 1,
+    joins: bool = True,
+) -> list[Any]:
+    """As `on_ranks`, but a rank that raised or died gives its `RankFailedError` as its outcome."""
+    port = free_port()
+    children: list[tuple[Any, Connection]] = []
+    for rank in range(world_size):
+        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        environment = _environment(rank, world_size, nodes, port)
+        # No daemon, which must not have workers of its own.
+        child = _CONTEXT.Process(
+            target=_child, args=(theirs, function, arguments, environment, joins)
+        )
+        child.start()
+        theirs.close()
+        children.append((child, ours))
+    try:
+        return _collect(children, timeout)
+    finally:
+        for child, _ in children:
+            child.join(2)
+            if child.is_alive():
+                child.kill()
+                child.join()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(rank: int, world_size: int, nodes: int, port: int) -> dict[str, str]:
+    """As torchrun sets it."""
+    local = world_size // nodes
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % local),
+        "LOCAL_WORLD_SIZE": str(local),
+        "GROUP_RANK": str(rank // local),
+        "GROUP_WORLD_SIZE": str(nodes),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+
+
+def _child(
+    pipe: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    environment: dict[str, str],
+    joins: bool,
+) -> None:
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    try:
+        if joins:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        pipe.send(("ok", function(*arguments)))
+    except BaseException as error:
+        pipe.send(("error", (type(error).__name__, str(error), traceback.format_exc())))
+    finally:
+        if dist.is_initialized():
+            with suppress(Exception):
+                dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of a store or a group that a failed rank left must not keep it from ending.
+    os._exit(0)
+
+
+def _collect(children: list[tuple[Any, Connection]], timeout: float) -> list[Any]:
+    outcomes: dict[int, Any] = {}
+    pipes = {pipe: rank for rank, (_, pipe) in enumerate(children)}
+
+    deadline = time.monotonic() + timeout
+    while pipes:
+        ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = sorted(pipes.values())
+            raise TimeoutError(f"ranks {late} did not end within {timeout:.0f} s; {outcomes}")
+        for pipe in ready:
+            rank = pipes.pop(pipe)  # type: ignore[arg-type]
+            try:
+                kind, value = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                child = children[rank][0]
+                child.join(5)
+                said = f"exit code {child.exitcode}"
+                outcomes[rank] = RankFailedError(rank, "died", said, "")
+                continue
+            outcomes[rank] = value if kind == "ok" else RankFailedError(rank, *value)
+    return [outcomes[rank] for rank in range(len(children))]
