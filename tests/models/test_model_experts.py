@@ -116,9 +116,10 @@ def test_equal_experts_are_the_dense_mlp(activation, top_k):
     with torch.no_grad():
         dense.norm.gain.copy_(layer.norm.gain)
         for name in ("up", "gate", "down"):
-            if getattr(layer, name) is not None:
-                getattr(layer, name).copy_(getattr(layer, name)[:1].clone().expand(4, -1, -1))
-                getattr(dense.inner, name).weight.copy_(getattr(layer, name)[0].T)
+            weight = getattr(layer.inner, name)
+            if weight is not None:
+                weight.copy_(weight[:1].clone().expand(4, -1, -1))
+                getattr(dense.inner, name).weight.copy_(weight[0].T)
         if top_k == 1:
             # Not renormalised; a sure router makes the weights 1.
             layer.expert_router.weight.mul_(1e4)
