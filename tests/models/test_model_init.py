@@ -71,9 +71,9 @@ FAMILY = {
     ".router.out.weight": 1 / math.sqrt(64),
     ".taps": 1 / math.sqrt(4),
     ".expert_router.weight": 0.02,
-    ".mlp.inner.up": 0.02,
-    ".mlp.inner.gate": 0.02,
-    ".mlp.inner.down": 0.02 / math.sqrt(2 * 2),
+    ".mlp.up": 0.02,
+    ".mlp.gate": 0.02,
+    ".mlp.down": 0.02 / math.sqrt(2 * 2),
     ".shared.down.weight": 0.02 / math.sqrt(2 * 2),
 }
 
