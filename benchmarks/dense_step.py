@@ -37,10 +37,11 @@ from modtrain.training.config import (
     CheckpointConfig,
     EvalConfig,
     LogConfig,
-    StrategyConfig,
     TrainConfig,
 )
 from modtrain.training.schedules import lr_factor
+from modtrain.training.strategy_config import StrategyConfig
+from modtrain.training.trainer import make_trainer
 
 WORDS = ("river", "stone", "sings", "under", "the", "old", "bridge")
 
@@ -172,7 +173,6 @@ class _Turns(L.Callback):
 
     def train(self) -> None:
         """Run ``train()`` with this callback behind its own."""
-        make_trainer = run.make_trainer
 
         def with_turns(*arguments: Any, **named: Any) -> L.Trainer:
             trainer = make_trainer(*arguments, **named)

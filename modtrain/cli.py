@@ -6,11 +6,12 @@ Verbs import what they need only when called, so that help and mistakes come at 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from modtrain import __version__
-from modtrain.errors import ModtrainError
+from modtrain.errors import ConfigError, ModtrainError, Problem, RankError
 
 Verb = Callable[[list[str], str | None], int]
 
@@ -23,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return verb(overrides, arguments.config_dir)
     except ModtrainError as error:
-        print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)  # noqa: T201
+        # Of what all ranks find, and of what one told the others, rank 0 speaks.
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if rank == "0" or not isinstance(error, ConfigError | RankError):
+            print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -52,9 +56,10 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.configuration import compose
 
     config = compose("train", overrides, config_dir)
+    from modtrain.training.launch import Launch
     from modtrain.training.plan import resolve
 
-    resolve(config)
+    resolve(config, launch=Launch.from_environment())
     from modtrain.training.run import train
 
     return train(config).exit_code
@@ -103,6 +108,16 @@ def _generate(overrides: list[str], config_dir: str | None) -> int:
     return 0
 
 
+def _checkpoints(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.configuration import compose
+
+    config = compose("checkpoints", overrides, config_dir)
+    from modtrain.training.checkpoints_verb import run_checkpoints
+
+    run_checkpoints(config)
+    return 0
+
+
 def _plan(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.configuration import compose
     from modtrain.training.plan_report import show
@@ -114,7 +129,6 @@ def _plan(overrides: list[str], config_dir: str | None) -> int:
 def _doctor(overrides: list[str], config_dir: str | None) -> int:
     del config_dir
     from modtrain.doctor import show
-    from modtrain.errors import ConfigError, Problem
 
     if overrides:
         problem = Problem(overrides[0], "", "doctor takes no overrides", "leave it out")
@@ -129,6 +143,7 @@ _VERBS: dict[str, tuple[Verb, str]] = {
     "eval": (_eval, "held-out losses of a run, causal and not"),
     "inspect": (_inspect, "a page that shows what a run's routers do with a text"),
     "generate": (_generate, "continue texts with a run"),
+    "checkpoints": (_checkpoints, "list, verify, prune or consolidate a run's checkpoints"),
     "plan": (_plan, "what a run would take: parameters, FLOPs, steps, memory"),
     "doctor": (_doctor, "versions, devices, and what is missing here"),
 }
@@ -140,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train Mixture-of-Depths language models.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="verbs:\n"
-        + "\n".join(f"  {name:9} {what}" for name, (_, what) in _VERBS.items())
+        + "\n".join(f"  {name:11} {what}" for name, (_, what) in _VERBS.items())
         + "\n\noverrides are Hydra's: model=mod_60m model.capacity=0.25 budget.tokens=1e9",
     )
     parser.add_argument("--version", action="version", version=f"modtrain {__version__}")

@@ -27,6 +27,7 @@ from modtrain.experiments.config import CompareConfig, Comparison
 from modtrain.inference.config import EvalRunConfig
 from modtrain.inference.generate_config import GenerateConfig
 from modtrain.inference.inspect_config import InspectConfig
+from modtrain.training.checkpoints_config import CheckpointsConfig
 from modtrain.training.config import TrainConfig
 
 SCHEMAS: dict[str, type] = {
@@ -37,6 +38,7 @@ SCHEMAS: dict[str, type] = {
     "eval": EvalRunConfig,
     "generate": GenerateConfig,
     "inspect": InspectConfig,
+    "checkpoints": CheckpointsConfig,
 }
 
 

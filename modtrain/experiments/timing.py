@@ -12,7 +12,8 @@ from modtrain.models.transformer import Transformer
 from modtrain.training import activation_checkpointing
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
-from modtrain.training.module import adamw, compiled
+from modtrain.training.module import adamw
+from modtrain.training.strategies import compiled
 
 
 def step_seconds(configs: dict[str, TrainConfig], rounds: int) -> dict[str, float]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from modtrain.checks import at_least, key_of, not_empty, one_of
 from modtrain.errors import Problem
-from modtrain.training.config import ACCELERATORS, PRECISIONS
+from modtrain.training.config import PRECISIONS
+from modtrain.training.strategy_config import ACCELERATORS
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from modtrain.data.datamodule import TokenDataModule
 from modtrain.data.index import TOKENIZER_NAME, read_summary
-from modtrain.errors import CheckpointError, DataError
+from modtrain.errors import DataError
 from modtrain.inference.config import TrainedRunConfig
 from modtrain.models.transformer import Transformer
 from modtrain.training import checkpoint
@@ -87,7 +87,7 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
     """
     run = RunDirectory(Path(config.runs_dir) / str(config.run))
     trained = run.read_config()
-    step, path = _choose(run, config.step)
+    step, path = checkpoint.chosen(run.checkpoints, config.step)
     model = load_model(trained, path)
     device = torch.device(resolve_accelerator(config.accelerator))
     data_path = config.data_path or trained.data.path
@@ -99,22 +99,8 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
 def load_model(config: TrainConfig, path: Path) -> Transformer:
     """Return the model of ``config`` with the weights of the checkpoint ``path``, on the CPU."""
     model = Transformer(config.model, seed=config.seed)
-    state = checkpoint.load(path)["state_dict"]
-    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
+    checkpoint.load_weights(path, model)
     return model.eval()
-
-
-def _choose(run: RunDirectory, step: int | None) -> tuple[int, Path]:
-    if step is None:
-        newest = checkpoint.latest(run.checkpoints)
-        if newest is None:
-            raise CheckpointError(f"{run.checkpoints} holds no whole checkpoint: train first")
-        return newest
-    steps = dict(checkpoint.whole_checkpoints(run.checkpoints))
-    if step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"{run.path} has no checkpoint of step={step}; there are: {there}")
-    return step, steps[step]
 
 
 def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data_path: str) -> None:

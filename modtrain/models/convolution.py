@@ -36,7 +36,7 @@ class Convolution(nn.Module):
         """Return the update (B, S, D). The tokens come in the order of their positions."""
         x_BSD = self.norm(x_BSD)
         value_BSD = self.value(x_BSD)
-        taps_WD = self.taps.to(value_BSD.dtype)
+        taps_WD = self.weights().to(value_BSD.dtype)
         reach, length = len(taps_WD) - 1, x_BSD.shape[1]
         before = _with_before(value_BSD, context, reach)
         mixed_BSD = value_BSD * taps_WD[0]
@@ -54,6 +54,10 @@ class Convolution(nn.Module):
             mixed_BSD = mixed_BSD + before_BSD * taps_WD[back]
         out: Tensor = self.out(F.silu(self.gate(x_BSD)) * mixed_BSD)
         return out
+
+    def weights(self) -> Tensor:
+        """Return the taps (W, D), to compute with."""
+        return self.taps
 
 
 class _Before(NamedTuple):

@@ -62,12 +62,14 @@ class ExpertMLPs(nn.Module):
             count = weight.shape[0]
             return torch.bmm(rows.view(count, -1, rows.shape[-1]), weight).flatten(0, 1)
 
-        up_MW = multiply(x_MD, self.up)
-        if self.gate is None:
-            hidden_MW = F.gelu(up_MW)
-        else:
-            hidden_MW = F.silu(multiply(x_MD, self.gate)) * up_MW
-        return multiply(hidden_MW, self.down)
+        up, gate, down = self.weights()
+        up_MW = multiply(x_MD, up)
+        hidden_MW = F.gelu(up_MW) if gate is None else F.silu(multiply(x_MD, gate)) * up_MW
+        return multiply(hidden_MW, down)
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return up (E, D, W), gate (E, D, W) or None, and down (E, W, D), to compute with."""
+        return self.up, self.gate, self.down
 
 
 class Rows(NamedTuple):

@@ -126,7 +126,7 @@ class Gate(nn.Module):
         self.kind, self.eps = config.gate_kind, eps
         # The other scores do not grow with the stream.
         self.normalises = config.score == "linear"
-        self.scale = nn.Parameter(torch.ones(())) if config.gate_scale else None
+        self.scale = nn.Parameter(torch.ones(1)) if config.gate_scale else None
 
     def forward(self, scores_BK: Tensor, x_BKD: Tensor) -> Tensor | None:
         """Return the factors (B, K) of tokens with these scores and features; None for 1."""

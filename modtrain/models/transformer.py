@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return ModelOutput(self.head(x_BSD), None, {}, routing, experts)
-        loss = next_token_loss(x_BSD, self.head.weight, targets_BS, self.config.loss_chunk)
+        loss = self.token_loss(x_BSD, self.head.weight, targets_BS)
         # Under a causal decision that decision would be its own target: no loss to learn from.
         trains = selection == self.config.training_selection
         auxiliary = self._auxiliary(routing, experts) if trains else {}
@@ -196,6 +196,13 @@ class Transformer(nn.Module):
             for record in routing
         )
         return ModelOutput(self.head(self.norm(x_NSD)), None, {}, routing, ())
+
+    def token_loss(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the head's logits, in nats a token.
+
+        A method, so that ranks that have the same tokens can share them out.
+        """
+        return next_token_loss(x_BSD, weight_VD, targets_BS, self.config.loss_chunk)
 
     def observe(self, output: ModelOutput) -> list[Tensor]:
         """Return what the running states of routers and experts are to learn from a batch."""

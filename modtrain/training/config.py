@@ -9,13 +9,11 @@ from modtrain.checks import above_zero, at_least, decays, one_of, shares
 from modtrain.data.config import DataConfig
 from modtrain.errors import Problem
 from modtrain.models.config import ModelConfig
+from modtrain.training.strategy_config import StrategyConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 CAPACITY_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("auto", "fp32", "bf16")
-STRATEGIES = ("single",)
-ACCELERATORS = ("auto", "cpu", "cuda", "mps")
-ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
 MUTABLE_KEYS = (
     "runs_dir",
@@ -23,11 +21,12 @@ MUTABLE_KEYS = (
     "checkpoint",
     "eval",
     "strategy",
+    "batch.micro_batch_size",
     "data.num_workers",
     "data.prefetch_factor",
     "data.verify",
 )
-"""What may differ when a run is started again: nothing here changes its weights."""
+"""What may differ when a run is started again: nothing here changes its weights but by rounding."""
 
 
 @dataclass
@@ -187,30 +186,6 @@ class CapacityScheduleConfig:
 
 
 @dataclass
-class StrategyConfig:
-    """Where the run computes. accelerator: ``auto`` takes CUDA, then MPS, then the CPU.
-
-    num_threads: CPU threads of the process; null leaves torch's choice.
-    activation_checkpointing: what the backward pass computes again in place of keeping it:
-        ``none``; ``selective``: what is cheap, the results of matrix products and attention being
-        kept; ``full``: each whole layer. Recomputation is not in the FLOPs that budgets and MFU
-        count.
-    """
-
-    name: str = "single"
-    accelerator: str = "auto"
-    num_threads: int | None = None
-    activation_checkpointing: str = "none"
-
-    def problems(self, prefix: str) -> list[Problem]:
-        """Everything wrong with the strategy."""
-        found = one_of(self, prefix, "name", STRATEGIES)
-        found += one_of(self, prefix, "accelerator", ACCELERATORS)
-        found += one_of(self, prefix, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
-        return found + at_least(self, prefix, 1, "num_threads")
-
-
-@dataclass
 class EvalConfig:
     """Held-out loss. every: steps between two; null: at the end only. sequences: null takes all."""
 
@@ -228,12 +203,14 @@ class CheckpointConfig:
     """When to save: every so many steps, and always at the end and on a signal.
 
     keep_last: how many of the newest stay. keep_every: a checkpoint whose step is a multiple of
-    this stays for good; null: none.
+    this stays for good; null: none. background: train on while the disk writes; it takes a copy of
+    the rank's share of the state in the CPU's memory.
     """
 
     every: int = 200
     keep_last: int = 2
     keep_every: int | None = None
+    background: bool = True
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the checkpoints."""

@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T = S + 1, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -92,6 +92,7 @@ def evaluate(
     selections: Sequence[Selection] | None = None,
     as_trained: bool = True,
     dials: Mapping[Selection, Dial] | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> HeldOut:
     """Evaluate ``model`` on batches (B, S + 1) of token ids, as trained and causally.
 
@@ -101,6 +102,7 @@ def evaluate(
     selections: causal decisions; None: all that the model has. as_trained: False leaves out what is
     not causal, and with it each decision's agreement.
     dials: how much a causal decision is to compute, where not as trained.
+    total: sums over ranks that evaluate other batches, equally many each; None: there is one.
 
     Raises:
         ValueError: there is no batch.
@@ -128,6 +130,9 @@ def evaluate(
                     ),
                     targets_BS,
                 )
+    if total is not None:
+        for tally in tallies.values():
+            tally.gather(total)
     first = next(iter(tallies.values()), None)
     if first is None or first.tokens == 0:
         raise ValueError("there are no held-out batches, or nothing to evaluate by")
@@ -201,6 +206,19 @@ class _Tally:
             self.load_ME[i] += mixture.load_E.cpu().double() * len(targets_BS)
         if self.selection == "top_k" and self.config.is_routed and self.config.router.needs_causal:
             self._compare(output.routing)
+
+    def gather(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Take in what the other ranks have counted."""
+        counts_3 = torch.tensor([self.tokens, self.sequences, self.loss], dtype=torch.float64)
+        confusion = [self.confusion[name] for name in self.confusion]
+        parts = [counts_3, self.chosen_R, self.squares_R, self.executed_M, self.load_ME, *confusion]
+        flat = total(torch.cat([part.flatten() for part in parts]))
+        pieces = torch.split(flat, [part.numel() for part in parts])
+        found = [piece.view(part.shape) for part, piece in zip(parts, pieces, strict=True)]
+        tokens, sequences, self.loss = found[0].tolist()
+        self.tokens, self.sequences = round(tokens), round(sequences)
+        self.chosen_R, self.squares_R, self.executed_M, self.load_ME = found[1:5]
+        self.confusion = dict(zip(self.confusion, found[5:], strict=True))
 
     def decision(self, trained: _Tally | None) -> Decision:
         labels = self.config.routed_labels

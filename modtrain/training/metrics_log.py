@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -15,21 +15,30 @@ from modtrain.training.run_directory import RunDirectory
 
 
 class MetricsLog:
-    """Writes each record with its step, tokens and FLOPs.
+    """Writes each record with its step, tokens and FLOPs; of several ranks the first one does.
 
     On a resumed run, what was written after the checkpoint is dropped first, so every step stands
     there once.
     """
 
     def __init__(
-        self, run: RunDirectory, plan: TrainingPlan, start_step: int, tensorboard: bool
+        self,
+        run: RunDirectory,
+        plan: TrainingPlan,
+        start_step: int,
+        tensorboard: bool,
+        writes: bool = True,
     ) -> None:
-        self.plan = plan
+        """Open the files. writes: False where another rank does."""
+        self.plan, self.writes = plan, writes
+        self._file: TextIO | None = None
+        self._writers: dict[str, SummaryWriter] = {}
+        if not writes:
+            return
         _drop_after(run.metrics, start_step)
         self._file = run.metrics.open("a")
         # TensorBoard's step is a whole number, and one file has one kind of step: an event file an
         # axis. FLOPs do not fit into 64 bits; TFLOPs do.
-        self._writers = {}
         if tensorboard:
             starts = {
                 "step": start_step,
@@ -43,6 +52,8 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` as of the end of optimizer step ``step``."""
+        if self._file is None:
+            return
         record: dict[str, Any] = {
             "step": step,
             "tokens": step * self.plan.tokens_per_step,
@@ -64,7 +75,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close everything."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for writer in self._writers.values():
             writer.close()
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from modtrain.data.documents import document_numbers_if_apart
 from modtrain.models.sequence import ExpertRecord, RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
-from modtrain.training import activation_checkpointing
 from modtrain.training.config import OptimizerConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.schedules import lr_factor
+from modtrain.training.strategies import Forward, TrainingStrategy
 
 Record = TypeVar("Record", RoutingRecord, ExpertRecord)
 
@@ -73,12 +73,23 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         self.config, self.plan = config, plan
         self.model = Transformer(config.model, seed=config.seed)
-        activation_checkpointing.apply(self.model, config.strategy.activation_checkpointing)
         self.statistics = StepStatistics.zero(torch.device("cpu"))
         # Not assigned as a sub-module: its parameters would get a second name in checkpoints.
-        self._forward = [compiled(self.model, len(plan.stages)) if config.compile else self.model]
+        self._forward: list[Forward] = []
         self._observed: list[Tensor] = []
         self._random_states: dict[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        """Let the strategy spread the model over the ranks, once."""
+        if not self._forward:
+            self._forward = [self._strategy.cut(self.model)]
+
+    @property
+    def _strategy(self) -> TrainingStrategy:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, TrainingStrategy):
+            raise TypeError("a LanguageModule trains under modtrain's own strategies")
+        return strategy
 
     def training_step(self, batch_BT: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch (B, S + 1) of token ids."""
@@ -103,10 +114,14 @@ class LanguageModule(L.LightningModule):
         """Let the running states of routers and experts follow the step that was made."""
         super().optimizer_step(*args, **kwargs)
         if self._observed:
-            count = self.trainer.accumulate_grad_batches
+            # All at once: small tensors, of which each would wait for the network.
+            flat = torch.cat([value.flatten() for value in self._observed])
+            flat = flat / self.trainer.accumulate_grad_batches
+            flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
+            sizes = [value.numel() for value in self._observed]
             means = [
-                self.trainer.strategy.reduce(value / count, reduce_op="mean")
-                for value in self._observed
+                mean.view_as(value)
+                for mean, value in zip(torch.split(flat, sizes), self._observed, strict=True)
             ]
             self.model.absorb(means)
             self._observed = []
@@ -145,11 +160,9 @@ class LanguageModule(L.LightningModule):
         predictors: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             (predictors if is_predictor(name) else trunk).append(parameter)
-        limit = self.config.optimizer.grad_clip
-        largest = float("inf") if limit is None else limit
-        self.statistics.grad_norm = nn.utils.clip_grad_norm_(trunk, largest)
-        if predictors:
-            nn.utils.clip_grad_norm_(predictors, largest)
+        groups = [trunk, predictors] if predictors else [trunk]
+        norms = self._strategy.clip_gradients(groups, self.config.optimizer.grad_clip)
+        self.statistics.grad_norm = norms[0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random states, the position in the data and the spent budget."""
@@ -165,19 +178,12 @@ class LanguageModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random states until training starts."""
         self._random_states = checkpoint["random_states"]
-
-
-def compiled(model: nn.Module, num_stages: int = 1) -> Any:
-    """Compile the whole model in one graph for each stage of the schedule of capacities.
-
-    Graphs of other models in the process, as in a comparison, do not count against its limit.
-    """
-    # Unknown to the types of torch 2.13.
-    options: dict[str, Any] = {
-        "recompile_limit": max(8, num_stages + 1),
-        "isolate_recompiles": True,
-    }
-    return torch.compile(model, fullgraph=True, dynamic=False, **options)
+        if self._random_states is None:
+            # Saved by another number of ranks: none of theirs is this one's. Drawn anew, other than
+            # at the start and on every rank its own.
+            step = int(checkpoint["global_step"])
+            seeds = np.random.SeedSequence([self.config.seed, step, self._strategy.data_rank])
+            L.seed_everything(int(seeds.generate_state(1)[0]), verbose=False)
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -14,6 +14,15 @@ from modtrain.models.flops import training_flops_per_token
 from modtrain.models.pattern import PATTERNS
 from modtrain.training.capacity_schedule import CapacityStage, capacity_stages
 from modtrain.training.config import TrainConfig
+from modtrain.training.launch import Launch
+from modtrain.training.strategy_config import (
+    Sizes,
+    expected_launch,
+    size_problems,
+    sizes_of,
+)
+
+_ALONE = Sizes()
 
 
 @dataclass(frozen=True)
@@ -29,14 +38,14 @@ class TrainingPlan:
 
     seq_len: tokens a sequence. sequences_per_step: over all devices and accumulation.
     accumulate: micro-batches a step on each device. stages: one after the other, without a gap,
-    from step 0 to the last; a run without a schedule of capacities has one.
+    from step 0 to the last; a run without a schedule of capacities has one. sizes: the processes.
     """
 
     seq_len: int
     sequences_per_step: int
     accumulate: int
     stages: tuple[CostedStage, ...]
-    world_size: int = 1
+    sizes: Sizes = _ALONE
 
     @property
     def steps(self) -> int:
@@ -101,12 +110,15 @@ class TrainingPlan:
         raise ValueError(f"there is no step {step} among {self.steps}")
 
 
-def resolve(config: TrainConfig, needs_data: bool = True) -> tuple[TrainConfig, TrainingPlan]:
-    """Fill in what follows from the data, and derive the plan.
+def resolve(
+    config: TrainConfig, needs_data: bool = True, launch: Launch | None = None
+) -> tuple[TrainConfig, TrainingPlan]:
+    """Fill in what follows from the data and the processes, and derive the plan.
 
     Returns the configuration with ``model.vocab_size`` and ``data.seq_len`` set, with
     ``data.document_mask`` also ``data.eos_id``, and its plan.
     ``needs_data=False`` goes on without prepared data where the configuration says enough.
+    launch: the processes that there are; None: as many as the configuration plans for.
 
     Raises:
         ConfigError: everything that is wrong, at once.
@@ -120,8 +132,14 @@ def resolve(config: TrainConfig, needs_data: bool = True) -> tuple[TrainConfig, 
     found += _vocabulary_problems(config, summary)
     seq_len, length_problems = _sequence_length(config, summary)
     found += length_problems
+    launch = expected_launch(config.strategy, Launch()) if launch is None else launch
+    sizes = _ALONE
+    if not config.strategy.problems("strategy") and not config.model.problems("model"):
+        misfits = size_problems(config.strategy, "strategy", config.model, launch)
+        sizes = _ALONE if misfits else sizes_of(config.strategy, config.model, launch)
+        found += misfits
     if seq_len > 0:
-        found += _batch_problems(config, seq_len)
+        found += _batch_problems(config, seq_len, sizes.data_parallel)
         found += _capacity_problems(config, seq_len)
     eos_id, eos_problems = _end_of_document(config, summary)
     found += eos_problems
@@ -132,10 +150,10 @@ def resolve(config: TrainConfig, needs_data: bool = True) -> tuple[TrainConfig, 
         model=replace(config.model, vocab_size=vocab_size),
         data=replace(config.data, seq_len=seq_len, eos_id=eos_id),
     )
-    return resolved, derive(resolved)
+    return resolved, derive(resolved, sizes)
 
 
-def derive(config: TrainConfig, world_size: int = 1) -> TrainingPlan:
+def derive(config: TrainConfig, sizes: Sizes = _ALONE) -> TrainingPlan:
     """Derive the plan of a configuration in which nothing is open.
 
     Raises:
@@ -168,14 +186,14 @@ def derive(config: TrainConfig, world_size: int = 1) -> TrainingPlan:
                 )
             ]
         )
-    accumulate = sequences // (config.batch.micro_batch_size * world_size)
+    accumulate = sequences // (config.batch.micro_batch_size * sizes.data_parallel)
     stages = costs.stages(steps)
     if stages[-1].capacities != tuple(costs.final):
         reason = f"leaves none of the {steps} steps at the model's own capacities"
         key = "capacity_schedule.end"
         remedy = "lower it, or train longer"
         raise_if_any([Problem(key, config.capacity_schedule.end, reason, remedy)])
-    return TrainingPlan(seq_len, sequences, accumulate, stages, world_size)
+    return TrainingPlan(seq_len, sequences, accumulate, stages, sizes)
 
 
 class _Costs:
@@ -320,9 +338,9 @@ def _no_token_problems(
     ]
 
 
-def _batch_problems(config: TrainConfig, seq_len: int, world_size: int = 1) -> list[Problem]:
+def _batch_problems(config: TrainConfig, seq_len: int, data_parallel: int) -> list[Problem]:
     tokens, micro = config.batch.tokens, config.batch.micro_batch_size
-    unit = seq_len * micro * world_size
+    unit = seq_len * micro * data_parallel
     if min(tokens, micro) < 1 or tokens % unit == 0:
         return []
     near = max(unit, round(tokens / unit) * unit)
@@ -330,8 +348,8 @@ def _batch_problems(config: TrainConfig, seq_len: int, world_size: int = 1) -> l
         Problem(
             "batch.tokens",
             tokens,
-            f"is no multiple of seq_len x micro_batch_size x devices ="
-            f" {seq_len} x {micro} x {world_size} = {unit}",
+            f"is no multiple of seq_len x micro_batch_size x data-parallel ranks ="
+            f" {seq_len} x {micro} x {data_parallel} = {unit}",
             f"use {near}, or another batch.micro_batch_size",
         )
     ]

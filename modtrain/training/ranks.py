@@ -11,11 +11,16 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from modtrain.errors import ModtrainError, RankError
+from modtrain.training.launch import Launch
 
 T = TypeVar("T")
 
@@ -27,10 +32,14 @@ class Ranks:
     the collectives of training, and works where the device no longer does.
     """
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
-        """Make the group; collective. timeout: how long a rank waits for the others."""
-        self.world_size, self.rank = 1, 0
+    def __init__(self, timeout: timedelta | None = None, store: Store | None = None) -> None:
+        """Make the group; collective.
+
+        timeout: how long a rank waits for the others. store: where the ranks met.
+        """
+        self.world_size, self.rank, self.store = 1, 0, store
         self.group: dist.ProcessGroup | None = None
+        self._asked: tuple[Tensor, Any] | None = None
         if dist.is_initialized():
             self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
             self.group = dist.new_group(backend="gloo", timeout=timeout)
@@ -68,6 +77,31 @@ class Ranks:
         """Whether it is so on any rank."""
         return any(self.each(value))
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over ranks of a tensor on the CPU, the same on every rank."""
+        if self.group is None:
+            return values
+        total = values.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def any_before(self, value: bool) -> bool:
+        """Whether it was so on any rank at the last call; alone, whether it is so now.
+
+        The answer to this call's question travels while the ranks compute, so nobody waits.
+        """
+        if self.group is None:
+            return value
+        before = self._asked
+        flag = torch.tensor(int(value))
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self._asked = (flag, work)
+        if before is None:
+            return False
+        told, work = before
+        work.wait()
+        return bool(told)
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """End the block on all ranks or on none: an error on one of them is raised on every one.
@@ -91,6 +125,55 @@ class Ranks:
             rank, said = next(iter(failed.items()))
             more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise RankError(f"rank {rank}{more} on {said}")
+
+
+@contextmanager
+def joined(
+    launch: Launch, device_type: str, timeout: timedelta, needs_group: bool
+) -> Iterator[Ranks]:
+    """Join the processes of ``launch`` for the length of the block; collective.
+
+    device_type: where tensors of training are; agreement goes over gloo anyway.
+    needs_group: also a process that is alone gets a group, for strategies that ask for one.
+
+    Raises:
+        RankError: not all came in time.
+    """
+    if launch.world_size == 1 and not needs_group:
+        yield Ranks()
+        return
+    on_cuda = device_type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(launch.local_rank)
+    try:
+        store = _meet(launch, timeout)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            store=PrefixStore("groups", store),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            device_id=torch.device("cuda", launch.local_rank) if on_cuda else None,
+        )
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RankError(
+            f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()} did not meet the"
+            f" others at {where} within {timeout.total_seconds():.0f} s: {error}"
+        ) from error
+    try:
+        yield Ranks(timeout, store)
+    finally:
+        dist.destroy_process_group()
+
+
+def _meet(launch: Launch, timeout: timedelta) -> Store:
+    """Return the store through which the processes find each other."""
+    if launch.world_size == 1:
+        return HashStore()
+    found = rendezvous("env://", rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    store: Store = next(found)[0]
+    return store
 
 
 def _told(error: Exception) -> str:

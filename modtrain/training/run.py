@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from modtrain.data.datamodule import TokenDataModule
 from modtrain.training import checkpoint
+from modtrain.training.alike import check_alike
 from modtrain.training.callbacks.checkpoints import CheckpointCallback
 from modtrain.training.callbacks.finite import FiniteLossGuard
 from modtrain.training.callbacks.held_out import HeldOutCallback
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.callbacks.progress import ProgressCallback
-from modtrain.training.checkpoint_io import ShardedCheckpointIO
+from modtrain.training.callbacks.watch import WatchCallback
+from modtrain.training.checkpoint import Saver
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
+from modtrain.training.launch import Launch
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve
 from modtrain.training.preemption import STOP
+from modtrain.training.ranks import Ranks, joined
 from modtrain.training.run_directory import RunDirectory
-
-_LIGHTNING_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
-    "fp32": "32-true",
-    "bf16": "bf16-mixed",
-}
+from modtrain.training.strategies import make_strategy
+from modtrain.training.trainer import make_trainer
+from modtrain.training.watch import Watch, watching
 
 
 @dataclass(frozen=True)
@@ -49,127 +49,147 @@ class Outcome:
 def train(config: TrainConfig) -> Outcome:
     """Train the run that ``config`` describes, from its newest whole checkpoint if it has one.
 
+    Collective where torchrun or srun started several processes.
+
     Raises:
         ModtrainError: what a user can mend, with the remedy.
     """
-    config, plan = resolve(config)
+    launch = Launch.from_environment()
+    launch.export()
     # Frozen as it is here: on another device ``auto`` might mean another precision midway.
     accelerator = resolve_accelerator(config.strategy.accelerator)
     config = replace(config, precision=resolve_precision(config.precision, accelerator))
-    run = RunDirectory.of(config)
-    console = Console(soft_wrap=True)
-    if run.is_complete:
-        run.check_same(config)
-        console.print(f"{run.path} is complete: nothing to train")
-        return Outcome("already complete", run)
-    with run.locked():
-        return _train_locked(config, plan, run, console)
+    timeout = timedelta(seconds=config.strategy.timeout)
+    needs_group = config.strategy.name != "single"
+    logs = RunDirectory.of(config).logs
+    with (
+        joined(launch, accelerator, timeout, needs_group) as ranks,
+        watching(ranks, config.strategy.timeout, logs) as watch,
+    ):
+        with ranks.together():
+            config, plan = resolve(config, launch=launch)
+        return _Run(config, plan, launch, ranks, watch).train()
 
 
-def _train_locked(
-    config: TrainConfig, plan: TrainingPlan, run: RunDirectory, console: Console
-) -> Outcome:
-    if config.strategy.num_threads is not None:
-        torch.set_num_threads(config.strategy.num_threads)
-    data = TokenDataModule(
-        config.data,
-        micro_batch_size=config.batch.micro_batch_size,
-        accumulate=plan.accumulate,
-        num_steps=plan.steps,
-        eval_batch_size=config.eval.batch_size,
-        eval_sequences=config.eval.sequences,
-    )
-    device = resolve_accelerator(config.strategy.accelerator)
-    run.start(config, data.index.summary.fingerprint, device)
-    found = checkpoint.recover(run.checkpoints)
-    start_step, path = found if found is not None else (0, None)
-    if start_step:
-        console.print(f"{run.path} goes on from step {start_step} of {plan.steps}")
-    log = MetricsLog(run, plan, start_step, config.log.tensorboard)
-    try:
-        if start_step < plan.steps:
-            reached = _fit(config, plan, run, data, log, start_step, path)
-            if reached < plan.steps:
-                return _stopped(run, console)
-    finally:
-        log.close()
-    run.complete(_result(plan, run))
-    console.print(f"{run.path} is complete: {plan.steps} steps, {plan.flops:.3g} FLOPs")
-    return Outcome("complete", run)
+class _Run:
+    """A run on this rank. Every method is collective."""
 
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: TrainingPlan,
+        launch: Launch,
+        ranks: Ranks,
+        watch: Watch | None,
+    ) -> None:
+        self.config, self.plan = config, plan
+        self.launch, self.ranks, self.watch = launch, ranks, watch
+        self.directory = RunDirectory.of(config)
+        self.console = Console(soft_wrap=True, quiet=not ranks.is_first)
+        self.data = TokenDataModule(
+            config.data,
+            micro_batch_size=config.batch.micro_batch_size,
+            accumulate=plan.accumulate,
+            num_steps=plan.steps,
+            eval_batch_size=config.eval.batch_size,
+            eval_sequences=config.eval.sequences,
+        )
 
-def _fit(
-    config: TrainConfig,
-    plan: TrainingPlan,
-    run: RunDirectory,
-    data: TokenDataModule,
-    log: MetricsLog,
-    start_step: int,
-    path: Path | None,
-) -> int:
-    """Train from ``start_step`` and return the step reached: the last one, or where it stopped."""
-    L.seed_everything(config.seed, verbose=False)
-    module = LanguageModule(config, plan)
-    data.start_step = start_step
-    accelerator = resolve_accelerator(config.strategy.accelerator)
-    precision = config.precision
-    clock = StepClock()
-    metrics = MetricsCallback(log, clock, config.log.every, precision)
-    held_out = HeldOutCallback(log, clock, config.eval.every)
-    due = [config.log.every, config.checkpoint.every, config.eval.every or config.log.every]
-    # In order: nothing may be recorded, judged or saved after a step that went wrong.
-    callbacks: list[L.Callback] = [FiniteLossGuard(run, data, due), metrics, held_out]
-    if config.log.progress:
-        callbacks.append(ProgressCallback(metrics, str(config.name)))
-    callbacks.append(CheckpointCallback(run, config.checkpoint, clock))
-    trainer = make_trainer(config, plan, accelerator, precision, callbacks)
-    # A SIGTERM after Lightning's handlers are set and before ours are again would end the process
-    # with exit code 0. No step is lost by it, for none was made; but the run is unfinished.
-    with suppress(SIGTERMException):
-        trainer.fit(module, datamodule=data, ckpt_path=path)
-    return trainer.global_step
+    def train(self) -> Outcome:
+        """Train what is left of it."""
+        run, ranks = self.directory, self.ranks
+        if ranks.first(run.is_complete):
+            with ranks.together():
+                run.check_same(self.config)
+            self.console.print(f"{run.path} is complete: nothing to train")
+            return Outcome("already complete", run)
+        with ExitStack() as held:
+            with ranks.together():
+                if ranks.is_first:
+                    held.enter_context(run.locked())
+            return self._train_locked()
 
+    def _train_locked(self) -> Outcome:
+        config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
+        if config.strategy.num_threads is not None:
+            torch.set_num_threads(config.strategy.num_threads)
+        self._start()
+        found = checkpoint.recover(run.checkpoints, ranks)
+        start_step, path = found if found is not None else (0, None)
+        if start_step:
+            self.console.print(f"{run.path} goes on from step {start_step} of {plan.steps}")
+        log = MetricsLog(run, plan, start_step, config.log.tensorboard, ranks.is_first)
+        try:
+            if start_step < plan.steps and self._fit(log, start_step, path) < plan.steps:
+                return self._stopped()
+        finally:
+            log.close()
+        with ranks.together():
+            if ranks.is_first:
+                run.complete(_result(plan, run))
+        self.console.print(f"{run.path} is complete: {plan.steps} steps, {plan.flops:.3g} FLOPs")
+        return Outcome("complete", run)
 
-def make_trainer(
-    config: TrainConfig,
-    plan: TrainingPlan,
-    accelerator: str,
-    precision: str,
-    callbacks: list[L.Callback],
-) -> L.Trainer:
-    """Build Lightning's trainer with everything off that is done here in another way."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message="You passed in a `val_dataloader`")
-    warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec.. is deprecated")
-    return L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        precision=_LIGHTNING_PRECISION[precision],
-        max_steps=plan.steps,
-        max_epochs=-1,
-        accumulate_grad_batches=plan.accumulate,
-        callbacks=callbacks,
-        # One process, whatever it runs under: in a Slurm job Lightning would put its own requeueing
-        # in place, which saves inside the signal handler.
-        plugins=[ShardedCheckpointIO(), LightningEnvironment()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        deterministic=config.deterministic,
-    )
+    def _start(self) -> None:
+        """Write down that the run starts, once all ranks are of one mind."""
+        with self.ranks.together():
+            fingerprint = self.data.index.summary.fingerprint
+        check_alike(self.config, fingerprint, self.ranks)
+        with self.ranks.together():
+            if self.ranks.is_first:
+                device = resolve_accelerator(self.config.strategy.accelerator)
+                self.directory.start(self.config, fingerprint, device)
+        with self.ranks.together():
+            self.directory.check_seen()
 
+    def _fit(self, log: MetricsLog, start_step: int, path: Path | None) -> int:
+        """Train from ``start_step`` and return the step reached: the last, or where it stopped."""
+        config, plan = self.config, self.plan
+        accelerator = resolve_accelerator(config.strategy.accelerator)
+        saving = config.checkpoint
+        with closing(Saver(self.ranks, saving.keep_last, saving.keep_every)) as saver:
+            strategy = make_strategy(config, plan, accelerator, saver)
+            # What is drawn in training is drawn for other sequences on each data-parallel rank.
+            L.seed_everything((config.seed + strategy.data_rank) % 2**32, verbose=False)
+            module = LanguageModule(config, plan)
+            self.data.start_step = start_step
+            callbacks = self._callbacks(log, saver)
+            trainer = make_trainer(config, plan, strategy, self.launch, callbacks)
+            # A SIGTERM after Lightning's handlers are set and before ours are again would end the
+            # process with exit code 0. No step is lost by it, for none was made; but the run is
+            # unfinished.
+            with suppress(SIGTERMException):
+                trainer.fit(module, datamodule=self.data, ckpt_path=path)
+            return trainer.global_step
 
-def _stopped(run: RunDirectory, console: Console) -> Outcome:
-    newest = checkpoint.latest(run.checkpoints)
-    at = f"step {newest[0]} is saved" if newest else "nothing is saved yet"
-    console.print(f"stopped by {STOP.name}: {at}; the same command goes on from there")
-    return Outcome("stopped", run, STOP.exit_code)
+    def _callbacks(self, log: MetricsLog, saver: Saver) -> list[L.Callback]:
+        config, run, ranks = self.config, self.directory, self.ranks
+        clock = StepClock()
+        metrics = MetricsCallback(log, clock, config.log.every, config.precision, ranks)
+        due = [config.log.every, config.checkpoint.every, config.eval.every or config.log.every]
+        # In order: nothing may be recorded, judged or saved after a step that went wrong.
+        callbacks: list[L.Callback] = [
+            FiniteLossGuard(run, self.data, due, ranks),
+            metrics,
+            HeldOutCallback(log, clock, config.eval.every, ranks),
+        ]
+        if config.log.progress and ranks.is_first:
+            callbacks.append(ProgressCallback(metrics, str(config.name)))
+        callbacks.append(CheckpointCallback(run, config.checkpoint, clock, saver))
+        if self.watch is not None:
+            callbacks.append(WatchCallback(self.watch))
+        return callbacks
+
+    def _stopped(self) -> Outcome:
+        run = self.directory
+        newest = checkpoint.whole_checkpoints(run.checkpoints)[-1:]
+        told = [signum for signum in self.ranks.each(STOP.signum) if signum is not None]
+        if STOP.signum is None and told:
+            # It came to another rank.
+            STOP.signum = told[0]
+        at = f"step {newest[0][0]} is saved" if newest else "nothing is saved yet"
+        self.console.print(f"stopped by {STOP.name}: {at}; the same command goes on from there")
+        return Outcome("stopped", run, STOP.exit_code)
 
 
 def _result(plan: TrainingPlan, run: RunDirectory) -> dict[str, Any]:

@@ -96,6 +96,18 @@ class RunDirectory:
             # Last: a directory without it is a run that never started.
             write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
+    def check_seen(self) -> None:
+        """Raise unless this process sees what the first one wrote.
+
+        Raises:
+            CheckpointError: ``runs_dir`` is another directory here.
+        """
+        if not self.config.is_file():
+            raise CheckpointError(
+                f"{self.path} was started by rank 0 and is not to be seen on {platform.node()}:"
+                " runs_dir has to be on a file system that all nodes share"
+            )
+
     def read_config(self) -> TrainConfig:
         """Return the configuration that the run was started with.
 
@@ -119,7 +131,7 @@ class RunDirectory:
         Raises:
             CheckpointError: names each key that differs, with both values.
         """
-        ours, theirs = _flat(self.read_config()), _flat(config)
+        ours, theirs = flat(self.read_config()), flat(config)
         changed = [
             f"  {key}: {ours.get(key)} in the run, {theirs.get(key)} now"
             for key in sorted(ours.keys() | theirs.keys())
@@ -138,27 +150,33 @@ class RunDirectory:
         write_text(self.completed_mark, "")
 
 
-def _flat(config: TrainConfig) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Return the configuration's values by dotted key."""
+    found: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
         if isinstance(node, dict):
             for key, value in node.items():
                 walk(value, f"{prefix}.{key}" if prefix else str(key))
         else:
-            flat[prefix] = node
+            found[prefix] = node
 
     walk(OmegaConf.to_container(OmegaConf.structured(config)), "")
-    return flat
+    return found
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that a run depends on."""
+    return {name: metadata.version(name) for name in _PACKAGES}
 
 
 def _describe_start(data_fingerprint: str, device: str) -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "modtrain": modtrain.__version__,
-        "code": _code_version(),
+        "code": code_version(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": package_versions(),
         "host": platform.node(),
         "device": device,
         "cpus": os.cpu_count(),
@@ -167,7 +185,7 @@ def _describe_start(data_fingerprint: str, device: str) -> dict[str, Any]:
     }
 
 
-def _code_version() -> dict[str, str] | None:
+def code_version() -> dict[str, str] | None:
     """Commit and uncommitted changes of the checkout that this code runs from, if it is one."""
     root = Path(modtrain.__file__).parents[1]
     if not (root / ".git").exists():

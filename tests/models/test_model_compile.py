@@ -18,7 +18,7 @@ from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import OptimizerConfig
 from modtrain.training.module import adamw
-from modtrain.training.module import compiled as compiled_for
+from modtrain.training.strategies import compiled as compiled_for
 
 PATTERNS = ["dense", "every_other", "every"]
 BATCH, LENGTH = 2, 32

@@ -72,26 +72,81 @@ def outcomes_on_ranks(
     joins: bool = True,
 ) -> list[Any]:
     """As `on_ranks`, but a rank that raised or died gives its `RankFailedError` as its outcome."""
-    port = free_port()
-    children: list[tuple[Any, Connection]] = []
-    for rank in range(world_size):
-        ours, theirs = _CONTEXT.Pipe(duplex=False)
-        environment = _environment(rank, world_size, nodes, port)
-        # No daemon, which must not have workers of its own.
-        child = _CONTEXT.Process(
-            target=_child, args=(theirs, function, arguments, environment, joins)
-        )
-        child.start()
-        theirs.close()
-        children.append((child, ours))
-    try:
-        return _collect(children, timeout)
-    finally:
-        for child, _ in children:
+    with Fleet(function, world_size, *arguments, nodes=nodes, joins=joins) as fleet:
+        return fleet.outcomes(timeout)
+
+
+class Fleet:
+    """Ranks that run ``function(*arguments)``; whoever is left at the block's end is killed."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        *arguments: Any,
+        nodes: int = 1,
+        joins: bool = True,
+    ) -> None:
+        port = free_port()
+        self.children: list[Any] = []
+        self.pipes: dict[Connection, int] = {}
+        for rank in range(world_size):
+            ours, theirs = _CONTEXT.Pipe(duplex=False)
+            environment = _environment(rank, world_size, nodes, port)
+            # No daemon, which must not have workers of its own.
+            child = _CONTEXT.Process(
+                target=_child, args=(theirs, function, arguments, environment, joins)
+            )
+            child.start()
+            theirs.close()
+            self.children.append(child)
+            self.pipes[ours] = rank
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for child in self.children:
             child.join(2)
             if child.is_alive():
                 child.kill()
                 child.join()
+
+    def signal(self, signum: int, *ranks: int) -> None:
+        """Send a signal to some ranks, or to all."""
+        for rank in ranks or range(len(self.children)):
+            if self.children[rank].is_alive():
+                os.kill(self.children[rank].pid, signum)
+
+    def is_running(self) -> bool:
+        """Whether any rank is."""
+        return any(child.is_alive() for child in self.children)
+
+    def outcomes(self, timeout: float = TIMEOUT) -> list[Any]:
+        """Wait for all ranks; what each returned, or its `RankFailedError`.
+
+        Raises:
+            TimeoutError: some rank did not end in time; names them.
+        """
+        found: dict[int, Any] = {}
+        pipes, deadline = dict(self.pipes), time.monotonic() + timeout
+        while pipes:
+            ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = sorted(pipes.values())
+                raise TimeoutError(f"ranks {late} did not end within {timeout:.0f} s; {found}")
+            for pipe in ready:
+                rank = pipes.pop(pipe)  # type: ignore[arg-type]
+                found[rank] = self._outcome(rank, pipe)  # type: ignore[arg-type]
+        return [found[rank] for rank in range(len(self.children))]
+
+    def _outcome(self, rank: int, pipe: Connection) -> Any:
+        try:
+            kind, value = pipe.recv()
+        except EOFError:
+            self.children[rank].join(5)
+            return RankFailedError(rank, "died", f"exit code {self.children[rank].exitcode}", "")
+        return value if kind == "ok" else RankFailedError(rank, *value)
 
 
 def free_port() -> int:
@@ -141,27 +196,3 @@ def _child(
     sys.stderr.flush()
     # Threads of a store or a group that a failed rank left must not keep it from ending.
     os._exit(0)
-
-
-def _collect(children: list[tuple[Any, Connection]], timeout: float) -> list[Any]:
-    outcomes: dict[int, Any] = {}
-    pipes = {pipe: rank for rank, (_, pipe) in enumerate(children)}
-
-    deadline = time.monotonic() + timeout
-    while pipes:
-        ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            late = sorted(pipes.values())
-            raise TimeoutError(f"ranks {late} did not end within {timeout:.0f} s; {outcomes}")
-        for pipe in ready:
-            rank = pipes.pop(pipe)  # type: ignore[arg-type]
-            try:
-                kind, value = pipe.recv()  # type: ignore[union-attr]
-            except EOFError:
-                child = children[rank][0]
-                child.join(5)
-                said = f"exit code {child.exitcode}"
-                outcomes[rank] = RankFailedError(rank, "died", said, "")
-                continue
-            outcomes[rank] = value if kind == "ok" else RankFailedError(rank, *value)
-    return [outcomes[rank] for rank in range(len(children))]

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from saved import newest_weights
 
 from modtrain.configuration import compose
 from modtrain.inference.config import EvalRunConfig
@@ -91,9 +92,7 @@ def no_stop_request():
 
 def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
     """Parameters and buffers at the run's end."""
-    step, path = checkpoint.latest(run.checkpoints)
-    assert step == STEPS
-    return checkpoint.load(path)["state_dict"]
+    return newest_weights(run.path, STEPS)
 
 
 def assert_equal_weights(left: RunDirectory, right: RunDirectory) -> None:

@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from saved import assert_same_bits, newest_tensors
 
-from modtrain.training import checkpoint
 from modtrain.training.metrics_log import read_metrics
 from tests.conftest import modtrain_command, run_modtrain
 
@@ -45,26 +44,6 @@ def kill_at(step: int, arguments: list[str], metrics: Path, signum: int, delay: 
         return process.wait()
 
 
-def final_weights(tmp_path: Path, name: str):
-    step, path = checkpoint.latest(tmp_path / name / "checkpoints")
-    assert step == STEPS
-    state = checkpoint.load(path)
-    return {**state["state_dict"], **flatten(state["optimizer_states"])}
-
-
-def flatten(node, key=""):
-    if isinstance(node, torch.Tensor):
-        return {key: node}
-    items = (
-        node.items()
-        if isinstance(node, dict)
-        else enumerate(node)
-        if isinstance(node, list)
-        else ()
-    )
-    return {k: v for name, child in items for k, v in flatten(child, f"{key}.{name}").items()}
-
-
 def check_kills(tiny, tmp_path, kills, *more):
     done = run_modtrain("train", *overrides(tiny, tmp_path, "whole", *more), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -79,9 +58,8 @@ def check_kills(tiny, tmp_path, kills, *more):
     assert killed == kills
     done = run_modtrain("train", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    whole, cut = final_weights(tmp_path, "whole"), final_weights(tmp_path, "cut")
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    whole, cut = (newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut"))
+    assert_same_bits(whole, cut)
     steps = [r["step"] for r in read_metrics(metrics) if "loss" in r]
     assert steps == list(range(1, STEPS + 1))
 

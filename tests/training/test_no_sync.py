@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ from modtrain.models.router import LinearRouter
 from modtrain.models.transformer import Transformer
 from modtrain.training.callbacks.finite import FiniteLossGuard
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
+from modtrain.training.checkpoint import Saver
 from modtrain.training.hardware import resolve_precision
+from modtrain.training.launch import Launch
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import resolve
-from modtrain.training.run import make_trainer
+from modtrain.training.ranks import Ranks
+from modtrain.training.strategies import make_strategy
+from modtrain.training.trainer import make_trainer
 
 aten = torch.ops.aten
 STEPS = 4
@@ -139,11 +144,14 @@ def step(tiny, tmp_path: Path):
         L.seed_everything(0, verbose=False)
         module = LanguageModule(config, plan)
         watch, records = Watch(), Records()
-        guard = FiniteLossGuard(None, None, [STEPS])
-        metrics = MetricsCallback(records, StepClock(), STEPS, "fp32")
+        ranks = Ranks()
+        guard = FiniteLossGuard(None, None, [STEPS], ranks)
+        metrics = MetricsCallback(records, StepClock(), STEPS, "fp32", ranks)
         callbacks = [watch, guard, metrics, watch.closing]
         precision = resolve_precision(config.precision, "cpu")
-        trainer = make_trainer(config, plan, "cpu", precision, callbacks)
+        config = replace(config, precision=precision)
+        strategy = make_strategy(config, plan, "cpu", Saver(ranks))
+        trainer = make_trainer(config, plan, strategy, Launch(), callbacks)
         vocabulary = config.model.vocabulary
         batches = [torch.randint(vocabulary, (2, plan.seq_len + 1)) for _ in range(2 * STEPS)]
         try:

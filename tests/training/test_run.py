@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from saved import newest_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modtrain.configuration import compose
@@ -42,8 +43,7 @@ def no_stop_request():
 
 
 def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
-    found = checkpoint.latest(run.checkpoints)
-    return checkpoint.load(found[1])["state_dict"]
+    return newest_weights(run.path)
 
 
 def test_a_run_leaves_what_it_should_and_a_second_start_does_nothing(start):

@@ -7,6 +7,7 @@ import lightning as L
 from modtrain.training import checkpoint
 from modtrain.training.callbacks.metrics import StepClock
 from modtrain.training.callbacks.step import StepCallback, is_due
+from modtrain.training.checkpoint import Saver
 from modtrain.training.config import CheckpointConfig
 from modtrain.training.module import LanguageModule
 from modtrain.training.preemption import STOP
@@ -16,8 +17,10 @@ from modtrain.training.run_directory import RunDirectory
 class CheckpointCallback(StepCallback):
     """Writes checkpoints, and removes old ones only when a newer one is safe on disk."""
 
-    def __init__(self, run: RunDirectory, config: CheckpointConfig, clock: StepClock) -> None:
-        self.run, self.config, self.clock = run, config, clock
+    def __init__(
+        self, run: RunDirectory, config: CheckpointConfig, clock: StepClock, saver: Saver
+    ) -> None:
+        self.run, self.config, self.clock, self.saver = run, config, clock, saver
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals back: Lightning has set handlers that would end the run unsaved."""
@@ -27,13 +30,15 @@ class CheckpointCallback(StepCallback):
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Save where it is due; after a stop signal save and end."""
         # Every rank has to come to one answer, or some would save and others train on.
-        stop = trainer.strategy.reduce_boolean_decision(STOP.requested, all=False)
+        stop = self.saver.ranks.any_before(STOP.requested)
         if not stop and not is_due(step, self.config.every, module.plan.steps):
+            self.saver.poll()
             return
-        root = self.run.checkpoints
+        blocking = stop or step == module.plan.steps or not self.config.background
         with self.clock:
-            trainer.save_checkpoint(checkpoint.checkpoint_path(root, step))
-            if trainer.is_global_zero:
-                checkpoint.prune(root, self.config.keep_last, self.config.keep_every)
+            trainer.save_checkpoint(
+                checkpoint.checkpoint_path(self.run.checkpoints, step),
+                storage_options={"blocking": blocking},
+            )
         if stop:
             trainer.should_stop = True

@@ -13,6 +13,7 @@ from modtrain.errors import TrainingError
 from modtrain.training import checkpoint
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.module import LanguageModule
+from modtrain.training.ranks import Ranks
 from modtrain.training.run_directory import RunDirectory
 
 
@@ -23,8 +24,10 @@ class FiniteLossGuard(StepCallback):
     such a step: a record, an evaluation, a checkpoint. So no checkpoint holds weights from after.
     """
 
-    def __init__(self, run: RunDirectory, data: TokenDataModule, intervals: list[int]) -> None:
-        self.run, self.data, self.intervals = run, data, intervals
+    def __init__(
+        self, run: RunDirectory, data: TokenDataModule, intervals: list[int], ranks: Ranks
+    ) -> None:
+        self.run, self.data, self.intervals, self.ranks = run, data, intervals, ranks
         self._first_bad: Tensor | None = None
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
@@ -53,14 +56,20 @@ class FiniteLossGuard(StepCallback):
         Raises:
             TrainingError: names the step, its samples, and the checkpoint to go back to.
         """
-        first = -1 if self._first_bad is None else int(self._first_bad.item())
-        if first < 0:
+        own = -1 if self._first_bad is None else int(self._first_bad.item())
+        # Where one rank's loss is bad, its gradient spoils all the others' as well; they stop
+        # together, and say where it began.
+        bad = {rank: step for rank, step in enumerate(self.ranks.each(own)) if step >= 0}
+        if not bad:
             return
+        first = min(bad.values())
+        where = ", ".join(str(rank) for rank, step in bad.items() if step == first)
+        on_ranks = f" on rank {where}" if self.ranks.world_size > 1 else ""
         samples = self.data.sample_numbers(first - 1)
         shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
         good = checkpoint.latest(self.run.checkpoints)
         raise TrainingError(
-            f"the loss or its gradient is NaN or infinite at step {first};"
+            f"the loss or its gradient is NaN or infinite at step {first}{on_ranks};"
             f" its samples are {shown}; the last good checkpoint is"
             f" {good[1] if good else 'none: the run had not saved yet'}.\n"
             "remedy: lower optimizer.lr, set optimizer.grad_clip, or look at these samples"

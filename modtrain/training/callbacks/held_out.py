@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning as L
 import torch
+from torch import Tensor
 
 from modtrain.data.documents import document_numbers_if_apart
 from modtrain.training.callbacks.metrics import StepClock
@@ -11,6 +14,7 @@ from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.held_out import HeldOut, evaluate
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
+from modtrain.training.ranks import Ranks
 from modtrain.training.routing_statistics import chosen_picture
 
 CAUSAL_LOSS = "held_out/causal_loss"
@@ -21,8 +25,11 @@ CAUSAL_FLOPS = "held_out/causal_flops_per_token"
 class HeldOutCallback(StepCallback):
     """Records the causal loss, and beside it the top-k loss, which is not causal."""
 
-    def __init__(self, metrics_log: MetricsLog, clock: StepClock, every: int | None) -> None:
+    def __init__(
+        self, metrics_log: MetricsLog, clock: StepClock, every: int | None, ranks: Ranks
+    ) -> None:
         self.metrics_log, self.clock, self.every = metrics_log, clock, every
+        self.ranks = ranks
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Evaluate where it is due."""
@@ -36,9 +43,14 @@ class HeldOutCallback(StepCallback):
                 trainer.precision_plugin.forward_context(),
                 eos_id=module.config.data.eos_id,
                 capacities=module.plan.capacities_at(step - 1),
+                total=self._total(module),
             )
             self.metrics_log.write(step, held_out_metrics(found))
             self._draw(trainer, module, step)
+
+    def _total(self, module: LanguageModule) -> Callable[[Tensor], Tensor]:
+        """Return the sum over ranks, in which those that read the same sequences count once."""
+        return lambda values: self.ranks.sum(values) / module.plan.sizes.tensor
 
     def _draw(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Show which tokens of the first held-out sequence each routed layer takes."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 
 import lightning as L
+import torch
 
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.hardware import peak_flops
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
+from modtrain.training.ranks import Ranks
 from modtrain.training.routing_statistics import expert_metrics, routing_metrics
 from modtrain.training.schedules import lr_factor
 
@@ -41,10 +43,15 @@ class MetricsCallback(StepCallback):
     """Writes a record every ``every`` steps. It is the one place where a step waits for numbers."""
 
     def __init__(
-        self, metrics_log: MetricsLog, clock: StepClock, every: int, precision: str
+        self,
+        metrics_log: MetricsLog,
+        clock: StepClock,
+        every: int,
+        precision: str,
+        ranks: Ranks,
     ) -> None:
         self.metrics_log, self.clock, self.every = metrics_log, clock, every
-        self.precision = precision
+        self.precision, self.ranks = precision, ranks
         self.latest: dict[str, float] = {}
         self._last_step: int | None = None
         self._peak: float | None = None
@@ -72,7 +79,9 @@ class MetricsCallback(StepCallback):
             values["throughput/step_seconds"] = seconds / steps
             if self._peak is not None:
                 spent = module.plan.flops_until(step) - module.plan.flops_until(last)
-                values["throughput/mfu"] = spent / (seconds * self._peak * module.plan.world_size)
+                values["throughput/mfu"] = spent / (
+                    seconds * self._peak * module.plan.sizes.world_size
+                )
         self.latest = values
         self.metrics_log.write(step, values)
 
@@ -85,10 +94,15 @@ class MetricsCallback(StepCallback):
             values[f"{name}_loss"] = float(total) / count
         if statistics.grad_norm is not None:
             values["grad_norm"] = float(statistics.grad_norm)
-        # By now the scheduler stands at the next step; this one was made with the rate before.
-        factor = lr_factor(module.config.schedule, trainer.global_step - 1, module.plan.steps)
-        values["lr"] = module.config.optimizer.lr * factor
         described = routing_metrics(model.routed_labels, statistics.routing)
         described |= expert_metrics(model.expert_labels, statistics.experts, model.experts.noop)
         values.update({name: float(value) for name, value in described.items()})
+        if self.ranks.world_size > 1:
+            # Each has seen its share of the step; ranks of equal shares count alike.
+            here = torch.tensor(list(values.values()), dtype=torch.float64)
+            means = (self.ranks.sum(here) / self.ranks.world_size).tolist()
+            values = dict(zip(values, means, strict=True))
+        # By now the scheduler stands at the next step; this one was made with the rate before.
+        factor = lr_factor(module.config.schedule, trainer.global_step - 1, module.plan.steps)
+        values["lr"] = module.config.optimizer.lr * factor
         return values

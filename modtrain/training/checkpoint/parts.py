@@ -1,0 +1,158 @@
+"""Which part of which tensor a rank writes, and the copy that it is written from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a tensor that this rank writes.
+
+    item: where it lies in the whole one, as torch.distributed.checkpoint knows it. tensor: its
+    values, local and plain.
+    """
+
+    item: WriteItem
+    tensor: Tensor
+
+
+def parts_of(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[Part]:
+    """Return what falls to ``rank``: each element of each tensor falls to one rank alone.
+
+    What several ranks hold alike is dealt out among them from the largest on. So under data
+    parallelism a rank copies and writes its share, not the whole. Every rank must give the same
+    names and shapes, plain tensors that are the same everywhere, or DTensors.
+
+    Raises:
+        ValueError: a DTensor that is not reduced yet.
+    """
+    order = sorted(tensors, key=lambda key: (-tensors[key].numel(), key))
+    found = []
+    for number, key in enumerate(order):
+        tensor = tensors[key].detach()
+        part = (
+            _of_dtensor(key, tensor, number)
+            if isinstance(tensor, DTensor)
+            else _whole(key, tensor)
+            if number % world_size == rank
+            else None
+        )
+        if part is not None:
+            found.append(part)
+    return found
+
+
+def own_part(key: str, tensor: Tensor) -> Part:
+    """Return a tensor that no other rank has, under a name of its own."""
+    return _whole(key, tensor)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """A text that is the same where names, shapes and dtypes are."""
+    lines = sorted(f"{key} {tuple(t.shape)} {t.dtype}" for key, t in tensors.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _whole(key: str, tensor: Tensor) -> Part:
+    return _part(key, tensor, (0,) * tensor.ndim, tensor.shape, WriteItemType.TENSOR)
+
+
+def _of_dtensor(key: str, tensor: DTensor, number: int) -> Part | None:
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"{key} is not reduced over {tensor.device_mesh}")
+    copy, copies = 0, 1
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            copy = copy * tensor.device_mesh.size(axis) + coordinate[axis]
+            copies *= tensor.device_mesh.size(axis)
+    if number % copies != copy:
+        return None
+    sizes, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    # Uneven shards leave nothing for some ranks.
+    if prod(sizes) == 0 and tensor.numel() > 0:
+        return None
+    return _part(key, tensor.to_local(), offsets, tensor.shape, WriteItemType.SHARD)
+
+
+def _part(
+    key: str, tensor: Tensor, offsets: Iterable[int], size: torch.Size, kind: WriteItemType
+) -> Part:
+    box = ChunkStorageMetadata(torch.Size(offsets), tensor.shape)
+    properties = replace(TensorProperties.create_from_tensor(tensor), pin_memory=False)
+    index = MetadataIndex(key, box.offsets)
+    written = TensorWriteData(box, properties, size)
+    return Part(WriteItem(index, kind, tensor_data=written), tensor)
+
+
+class Staging:
+    """Host memory that parts are copied to, kept from save to save."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, parts: list[Part], ready: torch.Event | None = None) -> list[Part]:
+        """Return ``parts`` with copies in host memory, which the next call overwrites.
+
+        ready: when the device has the values, as `ready_event` gives it. The copies are enqueued
+        beside what the device computes meanwhile, and waited for once.
+        """
+        self._buffers = copies = {part.item.index.fqn: self._buffer(part) for part in parts}
+
+        def copy_all() -> None:
+            for part in parts:
+                copies[part.item.index.fqn].copy_(part.tensor, non_blocking=True)
+
+        if ready is None:
+            copy_all()
+        else:
+            stream = torch.Stream(_device(parts))
+            stream.wait_event(ready)
+            with stream:
+                copy_all()
+            stream.synchronize()
+        return [replace(part, tensor=copies[part.item.index.fqn]) for part in parts]
+
+    def _buffer(self, part: Part) -> Tensor:
+        known, tensor = self._buffers.get(part.item.index.fqn), part.tensor
+        if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
+            return known
+        # Only from pinned memory does a copy run beside the host.
+        pinned = not tensor.is_cpu and torch.accelerator.is_available()
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+
+
+def ready_event(parts: list[Part]) -> torch.Event | None:
+    """Mark what the device has been asked to compute so far; None where all parts are on the host.
+
+    For the thread that copies has a stream of its own.
+    """
+    device = _device(parts)
+    if device is None:
+        return None
+    event = torch.Event(device)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def _device(parts: list[Part]) -> torch.device | None:
+    return next((part.tensor.device for part in parts if not part.tensor.is_cpu), None)

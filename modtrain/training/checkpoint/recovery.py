@@ -1,0 +1,163 @@
+"""Which checkpoint to go on from: the newest whole one, on which all ranks agree.
+
+Rank 0 lists and tells the others, each rank reads its share of the files, and what one of them
+finds wrong all of them hear. Only rank 0 renames and removes.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from modtrain.errors import CheckpointError
+from modtrain.training.checkpoint.layout import ASIDE, PREFIX, Manifest, verify
+from modtrain.training.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+# What rank 0 tells of a candidate: its path, its manifest, or what is wrong with that.
+_Candidate = tuple[Path, Manifest | None, str]
+
+
+def whole_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """List (step, path) of the checkpoints under ``root`` that look whole, oldest first.
+
+    What counts is the manifest inside, not the name. Sizes are compared, contents are not.
+    """
+    found = []
+    for path in root.glob(f"{PREFIX}*") if root.is_dir() else ():
+        try:
+            found.append((verify(path, contents=False), path))
+        except CheckpointError as error:
+            log.warning("passing over a checkpoint: %s", error)
+    return sorted(found)
+
+
+def latest(root: Path, ranks: Ranks | None = None) -> tuple[int, Path] | None:
+    """Return (step, path) of the newest checkpoint whose every byte is right, None without one.
+
+    ranks: share the reading and get the same answer; collective. None: this process alone.
+    """
+
+    def newest_first() -> list[_Candidate]:
+        return [_candidate(path) for _, path in reversed(whole_checkpoints(root))]
+
+    for path, manifest, said in _checked(newest_first, ranks):
+        if manifest is not None and not said:
+            return manifest.step, path
+        if _is_first(ranks):
+            log.warning("passing over a checkpoint: %s", said)
+    return None
+
+
+def chosen(root: Path, step: int | None) -> tuple[int, Path]:
+    """Return (step, path) of the whole checkpoint of ``step``, or of the newest one for None.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if step is None:
+        newest = latest(root)
+        if newest is None:
+            raise CheckpointError(f"{root} holds no whole checkpoint: train first")
+        return newest
+    steps = dict(whole_checkpoints(root))
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(f"{root} has no checkpoint of step={step}; there are: {there}")
+    verify(steps[step])
+    return step, steps[step]
+
+
+def recover(root: Path, ranks: Ranks | None = None) -> tuple[int, Path] | None:
+    """Make ``root`` fit to go on from: return what `latest` would, with nothing in the way.
+
+    What an interrupted save or removal left is removed. Damaged checkpoints newer than the one
+    returned are kept under the name ``damaged-…``, so that their steps can be saved again.
+
+    ranks: share the reading and get the same answer; collective. None: this process alone.
+
+    Raises:
+        CheckpointError, RankError: a damaged one cannot be moved away. On every rank.
+    """
+
+    def newest_first() -> list[_Candidate]:
+        for path in root.glob(f"{ASIDE}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        return [_candidate(path) for path in sorted(root.glob(f"{PREFIX}*"), reverse=True)]
+
+    for path, manifest, said in _checked(newest_first, ranks):
+        if manifest is not None and not said:
+            return manifest.step, path
+        with _together(ranks):
+            if _is_first(ranks):
+                _put_away(path, said)
+    return None
+
+
+def prune(root: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Remove whole checkpoints but the newest ``keep_last`` and multiples of ``keep_every``.
+
+    Returns the removed ones.
+    """
+    removed = []
+    for step, path in whole_checkpoints(root)[:-keep_last]:
+        if keep_every is None or step % keep_every:
+            # Renamed first: a removal cut short must not leave a directory that looks whole.
+            doomed = path.with_name(ASIDE + "removed-" + path.name)
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+            removed.append(path)
+    return removed
+
+
+def _is_first(ranks: Ranks | None) -> bool:
+    return ranks is None or ranks.is_first
+
+
+def _together(ranks: Ranks | None) -> AbstractContextManager[None]:
+    return nullcontext() if ranks is None else ranks.together()
+
+
+def _candidate(path: Path) -> _Candidate:
+    try:
+        return path, Manifest.read(path), ""
+    except CheckpointError as error:
+        return path, None, str(error)
+
+
+def _checked(
+    candidates: Callable[[], list[_Candidate]], ranks: Ranks | None
+) -> Iterator[_Candidate]:
+    """Go through rank 0's candidates with what is wrong with each, the same on every rank."""
+    found: list[_Candidate] = []
+    with _together(ranks):
+        if _is_first(ranks):
+            found = candidates()
+    found = found if ranks is None else ranks.first(found)
+    for path, manifest, said in found:
+        yield path, manifest, said or _wrong(path, manifest, ranks)
+
+
+def _wrong(path: Path, manifest: Manifest | None, ranks: Ranks | None) -> str:
+    """Return what any rank finds wrong with its share, or nothing."""
+    own = ""
+    rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
+    try:
+        if manifest is not None:
+            manifest.check(path, rank, world_size)
+    except CheckpointError as error:
+        own = str(error)
+    told = [own] if ranks is None else ranks.each(own)
+    return next((said for said in told if said), "")
+
+
+def _put_away(path: Path, said: str) -> None:
+    kept = path.with_name(f"damaged-{path.name}")
+    while kept.exists():
+        kept = kept.with_name(kept.name + "-again")
+    path.rename(kept)
+    log.warning("%s; kept as %s", said, kept.name)

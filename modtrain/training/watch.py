@@ -1,0 +1,224 @@
+"""Who failed, when ranks wait for one another: a board that all can read, and a watch on each rank.
+
+A rank that fails says why on the board before it ends. The others find out by a collective that
+breaks or does not return; they look at the board, and name the rank, its host and its reason. A
+rank that hangs is told apart by its silence; its own watch, a thread, writes where it stands.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from modtrain.errors import ModtrainError, RankError, TrainingError
+from modtrain.training.ranks import Ranks
+
+# How long a rank whose collective broke waits for the others to say why.
+_GRACE = 5.0
+_BROKEN = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket"),
+    *("Timed out waiting", "timed out", "Connection refused", "recv", "gloo", "NCCL"),
+)
+
+
+class Watch:
+    """One rank's thread that sees whether its main thread gets on."""
+
+    def __init__(
+        self, store: Store, rank: int, world_size: int, timeout: float, logs: Path | None
+    ) -> None:
+        """Start watching.
+
+        store: the board; not one that the main thread waits at. timeout: seconds without a
+        `tick` after which a rank counts as stuck. logs: where the stacks of a stuck rank go.
+        """
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.timeout, self.logs = timeout, logs
+        self._where, self._ticked = "start", time.monotonic()
+        self._told = False
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def tick(self, where: str) -> None:
+        """Say that the main thread got to ``where``. Cheap: no rank hears of it yet."""
+        self._where, self._ticked, self._told = where, time.monotonic(), False
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._end.set()
+        self._thread.join()
+
+    def post(self, kind: str, text: str) -> None:
+        """Put up what became of this rank: ``failed``, ``waits`` or ``stuck``."""
+        host = f"{socket.gethostname()}, process {os.getpid()}"
+        with suppress(Exception):
+            # The board is gone where rank 0 is.
+            self.store.set(f"post/{self.rank}", json.dumps([kind, host, text]))
+
+    def posts(self) -> dict[int, tuple[str, str, str]]:
+        """Return what the ranks have put up: kind, host, text."""
+        return {rank: tuple(told) for rank, told in self._read("post").items()}
+
+    def _read(self, kind: str) -> dict[int, Any]:
+        found = {}
+        for rank in range(self.world_size):
+            key = f"{kind}/{rank}"
+            if self.store.check([key]):
+                found[rank] = json.loads(self.store.get(key))
+        return found
+
+    def explain(self, error: BaseException) -> RankError | None:
+        """Return why a collective broke here, as far as the ranks say; collective, of a kind.
+
+        None: nobody else failed, so the error is this rank's own.
+        """
+        self.post("waits", str(error))
+        deadline = time.monotonic() + max(_GRACE, 2 * self._beat)
+        seen = self._seen()
+        told: dict[int, tuple[str, str, str]] = {}
+        with suppress(Exception):
+            while time.monotonic() < deadline and len(told) < self.world_size:
+                time.sleep(0.05)
+                told = self.posts()
+                if any(kind != "waits" for kind, _, _ in told.values()):
+                    break
+        for rank, (kind, host, text) in told.items():
+            if rank != self.rank and kind == "failed":
+                return RankError(f"rank {rank} on {host} failed: {text}")
+            if rank != self.rank and kind == "stuck":
+                return RankError(f"rank {rank} on {host} does not get on: {text}")
+        silent = [rank for rank in range(self.world_size) if rank not in told]
+        if not silent:
+            return None
+        return RankError(self._silent(silent, seen))
+
+    def _silent(self, ranks: list[int], before: dict[int, Any]) -> str:
+        """Say of ranks that do not answer when they were last seen."""
+        now = self._seen()
+        lines = []
+        for rank in ranks:
+            if rank not in now:
+                lines.append(f"rank {rank} is not to be reached")
+                continue
+            host, where, idle, beat = now[rank]
+            is_alive = rank in before and beat != before[rank][3]
+            state = f"has been at {where} for {idle:.0f} s" if is_alive else "has died"
+            lines.append(f"rank {rank} on {host} {state}; its last report was from {where}")
+        return "; ".join(lines) + ". Its own output, or its stacks in logs/, may say why"
+
+    def _seen(self) -> dict[int, Any]:
+        with suppress(Exception):
+            return self._read("seen")
+        return {}
+
+    @property
+    def _beat(self) -> float:
+        return min(10.0, max(0.2, self.timeout / 8))
+
+    def _run(self) -> None:
+        beats = 0
+        host = f"{socket.gethostname()}, process {os.getpid()}"
+        while not self._end.wait(self._beat):
+            beats += 1
+            idle = time.monotonic() - self._ticked
+            with suppress(Exception):
+                report = [host, self._where, round(idle, 1), beats]
+                self.store.set(f"seen/{self.rank}", json.dumps(report))
+                if idle > self.timeout:
+                    self._stuck(idle)
+
+    def _stuck(self, idle: float) -> None:
+        """Write the stacks; end where others wait for this rank, which may be for ever."""
+        if not self._told:
+            self._told = True
+            self._dump(idle)
+        others = {rank: told for rank, told in self.posts().items() if rank != self.rank}
+        own_waits = self.rank in self.posts()
+        if others and not own_waits:
+            self.post("stuck", f"at {self._where} for {idle:.0f} s, in {self._main_frame()}")
+            os._exit(1)
+
+    def _dump(self, idle: float) -> None:
+        said = f"rank {self.rank} has not got on from {self._where} for {idle:.0f} s; its threads:"
+        print(said, file=sys.stderr, flush=True)  # noqa: T201
+        faulthandler.dump_traceback(all_threads=True)
+        if self.logs is not None:
+            with suppress(OSError), (self.logs / f"stacks-rank-{self.rank:05d}.txt").open("a") as f:
+                f.write(said + "\n")
+                f.flush()
+                faulthandler.dump_traceback(f, all_threads=True)
+
+    def _main_frame(self) -> str:
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        if frame is None:
+            return "an unknown place"
+        return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+@contextmanager
+def watching(ranks: Ranks, timeout: float, logs: Path | None) -> Iterator[Watch | None]:
+    """Watch this rank for the length of the block; None where it is alone.
+
+    An error inside is told to the others; where one comes from another rank, that is named.
+
+    Raises:
+        RankError: a collective broke because of another rank.
+        TrainingError: memory ran out.
+        BaseException: this rank's own error, as it is.
+    """
+    watch = None
+    if ranks.store is not None and ranks.world_size > 1:
+        # Of its own: the main thread may be waiting at the other one.
+        board = ranks.store.clone()  # type: ignore[attr-defined]
+        watch = Watch(board, ranks.rank, ranks.world_size, timeout, logs)
+    try:
+        yield watch
+    except BaseException as error:
+        own = _out_of_memory(error) or error
+        if watch is not None:
+            if _is_broken_collective(error) and (cause := watch.explain(error)) is not None:
+                raise cause from error
+            if not isinstance(error, RankError):
+                watch.post("failed", _said(own))
+        if own is not error:
+            raise own from error
+        raise
+    finally:
+        if watch is not None:
+            watch.close()
+
+
+def _said(error: BaseException) -> str:
+    return str(error) if isinstance(error, ModtrainError) else f"{type(error).__name__}: {error}"
+
+
+def _is_broken_collective(error: BaseException) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _BROKEN)
+
+
+def _out_of_memory(error: BaseException) -> TrainingError | None:
+    is_own = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if not is_own and "can't allocate memory" not in str(error):
+        return None
+    return TrainingError(
+        f"out of memory: {said}\n"
+        "remedy: lower batch.micro_batch_size, which changes no result but to rounding; or set"
+        " strategy.activation_checkpointing=full, or strategy=fsdp on more processes"
+    )

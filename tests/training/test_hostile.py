@@ -1,0 +1,201 @@
+"""Files of others are data: whatever is planted in a checkpoint or among the shards runs nothing.
+
+Who can plant a pickle can plant its checksum as well, so the manifests here fit.
+"""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from modtrain.data.config import DataConfig
+from modtrain.data.datamodule import TokenDataModule
+from modtrain.data.index import ShardIndex
+from modtrain.errors import CheckpointError, DataError
+from modtrain.files import file_sha256
+from modtrain.training import checkpoint
+from modtrain.training.checkpoint.rank_state import read_rank_state
+from modtrain.training.ranks import Ranks
+
+
+class Hostile:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+def torch_pickle(value) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    found = checkpoint.checkpoint_path(root, 1)
+    model = torch.nn.Linear(2, 2, bias=False)
+    with checkpoint.Saver(Ranks()) as saver:
+        saver.save(found, checkpoint.model_tensors(model), {"n": 1}, 1, {"random": 5})
+    return found
+
+
+def planted(path: Path, name: str, content: bytes) -> None:
+    (path / name).write_bytes(content)
+    manifest = checkpoint.Manifest.read(path)
+    entry = {"bytes": len(content), "sha256": file_sha256(path / name)}
+    replace(manifest, files={**manifest.files, name: entry}).write(path)
+    assert checkpoint.recover(path.parent) == (1, path)
+
+
+def metadata(path: Path) -> Metadata:
+    return pickle.loads((path / ".metadata").read_bytes())
+
+
+def in_metadata(path, mark):
+    planted(path, ".metadata", pickle.dumps(Hostile(mark)))
+
+
+def in_the_rest(path, mark):
+    planted(path, "state.pt", torch_pickle(Hostile(mark)))
+
+
+def in_a_shard(path, mark):
+    """Every tensor of the file is the pickle."""
+    content, changed = torch_pickle(Hostile(mark)), metadata(path)
+    for info in changed.storage_data.values():
+        info.offset, info.length = 0, len(content)
+    planted(path, "__0_0.distcp", content)
+    planted(path, ".metadata", pickle.dumps(changed))
+
+
+def as_bytes(path, mark):
+    """The metadata says that the weight is bytes, which torch unpickles freely."""
+    in_a_shard(path, mark)
+    changed = metadata(path)
+    for key in changed.state_dict_metadata:
+        changed.state_dict_metadata[key] = BytesStorageMetadata()
+    planted(path, ".metadata", pickle.dumps(changed))
+
+
+def in_another_file(path, mark):
+    outside = path.parent / "outside"
+    outside.write_bytes(torch_pickle(Hostile(mark)))
+    changed = metadata(path)
+    for info in changed.storage_data.values():
+        info.relative_path, info.offset, info.length = "../outside", 0, outside.stat().st_size
+    planted(path, ".metadata", pickle.dumps(changed))
+
+
+def in_a_rank_state(path, mark):
+    content = torch.frombuffer(bytearray(torch_pickle(Hostile(mark))), dtype=torch.uint8)
+    shutil.rmtree(path)
+    with checkpoint.Saver(Ranks()) as saver:
+        tensors = {"state_dict.weight": torch.ones(2, 2), "ranks.0.state": content}
+        saver.save(path, tensors, {}, 1)
+
+
+PLANTED = [in_metadata, in_the_rest, in_a_shard, as_bytes, in_another_file, in_a_rank_state]
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_a_hostile_checkpoint_runs_nothing(path, tmp_path, plant):
+    mark = tmp_path / "it ran"
+    plant(path, mark)
+    model = torch.nn.Linear(2, 2, bias=False)
+    with pytest.raises(CheckpointError, match=r"more than plain data|cannot be read"):
+        checkpoint.restore(path, model)
+    if plant not in (in_the_rest, in_a_rank_state):
+        with pytest.raises(CheckpointError, match=r"more than plain data|cannot be read"):
+            checkpoint.load_weights(path, model)
+    if plant is in_a_rank_state:
+        with pytest.raises(CheckpointError, match="more than plain data"):
+            read_rank_state(checkpoint.TensorReader(path), 0)
+    else:
+        with pytest.raises(CheckpointError):
+            checkpoint.load(path)
+    assert not mark.exists()
+
+
+def test_the_pickles_of_these_tests_would_run(tmp_path):
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "one")))
+    torch.load(io.BytesIO(torch_pickle(Hostile(tmp_path / "two"))), weights_only=False)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"one", "two"}
+
+
+@pytest.mark.parametrize("name", ["../state.pt", "/etc/passwd", "..", "", "a/b"])
+def test_a_manifest_that_names_files_elsewhere_is_passed_over(path, name):
+    manifest = path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"][name] = content["files"]["state.pt"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="outside"):
+        checkpoint.verify(path)
+    assert checkpoint.latest(path.parent) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "null", '{"format": 1, "step": 1, "files": [1]}', '{"files": {"a": 1}}'],
+)
+def test_what_is_no_manifest_is_passed_over(path, text):
+    (path / "manifest.json").write_text(text)
+    assert checkpoint.whole_checkpoints(path.parent) == []
+    assert checkpoint.recover(path.parent) is None
+
+
+@pytest.fixture
+def shards(prepared, tmp_path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "shards"))
+
+
+def batches(folder: Path, verify: str) -> int:
+    data = TokenDataModule(
+        DataConfig(path=str(folder), verify=verify),
+        micro_batch_size=2,
+        accumulate=1,
+        num_steps=4,
+        eval_batch_size=2,
+        eval_sequences=4,
+    )
+    return sum(1 for _ in data.train_dataloader())
+
+
+@pytest.mark.parametrize("verify", ["none", "size", "sha256"])
+def test_a_hostile_shard_runs_nothing(shards, tmp_path, verify):
+    """Each array of the shard is an object array that holds the pickle, of the same length."""
+    import numpy as np
+
+    mark = tmp_path / "it ran"
+    shard = next((shards / "train").glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        members = [(m.offset_data, m.size) for m in tar.getmembers() if m.name.endswith(".npy")]
+    stream = io.BytesIO()
+    np.save(stream, np.array([Hostile(mark)], dtype=object), allow_pickle=True)
+    for offset, size in members:
+        planted = stream.getvalue()[:size]
+        content[offset : offset + size] = planted.ljust(size, b"\0")
+    shard.write_bytes(content)
+    with pytest.raises(DataError):
+        batches(shards, verify)
+    assert not mark.exists()
+
+
+def test_a_pickle_for_an_index_runs_nothing(shards, tmp_path):
+    mark = tmp_path / "it ran"
+    (shards / "index.json").write_bytes(pickle.dumps(Hostile(mark)))
+    with pytest.raises(DataError):
+        ShardIndex.load(shards, "sha256")
+    assert not mark.exists()

@@ -1,0 +1,126 @@
+"""Where a process stands, as launchers tell it, and what strategies make of it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modtrain.errors import ConfigError
+from modtrain.models.config import ModelConfig
+from modtrain.models.experts_config import ExpertsConfig
+from modtrain.training.launch import Launch
+from modtrain.training.strategy_config import (
+    STRATEGIES,
+    StrategyConfig,
+    size_problems,
+    sizes_of,
+)
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {
+    **{"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"},
+    **{"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2"},
+}
+
+
+def test_torchrun_and_srun_tell_the_same():
+    expected = Launch(8, 5, 1, 4)
+    assert Launch.from_environment(TORCHRUN) == Launch.from_environment(SRUN) == expected
+    assert (expected.num_nodes, expected.node) == (2, 1)
+
+
+def test_without_a_launcher_a_process_is_alone():
+    assert Launch.from_environment({}) == Launch()
+    batch_script = {name: value for name, value in SRUN.items() if "STEP" not in name}
+    assert Launch.from_environment(batch_script) == Launch()
+
+
+def test_what_is_exported_is_read_back():
+    environment = {"MASTER_ADDR": "node1", "MASTER_PORT": "1"}
+    Launch.from_environment(SRUN).export(environment)
+    assert Launch.from_environment(environment) == Launch(8, 5, 1, 4)
+    assert environment["GROUP_RANK"] == "1"
+    alone: dict[str, str] = {}
+    Launch().export(alone)
+    assert not alone
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"RANK": "8"}, "RANK"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE"),
+    ],
+)
+def test_a_launcher_that_tells_nonsense_is_an_error(changed, key):
+    with pytest.raises(ConfigError) as error:
+        Launch.from_environment(TORCHRUN | changed)
+    assert [problem.key for problem in error.value.problems] == [key]
+
+
+def test_processes_that_do_not_know_where_to_meet_are_an_error():
+    with pytest.raises(ConfigError, match="do not know where to meet"):
+        Launch(2, 0, 0, 2).export({"MASTER_PORT": "1"})
+
+
+MODEL = ModelConfig(experts=ExpertsConfig(count=12))
+
+
+@given(
+    st.sampled_from(STRATEGIES),
+    st.sampled_from([1, 2, 4, 6, 8, 16]),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([None, 1, 2, 3, 4]),
+)
+def test_groups_divide_the_processes_or_are_told(name, local, nodes, group):
+    launch = Launch(local * nodes, 0, 0, local)
+    key = {"hsdp": "shard_size", "fsdp_tp": "tensor_parallel", "fsdp_ep": "expert_parallel"}
+    config = StrategyConfig(name, **({key[name]: group} if name in key else {}))
+    assert not config.problems("strategy")
+    sizes = sizes_of(config, MODEL, launch)
+    if size_problems(config, "strategy", MODEL, launch):
+        alone = name == "single" and launch.world_size > 1
+        assert alone or (group and (launch.world_size % group or 12 % group))
+        return
+    assert sizes.data_parallel * sizes.tensor == launch.world_size
+    assert launch.world_size % sizes.shard == launch.world_size % sizes.expert == 0
+    assert 12 % sizes.expert == 0
+    if name in key and group is None:
+        # Within a node, where that goes.
+        own = {"hsdp": sizes.shard, "fsdp_tp": sizes.tensor}.get(name, local)
+        assert own == local
+
+
+@pytest.mark.parametrize(
+    ("config", "launch", "key"),
+    [
+        (StrategyConfig("single"), Launch(2, 0, 0, 2), "strategy.name"),
+        (StrategyConfig("ddp", world_size=4), Launch(2, 0, 0, 2), "strategy.world_size"),
+        (StrategyConfig("hsdp", shard_size=3), Launch(4, 0, 0, 4), "strategy.shard_size"),
+        (StrategyConfig("fsdp_tp", tensor_parallel=3), Launch(4), "strategy.tensor_parallel"),
+        (StrategyConfig("fsdp_ep", expert_parallel=8), Launch(8), "strategy.expert_parallel"),
+    ],
+)
+def test_what_does_not_fit_is_told_by_its_key(config, launch, key):
+    assert [p.key for p in size_problems(config, "strategy", MODEL, launch)] == [key]
+
+
+def test_experts_are_asked_for_where_they_are_spread():
+    found = size_problems(StrategyConfig("fsdp_ep"), "strategy", ModelConfig(), Launch())
+    assert [p.key for p in found] == ["strategy.name"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StrategyConfig("ddp", shard_size=2),
+        StrategyConfig("fsdp", tensor_parallel=2),
+        StrategyConfig("hsdp", expert_parallel=2),
+        StrategyConfig("fsdp", offload=True),
+        StrategyConfig("fsdp", timeout=0.0),
+        StrategyConfig("zero"),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_an_error(config):
+    assert len(config.problems("strategy")) == 1
