@@ -107,4 +107,3 @@ def _consolidate(
     tied = _TIED if trained.model.tie_embeddings else {}
     size = consolidate(path, output, _DTYPES[config.dtype], metadata, tied)
     console.print(f"wrote {output}: the weights of step {step}, {size:,} bytes")
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from modtrain.data.datamodule import TokenDataModule
+from modtrain.errors import CheckpointError, ModtrainError, RankError
 from modtrain.training import checkpoint
 from modtrain.training.alike import check_alike
 from modtrain.training.callbacks.checkpoints import CheckpointCallback
@@ -147,7 +149,7 @@ class _Run:
         config, plan = self.config, self.plan
         accelerator = resolve_accelerator(config.strategy.accelerator)
         saving = config.checkpoint
-        with closing(Saver(self.ranks, saving.keep_last, saving.keep_every)) as saver:
+        with _closed(Saver(self.ranks, saving.keep_last, saving.keep_every)) as saver:
             strategy = make_strategy(config, plan, accelerator, saver)
             # What is drawn in training is drawn for other sequences on each data-parallel rank.
             L.seed_everything((config.seed + strategy.data_rank) % 2**32, verbose=False)
@@ -169,7 +171,7 @@ class _Run:
         due = [config.log.every, config.checkpoint.every, config.eval.every or config.log.every]
         # In order: nothing may be recorded, judged or saved after a step that went wrong.
         callbacks: list[L.Callback] = [
-            FiniteLossGuard(run, self.data, due, ranks),
+            FiniteLossGuard(run, self.data, due, saver),
             metrics,
             HeldOutCallback(log, clock, config.eval.every, ranks),
         ]
@@ -190,6 +192,19 @@ class _Run:
         at = f"step {newest[0][0]} is saved" if newest else "nothing is saved yet"
         self.console.print(f"stopped by {STOP.name}: {at}; the same command goes on from there")
         return Outcome("stopped", run, STOP.exit_code)
+
+
+@contextmanager
+def _closed(saver: Saver) -> Iterator[Saver]:
+    """Let a save in flight come to its end, unless another rank is gone with which it is made."""
+    try:
+        yield saver
+    except ModtrainError as error:
+        if not isinstance(error, RankError):
+            with suppress(CheckpointError):
+                saver.close()
+        raise
+    saver.close()
 
 
 def _result(plan: TrainingPlan, run: RunDirectory) -> dict[str, Any]:

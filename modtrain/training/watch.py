@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from modtrain.errors import ModtrainError, RankError, TrainingError
+from modtrain.errors import CheckpointError, ModtrainError, RankError, TrainingError
 from modtrain.training.ranks import Ranks
 
 # How long a rank whose collective broke waits for the others to say why.
@@ -49,6 +49,8 @@ class Watch:
         self.timeout, self.logs = timeout, logs
         self._where, self._ticked = "start", time.monotonic()
         self._told = False
+        # Where rank 0 is, whose process has the board if no launcher has it.
+        self._first = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -81,30 +83,52 @@ class Watch:
                 found[rank] = json.loads(self.store.get(key))
         return found
 
+    def fail(self, text: str) -> None:
+        """Say why this rank ends; the one that has the board stays until the others know."""
+        self.post("failed", text)
+        if self.rank == 0:
+            deadline = time.monotonic() + _GRACE
+            with suppress(Exception):
+                while time.monotonic() < deadline and len(self.posts()) < self.world_size:
+                    time.sleep(0.05)
+
     def explain(self, error: BaseException) -> RankError | None:
-        """Return why a collective broke here, as far as the ranks say; collective, of a kind.
+        """Return why a collective broke here, as far as the ranks say.
 
         None: nobody else failed, so the error is this rank's own.
         """
         self.post("waits", str(error))
-        deadline = time.monotonic() + max(_GRACE, 2 * self._beat)
-        seen = self._seen()
-        told: dict[int, tuple[str, str, str]] = {}
-        with suppress(Exception):
-            while time.monotonic() < deadline and len(told) < self.world_size:
-                time.sleep(0.05)
-                told = self.posts()
-                if any(kind != "waits" for kind, _, _ in told.values()):
-                    break
+        before = self._seen()
+        told = self._wait_for_posts()
+        if told is None:
+            where = f"rank 0{f' on {self._first}' if self._first else ''}"
+            return RankError(f"{where} has died, or is not to be reached: it keeps the board")
         for rank, (kind, host, text) in told.items():
             if rank != self.rank and kind == "failed":
                 return RankError(f"rank {rank} on {host} failed: {text}")
             if rank != self.rank and kind == "stuck":
                 return RankError(f"rank {rank} on {host} does not get on: {text}")
         silent = [rank for rank in range(self.world_size) if rank not in told]
-        if not silent:
-            return None
-        return RankError(self._silent(silent, seen))
+        return RankError(self._silent(silent, before)) if silent else None
+
+    def _wait_for_posts(self) -> dict[int, tuple[str, str, str]] | None:
+        """Return what is put up when somebody is to blame, or all have spoken, or it is late.
+
+        None where there is no board any more.
+        """
+        # A rank is alive that reports meanwhile.
+        deadline = time.monotonic() + max(_GRACE, 3 * self._beat)
+        told: dict[int, tuple[str, str, str]] = {}
+        while time.monotonic() < deadline:
+            try:
+                told = self.posts()
+            except Exception:
+                return None
+            blamed = any(kind != "waits" for kind, _, _ in told.values())
+            if blamed or len(told) == self.world_size:
+                break
+            time.sleep(0.05)
+        return told
 
     def _silent(self, ranks: list[int], before: dict[int, Any]) -> str:
         """Say of ranks that do not answer when they were last seen."""
@@ -132,12 +156,14 @@ class Watch:
     def _run(self) -> None:
         beats = 0
         host = f"{socket.gethostname()}, process {os.getpid()}"
-        while not self._end.wait(self._beat):
+        while beats == 0 or not self._end.wait(self._beat):
             beats += 1
             idle = time.monotonic() - self._ticked
             with suppress(Exception):
                 report = [host, self._where, round(idle, 1), beats]
                 self.store.set(f"seen/{self.rank}", json.dumps(report))
+                if self.store.check(["seen/0"]):
+                    self._first = json.loads(self.store.get("seen/0"))[0]
                 if idle > self.timeout:
                     self._stuck(idle)
 
@@ -150,6 +176,9 @@ class Watch:
         own_waits = self.rank in self.posts()
         if others and not own_waits:
             self.post("stuck", f"at {self._where} for {idle:.0f} s, in {self._main_frame()}")
+            if self.rank == 0:
+                # The board goes with this process: the others are reading it.
+                time.sleep(_GRACE)
             os._exit(1)
 
     def _dump(self, idle: float) -> None:
@@ -193,7 +222,7 @@ def watching(ranks: Ranks, timeout: float, logs: Path | None) -> Iterator[Watch 
             if _is_broken_collective(error) and (cause := watch.explain(error)) is not None:
                 raise cause from error
             if not isinstance(error, RankError):
-                watch.post("failed", _said(own))
+                watch.fail(_said(own))
         if own is not error:
             raise own from error
         raise
@@ -206,10 +235,14 @@ def _said(error: BaseException) -> str:
     return str(error) if isinstance(error, ModtrainError) else f"{type(error).__name__}: {error}"
 
 
-def _is_broken_collective(error: BaseException) -> bool:
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _BROKEN)
+def _is_broken_collective(error: BaseException | None) -> bool:
+    """Whether a collective broke, or it is why something else did."""
+    if error is None:
+        return False
+    broke = isinstance(error, dist.DistError)
+    if isinstance(error, RuntimeError | CheckpointError):
+        broke = broke or any(word in str(error) for word in _BROKEN)
+    return broke or _is_broken_collective(error.__cause__)
 
 
 def _out_of_memory(error: BaseException) -> TrainingError | None:

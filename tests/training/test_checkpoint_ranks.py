@@ -14,6 +14,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from modtrain.errors import CheckpointError, ModtrainError
@@ -219,6 +224,62 @@ def each_its_own(root: str) -> list[str]:
 def test_ranks_may_give_other_keys_each(tmp_path):
     expected = [f"state_dict.{n} {[float(n)] * 3}" for n in range(7)]
     assert on_ranks(each_its_own, 2, str(tmp_path)) == [expected] * 2
+
+
+def polls(root: str) -> int:
+    """Count polls of a save that rank 0 ends later than the other."""
+    from modtrain.training.checkpoint import saver as module
+
+    if dist.get_rank() == 0:
+        module.prune = lambda *_: time.sleep(0.5)
+    saver = checkpoint.Saver(Ranks(), keep_last=1)
+    small(saver, Path(root), 1)
+    count = 0
+    while saver.poll():
+        count += 1
+        time.sleep(0.01)
+    return count
+
+
+def test_ranks_hear_of_the_end_at_the_same_poll(tmp_path):
+    first, second = on_ranks(polls, 2, str(tmp_path))
+    assert first == second > 1
+
+
+class Products(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+
+def tensor_parallel(seed: int) -> nn.Module:
+    """Columns, then rows, over one axis; sharded over the other: strided pieces."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    model = parallelize_module(Products(seed), mesh["model"], plan)
+    return fully_shard(model, mesh=mesh["data"])
+
+
+def saves_2d(root: str) -> None:
+    with checkpoint.Saver(Ranks()) as saver:
+        tensors, rest = checkpoint.named_state(tensor_parallel(3))
+        saver.save(checkpoint.checkpoint_path(Path(root), 1), tensors, rest, 1)
+
+
+def restores_2d(root: str) -> dict[str, list]:
+    ranks, model = Ranks(), tensor_parallel(4)
+    checkpoint.restore(checkpoint.checkpoint_path(Path(root), 1), model, ranks=ranks)
+    return {key: whole(value).tolist() for key, value in model.state_dict().items()}
+
+
+def test_tensor_parallel_pieces_that_are_sharded_again(tmp_path):
+    on_ranks(saves_2d, 4, str(tmp_path))
+    expected = {key: value.tolist() for key, value in Products(3).state_dict().items()}
+    model = Products(4)
+    checkpoint.restore(checkpoint.checkpoint_path(tmp_path, 1), model)
+    assert {key: value.tolist() for key, value in model.state_dict().items()} == expected
+    assert on_ranks(restores_2d, 4, str(tmp_path)) == [expected] * 4
 
 
 # What goes wrong --------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from modtrain.cli import main
 from modtrain.configuration import compose
 from modtrain.errors import CheckpointError, ConfigError
 from modtrain.inference.loading import load_model
@@ -228,6 +229,20 @@ def test_what_cannot_be_asked_for_is_told(overrides, key):
     assert [problem.key for problem in error.value.problems] == [key]
 
 
-def test_a_run_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no run"):
-        run_checkpoints(CheckpointsConfig(run="r", runs_dir=str(tmp_path)))
+def test_the_command_tells_and_fails(run, capsys):
+    saves(str(run.path.parent), 1)
+    asked = ["checkpoints", f"runs_dir={run.path.parent}"]
+    assert main([*asked, "run=r"]) == 0
+    assert "1,000" in capsys.readouterr().out
+    hurt(run, 1)
+    assert main([*asked, "run=r", "action=verify"]) == 1
+    assert "damaged checkpoints:" in capsys.readouterr().err
+    assert main([*asked, "run=gone"]) == 1
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_damaged_step_is_not_read(run):
+    saves(str(run.path.parent), 1)
+    hurt(run, 1)
+    with pytest.raises(CheckpointError, match="checksum"):
+        verb(run, action="consolidate", step=1)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
-from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from model_cases import VOCAB, small
+from model_cases import VOCAB, bits, small
 from ranks import on_ranks
-from torch import nn
+from saved import tensors_of
 from torch.utils.data import DataLoader, Dataset
 
-from modtrain.errors import CheckpointError, ConfigError
+from modtrain.errors import CheckpointError, ConfigError, TrainingError
 from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.router_config import RouterConfig
 from modtrain.training import deepspeed as zero
+from modtrain.training import deepspeed_state as state
 from modtrain.training.checkpoint import Saver, checkpoint_path
 from modtrain.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from modtrain.training.held_out import evaluate
@@ -65,7 +67,7 @@ class Rest:
 
 
 class Watched(LanguageModule):
-    """Keeps its losses, evaluates after each step, saves at the end, or at once what it was given."""
+    """Keeps its losses, evaluates after each step, saves at the end and what it was given."""
 
     def __init__(self, config, plan, path, evaluates, saves_again):
         super().__init__(config, plan)
@@ -107,13 +109,15 @@ def run(name, kind, steps, path=None, given=None, **choices):
     if choices.pop("partitions_all", False):
         partition_all()
     clip, evaluates = choices.pop("clip", 0.3), choices.pop("evaluates", False)
-    saves_again = choices.pop("saves_again", None)
+    saves_again, callbacks = choices.pop("saves_again", None), choices.pop("callbacks", [])
     accumulate, start = choices.pop("accumulate", 1), choices.pop("start", 0)
-    own = {key: choices.pop(key) for key in ("offload", "activation_checkpointing") if key in choices}
+    own = {
+        key: choices.pop(key) for key in ("offload", "activation_checkpointing") if key in choices
+    }
     config = TrainConfig(
         precision=choices.pop("precision", "fp32"),
         model=model,
-        optimizer=OptimizerConfig(lr=1e-2, grad_clip=clip),
+        optimizer=OptimizerConfig(lr=choices.pop("lr", 1e-2), grad_clip=clip),
         schedule=ScheduleConfig(warmup=0.1),
         strategy=StrategyConfig(name=name, accelerator="cpu", **own),
         **choices,
@@ -127,11 +131,11 @@ def run(name, kind, steps, path=None, given=None, **choices):
     launch = Launch(ranks.world_size, ranks.rank, ranks.rank, ranks.world_size)
     with Saver(ranks) as saver:
         strategy = make_strategy(config, plan, "cpu", saver)
-        trainer = make_trainer(config, plan, strategy, launch, [])
+        trainer = make_trainer(config, plan, strategy, launch, callbacks)
         rest = Rest(numbers, start * accumulate)
         loader = DataLoader(Micro(), sampler=rest, batch_size=None)
         trainer.fit(module, loader, ckpt_path=given)
-    losses = torch.stack(module.losses)
+    losses = torch.stack(module.losses) if module.losses else torch.zeros(1)
     if ranks.world_size > 1:
         dist.all_reduce(losses)
         losses /= ranks.world_size
@@ -156,17 +160,182 @@ def partition_all():
     zero.zero_config = config
 
 
-def tensors_at(path):
-    from saved import tensors_of
-
-    return tensors_of(Path(path))
-
-
-def assert_same(one, other, atol=0.0):
+def same_bits(one, other):
     """Equal tensors under equal names; what ranks have for themselves is left out."""
     one, other = ({k: t for k, t in s.items() if not k.startswith("ranks.")} for s in (one, other))
     assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert torch.equal(value, other[key]) if atol == 0 else torch.allclose(
-            value, other[key], rtol=0, atol=atol
-        ), key
+    return [key for key, value in one.items() if not torch.equal(bits(value), bits(other[key]))]
+
+
+def as_one_process(root, kind, stage, steps, accumulate=1, atol=1e-6, **choices):
+    """Train on two ranks, and on one with the ranks' micro-batches one after the other."""
+    one_path, two_path = checkpoint_path(root, 1), checkpoint_path(root, 2)
+    for_both = {k: v for k, v in choices.items() if k in ("precision", "evaluates", "clip")}
+    one = run("single", kind, steps, one_path, accumulate=2 * accumulate, **for_both)
+    job = (f"deepspeed_{stage}", kind, steps, two_path), {"accumulate": accumulate, **choices}
+    ((losses, norms, held_out, rates),), _ = on_ranks(call, 2, [job])
+    assert np.allclose(losses, one[0].reshape(-1, 2).mean(1), rtol=0, atol=atol)
+    assert norms == pytest.approx(one[1], abs=10 * atol)
+    assert held_out == pytest.approx(one[2], abs=atol)
+    assert rates == one[3]
+    first, second = tensors_of(one_path), tensors_of(two_path)
+    assert first.keys() == {key for key in second if key != "ranks.1.state"}
+    for key, value in first.items():
+        if not key.startswith("ranks."):
+            assert torch.allclose(value, second[key], rtol=0, atol=10 * atol), key
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+def test_two_ranks_are_as_one_process(tmp_path, stage):
+    choices = {"accumulate": 2, "evaluates": True, "partitions_all": True, "clip": 0.1}
+    as_one_process(tmp_path, "mod", stage, 3, **choices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_twenty_steps_of_every_model(tmp_path, kind, stage, accumulate):
+    as_one_process(tmp_path, kind, stage, STEPS, accumulate, partitions_all=kind != "mod")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"offload": True, "accumulate": 2},
+        {"precision": "bf16", "evaluates": True, "atol": 5e-3},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "full", "offload": True, "partitions_all": True},
+        {"compile": True, "atol": 3e-6},
+        {"clip": None},
+    ],
+    ids=lambda choices: next(iter(choices)),
+)
+def test_choices(tmp_path, stage, choices):
+    if stage == 3 and (
+        choices.get("activation_checkpointing") == "selective" or "compile" in choices
+    ):
+        pytest.skip("a configuration error")
+    as_one_process(tmp_path, "mod", stage, 8, **choices)
+
+
+def resumed(root, stage, **choices):
+    """Train at one go, and in two parts of which the second saves again what it was given."""
+    name, paths = f"deepspeed_{stage}", [checkpoint_path(root, i) for i in range(4)]
+    jobs = [
+        ((name, "mod", 4, paths[0]), choices),
+        ((name, "mod", 2, paths[1]), choices),
+        ((name, "mod", 4, paths[2], paths[1]), {**choices, "start": 2, "saves_again": paths[3]}),
+    ]
+    for whole, first, second in on_ranks(call, 2, jobs):
+        assert np.array_equal(whole[0], np.concatenate([first[0], second[0]]))
+        assert whole[3] == first[3] + second[3]
+    whole, half, ended, again = map(tensors_of, paths)
+    assert same_bits(half, again) == []
+    assert same_bits(whole, ended) == []
+    return paths
+
+
+def test_resumed_is_never_stopped_and_goes_on_under_others(tmp_path):
+    whole, half, *_ = resumed(tmp_path, 1)
+    for number, (name, world_size) in enumerate([("deepspeed_3", 1), ("single", 1)], start=10):
+        end, again = checkpoint_path(tmp_path, number), checkpoint_path(tmp_path, number + 10)
+        choices = {"start": 2, "accumulate": 2, "saves_again": again, "partitions_all": True}
+        on_ranks(call, world_size, [((name, "mod", 4, end, half), choices)], joins=number == 10)
+        assert same_bits(tensors_of(half), tensors_of(again)) == []
+        for key, value in tensors_of(end).items():
+            if not key.startswith("ranks."):
+                assert torch.allclose(value, tensors_of(whole)[key], rtol=0, atol=1e-6), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_in_every_stage(tmp_path, stage, offload, precision):
+    choices = {"offload": offload, "precision": precision, "partitions_all": True}
+    resumed(tmp_path, stage, accumulate=2, **choices)
+
+
+class Looks(L.Callback):
+    """Sets and reads the engine's state where training starts."""
+
+    def on_train_start(self, trainer, module):
+        engine, model = trainer.strategy.engine, module.model
+        shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()}
+        self.elements = sum(shape.numel() for shape in shapes.values())
+        self.held = sum(flat.numel() for flat in state._flats(engine))
+        new = {f"state_dict.{n}": torch.full(shape, -0.0) for n, shape in shapes.items()}
+        new |= {f"state_dict.{n}": torch.full_like(b, 0.25) for n, b in model.named_buffers()}
+        state.put(engine, model, new)
+        state.publish(engine)
+        found = state.tensors(engine, model)
+        self.wrong = [k for k, t in found.items() if not torch.equal(bits(t), bits(new[k]))]
+        self.keys = set(found)
+        self.said = []
+        name = next(iter(shapes))
+        steps = {f"optimizer.{n}.step": torch.tensor(1.0) for n in shapes}
+        for changed in (
+            {k: t for k, t in new.items() if k != f"state_dict.{name}"},
+            {**new, f"state_dict.{name}": torch.zeros(3)},
+            {**new, **steps, f"optimizer.{name}.step": torch.tensor(2.0)},
+        ):
+            with pytest.raises(CheckpointError) as error:
+                state.put(engine, model, changed)
+            self.said.append(str(error.value))
+        trainer.should_stop = True
+
+
+def look(stage):
+    partition_all()
+    looks = Looks()
+    run(f"deepspeed_{stage}", "mod", 1, callbacks=[looks])
+    return looks.elements, looks.held, looks.wrong, looks.keys, looks.said
+
+
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_state_is_shared_out_and_taken_to_the_bit(stage):
+    one, two = on_ranks(look, 2, stage)
+    for elements, held, wrong, _, said in (one, two):
+        assert elements / 2 <= held < 0.6 * elements
+        assert wrong == []
+        missing, shape, steps = said
+        assert "lacks state_dict.embedding.weight" in missing
+        assert "state_dict.embedding.weight has shape [3], not [48, 16]" in shape
+        assert "different steps of AdamW, [1.0, 2.0]" in steps
+    assert not one[3] & two[3]
+    assert len(one[3]) > 3 < len(two[3])
+
+
+def diverges(stage):
+    with pytest.raises(TrainingError, match="not finite") as error:
+        run(f"deepspeed_{stage}", "dense", 4, lr=1e38)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_a_gradient_that_is_not_finite_stops_every_rank(stage):
+    assert len(set(on_ranks(diverges, 2, stage))) == 1
+
+
+def test_what_stage_3_cannot_have_is_told():
+    strategy = StrategyConfig("deepspeed_3", activation_checkpointing="selective")
+    config = TrainConfig(compile=True, strategy=strategy)
+    keys = [problem.key for problem in zero.stage_problems(3, config)]
+    assert keys == ["compile", "strategy.activation_checkpointing"]
+    assert zero.stage_problems(2, config) == []
+    with pytest.raises(ConfigError, match="hooks within it"):
+        zero.ZeRO(3, "cpu").attach(config, None, None)
+
+
+def test_where_deepspeed_is_not_to_be_had(monkeypatch):
+    with pytest.raises(ConfigError, match="does not run on mps"):
+        zero.import_deepspeed("mps")
+    zero.import_deepspeed("cpu")
+    with pytest.raises(ConfigError, match="was set up for cpu"):
+        zero.import_deepspeed("cuda")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match="pip install deepspeed"):
+        zero.import_deepspeed("cpu")

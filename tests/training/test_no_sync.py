@@ -145,12 +145,13 @@ def step(tiny, tmp_path: Path):
         module = LanguageModule(config, plan)
         watch, records = Watch(), Records()
         ranks = Ranks()
-        guard = FiniteLossGuard(None, None, [STEPS], ranks)
+        saver = Saver(ranks)
+        guard = FiniteLossGuard(None, None, [STEPS], saver)
         metrics = MetricsCallback(records, StepClock(), STEPS, "fp32", ranks)
         callbacks = [watch, guard, metrics, watch.closing]
         precision = resolve_precision(config.precision, "cpu")
         config = replace(config, precision=precision)
-        strategy = make_strategy(config, plan, "cpu", Saver(ranks))
+        strategy = make_strategy(config, plan, "cpu", saver)
         trainer = make_trainer(config, plan, strategy, Launch(), callbacks)
         vocabulary = config.model.vocabulary
         batches = [torch.randint(vocabulary, (2, plan.seq_len + 1)) for _ in range(2 * STEPS)]

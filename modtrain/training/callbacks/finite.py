@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from modtrain.data.datamodule import TokenDataModule
-from modtrain.errors import TrainingError
+from modtrain.errors import CheckpointError, TrainingError
 from modtrain.training import checkpoint
 from modtrain.training.callbacks.step import StepCallback, is_due
+from modtrain.training.checkpoint import Saver
 from modtrain.training.module import LanguageModule
-from modtrain.training.ranks import Ranks
 from modtrain.training.run_directory import RunDirectory
 
 
@@ -25,24 +26,24 @@ class FiniteLossGuard(StepCallback):
     """
 
     def __init__(
-        self, run: RunDirectory, data: TokenDataModule, intervals: list[int], ranks: Ranks
+        self, run: RunDirectory, data: TokenDataModule, intervals: list[int], saver: Saver
     ) -> None:
-        self.run, self.data, self.intervals, self.ranks = run, data, intervals, ranks
-        self._first_bad: Tensor | None = None
+        self.run, self.data, self.intervals, self.saver = run, data, intervals, saver
+        # The first step whose loss here is bad, and the first with a bad loss or gradient.
+        self._first_bad_2: Tensor | None = None
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Note a bad step, and raise where one has been and something is due."""
         statistics = module.statistics
-        healthy = torch.isfinite(statistics.total)
+        bad = ~torch.isfinite(statistics.total)
+        bad_gradient = bad
         if statistics.grad_norm is not None:
-            healthy = healthy & torch.isfinite(statistics.grad_norm)
-        if self._first_bad is None:
-            self._first_bad = torch.full((), -1, dtype=torch.long, device=healthy.device)
-        self._first_bad = torch.where(
-            healthy | (self._first_bad >= 0),
-            self._first_bad,
-            torch.full_like(self._first_bad, step),
-        )
+            bad_gradient = bad | ~torch.isfinite(statistics.grad_norm)
+        bad_2 = torch.stack([bad, bad_gradient])
+        if self._first_bad_2 is None:
+            self._first_bad_2 = torch.full((2,), -1, dtype=torch.long, device=bad_2.device)
+        is_new_2 = bad_2 & (self._first_bad_2 < 0)
+        self._first_bad_2 = torch.where(is_new_2, step, self._first_bad_2)
         if any(is_due(step, every, module.plan.steps) for every in self.intervals):
             self.check()
 
@@ -56,15 +57,18 @@ class FiniteLossGuard(StepCallback):
         Raises:
             TrainingError: names the step, its samples, and the checkpoint to go back to.
         """
-        own = -1 if self._first_bad is None else int(self._first_bad.item())
-        # Where one rank's loss is bad, its gradient spoils all the others' as well; they stop
+        own = [-1, -1] if self._first_bad_2 is None else self._first_bad_2.tolist()
+        # Where one rank's loss is bad, its gradient spoils all the others' as well: they stop
         # together, and say where it began.
-        bad = {rank: step for rank, step in enumerate(self.ranks.each(own)) if step >= 0}
-        if not bad:
+        ranks = self.saver.ranks
+        found = ranks.each(own)
+        if all(step < 0 for _, step in found):
             return
-        first = min(bad.values())
-        where = ", ".join(str(rank) for rank, step in bad.items() if step == first)
-        on_ranks = f" on rank {where}" if self.ranks.world_size > 1 else ""
+        first = min(step for _, step in found if step >= 0)
+        here = [str(rank) for rank, (step, _) in enumerate(found) if step == first]
+        on_ranks = f" on rank {', '.join(here)}" if here and ranks.world_size > 1 else ""
+        with suppress(CheckpointError):
+            self.saver.wait()
         samples = self.data.sample_numbers(first - 1)
         shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
         good = checkpoint.latest(self.run.checkpoints)
