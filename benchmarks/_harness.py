@@ -8,10 +8,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
+from modtrain.data.config import PrepareConfig, TokenizerConfig
+from modtrain.data.prepare import prepare
+
 HEAD_WIDTH = 64
+_WORDS = ("river", "stone", "sings", "under", "the", "old", "bridge")
 
 
 def check_width(parser: argparse.ArgumentParser, d_model: int) -> None:
@@ -72,7 +77,26 @@ def print_times(title: str, seconds: Mapping[str, Sequence[float]]) -> None:
         )
 
 
-def finish(benchmark: str, results: Mapping[str, float]) -> None:
+def finish(benchmark: str, results: Mapping[str, float], digits: int = 4) -> None:
     """Print the result as one JSON object; nothing may be printed after it."""
-    rounded = {name: round(value, 4) for name, value in results.items()}
+    rounded = {name: round(value, digits) for name, value in results.items()}
     print(json.dumps({"benchmark": benchmark} | rounded), flush=True)
+
+
+def prepare_words(root: Path, seq_len: int) -> None:
+    """Prepare ``root/data``: texts of a few words, a vocabulary of 300."""
+    (root / "corpus").mkdir()
+    for number in range(40):
+        text = f"{number} " + " ".join(_WORDS[i * i % len(_WORDS)] for i in range(4 * seq_len))
+        (root / "corpus" / f"{number}.txt").write_text(text)
+    prepare(
+        PrepareConfig(
+            sources=[f"{root}/corpus/*.txt"],
+            output=f"{root}/data",
+            tokenizer=TokenizerConfig(vocab_size=300),
+            seq_len=seq_len,
+            valid_fraction=0.2,
+            num_workers=1,
+        ),
+        progress=False,
+    )

@@ -18,19 +18,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lightning as L
 import torch
 from torch import nn
 
-from benchmarks._harness import HEAD_WIDTH, check_width, finish, fix_threads, print_times, ratio
-from modtrain.data.config import DataConfig, PrepareConfig, TokenizerConfig
+from benchmarks._harness import (
+    HEAD_WIDTH,
+    check_width,
+    finish,
+    fix_threads,
+    prepare_words,
+    print_times,
+    ratio,
+)
+from modtrain.data.config import DataConfig
 from modtrain.data.datamodule import TokenDataModule
-from modtrain.data.prepare import prepare
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
-from modtrain.training import run
 from modtrain.training.config import (
     BatchConfig,
     BudgetConfig,
@@ -39,11 +44,9 @@ from modtrain.training.config import (
     LogConfig,
     TrainConfig,
 )
+from modtrain.training.run import train
 from modtrain.training.schedules import lr_factor
 from modtrain.training.strategy_config import StrategyConfig
-from modtrain.training.trainer import make_trainer
-
-WORDS = ("river", "stone", "sings", "under", "the", "old", "bridge")
 
 
 def main() -> None:
@@ -52,9 +55,10 @@ def main() -> None:
     fix_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        _prepare(root, options.seq_len)
-        turns = _Turns(_config(options, root))
-        turns.train()
+        prepare_words(root, options.seq_len)
+        config = _config(options, root)
+        turns = _Turns(config)
+        train(config, [turns])
     seconds = turns.rounds(options.log_every, skip=options.log_every)
     print_times(f"{options.log_every} training steps", seconds)
     finish(
@@ -82,24 +86,6 @@ def _options() -> argparse.Namespace:
     if options.vocab < 300:
         parser.error("--vocab must be at least 300, the tokenizer's")
     return options
-
-
-def _prepare(root: Path, seq_len: int) -> None:
-    (root / "corpus").mkdir()
-    for number in range(40):
-        text = f"{number} " + " ".join(WORDS[i * i % len(WORDS)] for i in range(4 * seq_len))
-        (root / "corpus" / f"{number}.txt").write_text(text)
-    prepare(
-        PrepareConfig(
-            sources=[f"{root}/corpus/*.txt"],
-            output=f"{root}/data",
-            tokenizer=TokenizerConfig(vocab_size=300),
-            seq_len=seq_len,
-            valid_fraction=0.2,
-            num_workers=1,
-        ),
-        progress=False,
-    )
 
 
 def _config(options: argparse.Namespace, root: Path) -> TrainConfig:
@@ -166,21 +152,9 @@ class _Turns(L.Callback):
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
         self.plain = _plain_loop(config)
         self.seconds: dict[str, list[float]] = {"modtrain": [], "plain loop": []}
         self._since: float | None = None
-
-    def train(self) -> None:
-        """Run ``train()`` with this callback behind its own."""
-
-        def with_turns(*arguments: Any, **named: Any) -> L.Trainer:
-            trainer = make_trainer(*arguments, **named)
-            trainer.callbacks.append(self)  # type: ignore[attr-defined]
-            return trainer
-
-        with mock.patch.object(run, "make_trainer", with_turns):
-            run.train(self.config)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_arguments: Any, **_named: Any) -> None:
         """Note the run's step and take the other."""

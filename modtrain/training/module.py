@@ -110,6 +110,11 @@ class LanguageModule(L.LightningModule):
             raise RuntimeError("the model gave no loss for its targets")
         return sum(output.auxiliary.values(), start=output.loss)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let a checkpoint be copied to its end before the weights move."""
+        del optimizer
+        self._strategy.saver.copied()
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Let the running states of routers and experts follow the step that was made."""
         super().optimizer_step(*args, **kwargs)

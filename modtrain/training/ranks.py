@@ -6,6 +6,7 @@ and it does not. So whatever may fail on one rank goes through here.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from modtrain.errors import ModtrainError, RankError
 from modtrain.training.launch import Launch
 
 T = TypeVar("T")
+
+_joined = itertools.count()
 
 
 class Ranks:
@@ -173,7 +176,8 @@ def _meet(launch: Launch, timeout: timedelta) -> Store:
         return HashStore()
     found = rendezvous("env://", rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     store: Store = next(found)[0]
-    return store
+    # A launcher's store outlives a group, with what the last one left there.
+    return PrefixStore(f"run{next(_joined)}", store)
 
 
 def _told(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -48,10 +48,12 @@ class Outcome:
     exit_code: int = 0
 
 
-def train(config: TrainConfig) -> Outcome:
+def train(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> Outcome:
     """Train the run that ``config`` describes, from its newest whole checkpoint if it has one.
 
     Collective where torchrun or srun started several processes.
+
+    callbacks: more of Lightning's, to look on; they come first.
 
     Raises:
         ModtrainError: what a user can mend, with the remedy.
@@ -70,7 +72,7 @@ def train(config: TrainConfig) -> Outcome:
     ):
         with ranks.together():
             config, plan = resolve(config, launch=launch)
-        return _Run(config, plan, launch, ranks, watch).train()
+        return _Run(config, plan, launch, ranks, watch, callbacks).train()
 
 
 class _Run:
@@ -83,8 +85,9 @@ class _Run:
         launch: Launch,
         ranks: Ranks,
         watch: Watch | None,
+        more_callbacks: Sequence[L.Callback],
     ) -> None:
-        self.config, self.plan = config, plan
+        self.config, self.plan, self.more_callbacks = config, plan, more_callbacks
         self.launch, self.ranks, self.watch = launch, ranks, watch
         self.directory = RunDirectory.of(config)
         self.console = Console(soft_wrap=True, quiet=not ranks.is_first)
@@ -180,7 +183,7 @@ class _Run:
         callbacks.append(CheckpointCallback(run, config.checkpoint, clock, saver))
         if self.watch is not None:
             callbacks.append(WatchCallback(self.watch))
-        return callbacks
+        return [*self.more_callbacks, *callbacks]
 
     def _stopped(self) -> Outcome:
         run = self.directory

@@ -105,6 +105,8 @@ class TrainingStrategy(Strategy):
             int(checkpoint["global_step"]),
             rank_state,
             blocking=(storage_options or {}).get("blocking", True),
+            # Copied while the next step computes: see `LanguageModule.on_before_optimizer_step`.
+            later=True,
         )
 
     def load_checkpoint(

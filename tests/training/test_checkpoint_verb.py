@@ -166,6 +166,15 @@ def test_any_dtype_and_shape_is_consolidated(tmp_path):
     assert all(v.dtype == loaded[k].dtype and torch.equal(v, loaded[k]) for k, v in state.items())
 
 
+def test_a_tied_weight_that_was_stored_twice_is_stored_once(tmp_path):
+    path, weight = checkpoint.checkpoint_path(tmp_path, 1), torch.randn(3, 2)
+    names = ("model.head.weight", "model.embedding.weight")
+    checkpoint.save(path, {"state_dict": dict.fromkeys(names, weight)}, 1)
+    tied = {"head.weight": "embedding.weight"}
+    consolidate(path, tmp_path / "w.safetensors", tied=tied)
+    assert load_file(tmp_path / "w.safetensors").keys() == {"embedding.weight"}
+
+
 def peak_of_consolidating(path: str, output: str) -> int:
     """Bytes of memory at the peak above those before, measured in a process of its own."""
     code = (

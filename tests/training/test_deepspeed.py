@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import lightning as L
@@ -264,6 +265,8 @@ class Looks(L.Callback):
 
     def on_train_start(self, trainer, module):
         engine, model = trainer.strategy.engine, module.model
+        # Before the first step nobody has found out yet who reads the head's weight.
+        evaluate(model, [micro_batch(0)], nullcontext())
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()}
         self.elements = sum(shape.numel() for shape in shapes.values())
         self.held = sum(flat.numel() for flat in state._flats(engine))

@@ -128,6 +128,18 @@ def test_a_hostile_checkpoint_runs_nothing(path, tmp_path, plant):
     assert not mark.exists()
 
 
+def test_a_file_of_others_is_not_read_even_if_harmless(path):
+    changed = metadata(path)
+    for key, info in changed.storage_data.items():
+        if key.fqn == "state_dict.weight":
+            content = (path / "__0_0.distcp").read_bytes()[info.offset :][: info.length]
+            (path.parent / "outside").write_bytes(content)
+            info.relative_path, info.offset = "../outside", 0
+    planted(path, ".metadata", pickle.dumps(changed))
+    with pytest.raises(CheckpointError, match="a file of others"):
+        checkpoint.load_weights(path, torch.nn.Linear(2, 2, bias=False))
+
+
 def test_the_pickles_of_these_tests_would_run(tmp_path):
     pickle.loads(pickle.dumps(Hostile(tmp_path / "one")))
     torch.load(io.BytesIO(torch_pickle(Hostile(tmp_path / "two"))), weights_only=False)

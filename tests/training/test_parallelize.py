@@ -62,7 +62,7 @@ _LAYOUTS = {
 }
 # Each step has four micro-batches, however many of them a rank has; some losses are no means over
 # the tokens, so all have to have the same.
-_MICRO_BATCHES, _LENGTH, _STEPS, _LIMIT = 4, 19, 3, 0.5
+_MICRO_BATCHES, _LENGTH, _STEPS, _LIMIT = 4, 19, 2, 0.5
 
 
 @dataclass

@@ -118,17 +118,17 @@ class Staging:
         """
         self._buffers = copies = {part.item.index.fqn: self._buffer(part) for part in parts}
 
-        def copy_all() -> None:
+        def copy_all(non_blocking: bool) -> None:
             for part in parts:
-                copies[part.item.index.fqn].copy_(part.tensor, non_blocking=True)
+                copies[part.item.index.fqn].copy_(part.tensor, non_blocking=non_blocking)
 
         if ready is None:
-            copy_all()
+            copy_all(non_blocking=False)
         else:
-            stream = torch.Stream(_device(parts))
+            stream = torch.Stream(device_of(parts))
             stream.wait_event(ready)
             with stream:
-                copy_all()
+                copy_all(non_blocking=True)
             stream.synchronize()
         return [replace(part, tensor=copies[part.item.index.fqn]) for part in parts]
 
@@ -136,23 +136,23 @@ class Staging:
         known, tensor = self._buffers.get(part.item.index.fqn), part.tensor
         if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
             return known
-        # Only from pinned memory does a copy run beside the host.
-        pinned = not tensor.is_cpu and torch.accelerator.is_available()
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        # To other memory CUDA would not copy beside the host.
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 def ready_event(parts: list[Part]) -> torch.Event | None:
-    """Mark what the device has been asked to compute so far; None where all parts are on the host.
+    """Mark what CUDA has been asked to compute so far; None where no part is there.
 
     For the thread that copies has a stream of its own.
     """
-    device = _device(parts)
-    if device is None:
+    device = device_of(parts)
+    if device is None or device.type != "cuda":
         return None
     event = torch.Event(device)
     event.record(torch.accelerator.current_stream(device))
     return event
 
 
-def _device(parts: list[Part]) -> torch.device | None:
+def device_of(parts: list[Part]) -> torch.device | None:
+    """Return the device that parts are on; None where all are on the host."""
     return next((part.tensor.device for part in parts if not part.tensor.is_cpu), None)

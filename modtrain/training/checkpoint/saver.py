@@ -16,7 +16,14 @@ from torch import Tensor
 
 from modtrain.errors import CheckpointError
 from modtrain.training.checkpoint.crew import Crew
-from modtrain.training.checkpoint.parts import Part, Staging, digest_of, parts_of, ready_event
+from modtrain.training.checkpoint.parts import (
+    Part,
+    Staging,
+    device_of,
+    digest_of,
+    parts_of,
+    ready_event,
+)
 from modtrain.training.checkpoint.rank_state import rank_part
 from modtrain.training.checkpoint.recovery import prune
 from modtrain.training.checkpoint.writing import refuse_to_overwrite, write
@@ -99,8 +106,8 @@ class Saver:
             if rank_state is not None:
                 parts.append(rank_part(rank_state, self.ranks.rank))
             digest = digest_of(tensors) if dealt else ""
-        ready = ready_event(parts)
-        copy = partial(self._copy, parts, ready, is_copy=not blocking or ready is not None)
+        ready, on_device = ready_event(parts), device_of(parts) is not None
+        copy = partial(self._copy, parts, ready, is_copy=not blocking or on_device)
         self._copied = threading.Event()
         # A rank that fails must be able to end, though its save waits for the others.
         self._thread = threading.Thread(
