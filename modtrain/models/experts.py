@@ -142,10 +142,15 @@ class Experts(nn.Module):
         normed_BSD = self.norm(x_BSD)
         normed_TD = normed_BSD.flatten(0, 1)
         logits_TR = self.expert_router(normed_TD)
+        # One reduction for all that is made of the softmax: of a softmax beside a logsumexp torch
+        # 2.13's inductor makes a wrong gradient on the CPU.
+        normaliser_T1 = logits_TR.logsumexp(-1, keepdim=True)
         slots = (
             self.config.slots(x_BSD.shape[1]) if context.selection in TRAINING_SELECTIONS else None
         )
-        rows = self._rows(logits_TR, x_BSD.shape[:2], valid_BS, context.documents_BS, slots)
+        rows = self._rows(
+            logits_TR, normaliser_T1, x_BSD.shape[:2], valid_BS, context.documents_BS, slots
+        )
         y_MD = self.inner(normed_TD.index_select(0, rows.token_M), rows.offsets_E)
         dtype = x_BSD.dtype
         y_MD = y_MD.to(dtype) * rows.weight_M.to(dtype).unsqueeze(-1)
@@ -153,7 +158,8 @@ class Experts(nn.Module):
         update_BSD = update_TD.view_as(x_BSD)
         if self.shared is not None:
             update_BSD = update_BSD + self.shared(normed_BSD)
-        return Output(update_BSD, experts=(self._record(rows, logits_TR, valid_BS),))
+        record = self._record(rows, logits_TR, normaliser_T1, valid_BS)
+        return Output(update_BSD, experts=(record,))
 
     @property
     def keeps_state(self) -> bool:
@@ -180,6 +186,7 @@ class Experts(nn.Module):
     def _rows(
         self,
         logits_TR: Tensor,
+        normaliser_T1: Tensor,
         shape: torch.Size,
         valid_BS: Tensor | None,
         documents_BS: Tensor | None,
@@ -190,25 +197,25 @@ class Experts(nn.Module):
         if valid_BS is None:
             valid_BS = torch.ones(batch, length, dtype=torch.bool, device=logits_TR.device)
         if self.config.choice == "expert":
-            probability_TE = logits_TR.softmax(-1)[:, : self.count]
+            probability_TE = (logits_TR - normaliser_T1).exp()[:, : self.count]
             if slots is None:
                 return self._above_quantile(probability_TE, valid_BS.flatten())
             probability_BSE = probability_TE.view(batch, length, -1)
             return largest_rows(probability_BSE, valid_BS, documents_BS, self.choices, slots)
-        choice_TK, weight_TK = self._choose(logits_TR)
+        choice_TK, weight_TK = self._choose(logits_TR, normaliser_T1)
         choice_TK = torch.where(valid_BS.view(-1, 1), choice_TK, self.choices)
         if slots is None:
             return sorted_rows(choice_TK, weight_TK, self.count, self.choices)
         return limited_rows(choice_TK, weight_TK, self.count, self.choices, batch, slots)
 
-    def _choose(self, logits_TR: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits_TR: Tensor, normaliser_T1: Tensor) -> tuple[Tensor, Tensor]:
         """Return the K choices of each token and their weights."""
         steer_TR = logits_TR.detach()
         if self.config.balance_kind == "bias":
             steer_TR = steer_TR + self.bias
         choice_TK = steer_TR.topk(self.config.top_k, dim=-1).indices
         if self.config.top_k == 1:
-            return choice_TK, logits_TR.softmax(-1).gather(1, choice_TK)
+            return choice_TK, (logits_TR.gather(1, choice_TK) - normaliser_T1).exp()
         # Probabilities over their sum are the softmax of these logits alone, without the 0 / 0 of
         # choices that the bias made against all odds.
         return choice_TK, logits_TR.gather(1, choice_TK).softmax(-1)
@@ -223,7 +230,9 @@ class Experts(nn.Module):
         choice_TE = torch.where(taken_TE, expert_E, self.choices)
         return sorted_rows(choice_TE, probability_TE, self.count, self.choices)
 
-    def _record(self, rows: Rows, logits_TR: Tensor, valid_BS: Tensor | None) -> ExpertRecord:
+    def _record(
+        self, rows: Rows, logits_TR: Tensor, normaliser_T1: Tensor, valid_BS: Tensor | None
+    ) -> ExpertRecord:
         wide = logits_TR.dtype
         load_R = rows.load_R.to(wide)
         load_R = load_R / load_R.sum().clamp(min=1)
@@ -231,9 +240,6 @@ class Experts(nn.Module):
         dropped = (computing - rows.taken_E.sum()).to(wide) / computing.clamp(min=1)
         valid_T = None if valid_BS is None else valid_BS.flatten().to(wide)
         balance_loss = z_loss = None
-        # One reduction for both losses: of a softmax beside a logsumexp torch 2.13's inductor makes
-        # a wrong gradient on the CPU.
-        normaliser_T1 = logits_TR.logsumexp(-1, keepdim=True)
         if self.config.balance_kind == "loss":
             mean_R = _mean((logits_TR - normaliser_T1).exp(), valid_T)
             balance_loss = self.choices * (load_R * mean_R).sum()

@@ -49,7 +49,7 @@ def apply(model: nn.Module, mode: str) -> None:
 
 
 class _Checkpointed(CheckpointWrapper):
-    """A wrapper that nobody sees who asks for names.
+    """A wrapper that has the name of the layer inside.
 
     torch's own hides itself in state dicts only: in the names of the whole model's parameters it
     would show, and whoever goes by names would take one weight for two.
@@ -61,7 +61,12 @@ class _Checkpointed(CheckpointWrapper):
         prefix: str = "",
         remove_duplicate: bool = True,
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Give the names of the layer inside."""
+        """Give the wrapper itself, and the layer inside under the same name."""
+        memo = set() if memo is None else memo
+        if self in memo and remove_duplicate:
+            return
+        memo.add(self)
+        yield prefix, self
         inner: nn.Module = self._checkpoint_wrapped_module
         yield from inner.named_modules(memo, prefix, remove_duplicate)
 

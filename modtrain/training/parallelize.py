@@ -91,7 +91,8 @@ def fsdp_ep(model: Transformer, meshes: Meshes, options: LayerOptions) -> None:
     place = expert_parallel.placement(expert_data, _placement(meshes.layers))
     shard(model, meshes, options, place)
     for layer in model.layers:
-        expert_parallel.average(layer, expert_data, meshes.whole.size())
+        if isinstance(layer, FSDPModule):
+            expert_parallel.average(layer, expert_data, meshes.whole.size())
 
 
 def prepare_layers(model: Transformer, options: LayerOptions) -> None:
@@ -117,7 +118,7 @@ def shard(
     """Apply FSDP2. place: where a layer's parameters go; None: over ``meshes.layers``."""
     # What a forward pass gives is summed and looked at, never changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    layers = [_showing_itself(layer) for layer in model.layers]
+    layers = list(model.layers)
     policy = MixedPrecisionPolicy()
     if options.precision == "bf16":
         # Autocast sees to the inputs: the residual stream is to stay as wide as it is.
@@ -181,25 +182,3 @@ def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
         return next(map(Shard, even), None)
 
     return place
-
-
-def _showing_itself(layer: nn.Module) -> nn.Module:
-    """Let FSDP find a checkpointed layer, which hides behind what is in it from whoever asks names.
-
-    FSDP looks for the modules that it was applied to by their names.
-    """
-    hidden = type(layer)
-    if layer in set(layer.modules()):
-        return layer
-
-    def named_modules(
-        self: nn.Module,
-        memo: set[nn.Module] | None = None,
-        prefix: str = "",
-        remove_duplicate: bool = True,
-    ) -> Iterator[tuple[str, nn.Module]]:
-        yield prefix, self
-        yield from hidden.named_modules(self, memo, prefix, remove_duplicate)
-
-    layer.__class__ = type(hidden.__name__, (hidden,), {"named_modules": named_modules})
-    return layer
