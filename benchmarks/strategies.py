@@ -38,7 +38,8 @@ from modtrain.training.config import (
 from modtrain.training.launch import Launch
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run import train
-from modtrain.training.strategy_config import STRATEGIES, StrategyConfig, size_problems
+from modtrain.training.strategy_config import STRATEGIES, StrategyConfig
+from modtrain.training.strategy_problems import size_problems
 
 SEQ_LEN, MICRO_BATCH, SEQUENCES = 64, 1, 8
 _SIZE: Mapping[str, Any] = {"d_model": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4}
@@ -111,10 +112,11 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
 
 def _strategy(name: str, processes: int) -> StrategyConfig:
     # On four processes groups of two, so that both axes of a mesh have something to do.
-    group = min(2, processes)
+    config = StrategyConfig(name, accelerator="cpu", num_threads=1, timeout=120.0)
     own = {"hsdp": "shard_size", "fsdp_tp": "tensor_parallel", "fsdp_ep": "expert_parallel"}
-    sizes = {own[name]: group} if name in own else {}
-    return StrategyConfig(name, accelerator="cpu", num_threads=1, timeout=120.0, **sizes)
+    if name in own:
+        setattr(config, own[name], min(2, processes))
+    return config
 
 
 def _config(root: Path, model: str, strategy: str, processes: int, steps: int) -> TrainConfig:

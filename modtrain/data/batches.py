@@ -2,15 +2,17 @@
 
 Of a step of G samples, sample j is slot i of micro-batch a on rank r, where j = (a·W + r)·m + i
 with W ranks and micro-batches of m. So the stream of samples is one and the same for every world
-size, number of workers and accumulation that share G.
+size, number of workers and accumulation that share G. Stretches of it may be left out for good: the
+samples behind them move up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from modtrain.data.order import SampleOrder
@@ -49,19 +51,42 @@ class BatchPlan:
         return self.micro_batch_size * self.accumulate * self.world_size
 
 
+def stream_positions(
+    consumed: NDArray[np.int64], left_out: Sequence[tuple[int, int]]
+) -> NDArray[np.int64]:
+    """Positions in the stream of the samples that a run consumes, int64, in the same shape.
+
+    consumed: how many samples the run has consumed before each. left_out: stretches of positions
+    that it does not read, (first, one behind the last), in their order and apart.
+    """
+    positions = consumed
+    for first, stop in left_out:
+        positions = positions + (stop - first) * (positions >= first)
+    return positions
+
+
 class RankBatchSampler(Sampler[list[int]]):
     """Batches of sample numbers for one rank, from ``start_step`` to the end of the run.
+
+    left_out: stretches of the stream that are not read, as in `stream_positions`.
 
     Its length is that of the whole run, ``num_steps * accumulate``, wherever it starts: a trainer
     that counts batches over the run must not see a shorter one after a restart.
     """
 
-    def __init__(self, order: SampleOrder, plan: BatchPlan, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        order: SampleOrder,
+        plan: BatchPlan,
+        start_step: int = 0,
+        left_out: Sequence[tuple[int, int]] = (),
+    ) -> None:
         if not 0 <= start_step <= plan.num_steps:
             raise ValueError(f"start_step {start_step} is not within 0 to {plan.num_steps}")
         self.order = order
         self.plan = plan
         self.start_step = start_step
+        self.left_out = left_out
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.accumulate
@@ -74,7 +99,8 @@ class RankBatchSampler(Sampler[list[int]]):
         stride = max(1, _LOOKUP_POSITIONS // in_step_Am.size)
         for first in range(self.start_step, plan.num_steps, stride):
             steps_T = np.arange(first, min(first + stride, plan.num_steps), dtype=np.int64)
-            positions_TAm = steps_T[:, None, None] * plan.samples_per_step + in_step_Am
+            consumed_TAm = steps_T[:, None, None] * plan.samples_per_step + in_step_Am
+            positions_TAm = stream_positions(consumed_TAm, self.left_out)
             yield from self.order.lookup(positions_TAm).reshape(-1, plan.micro_batch_size).tolist()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from modtrain.data.batches import BatchPlan, EvalBatchSampler, RankBatchSampler
+from modtrain.data.batches import (
+    BatchPlan,
+    EvalBatchSampler,
+    RankBatchSampler,
+    stream_positions,
+)
 from modtrain.data.config import DataConfig
 from modtrain.data.index import ShardIndex
 from modtrain.data.order import SampleOrder
@@ -28,6 +34,8 @@ class TokenDataModule(lightning.LightningDataModule):
     rank are those of the trainer's data-parallel ranks, 1 and 0 without a trainer.
 
     start_step: optimizer step at which training starts; set it before ``train_dataloader()``.
+    left_out: stretches of the stream that are not read, (first position, one behind the last), in
+    their order and apart; set them before as well.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class TokenDataModule(lightning.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.eval_sequences = eval_sequences
         self.start_step = 0
+        self.left_out: Sequence[tuple[int, int]] = ()
 
     @cached_property
     def index(self) -> ShardIndex:
@@ -98,7 +107,8 @@ class TokenDataModule(lightning.LightningDataModule):
     def sample_numbers(self, step: int) -> list[int]:
         """The numbers of all ranks' samples in an optimizer step, in the order of the stream."""
         samples = self.plan().samples_per_step
-        positions = np.arange(step * samples, (step + 1) * samples, dtype=np.int64)
+        consumed = np.arange(step * samples, (step + 1) * samples, dtype=np.int64)
+        positions = stream_positions(consumed, self.left_out)
         numbers: list[int] = self.order.lookup(positions).tolist()
         return numbers
 
@@ -108,7 +118,8 @@ class TokenDataModule(lightning.LightningDataModule):
         Raises DataError where the shards are missing or damaged.
         """
         return self._loader(
-            self.train_data, RankBatchSampler(self.order, self.plan(), self.start_step)
+            self.train_data,
+            RankBatchSampler(self.order, self.plan(), self.start_step, self.left_out),
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:

@@ -10,6 +10,7 @@ from modtrain.data.config import DataConfig
 from modtrain.errors import Problem
 from modtrain.models.config import ModelConfig
 from modtrain.training.strategy_config import StrategyConfig
+from modtrain.training.strategy_problems import run_problems
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 CAPACITY_SCHEDULES = ("constant", "linear", "cosine", "step")
@@ -275,6 +276,7 @@ class TrainConfig:
             *("capacity_schedule", "strategy", "eval", "checkpoint", "log"),
         ):
             found += getattr(self, part).problems(part)
+        found += run_problems(self.strategy, "strategy", self.compile)
         return found + self._routing_problems()
 
     def _routing_problems(self) -> list[Problem]:

@@ -29,13 +29,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from modtrain.errors import ConfigError, Problem, TrainingError, raise_if_any
+from modtrain.errors import ConfigError, Problem, TrainingError
 from modtrain.models.transformer import Transformer
 from modtrain.training import parallelize
-from modtrain.training.checkpoint import Restored, Saver, optimizer_groups, tied_names
-from modtrain.training.config import TrainConfig
+from modtrain.training.checkpoint import Restored, optimizer_groups, tied_names
 from modtrain.training.deepspeed_state import clip_gradients, restore, take_groups, tensors
-from modtrain.training.plan import TrainingPlan
 from modtrain.training.strategies import Forward, TrainingStrategy, layer_options
 
 # Elements of a bucket of gradients: 200 MB in fp32. A small model has smaller ones.
@@ -66,15 +64,6 @@ class ZeRO(TrainingStrategy, DDPStrategy):
         self.engine: Any = None
         self._boundary = True
         self._groups: list[dict[str, Any]] = []
-
-    def attach(self, config: TrainConfig, plan: TrainingPlan, saver: Saver) -> None:
-        """Take what the strategy goes by.
-
-        Raises:
-            ConfigError: stage 3 cannot have it.
-        """
-        raise_if_any(stage_problems(self.stage, config))
-        super().attach(config, plan, saver)
 
     def cut(self, model: Transformer) -> Forward:
         """Prepare the layers; the engine does the rest when there is an optimizer."""
@@ -275,23 +264,6 @@ def import_deepspeed(device_type: str) -> ModuleType:
         # Compiled for minutes at the first collective otherwise, where a compiler is found.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def stage_problems(stage: int, config: TrainConfig) -> list[Problem]:
-    """What of the run's configuration ZeRO's stage 3 cannot have."""
-    if stage < 3:
-        return []
-    found = []
-    if config.compile:
-        reason = "makes one graph of a layer, and stage 3 gathers parameters by hooks within it"
-        remedy = "use false, or strategy=deepspeed_2 or strategy=fsdp"
-        found.append(Problem("compile", True, reason, remedy))
-    mode = config.strategy.activation_checkpointing
-    if mode == "selective":
-        reason = "would take what gathers stage 3's parameters for the layer's own operations"
-        remedy = "use full or none, or strategy=deepspeed_2 or strategy=fsdp"
-        found.append(Problem("strategy.activation_checkpointing", mode, reason, remedy))
-    return found
 
 
 def zero_config(stage: int, offload: bool, num_parameters: int, is_cuda: bool) -> dict[str, Any]:

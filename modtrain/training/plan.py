@@ -15,12 +15,8 @@ from modtrain.models.pattern import PATTERNS
 from modtrain.training.capacity_schedule import CapacityStage, capacity_stages
 from modtrain.training.config import TrainConfig
 from modtrain.training.launch import Launch
-from modtrain.training.strategy_config import (
-    Sizes,
-    expected_launch,
-    size_problems,
-    sizes_of,
-)
+from modtrain.training.strategy_config import Sizes, expected_launch, sizes_of
+from modtrain.training.strategy_problems import size_problems
 
 _ALONE = Sizes()
 

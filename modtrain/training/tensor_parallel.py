@@ -38,10 +38,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from modtrain.errors import Problem, raise_if_any
+from modtrain.errors import raise_if_any
 from modtrain.models.attention import Attention
 from modtrain.models.block import Block
-from modtrain.models.config import ModelConfig
 from modtrain.models.convolution import Convolution
 from modtrain.models.depth import MixtureOfDepths, Residual
 from modtrain.models.experts import ExpertMLPs, Experts
@@ -50,6 +49,7 @@ from modtrain.models.loss import IGNORED
 from modtrain.models.norm import RMSNorm
 from modtrain.models.sequence import Output, SequenceContext
 from modtrain.models.transformer import Transformer
+from modtrain.training.strategy_problems import tensor_problems
 
 
 def slice_layers(model: Transformer, mesh: DeviceMesh) -> None:
@@ -61,7 +61,7 @@ def slice_layers(model: Transformer, mesh: DeviceMesh) -> None:
     Raises:
         ConfigError: they cannot be cut so.
     """
-    raise_if_any(problems(model.config, mesh.size()))
+    raise_if_any(tensor_problems(model.config, mesh.size()))
     group = Group(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
     parts = [m.module for m in model.modules() if isinstance(m, Residual | MixtureOfDepths)]
     for part in parts:
@@ -72,31 +72,6 @@ def slice_layers(model: Transformer, mesh: DeviceMesh) -> None:
         else:
             _slice_part(part, group, mesh, is_alone=True)
     _become(model, _TokenParallel, group=group)
-
-
-def problems(config: ModelConfig, size: int, prefix: str = "model") -> list[Problem]:
-    """Say why the layers of such a model cannot be cut over groups of ``size`` ranks."""
-    found = []
-    numbers: list[tuple[str, int]] = []
-    if "attention" in config.mixers:
-        numbers += [("num_heads", config.num_heads), ("num_kv_heads", config.kv_heads)]
-    if "convolution" in config.mixers:
-        numbers.append(("d_model", config.d_model))
-    mixtures = [config.has_experts(layer) for layer in range(config.num_layers)]
-    if not all(mixtures):
-        numbers.append(("d_ff", config.ff_width))
-    if any(mixtures):
-        numbers.append(("experts.dim", config.experts.width(config.ff_width)))
-    for name, value in numbers:
-        if value % size:
-            reason = f"cannot be split evenly over {size} processes"
-            remedy = f"use a multiple of {size}, or another strategy.tensor_parallel"
-            found.append(Problem(f"{prefix}.{name}", value, reason, remedy))
-    if config.is_routed and config.router.score == "attention" and size > 1:
-        reason = "is made of all heads, of which each process has some"
-        remedy = "use a learned score, or strategy=fsdp"
-        found.append(Problem(f"{prefix}.router.score", config.router.score, reason, remedy))
-    return found
 
 
 class Group(NamedTuple):

@@ -30,6 +30,7 @@ from modtrain.training.plan import CostedStage, TrainingPlan
 from modtrain.training.ranks import Ranks
 from modtrain.training.strategies import make_strategy
 from modtrain.training.strategy_config import StrategyConfig
+from modtrain.training.strategy_problems import run_problems
 from modtrain.training.trainer import make_trainer
 
 LENGTH, STEPS = 16, 20
@@ -326,11 +327,11 @@ def test_a_gradient_that_is_not_finite_stops_every_rank(stage):
 def test_what_stage_3_cannot_have_is_told():
     strategy = StrategyConfig("deepspeed_3", activation_checkpointing="selective")
     config = TrainConfig(compile=True, strategy=strategy)
-    keys = [problem.key for problem in zero.stage_problems(3, config)]
-    assert keys == ["compile", "strategy.activation_checkpointing"]
-    assert zero.stage_problems(2, config) == []
-    with pytest.raises(ConfigError, match="hooks within it"):
-        zero.ZeRO(3, "cpu").attach(config, None, None)
+    found = run_problems(config.strategy, "strategy", config.compile)
+    keys = ["compile", "strategy.activation_checkpointing"]
+    assert [problem.key for problem in found] == keys
+    assert set(keys) <= {problem.key for problem in config.problems(needs_name=False)}
+    assert run_problems(replace(strategy, name="deepspeed_2"), "strategy", True) == []
 
 
 def test_where_deepspeed_is_not_to_be_had(monkeypatch):

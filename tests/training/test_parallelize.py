@@ -16,11 +16,12 @@ from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.loss import IGNORED
 from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer, is_predictor
-from modtrain.training import parallelize, tensor_parallel
+from modtrain.training import parallelize
 from modtrain.training.gradients import clip
 from modtrain.training.held_out import evaluate
 from modtrain.training.meshes import AXES, make_meshes
 from modtrain.training.parallelize import LayerOptions
+from modtrain.training.strategy_problems import tensor_problems
 
 _CAUSAL = ["predictor", "auxiliary", "threshold"]
 _CASES = {
@@ -395,16 +396,16 @@ def test_what_cannot_be_sliced_is_told_at_once():
         router=RouterConfig(score="attention", target="mlp"),
         experts=ExpertsConfig(count=2, top_k=2, every=4, dim=6),
     )
-    found = tensor_parallel.problems(config, 4)
+    found = tensor_problems(config, 4)
     keys = ["num_kv_heads", "d_ff", "experts.dim", "router.score"]
     assert [problem.key for problem in found] == [f"model.{key}" for key in keys]
-    assert [p.key for p in tensor_parallel.problems(config, 3)][:2] == [
+    assert [p.key for p in tensor_problems(config, 3)][:2] == [
         "model.num_heads",
         "model.num_kv_heads",
     ]
-    assert "model.d_model" in [p.key for p in tensor_parallel.problems(config, 3)]
-    assert tensor_parallel.problems(config, 1) == []
-    assert "is made of all heads" in str(tensor_parallel.problems(config, 2)[0])
+    assert "model.d_model" in [p.key for p in tensor_problems(config, 3)]
+    assert tensor_problems(config, 1) == []
+    assert "is made of all heads" in str(tensor_problems(config, 2)[0])
 
 
 def _pieces(case):
