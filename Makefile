@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SAMPLE := prompt='My fellow citizens' echo=true max_tokens=60 sampling.top_p=0.9
 
-.PHONY: help install quickstart test test-slow lint format types imports bench docs lock clean
+.PHONY: help install quickstart test test-slow kills lint format types imports bench docs lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -32,6 +32,9 @@ test: $(STAMP)  ## the quick tests
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(BIN)/pytest -m slow
+
+kills: $(STAMP)  ## a hundred kills -9 of ranks, each gone on from to the bit
+	$(BIN)/pytest tests/faults/test_kills_ranks.py -m slow --kills 100
 
 lint: $(STAMP)  ## ruff, lint and format
 	$(BIN)/ruff check .

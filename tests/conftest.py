@@ -14,6 +14,10 @@ from modtrain.data.prepare import prepare
 WORDS = ["the", "a", "tree", "river", "stone", "walks", "sings", "under", "old", "quiet", "and"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, help="how often the tests of killed ranks kill")
+
+
 def make_corpus(folder: Path, documents: int = 60, words: int = 200) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(7)

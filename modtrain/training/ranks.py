@@ -29,7 +29,7 @@ _joined = itertools.count()
 
 
 class Ranks:
-    """The processes of a run. Without a process group there is one, and nothing to agree on.
+    """The processes of a run. Where there is one, there is nothing to agree on.
 
     Agreement goes over a group of its own, gloo whatever the devices are: it must not come between
     the collectives of training, and works where the device no longer does.
@@ -43,7 +43,7 @@ class Ranks:
         self.world_size, self.rank, self.store = 1, 0, store
         self.group: dist.ProcessGroup | None = None
         self._asked: tuple[Tensor, Any] | None = None
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
             self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
             self.group = dist.new_group(backend="gloo", timeout=timeout)
 

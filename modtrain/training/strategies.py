@@ -115,6 +115,7 @@ class TrainingStrategy(Strategy):
         """Restore model and optimizer in place; return the rest. Always plain data."""
         del weights_only
         restored = self.restore(Path(checkpoint_path))
+        _recount(restored.rest, self.plan.accumulate)
         return {**restored.rest, "random_states": restored.rank_state}
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -163,7 +164,7 @@ class DataParallel(TrainingStrategy, DDPStrategy):
 
 
 class Sharded(TrainingStrategy, ModelParallelStrategy):
-    """FSDP2, with what else cuts a layer: tensor or expert parallelism."""
+    """FSDP2, with what else is cut: a layer's products, its experts, or the sequences."""
 
     def __init__(self, meshes: Meshes, timeout: timedelta) -> None:
         super().__init__(timeout=timeout)
@@ -192,6 +193,19 @@ class Sharded(TrainingStrategy, ModelParallelStrategy):
         cut = getattr(parallelize, self.config.strategy.name)
         cut(model, self.meshes, layer_options(self.config, self.plan))
         return model
+
+
+def _recount(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Let Lightning's loop stand where ``checkpoint``'s step is, in place.
+
+    It counts micro-batches, and tells by their number where a step ends. On another number of ranks
+    a step has other ones.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    behind = int(checkpoint["global_step"]) * accumulate - int(progress["current"]["ready"])
+    for counts in (progress["total"], progress["current"]):
+        for name, count in counts.items():
+            counts[name] = count + behind
 
 
 def layer_options(config: TrainConfig, plan: TrainingPlan) -> parallelize.LayerOptions:
@@ -238,7 +252,13 @@ def make_strategy(
         strategy = ZeRO(config.strategy.stage, device_type, config.strategy.offload, timeout)
     else:
         meshes = make_meshes(
-            name, sizes.world_size, sizes.tensor, sizes.expert, sizes.shard, device_type
+            name,
+            sizes.world_size,
+            sizes.tensor,
+            sizes.expert,
+            sizes.shard,
+            device_type,
+            sizes.context,
         )
         strategy = Sharded(meshes, timeout)
     strategy.attach(config, plan, saver)

@@ -1,0 +1,95 @@
+"""Small runs on ranks, with each rank's samples noted, for tests that break and resume them."""
+
+import json
+import os
+from pathlib import Path
+
+import lightning as L
+
+from modtrain.configuration import compose
+from modtrain.data.tokens import TokenDataset
+from modtrain.training.callbacks import held_out
+from modtrain.training.preemption import STOP
+from modtrain.training.run import train
+
+SEQ_LEN, SEQUENCES = 64, 8
+EXPERTS = ("model.experts.count=4", "model.experts.dim=16", "model.experts.top_k=2")
+
+
+def overrides(prepared: Path, runs: Path, name: str, steps: int, *more: str) -> list[str]:
+    """A run of ``steps`` steps, each of eight sequences: 1, 2 and 4 data-parallel ranks fit."""
+    return [
+        *("model=tiny", f"data.path={prepared}", f"runs_dir={runs}", f"name={name}"),
+        *(f"budget.steps={steps}", f"batch.tokens={SEQUENCES * SEQ_LEN}"),
+        *("batch.micro_batch_size=1", "checkpoint.every=2", "checkpoint.keep_last=2"),
+        *("eval.every=4", "eval.sequences=4", "eval.batch_size=1", "log.every=1"),
+        *("log.tensorboard=false", "log.progress=false", "strategy.accelerator=cpu"),
+        *("strategy.timeout=60", *more),
+    ]
+
+
+class Noted(L.Callback):
+    """Writes down which samples a rank trained on, told by their contents, not by the loader."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.numbers: dict[bytes, int] = {}
+
+    def on_train_start(self, trainer, _module) -> None:
+        data: TokenDataset = trainer.datamodule.train_data
+        rows = data.__getitems__(list(range(len(data))))
+        self.numbers = {row.numpy().tobytes(): number for number, row in enumerate(rows)}
+        assert len(self.numbers) == len(data), "samples with the same text cannot be told apart"
+
+    def on_train_batch_end(self, trainer, _module, _outputs, batch, batch_idx) -> None:
+        plan = trainer.datamodule.plan()
+        step, micro = divmod(batch_idx, plan.accumulate)
+        numbers = [self.numbers[row.numpy().tobytes()] for row in batch]
+        record = [step, micro * plan.world_size + plan.rank, numbers]
+        with (self.path / f"samples-{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def samples_by_step(folder: Path) -> dict[int, list[int]]:
+    """The samples of each step in the order of the stream, as they were trained on last."""
+    found: dict[int, dict[int, list[int]]] = {}
+    for path in sorted(folder.glob("samples-*.jsonl")):
+        for step, place, numbers in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(step, {})[place] = numbers
+    return {
+        step: [number for place in sorted(places) for number in places[place]]
+        for step, places in sorted(found.items())
+    }
+
+
+def run(lines: list[str], notes: str | None = None, stop: tuple[int, int] | None = None) -> str:
+    """Train. stop: (step, rank) at which that rank alone gets a stop request."""
+    callbacks: list[L.Callback] = [] if notes is None else [Noted(Path(notes))]
+    if stop is not None:
+        callbacks.append(_StopAt(*stop))
+    STOP.signum = None
+    return train(compose("train", lines), callbacks).status
+
+
+class _StopAt(L.Callback):
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer, _module, _batch, _batch_idx) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            STOP.signum = 15
+
+
+def run_showing_evaluations(lines: list[str], mark: str) -> str:
+    """Train; the file ``mark`` is there while an evaluation runs."""
+    original = held_out.evaluate
+
+    def evaluate(*arguments, **named):
+        Path(mark).touch()
+        try:
+            return original(*arguments, **named)
+        finally:
+            Path(mark).unlink(missing_ok=True)
+
+    held_out.evaluate = evaluate
+    return run(lines)

@@ -1,0 +1,86 @@
+"""Runs that are stopped and go on: to the bit on as many ranks, to rounding on others."""
+
+import pytest
+import torch
+from ranks import on_ranks
+from run_cases import EXPERTS, overrides, run, samples_by_step
+from saved import assert_same_bits, newest_tensors, newest_weights
+
+from modtrain.training.metrics_log import read_metrics
+
+STEPS = 6
+STRATEGIES = {
+    "ddp": (),
+    "fsdp": (),
+    "hsdp": ("strategy.shard_size=1",),
+    "fsdp_tp": (),
+    "fsdp_ep": EXPERTS,
+    "deepspeed_1": (),
+    "deepspeed_2": ("strategy.offload=true",),
+    "deepspeed_3": (),
+}
+QUICK = ("ddp", "fsdp")
+
+
+def losses(runs, name):
+    records = read_metrics(runs / name / "metrics.jsonl")
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def some_slow(names, quick=QUICK):
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("strategy", some_slow(STRATEGIES))
+def test_a_stopped_run_goes_on_to_the_same_bits(prepared, tmp_path, strategy):
+    more = (f"strategy={strategy}", *STRATEGIES[strategy])
+    whole = overrides(prepared, tmp_path, "whole", STEPS, *more)
+    assert on_ranks(run, 2, whole, joins=False) == ["complete"] * 2
+    cut = overrides(prepared, tmp_path, "cut", STEPS, *more)
+    # The request comes to one rank alone; all save and stop.
+    assert on_ranks(run, 2, cut, None, (2, 1), joins=False) == ["stopped"] * 2
+    assert on_ranks(run, 2, cut, joins=False) == ["complete"] * 2
+    assert_same_bits(*(newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut")))
+    assert losses(tmp_path, "whole") == losses(tmp_path, "cut")
+
+
+# One run through many hands: (ranks, strategy) of each stretch of steps.
+JOURNEYS = {
+    "1-2-4": [(1, "single"), (2, "ddp"), (4, "ddp")],
+    "4-2-1": [(4, "fsdp"), (2, "fsdp"), (1, "fsdp")],
+    "through strategies": [(2, "ddp"), (4, "fsdp"), (2, "fsdp_tp"), (1, "single")],
+    "and back": [(4, "fsdp_tp"), (2, "fsdp"), (4, "hsdp"), (1, "ddp")],
+    "by way of DeepSpeed": [(2, "deepspeed_3"), (1, "fsdp"), (2, "deepspeed_1"), (4, "ddp")],
+}
+
+
+@pytest.mark.parametrize("journey", some_slow(JOURNEYS, ("1-2-4", "through strategies")))
+def test_other_ranks_and_strategies_go_on_with_the_same_samples(prepared, tmp_path, journey):
+    """The sample numbers of every step are noted on each rank, by what was trained on."""
+    stretches, per_stretch = JOURNEYS[journey], 2
+    steps = per_stretch * len(stretches)
+    for name in ("alone", "journey"):
+        (tmp_path / name).mkdir()
+    alone = overrides(prepared, tmp_path, "alone", steps)
+    on_ranks(run, 1, alone, str(tmp_path / "alone"), joins=False)
+    for number, (ranks, strategy) in enumerate(stretches):
+        more = [f"strategy={strategy}"]
+        if strategy in ("hsdp", "fsdp_tp"):
+            more.append(f"strategy.{'shard_size' if strategy == 'hsdp' else 'tensor_parallel'}=2")
+        lines = overrides(prepared, tmp_path, "journey", steps, *more)
+        last = number + 1 == len(stretches)
+        # On several ranks the stop is agreed on a step later than it came.
+        at = per_stretch * (number + 1) - (2 if ranks > 1 else 1)
+        stop = None if last else (at, 0)
+        status = on_ranks(run, ranks, lines, str(tmp_path / "journey"), stop, joins=False)
+        assert status == ["complete" if last else "stopped"] * ranks
+    expected, found = (samples_by_step(tmp_path / name) for name in ("alone", "journey"))
+    assert list(found) == list(range(steps))
+    assert found == expected
+    one, other = losses(tmp_path, "alone"), losses(tmp_path, "journey")
+    assert one.keys() == other.keys()
+    assert max(abs(one[step] - other[step]) for step in one) < 1e-5
+    ours, theirs = newest_weights(tmp_path / "alone"), newest_weights(tmp_path / "journey")
+    assert ours.keys() == theirs.keys()
+    for key, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[key], rtol=0, atol=2e-5, msg=key)
