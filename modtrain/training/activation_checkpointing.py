@@ -31,8 +31,8 @@ def apply(model: nn.Module, mode: str) -> None:
     state dict, stay as they are.
 
     mode: what is kept from forward to backward. ``none``: all that gradients need. ``selective``:
-        the results of matrix products, attention and modtrain's own operations; the cheap rest,
-        such as norms and activations, is computed again (arXiv 2205.05198, section 5). It goes
+        the results of matrix products, attention, collectives and modtrain's own operations; the
+        cheap rest, such as norms and activations, is computed again (arXiv 2205.05198, section 5). It goes
         through backward once only, ``retain_graph`` or not. ``full``: each layer's input alone; a
         step costs about a third more.
 
@@ -90,7 +90,8 @@ def _selective_policy(
 def _is_saved(operation: Any) -> bool:
     namespace, _, name = operation.name().partition("::")
     if namespace != "aten":
-        return bool(namespace == "modtrain")
+        # What ranks exchanged is not to travel twice.
+        return namespace in ("modtrain", "_c10d_functional")
     name = name.partition(".")[0]
     # Choices weigh little, and made anew they might fall out differently on some devices.
     return (

@@ -16,6 +16,7 @@ from modtrain.models.pattern import num_chosen
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan, resolve
 from modtrain.training.schedules import lr_factor
+from modtrain.training.strategy_config import Sizes
 
 # fp32 weights, gradients, and AdamW's two moments; bf16 mixed precision keeps these in fp32 too.
 _BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "AdamW moments": 8}
@@ -33,7 +34,7 @@ def show(config: TrainConfig) -> None:
     console.print(_run(config, plan))
     if len(plan.stages) > 1:
         console.print(_stages(plan))
-    console.print(_memory(config))
+    console.print(_memory(config, plan.sizes))
     console.print("FLOP conventions:")
     for line in CONVENTIONS:
         console.print(f"  - {line}")
@@ -68,13 +69,15 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     peak = config.optimizer.lr
     warmup = max(1, round(config.schedule.warmup * plan.steps))
     last = peak * lr_factor(config.schedule, plan.steps - 1, plan.steps)
+    ranks = plan.sizes.data_parallel
+    each = f" on each of {ranks} data-parallel ranks" if ranks > 1 else ""
     rows = {
         "routed layers": shown,
         "executed over dense-equivalent FLOPs": f"{over_dense:.4f}",
         "training FLOPs a token": f"{plan.flops_per_token:,.0f}"
         f" ({TRAINING_OVER_FORWARD} x forward{mean})",
         "tokens a step": f"{plan.tokens_per_step:,} = {plan.sequences_per_step} sequences,"
-        f" {plan.accumulate} micro-batches",
+        f" {plan.accumulate} micro-batches{each}",
         "steps": f"{plan.steps:,}",
         "tokens": f"{plan.tokens:,}",
         "training FLOPs": f"{plan.flops:.4e}",
@@ -122,14 +125,30 @@ def _range(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _memory(config: TrainConfig) -> Table:
-    table = Table(title="memory of a device, without activations", show_header=False)
-    count = parameters(config.model).total
-    for name, size in _BYTES_PER_PARAMETER.items():
-        table.add_row(name, _gibibytes(count * size))
+def _memory(config: TrainConfig, sizes: Sizes) -> Table:
+    many = f" ({config.strategy.name}, {sizes.world_size} processes)"
+    where = many if sizes.world_size > 1 else ""
+    table = Table(title=f"memory of a device, without activations{where}", show_header=False)
+    count, pieces = parameters(config.model).total, _pieces(config, sizes)
+    held = {name: count * size // pieces[name] for name, size in _BYTES_PER_PARAMETER.items()}
+    for name, size in held.items():
+        cut = f" (1/{pieces[name]})" if pieces[name] > 1 else ""
+        table.add_row(name + cut, _gibibytes(size))
     table.add_section()
-    table.add_row("total", _gibibytes(count * sum(_BYTES_PER_PARAMETER.values())))
+    table.add_row("total", _gibibytes(sum(held.values())))
     return table
+
+
+def _pieces(config: TrainConfig, sizes: Sizes) -> dict[str, int]:
+    """Return in how many pieces the processes hold each kind of state, one piece each."""
+    everywhere = sizes.shard * sizes.tensor
+    stage = config.strategy.stage
+    cut = (stage >= 3, stage >= 2, stage >= 1) if stage else (True, True, True)
+    number = sizes.world_size if stage else everywhere
+    return {
+        name: number if is_cut else 1
+        for name, is_cut in zip(_BYTES_PER_PARAMETER, cut, strict=True)
+    }
 
 
 def _gibibytes(size: int) -> str:
