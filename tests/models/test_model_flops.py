@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modtrain.models.config import ModelConfig
+from modtrain.models.experts import ExpertMLPs
 from modtrain.models.experts_config import ExpertsConfig
 from modtrain.models.flops import (
     Cost,
@@ -46,15 +47,18 @@ def measure(config: ModelConfig, batch: int, seq_len: int, backward: bool = Fals
             sum(output.auxiliary.values(), output.loss).backward()
     if backward:
         return Cost(mlp=counter.get_total_flops())
-    return by_part(counter, config.experts.count is not None)
+    return by_part(counter, model)
 
 
 # Where a mixer's names stand: in a block, or under a wrapper of its own.
 MIXERS = ("module.attention", "attention.module")
 
 
-def by_part(counter: FlopCounterMode, has_experts: bool) -> Cost:
+def by_part(counter: FlopCounterMode, model: Transformer) -> Cost:
     of = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    mixtures = [n for n, module in model.named_modules() if isinstance(module, ExpertMLPs)]
+    # What mixtures compute is what nothing else accounts for.
+    of = {name: flops for name, flops in of.items() if not name.endswith(tuple(mixtures) or "\0")}
 
     def ending(*suffixes: str) -> int:
         return sum(flops for name, flops in of.items() if name.endswith(suffixes))
@@ -71,7 +75,7 @@ def by_part(counter: FlopCounterMode, has_experts: bool) -> Cost:
         head=ending("Transformer.head"),
     )
     rest = counter.get_total_flops() - cost.total
-    assert has_experts or rest == 0, "a product outside every part"
+    assert mixtures or rest == 0, "a product outside every part"
     return replace(cost, experts=rest)
 
 
