@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 
+import nests
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,7 +55,7 @@ def same(left, right):
 
 def save(root, step, **state):
     path = checkpoint.checkpoint_path(root, step)
-    checkpoint.save(path, {"w": torch.arange(10.0) + step, **state}, step)
+    nests.save(path, {"w": torch.arange(10.0) + step, **state}, step)
     return path
 
 
@@ -62,8 +63,8 @@ def save(root, step, **state):
 @settings(max_examples=25, deadline=None)
 def test_any_state_comes_back_bitwise(tmp_path_factory, state):
     path = tmp_path_factory.mktemp("state") / "step-000000001"
-    checkpoint.save(path, state, 1)
-    assert same(state, checkpoint.load(path))
+    nests.save(path, state, 1)
+    assert same(state, nests.load(path))
 
 
 def damage_truncate(path):
@@ -101,7 +102,7 @@ def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, damage):
     assert checkpoint.latest(tmp_path) == (10, new)
     damage(new)
     with pytest.raises(CheckpointError):
-        checkpoint.load(new)
+        nests.load(new)
     assert checkpoint.latest(tmp_path) == (5, old)
     assert checkpoint.recover(tmp_path) == (5, old)
     assert save(tmp_path, 10) == new
@@ -169,7 +170,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, name):
     manifest.write_text(json.dumps(content))
     assert checkpoint.latest(tmp_path) == (1, path)
     with pytest.raises(CheckpointError, match="more than plain data"):
-        checkpoint.load(path)
+        nests.load(path)
     assert not mark.exists()
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nests
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -158,7 +159,7 @@ def test_any_dtype_and_shape_is_consolidated(tmp_path):
         "f": torch.randn(3, 2, dtype=torch.float64).T,
     }
     path = checkpoint.checkpoint_path(tmp_path, 1)
-    checkpoint.save(path, {"state_dict": {f"model.{k}": v for k, v in state.items()}}, 1)
+    nests.save(path, {"state_dict": state}, 1)
     size = consolidate(path, tmp_path / "all.safetensors")
     loaded = load_file(tmp_path / "all.safetensors")
     assert size == (tmp_path / "all.safetensors").stat().st_size
@@ -168,8 +169,8 @@ def test_any_dtype_and_shape_is_consolidated(tmp_path):
 
 def test_a_tied_weight_that_was_stored_twice_is_stored_once(tmp_path):
     path, weight = checkpoint.checkpoint_path(tmp_path, 1), torch.randn(3, 2)
-    names = ("model.head.weight", "model.embedding.weight")
-    checkpoint.save(path, {"state_dict": dict.fromkeys(names, weight)}, 1)
+    names = ("head.weight", "embedding.weight")
+    nests.save(path, {"state_dict": dict.fromkeys(names, weight)}, 1)
     tied = {"head.weight": "embedding.weight"}
     consolidate(path, tmp_path / "w.safetensors", tied=tied)
     assert load_file(tmp_path / "w.safetensors").keys() == {"embedding.weight"}
@@ -196,11 +197,11 @@ def peak_of_consolidating(path: str, output: str) -> int:
 @pytest.mark.slow
 def test_consolidating_holds_one_tensor_at_a_time(tmp_path):
     each = 4 * 2**20
-    small = {"state_dict": {"model.w": torch.ones(3)}}
-    checkpoint.save(checkpoint.checkpoint_path(tmp_path, 1), small, 1)
-    large = {f"model.{n}": torch.randn(each // 4) for n in range(24)}
+    small = {"state_dict": {"w": torch.ones(3)}}
+    nests.save(checkpoint.checkpoint_path(tmp_path, 1), small, 1)
+    large = {f"{n}": torch.randn(each // 4) for n in range(24)}
     path = checkpoint.checkpoint_path(tmp_path, 2)
-    checkpoint.save(path, {"state_dict": large}, 2)
+    nests.save(path, {"state_dict": large}, 2)
     peak = peak_of_consolidating(str(path), str(tmp_path / "w.safetensors"))
     assert peak < 5 * each
 

@@ -28,12 +28,9 @@ on all. ``model`` may be wrapped (DistributedDataParallel, FSDP2, torch.compile)
 torch AdamW over its parameters, fresh or not. Who keeps state otherwise, as DeepSpeed does, gives
 whole tensors under the same keys, each on one rank, with ``save(…, dealt=False)``, and takes them
 from a `TensorReader`, a mapping that reads a tensor when it is asked for.
-
-`save` and `load` are for one process and any nest of dicts and lists.
 """
 
 from modtrain.training.checkpoint.layout import Manifest, checkpoint_path, verify
-from modtrain.training.checkpoint.nests import load, save
 from modtrain.training.checkpoint.reading import TensorReader
 from modtrain.training.checkpoint.recovery import (
     chosen,
@@ -62,7 +59,6 @@ __all__ = [
     "checkpoint_path",
     "chosen",
     "latest",
-    "load",
     "load_weights",
     "model_tensors",
     "named_state",
@@ -71,7 +67,6 @@ __all__ = [
     "prune",
     "recover",
     "restore",
-    "save",
     "tied_names",
     "verify",
     "whole_checkpoints",

@@ -12,7 +12,7 @@ import torch
 
 from modtrain.files import written_aside
 from modtrain.training.checkpoint.reading import TensorReader
-from modtrain.training.checkpoint.state import weights_prefix
+from modtrain.training.checkpoint.state import MODEL
 
 # Names of the format: https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -49,14 +49,13 @@ def consolidate(
         CheckpointError: the checkpoint cannot be read, or holds no weights.
     """
     reader, tied = TensorReader(path), dict(tied or {})
-    prefix = weights_prefix(reader)
     # From the widest on, so that each lies at a multiple of its width.
     keys = sorted(
-        (k for k in reader if k.startswith(prefix) and k.removeprefix(prefix) not in tied),
+        (k for k in reader if k.startswith(MODEL) and k.removeprefix(MODEL) not in tied),
         key=lambda key: (-_dtype(reader, key, dtype).itemsize, key),
     )
     texts = {**(metadata or {}), "tied": json.dumps(tied)}
-    header = _header(reader, keys, prefix, dtype, texts)
+    header = _header(reader, keys, dtype, texts)
     with written_aside(output, output.parent) as file:
         file.write(header)
         for key in keys:
@@ -67,7 +66,6 @@ def consolidate(
 def _header(
     reader: TensorReader,
     keys: list[str],
-    prefix: str,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> bytes:
@@ -76,7 +74,7 @@ def _header(
     for key in keys:
         kind, size = _dtype(reader, key, dtype), reader.sizes[key]
         end = start + prod(size) * kind.itemsize
-        entries[key.removeprefix(prefix)] = {
+        entries[key.removeprefix(MODEL)] = {
             "dtype": _DTYPES[kind],
             "shape": list(size),
             "data_offsets": [start, end],

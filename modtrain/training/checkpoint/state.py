@@ -139,19 +139,10 @@ def load_weights(path: Path, model: nn.Module) -> None:
         CheckpointError: names are missing or left over, shapes differ, or it cannot be read.
     """
     reader = TensorReader(path)
-    prefix = weights_prefix(reader)
-    named, tied = _named(model)
-    tensors = {prefix + name: value for name, value in named.items()}
-    saved = (key for key in reader if key.startswith(prefix))
-    _check_names(path, tensors, saved, {prefix + name for name in tied})
+    tensors = model_tensors(model)
+    saved = (key for key in reader if key.startswith(MODEL))
+    _check_names(path, tensors, saved, {MODEL + name for name in tied_names(model)})
     reader.into(tensors)
-
-
-def weights_prefix(keys: Iterable[str]) -> str:
-    """Return what the model's names begin with, in a checkpoint that holds ``keys``."""
-    # As a LightningModule names them that has the model as its part.
-    nested = f"{MODEL}model."
-    return nested if any(key.startswith(nested) for key in keys) else MODEL
 
 
 def _check_names(path: Path, wanted: Iterable[str], saved: Iterable[str], tied: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of one process that are a nest of dicts and lists with tensors in it."""
+"""Whole checkpoints of any nest of dicts and lists with tensors in it, without a model."""
 
 from __future__ import annotations
 
