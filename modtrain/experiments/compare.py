@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from modtrain.errors import TrainingError
+from modtrain.errors import ConfigError, Problem, TrainingError
 from modtrain.experiments.config import Comparison
 from modtrain.experiments.report import describe, draw, show
 from modtrain.experiments.timing import step_seconds
 from modtrain.files import write_text
 from modtrain.training.config import TrainConfig
+from modtrain.training.launch import Launch
 from modtrain.training.plan import resolve
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
@@ -34,6 +35,10 @@ def compare(comparison: Comparison) -> int:
     Raises:
         ModtrainError: an arm cannot run; nothing is trained before all of them are checked.
     """
+    if (processes := Launch.from_environment().world_size) > 1:
+        reason = f"trains in one process, and {processes} were started"
+        remedy = "leave torchrun or srun out, or start an arm by itself with modtrain train"
+        raise ConfigError([Problem("compare", "", reason, remedy)])
     console = Console()
     arms = {
         name: [resolve(config)[0] for config in configs]

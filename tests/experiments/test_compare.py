@@ -134,3 +134,11 @@ def test_a_report_of_other_seeds_is_not_shown_as_this_one(tiny, tmp_path):
     # A row that is trained anew makes the report old.
     compare(compose_arms([*shared, "seeds=[2]", "only=[routed]"]))
     assert not path.exists()
+
+
+def test_several_processes_are_told_off(tiny, tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 were started"):
+        compare(compose_arms(overrides(tiny, tmp_path)))
