@@ -58,7 +58,7 @@ def test_sizes_are_what_their_names_say(size):
 
 
 @pytest.mark.parametrize(
-    "group", ["optimizer", "schedule", "capacity_schedule", "strategy", "log", "data"]
+    "group", ["optimizer", "schedule", "capacity_schedule", "strategy", "spike", "log", "data"]
 )
 def test_every_choice_of_a_group_composes_without_a_problem(group):
     for path in (conf_dir() / group).glob("*.yaml"):

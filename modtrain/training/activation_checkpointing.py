@@ -32,9 +32,9 @@ def apply(model: nn.Module, mode: str) -> None:
 
     mode: what is kept from forward to backward. ``none``: all that gradients need. ``selective``:
         the results of matrix products, attention, collectives and modtrain's own operations; the
-        cheap rest, such as norms and activations, is computed again (arXiv 2205.05198, section 5). It goes
-        through backward once only, ``retain_graph`` or not. ``full``: each layer's input alone; a
-        step costs about a third more.
+        cheap rest, such as norms and activations, is computed again (arXiv 2205.05198, section 5).
+        It goes through backward once only, ``retain_graph`` or not. ``full``: each layer's input
+        alone; a step costs about a third more.
 
     Raises:
         ValueError: ``mode`` is none of these.

@@ -9,6 +9,7 @@ from modtrain.checks import above_zero, at_least, decays, one_of, shares
 from modtrain.data.config import DataConfig
 from modtrain.errors import Problem
 from modtrain.models.config import ModelConfig
+from modtrain.training.spike_config import SpikeConfig
 from modtrain.training.strategy_config import StrategyConfig
 from modtrain.training.strategy_problems import run_problems
 
@@ -22,12 +23,16 @@ MUTABLE_KEYS = (
     "checkpoint",
     "eval",
     "strategy",
+    "spike",
     "batch.micro_batch_size",
     "data.num_workers",
     "data.prefetch_factor",
     "data.verify",
 )
-"""What may differ when a run is started again: nothing here changes its weights but by rounding."""
+"""What may differ when a run is started again: nothing here changes its weights but by rounding.
+
+What is done about loss spikes may: a run that stopped at one can go on in another way.
+"""
 
 
 @dataclass
@@ -263,6 +268,7 @@ class TrainConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
@@ -273,10 +279,11 @@ class TrainConfig:
         found += self._name_problems() if needs_name or self.name is not None else []
         for part in (
             *("model", "data", "budget", "batch", "optimizer", "schedule"),
-            *("capacity_schedule", "strategy", "eval", "checkpoint", "log"),
+            *("capacity_schedule", "strategy", "eval", "checkpoint", "spike", "log"),
         ):
             found += getattr(self, part).problems(part)
         found += run_problems(self.strategy, "strategy", self.compile)
+        found += self.spike.strategy_problems("spike", self.strategy.name)
         return found + self._routing_problems()
 
     def _routing_problems(self) -> list[Problem]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import lightning as L
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modtrain.data.batches import stream_positions
 from modtrain.data.documents import document_numbers_if_apart
 from modtrain.models.sequence import ExpertRecord, RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
 from modtrain.training.config import OptimizerConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.schedules import lr_factor
+from modtrain.training.spikes import SpikeJudge, check_left_out, leave_out, unless
 from modtrain.training.strategies import Forward, TrainingStrategy
 
 Record = TypeVar("Record", RoutingRecord, ExpertRecord)
@@ -59,6 +62,24 @@ class StepStatistics:
         self.routing = tuple(_detached(record) for record in output.routing)
         self.experts = tuple(_detached(record) for record in output.experts)
 
+    def unless(self, is_left_out: Tensor, before: StepStatistics) -> None:
+        """Forget a step if it is left out: go back to the sums ``before``, but for the count."""
+        nan = torch.full_like(self.loss, torch.nan)
+        self.loss = torch.where(is_left_out, before.loss, self.loss)
+        for name, value in self.auxiliary.items():
+            other = before.auxiliary.get(name, torch.zeros_like(value))
+            self.auxiliary[name] = torch.where(is_left_out, other, value)
+        if self.grad_norm is not None:
+            other = nan if before.grad_norm is None else before.grad_norm
+            self.grad_norm = torch.where(is_left_out, other, self.grad_norm)
+
+    def drop(self, count: int) -> None:
+        """Take away the count of forgotten micro-batches; if none is left, the means are NaN."""
+        self.count -= count
+        if count and not self.count:
+            self.loss = torch.full_like(self.loss, torch.nan)
+            self.auxiliary = dict.fromkeys(self.auxiliary, self.loss)
+
 
 def _detached(record: Record) -> Record:
     """Let go of the graph: what is looked at later is numbers."""
@@ -78,6 +99,12 @@ class LanguageModule(L.LightningModule):
         self._forward: list[Forward] = []
         self._observed: list[Tensor] = []
         self._random_states: dict[str, Any] | None = None
+        self.judge = None if config.spike.action == "none" else SpikeJudge(config.spike)
+        # Of the step that is being made: the sums before it, its own loss and objective, and
+        # whether its update is left out.
+        self._before: StepStatistics | None = None
+        self._own_2: Tensor | None = None
+        self._left_out: Tensor | None = None
 
     def configure_model(self) -> None:
         """Let the strategy spread the model over the ranks, once."""
@@ -102,13 +129,19 @@ class LanguageModule(L.LightningModule):
             capacities=self.plan.capacities_at(self.trainer.global_step),
             documents_BS=document_numbers_if_apart(inputs_BS, eos_id),
         )
+        if self.judge is not None and self._before is None:
+            self._before = replace(self.statistics, auxiliary=dict(self.statistics.auxiliary))
         self.statistics.add(output)
         observed = self.model.observe(output)
         sums = self._observed or [torch.zeros_like(value) for value in observed]
         self._observed = [one + other for one, other in zip(sums, observed, strict=True)]
         if output.loss is None:
             raise RuntimeError("the model gave no loss for its targets")
-        return sum(output.auxiliary.values(), start=output.loss)
+        total: Tensor = sum(output.auxiliary.values(), start=output.loss)
+        if self.judge is not None:
+            own_2 = torch.stack([output.loss.detach(), total.detach()]).float()
+            self._own_2 = own_2 if self._own_2 is None else self._own_2 + own_2
+        return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let a checkpoint be copied to its end before the weights move."""
@@ -128,7 +161,10 @@ class LanguageModule(L.LightningModule):
                 mean.view_as(value)
                 for mean, value in zip(torch.split(flat, sizes), self._observed, strict=True)
             ]
-            self.model.absorb(means)
+            parts = (*self.model.routers, *self.model.mixtures)
+            buffers = [buffer for part in parts for buffer in part.buffers(recurse=False)]
+            with unless(self._left_out, buffers):
+                self.model.absorb(means)
             self._observed = []
 
     def take_statistics(self) -> StepStatistics:
@@ -139,6 +175,8 @@ class LanguageModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Take up the random states of the checkpoint, after everything else drew from them."""
         self.statistics = StepStatistics.zero(self.device)
+        if self.judge is not None:
+            self.judge.to(self.device)
         if self._random_states is not None:
             restore_random_states(self._random_states)
             self._random_states = None
@@ -168,20 +206,44 @@ class LanguageModule(L.LightningModule):
         groups = [trunk, predictors] if predictors else [trunk]
         norms = self._strategy.clip_gradients(groups, self.config.optimizer.grad_clip)
         self.statistics.grad_norm = norms[0]
+        if self.judge is not None:
+            self._judge(self.judge, norms)
+
+    def _judge(self, judge: SpikeJudge, norms: list[Tensor]) -> None:
+        """Leave out the step that is being made if it is a spike."""
+        if self._own_2 is None or self._before is None:
+            raise RuntimeError("a step is judged that had no micro-batch")
+        loss, objective = (self._own_2 / self.trainer.accumulate_grad_batches).unbind()
+        seen = torch.stack([loss, *(norm.to(loss) for norm in norms), objective])
+        # Norms are alike on all ranks already; this makes them so to the bit on any hardware.
+        seen = self.trainer.strategy.reduce(seen, reduce_op="mean")
+        self._left_out = judge.judge(self.trainer.global_step + 1, seen, loss)
+        leave_out(self._strategy.optimizers[0], self._left_out)
+        self.statistics.unless(self._left_out, self._before)
+        self._own_2 = self._before = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random states, the position in the data and the spent budget."""
         step = int(checkpoint["global_step"])
+        left_out = self._data_left_out()
         checkpoint["random_states"] = random_states()
+        if self.judge is not None:
+            checkpoint["spikes"] = self.judge.state()
         checkpoint["progress"] = {
             "step": step,
-            "samples": step * self.plan.sequences_per_step,
+            "samples": self._position(step, left_out),
+            "left_out": left_out,
             "tokens": step * self.plan.tokens_per_step,
             "flops": self.plan.flops_until(step),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random states until training starts."""
+        progress = checkpoint["progress"]
+        saved = progress.get("left_out", [])
+        check_left_out(self._data_left_out(), saved, progress["samples"])
+        if self.judge is not None and "spikes" in checkpoint:
+            self.judge.load(checkpoint["spikes"])
         self._random_states = checkpoint["random_states"]
         if self._random_states is None:
             # Saved by another number of ranks: none of theirs is this one's. Drawn anew, other than
@@ -189,6 +251,18 @@ class LanguageModule(L.LightningModule):
             step = int(checkpoint["global_step"])
             seeds = np.random.SeedSequence([self.config.seed, step, self._strategy.data_rank])
             L.seed_everything(int(seeds.generate_state(1)[0]), verbose=False)
+
+    def _data_left_out(self) -> list[list[int]]:
+        """Return the stretches of the stream that are not read."""
+        data = getattr(self.trainer, "datamodule", None)
+        return [list(stretch) for stretch in getattr(data, "left_out", ())]
+
+    def _position(self, step: int, left_out: Sequence[Sequence[int]]) -> int:
+        """Return the position behind the last sample that the first ``step`` steps read."""
+        if step == 0:
+            return 0
+        last = np.array(step * self.plan.sequences_per_step - 1, dtype=np.int64)
+        return int(stream_positions(last, [(first, stop) for first, stop in left_out])) + 1
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from modtrain.training.callbacks.finite import FiniteLossGuard
 from modtrain.training.callbacks.held_out import HeldOutCallback
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.callbacks.progress import ProgressCallback
+from modtrain.training.callbacks.spikes import SpikeGuard
+from modtrain.training.callbacks.step import StepCallback
 from modtrain.training.callbacks.watch import WatchCallback
 from modtrain.training.checkpoint import Saver
 from modtrain.training.config import TrainConfig
@@ -34,6 +37,7 @@ from modtrain.training.plan import TrainingPlan, resolve
 from modtrain.training.preemption import STOP
 from modtrain.training.ranks import Ranks, joined
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.spikes import RollBackError, SpikeTrace
 from modtrain.training.strategies import make_strategy
 from modtrain.training.trainer import make_trainer
 from modtrain.training.watch import Watch, watching
@@ -119,21 +123,44 @@ class _Run:
         if config.strategy.num_threads is not None:
             torch.set_num_threads(config.strategy.num_threads)
         self._start()
-        found = checkpoint.recover(run.checkpoints, ranks)
-        start_step, path = found if found is not None else (0, None)
-        if start_step:
-            self.console.print(f"{run.path} goes on from step {start_step} of {plan.steps}")
-        log = MetricsLog(run, plan, start_step, config.log.tensorboard, ranks.is_first)
-        try:
-            if start_step < plan.steps and self._fit(log, start_step, path) < plan.steps:
-                return self._stopped()
-        finally:
-            log.close()
+        trace, reached = SpikeTrace(run, ranks), None
+        while reached is None:
+            reached = self._go_on(trace)
+        if reached < plan.steps:
+            return self._stopped()
         with ranks.together():
             if ranks.is_first:
                 run.complete(_result(plan, run))
         self.console.print(f"{run.path} is complete: {plan.steps} steps, {plan.flops:.3g} FLOPs")
         return Outcome("complete", run)
+
+    def _go_on(self, trace: SpikeTrace) -> int | None:
+        """Train from the newest whole checkpoint; return the step reached, None to go back."""
+        config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
+        # The last fit may have left its model in a cycle of references.
+        gc.collect()
+        if self.watch is not None:
+            self.watch.tick("the choice of a checkpoint")
+        found = checkpoint.recover(run.checkpoints, ranks)
+        start_step, path = found if found is not None else (0, None)
+        rolled_back = trace.go_on(start_step, plan.sequences_per_step, config.spike)
+        self.data.left_out = trace.left_out
+        for said in rolled_back:
+            self.console.print(said)
+        if start_step:
+            self.console.print(f"{run.path} goes on from step {start_step} of {plan.steps}")
+        log = MetricsLog(run, plan, start_step, config.log.tensorboard, ranks.is_first)
+        try:
+            if rolled_back:
+                log.write(start_step, {"spike/rollbacks": trace.rollbacks})
+            if start_step == plan.steps:
+                return start_step
+            return self._fit(log, start_step, path, trace)
+        except RollBackError as error:
+            trace.pending = (error.spike, error.samples)
+            return None
+        finally:
+            log.close()
 
     def _start(self) -> None:
         """Write down that the run starts, once all ranks are of one mind."""
@@ -147,7 +174,7 @@ class _Run:
         with self.ranks.together():
             self.directory.check_seen()
 
-    def _fit(self, log: MetricsLog, start_step: int, path: Path | None) -> int:
+    def _fit(self, log: MetricsLog, start_step: int, path: Path | None, trace: SpikeTrace) -> int:
         """Train from ``start_step`` and return the step reached: the last, or where it stopped."""
         config, plan = self.config, self.plan
         accelerator = resolve_accelerator(config.strategy.accelerator)
@@ -158,7 +185,7 @@ class _Run:
             L.seed_everything((config.seed + strategy.data_rank) % 2**32, verbose=False)
             module = LanguageModule(config, plan)
             self.data.start_step = start_step
-            callbacks = self._callbacks(log, saver)
+            callbacks = self._callbacks(log, saver, trace)
             trainer = make_trainer(config, plan, strategy, self.launch, callbacks)
             # A SIGTERM after Lightning's handlers are set and before ours are again would end the
             # process with exit code 0. No step is lost by it, for none was made; but the run is
@@ -167,14 +194,17 @@ class _Run:
                 trainer.fit(module, datamodule=self.data, ckpt_path=path)
             return trainer.global_step
 
-    def _callbacks(self, log: MetricsLog, saver: Saver) -> list[L.Callback]:
+    def _callbacks(self, log: MetricsLog, saver: Saver, trace: SpikeTrace) -> list[L.Callback]:
         config, run, ranks = self.config, self.directory, self.ranks
         clock = StepClock()
         metrics = MetricsCallback(log, clock, config.log.every, config.precision, ranks)
         due = [config.log.every, config.checkpoint.every, config.eval.every or config.log.every]
         # In order: nothing may be recorded, judged or saved after a step that went wrong.
+        guard: StepCallback = FiniteLossGuard(run, self.data, due, saver)
+        if config.spike.action != "none":
+            guard = SpikeGuard(trace, self.data, due, saver, log, self.console.print)
         callbacks: list[L.Callback] = [
-            FiniteLossGuard(run, self.data, due, saver),
+            guard,
             metrics,
             HeldOutCallback(log, clock, config.eval.every, ranks),
         ]

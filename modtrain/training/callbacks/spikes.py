@@ -1,0 +1,132 @@
+"""Does what the configuration says about loss spikes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import lightning as L
+
+from modtrain.data.datamodule import TokenDataModule
+from modtrain.errors import CheckpointError, TrainingError
+from modtrain.training import checkpoint
+from modtrain.training.callbacks.step import StepCallback, is_due
+from modtrain.training.checkpoint import Saver
+from modtrain.training.metrics_log import MetricsLog
+from modtrain.training.module import LanguageModule
+from modtrain.training.spikes import Judged, RollBackError, Spike, SpikeJudge, SpikeTrace
+
+
+class SpikeGuard(StepCallback):
+    """Looks at what the module's judge has found, and stops, tells or rolls back.
+
+    It looks, which waits for the device, only when something is due that must not happen after a
+    spike: a record, an evaluation, a checkpoint. The judge has left out every step since.
+    """
+
+    def __init__(
+        self,
+        trace: SpikeTrace,
+        data: TokenDataModule,
+        intervals: list[int],
+        saver: Saver,
+        metrics_log: MetricsLog,
+        say: Callable[[str], None],
+    ) -> None:
+        """Stand before what is not to happen after a spike.
+
+        intervals: of what is due, the records' first. say: tells the user, once for all ranks.
+        """
+        self.trace, self.data, self.saver = trace, data, saver
+        self.intervals, self.metrics_log, self.say = intervals, metrics_log, say
+        self._module: LanguageModule | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know whose judge it is."""
+        del trainer
+        if isinstance(pl_module, LanguageModule):
+            self._module = pl_module
+
+    def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
+        """Look where something is due."""
+        del trainer
+        if any(is_due(step, every, module.plan.steps) for every in self.intervals):
+            judged = self.check()
+            if is_due(step, self.intervals[0], module.plan.steps):
+                self.metrics_log.write(step, self._figures(judged))
+
+    def on_save_checkpoint(self, *_args: Any) -> None:
+        """Never let a state be saved that the judge has not seen to be sound."""
+        self.check()
+
+    def check(self) -> Judged:
+        """Act upon the steps since the last look; collective.
+
+        Raises:
+            TrainingError: the run is to stop. Names the step, its samples, and the checkpoint to go
+                back to.
+            RollBackError: it is to go back.
+        """
+        module, judge = self._judging()
+        judged = judge.take()
+        skips = 0
+        for spike in judged.spikes:
+            samples = self.data.sample_numbers(spike.step - 1)
+            if spike.halts:
+                self._halt(judge, spike, samples)
+            skips += 1
+            self.trace.write("skip", spike, samples)
+            self.say(f"{spike.said}: skipped, {judge.config.max_in_a_row} in a row at most")
+        module.statistics.drop(skips * module.plan.accumulate)
+        return judged
+
+    def _halt(self, judge: SpikeJudge, spike: Spike, samples: list[int]) -> None:
+        config = judge.config
+        with suppress(CheckpointError):
+            self.saver.wait()
+        if config.action == "roll_back" and self.trace.rollbacks < config.max_rollbacks:
+            raise RollBackError(spike, samples)
+        self.trace.write("stop", spike, samples)
+        good = checkpoint.latest(self.trace.run.checkpoints, self.saver.ranks)
+        shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
+        why = ""
+        if config.action == "skip":
+            why = f", after {config.max_in_a_row} skipped in a row (spike.max_in_a_row)"
+        if config.action == "roll_back":
+            why = f", after {self.trace.rollbacks} roll backs (spike.max_rollbacks)"
+        raise TrainingError(
+            f"{spike.said}{self._who(spike)}{why}; its samples are {shown}; the last good"
+            f" checkpoint is {good[1] if good else 'none: the run had not saved yet'}.\n"
+            "remedy: lower optimizer.lr, set optimizer.grad_clip, or look at these samples; or go"
+            " on from the checkpoint with spike.action=roll_back or skip, or allow more of them"
+        )
+
+    def _who(self, spike: Spike) -> str:
+        """Name the ranks whose own loss is no number, if there are others."""
+        ranks = self.saver.ranks
+        bad = [not math.isfinite(loss) for loss in ranks.each(spike.own_loss)]
+        if not any(bad) or all(bad):
+            return ""
+        return f" on rank {', '.join(str(rank) for rank, is_bad in enumerate(bad) if is_bad)}"
+
+    def _figures(self, judged: Judged) -> dict[str, float]:
+        values: dict[str, float] = {
+            "spike/skipped": judged.skipped,
+            "spike/rollbacks": self.trace.rollbacks,
+        }
+        if (last := judged.last) is not None:
+            values |= {
+                "spike/loss": last.loss,
+                "spike/grad_norm": last.grad_norm,
+                "spike/loss_limit": last.loss_limit,
+                "spike/grad_norm_limit": last.grad_norm_limit,
+            }
+        # Infinite: not judged yet. JSON knows no such number.
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def _judging(self) -> tuple[LanguageModule, SpikeJudge]:
+        if self._module is None or self._module.judge is None:
+            raise RuntimeError("there is no judge of spikes to look at")
+        return self._module, self._module.judge

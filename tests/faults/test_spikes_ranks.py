@@ -1,0 +1,437 @@
+"""Whole runs with a spike in their data: stopped, skipped or rolled back, alike on every rank."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankFailedError, on_ranks, outcomes_on_ranks
+from saved import assert_same_bits, newest_tensors, tensors_of
+
+from modtrain.configuration import compose
+from modtrain.data.config import DataConfig
+from modtrain.data.datamodule import TokenDataModule
+from modtrain.training import checkpoint
+from modtrain.training import run as run_module
+from modtrain.training.checkpoint.reading import read_rest
+from modtrain.training.metrics_log import read_metrics
+from modtrain.training.module import LanguageModule
+from modtrain.training.preemption import STOP
+from modtrain.training.run import train
+from modtrain.training.spikes import SpikeTrace
+
+STEPS, SEQUENCES = 9, 4
+# The spike is in the samples of this step, counted from 1, of a run that leaves nothing out.
+BAD = 7
+NAN = float("nan")
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+WORLDS = [("single", 1), slow("ddp", 2), ("fsdp", 2)]
+
+
+def overrides(prepared: Path, runs: Path, name: str, strategy: str, *more: str) -> list[str]:
+    return [
+        *("model=tiny", f"data.path={prepared}", f"runs_dir={runs}", f"name={name}"),
+        *(f"budget.steps={STEPS}", f"batch.tokens={SEQUENCES * 64}", "batch.micro_batch_size=1"),
+        *("checkpoint.every=6", "checkpoint.keep_last=9", "eval.every=null", "eval.sequences=4"),
+        *("log.every=1", "log.tensorboard=false", "log.progress=false", "eval.batch_size=2"),
+        *("model.router.causal=[auxiliary,predictor,threshold]", f"strategy={strategy}"),
+        *("strategy.accelerator=cpu", "strategy.timeout=60"),
+        *("checkpoint.background=false", "spike.warmup=3", "spike.threshold=60", *more),
+    ]
+
+
+def numbers_of(prepared: Path, step: int) -> list[int]:
+    """The sample numbers of a step, counted from 1, of a run that leaves nothing out."""
+    data = TokenDataModule(
+        DataConfig(path=str(prepared)),
+        micro_batch_size=SEQUENCES,
+        accumulate=1,
+        num_steps=STEPS,
+        eval_batch_size=1,
+    )
+    return data.sample_numbers(step - 1)
+
+
+class Steps(L.Callback):
+    """Notes whether each step changed any of weights, moments, counts of steps, buffers."""
+
+    def __init__(self):
+        self.before, self.changed, self.judge = None, [], None
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        tensors, _ = trainer.strategy.named_state()
+        local = [v.to_local() if hasattr(v, "to_local") else v for v in tensors.values()]
+        now = [value.detach().clone() for value in local]
+        before = self.before or [torch.zeros_like(value) for value in now]
+        same = [torch.equal(one, other) for one, other in zip(before, now, strict=True)]
+        self.changed.append("none" if all(same) else "some" if any(same) else "all")
+        self.before = now
+        self.judge = {key: value.tolist() for key, value in module.judge.state().items()}
+
+
+def spoil(bad: list[int], factor: float, rank: int | None = None) -> None:
+    """Let the loss of any step that holds one of the samples be a multiple of what it is."""
+    original = LanguageModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        numbers = module.trainer.datamodule.sample_numbers(module.global_step)
+        if not set(bad) & set(numbers) or (rank is not None and dist.get_rank() != rank):
+            return original(module, batch, batch_idx)
+        forward = module._forward[0]
+
+        def spoiled(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            return output._replace(loss=output.loss * factor)
+
+        module._forward[0] = spoiled
+        try:
+            return original(module, batch, batch_idx)
+        finally:
+            module._forward[0] = forward
+
+    LanguageModule.training_step = training_step
+
+
+def spiked(lines: list[str], bad: list[int], factor: float = 1e3, rank: int | None = None):
+    """Train on spoiled samples; returns the status, what each step changed, the judge's state."""
+    spoil(bad, factor, rank)
+    steps = Steps()
+    status = train(compose("train", lines), [steps]).status
+    return status, steps.changed, steps.judge
+
+
+def records(run: Path, key: str) -> dict[int, float]:
+    return {r["step"]: r[key] for r in read_metrics(run / "metrics.jsonl") if key in r}
+
+
+def events(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def rest_of(run: Path, step: int) -> dict:
+    return read_rest(checkpoint.checkpoint_path(run / "checkpoints", step))
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), WORLDS)
+@pytest.mark.parametrize("factor", [1e3, slow(NAN)])
+def test_a_skipped_step_changes_no_bit_and_the_run_goes_on(
+    prepared, tmp_path, strategy, world_size, factor
+):
+    lines = overrides(prepared, tmp_path, "run", strategy, "spike=skip")
+    bad = numbers_of(prepared, BAD)
+    found = on_ranks(spiked, world_size, lines, bad[:1], factor, joins=False)
+    for status, changed, judge in found:
+        assert status == "complete"
+        # All ranks go by the same figures, though each has seen other samples.
+        assert judge == found[0][2]
+        # Padding and buffers aside, a step that is made changes all.
+        assert [step for step, what in enumerate(changed, 1) if what == "none"] == [BAD]
+    run = tmp_path / "run"
+    (event,) = events(run)
+    assert (event["action"], event["step"], event["samples"]) == ("skip", BAD, bad)
+    assert (event["loss"] == "nan") if math.isnan(factor) else event["loss"] > event["loss_limit"]
+    assert records(run, "spike/skipped") == {
+        step: float(step >= BAD) for step in range(1, STEPS + 1)
+    }
+    losses = records(run, "loss")
+    assert [step for step, loss in losses.items() if math.isnan(loss)] == [BAD]
+    assert all(loss < 7 for step, loss in losses.items() if step != BAD)
+    assert records(run, "lr")[STEPS] < records(run, "lr")[BAD]
+    assert rest_of(run, STEPS)["progress"]["samples"] == STEPS * SEQUENCES
+
+
+def test_a_record_is_the_mean_over_the_steps_that_were_made(prepared, tmp_path):
+    bad = numbers_of(prepared, BAD)[:1]
+    for every in (1, 9):
+        more = ("spike=skip", f"log.every={every}")
+        lines = overrides(prepared, tmp_path, f"every_{every}", "single", *more)
+        on_ranks(spiked, 1, lines, bad, NAN, joins=False)
+    for key in ("loss", "predictor_loss"):
+        single = records(tmp_path / "every_1", key)
+        made = [value for step, value in single.items() if step != BAD]
+        assert records(tmp_path / "every_9", key) == {9: pytest.approx(sum(made) / len(made))}
+    norms = [records(tmp_path / f"every_{every}", "grad_norm") for every in (1, 9)]
+    assert norms[0][9] == norms[1][9]
+
+
+EXPERTS = ["model.experts.count=4", "model.experts.dim=8", "model.experts.balance=bias"]
+OTHERS = {
+    "fsdp_ep": EXPERTS,
+    "fsdp_tp": ["strategy.tensor_parallel=2"],
+    "hsdp": ["strategy.shard_size=1"],
+    "fsdp": [*EXPERTS, "precision=bf16", "strategy.activation_checkpointing=full"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", OTHERS)
+@pytest.mark.parametrize("factor", [1e3, NAN])
+def test_every_strategy_leaves_out_the_step(prepared, tmp_path, strategy, factor):
+    lines = overrides(prepared, tmp_path, "run", strategy, "spike=skip", *OTHERS[strategy])
+    bad = numbers_of(prepared, BAD)[:1]
+    for _, changed, _ in on_ranks(spiked, 2, lines, bad, factor, joins=False):
+        assert [step for step, what in enumerate(changed, 1) if what == "none"] == [BAD]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["deepspeed_1", "deepspeed_2", "deepspeed_3"])
+@pytest.mark.parametrize(("factor", "said"), [(1e3, "is a spike"), (NAN, "not finite")])
+def test_deepspeed_stops(prepared, tmp_path, strategy, factor, said):
+    lines = overrides(prepared, tmp_path, "run", strategy, "spike=stop")
+    bad = numbers_of(prepared, BAD)[:1]
+    for found in outcomes_on_ranks(spiked, 2, lines, bad, factor, joins=False):
+        assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
+        assert said in found.said
+    saved = checkpoint.whole_checkpoints(tmp_path / "run/checkpoints")
+    assert [step for step, _ in saved] == [6]
+
+
+def killed_at(lines: list[str], bad: list[int], step: int) -> str:
+    spoil(bad, 1e3)
+    original = LanguageModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        if module.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(module, batch, batch_idx)
+
+    LanguageModule.training_step = training_step
+    return train(compose("train", lines)).status
+
+
+# Killed before the skip's checkpoint, so that the skip comes again, and after it.
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "kills"), [("single", 1, [BAD]), slow("fsdp", 2, [BAD, 8])]
+)
+def test_a_run_killed_after_a_skip_judges_as_one_never_killed(
+    prepared, tmp_path, strategy, world_size, kills
+):
+    bad = numbers_of(prepared, BAD)[:1]
+    more = ("spike=skip", "spike.window=4", "checkpoint.every=4")
+    whole, cut = (overrides(prepared, tmp_path, name, strategy, *more) for name in ("whole", "cut"))
+    on_ranks(spiked, world_size, whole, bad, joins=False)
+    for step in kills:
+        outcomes = outcomes_on_ranks(killed_at, world_size, cut, bad, step, joins=False)
+        assert all(isinstance(outcome, RankFailedError) for outcome in outcomes)
+    on_ranks(spiked, world_size, cut, bad, joins=False)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert_same_bits(newest_tensors(whole, STEPS), newest_tensors(cut, STEPS))
+    for step in (8, STEPS):
+        assert_same_bits(rest_of(whole, step)["spikes"], rest_of(cut, step)["spikes"])
+    for key in ("loss", "spike/loss", "spike/loss_limit", "spike/skipped"):
+        one, other = records(whole, key), records(cut, key)
+        assert str(one) == str(other)
+    assert [e["step"] for e in events(cut)] == [BAD]
+
+
+def test_too_many_skips_in_a_row_stop_the_run(prepared, tmp_path):
+    lines = overrides(prepared, tmp_path, "run", "single", "spike=skip", "spike.max_in_a_row=2")
+    bad = [numbers_of(prepared, step)[0] for step in (4, 6, 7, 8)]
+    (found,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
+    assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
+    assert "step 8 is a spike" in found.said
+    assert "after 2 skipped in a row" in found.said
+    assert [(e["action"], e["step"]) for e in events(tmp_path / "run")] == [
+        *(("skip", 4), ("skip", 6), ("skip", 7), ("stop", 8))
+    ]
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("ddp", 2), slow("fsdp", 2)])
+def test_a_stop_names_the_step_its_figures_its_samples_and_the_way_back(
+    prepared, tmp_path, strategy, world_size
+):
+    # Nothing is due at the spike: it is found later, and nothing was learnt or saved after it.
+    more = ("spike=stop", "log.every=4", "checkpoint.every=5")
+    lines = overrides(prepared, tmp_path, "run", strategy, *more)
+    bad = numbers_of(prepared, BAD)
+    for found in outcomes_on_ranks(spiked, world_size, lines, bad[-1:], joins=False):
+        assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
+        assert f"step {BAD} is a spike: loss " in found.said
+        assert "(limit " in found.said and "gradient norm" in found.said
+        assert f"its samples are {', '.join(map(str, bad))};" in found.said
+        assert "checkpoints/step-000000005" in found.said
+    run = tmp_path / "run"
+    assert [step for step, _ in checkpoint.whole_checkpoints(run / "checkpoints")] == [5]
+    assert list(records(run, "loss")) == [4]
+    assert [(e["action"], e["step"]) for e in events(run)] == [("stop", BAD)]
+
+
+def spiked_and_signalled(lines: list[str], bad: list[int]) -> str:
+    spoil(bad, 1e3)
+    original = LanguageModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        if module.global_step == BAD - 1:
+            STOP.signum = signal.SIGTERM
+        return original(module, batch, batch_idx)
+
+    LanguageModule.training_step = training_step
+    return train(compose("train", lines)).status
+
+
+def test_a_signal_saves_nothing_of_a_spike_that_nobody_has_looked_at(prepared, tmp_path):
+    lines = overrides(prepared, tmp_path, "run", "single", "spike=stop", "log.every=100")
+    bad = numbers_of(prepared, BAD)[:1]
+    (found,) = outcomes_on_ranks(spiked_and_signalled, 1, lines, bad, joins=False)
+    assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
+    assert f"step {BAD} is a spike" in found.said
+    saved = checkpoint.whole_checkpoints(tmp_path / "run/checkpoints")
+    assert [step for step, _ in saved] == [6]
+
+
+@pytest.mark.parametrize("strategy", [slow("ddp"), "fsdp"])
+def test_a_nan_names_the_rank_where_it_began(prepared, tmp_path, strategy):
+    # In the warm-up, in which nothing else is judged.
+    lines = overrides(prepared, tmp_path, "run", strategy, "spike=stop", "spike.warmup=50")
+    bad = numbers_of(prepared, BAD)
+    for found in outcomes_on_ranks(spiked, 2, lines, bad, NAN, 1, joins=False):
+        assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
+        assert f"step {BAD} is a spike: loss nan, gradient norm nan on rank 1;" in found.said
+
+
+def left_out(run: Path, *stretches: tuple[int, int]) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    content = {"left_out": stretches, "rollbacks": len(stretches)}
+    (run / "left_out.json").write_text(json.dumps(content))
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert_same_bits(newest_tensors(one, STEPS), newest_tensors(other, STEPS))
+    assert_same_bits(rest_of(one, STEPS)["spikes"], rest_of(other, STEPS)["spikes"])
+    assert rest_of(one, STEPS)["progress"] == rest_of(other, STEPS)["progress"]
+    for key in ("loss", "grad_norm", "lr"):
+        assert records(one, key) == records(other, key) != {}
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), WORLDS)
+@pytest.mark.parametrize(
+    ("more", "first"),
+    [
+        # From the checkpoint after step 6; of two steps.
+        ([], 6),
+        slow(["checkpoint.every=5", "spike.rollback_steps=1"], 6),
+        slow(["checkpoint.every=5"], 5),
+        # No checkpoint yet: from the start.
+        slow(["checkpoint.every=8"], 0),
+        slow(["spike.rollback_steps=5", "checkpoint.background=true", "log.every=3"], 6),
+    ],
+)
+def test_rolled_back_it_is_the_run_that_never_had_the_samples(
+    prepared, tmp_path, strategy, world_size, more, first
+):
+    bad = numbers_of(prepared, BAD)
+    stretch = (first * SEQUENCES, BAD * SEQUENCES)
+    left_out(tmp_path / "without", stretch)
+    for name in ("without", "run"):
+        lines = overrides(prepared, tmp_path, name, strategy, "spike=roll_back", *more)
+        found = on_ranks(spiked, world_size, lines, bad[1:2], joins=False)
+        assert [status for status, *_ in found] == ["complete"] * world_size
+    run = tmp_path / "run"
+    assert_same_run(tmp_path / "without", run)
+    progress = rest_of(run, STEPS)["progress"]
+    assert progress["samples"] == (STEPS + BAD - first) * SEQUENCES
+    assert progress["tokens"] == STEPS * SEQUENCES * 64
+    if "log.every=3" not in more:
+        assert list(records(run, "loss")) == list(range(1, STEPS + 1))
+    (event,) = events(run)
+    assert (event["action"], event["step"], event["samples"]) == ("roll_back", BAD, bad)
+    assert tuple(event["left_out"]) == stretch
+    assert records(run, "spike/rollbacks")[STEPS] == 1
+    assert json.loads((run / "left_out.json").read_text())["left_out"] == [list(stretch)]
+    if not more:
+        # The last record of the step that it went back to.
+        assert [records(run, "spike/rollbacks")[step] for step in (5, 6, 7)] == [0, 1, 1]
+
+
+def killed_in_a_roll_back(lines: list[str], bad: list[int], written: bool) -> str:
+    spoil(bad, 1e3)
+    if written:
+        original = run_module._Run._fit
+
+        def fit(run, log, start_step, path, trace):
+            if trace.rollbacks:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(run, log, start_step, path, trace)
+
+        run_module._Run._fit = fit
+    else:
+        SpikeTrace._roll_back = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return train(compose("train", lines)).status
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), slow("fsdp", 2)])
+@pytest.mark.parametrize("written", [True, slow(False)])
+def test_a_kill_in_a_roll_back_loses_nothing(prepared, tmp_path, strategy, world_size, written):
+    bad = numbers_of(prepared, BAD)[:1]
+    left_out(tmp_path / "without", (24, 28))
+    lines = overrides(prepared, tmp_path, "without", strategy, "spike=roll_back")
+    on_ranks(spiked, world_size, lines, bad, joins=False)
+    lines = overrides(prepared, tmp_path, "cut", strategy, "spike=roll_back")
+    ended = outcomes_on_ranks(killed_in_a_roll_back, world_size, lines, bad, written, joins=False)
+    assert all(isinstance(outcome, RankFailedError) for outcome in ended)
+    on_ranks(spiked, world_size, lines, bad, joins=False)
+    assert_same_run(tmp_path / "without", tmp_path / "cut")
+    assert [e["action"] for e in events(tmp_path / "cut")] == ["roll_back"]
+
+
+def test_two_roll_backs_of_one_checkpoint_and_the_third_spike_stops(prepared, tmp_path):
+    # The second one is among the samples that came up for the first.
+    bad = [numbers_of(prepared, step)[0] for step in (7, 8, 9)]
+    more = ("spike=roll_back", "spike.max_rollbacks=2")
+    lines = overrides(prepared, tmp_path, "run", "single", *more)
+    (found,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
+    assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
+    assert "after 2 roll backs" in found.said
+    assert f"its samples are {bad[2]}," in found.said
+    assert [(e["action"], e["step"]) for e in events(tmp_path / "run")] == [
+        *(("roll_back", 7), ("roll_back", 7), ("stop", 7))
+    ]
+    written = json.loads((tmp_path / "run/left_out.json").read_text())
+    assert written == {"left_out": [[24, 28], [28, 32]], "rollbacks": 2}
+    # Another policy goes on from there.
+    lines = overrides(prepared, tmp_path, "run", "single", "spike=skip")
+    assert on_ranks(spiked, 1, lines, bad, joins=False)[0][0] == "complete"
+
+
+def test_a_lost_list_of_what_is_left_out_is_told(prepared, tmp_path):
+    lines = overrides(prepared, tmp_path, "run", "single", "spike=roll_back", "checkpoint.every=2")
+    bad = numbers_of(prepared, BAD)[:1]
+    outcomes_on_ranks(killed_at, 1, lines, bad, 8, joins=False)
+    (tmp_path / "run/left_out.json").unlink()
+    (found,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
+    assert isinstance(found, RankFailedError) and found.kind == "CheckpointError"
+    assert "left out [[24, 28]]" in found.said
+
+
+@pytest.mark.slow
+def test_a_rolled_back_run_goes_on_at_another_world_size(prepared, tmp_path):
+    bad = numbers_of(prepared, BAD)[:1]
+    left_out(tmp_path / "without", (24, 28))
+    lines = overrides(prepared, tmp_path, "without", "single", "spike=roll_back")
+    on_ranks(spiked, 1, lines, bad, joins=False)
+    on_two = overrides(prepared, tmp_path, "run", "fsdp", "spike=roll_back", "checkpoint.every=2")
+    outcomes_on_ranks(killed_at, 2, on_two, bad, 8, joins=False)
+    on_one = overrides(prepared, tmp_path, "run", "single", "spike=roll_back")
+    on_ranks(spiked, 1, on_one, bad, joins=False)
+    one, other = tmp_path / "without", tmp_path / "run"
+    assert rest_of(one, STEPS)["progress"] == rest_of(other, STEPS)["progress"]
+    for step, loss in records(one, "loss").items():
+        assert records(other, "loss")[step] == pytest.approx(loss, abs=2e-5)
+    counts = [rest_of(run, STEPS)["spikes"]["counts"].tolist() for run in (one, other)]
+    assert counts[0] == counts[1]
+    tensors = [tensors_of(run / f"checkpoints/step-{STEPS:09d}") for run in (one, other)]
+    for key, value in tensors[0].items():
+        if key.startswith("state_dict."):
+            torch.testing.assert_close(tensors[1][key], value, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,312 @@
+"""What tells a spike, what leaves a step out, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modtrain.configuration import compose, conf_dir
+from modtrain.data.batches import BatchPlan, RankBatchSampler, stream_positions
+from modtrain.data.order import SampleOrder
+from modtrain.errors import CheckpointError, ConfigError
+from modtrain.training.plan import resolve
+from modtrain.training.ranks import Ranks
+from modtrain.training.run_directory import RunDirectory
+from modtrain.training.spike_config import SPIKE_ACTIONS, SpikeConfig
+from modtrain.training.spikes import (
+    Spike,
+    SpikeJudge,
+    SpikeTrace,
+    check_left_out,
+    leave_out,
+    unless,
+)
+from tests.training.test_no_sync import step  # noqa: F401 a fixture
+
+# Quarters, so that sums are exact and a value never lies on a limit by rounding alone.
+VALUES = st.one_of(
+    st.integers(0, 16).map(lambda n: n / 4),
+    st.sampled_from([1000.0, math.nan, math.inf]),
+)
+CONFIGS = st.builds(
+    SpikeConfig,
+    action=st.sampled_from(["stop", "skip", "roll_back"]),
+    threshold=st.sampled_from([0.7, 2.3, 6.1]),
+    window=st.integers(2, 6),
+    warmup=st.integers(2, 9),
+    max_in_a_row=st.integers(1, 3),
+)
+
+
+class Slow:
+    """The rule, a value at a time: what was taken in is a list."""
+
+    def __init__(self, config):
+        self.config, self.taken = config, []
+        self.in_a_row = self.skipped = 0
+        self.halted = self.borders = False
+
+    def limits(self):
+        if len(self.taken) < self.config.warmup:
+            return [math.inf, math.inf]
+        window = np.array(self.taken[-self.config.window :])
+        mean, deviation = window.mean(axis=0), window.std(axis=0, ddof=1)
+        return mean + self.config.threshold * np.maximum(deviation, 1e-4 * np.abs(mean))
+
+    def judge(self, seen):
+        limits = self.limits()
+        self.borders = any(
+            abs(value - limit) < 1e-4 * (1 + abs(limit))
+            for value, limit in zip(seen, limits, strict=False)
+            if math.isfinite(limit)
+        )
+        is_spike = not all(map(math.isfinite, seen)) or any(
+            value > limit for value, limit in zip(seen, limits, strict=False)
+        )
+        if self.halted:
+            return True
+        if not is_spike:
+            self.in_a_row = 0
+            self.taken.append(seen[:2])
+            return False
+        self.in_a_row += 1
+        most = self.config.max_in_a_row if self.config.action == "skip" else 0
+        self.halted = self.in_a_row > most
+        self.skipped += not self.halted
+        return True
+
+
+def judged(judge, number, seen):
+    return bool(judge.judge(number, torch.tensor(seen), torch.tensor(seen[0])))
+
+
+@settings(max_examples=150, deadline=None)
+@given(CONFIGS, st.lists(st.tuples(VALUES, VALUES, st.just(0.0)), max_size=24), st.integers(0, 24))
+def test_it_judges_as_the_slow_rule_does_also_when_resumed(config, steps, resumed):
+    slow, judge = Slow(config), SpikeJudge(config)
+    spikes = []
+    for number, seen in enumerate(steps, 1):
+        if number == resumed and not slow.halted:
+            spikes += judge.take().spikes
+            state = judge.state()
+            judge = SpikeJudge(config)
+            judge.load(state)
+        expected = slow.judge(seen)
+        if slow.borders:
+            return
+        assert judged(judge, number, seen) == expected
+        limits = judge._limit().tolist()
+        assert limits == pytest.approx(list(slow.limits()), rel=1e-4)
+    found = judge.take()
+    assert found.skipped == slow.skipped
+    assert len(spikes + found.spikes) == slow.skipped + slow.halted
+    assert [spike.halts for spike in spikes + found.spikes] == [False] * slow.skipped + [
+        True
+    ] * slow.halted
+    assert judge.take().spikes == []
+
+
+def test_what_else_is_not_finite_is_a_spike():
+    judge = SpikeJudge(SpikeConfig(action="skip"))
+    assert not judged(judge, 1, [1.0, 1.0, 1.0])
+    assert judged(judge, 2, [1.0, 1.0, math.nan])
+
+
+def test_rounding_makes_no_spike_of_equal_values():
+    judge = SpikeJudge(SpikeConfig(action="skip", window=7, warmup=2))
+    assert not any(judged(judge, number, [0.1, 1 / 3]) for number in range(1, 60))
+    assert judged(judge, 60, [0.1001, 1 / 3])
+
+
+@pytest.mark.parametrize("window", [3, 5, 12])
+def test_another_window_keeps_the_newest_values(window):
+    judge = SpikeJudge(SpikeConfig(action="skip", window=5, warmup=2))
+    values = [float(n) for n in range(8)]
+    for number, value in enumerate(values):
+        # Falling: none is above the mean.
+        assert not judged(judge, number, [-value, -value])
+    other = SpikeJudge(SpikeConfig(action="skip", window=window, warmup=2))
+    other.load(judge.state())
+    kept = -np.array(values[-min(5, window) :])
+    for new in (-8.0, -9.0):
+        assert other._limit()[0] == pytest.approx(kept.mean() + 6 * kept.std(ddof=1))
+        assert not judged(other, 9, [new, new])
+        kept = np.append(kept, new)[-window:]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_is_left_out_keeps_every_bit(fused, first):
+    matrix = torch.nn.Parameter(torch.randn(3, 4))
+    vector = torch.nn.Parameter(torch.randn(4))
+    optimizer = torch.optim.AdamW([{"params": [matrix]}, {"params": [vector]}], fused=fused)
+
+    def make_step(is_left_out, factor=1.0):
+        def closure():
+            optimizer.zero_grad()
+            ((matrix @ vector).square().sum() * factor).backward()
+            leave_out(optimizer, torch.tensor(is_left_out))
+
+        optimizer.step(closure)
+
+    def kept():
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return [value.detach().clone() for value in (matrix, vector, *states)]
+
+    if not first:
+        make_step(False)
+    before = kept()
+    make_step(True, math.nan)
+    after = kept()
+    # Of a first step the state may be made, and is what no step leaves.
+    assert all(map(torch.equal, before, after))
+    assert not any(value.any() for value in after[len(before) :])
+    make_step(False)
+    assert not any(map(torch.equal, before, kept()))
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0 + (not first)}
+
+
+def test_buffers_come_back_to_the_bit():
+    buffers = [torch.tensor([0.1, -0.0]), torch.tensor(3)]
+    for is_left_out, expected in ((torch.tensor(True), 3), (torch.tensor(False), 4), (None, 5)):
+        with unless(is_left_out, buffers):
+            buffers[0].add_(math.nan)
+            buffers[1].add_(1)
+        assert buffers[1] == expected
+        assert buffers[0].isnan().all() == (expected > 3)
+
+
+@pytest.mark.parametrize("more", [(), ("model.router.causal=[predictor,threshold]",)])
+def test_judging_waits_for_nothing(step, more):  # noqa: F811
+    judge = step("spike=skip", "spike.warmup=2", *more).judge
+    found = judge.take()
+    assert (found.spikes, found.last.step) == ([], 4)
+
+
+WRONG = {
+    "action": "wait",
+    "threshold": 0.0,
+    "window": 1,
+    "warmup": 1,
+    "max_in_a_row": 0,
+    "max_rollbacks": 0,
+    "rollback_steps": 0,
+}
+
+
+def test_a_policy_that_cannot_work_is_told(tiny):
+    for key, value in WRONG.items():
+        found = SpikeConfig(**{key: value}).problems("spike")
+        assert [problem.key for problem in found] == [f"spike.{key}"]
+    with pytest.raises(ConfigError, match=r"spike\.window=1: is not 2 or more"):
+        resolve(compose("train", [*tiny, "name=x", "spike.window=1"]))
+
+
+def test_every_policy_of_the_group_composes():
+    names = sorted(path.stem for path in (conf_dir() / "spike").glob("*.yaml"))
+    assert names == sorted(SPIKE_ACTIONS)
+    for name in names:
+        assert compose("train", ["name=x", f"spike={name}"]).spike == SpikeConfig(name)
+
+
+def test_deepspeed_ends_at_a_nan_by_itself():
+    for action, fits in (("skip", False), ("roll_back", False), ("stop", True)):
+        found = SpikeConfig(action=action).strategy_problems("spike", "deepspeed_2")
+        assert (found == []) == fits
+    config = compose("train", ["name=x", "spike=skip", "strategy=deepspeed_1"])
+    assert "spike.action" in [problem.key for problem in config.problems()]
+
+
+STRETCHES = st.lists(st.integers(0, 60), unique=True, max_size=8).map(
+    lambda ends: [
+        (first, stop) for first, stop in zip(sorted(ends)[::2], sorted(ends)[1::2], strict=False)
+    ]
+)
+
+
+@settings(deadline=None)
+@given(STRETCHES)
+def test_the_stream_goes_on_behind_what_is_left_out(stretches):
+    gone = [n for first, stop in stretches for n in range(first, stop)]
+    expected = np.delete(np.arange(200), gone)[:100]
+    assert stream_positions(np.arange(100), stretches).tolist() == expected.tolist()
+
+
+@settings(deadline=None)
+@given(STRETCHES, st.integers(0, 12), st.sampled_from([(1, 4), (2, 2), (4, 1)]))
+def test_every_world_size_leaves_out_the_same_samples(stretches, start, shape):
+    world_size, accumulate = shape
+    order = SampleOrder(37, 5)
+    ranks = [
+        RankBatchSampler(order, BatchPlan(1, accumulate, 12, world_size, rank), start, stretches)
+        for rank in range(world_size)
+    ]
+    found = [
+        number
+        for micro_batches in zip(*map(list, ranks), strict=True)
+        for batch in micro_batches
+        for number in batch
+    ]
+    gone = [n for first, stop in stretches for n in range(first, stop)]
+    stream = order.lookup(np.delete(np.arange(200), gone)[: 12 * 4])
+    assert found == stream[start * 4 :].tolist()
+
+
+def a_spike(number):
+    return Spike(number, 9.0, math.inf, 2.0, 1.0, 9.0, True)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(1, 6), st.none() | st.integers(1, 4)), max_size=5
+    )
+)
+def test_roll_backs_take_out_what_was_read_since(tmp_path_factory, rolls):
+    """Each in turn, from any checkpoint: against a stream from which the samples are deleted."""
+    trace = SpikeTrace(RunDirectory(tmp_path_factory.mktemp("run")), Ranks())
+    stream = list(range(1000))
+    for count, (to_step, steps, most) in enumerate(rolls, 1):
+        last = to_step + steps
+        trace.pending = (a_spike(last), [1])
+        (said,) = trace.go_on(to_step, 4, SpikeConfig("roll_back", rollback_steps=most))
+        assert f"step {last} is a spike" in said
+        first = to_step if most is None else max(to_step, last - most)
+        del stream[4 * first : 4 * last]
+        found = stream_positions(np.arange(200), trace.left_out)
+        assert found.tolist() == stream[:200]
+        again = SpikeTrace(trace.run, Ranks())
+        assert (again.left_out, again.rollbacks) == (trace.left_out, count)
+        assert again.go_on(to_step, 4, SpikeConfig("roll_back")) == []
+
+
+def test_events_stay_but_for_skips_that_come_again(tmp_path):
+    trace = SpikeTrace(RunDirectory(tmp_path), Ranks())
+    for action, number in (("skip", 3), ("skip", 8), ("stop", 9), ("roll_back", 9)):
+        trace.write(action, a_spike(number), [7])
+    trace.go_on(5, 4, SpikeConfig("skip"))
+    found = [json.loads(line) for line in trace.events.read_text().splitlines()]
+    assert [(e["action"], e["step"]) for e in found] == [
+        *(("skip", 3), ("stop", 9), ("roll_back", 9))
+    ]
+    assert (found[0]["loss"], found[0]["grad_norm"], found[0]["samples"]) == (9.0, "inf", [7])
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"left_out": [3], "rollbacks": 1}'])
+def test_a_damaged_list_is_told(tmp_path, content):
+    (tmp_path / "left_out.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"left_out\.json cannot be read"):
+        SpikeTrace(RunDirectory(tmp_path), Ranks())
+
+
+def test_a_checkpoint_and_the_list_have_to_agree_as_far_as_it_read():
+    check_left_out([(4, 8), (20, 24)], [[4, 8]], 20)
+    for here, saved in (([], [[4, 8]]), ([(4, 8)], []), ([(4, 12)], [[4, 8]])):
+        with pytest.raises(CheckpointError, match="left out"):
+            check_left_out(here, saved, 20)
