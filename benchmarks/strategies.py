@@ -113,7 +113,10 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
 def _strategy(name: str, processes: int) -> StrategyConfig:
     # On four processes groups of two, so that both axes of a mesh have something to do.
     config = StrategyConfig(name, accelerator="cpu", num_threads=1, timeout=120.0)
-    own = {"hsdp": "shard_size", "fsdp_tp": "tensor_parallel", "fsdp_ep": "expert_parallel"}
+    own = {
+        **{"hsdp": "shard_size", "fsdp_tp": "tensor_parallel", "fsdp_ep": "expert_parallel"},
+        "fsdp_cp": "context_parallel",
+    }
     if name in own:
         setattr(config, own[name], min(2, processes))
     return config

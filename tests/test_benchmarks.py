@@ -19,6 +19,8 @@ SMALL = {
     "data_stream": "--tokens 200000 --seq-len 64 --rounds 2",
     "startup": "--rounds 1",
     "checkpoint": "--d-model 64 --layers 1 --vocab 128 --seq-len 32 --steps 2 --rounds 2",
+    "scale": "--models tiny --growth tiny --worlds 16 64 --setups fsdp --seq-len 64"
+    " --set model.vocab_size=128 model.num_layers=2",
 }
 RATIOS = {
     "mod_step": {"eta_eager", "flops_ratio", "time_ratio_eager", "gather_scatter_share"},
@@ -32,6 +34,7 @@ RATIOS = {
     "data_stream": {"over_memmap"},
     "startup": {"help_seconds", "first_step_seconds", "over_import"},
     "checkpoint": {"stall_ratio", "save_over_disk", "verify_over_disk", "load_over_disk"},
+    "scale": {"collectives_growth", "operators_growth", "over_theory", "over_bound", "unforeseen"},
 }
 
 

@@ -60,16 +60,23 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context), rotate(k, context)
-        sees = context.visible_BSS
-        if context.cache is None:
-            mixed = attend(q, k, v, sees, is_causal=sees is None)
-        else:
-            mixed = attend_through(context.cache, q, k, v, context)
-        out: Tensor = self.out(mixed.reshape(batch, length, -1))
+        out: Tensor = self.out(self.mix(q, k, v, context).reshape(batch, length, -1))
         if not self.tells_received or context.selection not in TRAINING_SELECTIONS:
             return out
         q, k = q.detach().transpose(1, 2), k.detach().transpose(1, 2)
-        return Output(out, received_BS=received(q, k, sees, context.valid_BS))
+        return Output(out, received_BS=received(q, k, context.visible_BSS, context.valid_BS))
+
+    def mix(
+        self, q_BSHW: Tensor, k_BSGW: Tensor, v_BSGW: Tensor, context: SequenceContext
+    ) -> Tensor:
+        """Return what each query attends to (B, S, H, W).
+
+        A method, so that ranks that have shares of a sequence can gather its keys and values.
+        """
+        if context.cache is not None:
+            return attend_through(context.cache, q_BSHW, k_BSGW, v_BSGW, context)
+        sees = context.visible_BSS
+        return attend(q_BSHW, k_BSGW, v_BSGW, sees, is_causal=sees is None)
 
 
 def attend(

@@ -107,9 +107,9 @@ class MixtureOfDepths(nn.Module):
         """
         self._check(context.selection)
         share = self.capacity if capacity is None else capacity
-        count = num_chosen(share, x_BSD.shape[1])
+        count = num_chosen(share, context.positions_BS.shape[1])
         scores_BS = self._scores(x_BSD, context, count, received_BS)
-        predictor_BS = None if self.predictor is None else self.predictor(x_BSD)
+        predictor_BS = self._predicted(x_BSD, context)
         places, chosen_BS = self._choose(scores_BS, predictor_BS, share, context)
         trains = context.selection in TRAINING_SELECTIONS
         record = RoutingRecord(
@@ -172,6 +172,12 @@ class MixtureOfDepths(nn.Module):
                 f"this model cannot choose by {selection!r}: it was built with"
                 f" router.choice={config.choice}, router.causal={config.causal_routers}"
             )
+
+    # What follows is told apart so that ranks that have shares of a sequence can choose together.
+
+    def _predicted(self, x_BSD: Tensor, context: SequenceContext) -> Tensor | None:
+        del context
+        return None if self.predictor is None else self.predictor(x_BSD)
 
     def _scores(
         self, x_BSD: Tensor, context: SequenceContext, count: int, received_BS: Tensor | None
@@ -287,19 +293,30 @@ class MixtureOfDepths(nn.Module):
         chosen_BKD = x_BSD.reshape(-1, dim).index_select(0, row_N).view(len(number_B), -1, dim)
         if context.cache is None or length > 1:
             context = context.gather(index_BK, filled_BK)
+        found = self._update(chosen_BKD, context, scores_BS.gather(1, index_BK), filled_BK)
+        update_ND = found.value_BSD.reshape(-1, dim)
+        out_ND = x_BSD.reshape(-1, dim).index_add(0, row_N, update_ND)
+        return found._replace(value_BSD=out_ND.view_as(x_BSD))
+
+    def _update(
+        self,
+        chosen_BKD: Tensor,
+        context: SequenceContext,
+        scores_BK: Tensor,
+        filled_BK: Tensor | None,
+    ) -> Output:
+        """Return the gated updates of the chosen, in the residual stream's type."""
         found = as_output(self.module(chosen_BKD, context))
         update_BKD = found.value_BSD
-        factor_BK = self.gate(scores_BS.gather(1, index_BK), chosen_BKD)
+        factor_BK = self.gate(scores_BK, chosen_BKD)
         if factor_BK is not None:
             update_BKD = update_BKD * factor_BK.unsqueeze(-1)
         if filled_BK is not None:
             # Adding minus zero changes no bit, that of a zero's sign included.
             update_BKD = update_BKD.where(filled_BK.unsqueeze(-1), -0.0)
-        # Autocast leaves the update narrower, or the gate wider, than the residual stream.
-        update_ND = update_BKD.to(x_BSD.dtype).reshape(-1, dim)
-        out_ND = x_BSD.reshape(-1, dim).index_add(0, row_N, update_ND)
-        # What a part of the tokens received says nothing to a router behind.
-        return found._replace(value_BSD=out_ND.view_as(x_BSD), received_BS=None)
+        # Autocast leaves the update narrower, or the gate wider, than the residual stream. What a
+        # part of the tokens received says nothing to a router behind.
+        return found._replace(value_BSD=update_BKD.to(chosen_BKD.dtype), received_BS=None)
 
 
 class SplitLayer(nn.Module):

@@ -151,11 +151,7 @@ class Experts(nn.Module):
         rows = self._rows(
             logits_TR, normaliser_T1, x_BSD.shape[:2], valid_BS, context.documents_BS, slots
         )
-        y_MD = self.inner(normed_TD.index_select(0, rows.token_M), rows.offsets_E)
-        dtype = x_BSD.dtype
-        y_MD = y_MD.to(dtype) * rows.weight_M.to(dtype).unsqueeze(-1)
-        update_TD = torch.zeros_like(normed_TD, dtype=dtype).index_add_(0, rows.token_M, y_MD)
-        update_BSD = update_TD.view_as(x_BSD)
+        update_BSD = self._update(rows, normed_TD, x_BSD.dtype).view_as(x_BSD)
         if self.shared is not None:
             update_BSD = update_BSD + self.shared(normed_BSD)
         record = self._record(rows, logits_TR, normaliser_T1, valid_BS)
@@ -207,6 +203,12 @@ class Experts(nn.Module):
         if slots is None:
             return sorted_rows(choice_TK, weight_TK, self.count, self.choices)
         return limited_rows(choice_TK, weight_TK, self.count, self.choices, batch, slots)
+
+    def _update(self, rows: Rows, normed_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what the experts add to each token (T, D)."""
+        y_MD = self.inner(normed_TD.index_select(0, rows.token_M), rows.offsets_E)
+        y_MD = y_MD.to(dtype) * rows.weight_M.to(dtype).unsqueeze(-1)
+        return torch.zeros_like(normed_TD, dtype=dtype).index_add_(0, rows.token_M, y_MD)
 
     def _choose(self, logits_TR: Tensor, normaliser_T1: Tensor) -> tuple[Tensor, Tensor]:
         """Return the K choices of each token and their weights."""

@@ -25,7 +25,8 @@ class SequenceContext(NamedTuple):
     documents_BS: numbers of the documents, rising along the sequence; None where it is all one.
         Nothing passes between documents.
     valid_BS: False for padding, which nobody sees and nothing is spent on; None: all are valid.
-    visible_BSS: which key (last) each query sees; None: itself and every one before.
+    visible_BSS: which key (last) each query sees; None: itself and every one before. A rank that
+        has a share of the sequence has the rows of its own queries.
     cache: what the layer's mixer has seen before; None where these tokens are all there is.
     taken: by router, the tokens that took part before, where ``cache`` is one and a cap asks.
     dial: how much is to be computed; None: as trained.
@@ -72,11 +73,16 @@ class SequenceContext(NamedTuple):
             cache=cache,
         )
 
-    def gather(self, index_BK: Tensor, valid_BK: Tensor | None = None) -> SequenceContext:
+    def gather(
+        self,
+        index_BK: Tensor,
+        valid_BK: Tensor | None = None,
+        asking_N: Tensor | None = None,
+    ) -> SequenceContext:
         """Return the context of the tokens ``index_BK`` alone; they keep their positions.
 
         valid_BK: False for slots that hold nobody. They stand behind the others, where causal
-        attention never looks.
+        attention never looks. asking_N: see `visible`.
         """
         batch = index_BK.shape[0]
 
@@ -101,7 +107,7 @@ class SequenceContext(NamedTuple):
             valid_BS=valid_BK,
             visible_BSS=None
             if self.cache is not None
-            else visible(positions, self.window, documents, None),
+            else visible(positions, self.window, documents, None, asking_N),
         )
 
 
@@ -114,8 +120,12 @@ def sequence_context(
     window: int | None = None,
     documents_BS: Tensor | None = None,
     valid_BS: Tensor | None = None,
+    asking_N: Tensor | None = None,
 ) -> SequenceContext:
-    """Make the context of tokens at ``positions_BS`` (RoPE, arXiv 2104.09864)."""
+    """Make the context of tokens at ``positions_BS`` (RoPE, arXiv 2104.09864).
+
+    asking_N: see `visible`.
+    """
     cos_BSW, sin_BSW = rotary(positions_BS, head_width, theta)
     return SequenceContext(
         positions_BS,
@@ -125,7 +135,7 @@ def sequence_context(
         window,
         documents_BS,
         valid_BS,
-        visible(positions_BS, window, documents_BS, valid_BS),
+        visible(positions_BS, window, documents_BS, valid_BS, asking_N),
     )
 
 
@@ -142,23 +152,31 @@ def visible(
     window: int | None,
     documents_BS: Tensor | None,
     valid_BS: Tensor | None,
+    asking_N: Tensor | None = None,
 ) -> Tensor | None:
     """Which key (last dim) each query sees (B, S, S); None for plain causal attention.
 
     A token always sees itself, padding too: an empty row would be a mean over nothing.
+
+    asking_N: the tokens of the sequence whose queries there are, (B, N, S), which are told in any
+    case; None: all of them.
     """
-    if window is None and documents_BS is None and valid_BS is None:
+    if window is None and documents_BS is None and valid_BS is None and asking_N is None:
         return None
-    length = positions_BS.shape[1]
+
+    def asking(x_BS: Tensor) -> Tensor:
+        return x_BS if asking_N is None else x_BS.index_select(1, asking_N)
+
+    place_1S = torch.arange(positions_BS.shape[1], device=positions_BS.device).unsqueeze(0)
+    query_1N1 = asking(place_1S).unsqueeze(2)
     # The order among equal positions (padding) is kept by the lower triangle.
-    sees = torch.ones(length, length, dtype=torch.bool, device=positions_BS.device).tril()[None]
+    sees = place_1S <= query_1N1
     if window is not None:
-        sees = sees & (positions_BS.unsqueeze(2) - positions_BS.unsqueeze(1) < window)
+        sees = sees & (asking(positions_BS).unsqueeze(2) - positions_BS.unsqueeze(1) < window)
     if documents_BS is not None:
-        sees = sees & (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1))
+        sees = sees & (asking(documents_BS).unsqueeze(2) == documents_BS.unsqueeze(1))
     if valid_BS is not None:
-        itself = torch.eye(length, dtype=torch.bool, device=positions_BS.device)
-        sees = sees & (valid_BS.unsqueeze(1) | itself)
+        sees = sees & (valid_BS.unsqueeze(1) | (place_1S == query_1N1))
     return sees
 
 

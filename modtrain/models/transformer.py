@@ -204,6 +204,14 @@ class Transformer(nn.Module):
         """
         return next_token_loss(x_BSD, weight_VD, targets_BS, self.config.loss_chunk)
 
+    def asking(self, tokens_BS: Tensor) -> Tensor | None:
+        """Return the places of the tokens whose queries attention is to answer; None: of all.
+
+        A method, so that ranks can have shares of a sequence.
+        """
+        del tokens_BS
+        return None
+
     def observe(self, output: ModelOutput) -> list[Tensor]:
         """Return what the running states of routers and experts are to learn from a batch."""
         found: list[Tensor | None] = [
@@ -241,6 +249,7 @@ class Transformer(nn.Module):
             window=self.config.sliding_window,
             documents_BS=documents_BS,
             valid_BS=valid_BS,
+            asking_N=self.asking(tokens_BS),
         )
 
     def _check(self, dial: Dial | None) -> None:

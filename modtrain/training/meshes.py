@@ -16,6 +16,7 @@ AXES = {
     "hsdp": ("replicate", "shard"),
     "fsdp_tp": ("data", "tensor"),
     "fsdp_ep": ("expert_data", "expert"),
+    "fsdp_cp": ("data", "context"),
 }
 """The strategies whose parameters lie in pieces on the ranks, and the axes of each one's mesh."""
 
@@ -26,7 +27,7 @@ class Meshes:
 
     whole: all ranks, with the strategy's `AXES`.
     data_size, data_rank: how many ranks read different data, and which of them this one is. The
-        ranks of one tensor-parallel group read the same.
+        ranks of one tensor-parallel or context-parallel group read the same.
     layers: what FSDP cuts the matrices of a layer over, experts under fsdp_ep left out; 1-D, or
         (replicate, shard).
     rest: what it cuts everything else over: all ranks, 1-D or (replicate, shard).
@@ -43,6 +44,11 @@ class Meshes:
         """The group whose ranks have slices of each matrix. Raises KeyError without such groups."""
         return self.whole["tensor"]
 
+    @property
+    def context(self) -> DeviceMesh:
+        """The group whose ranks have shares of a sequence. Raises KeyError without such groups."""
+        return self.whole["context"]
+
 
 def make_meshes(
     strategy: str,
@@ -51,11 +57,13 @@ def make_meshes(
     expert_parallel: int = 1,
     shard_size: int | None = None,
     device_type: str = "cpu",
+    context_parallel: int = 1,
 ) -> Meshes:
     """Make the meshes of all ranks; collective, and the same on each of them.
 
-    tensor_parallel, expert_parallel: ranks of a group of fsdp_tp, fsdp_ep; other strategies leave
-    them alone. shard_size: ranks of hsdp that share one copy of the model; None: all.
+    tensor_parallel, expert_parallel, context_parallel: ranks of a group of fsdp_tp, fsdp_ep,
+    fsdp_cp; other strategies leave them alone. shard_size: ranks of hsdp that share one copy of the
+    model; None: all.
 
     Raises:
         ValueError: ``strategy`` has no meshes, or a group does not divide the ranks.
@@ -67,6 +75,7 @@ def make_meshes(
         "hsdp": shard_size or world_size,
         "fsdp_tp": tensor_parallel,
         "fsdp_ep": expert_parallel,
+        "fsdp_cp": context_parallel,
     }[strategy]
     if inner < 1 or world_size % inner:
         raise ValueError(f"groups of {inner} do not divide {world_size} ranks")
@@ -79,4 +88,6 @@ def make_meshes(
     everyone = init_device_mesh(device_type, (world_size,), mesh_dim_names=("everyone",))
     if strategy == "fsdp_tp":
         return Meshes(whole, outer, rank // inner, whole["data"], everyone)
+    if strategy == "fsdp_cp":
+        return Meshes(whole, outer, rank // inner, everyone, everyone)
     return Meshes(whole, world_size, rank, everyone, everyone)

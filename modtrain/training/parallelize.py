@@ -31,7 +31,12 @@ from torch.distributed.tensor import DTensor, Shard
 from modtrain.models.depth import MixtureOfDepths
 from modtrain.models.experts import Experts
 from modtrain.models.transformer import Transformer
-from modtrain.training import activation_checkpointing, expert_parallel, tensor_parallel
+from modtrain.training import (
+    activation_checkpointing,
+    context_parallel,
+    expert_parallel,
+    tensor_parallel,
+)
 from modtrain.training.meshes import Meshes
 
 
@@ -93,6 +98,18 @@ def fsdp_ep(model: Transformer, meshes: Meshes, options: LayerOptions) -> None:
     for layer in model.layers:
         if isinstance(layer, FSDPModule):
             expert_parallel.average(layer, expert_data, meshes.whole.size())
+
+
+def fsdp_cp(model: Transformer, meshes: Meshes, options: LayerOptions) -> None:
+    """Share each sequence out over a group, and cut parameters over all ranks. Again, nothing.
+
+    Raises:
+        ConfigError: the model cannot be computed so.
+    """
+    if isinstance(model, FSDPModule):
+        return
+    context_parallel.share_sequences(model, meshes.context)
+    fsdp(model, meshes, options)
 
 
 def prepare_layers(model: Transformer, options: LayerOptions) -> None:

@@ -11,7 +11,7 @@ from modtrain.models.config import ModelConfig
 from modtrain.training.launch import Launch
 
 STRATEGIES = (
-    *("single", "ddp", "fsdp", "hsdp", "fsdp_tp", "fsdp_ep"),
+    *("single", "ddp", "fsdp", "hsdp", "fsdp_tp", "fsdp_ep", "fsdp_cp"),
     *("deepspeed_1", "deepspeed_2", "deepspeed_3"),
 )
 ACCELERATORS = ("auto", "cpu", "cuda", "mps")
@@ -22,6 +22,7 @@ _OWN_KEYS = {
     "shard_size": ("hsdp",),
     "tensor_parallel": ("fsdp_tp",),
     "expert_parallel": ("fsdp_ep",),
+    "context_parallel": ("fsdp_cp",),
     "offload": ("deepspeed_1", "deepspeed_2", "deepspeed_3"),
 }
 # Processes of a node where no launcher says it: those of the usual machine with eight GPUs.
@@ -36,7 +37,8 @@ class StrategyConfig:
         gradients and optimizer state are cut over all processes (FSDP2). ``hsdp``: over the
         ``shard_size`` processes of a group, each group with a copy. ``fsdp_tp``: within a group of
         ``tensor_parallel`` processes each layer's products are cut as well. ``fsdp_ep``: experts
-        are spread over ``expert_parallel`` processes. ``deepspeed_1|2|3``: ZeRO's stages.
+        are spread over ``expert_parallel`` processes. ``fsdp_cp``: each sequence is shared out over
+        ``context_parallel`` processes. ``deepspeed_1|2|3``: ZeRO's stages.
     accelerator: ``auto`` takes CUDA, then MPS, then the CPU.
     num_threads: CPU threads of the process; null leaves torch's choice.
     activation_checkpointing: what the backward pass computes again in place of keeping it:
@@ -47,6 +49,7 @@ class StrategyConfig:
         launcher that started another number is an error; `modtrain plan` plans for this many.
     shard_size: null: the processes of a node. tensor_parallel: null: the processes of a node.
     expert_parallel: null: the most that both divides the processes and the experts.
+    context_parallel: null: the processes of a node.
     offload: keep optimizer state, and with stage 3 parameters, in the CPU's memory.
     timeout: seconds after which a process that waits for another one gives up.
     """
@@ -59,6 +62,7 @@ class StrategyConfig:
     shard_size: int | None = None
     tensor_parallel: int | None = None
     expert_parallel: int | None = None
+    context_parallel: int | None = None
     offload: bool = False
     timeout: float = 600.0
 
@@ -72,8 +76,8 @@ class StrategyConfig:
         found = one_of(self, prefix, "name", STRATEGIES)
         found += one_of(self, prefix, "accelerator", ACCELERATORS)
         found += one_of(self, prefix, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
-        sizes = ("world_size", "shard_size", "tensor_parallel", "expert_parallel")
-        found += at_least(self, prefix, 1, "num_threads", *sizes)
+        sizes = ("shard_size", "tensor_parallel", "expert_parallel", "context_parallel")
+        found += at_least(self, prefix, 1, "num_threads", "world_size", *sizes)
         found += above_zero(self, prefix, "timeout")
         for key, names in _OWN_KEYS.items():
             value = getattr(self, key)
@@ -89,18 +93,20 @@ class Sizes:
     """How many processes there are, and in what groups; groups that are not used have size 1.
 
     world_size: all. shard: those that hold one copy of the parameters together. tensor: those that
-    cut each layer's products. expert: those that share out the experts.
+    cut each layer's products. expert: those that share out the experts. context: those that share
+    out each sequence.
     """
 
     world_size: int = 1
     shard: int = 1
     tensor: int = 1
     expert: int = 1
+    context: int = 1
 
     @property
     def data_parallel(self) -> int:
         """How many ranks, or groups of them, read different data."""
-        return self.world_size // self.tensor
+        return self.world_size // (self.tensor * self.context)
 
 
 def expected_launch(config: StrategyConfig, launch: Launch) -> Launch:
@@ -115,7 +121,7 @@ def sizes_of(config: StrategyConfig, model: ModelConfig, launch: Launch) -> Size
     """Return the groups that the strategy makes of the processes of ``launch``."""
     world, node = launch.world_size, launch.local_world_size
     sizes = Sizes(world)
-    if config.name in ("fsdp", "fsdp_ep"):
+    if config.name in ("fsdp", "fsdp_ep", "fsdp_cp"):
         sizes = replace(sizes, shard=world)
     if config.name == "hsdp":
         sizes = replace(sizes, shard=config.shard_size or node)
@@ -125,4 +131,6 @@ def sizes_of(config: StrategyConfig, model: ModelConfig, launch: Launch) -> Size
     if config.name == "fsdp_ep":
         expert = config.expert_parallel or math.gcd(model.experts.count or 1, world)
         sizes = replace(sizes, expert=expert)
+    if config.name == "fsdp_cp":
+        sizes = replace(sizes, context=config.context_parallel or node)
     return sizes

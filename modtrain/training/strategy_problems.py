@@ -27,6 +27,7 @@ def size_problems(
         ("shard_size", sizes.shard if config.name == "hsdp" else 1),
         ("tensor_parallel", sizes.tensor),
         ("expert_parallel", sizes.expert),
+        ("context_parallel", sizes.context),
     ):
         if world % size:
             remedy = "give a divisor of it"
@@ -38,6 +39,8 @@ def size_problems(
         found += tensor_problems(model, sizes.tensor)
     if config.name == "fsdp_ep":
         found += expert_problems(config, prefix, model, sizes)
+    if config.name == "fsdp_cp":
+        found += context_problems(model, sizes.context)
     return found
 
 
@@ -86,6 +89,15 @@ def tensor_problems(config: ModelConfig, size: int, prefix: str = "model") -> li
         remedy = "use a learned score, or strategy=fsdp"
         found.append(Problem(f"{prefix}.router.score", config.router.score, reason, remedy))
     return found
+
+
+def context_problems(config: ModelConfig, size: int, prefix: str = "model") -> list[Problem]:
+    """Say why sequences of such a model cannot be shared out over groups of ``size`` ranks."""
+    if size == 1 or not config.is_routed or config.router.score != "attention":
+        return []
+    reason = "is made of all queries, of which each process has some"
+    remedy = "use a learned score, or strategy=fsdp"
+    return [Problem(f"{prefix}.router.score", config.router.score, reason, remedy)]
 
 
 def run_problems(config: StrategyConfig, prefix: str, compiles: bool) -> list[Problem]:

@@ -116,13 +116,13 @@ class Group(NamedTuple):
 
     def gathered(self, x_BLD: Tensor, length: int) -> Tensor:
         """Return the shares one behind another (B, S, D)."""
-        x = collectives.all_gather_tensor(x_BLD.contiguous(), 1, self.name)
+        x = collectives.all_gather_single(x_BLD.contiguous(), 1, self.name)
         return _arrived(x).narrow(1, 0, length).contiguous()
 
     def scattered(self, x_BSD: Tensor) -> Tensor:
         """Return this rank's share (B, L, D) of the sum over the ranks."""
         x = self._lengthened(x_BSD).contiguous()
-        return _arrived(collectives.reduce_scatter_tensor(x, "sum", 1, self.name))
+        return _arrived(collectives.reduce_scatter_single(x, "sum", 1, self.name))
 
     def summed(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks."""

@@ -15,11 +15,13 @@ STRATEGIES = {
     "hsdp": ("strategy.shard_size=1",),
     "fsdp_tp": (),
     "fsdp_ep": EXPERTS,
+    "fsdp_cp": (),
     "deepspeed_1": (),
     "deepspeed_2": ("strategy.offload=true",),
     "deepspeed_3": (),
 }
 QUICK = ("ddp", "fsdp")
+GROUPS = {"hsdp": "shard_size", "fsdp_tp": "tensor_parallel", "fsdp_cp": "context_parallel"}
 
 
 def losses(runs, name):
@@ -50,6 +52,7 @@ JOURNEYS = {
     "4-2-1": [(4, "fsdp"), (2, "fsdp"), (1, "fsdp")],
     "through strategies": [(2, "ddp"), (4, "fsdp"), (2, "fsdp_tp"), (1, "single")],
     "and back": [(4, "fsdp_tp"), (2, "fsdp"), (4, "hsdp"), (1, "ddp")],
+    "through a cut sequence": [(4, "fsdp_cp"), (2, "ddp"), (2, "fsdp_cp")],
     "by way of DeepSpeed": [(2, "deepspeed_3"), (1, "fsdp"), (2, "deepspeed_1"), (4, "ddp")],
 }
 
@@ -65,8 +68,8 @@ def test_other_ranks_and_strategies_go_on_with_the_same_samples(prepared, tmp_pa
     on_ranks(run, 1, alone, str(tmp_path / "alone"), joins=False)
     for number, (ranks, strategy) in enumerate(stretches):
         more = [f"strategy={strategy}"]
-        if strategy in ("hsdp", "fsdp_tp"):
-            more.append(f"strategy.{'shard_size' if strategy == 'hsdp' else 'tensor_parallel'}=2")
+        if strategy in GROUPS:
+            more.append(f"strategy.{GROUPS[strategy]}=2")
         lines = overrides(prepared, tmp_path, "journey", steps, *more)
         last = number + 1 == len(stretches)
         # On several ranks the stop is agreed on a step later than it came.

@@ -75,7 +75,10 @@ MODEL = ModelConfig(experts=ExpertsConfig(count=12))
 )
 def test_groups_divide_the_processes_or_are_told(name, local, nodes, group):
     launch = Launch(local * nodes, 0, 0, local)
-    key = {"hsdp": "shard_size", "fsdp_tp": "tensor_parallel", "fsdp_ep": "expert_parallel"}
+    key = {
+        **{"hsdp": "shard_size", "fsdp_tp": "tensor_parallel", "fsdp_ep": "expert_parallel"},
+        "fsdp_cp": "context_parallel",
+    }
     config = StrategyConfig(name, **({key[name]: group} if name in key else {}))
     assert not config.problems("strategy")
     sizes = sizes_of(config, MODEL, launch)
@@ -85,12 +88,13 @@ def test_groups_divide_the_processes_or_are_told(name, local, nodes, group):
         uneven = name == "fsdp_ep" and MODEL.d_model % copies and MODEL.ff_width % copies
         assert alone or uneven or (group and (launch.world_size % group or 12 % group))
         return
-    assert sizes.data_parallel * sizes.tensor == launch.world_size
+    assert sizes.data_parallel * sizes.tensor * sizes.context == launch.world_size
     assert launch.world_size % sizes.shard == launch.world_size % sizes.expert == 0
     assert 12 % sizes.expert == 0
     if name in key and group is None:
         # Within a node, where that goes.
-        own = {"hsdp": sizes.shard, "fsdp_tp": sizes.tensor}.get(name, local)
+        groups = {"hsdp": sizes.shard, "fsdp_tp": sizes.tensor, "fsdp_cp": sizes.context}
+        own = groups.get(name, local)
         assert own == local
 
 

@@ -50,7 +50,8 @@ class HeldOutCallback(StepCallback):
 
     def _total(self, module: LanguageModule) -> Callable[[Tensor], Tensor]:
         """Return the sum over ranks, in which those that read the same sequences count once."""
-        return lambda values: self.ranks.sum(values) / module.plan.sizes.tensor
+        sizes = module.plan.sizes
+        return lambda values: self.ranks.sum(values) * sizes.data_parallel / sizes.world_size
 
     def _draw(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Show which tokens of the first held-out sequence each routed layer takes."""

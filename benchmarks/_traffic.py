@@ -1,0 +1,192 @@
+"""What theory says that a rank sends in a training step, from the shapes of the whole model.
+
+A parameter that is cut over n ranks is gathered once forward and once backward, the root's once in
+all, and its gradient reduced once. With every collective done as by rings a rank sends (n - 1) / n
+of what is whole, and twice that where a sum ends on all ranks (`benchmarks._paper.sent`).
+
+Shapes: B sequences of S tokens, D model, E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+from benchmarks._paper import ALL, Paper, sent
+from modtrain.models.config import ModelConfig
+from modtrain.models.pattern import num_chosen
+from modtrain.training.expert_parallel import sent_bytes
+
+_DECIDING = re.compile(r"\.(router|predictor|expert_router)\.")
+_EXPERTS = re.compile(r"\.inner\.(up|gate|down)$")
+# Cut by what they read in place of what they write, under tensor parallelism.
+_READING = re.compile(r"\.(out|down)\.weight$")
+
+Key = tuple[str, str]
+
+
+class Theory(NamedTuple):
+    """What collectives of one kind over one axis should come to.
+
+    sent: bytes that a rank has to send. bound: bytes with what static shapes add: pieces of a
+    parameter that are all as long as the longest, and dropless experts that all compute.
+    """
+
+    number: int = 0
+    sent: float = 0.0
+    bound: float = 0.0
+
+    def plus(self, other: Theory) -> Theory:
+        """Return both together."""
+        return Theory(self.number + other.number, self.sent + other.sent, self.bound + other.bound)
+
+
+class _Group(NamedTuple):
+    """Parameters that FSDP gathers together: their shapes on the ranks of the group of ``axis``."""
+
+    axis: str
+    is_root: bool
+    shapes: list[tuple[int, ...]]
+
+
+def theory(paper: Paper) -> dict[Key, Theory]:
+    """Return what each kind of collective over each axis should come to, in a step of one batch."""
+    found: dict[Key, Theory] = {}
+
+    def add(kind: str, axis: str, number: int, whole: float, padded: float | None = None) -> None:
+        size = paper.sizes[axis]
+        if size == 1:
+            return
+        # Groups of all ranks are one.
+        key = kind, ALL if size == paper.sizes[ALL] else axis
+        padded = whole if padded is None else padded
+        found[key] = found.get(key, Theory()).plus(
+            Theory(number, sent(kind, whole, size), sent(kind, padded, size))
+        )
+
+    for group in _groups(paper):
+        size = paper.sizes[group.axis]
+        whole = sum(prod(shape) for shape in group.shapes)
+        padded = sum(_padded(shape, size) for shape in group.shapes)
+        gathers = 1 if group.is_root else 2
+        width = 4 if group.is_root else _width(paper)
+        add("all-gather", group.axis, gathers, gathers * width * whole, gathers * width * padded)
+        add("reduce-scatter", group.axis, 1, 4 * whole, 4 * padded)
+        if "replicate" in paper.sizes:
+            add("all-reduce", "replicate", 1, 4 * whole / size, 4 * padded / size)
+    norms = 1 + any(".predictor." in name for name in paper.shapes)
+    add("all-reduce", ALL, norms, 4 * norms)
+    if states := _running_states(paper.config.model):
+        add("all-reduce", ALL, 1, 4 * states)
+    if paper.sizes.get("expert", 1) > 1:
+        is_all = paper.sizes["expert"] == paper.sizes[ALL]
+        found["all-to-all", ALL if is_all else "expert"] = _exchanges(paper)
+    if "tensor" in paper.sizes:
+        for kind, number, num_bytes in _slices(paper):
+            add(kind, "tensor", number, num_bytes)
+    return found
+
+
+def _width(paper: Paper) -> int:
+    """Bytes of a number in which layers are gathered and products made."""
+    return 2 if paper.config.precision == "bf16" else 4
+
+
+def _groups(paper: Paper) -> Iterator[_Group]:
+    """Give what FSDP gathers together: each layer's matrices, its spread experts, and the rest."""
+    over = {"hsdp": "shard", "fsdp_tp": "data"}.get(paper.config.strategy.name, ALL)
+    root: list[tuple[int, ...]] = []
+    layers: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for name, shape in paper.shapes.items():
+        if not name.startswith("layers.") or len(shape) < 2 or _DECIDING.search(name):
+            root.append(tuple(shape))
+            continue
+        number = name.split(".")[1]
+        axis = over
+        local = list(shape)
+        if _EXPERTS.search(name) and paper.sizes.get("expert", 1) > 1:
+            axis = "expert_data"
+            local[0] //= paper.sizes["expert"]
+        elif "tensor" in paper.sizes:
+            local[1 if _READING.search(name) else 0] //= paper.sizes["tensor"]
+        layers.setdefault((number, axis), []).append(tuple(local))
+    for (_, axis), shapes in layers.items():
+        yield _Group(axis, False, shapes)
+    yield _Group("shard" if over == "shard" else ALL, True, root)
+
+
+def _padded(shape: tuple[int, ...], size: int) -> float:
+    """Numbers in ``size`` pieces that are all as large as the largest."""
+    dim = 0
+    if len(shape) > 2 and shape[0] % size:
+        # Matrices of experts are cut by another dim where the first does not come out even.
+        dim = next((d for d in range(1, len(shape)) if shape[d] % size == 0), 0)
+    return prod(shape) / shape[dim] * -(-shape[dim] // size) * size
+
+
+def _running_states(model: ModelConfig) -> int:
+    """Numbers that thresholds, biases and quantiles learn from a step."""
+    states = len(model.routed_parts) if model.is_routed and model.router.keeps_threshold else 0
+    for layer in range(model.num_layers):
+        if model.has_experts(layer) and model.experts.choice == "expert":
+            states += model.experts.count or 0
+        elif model.has_experts(layer) and model.experts.balance_kind == "bias":
+            states += (model.experts.count or 0) + model.experts.noop
+    return states
+
+
+def _tokens(paper: Paper) -> Iterator[tuple[int, int]]:
+    """Give each layer's number and how many tokens go through it."""
+    seq_len = paper.plan.seq_len
+    for layer, capacity in enumerate(paper.config.model.capacities):
+        yield layer, seq_len if capacity is None else num_chosen(capacity, seq_len)
+
+
+def _exchanges(paper: Paper) -> Theory:
+    """Rows to their experts and back, and their gradients; before, where dropless, their counts."""
+    model, size = paper.config.model, paper.sizes["expert"]
+    experts, number, balanced, most = model.experts, 0, 0.0, 0.0
+    for layer, tokens in _tokens(paper):
+        if not model.has_experts(layer):
+            continue
+        rows = experts.computed_slots(tokens)
+        bound: float = rows
+        number += 4
+        if experts.slots(tokens) is None:
+            # On paper nobody knows how many went to no-ops: they count as if none had.
+            bound = float(tokens * experts.top_k)
+            number += 1
+            counts = sent("all-to-all", 8 * (experts.count or 0), size)
+            balanced, most = balanced + counts, most + counts
+        balanced += sent_bytes(rows, model.d_model, _width(paper), size)
+        most += sent_bytes(bound, model.d_model, _width(paper), size)
+    return Theory(number, balanced, most)
+
+
+def _slices(paper: Paper) -> Iterator[tuple[str, int, float]]:
+    """Give kind, number and bytes of what blocks of slices exchange; see `tensor_parallel`.
+
+    Each of a block's two parts gathers its tokens and scatters its sums, forward, and backward
+    the other way round; the block gathers its update, and the gradient of what went in. A mixture
+    has all tokens, and no no-op is told apart from others: it sums all rows, wide when backward.
+    """
+    model, width = paper.config.model, _width(paper)
+    experts = model.experts
+    for layer, tokens in _tokens(paper):
+        features = tokens * model.d_model
+        if not model.has_experts(layer):
+            yield "all-gather", 6, (5 * width + 4) * features
+            yield "reduce-scatter", 4, 4 * width * features
+            continue
+        yield "all-gather", 6, (2 * width + 4 * 4) * features
+        yield "reduce-scatter", 2, 2 * width * features
+        slots = experts.slots(tokens)
+        rows = tokens * experts.top_k if slots is None else (experts.count or 0) * slots
+        yield "all-reduce", 2, (width + 4) * rows * model.d_model
+        if experts.shared:
+            yield "all-reduce", 2, (width + 4) * features
+    # The head: the gradient of what went in, and the loss.
+    yield "all-gather", 1, 4 * paper.plan.seq_len * model.d_model
+    yield "all-reduce", 1, 4
