@@ -22,7 +22,7 @@ from modtrain.training.expert_parallel import sent_bytes
 _DECIDING = re.compile(r"\.(router|predictor|expert_router)\.")
 _EXPERTS = re.compile(r"\.inner\.(up|gate|down)$")
 # Cut by what they read in place of what they write, under tensor parallelism.
-_READING = re.compile(r"\.(out|down)\.weight$")
+_READING = re.compile(r"\.(out|down)\.weight$|\.down$")
 
 Key = tuple[str, str]
 
@@ -110,7 +110,10 @@ def _groups(paper: Paper) -> Iterator[_Group]:
             axis = "expert_data"
             local[0] //= paper.sizes["expert"]
         elif "tensor" in paper.sizes:
-            local[1 if _READING.search(name) else 0] //= paper.sizes["tensor"]
+            # Linear layers are (write, read), experts' matrices (expert, read, write).
+            reads = bool(_READING.search(name))
+            dim = (1 if reads else 2) if len(local) > 2 else int(reads)
+            local[dim] //= paper.sizes["tensor"]
         layers.setdefault((number, axis), []).append(tuple(local))
     for (_, axis), shapes in layers.items():
         yield _Group(axis, False, shapes)

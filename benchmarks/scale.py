@@ -10,8 +10,8 @@ rank sends, the operators that a step dispatches, and what a rank keeps; beside 
 
 ``collectives_growth``, ``operators_growth``: of a step on the most ranks over the same on the
 fewest, the worst of all setups; 1 where a rank's work does not grow. ``over_theory``: bytes sent
-over what theory asks for, the worst row. ``over_bound``: the same with what static shapes add;
-1 where every byte is accounted for. ``unforeseen``: 1 + collectives of which theory knows nothing.
+over what theory asks for, the worst row. ``over_bound``: the same, more or less, with what static
+shapes add; 1 where every byte is accounted for. ``unforeseen``: 1 + collectives of which theory knows nothing.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def _results(found: Sequence[Traced], largest: int) -> dict[str, float]:
                 unforeseen += traffic.number
             elif expected.sent:
                 over_theory = max(over_theory, traffic.sent / expected.sent)
-                over_bound = max(over_bound, traffic.sent / expected.bound)
+                ratio = traffic.sent / expected.bound
+                over_bound = max(over_bound, ratio, 1 / ratio)
     return {
         "ranks": largest,
         "traced": len(found),

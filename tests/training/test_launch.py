@@ -64,7 +64,8 @@ def test_processes_that_do_not_know_where_to_meet_are_an_error():
         Launch(2, 0, 0, 2).export({"MASTER_PORT": "1"})
 
 
-MODEL = ModelConfig(experts=ExpertsConfig(count=12))
+# Of numbers that every group here divides.
+MODEL = ModelConfig(d_model=192, num_heads=48, d_ff=768, experts=ExpertsConfig(count=12, dim=768))
 
 
 @given(
