@@ -80,9 +80,10 @@ def board_cost(world_size: int) -> BoardCost:
     watch = Watch(store, 1, world_size, 600.0, None)  # type: ignore[arg-type]
     watch.close()
     beat = store.requests.total()
+    told = json.dumps([0, "failed", "host", "text"])
+    store.board.set("blame", told)
     for rank in range(world_size):
-        kind = "failed" if rank == 0 else "waits"
-        store.board.set(f"post/{rank}", json.dumps([kind, "host", "text"]))
+        store.board.set(f"post/{rank}", told)
         store.board.set(f"seen/{rank}", json.dumps(["host", "step 1", 0.0, 1]))
     store.requests.clear()
     watch.explain(RuntimeError("a collective broke"))

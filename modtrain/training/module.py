@@ -155,7 +155,7 @@ class LanguageModule(L.LightningModule):
             # All at once: small tensors, of which each would wait for the network.
             flat = torch.cat([value.flatten() for value in self._observed])
             flat = flat / self.trainer.accumulate_grad_batches
-            flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
+            flat = self._strategy.mean_over_ranks(flat)
             sizes = [value.numel() for value in self._observed]
             means = [
                 mean.view_as(value)
@@ -216,7 +216,7 @@ class LanguageModule(L.LightningModule):
         loss, objective = (self._own_2 / self.trainer.accumulate_grad_batches).unbind()
         seen = torch.stack([loss, *(norm.to(loss) for norm in norms), objective])
         # Norms are alike on all ranks already; this makes them so to the bit on any hardware.
-        seen = self.trainer.strategy.reduce(seen, reduce_op="mean")
+        seen = self._strategy.mean_over_ranks(seen)
         self._left_out = judge.judge(self.trainer.global_step + 1, seen, loss)
         leave_out(self._strategy.optimizers[0], self._left_out)
         self.statistics.unless(self._left_out, self._before)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -78,7 +79,14 @@ class Ranks:
 
     def any(self, value: bool) -> bool:
         """Whether it is so on any rank."""
-        return any(self.each(value))
+        return bool(self._max(int(value)))
+
+    def _max(self, value: int) -> int:
+        if self.group is None:
+            return value
+        number = torch.tensor(value)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        return int(number)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over ranks of a tensor on the CPU, the same on every rank."""
@@ -120,6 +128,9 @@ class Ranks:
             yield
         except Exception as error:
             own = error
+        # One number as a rule; who said what only where somebody did.
+        if not self.any(own is not None):
+            return
         told = self.each("" if own is None else _told(own))
         if own is not None:
             raise own
@@ -145,6 +156,10 @@ def joined(
     if launch.world_size == 1 and not needs_group:
         yield Ranks()
         return
+    # Every gloo group has a socket to each other process.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     on_cuda = device_type == "cuda"
     if on_cuda:
         torch.cuda.set_device(launch.local_rank)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -61,6 +62,16 @@ class TrainingStrategy(Strategy):
     ) -> list[Tensor]:
         """Clip each group of parameters by its own norm; return the norms before."""
         return [clip(group, limit) for group in groups]
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the mean over all ranks, the same bits on each; the host does not wait for it."""
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        if world_size == 1:
+            return values
+        # Lightning's own reduction lets everybody wait for everybody first.
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / world_size
 
     # State goes in and out below, not through Lightning's dictionary.
 

@@ -37,11 +37,34 @@ def size_problems(
         return found
     if config.name == "fsdp_tp":
         found += tensor_problems(model, sizes.tensor)
+    found += piece_problems(config, prefix, model, sizes)
     if config.name == "fsdp_ep":
         found += expert_problems(config, prefix, model, sizes)
     if config.name == "fsdp_cp":
         found += context_problems(model, sizes.context)
     return found
+
+
+def piece_problems(
+    config: StrategyConfig, prefix: str, model: ModelConfig, sizes: Sizes
+) -> list[Problem]:
+    """Say why a layer's experts cannot be cut into one piece a rank without much waste.
+
+    FSDP cuts evenly along other dims than the first, and fills up along the first: 16 experts on
+    1,024 ranks would be 64 times what there is.
+    """
+    experts, pieces = model.experts, sizes.shard
+    dims = (model.d_model, experts.width(model.ff_width) // sizes.tensor)
+    if config.name == "fsdp_ep" or experts.count is None or experts.count >= pieces:
+        return []
+    if not all(dim % pieces for dim in dims):
+        return []
+    reason = (
+        f"cuts {experts.count} experts of {dims[0]} x {dims[1]} into {pieces} pieces, and neither"
+        " number comes out even"
+    )
+    remedy = f"use strategy=hsdp with a {prefix}.shard_size that divides one, or strategy=fsdp_ep"
+    return [Problem(f"{prefix}.name", config.name, reason, remedy)]
 
 
 def expert_problems(

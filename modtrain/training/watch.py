@@ -65,23 +65,17 @@ class Watch:
         self._thread.join()
 
     def post(self, kind: str, text: str) -> None:
-        """Put up what became of this rank: ``failed``, ``waits`` or ``stuck``."""
-        host = f"{socket.gethostname()}, process {os.getpid()}"
+        """Put up what became of this rank: ``failed``, ``waits`` or ``stuck``.
+
+        The first one to blame has a key of its own, so that nobody has to read all posts.
+        """
+        told = json.dumps([self.rank, kind, _here(), text])
         with suppress(Exception):
             # The board is gone where rank 0 is.
-            self.store.set(f"post/{self.rank}", json.dumps([kind, host, text]))
-
-    def posts(self) -> dict[int, tuple[str, str, str]]:
-        """Return what the ranks have put up: kind, host, text."""
-        return {rank: tuple(told) for rank, told in self._read("post").items()}
-
-    def _read(self, kind: str) -> dict[int, Any]:
-        found = {}
-        for rank in range(self.world_size):
-            key = f"{kind}/{rank}"
-            if self.store.check([key]):
-                found[rank] = json.loads(self.store.get(key))
-        return found
+            if kind != "waits":
+                self.store.compare_set("blame", "", told)
+            self.store.set(f"post/{self.rank}", told)
+            self.store.add("posts", 1)
 
     def fail(self, text: str) -> None:
         """Say why this rank ends; the one that has the board stays until the others know."""
@@ -89,8 +83,8 @@ class Watch:
         if self.rank == 0:
             deadline = time.monotonic() + _GRACE
             with suppress(Exception):
-                while time.monotonic() < deadline and len(self.posts()) < self.world_size:
-                    time.sleep(0.05)
+                while time.monotonic() < deadline and self._num_posts() < self.world_size:
+                    time.sleep(self._pause)
 
     def explain(self, error: BaseException) -> RankError | None:
         """Return why a collective broke here, as far as the ranks say.
@@ -98,41 +92,47 @@ class Watch:
         None: nobody else failed, so the error is this rank's own.
         """
         self.post("waits", str(error))
-        before = self._seen()
-        told = self._wait_for_posts()
-        if told is None:
+        try:
+            before = self._beats()
+            blamed = self._wait_for_blame()
+            if blamed is not None:
+                rank, kind, host, text = blamed
+                verb = "failed" if kind == "failed" else "does not get on"
+                return RankError(f"rank {rank} on {host} {verb}: {text}")
+            everybody = range(self.world_size)
+            silent = [rank for rank in everybody if not self.store.check([f"post/{rank}"])]
+            return RankError(self._silent(silent, before)) if silent else None
+        except Exception:
             where = f"rank 0{f' on {self._first}' if self._first else ''}"
             return RankError(f"{where} has died, or is not to be reached: it keeps the board")
-        for rank, (kind, host, text) in told.items():
-            if rank != self.rank and kind == "failed":
-                return RankError(f"rank {rank} on {host} failed: {text}")
-            if rank != self.rank and kind == "stuck":
-                return RankError(f"rank {rank} on {host} does not get on: {text}")
-        silent = [rank for rank in range(self.world_size) if rank not in told]
-        return RankError(self._silent(silent, before)) if silent else None
 
-    def _wait_for_posts(self) -> dict[int, tuple[str, str, str]] | None:
-        """Return what is put up when somebody is to blame, or all have spoken, or it is late.
-
-        None where there is no board any more.
-        """
+    def _wait_for_blame(self) -> tuple[int, str, str, str] | None:
+        """Return what another rank is to blame for; None when all wait, or it is late."""
         # A rank is alive that reports meanwhile.
         deadline = time.monotonic() + max(_GRACE, 3 * self._beat)
-        told: dict[int, tuple[str, str, str]] = {}
         while time.monotonic() < deadline:
-            try:
-                told = self.posts()
-            except Exception:
-                return None
-            blamed = any(kind != "waits" for kind, _, _ in told.values())
-            if blamed or len(told) == self.world_size:
+            if self.store.check(["blame"]):
+                rank, kind, host, text = json.loads(self.store.get("blame"))
+                return None if rank == self.rank else (rank, kind, host, text)
+            if self._num_posts() >= self.world_size:
                 break
-            time.sleep(0.05)
-        return told
+            time.sleep(self._pause)
+        return None
+
+    def _num_posts(self) -> int:
+        return int(self.store.add("posts", 0))
+
+    def _beats(self) -> dict[int, Any]:
+        """Return the last report of every rank that has made one."""
+        found = {}
+        for rank in range(self.world_size):
+            if self.store.check([f"seen/{rank}"]):
+                found[rank] = json.loads(self.store.get(f"seen/{rank}"))
+        return found
 
     def _silent(self, ranks: list[int], before: dict[int, Any]) -> str:
         """Say of ranks that do not answer when they were last seen."""
-        now = self._seen()
+        now = self._beats()
         lines = []
         for rank in ranks:
             if rank not in now:
@@ -144,18 +144,17 @@ class Watch:
             lines.append(f"rank {rank} on {host} {state}; its last report was from {where}")
         return "; ".join(lines) + ". Its own output, or its stacks in logs/, may say why"
 
-    def _seen(self) -> dict[int, Any]:
-        with suppress(Exception):
-            return self._read("seen")
-        return {}
-
     @property
     def _beat(self) -> float:
         return min(10.0, max(0.2, self.timeout / 8))
 
+    @property
+    def _pause(self) -> float:
+        """Seconds between two looks; all ranks look at one store."""
+        return max(0.05, self.world_size / 1000)
+
     def _run(self) -> None:
-        beats = 0
-        host = f"{socket.gethostname()}, process {os.getpid()}"
+        beats, host = 0, _here()
         while beats == 0 or not self._end.wait(self._beat):
             beats += 1
             idle = time.monotonic() - self._ticked
@@ -172,9 +171,7 @@ class Watch:
         if not self._told:
             self._told = True
             self._dump(idle)
-        others = {rank: told for rank, told in self.posts().items() if rank != self.rank}
-        own_waits = self.rank in self.posts()
-        if others and not own_waits:
+        if self._num_posts() and not self.store.check([f"post/{self.rank}"]):
             self.post("stuck", f"at {self._where} for {idle:.0f} s, in {self._main_frame()}")
             if self.rank == 0:
                 # The board goes with this process: the others are reading it.
@@ -229,6 +226,10 @@ def watching(ranks: Ranks, timeout: float, logs: Path | None) -> Iterator[Watch 
     finally:
         if watch is not None:
             watch.close()
+
+
+def _here() -> str:
+    return f"{socket.gethostname()}, process {os.getpid()}"
 
 
 def _said(error: BaseException) -> str:

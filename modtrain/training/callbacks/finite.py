@@ -61,9 +61,9 @@ class FiniteLossGuard(StepCallback):
         # Where one rank's loss is bad, its gradient spoils all the others' as well: they stop
         # together, and say where it began.
         ranks = self.saver.ranks
-        found = ranks.each(own)
-        if all(step < 0 for _, step in found):
+        if not ranks.any(own[1] >= 0):
             return
+        found = ranks.each(own)
         first = min(step for _, step in found if step >= 0)
         here = [str(rank) for rank, (step, _) in enumerate(found) if step == first]
         on_ranks = f" on rank {', '.join(here)}" if here and ranks.world_size > 1 else ""
