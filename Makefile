@@ -51,7 +51,7 @@ imports: $(STAMP)  ## the import contract
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## every benchmark, one after the other
-	for name in startup data_stream mod_step moe_layer dense_step loss_memory decode checkpoint scale; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in startup data_stream mod_step moe_layer dense_step loss_memory decode strategies checkpoint scale; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 docs: $(STAMP)  ## check the documents' links and commands
 	$(BIN)/pytest tests/test_documents.py -m ''

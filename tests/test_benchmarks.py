@@ -18,6 +18,8 @@ SMALL = {
     " --short-prompt 16 --tokens 4 --train-steps 2 --rounds 2",
     "data_stream": "--tokens 200000 --seq-len 64 --rounds 2",
     "startup": "--rounds 1",
+    "strategies": "--steps 4 --processes 2 4 --strategies ddp fsdp fsdp_tp fsdp_ep fsdp_cp"
+    " deepspeed_2 --models mod staged",
     "checkpoint": "--d-model 64 --layers 1 --vocab 128 --seq-len 32 --steps 2 --rounds 2",
     "scale": "--models tiny --growth tiny --worlds 16 64 --setups fsdp --seq-len 64"
     " --set model.vocab_size=128 model.num_layers=2",
@@ -33,6 +35,7 @@ RATIOS = {
     },
     "data_stream": {"over_memmap"},
     "startup": {"help_seconds", "first_step_seconds", "over_import"},
+    "strategies": {"max_loss_difference", "different_choices", "strategies", "runs"},
     "checkpoint": {"stall_ratio", "save_over_disk", "verify_over_disk", "load_over_disk"},
     "scale": {"collectives_growth", "operators_growth", "over_theory", "over_bound", "unforeseen"},
 }
@@ -54,4 +57,8 @@ def test_a_benchmark_ends_with_its_ratios(name):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result.pop("benchmark") == name
     assert RATIOS[name] <= result.keys()
+    if name == "strategies":
+        assert result.pop("different_choices") == 0
+        assert result["max_loss_difference"] <= 1e-4
+        assert (result["strategies"], result["runs"]) == (6, 22)
     assert all(value > 0 for value in result.values())

@@ -43,6 +43,7 @@ def numbers(paper: Paper) -> dict[tuple[str, str], int]:
     return {key: traffic.number for key, traffic in paper.traffic.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS)
 def test_a_rank_of_1024_does_what_a_rank_of_128_does(setup):
     few, many = traced(setup, 128), traced(setup, 1024)
@@ -53,8 +54,9 @@ def test_a_rank_of_1024_does_what_a_rank_of_128_does(setup):
 @pytest.mark.parametrize(
     ("setup", "world_size", "lines"),
     [
-        *((setup, size, _MODE) for setup in SETUPS for size in (16, 1024)),
-        *((setup, 16, _MOD) for setup in ("fsdp", "fsdp_tp/2")),
+        *((setup, 16, _MODE) for setup in SETUPS),
+        *(pytest.param(s, 1024, _MODE, marks=pytest.mark.slow) for s in SETUPS),
+        *(pytest.param(s, 16, _MOD, marks=pytest.mark.slow) for s in ("fsdp", "fsdp_tp/2")),
     ],
 )
 def test_every_collective_and_every_byte_is_what_theory_says(setup, world_size, lines):
@@ -109,6 +111,7 @@ def test_the_exchange_of_experts_sends_what_its_formula_says():
     assert found.sent == 2 * sent_bytes(rows, model.d_model, 2, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", ["fsdp", "fsdp_ep/4"])
 def test_the_last_rank_does_what_the_first_does(setup):
     first, last = traced(setup, 1024), traced(setup, 1024, rank=1023)
