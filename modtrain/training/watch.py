@@ -93,10 +93,14 @@ class Watch:
         """
         self.post("waits", str(error))
         try:
-            before = self._beats()
-            blamed = self._wait_for_blame()
+            blamed, before = self._blame(), {}
+            if blamed is None:
+                before = self._beats()
+                blamed = self._wait_for_blame()
             if blamed is not None:
                 rank, kind, host, text = blamed
+                if rank == self.rank:
+                    return None
                 verb = "failed" if kind == "failed" else "does not get on"
                 return RankError(f"rank {rank} on {host} {verb}: {text}")
             everybody = range(self.world_size)
@@ -107,17 +111,22 @@ class Watch:
             return RankError(f"{where} has died, or is not to be reached: it keeps the board")
 
     def _wait_for_blame(self) -> tuple[int, str, str, str] | None:
-        """Return what another rank is to blame for; None when all wait, or it is late."""
+        """Return who is to blame, kind, host and text; None when all wait, or it is late."""
         # A rank is alive that reports meanwhile.
         deadline = time.monotonic() + max(_GRACE, 3 * self._beat)
         while time.monotonic() < deadline:
-            if self.store.check(["blame"]):
-                rank, kind, host, text = json.loads(self.store.get("blame"))
-                return None if rank == self.rank else (rank, kind, host, text)
+            if (blamed := self._blame()) is not None:
+                return blamed
             if self._num_posts() >= self.world_size:
                 break
             time.sleep(self._pause)
         return None
+
+    def _blame(self) -> tuple[int, str, str, str] | None:
+        if not self.store.check(["blame"]):
+            return None
+        rank, kind, host, text = json.loads(self.store.get("blame"))
+        return rank, kind, host, text
 
     def _num_posts(self) -> int:
         return int(self.store.add("posts", 0))
