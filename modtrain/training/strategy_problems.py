@@ -124,20 +124,21 @@ def context_problems(config: ModelConfig, size: int, prefix: str = "model") -> l
 
 
 def run_problems(config: StrategyConfig, prefix: str, compiles: bool) -> list[Problem]:
-    """What of the rest of a run's configuration ZeRO's stage 3 cannot have.
+    """What of the rest of a run's configuration the strategy cannot have.
 
     compiles: whether layers are compiled.
     """
-    if config.stage != 3:
-        return []
+    mode, key = config.activation_checkpointing, f"{prefix}.activation_checkpointing"
     found = []
-    if compiles:
+    if config.stage == 3 and compiles:
         reason = "makes one graph of a layer, and stage 3 gathers parameters by hooks within it"
         remedy = "use false, or strategy=deepspeed_2 or strategy=fsdp"
         found.append(Problem("compile", True, reason, remedy))
-    mode = config.activation_checkpointing
-    if mode == "selective":
+    if config.stage == 3 and mode == "selective":
         reason = "would take what gathers stage 3's parameters for the layer's own operations"
         remedy = "use full or none, or strategy=deepspeed_2 or strategy=fsdp"
-        found.append(Problem(f"{prefix}.activation_checkpointing", mode, reason, remedy))
+        found.append(Problem(key, mode, reason, remedy))
+    if config.name == "fsdp_tp" and compiles and mode == "full":
+        reason = "with compile=true: torch 2.13 would keep a mesh among the tensors for backward"
+        found.append(Problem(key, mode, reason, "use selective or none, or compile=false"))
     return found

@@ -13,7 +13,7 @@ from modtrain.training.strategy_config import (
     StrategyConfig,
     sizes_of,
 )
-from modtrain.training.strategy_problems import size_problems
+from modtrain.training.strategy_problems import run_problems, size_problems
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {
@@ -87,7 +87,9 @@ def test_groups_divide_the_processes_or_are_told(name, local, nodes, group):
         alone = name == "single" and launch.world_size > 1
         copies = max(1, launch.world_size // sizes.expert)
         uneven = name == "fsdp_ep" and MODEL.d_model % copies and MODEL.ff_width % copies
-        assert alone or uneven or (group and (launch.world_size % group or 12 % group))
+        pieces, width = sizes.shard, MODEL.ff_width // sizes.tensor
+        wasteful = pieces > 12 and MODEL.d_model % pieces and width % pieces
+        assert alone or uneven or wasteful or (group and (launch.world_size % group or 12 % group))
         return
     assert sizes.data_parallel * sizes.tensor * sizes.context == launch.world_size
     assert launch.world_size % sizes.shard == launch.world_size % sizes.expert == 0
@@ -131,3 +133,23 @@ def test_experts_are_asked_for_where_they_are_spread():
 )
 def test_a_key_that_would_do_nothing_is_an_error(config):
     assert len(config.problems("strategy")) == 1
+
+
+def test_a_compiled_layer_is_not_recomputed_whole_under_tensor_parallel():
+    config = StrategyConfig("fsdp_tp", activation_checkpointing="full")
+    found = run_problems(config, "strategy", compiles=True)
+    assert [problem.key for problem in found] == ["strategy.activation_checkpointing"]
+    assert run_problems(config, "strategy", compiles=False) == []
+
+
+def test_experts_that_cannot_be_cut_evenly_on_many_ranks_are_told():
+    """16 experts on 1,024 ranks would travel as 1,024 pieces of the size of one."""
+    model = ModelConfig(
+        d_model=2560, num_heads=20, d_ff=1280, experts=ExpertsConfig(count=16, dim=1280)
+    )
+    many = Launch(1024, 0, 0, 8)
+    (found,) = size_problems(StrategyConfig("fsdp"), "strategy", model, many)
+    assert (found.key, "hsdp" in found.remedy) == ("strategy.name", True)
+    for sound in (StrategyConfig("hsdp"), StrategyConfig("fsdp_ep", expert_parallel=16)):
+        assert size_problems(sound, "strategy", model, many) == []
+    assert size_problems(StrategyConfig("fsdp"), "strategy", model, Launch(256, 0, 0, 8)) == []

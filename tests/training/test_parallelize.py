@@ -17,6 +17,7 @@ from modtrain.models.loss import IGNORED
 from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer, is_predictor
 from modtrain.training import parallelize
+from modtrain.training.activation_checkpointing import MODES
 from modtrain.training.gradients import clip
 from modtrain.training.held_out import evaluate
 from modtrain.training.meshes import AXES, make_meshes
@@ -257,8 +258,13 @@ def test_checkpointed_layers_learn_alike(layout, mode):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("layout", ["fsdp 2", "hsdp 2x2", "fsdp_tp 1x2"])
+@pytest.mark.parametrize(
+    ("layout", "mode"),
+    [
+        *((layout, mode) for layout in ("fsdp 2", "hsdp 2x2") for mode in MODES),
+        *(("fsdp_tp 1x2", mode) for mode in MODES if mode != "full"),
+    ],
+)
 def test_compiled_layers_learn_alike(layout, mode):
     options = LayerOptions(activation_checkpointing=mode, compile=True)
     _assert_learns_alike(layout, ["staged mode"], options, timeout=800)
