@@ -149,6 +149,9 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     parsed: list[Override] = []
     problems: list[Problem] = []
     for text in overrides:
+        if not text.partition("=")[0].strip("+~ "):
+            problems.append(Problem(text, "", "names no key", "write key=value or group=name"))
+            continue
         try:
             override = parser.parse_override(text)
             override.value()

@@ -123,6 +123,12 @@ def test_no_override_gives_a_traceback(overrides):
         assert error.problems
 
 
+@pytest.mark.parametrize("override", ["=0", "+=1", "~", ""])
+def test_an_override_without_a_key_is_told(override):
+    with pytest.raises(ConfigError, match="names no key"):
+        compose("train", [override])
+
+
 def test_overrides_that_only_clash_together_are_told_without_a_traceback():
     with pytest.raises(ConfigError):
         compose("train", ["+experiment=quickstart", "experiment=quickstart"])
