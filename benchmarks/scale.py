@@ -11,8 +11,8 @@ rank sends, the operators that a step dispatches, and what a rank keeps; beside 
 ``collectives_growth``, ``operators_growth``: of a step on the most ranks over the same on the
 fewest, the worst of all setups; 1 where a rank's work does not grow. ``over_theory``: bytes sent
 over what theory asks for, the worst row. ``over_bound``: the same, more or less, with what static
-shapes add; 1 where every byte is accounted for. ``unforeseen``: 1 + collectives of which theory knows
-nothing.
+shapes add; 1 where every byte is accounted for. ``unforeseen``: 1 + collectives of which theory
+knows nothing.
 """
 
 from __future__ import annotations
