@@ -131,14 +131,13 @@ class Ranks:
         # One number as a rule; who said what only where somebody did.
         if not self.any(own is not None):
             return
-        told = self.each("" if own is None else _told(own))
+        told = self.each("" if own is None else f"{here()}: {said(own)}")
         if own is not None:
             raise own
-        failed = {rank: said for rank, said in enumerate(told) if said}
-        if failed:
-            rank, said = next(iter(failed.items()))
-            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            raise RankError(f"rank {rank}{more} on {said}")
+        failed = {rank: text for rank, text in enumerate(told) if text}
+        rank, text = next(iter(failed.items()))
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise RankError(f"rank {rank}{more} on {text}")
 
 
 @contextmanager
@@ -195,6 +194,11 @@ def _meet(launch: Launch, timeout: timedelta) -> Store:
     return PrefixStore(f"run{next(_joined)}", store)
 
 
-def _told(error: Exception) -> str:
-    said = str(error) if isinstance(error, ModtrainError) else f"{type(error).__name__}: {error}"
-    return f"{socket.gethostname()}, process {os.getpid()}: {said}"
+def here() -> str:
+    """Name this process to other ranks' readers: its host and number."""
+    return f"{socket.gethostname()}, process {os.getpid()}"
+
+
+def said(error: BaseException) -> str:
+    """Return an error's text, with its kind where a user would not expect it."""
+    return str(error) if isinstance(error, ModtrainError) else f"{type(error).__name__}: {error}"

@@ -7,6 +7,7 @@ on under another strategy.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -53,9 +54,9 @@ class TrainingStrategy(Strategy):
         """Return this rank's number among those that read different data."""
         return self.saver.ranks.rank
 
+    @abstractmethod
     def cut(self, model: Transformer) -> Forward:
         """Spread ``model`` over the ranks, in place; return what a training step calls."""
-        raise NotImplementedError
 
     def clip_gradients(
         self, groups: Sequence[Sequence[nn.Parameter]], limit: float | None

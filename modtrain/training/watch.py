@@ -10,7 +10,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -23,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from modtrain.errors import CheckpointError, ModtrainError, RankError, TrainingError
-from modtrain.training.ranks import Ranks
+from modtrain.errors import CheckpointError, RankError, TrainingError
+from modtrain.training.ranks import Ranks, here, said
 
 # How long a rank whose collective broke waits for the others to say why.
 _GRACE = 5.0
@@ -69,7 +68,7 @@ class Watch:
 
         The first one to blame has a key of its own, so that nobody has to read all posts.
         """
-        told = json.dumps([self.rank, kind, _here(), text])
+        told = json.dumps([self.rank, kind, here(), text])
         with suppress(Exception):
             # The board is gone where rank 0 is.
             if kind != "waits":
@@ -163,7 +162,7 @@ class Watch:
         return max(0.05, self.world_size / 1000)
 
     def _run(self) -> None:
-        beats, host = 0, _here()
+        beats, host = 0, here()
         while beats == 0 or not self._end.wait(self._beat):
             beats += 1
             idle = time.monotonic() - self._ticked
@@ -188,12 +187,12 @@ class Watch:
             os._exit(1)
 
     def _dump(self, idle: float) -> None:
-        said = f"rank {self.rank} has not got on from {self._where} for {idle:.0f} s; its threads:"
-        print(said, file=sys.stderr, flush=True)  # noqa: T201
+        text = f"rank {self.rank} has not got on from {self._where} for {idle:.0f} s; its threads:"
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
         faulthandler.dump_traceback(all_threads=True)
         if self.logs is not None:
             with suppress(OSError), (self.logs / f"stacks-rank-{self.rank:05d}.txt").open("a") as f:
-                f.write(said + "\n")
+                f.write(text + "\n")
                 f.flush()
                 faulthandler.dump_traceback(f, all_threads=True)
 
@@ -228,21 +227,13 @@ def watching(ranks: Ranks, timeout: float, logs: Path | None) -> Iterator[Watch 
             if _is_broken_collective(error) and (cause := watch.explain(error)) is not None:
                 raise cause from error
             if not isinstance(error, RankError):
-                watch.fail(_said(own))
+                watch.fail(said(own))
         if own is not error:
             raise own from error
         raise
     finally:
         if watch is not None:
             watch.close()
-
-
-def _here() -> str:
-    return f"{socket.gethostname()}, process {os.getpid()}"
-
-
-def _said(error: BaseException) -> str:
-    return str(error) if isinstance(error, ModtrainError) else f"{type(error).__name__}: {error}"
 
 
 def _is_broken_collective(error: BaseException | None) -> bool:
@@ -257,11 +248,11 @@ def _is_broken_collective(error: BaseException | None) -> bool:
 
 def _out_of_memory(error: BaseException) -> TrainingError | None:
     is_own = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
     if not is_own and "can't allocate memory" not in str(error):
         return None
     return TrainingError(
-        f"out of memory: {said}\n"
+        f"out of memory: {first}\n"
         "remedy: lower batch.micro_batch_size, which changes no result but to rounding; or set"
         " strategy.activation_checkpointing=full, or strategy=fsdp on more processes"
     )
