@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# A file's tests stay in one process, which they share a model or a trained run in. One thread each:
+# processes beside one another and their ranks have more than enough of them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 SAMPLE := prompt='My fellow citizens' echo=true max_tokens=60 sampling.top_p=0.9
 
 .PHONY: help install quickstart test test-slow kills lint format types imports bench docs lock clean
@@ -28,10 +31,10 @@ quickstart: $(STAMP)  ## a dense and a MoD model on real text, on the same FLOPs
 	@$(BIN)/modtrain generate run=quickstart/mod $(SAMPLE) --show-depth
 
 test: $(STAMP)  ## the quick tests
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 kills: $(STAMP)  ## a hundred kills -9 of ranks, each gone on from to the bit
 	$(BIN)/pytest tests/faults/test_kills_ranks.py -m slow --kills 100

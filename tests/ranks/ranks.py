@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_WARM)
 
 TIMEOUT = 120.0
+_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 class RankFailedError(AssertionError):
@@ -51,15 +54,18 @@ def on_ranks(
     joins: make a gloo process group first. nodes: how many nodes the ranks say that they are on.
 
     Raises:
-        RankFailedError: the first rank that raised, or died.
+        RankFailedError: the first rank that raised, or died; its notes say how the others failed.
         TimeoutError: some rank did not end in time; names them.
     """
     outcomes = outcomes_on_ranks(
         function, world_size, *arguments, timeout=timeout, nodes=nodes, joins=joins
     )
-    for outcome in outcomes:
-        if isinstance(outcome, RankFailedError):
-            raise outcome
+    failed = [outcome for outcome in outcomes if isinstance(outcome, RankFailedError)]
+    if failed:
+        # Whoever waited for the one that failed did so too: no rank's word alone is the cause.
+        for other in failed[1:]:
+            failed[0].add_note(str(other))
+        raise failed[0]
     return outcomes
 
 
@@ -150,10 +156,18 @@ class Fleet:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, and that no outgoing connection is given meanwhile."""
+    first_given = int(_GIVEN_PORTS.read_text().split()[0]) if _GIVEN_PORTS.exists() else 32768
+    below = range(first_given - 10_000, first_given) if first_given > 12_000 else range(0, 1)
+    for _ in range(100):
+        with socket.socket() as probe:
+            try:
+                # Not by `random`, which tests seed: processes beside this one would find the same.
+                probe.bind(("127.0.0.1", below[secrets.randbelow(len(below))]))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise OSError(f"no free port among {below}")
 
 
 def _environment(rank: int, world_size: int, nodes: int, port: int) -> dict[str, str]:
