@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 
 from modtrain.data.config import PrepareConfig, TokenizerConfig
 from modtrain.data.prepare import prepare
+
+# A shell's background jobs ignore Ctrl-C, and so would everything that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = ["the", "a", "tree", "river", "stone", "walks", "sings", "under", "old", "quiet", "and"]
 
