@@ -9,18 +9,26 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modtrain import __version__
 from modtrain.errors import ConfigError, ModtrainError, Problem, RankError
+
+if TYPE_CHECKING:
+    from modtrain.training.config import TrainConfig
 
 Verb = Callable[[list[str], str | None], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 2 for a wrong configuration or command."""
-    arguments = _parser().parse_intermixed_args(argv)
-    verb = _VERBS[arguments.verb][0]
-    overrides = [*arguments.overrides, *(["show_depth=true"] if arguments.show_depth else [])]
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.multirun and arguments.verb != "train":
+        parser.error("-m sweeps over runs of train; another verb has one configuration")
+    verb = _sweep if arguments.multirun else _VERBS[arguments.verb][0]
+    overrides = [*arguments.overrides, *_said_by_options(arguments)]
     try:
         return verb(overrides, arguments.config_dir)
     except ModtrainError as error:
@@ -53,16 +61,34 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.training.preemption import STOP
 
     STOP.install()
-    from modtrain.configuration import compose
+    from modtrain.training.outcome import told
 
-    config = compose("train", overrides, config_dir)
-    from modtrain.training.launch import Launch
-    from modtrain.training.plan import resolve
+    with told() as outcome:
+        from modtrain.configuration import compose
 
-    resolve(config, launch=Launch.from_environment())
-    from modtrain.training.run import train
+        config = compose("train", overrides, config_dir)
+        from modtrain.training.launch import Launch
+        from modtrain.training.plan import resolve
 
-    return train(config).exit_code
+        resolve(config, launch=Launch.from_environment())
+        from modtrain.training.run import train
+
+        outcome.exit_code = train(config).exit_code
+        return outcome.exit_code
+
+
+def _sweep(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.training.preemption import STOP
+
+    STOP.install()
+    from modtrain.configuration import compose, conf_dir
+    from modtrain.experiments.sweep import sweep
+
+    def compose_job(job: Sequence[str]) -> TrainConfig:
+        config: TrainConfig = compose("train", job, config_dir)
+        return config
+
+    return sweep(overrides, compose_job, conf_dir(), config_dir)
 
 
 def _compare(overrides: list[str], config_dir: str | None) -> int:
@@ -75,6 +101,18 @@ def _compare(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.experiments.compare import compare
 
     return compare(comparison)
+
+
+def _search(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.training.preemption import STOP
+
+    STOP.install()
+    from modtrain.configuration import compose_search
+
+    composed = compose_search(overrides, config_dir)
+    from modtrain.experiments.search import search
+
+    return search(composed)
 
 
 def _eval(overrides: list[str], config_dir: str | None) -> int:
@@ -118,6 +156,52 @@ def _checkpoints(overrides: list[str], config_dir: str | None) -> int:
     return 0
 
 
+def _submit(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.configuration import compose_submission
+
+    job = compose_submission(overrides, config_dir)
+    from modtrain.cluster.submit import submit
+
+    own = None if config_dir is None else Path(config_dir)
+    submit(job.works, job.directory, job.config, own)
+    return 0
+
+
+def _status(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.configuration import compose
+
+    config = compose("status", overrides, config_dir)
+    from modtrain.cluster.status import show_status, wide_console
+
+    if config.sweep is None or config.problems():
+        show_status(config)
+        return 0
+    from modtrain.experiments.sweep_status import sweep_table
+
+    wide_console().print(sweep_table(Path(config.runs_dir) / config.sweep))
+    return 0
+
+
+def _logs(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.configuration import compose
+
+    config = compose("logs", overrides, config_dir)
+    from modtrain.cluster.logs import show_logs
+
+    show_logs(config)
+    return 0
+
+
+def _cancel(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.configuration import compose
+
+    config = compose("cancel", overrides, config_dir)
+    from modtrain.cluster.cancel import cancel_run
+
+    cancel_run(config, _say)
+    return 0
+
+
 def _plan(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.configuration import compose
     from modtrain.training.plan_report import show
@@ -128,12 +212,23 @@ def _plan(overrides: list[str], config_dir: str | None) -> int:
 
 def _doctor(overrides: list[str], config_dir: str | None) -> int:
     del config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     from modtrain.doctor import show
 
-    if overrides:
-        problem = Problem(overrides[0], "", "doctor takes no overrides", "leave it out")
-        raise ConfigError([problem])
-    return show()
+    require: list[str] = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+            asked = override.value() if override.key_or_group == "require" else None
+        except HydraException:
+            asked = None
+        if not isinstance(asked, str | list):
+            remedy = "write require=[packages,cuda] or leave it out"
+            raise ConfigError([Problem(text, "", "doctor takes require=[...] alone", remedy)])
+        require += [asked] if isinstance(asked, str) else [str(need) for need in asked]
+    return show(require)
 
 
 _VERBS: dict[str, tuple[Verb, str]] = {
@@ -141,9 +236,14 @@ _VERBS: dict[str, tuple[Verb, str]] = {
     "train": (_train, "train a run, or go on with it"),
     "compare": (_compare, "train several models on one budget and report them side by side"),
     "eval": (_eval, "held-out losses of a run, causal and not"),
+    "search": (_search, "look for the best values of some keys, by Optuna"),
     "inspect": (_inspect, "a page that shows what a run's routers do with a text"),
     "generate": (_generate, "continue texts with a run"),
     "checkpoints": (_checkpoints, "list, verify, prune or consolidate a run's checkpoints"),
+    "submit": (_submit, "train, prepare, eval, ... as a job of Slurm's"),
+    "status": (_status, "what runs do: state, step, loss, restarts, checkpoint, job"),
+    "logs": (_logs, "what a run's newest job printed, and prints"),
+    "cancel": (_cancel, "end a run's jobs, after a checkpoint"),
     "plan": (_plan, "what a run would take: parameters, FLOPs, steps, memory"),
     "doctor": (_doctor, "versions, devices, and what is missing here"),
 }
@@ -165,9 +265,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--show-depth", action="store_true", help="for generate, the same as show_depth=true"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="for submit, the same as dry_run=true"
+    )
+    parser.add_argument("--chain", metavar="N", help="for submit, the same as chain=N")
+    parser.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="for train: a run for each of several values, as in model.capacity=0.1,0.2",
+    )
     parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help="see below")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="key=value or group=name")
     return parser
+
+
+def _said_by_options(arguments: argparse.Namespace) -> list[str]:
+    """Return the overrides that options are another spelling of."""
+    found = []
+    if arguments.show_depth:
+        found.append("show_depth=true")
+    if arguments.dry_run:
+        found.append("dry_run=true")
+    if arguments.chain is not None:
+        found.append(f"chain={arguments.chain}")
+    return found
 
 
 def _say(text: str) -> None:

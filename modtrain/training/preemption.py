@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What a job's script says of the seconds between a signal and the end: before the time limit, and
+# where the job is preempted.
+_TIME_LEFT: dict[int, str] = {signal.SIGUSR1: "MODTRAIN_LEAD", signal.SIGTERM: "MODTRAIN_GRACE"}
 
 
 class StopRequest:
@@ -17,6 +21,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._since = 0.0
 
     def install(self) -> None:
         """Take the stop signals over. May be called again, after others have set handlers."""
@@ -29,6 +34,16 @@ class StopRequest:
             os.kill(os.getpid(), signum)
         if self.signum is None:
             self.signum = signum
+            self._since = time.monotonic()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long this process has before it is ended; None: nobody said."""
+        name = _TIME_LEFT.get(self.signum or 0)
+        said = os.environ.get(name, "") if name else ""
+        if not said.isdecimal():
+            return None
+        return int(said) - (time.monotonic() - self._since)
 
     @property
     def requested(self) -> bool:

@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -26,6 +27,11 @@ from modtrain.errors import CheckpointError
 from modtrain.files import write_text
 from modtrain.training.config import MUTABLE_KEYS, TrainConfig
 
+VERSION_FILE = "VERSION.json"
+"""What a copy of the code says of the checkout that it was made from."""
+
+# Whoever looks whether a run is held holds it for a moment; workers of a loader may outlive theirs.
+_PATIENCE = 3.0
 _PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "webdataset", "numpy", "tokenizers")
 
 
@@ -62,12 +68,19 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise CheckpointError(
-                    f"{self.path} is in use by another process: wait for it, or give another name="
-                ) from None
+            deadline = time.monotonic() + _PATIENCE
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() < deadline:
+                        time.sleep(0.05)
+                        continue
+                    raise CheckpointError(
+                        f"{self.path} is in use by another process: wait for it, or give another"
+                        " name="
+                    ) from None
             yield
 
     def start(self, config: TrainConfig, data_fingerprint: str, device: str) -> None:
@@ -186,10 +199,15 @@ def _describe_start(data_fingerprint: str, device: str) -> dict[str, Any]:
 
 
 def code_version() -> dict[str, str] | None:
-    """Commit and uncommitted changes of the checkout that this code runs from, if it is one."""
+    """Commit and uncommitted changes of the checkout that this code runs or was copied from."""
     root = Path(modtrain.__file__).parents[1]
+    if (root / VERSION_FILE).is_file():
+        found: dict[str, str] | None = json.loads((root / VERSION_FILE).read_text())
+        return found
     if not (root / ".git").exists():
-        return None
+        # An image says it by this variable.
+        commit = os.environ.get("MODTRAIN_REVISION")
+        return {"commit": commit, "diff": ""} if commit else None
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]

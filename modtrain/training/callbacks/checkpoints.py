@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import lightning as L
 
 from modtrain.training import checkpoint
@@ -12,6 +14,8 @@ from modtrain.training.config import CheckpointConfig
 from modtrain.training.module import LanguageModule
 from modtrain.training.preemption import STOP
 from modtrain.training.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointCallback(StepCallback):
@@ -34,6 +38,9 @@ class CheckpointCallback(StepCallback):
         if not stop and not is_due(step, self.config.every, module.plan.steps):
             self.saver.poll()
             return
+        if stop and step < module.plan.steps and not self._has_time(step):
+            trainer.should_stop = True
+            return
         blocking = stop or step == module.plan.steps or not self.config.background
         with self.clock:
             trainer.save_checkpoint(
@@ -42,3 +49,19 @@ class CheckpointCallback(StepCallback):
             )
         if stop:
             trainer.should_stop = True
+
+    def _has_time(self, step: int) -> bool:
+        """Whether a save comes to its end before the process does, as far as is known."""
+        left, takes = STOP.seconds_left, self.saver.longest
+        late = left is not None and takes > left
+        # A rank that was not told knows of no end.
+        if not self.saver.ranks.any(late):
+            return True
+        if self.saver.ranks.is_first:
+            log.warning(
+                "step %d is not saved: a save takes %.0f s, and %s s are left. What came after the"
+                " last checkpoint is made again; a longer cluster.lead or cluster.grace, or"
+                " checkpoints more often, would lose less",
+                *(step, takes, "fewer" if left is None else f"{left:.0f}"),
+            )
+        return False

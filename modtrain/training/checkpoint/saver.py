@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
@@ -54,6 +55,8 @@ class Saver:
 
         keep_last, keep_every: as in `prune`, done when a newer one is on disk; None keeps all.
         timeout: how long a rank waits for the others in a save, the slowest disk included.
+
+        ``longest`` is the seconds of the longest save so far, 0 before the first is done.
         """
         self.ranks, self.keep_last, self.keep_every = ranks, keep_last, keep_every
         self._crew = Crew.of(ranks, timeout)
@@ -62,6 +65,7 @@ class Saver:
         self._failure: BaseException | None = None
         self._copied = threading.Event()
         self._copied.set()
+        self.longest = 0.0
 
     def __enter__(self) -> Saver:
         return self
@@ -173,8 +177,10 @@ class Saver:
     def _write(
         self, path: Path, copy: Callable[[], list[Part]], rest: Any, step: int, digest: str
     ) -> None:
+        began = time.monotonic()
         try:
             write(path, copy, rest, step, self._crew, digest)
+            self.longest = max(self.longest, time.monotonic() - began)
         except BaseException as error:
             self._failure = error
             return

@@ -1,0 +1,1 @@
+"""Slurm: jobs rendered, checked, submitted, followed and cancelled."""

@@ -1,0 +1,217 @@
+"""Typed configuration of a cluster and of a job on it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from modtrain.checks import above_zero, at_least, key_of, one_of
+from modtrain.errors import Problem
+
+LAUNCHERS = ("srun", "torchrun")
+CONTAINERS = ("none", "apptainer", "pyxis")
+RESTARTS = ("requeue", "resubmit", "nothing")
+
+# What Slurm takes as a time: minutes, [hours:]minutes:seconds, days-hours[:minutes[:seconds]].
+_TIME = re.compile(r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}|UNLIMITED")
+_PLAIN = re.compile(r"[^\x00-\x1f\x7f]*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass
+class ClusterConfig:
+    """What differs from site to site; one file of the group ``cluster`` says it.
+
+    partition, account, qos, constraint, reservation: sbatch's options of these names; null leaves
+        them out.
+    gres: name of the GPUs' generic resource; null asks by ``--gpus-per-node``. gpu_type: the type
+        that is asked for. gpus_per_node: of a node; 0 is a cluster without.
+    gpu_memory: GiB of a GPU, against which the plan is held; null: unknown.
+    cpus_per_process: CPUs of each process. memory_per_node: as sbatch's ``--mem`` takes it;
+        "0" is all of the node's.
+    time: the limit of a job, in sbatch's words.
+    lead: seconds before the limit at which a run is told to save. grace: seconds that a job has
+        when it is preempted. A save that would take longer is not begun.
+    restart: what brings a stopped run back: ``requeue``; ``resubmit``, where jobs may not be
+        requeued; ``nothing``.
+    launcher: ``srun``: a task for each process; ``torchrun``: a task for each node.
+    container: what runs modtrain: ``none``, ``apptainer`` or ``pyxis``; image: which one; mounts:
+        ``SOURCE[:TARGET]``, what it sees beside the working directory and the run's.
+    python: interpreter with modtrain's packages; null: the one that submits, and in a container
+        ``python3``.
+    modules: loaded first. source: files that are sourced before them. environment: variables,
+        such as proxies. network_interface: which NCCL and gloo use.
+    scratch: directory on a node's own disk; null: the system's.
+    options: more options of sbatch, one a line of the script.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    gres: str | None = None
+    gpu_type: str | None = None
+    gpus_per_node: int = 8
+    gpu_memory: float | None = None
+    cpus_per_process: int = 8
+    memory_per_node: str | None = None
+    time: str = "24:00:00"
+    lead: int = 300
+    grace: int = 30
+    restart: str = "requeue"
+    launcher: str = "srun"
+    container: str = "none"
+    image: str | None = None
+    mounts: list[str] = field(default_factory=list)
+    python: str | None = None
+    modules: list[str] = field(default_factory=list)
+    source: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    network_interface: str | None = None
+    scratch: str | None = None
+    options: list[str] = field(default_factory=list)
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the site's description."""
+        found = [
+            *one_of(self, prefix, "launcher", LAUNCHERS),
+            *one_of(self, prefix, "container", CONTAINERS),
+            *one_of(self, prefix, "restart", RESTARTS),
+            *at_least(self, prefix, 0, "gpus_per_node"),
+            *at_least(self, prefix, 1, "cpus_per_process", "lead", "grace"),
+            *above_zero(self, prefix, "gpu_memory"),
+            *time_problems(self, prefix),
+            *self._text_problems(prefix),
+        ]
+        if self.container != "none" and not self.image:
+            reason = f"is empty, and {prefix}.container={self.container} runs one"
+            remedy = "give the image's file or address"
+            found.append(Problem(key_of(prefix, "image"), "null", reason, remedy))
+        for option in self.options:
+            if not option.startswith("-"):
+                reason, remedy = "is no option of sbatch", "write --exclude=node7, with its dashes"
+                found.append(Problem(key_of(prefix, "options"), option, reason, remedy))
+        for name in self.environment:
+            if not _VARIABLE.fullmatch(name):
+                reason, remedy = "is no variable's name", "use letters, digits and underscores"
+                found.append(Problem(key_of(prefix, "environment"), name, reason, remedy))
+        return found
+
+    def _text_problems(self, prefix: str) -> list[Problem]:
+        """Find what would end a line of the script early."""
+        names = ("partition", "account", "qos", "constraint", "reservation", "gres", "gpu_type")
+        values = [(name, getattr(self, name)) for name in (*names, "memory_per_node")]
+        values += [("options", option) for option in self.options]
+        remedy = "write it on one line"
+        return [
+            Problem(key_of(prefix, name), repr(value), "has a control character in it", remedy)
+            for name, value in values
+            if value is not None and not _PLAIN.fullmatch(value)
+        ]
+
+
+@dataclass
+class SubmitConfig:
+    """A job: what modtrain is to do is told beside it, in the verb's own overrides.
+
+    nodes: how many. gpus_per_node: processes on each, one a GPU; null: the site's; without GPUs
+        ``processes_per_node`` says it. time: null takes the site's.
+    chain: how many jobs, one after the other, for sites that do not requeue; each goes on where
+        the last one stopped, and does nothing once the run is complete. "complete": as many as it
+        takes, each submitted by the last one.
+    after: a job's number; this one starts when that one has ended well.
+    array: jobs that differ in these overrides, by name: ``{low: ["optimizer.lr=1e-4"]}``; each is
+        the run ``<name>/<its name>``.
+    dry_run: check and write everything, and submit nothing.
+    """
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    processes_per_node: int | None = None
+    time: str | None = None
+    chain: str | None = None
+    after: str | None = None
+    array: dict[str, list[str]] = field(default_factory=dict)
+    dry_run: bool = False
+
+    @property
+    def processes(self) -> int:
+        """Processes on each node."""
+        gpus = self.gpus
+        return gpus or self.processes_per_node or 1
+
+    @property
+    def gpus(self) -> int:
+        """GPUs on each node."""
+        return self.cluster.gpus_per_node if self.gpus_per_node is None else self.gpus_per_node
+
+    @property
+    def num_chained(self) -> int:
+        """How many jobs are submitted, each after the one before."""
+        return int(self.chain) if self.chain is not None and self.chain.isdecimal() else 1
+
+    def problems(self, prefix: str = "") -> list[Problem]:
+        """Everything wrong with the job."""
+        found = [
+            *self.cluster.problems(key_of(prefix, "cluster")),
+            *at_least(self, prefix, 1, "nodes", "processes_per_node"),
+            *at_least(self, prefix, 0, "gpus_per_node"),
+            *time_problems(self, prefix),
+        ]
+        if self.gpus > self.cluster.gpus_per_node:
+            reason = f"is more than a node's cluster.gpus_per_node={self.cluster.gpus_per_node}"
+            remedy = "ask for fewer a node and for more nodes"
+            found.append(Problem("gpus_per_node", self.gpus, reason, remedy))
+        if self.processes_per_node is not None and self.gpus > 0:
+            reason = f"has no meaning with {self.gpus} GPUs a node: each has one process"
+            remedy = "leave it out, or set gpus_per_node=0"
+            found.append(Problem("processes_per_node", self.processes_per_node, reason, remedy))
+        limit = self.time or self.cluster.time
+        if not time_problems(self, "") and not found and seconds_of(limit) <= self.cluster.lead:
+            reason = f"is not longer than cluster.lead={self.cluster.lead} seconds"
+            remedy = "a run would be told to save at its start: give more time, or a shorter lead"
+            found.append(Problem("time", limit, reason, remedy))
+        chain = self.chain
+        if chain is not None and chain != "complete" and not (chain.isdecimal() and int(chain)):
+            reason, remedy = "is no number of jobs", "give a number, or complete"
+            found.append(Problem("chain", chain, reason, remedy))
+        if self.after is not None and not re.fullmatch(r"\d+(_\d+)?", self.after):
+            reason, remedy = "is no job's number", "give the number that sbatch told"
+            found.append(Problem("after", self.after, reason, remedy))
+        if chain is not None and self.array:
+            reason, remedy = "has no meaning with an array", "leave one of them out"
+            found.append(Problem("chain", chain, reason, remedy))
+        return found + self._array_problems()
+
+    def _array_problems(self) -> list[Problem]:
+        remedy = "use letters, digits, dots, dashes and underscores"
+        return [
+            Problem("array", name, "is no plain name of a directory", remedy)
+            for name in self.array
+            if not re.fullmatch(r"[A-Za-z0-9_=.,+-]+", name) or name.startswith(".")
+        ]
+
+
+def time_problems(config: ClusterConfig | SubmitConfig, prefix: str) -> list[Problem]:
+    """Find a time limit that Slurm would not take."""
+    if config.time is None or _TIME.fullmatch(config.time):
+        return []
+    remedy = "write 30 (minutes), 12:00:00 or 2-00:00:00"
+    return [Problem(key_of(prefix, "time"), config.time, "is no time limit of Slurm's", remedy)]
+
+
+def seconds_of(time: str) -> float:
+    """Return the seconds that a time limit of Slurm's stands for."""
+    if time == "UNLIMITED":
+        return float("inf")
+    days, dash, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        parts += [0] * (3 - len(parts))
+    elif len(parts) < 3:
+        # Without days a single number is minutes, and two are minutes and seconds.
+        parts = [0, *parts, *([0] * (2 - len(parts)))]
+    hours, minutes, seconds = parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -1,0 +1,79 @@
+"""A copy of the code that a job runs: what is edited later does not reach a job that waits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import modtrain
+from modtrain.files import write_text
+from modtrain.training.run_directory import VERSION_FILE, code_version
+
+_PARTS = ("modtrain", "conf", "slurm")
+
+
+def freeze(directory: Path, config_dir: Path | None = None) -> Path:
+    """Copy the code, the configurations and the scripts below ``directory``; return the copy.
+
+    Equal code has one copy, ``<directory>/code/<digest>``; one that is there is never changed.
+
+    config_dir: of the user's own YAML; it is copied as ``own_conf``.
+    """
+    files = _files()
+    if config_dir is not None:
+        files |= {Path("own_conf") / name: path for name, path in _below(config_dir).items()}
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    target = directory / "code" / digest.hexdigest()[:12]
+    if target.is_dir():
+        return target
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    for name, path in files.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, aside / name)
+    write_text(aside / VERSION_FILE, json.dumps(code_version()))
+    aside.rename(target)
+    return target
+
+
+def _files() -> dict[Path, Path]:
+    """Return what the running modtrain is made of, by its place in a copy."""
+    package = Path(modtrain.__file__).parent
+    root = package.parent
+    if (package / "conf").is_dir():
+        # Installed: configurations and scripts are inside; a job's script looks for them outside.
+        scripts = {Path("slurm") / name: p for name, p in _below(package / "slurm").items()}
+        return {Path("modtrain") / name: p for name, p in _below(package).items()} | scripts
+    tracked = _tracked(root)
+    if tracked is not None:
+        return {name: root / name for name in tracked if (root / name).is_file()}
+    return {
+        Path(part) / name: path for part in _PARTS for name, path in _below(root / part).items()
+    }
+
+
+def _tracked(root: Path) -> list[Path] | None:
+    """Return the files that git knows or would add; None where the code is in no checkout."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others"]
+    command += ["--exclude-standard", "--", *_PARTS]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [Path(name) for name in done.stdout.split("\0") if name]
+
+
+def _below(folder: Path) -> dict[Path, Path]:
+    return {
+        path.relative_to(folder): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }

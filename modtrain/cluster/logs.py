@@ -1,0 +1,230 @@
+"""What a run prints: its jobs' output, or its records where it is trained without Slurm."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from modtrain.cluster import slurm
+from modtrain.cluster.logs_config import LogsConfig
+from modtrain.cluster.runs import (
+    HELD_OUT,
+    LOSS,
+    Run,
+    RunsError,
+    Submitted,
+    existing_run,
+    newest_first,
+    read_run,
+)
+from modtrain.cluster.slurm import Job, SlurmError
+from modtrain.cluster.status import live_jobs, override, state_of
+from modtrain.errors import raise_if_any
+
+_BLOCK = 2**16
+# Between two looks at a file, and two questions to Slurm.
+_LOOK, _ASK = 0.5, 5.0
+
+Show = Callable[[str], object]
+
+
+def show_logs(config: LogsConfig) -> None:
+    """Print what ``config`` asks for, and with ``follow`` what comes until the run's jobs are over.
+
+    Raises:
+        ConfigError: what is asked for makes no sense.
+        RunsError: there is no such run or job, or nothing that it printed.
+        SlurmError: a job is to be followed, and there is no Slurm here.
+    """
+    raise_if_any(config.problems())
+    path = existing_run(config.runs_dir, str(config.run))
+    run = read_run(path, str(config.run))
+    try:
+        if config.follow:
+            _follow(run, config)
+        else:
+            _source(run, config).show_last(config.lines)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has seen enough; Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Tail:
+    """The end of a file that grows, as text."""
+
+    def __init__(self, path: Path, show: Show) -> None:
+        self.path, self.show = path, show
+        self.position = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def show_last(self, lines: int) -> None:
+        """Show the last ``lines`` lines."""
+        self.position = offset_of_last(self.path, lines)
+        self.show_new()
+
+    def show_new(self) -> None:
+        """Show what was added. A file that is gone for a while has nothing new."""
+        text = ""
+        with suppress(OSError), self.path.open("rb") as file:
+            # A resumed run drops the records after its checkpoint; those were shown.
+            self.position = min(self.position, file.seek(0, os.SEEK_END))
+            file.seek(self.position)
+            new = file.read()
+            self.position += len(new)
+            text = self._decoder.decode(new)
+        if text:
+            self.show(text)
+
+
+def offset_of_last(path: Path, lines: int) -> int:
+    """Return where the last ``lines`` lines of ``path`` begin, in bytes."""
+    with path.open("rb") as file:
+        left = end = file.seek(0, os.SEEK_END)
+        while left > 0 and lines > 0:
+            size = min(_BLOCK, left)
+            left -= size
+            file.seek(left)
+            block = file.read(size)
+            # The end of the last line begins no other.
+            at = len(block) - (left + size == end and block.endswith(b"\n"))
+            while (at := block.rfind(b"\n", 0, at)) >= 0:
+                lines -= 1
+                if lines == 0:
+                    return left + at + 1
+        return 0 if lines > 0 else end
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class _Records:
+    """Turns the lines of ``metrics.jsonl`` into those that a console shows."""
+
+    def __init__(self, steps: int | None) -> None:
+        self.of = "" if steps is None else f"/{steps}"
+        self._rest = ""
+
+    def __call__(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            with suppress(ValueError, TypeError):
+                _print(self._line(json.loads(line)) + "\n")
+
+    def _line(self, record: dict[str, Any]) -> str:
+        said = [f"step {record.get('step')}{self.of}"]
+        for name, label, form in (
+            (LOSS, "loss", ".4f"),
+            (HELD_OUT, "held-out loss", ".4f"),
+            ("throughput/tokens_per_second", "tokens/s", ",.0f"),
+            ("flops", "FLOPs", ".3g"),
+        ):
+            if isinstance(record.get(name), int | float):
+                said.append(f"{label} {record[name]:{form}}")
+        return "  ".join(said)
+
+
+def _source(run: Run, config: LogsConfig) -> Tail:
+    """Choose what to show: a job's output, a sweep's job's, or else the records."""
+    wanted = newest_first(run.submitted) if config.job is None else [config.job]
+    for name in wanted:
+        output = _output_of(run, name)
+        if output is not None:
+            return Tail(output, _print)
+    there = newest_first(run.submitted)
+    if config.job is not None:
+        known = ", ".join(override("job", name) for name in there) or "none"
+        said = f"{run.path} has no output of job={config.job}"
+        raise RunsError(f"{said}\nremedy: its jobs are {known}")
+    others = list(run.path.glob("logs/slurm-*.out"))
+    if others:
+        return Tail(max(others, key=lambda path: path.stat().st_mtime), _print)
+    for name in ("logs/job.log", "metrics.jsonl"):
+        if (run.path / name).is_file():
+            show = _Records(run.steps) if name == "metrics.jsonl" else _print
+            return Tail(run.path / name, show)
+    waits = [f"; its newest job is {name}: `modtrain status` says why it waits" for name in there]
+    raise RunsError(
+        f"{run.path} has printed nothing yet{''.join(waits[:1])}\n"
+        f"remedy: wait, or follow it by modtrain logs {override('run', run.name)} follow=true"
+    )
+
+
+def _output_of(run: Run, name: str) -> Path | None:
+    """Return the file of the job ``name``, of an array's tasks that which was written last."""
+    # The tasks of an array write beside one another, above their runs.
+    for folder in (run.path / "logs", run.path.parent / "logs"):
+        found = [*folder.glob(f"slurm-{name}.out"), *folder.glob(f"slurm-{name}_*.out")]
+        if found:
+            return max(found, key=lambda path: path.stat().st_mtime)
+    return None
+
+
+def _follow(run: Run, config: LogsConfig) -> None:
+    """Show what there is and what comes, over requeues and the jobs of a chain."""
+    tails: dict[Path, Tail] = {}
+    said, asked = "", -_ASK
+    live: list[Job] = []
+    alive = True
+    while alive:
+        if time.monotonic() - asked >= _ASK:
+            run = read_run(run.path, run.name)
+            live = _live(run, config.job, live)
+            alive = bool(live) or (run.locked and config.job is None)
+            asked = time.monotonic()
+            said = _say_once(_waiting(live), said)
+        for tail in tails.values():
+            tail.show_new()
+        newest = _newest(run, config)
+        if newest is not None and newest.path not in tails:
+            newest.show_last(sys.maxsize if tails else config.lines)
+            tails[newest.path] = newest
+        if alive:
+            time.sleep(_LOOK)
+    state = state_of(run, {})
+    why = f": {state.why}" if state.why else ""
+    print(f"{run.path} is {state.name}{why}", file=sys.stderr)  # noqa: T201
+
+
+def _newest(run: Run, config: LogsConfig) -> Tail | None:
+    with suppress(RunsError):
+        return _source(run, config)
+    return None
+
+
+def _live(run: Run, wanted: str | None, before: list[Job]) -> list[Job]:
+    """Ask for the jobs that are not over; where Slurm does not answer, they are as before."""
+    names = newest_first(run.submitted)
+    if names and not slurm.has_slurm():
+        raise SlurmError(
+            f"there is no Slurm here to say when job {names[0]} is over\n"
+            "remedy: follow it on a login node, or leave follow=true out"
+        )
+    try:
+        live = live_jobs(run.submitted, slurm.jobs(names))
+    except SlurmError:
+        return before
+    return [job for job in live if wanted is None or Submitted(wanted).covers(job.id)]
+
+
+def _waiting(live: list[Job]) -> str:
+    if not live or not live[0].waits:
+        return ""
+    job = live[0]
+    start = f", expected to start at {job.start}" if job.start else ""
+    return f"job {job.id} waits: {job.reason or job.state.lower()}{start}"
+
+
+def _say_once(text: str, before: str) -> str:
+    if text and text != before:
+        print(text, file=sys.stderr)  # noqa: T201
+    return text or before

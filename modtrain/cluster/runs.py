@@ -1,0 +1,316 @@
+"""What a run's directory tells of the run, read cheaply and without torch.
+
+A file that is missing is nothing to tell of; one that is damaged is named in the run's notes, and
+what the others say stands.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from modtrain.cluster.slurm import Job
+from modtrain.errors import ModtrainError
+from modtrain.training.config import TrainConfig
+from modtrain.training.plan import derive
+
+T = TypeVar("T")
+
+# What a directory has in it once a run was started there, or given to Slurm.
+_MARKS = frozenset(("config.yaml", "jobs.jsonl", "submit.sbatch"))
+_INSIDE = frozenset(("checkpoints", "tensorboard", "logs", "code"))
+CANCELLED = "CANCELLED"
+"""Holds the ids of the jobs that were cancelled, one a line: they are not to come back."""
+LOSS, HELD_OUT = "loss", "held_out/causal_loss"
+_BLOCK = 2**16
+# So far back the last losses are looked for; held-out losses may be many records apart.
+_FARTHEST = 2**20
+
+
+class RunsError(ModtrainError):
+    """There is no such run."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that was given to Slurm. script: its path, empty where that is not known."""
+
+    id: str
+    script: str = ""
+
+    def covers(self, name: str) -> bool:
+        """Whether ``name`` is this job's id, or that of a task of this array."""
+        return name == self.id or name.startswith(f"{self.id}_")
+
+    def is_same(self, job: Job) -> bool:
+        """Whether ``job`` is this one, and not one of the same number on another cluster."""
+        if not self.script or not job.command:
+            return True
+        return Path(self.script).parts[-2:] == Path(job.command).parts[-2:]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failure that was noted. step: of the newest checkpoint then."""
+
+    time: float
+    job: str
+    step: str
+    cause: str
+
+
+@dataclass
+class Run:
+    """What is known of a run. Times are seconds since 1970.
+
+    steps: of the whole run. restarts: starts but the first. saved: (step, time) of the newest
+    checkpoint. failures: oldest first. submitted: jobs, oldest first. changed: when something was
+    last recorded. notes: what could not be read.
+    """
+
+    name: str
+    path: Path
+    complete: bool = False
+    locked: bool = False
+    starts: list[float] = field(default_factory=list)
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    held_out: float | None = None
+    saved: tuple[int, float] | None = None
+    changed: float | None = None
+    failures: list[Failure] = field(default_factory=list)
+    submitted: list[Submitted] = field(default_factory=list)
+    cancelled: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def restarts(self) -> int:
+        """How often it was started after the first time."""
+        return max(0, len(self.starts) - 1)
+
+
+def find_runs(root: Path) -> list[Path]:
+    """List the directories of runs at and below ``root``, by name; one may hold others."""
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+
+    def look(folder: Path) -> None:
+        with suppress(OSError):
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                # A link to what was seen already, or to what it lies in.
+                return
+            seen.add((status.st_dev, status.st_ino))
+            entries = list(os.scandir(folder))
+            is_run = any(entry.name in _MARKS for entry in entries)
+            if is_run:
+                found.append(folder)
+            for entry in entries:
+                hidden = entry.name.startswith(".") or (is_run and entry.name in _INSIDE)
+                if not hidden and entry.is_dir():
+                    look(folder / entry.name)
+
+    look(root)
+    return sorted(found)
+
+
+def existing_run(runs_dir: str, name: str) -> Path:
+    """Return the directory of the run ``name``.
+
+    Raises:
+        RunsError: there is none.
+    """
+    path = Path(runs_dir) / name
+    if not path.is_dir():
+        raise RunsError(
+            f"there is no run {path}\nremedy: see by `modtrain status` which there are; runs"
+            " elsewhere are found with runs_dir=..."
+        )
+    return path
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Read what the directory ``path`` tells of its run. Raises nothing."""
+    run = Run(name, path)
+    run.complete = (path / "COMPLETED").exists()
+    run.locked = is_locked(path / ".lock")
+    read = _Reader(run)
+    read("manifest.json", lambda file: setattr(run, "starts", _starts(file)))
+    read("jobs.jsonl", lambda file: setattr(run, "submitted", _submitted(file)))
+    read(CANCELLED, lambda file: setattr(run, "cancelled", frozenset(file.read_text().split())))
+    read("failures.tsv", lambda file: run.failures.extend(_noted(file)))
+    read("failure.json", lambda file: run.failures.append(_failure(file)))
+    run.failures.sort(key=lambda failure: failure.time)
+    read("checkpoints", lambda folder: setattr(run, "saved", _newest_checkpoint(folder)))
+    if not (run.complete and read("result.json", lambda file: _take_result(run, file))):
+        read("config.yaml", lambda file: setattr(run, "steps", _steps(file)))
+        read("metrics.jsonl", lambda file: _take_records(run, file))
+    if run.saved is not None and not run.complete:
+        # A signal's checkpoint is made between two records.
+        run.step = max(run.step or 0, run.saved[0])
+    return run
+
+
+class _Reader:
+    """Reads a run's files one by one, and notes those that are damaged."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, name: str, take: Callable[[Path], None]) -> bool:
+        path = self.run.path / name
+        try:
+            take(path)
+        except FileNotFoundError:
+            return False
+        except Exception as error:
+            # Whatever a damaged file leads to, the other files and the other runs are told of.
+            said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            said = " ".join(said.split())[:200] or type(error).__name__
+            self.run.notes.append(f"{path} cannot be read: {said}")
+            return False
+        return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock ``path``; one on another node may not show."""
+    try:
+        with path.open("rb") as file:
+            # Shared and for an instant: those who look do not see one another.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def time_of(text: str) -> float:
+    """Return the seconds since 1970 that a time in ISO's spelling stands for."""
+    return datetime.datetime.fromisoformat(text).timestamp()
+
+
+def json_lines(path: Path) -> list[Any]:
+    """Return the records of ``path``; lines that a kill cut short are left out."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def lines_from_end(path: Path, farthest: int | None = None) -> Iterator[bytes]:
+    """Go through the lines of ``path`` from the last one, without their ends.
+
+    farthest: bytes from the end at which to stop; None: at the file's beginning.
+    """
+    with path.open("rb") as file:
+        left = end = file.seek(0, os.SEEK_END)
+        rest = b""
+        while left > 0 and (farthest is None or end - left < farthest):
+            size = min(_BLOCK, left)
+            left -= size
+            file.seek(left)
+            first, *lines = (file.read(size) + rest).split(b"\n")
+            yield from reversed(lines)
+            rest = first
+        if left == 0 and end:
+            yield rest
+
+
+def _starts(path: Path) -> list[float]:
+    return [time_of(start["time"]) for start in json.loads(path.read_text())["starts"]]
+
+
+def _submitted(path: Path) -> list[Submitted]:
+    return [
+        Submitted(str(line["job"]), str(line.get("script") or ""))
+        for line in json_lines(path)
+        if isinstance(line, dict) and "job" in line
+    ]
+
+
+def _noted(path: Path) -> list[Failure]:
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        # A disk that was full left a part of a line.
+        with suppress(ValueError):
+            time, job, step, cause = line.split("\t", 3)
+            found.append(Failure(time_of(time), job, step, cause))
+    return found
+
+
+def _failure(path: Path) -> Failure:
+    content = json.loads(path.read_text())
+    return Failure(time_of(content["time"]), "", "", f"{content['kind']}: {content['text']}")
+
+
+def _newest_checkpoint(root: Path) -> tuple[int, float] | None:
+    """Return step and time of the newest; a name is given to whole ones alone, by renaming."""
+    names = [name for name in os.listdir(root) if name.startswith("step-")]  # noqa: PTH208
+    for name in sorted(names, reverse=True):
+        with suppress(OSError, ValueError):
+            return int(name.removeprefix("step-")), (root / name / "manifest.json").stat().st_mtime
+    return None
+
+
+def _take_result(run: Run, path: Path) -> None:
+    content = json.loads(path.read_text())
+    run.steps = run.step = int(content["steps"])
+    run.loss, run.held_out = content.get(LOSS), content.get(HELD_OUT)
+    run.changed = path.stat().st_mtime
+
+
+def _take_records(run: Run, path: Path) -> None:
+    """Find the last step and losses."""
+    run.changed = path.stat().st_mtime
+    for line in lines_from_end(path, _FARTHEST):
+        # Most records have no held-out loss, and are not worth parsing for one.
+        if run.loss is not None and HELD_OUT.encode() not in line:
+            continue
+        try:
+            record = json.loads(line)
+            step = int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            # The last line may be cut short by a kill, or be written just now.
+            continue
+        run.step = step if run.step is None else max(run.step, step)
+        run.loss = record.get(LOSS) if run.loss is None else run.loss
+        run.held_out = record.get(HELD_OUT) if run.held_out is None else run.held_out
+        if run.loss is not None and run.held_out is not None:
+            return
+
+
+def _steps(path: Path) -> int | None:
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    content = yaml.load(path.read_text(), loader)  # noqa: S506
+    if content["budget"]["steps"] is not None:
+        return int(content["budget"]["steps"])
+    return derive(_typed(TrainConfig, content)).steps
+
+
+def _typed(kind: type[T], content: dict[str, Any]) -> T:
+    """Make a configuration of plain values; OmegaConf takes ten times as long."""
+    values = {}
+    for own in fields(kind):  # type: ignore[arg-type]
+        if own.name in content:
+            default = own.default_factory() if callable(own.default_factory) else None
+            value = content[own.name]
+            nested = is_dataclass(default) and isinstance(value, dict)
+            values[own.name] = _typed(type(default), value) if nested else value
+    return kind(**values)
+
+
+def newest_first(submitted: Sequence[Submitted]) -> list[str]:
+    """Return the ids of jobs, each once, the one given to Slurm last first."""
+    return list(dict.fromkeys(job.id for job in reversed(submitted)))

@@ -1,0 +1,247 @@
+"""A job's script: a template of ``slurm/``, with its directives and its settings filled in.
+
+A template is a script that sbatch takes as it is. What stands between its directives and the end
+of its settings is written anew for a job; the rest is copied. Every value is data: quoted for the
+shell in the settings, and for sbatch's own reader in the directives.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modtrain.cluster.config import SubmitConfig
+from modtrain.errors import ModtrainError
+
+_SETTINGS = "# --- settings"
+_END = "# --- end of settings ---"
+_DIRECTIVE = "#SBATCH "
+
+
+class ScriptError(ModtrainError):
+    """A script that cannot be given to Slurm."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What modtrain is to do in a job, or in one task of an array.
+
+    verb, overrides: of modtrain's command line. run_directory: where failures are noted; None
+    where there is no run. config_dir: of the user's own YAML, or None.
+    """
+
+    verb: str
+    overrides: Sequence[str]
+    run_directory: Path | None = None
+    config_dir: Path | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """The verb's arguments."""
+        own = [] if self.config_dir is None else ["--config-dir", str(self.config_dir)]
+        # After two dashes nothing is an option, whatever a value begins with.
+        return [*own, "--", *self.overrides]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the script of a job says.
+
+    name: as squeue shows it. script: where it will lie. output: pattern of the job's log.
+    directory: where it starts. code: the frozen copy. python: the interpreter. tasks: one, or one
+    for each task of an array.
+    """
+
+    name: str
+    script: Path
+    output: Path
+    directory: Path
+    code: Path
+    python: str
+    config: SubmitConfig
+    tasks: Sequence[Task] = field(default_factory=list)
+
+
+def slurm_dir() -> Path:
+    """Return the shipped ``slurm/``: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "slurm"
+    return inside if inside.is_dir() else package.parent / "slurm"
+
+
+def template_of(verb: str, config: SubmitConfig) -> str:
+    """Return the name of the template for ``verb``."""
+    if verb == "train":
+        if config.array:
+            return "array.sbatch"
+        return "train.sbatch" if config.nodes == 1 else "train_nodes.sbatch"
+    own = {"prepare": "prepare.sbatch", "eval": "eval.sbatch", "debug": "debug.sbatch"}
+    return own.get(verb, "sweep_worker.sbatch")
+
+
+def render(job: Job) -> str:
+    """Return the script of ``job``.
+
+    Raises:
+        ScriptError: a value that no directive can hold.
+    """
+    verb = job.tasks[0].verb
+    name = template_of(verb, job.config)
+    template = (slurm_dir() / name).read_text()
+    head, rest = template.split(_SETTINGS, 1)
+    body = rest.split(_END, 1)[1]
+    comments = [line for line in head.splitlines()[1:] if line.startswith("# ")]
+    return (
+        "\n".join(
+            [
+                "#!/usr/bin/env bash",
+                f"# Written by modtrain submit from slurm/{name}; sbatch takes it again.",
+                *comments[1:],
+                *(f"{_DIRECTIVE}{option}" for option in _options(job)),
+                "set -euo pipefail",
+                "",
+                f"{_SETTINGS} ---",
+                *_settings(job),
+                _END,
+            ]
+        )
+        + body
+    )
+
+
+def _options(job: Job) -> list[str]:
+    config, site = job.config, job.config.cluster
+    serial = job.tasks[0].verb != "train"
+    per_node = 1 if serial or site.launcher == "torchrun" else config.processes
+    each = config.processes if site.launcher == "torchrun" and not serial else 1
+    named: dict[str, str | int | None] = {
+        "job-name": job.name,
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "reservation": site.reservation,
+        "nodes": 1 if serial else config.nodes,
+        "ntasks-per-node": per_node,
+        **_gpu_options(config),
+        "cpus-per-task": site.cpus_per_process * each,
+        "mem": site.memory_per_node,
+        "time": config.time or site.time,
+        "signal": f"B:USR1@{site.lead}",
+        "array": f"0-{len(job.tasks) - 1}" if config.array else None,
+        "dependency": f"afterok:{config.after}" if config.after else None,
+        "chdir": str(job.directory),
+        "output": str(job.output),
+        "open-mode": "append",
+    }
+    options = [f"--{key}={_quoted(str(v))}" for key, v in named.items() if v is not None]
+    options.append("--requeue" if site.restart == "requeue" else "--no-requeue")
+    return options + site.options
+
+
+def _gpu_options(config: SubmitConfig) -> dict[str, str]:
+    if config.gpus == 0:
+        return {}
+    kind = "" if config.cluster.gpu_type is None else f"{config.cluster.gpu_type}:"
+    if config.cluster.gres is None:
+        return {"gpus-per-node": f"{kind}{config.gpus}"}
+    return {"gres": f"{config.cluster.gres}:{kind}{config.gpus}"}
+
+
+def _settings(job: Job) -> list[str]:
+    config, site = job.config, job.config.cluster
+    environment = dict(site.environment)
+    if site.network_interface is not None:
+        for library in ("NCCL", "GLOO"):
+            environment.setdefault(f"{library}_SOCKET_IFNAME", site.network_interface)
+    lines = _assignments(
+        {
+            "code": str(job.code),
+            "python": job.python,
+            "script": str(job.script),
+            "launcher": site.launcher,
+            "processes": str(config.processes),
+            "container": site.container,
+            "image": site.image or "",
+            "scratch": site.scratch or "",
+            "again": _again(config),
+            "lead": str(site.lead),
+            "grace": str(site.grace),
+            "verb": job.tasks[0].verb,
+        }
+    )
+    lists = {
+        "mounts": [*_own_mounts(job), *site.mounts] if site.container != "none" else [],
+        "site_files": site.source,
+        "modules": site.modules,
+        "variables": [f"{name}={value}" for name, value in environment.items()],
+    }
+    lines += [_array(name, values) for name, values in lists.items()]
+    if not config.array:
+        return lines + _task_lines(job.tasks[0])
+    lines.append('case "$SLURM_ARRAY_TASK_ID" in')
+    for number, task in enumerate(job.tasks):
+        lines += [f"{number})", *(f"  {line}" for line in _task_lines(task)), "  ;;"]
+    return [*lines, "esac"]
+
+
+def _again(config: SubmitConfig) -> str:
+    if config.chain == "complete":
+        return "resubmit"
+    return "nothing" if config.chain is not None else config.cluster.restart
+
+
+def _own_mounts(job: Job) -> list[str]:
+    """Return what any container has to see: where it starts, its code and its runs."""
+    needed = [job.directory, job.code]
+    needed += [task.run_directory for task in job.tasks if task.run_directory is not None]
+    found: list[Path] = []
+    for path in needed:
+        if not any(path.is_relative_to(other) for other in found):
+            found.append(path)
+    return [str(path) for path in found]
+
+
+def _task_lines(task: Task) -> list[str]:
+    directory = "" if task.run_directory is None else str(task.run_directory)
+    return [*_assignments({"run_directory": directory}), _array("overrides", task.words)]
+
+
+def _assignments(values: Mapping[str, str]) -> list[str]:
+    return [f"{name}={shlex.quote(value)}" for name, value in values.items()]
+
+
+def _array(name: str, values: Sequence[str]) -> str:
+    return f"{name}=({shlex.join(values)})"
+
+
+def _quoted(value: str) -> str:
+    """Quote a value for the reader that sbatch has for its directives."""
+    if re.search(r"[\x00-\x1f\x7f]", value):
+        raise ScriptError(f"{value!r} has a control character in it: no directive can hold it")
+    if re.fullmatch(r"[A-Za-z0-9_./:=@%,+-]*", value):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def check(text: str, name: str) -> None:
+    """Find what sbatch would not see: errors of the shell's, and directives that come too late.
+
+    Raises:
+        ScriptError: what is wrong with the script.
+    """
+    command = ["bash", "-n", "/dev/stdin"]
+    done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise ScriptError(f"{name} is no shell script: {done.stderr.strip()}")
+    began = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("#SBATCH") and began:
+            raise ScriptError(
+                f"{name}, line {number}: {line}: sbatch reads no directive after the first command"
+            )
+        began = began or bool(line.strip() and not line.startswith("#"))

@@ -1,0 +1,304 @@
+"""What runs do: their state, how far they are, and which jobs of Slurm's work on them.
+
+A run's files and Slurm are asked both: a lock may not show on another node, and Slurm knows nothing
+of what was started by hand and soon forgets what is over.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from modtrain.cluster import slurm
+from modtrain.cluster.runs import (
+    Failure,
+    Run,
+    Submitted,
+    existing_run,
+    find_runs,
+    newest_first,
+    read_run,
+)
+from modtrain.cluster.slurm import Job, SlurmError
+from modtrain.cluster.status_config import StatusConfig
+from modtrain.errors import raise_if_any
+
+STATES = ("running", "pending", "failed", "stopped", "never started", "complete")
+_STYLES = {"running": "green", "pending": "yellow", "failed": "red", "complete": "dim"}
+_LAST_FAILURES = 5
+# Of a long chain the newest; what came before is over.
+_JOBS_ASKED = 50
+# What Hydra reads as it stands; it takes 1_2, 1e5 and null for something else.
+_PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z][A-Za-z0-9_./-]*|[1-9]\d*", re.I)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run does. name: one of `STATES`. why: what there is to say about it, on one line."""
+
+    name: str
+    why: str = ""
+
+
+@dataclass
+class Known:
+    """What Slurm knows of the jobs. unasked: why it was not asked, or did not answer."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    unasked: str = ""
+
+
+def show_status(config: StatusConfig, console: Console | None = None) -> None:
+    """Print the table of runs, or one run in detail with those below it.
+
+    Raises:
+        ConfigError: what is asked for makes no sense.
+        RunsError: there is no such run.
+    """
+    raise_if_any(config.problems())
+    console = console or wide_console()
+    root = Path(config.runs_dir)
+    top = root if config.run is None else existing_run(config.runs_dir, config.run)
+    runs = [read_run(path, str(path.relative_to(root))) for path in find_runs(top)]
+    known = ask_slurm(runs)
+    states = [state_of(run, known.jobs) for run in runs]
+    if config.run is not None and runs and runs[0].path == top:
+        _print_detail(runs[0], states[0], known, config, console)
+        runs, states = runs[1:], states[1:]
+    elif not runs:
+        console.print(Text(f"there are no runs in {top}"))
+    if runs:
+        console.print(_table(runs, states, known))
+        counts = Counter(state.name for state in states)
+        told = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
+        console.print(Text(f"{len(runs)} run{'s' * (len(runs) > 1)}: {told}"))
+    for run in runs:
+        for note in run.notes:
+            console.print(Text(note))
+    if known.unasked:
+        console.print(Text(known.unasked))
+
+
+def wide_console() -> Console:
+    """Return a console that cuts nothing where its output goes to a file or another program."""
+    return Console() if sys.stdout.isatty() else Console(width=400)
+
+
+def ask_slurm(runs: Sequence[Run]) -> Known:
+    """Ask Slurm once for the jobs of all unfinished runs. Raises nothing."""
+    unfinished = [run for run in runs if not run.complete]
+    ids = {name for run in unfinished for name in newest_first(run.submitted)[:_JOBS_ASKED]}
+    if ids and not slurm.has_slurm():
+        return Known(unasked="there is no Slurm here: jobs that wait or run elsewhere do not show")
+    try:
+        return Known(slurm.jobs(ids))
+    except SlurmError as error:
+        return Known(unasked=f"what jobs do is not known: {error}")
+
+
+def live_jobs(submitted: Sequence[Submitted], jobs: Mapping[str, Job]) -> list[Job]:
+    """Return those of the run's jobs that are not over, running ones first, then oldest first."""
+    live: dict[str, Job] = {}
+    for known in submitted:
+        for job in jobs.values():
+            if known.covers(job.id) and known.is_same(job) and not job.is_over:
+                live[job.id] = job
+    return sorted(live.values(), key=lambda job: (job.waits, job.number))
+
+
+def state_of(run: Run, jobs: Mapping[str, Job]) -> State:
+    """Tell what ``run`` does. jobs: what Slurm knows, by id."""
+    live = live_jobs(run.submitted, jobs)
+    active = [job for job in live if not job.waits]
+    if run.complete:
+        return State("complete")
+    if run.locked or active:
+        suspended = bool(active) and active[0].state in ("SUSPENDED", "STOPPED")
+        return State("running", active[0].state.lower() if suspended else "")
+    failure = _standing_failure(run)
+    if live:
+        why = live[0].reason or live[0].state.lower()
+        again = f"; failed before: {failure.cause}" if failure else ""
+        return State("pending", why + again)
+    return State("failed", failure.cause) if failure else _at_rest(run, jobs)
+
+
+def _at_rest(run: Run, jobs: Mapping[str, Job]) -> State:
+    """Tell of a run that nobody works on, and that noted no failure."""
+    ended = _end_in_slurm(run, jobs)
+    if run.starts or run.step:
+        return ended or State("stopped", "cancelled" if _was_cancelled(run) else "")
+    if ended and ended.name == "failed":
+        return ended
+    return State("never started", ended.why if ended else "")
+
+
+def _was_cancelled(run: Run) -> bool:
+    return bool(run.submitted) and run.submitted[-1].id in run.cancelled
+
+
+def _standing_failure(run: Run) -> Failure | None:
+    """Return the last failure, unless the run was started again since."""
+    if not run.failures:
+        return None
+    last = run.failures[-1]
+    # Both are told in whole seconds.
+    return last if not run.starts or last.time >= run.starts[-1] else None
+
+
+def _end_in_slurm(run: Run, jobs: Mapping[str, Job]) -> State | None:
+    """Tell how the newest job ended, as long as Slurm remembers."""
+    for known in reversed(run.submitted):
+        job = jobs.get(known.id)
+        if job is not None and known.is_same(job):
+            said = f"job {job.id}: {_told(job)}"
+            stopped = job.state in ("CANCELLED", "COMPLETED", "PREEMPTED", "TIMEOUT", "DEADLINE")
+            # 75 and its like are failures to Slurm, and not to the run.
+            stopped = stopped or (job.state == "FAILED" and bool(run.starts))
+            return State("stopped" if stopped else "failed", said)
+    return None
+
+
+def _told(job: Job) -> str:
+    state = job.state.lower().replace("_", " ")
+    return f"{state} ({job.reason})" if job.reason else state
+
+
+def _table(runs: Sequence[Run], states: Sequence[State], known: Known) -> Table:
+    table = Table()
+    for heading in ("run", "state"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("step", "done", "loss", "held out", "restarts", "saved"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("job", "why"):
+        table.add_column(heading, overflow="fold")
+    for run, state in zip(runs, states, strict=True):
+        table.add_row(
+            Text(run.name),
+            Text(state.name, _STYLES.get(state.name, "")),
+            _steps(run),
+            _share(run),
+            _number(run.loss),
+            _number(run.held_out),
+            str(run.restarts) if run.starts else "",
+            _saved(run),
+            Text(_job(run, known)),
+            Text(_short(state.why)),
+        )
+    return table
+
+
+def _job(run: Run, known: Known) -> str:
+    live = live_jobs(run.submitted, known.jobs)
+    if live:
+        more = f" +{len(live) - 1}" if len(live) > 1 else ""
+        return live[0].id + more
+    return run.submitted[-1].id if run.submitted and not run.complete else ""
+
+
+def _print_detail(
+    run: Run, state: State, known: Known, config: StatusConfig, console: Console
+) -> None:
+    table = Table(show_header=False, title=Text(str(run.path)), title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
+    lines = {
+        "state": state.name + (f": {state.why}" if state.why else ""),
+        "step": " ".join(part for part in (_steps(run), _share(run)) if part),
+        "loss": _number(run.loss),
+        "held-out loss": _number(run.held_out),
+        "last record": _age(run.changed),
+        "checkpoint": _saved(run, "step "),
+        "starts": str(len(run.starts)) if run.starts else "",
+    }
+    for name, value in lines.items():
+        if value:
+            table.add_row(name, Text(value))
+    for name in reversed(newest_first(run.submitted)[:_JOBS_ASKED]):
+        table.add_row("job", Text(_job_line(name, run, known)))
+    for failure in run.failures[-_LAST_FAILURES:]:
+        table.add_row("failed", Text(_failure_line(failure)))
+    console.print(table)
+    for note in run.notes:
+        console.print(Text(note))
+    where = "" if config.runs_dir == "runs" else f" {override('runs_dir', config.runs_dir)}"
+    asked = f"{override('run', run.name)}{where}"
+    follow = f"modtrain logs {asked} follow=true"
+    console.print(Text(f"to follow: {follow}\nto cancel: modtrain cancel {asked}"), soft_wrap=True)
+
+
+def _job_line(name: str, run: Run, known: Known) -> str:
+    job = known.jobs.get(name)
+    submitted = next(known for known in run.submitted if known.id == name)
+    if job is None or not submitted.is_same(job):
+        return name if known.unasked else f"{name}: over"
+    said = [
+        _told(job),
+        f"on {job.nodes}" if job.nodes and not job.waits else "",
+        f"for {job.time_left} yet" if not job.waits and not job.is_over else "",
+        f"expected to start at {job.start}" if job.waits and job.start else "",
+        f"requeued {job.restarts} times" if job.restarts else "",
+    ]
+    return f"{name}: " + ", ".join(part for part in said if part)
+
+
+def _failure_line(failure: Failure) -> str:
+    at = f" at step {failure.step}" if failure.step else ""
+    job = f", job {failure.job}" if failure.job else ""
+    return f"{_age(failure.time)}{at}{job}: {failure.cause}"
+
+
+def override(key: str, value: str) -> str:
+    """Spell ``key=value`` so that shell and Hydra both take it as it is."""
+    if _PLAIN.fullmatch(value):
+        return f"{key}={value}"
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f"'{key}=\"" + quoted.replace("'", "'\\''") + "\"'"
+
+
+def _steps(run: Run) -> str:
+    if run.step is None and run.steps is None:
+        return ""
+    return f"{run.step or 0}/{'?' if run.steps is None else run.steps}"
+
+
+def _share(run: Run) -> str:
+    if not run.steps:
+        return ""
+    share = min(1.0, (run.step or 0) / run.steps)
+    # 99.7 % is not all of it.
+    return f"{math.floor(1000 * share) / 10:g}%"
+
+
+def _saved(run: Run, before: str = "") -> str:
+    return "" if run.saved is None else f"{before}{run.saved[0]}, {_age(run.saved[1])}"
+
+
+def _number(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
+
+
+def _short(text: str, most: int = 120) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _age(moment: float | None) -> str:
+    """Say how long ago it was, in one unit."""
+    if moment is None:
+        return ""
+    seconds = max(0.0, time.time() - moment)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

@@ -1,0 +1,28 @@
+"""Typed configuration of what is told of runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modtrain.errors import Problem
+
+
+@dataclass
+class StatusConfig:
+    """Which runs to tell of.
+
+    run: one of them, in detail, or a directory of runs; sweep: a sweep's table; null: all below
+    ``runs_dir``.
+    """
+
+    run: str | None = None
+    sweep: str | None = None
+    runs_dir: str = "runs"
+
+    def problems(self, prefix: str = "") -> list[Problem]:
+        """Everything wrong with the request."""
+        del prefix
+        if self.run is None or self.sweep is None:
+            return []
+        reason = "is given beside run: one of them is shown"
+        return [Problem("sweep", self.sweep, reason, "leave one of them out")]

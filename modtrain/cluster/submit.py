@@ -1,0 +1,230 @@
+"""A job from its configuration to the queue: checked, frozen, rendered, validated, submitted."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from modtrain.cluster import slurm
+from modtrain.cluster.config import SubmitConfig
+from modtrain.cluster.freeze import freeze
+from modtrain.cluster.script import Job, ScriptError, Task, check, render
+from modtrain.errors import Problem, raise_if_any
+from modtrain.files import write_text
+from modtrain.training.config import TrainConfig
+from modtrain.training.launch import Launch
+from modtrain.training.memory import device_bytes, gibibytes
+from modtrain.training.plan import resolve
+
+# What sbatch says where it finds no controller.
+_AWAY = ("Could not establish a configuration source", "Unable to contact slurm")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one task is to do. config: the run's, where the verb trains one; else None.
+
+    overrides: as they were given. directory: where script, logs and notes go.
+    """
+
+    verb: str
+    overrides: tuple[str, ...]
+    directory: Path
+    config: TrainConfig | None = None
+
+
+def submit(
+    works: Sequence[Work],
+    directory: Path,
+    config: SubmitConfig,
+    config_dir: Path | None,
+    console: Console | None = None,
+) -> list[str]:
+    """Give Slurm the job that does ``works``, one or the tasks of an array; return its numbers.
+
+    directory: of the job as a whole.
+
+    Raises:
+        ConfigError: everything wrong with the job or a run, before anything is written.
+        ScriptError, SlurmError: what Slurm would not take, or did not.
+    """
+    console = console or Console(soft_wrap=True)
+    raise_if_any(_problems(works, directory, config))
+    job = _prepared(works, directory.resolve(), config, config_dir)
+    text = render(job)
+    check(text, job.script.name)
+    write_text(job.script, text)
+    console.print(f"wrote {job.script}", markup=False, highlight=False)
+    if slurm.has_slurm():
+        console.print(_asked(job.script, config.dry_run), markup=False)
+    elif not config.dry_run:
+        raise ScriptError(
+            f"there is no sbatch here: submit {job.script} on a machine of the cluster,"
+            " or add --dry-run to only write it"
+        )
+    if config.dry_run:
+        return []
+    ids = _given(job, config)
+    for number in ids:
+        console.print(f"submitted job {number}", markup=False)
+    _explain(works, directory, ids, console)
+    return ids
+
+
+def _asked(script: Path, dry_run: bool) -> str:
+    """Ask Slurm whether it would take the script; what it says against it is an error."""
+    try:
+        slurm.run(["sbatch", "--test-only", str(script)])
+    except slurm.SlurmError as error:
+        away = any(said in str(error) for said in _AWAY)
+        if dry_run and away:
+            return "Slurm is not to be reached from here, and was not asked"
+        raise
+    return "Slurm would take it"
+
+
+def _prepared(
+    works: Sequence[Work], directory: Path, config: SubmitConfig, config_dir: Path | None
+) -> Job:
+    """Make the directories, the copy of the code and the frozen configurations."""
+    for folder in {directory, *(work.directory.resolve() for work in works)}:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+    code = freeze(directory, config_dir)
+    for work in works:
+        if work.config is not None:
+            plain = OmegaConf.to_yaml(OmegaConf.structured(work.config))
+            write_text(work.directory / "submitted.yaml", plain)
+    own = None if config_dir is None else code / "own_conf"
+    verb = works[0].verb
+    name = "submit" if verb == "train" else verb
+    return Job(
+        name=job_name(directory),
+        script=directory / f"{name}.sbatch",
+        output=_pattern(directory / "logs", "slurm-%A_%a.out" if config.array else "slurm-%j.out"),
+        directory=Path.cwd(),
+        code=code,
+        python=_python(config),
+        config=config,
+        tasks=[
+            Task(
+                verb=work.verb,
+                overrides=work.overrides,
+                run_directory=work.directory.resolve(),
+                config_dir=own,
+            )
+            for work in works
+        ],
+    )
+
+
+def _python(config: SubmitConfig) -> str:
+    if config.cluster.python is not None:
+        return config.cluster.python
+    return sys.executable if config.cluster.container == "none" else "python3"
+
+
+def _pattern(folder: Path, name: str) -> Path:
+    """Return the pattern of a log's name; a percent sign in the folder's is no placeholder."""
+    return Path(str(folder).replace("%", "%%")) / name
+
+
+def job_name(directory: Path) -> str:
+    """Return a plain name for ``squeue``: the run's last two parts."""
+    parts = [part for part in directory.parts[-2:] if part != "runs"]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))[:60].strip("-") or "modtrain"
+
+
+def _given(job: Job, config: SubmitConfig) -> list[str]:
+    """Submit; a chain's jobs wait for one another."""
+    ids: list[str] = []
+    for _ in range(config.num_chained):
+        options = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+        told = slurm.run(["sbatch", "--parsable", *options, str(job.script)])
+        number = told.strip().splitlines()[-1].split(";")[0]
+        _note(job, number, ids[-1] if ids else None)
+        ids.append(number)
+    return ids
+
+
+def _note(job: Job, number: str, before: str | None) -> None:
+    """Write down which job works for which run."""
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    entry = {"time": time, "script": str(job.script), "chained_after": before}
+    numbers = {job.script.parent: number}
+    for index, task in enumerate(job.tasks):
+        if job.config.array and task.run_directory is not None:
+            numbers[task.run_directory] = f"{number}_{index}"
+    for folder, own in numbers.items():
+        with (folder / "jobs.jsonl").open("a") as file:
+            file.write(json.dumps({"job": own, **entry}) + "\n")
+
+
+def _explain(works: Sequence[Work], directory: Path, ids: Sequence[str], console: Console) -> None:
+    if works[0].config is None:
+        console.print(f"follow: tail -F {directory}/logs/slurm-*.out", markup=False)
+        console.print(f"cancel: scancel {' '.join(ids)}", markup=False)
+        return
+    runs, name = works[0].config.runs_dir, works[0].config.name
+    if len(works) > 1:
+        name = str(Path(str(name)).parent)
+    own = "" if runs == "runs" else f" runs_dir={runs}"
+    for what, verb in (("state", "status"), ("follow", "logs"), ("cancel", "cancel")):
+        more = " follow=true" if verb == "logs" else ""
+        console.print(f"{what}: modtrain {verb} run={name}{own}{more}", markup=False)
+
+
+def _problems(works: Sequence[Work], directory: Path, config: SubmitConfig) -> list[Problem]:
+    found = config.problems()
+    if re.search(r"[\x00-\x1f\x7f\\]", str(directory.resolve())):
+        # In a log's name a backslash has a meaning for Slurm, which cannot be taken from it.
+        reason, remedy = "has a control character or a backslash in it", "give another name"
+        found.append(Problem("name", repr(str(directory)), reason, remedy))
+    if not found:
+        raise_if_any([problem for work in works for problem in _work_problems(work, config)])
+        if works[0].config is not None:
+            found += _queue_problems(directory, config)
+    return found
+
+
+def _work_problems(work: Work, config: SubmitConfig) -> list[Problem]:
+    """Hold a run's plan against the nodes that it is to have."""
+    if work.config is None:
+        return []
+    launch = Launch(config.nodes * config.processes, 0, 0, config.processes)
+    resolved, plan = resolve(work.config, launch=launch)
+    if resolved.strategy.accelerator == "cuda" and config.gpus == 0:
+        remedy = "ask for GPUs, or set strategy.accelerator=cpu"
+        return [Problem("gpus_per_node", 0, "and strategy.accelerator=cuda", remedy)]
+    memory = config.cluster.gpu_memory
+    needed = device_bytes(resolved, plan.sizes)
+    if memory is None or config.gpus == 0 or needed < memory * 2**30:
+        return []
+    reason = (
+        f"is less than the {gibibytes(needed)} of weights, gradients and moments that each GPU"
+        f" would hold under strategy={resolved.strategy.name}, activations aside"
+    )
+    remedy = "use strategy=fsdp or hsdp, or more GPUs; modtrain plan shows what takes how much"
+    return [Problem("cluster.gpu_memory", f"{memory:g}", reason, remedy)]
+
+
+def _queue_problems(directory: Path, config: SubmitConfig) -> list[Problem]:
+    """Find a job that is in the queue for the run already: two would be in each other's way."""
+    path = directory / "jobs.jsonl"
+    if config.dry_run or not path.is_file() or not slurm.has_slurm():
+        return []
+    ids = [json.loads(line)["job"] for line in path.read_text().splitlines() if line.strip()]
+    known = slurm.jobs(ids)
+    active = [number for number in ids if number in known and not known[number].is_over]
+    if not active or config.after in active:
+        return []
+    reason = "is in the queue for this run already"
+    remedy = f"cancel it by modtrain cancel, or submit with after={active[-1]}"
+    return [Problem("job", ", ".join(active), reason, remedy)]

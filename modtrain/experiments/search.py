@@ -1,0 +1,289 @@
+"""A search by Optuna: trials that are runs, each in a directory, none lost and none made twice.
+
+The study is a journal in the search's directory: Optuna's JournalStorage, whose lock holds on a
+network file system, where SQLite's does not. Whoever works on a trial holds a lock that ends with
+its process; a trial that is unfinished and not held is gone on with, with the same parameters and
+from its checkpoint. So a search may be killed, and have several workers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial, TrialState
+
+from modtrain.errors import CheckpointError, ConfigError, Problem
+from modtrain.experiments import hparams
+from modtrain.experiments.search_config import Dimension, Search, SearchConfig, parse_space
+from modtrain.experiments.sweep_hydra import say
+from modtrain.experiments.sweep_jobs import Job, write_jobs
+from modtrain.experiments.sweep_process import run_apart
+from modtrain.experiments.sweep_state import failure_text, pruned_mark, state_of
+from modtrain.files import write_text
+from modtrain.models.flops import forward_flops
+from modtrain.training.config import TrainConfig
+from modtrain.training.launch import Launch
+from modtrain.training.plan import resolve
+from modtrain.training.preemption import STOP
+from modtrain.training.run_directory import RunDirectory
+
+_DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def search(search: Search) -> int:
+    """Make the trials that the study lacks, one after the other, and tell the best.
+
+    Returns:
+        0 where the study has all its trials; 130 or 75 where a signal stopped it, or other workers
+        are still at theirs; 1 where no trial came to an end.
+
+    Raises:
+        ModtrainError: the study is another one's, or this process is one of several.
+    """
+    if (processes := Launch.from_environment().world_size) > 1:
+        reason = f"trains in one process, and {processes} were started"
+        remedy = "leave torchrun or srun out; start the command several times for several workers"
+        raise ConfigError([Problem("search", "", reason, remedy)])
+    return _Searcher(search).run()
+
+
+def open_study(directory: Path, config: SearchConfig) -> optuna.Study:
+    """Open the study in ``directory``, or make it.
+
+    Raises:
+        CheckpointError: it searches another space, or for something else.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = directory / "study.journal"
+    lock = JournalFileSymlinkLock(str(path.resolve()))
+    _mend(path, lock)
+    study = optuna.create_study(
+        study_name="search",
+        storage=JournalStorage(JournalFileBackend(str(path), lock_obj=lock)),
+        directions=["minimize"] * len(config.directions),
+        pruner=_pruner(config.pruner),
+        load_if_exists=True,
+    )
+    asked = {"space": config.space, "directions": list(config.directions)}
+    found = {key: study.user_attrs.get(key) for key in asked}
+    for key, value in asked.items():
+        if found[key] is None:
+            study.set_user_attr(key, value)
+        elif found[key] != value:
+            raise CheckpointError(
+                f"{directory} holds another search: {key} was {found[key]} and is {value} now."
+                " Take it back to go on, or give another study="
+            )
+    return study
+
+
+def _pruner(name: str) -> optuna.pruners.BasePruner:
+    makers = {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "halving": optuna.pruners.SuccessiveHalvingPruner,
+    }
+    pruner: optuna.pruners.BasePruner = makers[name]()
+    return pruner
+
+
+def _mend(path: Path, lock: JournalFileSymlinkLock) -> None:
+    """Drop a last line that a power cut has left half: after it the journal could not be read."""
+    if not path.is_file():
+        return
+    lock.acquire()
+    try:
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+class _Searcher:
+    """One worker of a search."""
+
+    def __init__(self, search: Search) -> None:
+        self.search, self.config, self.directory = search, search.config, search.directory
+        self.dimensions, _ = parse_space(self.config.space)
+        # All that can be wrong with the ends of the space, before the study is there.
+        self._check_ends()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self.study = open_study(self.directory, self.config)
+            hparams.write_experiment(self.directory, list(self.config.space))
+
+    def run(self) -> int:
+        """Work until the study has its trials."""
+        while not STOP.requested:
+            with ExitStack() as held:
+                trial = self._claim(held)
+                if trial is None:
+                    break
+                self._work(trial)
+        return self._tell()
+
+    def _check_ends(self) -> None:
+        problems: dict[Problem, None] = {}
+        tried = self._at_the_ends()
+        for overrides in tried:
+            try:
+                resolve(self.search.compose(overrides, self._name(0)), launch=Launch())
+            except ConfigError as error:
+                problems |= dict.fromkeys(error.problems)
+        if problems:
+            raise ConfigError(list(problems))
+
+    def _at_the_ends(self) -> list[list[str]]:
+        """Each dimension at each of its ends, the others at their first."""
+        first = {d.key: d.ends[0] for d in self.dimensions}
+        tried = [first] + [first | {d.key: end} for d in self.dimensions for end in d.ends[1:]]
+        return [[f"{key}={value}" for key, value in at.items()] for at in tried]
+
+    def _claim(self, held: ExitStack) -> optuna.Trial | None:
+        """Take an unfinished trial that nobody works on, or a new one; None where all are taken."""
+        with self._alone():
+            trials = self.study.get_trials(deepcopy=False)
+            for known in trials:
+                if known.state not in _DONE and self._hold(known.number, held):
+                    return optuna.Trial(self.study, known._trial_id)
+            if len(trials) >= self.config.trials:
+                return None
+            # Not the same draws again at each start.
+            seed = self.config.search_seed + len(trials)
+            self.study.sampler = optuna.samplers.TPESampler(seed=seed)
+            trial = self.study.ask()
+            self._hold(trial.number, held)
+            return trial
+
+    def _hold(self, number: int, held: ExitStack) -> bool:
+        path = self._run(number).path
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / ".claim").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return False
+        held.callback(file.close)
+        return True
+
+    def _work(self, trial: optuna.Trial) -> None:
+        """Train a trial's run to its end and tell the study what came of it."""
+        overrides = {d.key: suggest(trial, d) for d in self.dimensions}
+        name, run = self._name(trial.number), self._run(trial.number)
+        said = ",".join(f"{key}={value}" for key, value in overrides.items())
+        with self._alone():
+            write_jobs(self.directory, [Job(run.path.name, overrides, [])])
+        say(f"{run.path.name}: {said}")
+        try:
+            config = self.search.compose([f"{k}={v}" for k, v in overrides.items()], name)
+        except ConfigError as error:
+            return self._failed(trial, str(error))
+        if not pruned_mark(run).is_file():
+            run_apart(run, partial(_train_trial, config, self.config, trial.number, overrides))
+        if pruned_mark(run).is_file():
+            self.study.tell(trial, state=TrialState.PRUNED)
+        elif run.is_complete:
+            values = _values(run, self.config.directions)
+            if None in values:
+                return self._failed(trial, "the model has no causal decision to be judged by")
+            self.study.tell(trial, [value for value in values if value is not None])
+        elif state_of(run) == "failed":
+            return self._failed(trial, failure_text(run))
+        say(f"{run.path.name}: {state_of(run)}")
+        return None
+
+    def _failed(self, trial: optuna.Trial, why: str) -> None:
+        trial.set_user_attr("why", why)
+        self.study.tell(trial, state=TrialState.FAIL)
+        say(f"{self._run(trial.number).path.name}: failed: {why}")
+
+    def _tell(self) -> int:
+        """Print and write the best trials."""
+        trials = self.study.get_trials(deepcopy=False)
+        best = (
+            [self._described(trial) for trial in self.study.best_trials]
+            if any(trial.state == TrialState.COMPLETE for trial in trials)
+            else []
+        )
+        counts = {state.name.lower(): sum(t.state == state for t in trials) for state in _DONE}
+        left = self.config.trials - sum(counts.values())
+        report = {"directions": list(self.config.directions), "trials": counts, "best": best}
+        write_text(self.directory / "best.json", json.dumps(report, indent=1) + "\n")
+        said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        say(f"{self.directory}: {said or 'nothing yet'}; {max(left, 0)} to go")
+        for one in best:
+            values = ", ".join(f"{key} {value:.6g}" for key, value in one["values"].items())
+            say(f"  {one['run']}: {values}; {one['parameters']}")
+        if STOP.requested and left > 0:
+            say(f"stopped by {STOP.name}: the same command goes on from here")
+            return STOP.exit_code
+        if left > 0:
+            say("  the others are being worked on; the same command goes on where they end")
+            return 75
+        return 0 if best else 1
+
+    def _described(self, trial: FrozenTrial) -> dict[str, Any]:
+        return {
+            "run": self._name(trial.number),
+            "parameters": dict(trial.params),
+            "values": dict(zip(self.config.directions, trial.values, strict=True)),
+        }
+
+    def _name(self, number: int) -> str:
+        return f"{self.config.study}/trial_{number:04d}"
+
+    def _run(self, number: int) -> RunDirectory:
+        return RunDirectory(Path(self.config.runs_dir) / self._name(number))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the study for a moment against other workers."""
+        with (self.directory / ".search.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def suggest(trial: optuna.Trial, dimension: Dimension) -> str:
+    """Return the trial's value, drawn or as it was drawn before, as text for an override."""
+    d = dimension
+    if d.values:
+        return str(trial.suggest_categorical(d.key, d.values))
+    if d.whole:
+        step = int(d.step or 1)
+        return str(trial.suggest_int(d.key, int(d.low), int(d.high), step=step, log=d.log))
+    return repr(trial.suggest_float(d.key, d.low, d.high, step=d.step, log=d.log))
+
+
+def _values(run: RunDirectory, directions: Sequence[str]) -> list[float | None]:
+    result, config = json.loads(run.result.read_text()), run.read_config()
+    seq_len = config.data.seq_len or 1
+    found = {
+        "causal_loss": result.get(hparams.LOSS),
+        "forward_flops": forward_flops(config.model, seq_len).total / seq_len,
+    }
+    return [found[name] for name in directions]
+
+
+def _train_trial(
+    config: TrainConfig, search: SearchConfig, number: int, overrides: dict[str, str]
+) -> int:
+    """Train a trial in the process of its own; a study is opened anew there."""
+    # Not in the process that forks.
+    from modtrain.experiments.search_callback import train_or_prune  # noqa: PLC0415
+
+    study = None
+    if search.pruner != "none":
+        study = open_study(Path(search.runs_dir) / str(search.study), search)
+    return train_or_prune(config, study, number, overrides)

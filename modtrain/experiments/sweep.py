@@ -1,0 +1,205 @@
+"""A sweep: Hydra's multirun, whose jobs have directories by their overrides and can go on.
+
+Hydra's sweeper makes the jobs and its launcher, any of them, starts them. What is ours: each job is
+checked before the first one starts, a job that is complete or failed is left out, and a job is a
+process of its own (`modtrain.experiments.sweep_process`). How the sweep ended is read from the
+directories: it holds for jobs of an earlier start, and for those whose launcher died.
+"""
+
+from __future__ import annotations
+
+import collections
+import fcntl
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from modtrain.errors import CheckpointError, ConfigError, Problem, raise_if_any
+from modtrain.experiments import hparams
+from modtrain.experiments.sweep_config import SweepConfig, split_sweep_options
+from modtrain.experiments.sweep_hydra import Multirun, say
+from modtrain.experiments.sweep_jobs import Job, expand, read_jobs, write_jobs
+from modtrain.experiments.sweep_process import RUN_ME_AGAIN
+from modtrain.experiments.sweep_state import STATES, failure_text, state_of
+from modtrain.training.config import TrainConfig
+from modtrain.training.launch import Launch
+from modtrain.training.plan import resolve
+from modtrain.training.preemption import STOP
+from modtrain.training.run_directory import RunDirectory
+
+Compose = Callable[[Sequence[str]], TrainConfig]
+
+
+def sweep(overrides: Sequence[str], compose: Compose, conf_dir: Path, own_dir: str | None) -> int:
+    """Train every job that ``overrides`` make, where it is not complete.
+
+    compose: a training configuration from overrides without several values. conf_dir, own_dir:
+    where Hydra finds YAML.
+
+    Returns:
+        0 where every job is complete; 130 or 75 where a signal stopped the sweep or one of its
+        jobs; else 1.
+
+    Raises:
+        ConfigError: whatever is wrong with any job, before one starts.
+    """
+    if (processes := Launch.from_environment().world_size) > 1:
+        reason = f"starts its runs itself, and {processes} processes were started"
+        remedy = "leave torchrun or srun out, or let hydra/launcher=slurm start them"
+        raise ConfigError([Problem("-m", "", reason, remedy)])
+    parsed = _parse(overrides)
+    options, parsed, problems = split_sweep_options(parsed)
+    for_hydra = [o for o in parsed if o.key_or_group.startswith(("hydra.", "hydra/"))]
+    axes = [o for o in parsed if o not in for_hydra]
+    jobs, found = expand(axes)
+    problems += found + _sweeper_problems(for_hydra)
+    if not jobs:
+        raise_if_any(problems)
+    ours, theirs = ([str(o.input_line) for o in part] for part in (axes, for_hydra))
+    multirun = Multirun(theirs, ours, conf_dir, own_dir)
+    base, runs = _checked(jobs, compose, multirun, problems)
+    this = _Sweep(base, jobs, runs, options)
+    this.directory.mkdir(parents=True, exist_ok=True)
+    with this.alone():
+        write_jobs(this.directory, jobs)
+        keys = {key for swept in read_jobs(this.directory).values() for key in swept}
+        hparams.write_experiment(this.directory, keys)
+        wanted = this.wanted()
+        say(f"{this.directory}: {len(jobs)} jobs, {len(wanted)} to train")
+        if wanted:
+            multirun.launch(wanted, this.directory)
+        return this.tell()
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+            key, _, value = text.partition("=")
+            reason = f"is not understood: {str(error).splitlines()[0]}"
+            remedy = "write key=value, or key=value1,value2, with lists and spaces in quotes"
+            problems.append(Problem(key, value, reason, remedy))
+    raise_if_any(problems)
+    return parsed
+
+
+def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
+    reason = "is not for modtrain's sweeps, whose jobs are known before the first one starts"
+    return [
+        Problem(
+            o.key_or_group, o.input_line or "", reason, "leave it out; to search: modtrain search"
+        )
+        for o in overrides
+        if o.key_or_group in ("hydra/sweeper", "hydra.mode")
+        or o.key_or_group.startswith(("hydra.sweep.", "hydra.sweeper.", "hydra.run."))
+    ]
+
+
+def _checked(
+    jobs: Sequence[Job], compose: Compose, multirun: Multirun, problems: list[Problem]
+) -> tuple[TrainConfig, dict[str, TrainConfig]]:
+    """Return what the jobs share and the configuration of each, as composed.
+
+    Raises:
+        ConfigError: what is wrong, of all the jobs; what all of them share, once.
+    """
+    wrong: dict[Problem, list[str]] = {}
+    runs: dict[str, TrainConfig] = {}
+    base: TrainConfig | None = None
+    for job in jobs:
+        try:
+            base = compose(job.overrides)
+            runs[job.name] = replace(base, name=f"{base.name}/{job.name}" if base.name else None)
+            _check(runs[job.name], Launch() if multirun.is_here else None)
+        except ConfigError as error:
+            for problem in error.problems:
+                wrong.setdefault(problem, []).append(job.name)
+    for problem, names in wrong.items():
+        everywhere = len(names) == len(jobs)
+        keys = [problem.key] if everywhere else [f"{name}: {problem.key}" for name in names]
+        problems += [replace(problem, key=key) for key in keys]
+    raise_if_any(problems + multirun.problems())
+    assert base is not None  # noqa: S101
+    return base, runs
+
+
+def _check(config: TrainConfig, launch: Launch | None) -> None:
+    """Raise ConfigError if the job cannot run, or its directory holds another run."""
+    resolved, _ = resolve(config, launch=launch)
+    run = RunDirectory.of(config)
+    if run.config.is_file():
+        try:
+            if config.precision == "auto":
+                # It was made definite by the device on which the run started.
+                resolved = replace(resolved, precision=run.read_config().precision)
+            run.check_same(resolved)
+        except CheckpointError as error:
+            remedy = "take the changes back, or give the sweep another name="
+            raise ConfigError([Problem("name", config.name, str(error), remedy)]) from None
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep that is checked. runs: the configuration of each job by its name."""
+
+    base: TrainConfig
+    jobs: list[Job]
+    runs: dict[str, TrainConfig]
+    options: SweepConfig
+
+    @property
+    def directory(self) -> Path:
+        """Where the sweep and its jobs are."""
+        return RunDirectory.of(self.base).path
+
+    def run(self, job: Job) -> RunDirectory:
+        """Return the directory of a job."""
+        return RunDirectory.of(self.runs[job.name])
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the sweep. Raises CheckpointError where another process has it."""
+        with (self.directory / ".sweep.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CheckpointError(
+                    f"{self.directory} is being swept by another process: wait for it to end"
+                ) from None
+            yield
+
+    def is_wanted(self, job: Job) -> bool:
+        """Whether the job is to be started."""
+        state = state_of(self.run(job))
+        return state in ("stopped", "not started", "running") or (
+            state == "failed" and self.options.retry
+        )
+
+    def wanted(self) -> list[tuple[Job, TrainConfig]]:
+        """Return what is to be started."""
+        return [(job, self.runs[job.name]) for job in self.jobs if self.is_wanted(job)]
+
+    def tell(self) -> int:
+        """Say how every job stands, and return the exit code."""
+        found = [(job, state_of(self.run(job))) for job in self.jobs]
+        counts = collections.Counter(state for _, state in found)
+        said = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+        say(f"{self.directory}: {said}")
+        for job in (job for job, state in found if state == "failed"):
+            say(f"  {job.name} failed: {failure_text(self.run(job))}")
+        if counts["failed"]:
+            say("  the same command with sweep.retry=true starts these again")
+        if counts["complete"] == len(found):
+            return 0
+        if STOP.requested:
+            say(f"stopped by {STOP.name}: the same command goes on from here")
+            return STOP.exit_code
+        return 1 if counts["failed"] else RUN_ME_AGAIN

@@ -1,0 +1,309 @@
+# shellcheck shell=bash
+# What every job script here has in common; it is sourced, and docs/cluster.md explains it.
+#
+# What a script may set before (all have a default):
+#   code           directory that holds modtrain/ and slurm/: a checkout, or what `modtrain submit` froze
+#   python         interpreter that has modtrain's packages; in a container, the one inside
+#   run_directory  where failures are noted and checkpoints are looked for; empty: nowhere
+#   launcher       srun (a task for each process) or torchrun (a task for each node)
+#   processes      processes on each node
+#   container      none, apptainer or pyxis; image, mounts: what runs in it, and what it sees
+#   site_files     files to source; modules: modules to load; variables: NAME=VALUE to export
+#   scratch        directory on the node's own disk for temporary files; empty: the system's
+#   again          what comes after a stop with work left: requeue, resubmit or nothing
+#   lead, grace    seconds from the signal before the time limit, and from that of a preemption, to
+#                  the end; a save that takes longer is not begun
+#   script         what is submitted again
+
+: "${code:=${MODTRAIN_CODE:-${SLURM_SUBMIT_DIR:-$PWD}}}"
+: "${run_directory:=}" "${launcher:=srun}" "${processes:=${SLURM_NTASKS_PER_NODE:-1}}"
+: "${container:=none}" "${image:=}" "${scratch:=}" "${again:=requeue}" "${lead:=300}"
+: "${grace:=30}" "${alike_failures:=3}" "${script:=$0}"
+mounts=(${mounts[@]+"${mounts[@]}"}) site_files=(${site_files[@]+"${site_files[@]}"})
+modules=(${modules[@]+"${modules[@]}"}) variables=(${variables[@]+"${variables[@]}"})
+if [[ -z ${python:-} ]]; then
+  python=python3
+  [[ $container != none || ! -x $code/.venv/bin/python ]] || python=$code/.venv/bin/python
+fi
+
+say() { printf '[%(%F %T)T] job %s: %s\n' -1 "$(job_id)" "$*"; }
+
+# The name under which Slurm requeues this job: an array's task is not known by its number alone.
+job_id() {
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    echo "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+  else
+    echo "${SLURM_JOB_ID:-0}"
+  fi
+}
+
+# ---- the node ----------------------------------------------------------------------------------
+
+prepare_node() {
+  local entry host
+  # Their own variables are not ours to judge.
+  set +u
+  for entry in "${site_files[@]}"; do
+    # shellcheck disable=SC1090
+    source "$entry"
+  done
+  [[ ${#modules[@]} -eq 0 ]] || module load "${modules[@]}"
+  set -u
+  for entry in "${variables[@]}"; do export "${entry?}"; done
+  [[ -z $scratch ]] || export TMPDIR="$scratch"
+  # A container has packages of its own, which the host's must not hide.
+  [[ $container = none ]] || PYTHONPATH=
+  export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+  # Without it each task of a step would be given a single CPU since Slurm 22.05.
+  export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}"
+  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # Below the ports that the system gives away; another one for each job on a node.
+  export MASTER_ADDR="$host" MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
+  export MODTRAIN_LEAD="$lead" MODTRAIN_GRACE="$grace"
+}
+
+# modtrain VERB OVERRIDE...: what to run on a node, in the container where there is one.
+set_command() {
+  local mount launch=("$python" -m modtrain)
+  local signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+  if [[ $launcher = torchrun && $several = yes ]]; then
+    # The signals go on to the workers, which have as long as the job to save.
+    launch=("$python" -m torch.distributed.run
+      --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$processes" --max-restarts 0
+      --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"
+      --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+      --signals-to-handle "$signals" --shutdown-timeout "$lead"
+      -m modtrain)
+  fi
+  command=("${launch[@]}" "$@")
+  in_container=()
+  case $container in
+    none) ;;
+    apptainer)
+      local binds=()
+      for mount in "${mounts[@]}"; do binds+=(--bind "$mount"); done
+      command=(apptainer exec --nv "${binds[@]}" --pwd "$PWD" "$image" "${command[@]}")
+      ;;
+    pyxis)
+      local pairs=()
+      # Both sides are named there.
+      for mount in "${mounts[@]}"; do pairs+=("$mount$([[ $mount = *:* ]] || echo ":$mount")"); done
+      in_container=(--container-image="$image" --container-workdir="$PWD" --no-container-mount-home)
+      [[ ${#pairs[@]} -eq 0 ]] || in_container+=(--container-mounts="$(IFS=,; echo "${pairs[*]}")")
+      ;;
+    *) say "container=$container is not none, apptainer or pyxis"; exit 2 ;;
+  esac
+}
+
+# ---- the step ----------------------------------------------------------------------------------
+
+# Runs a step to its end, whatever signals come meanwhile; leaves its exit code in `status`.
+run_step() {
+  local step
+  MODTRAIN_OUTCOME=$(outcome_file)
+  export MODTRAIN_OUTCOME
+  rm -f "$MODTRAIN_OUTCOME"
+  srun --kill-on-bad-exit=1 --label "$@" &
+  step=$!
+  step_pid=$step
+  [[ -z $asked ]] || pass_on "$asked"
+  while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
+  status=0
+  wait "$step" || status=$?
+  step_pid=
+}
+
+outcome_file() {
+  local folder=$PWD
+  [[ -z $run_directory ]] || folder=$run_directory/logs
+  mkdir -p "$folder"
+  echo "$folder/.outcome-$(job_id)"
+}
+
+# This shell has the signals (--signal=B:USR1@...), so that none is lost before the step begins.
+watch_signals() {
+  asked='' step_pid=''
+  trap 'on_signal USR1' USR1
+  trap 'on_signal TERM' TERM
+}
+
+on_signal() {
+  local first=$asked
+  asked=$1
+  [[ -n $first || -z $step_pid ]] || pass_on "$1"
+}
+
+pass_on() {
+  say "$1: the step is asked to save and to end"
+  # Through Slurm, which reaches the tasks on all nodes; srun keeps the signal for itself at times.
+  scancel --signal="$1" "$SLURM_JOB_ID" || kill -"$1" "$step_pid" 2>/dev/null || true
+}
+
+# ---- after it ----------------------------------------------------------------------------------
+
+# The newest checkpoint's step; 0 where there is none.
+newest_step() {
+  local newest=0 path
+  for path in "$run_directory"/checkpoints/step-*; do
+    [[ ! -d $path ]] || newest=${path##*-}
+  done
+  echo "$((10#$newest))"
+}
+
+# Notes a failure; false where it is the last of as many alike as are allowed.
+note_failure() {
+  local cause=$1 alike=0 step text log=$run_directory/failures.tsv
+  [[ -n $run_directory ]] || return 0
+  printf '%(%FT%T%z)T\t%s\t%s\t%s\n' -1 "$(job_id)" "$(newest_step)" "$cause" >>"$log" || return 0
+  # Alike: the same words, whatever the numbers in them, and no checkpoint made between them.
+  while IFS=$'\t' read -r _ _ step text; do
+    if [[ $step = "$(newest_step)" && ${text//[0-9]/} = "${cause//[0-9]/}" ]]; then
+      alike=$((alike + 1))
+    else
+      alike=0
+    fi
+  done <"$log"
+  [[ $alike -lt $alike_failures ]]
+}
+
+# Ends the job where `modtrain cancel` named it; an array's mark lies a directory higher.
+stop_if_cancelled() {
+  local folder
+  [[ -n $run_directory ]] || return 0
+  for folder in "$run_directory" "$run_directory/.."; do
+    [[ -r $folder/CANCELLED ]] || continue
+    if grep -qxF -e "$(job_id)" -e "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" "$folder/CANCELLED"; then
+      say "cancelled at step $(newest_step); the run can be submitted again"
+      exit 75
+    fi
+  done
+}
+
+# Ends the job by what became of the step: never with 0 while there is work left.
+finish() {
+  local told='' cause=''
+  if [[ -r $MODTRAIN_OUTCOME ]]; then { read -r told; read -r cause; } <"$MODTRAIN_OUTCOME" || true; fi
+  rm -f "$MODTRAIN_OUTCOME"
+  # torchrun has one exit code for all failures; what modtrain itself said is nearer.
+  [[ -z $told || $status -eq 0 ]] || status=$told
+  if [[ $status -eq 0 && ${told:-0} -eq 0 ]]; then
+    # A note of what failed before belongs to the past.
+    exit 0
+  fi
+  [[ $status -ne 0 ]] || status=$told
+  stop_if_cancelled
+  case $status in
+    2)
+      note_failure "${cause:-the configuration is wrong}" || true
+      say "not started again: the configuration has to be mended"
+      exit 2
+      ;;
+    130) say "interrupted, and not started again"; exit 130 ;;
+    75 | 138 | 143) go_on "stopped by a signal" ;;
+  esac
+  # A signal that came before modtrain could listen kills it, and one that comes late breaks it.
+  [[ -z $asked ]] || go_on "stopped by $asked, without a checkpoint of its own"
+  [[ -n $cause ]] || cause="exit code $status"
+  say "failed: $cause"
+  if note_failure "$cause"; then go_on "failed at step $(newest_step)"; fi
+  say "failed $alike_failures times in this way without a new checkpoint, and is not started again:" \
+    "$cause"
+  exit "$status"
+}
+
+# Brings the job back, and ends it.
+go_on() {
+  local try
+  trap '' USR1 TERM
+  case $again in
+    requeue)
+      say "$1: requeued"
+      # The controller may be away for a while.
+      for try in 1 2 3 4 5 6 7 8 9 10; do
+        if scontrol requeue "$(job_id)"; then
+          # The job is taken away from under this script.
+          sleep 60
+          exit 75
+        fi
+        say "requeueing failed ($try of 10)"
+        sleep 15
+      done
+      ;;
+    resubmit)
+      say "$1: submitted again"
+      resubmit || say "that failed: submit it by hand"
+      ;;
+    nothing) say "$1: the next job of the chain, or the same command, goes on" ;;
+  esac
+  exit 75
+}
+
+# run_of OVERRIDE...: the directory of the run that they name, as modtrain understands it.
+run_of() {
+  local word name='' runs=runs
+  for word in "$@"; do
+    case $word in
+      name=*) name=${word#name=} ;;
+      runs_dir=*) runs=${word#runs_dir=} ;;
+    esac
+  done
+  [[ -z $name ]] || echo "$runs/$name"
+}
+
+resubmit() {
+  local next text=${script//\\/\\\\}
+  next=$(sbatch --parsable --dependency="afterany:$(job_id)" "$script") || return
+  say "job ${next%%;*} goes on"
+  [[ -z $run_directory ]] || printf \
+    '{"job": "%s", "time": "%(%FT%T%z)T", "script": "%s", "chained_after": "%s"}\n' \
+    "${next%%;*}" -1 "${text//\"/\\\"}" "$(job_id)" >>"$run_directory/jobs.jsonl"
+}
+
+# ---- what a script calls -----------------------------------------------------------------------
+
+# on_all VERB OVERRIDE...: `processes` on each node, one for each GPU.
+on_all() {
+  several=yes
+  begin "$@"
+  if [[ $launcher = torchrun ]]; then
+    run_step --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
+      --cpus-per-task=$((SRUN_CPUS_PER_TASK * processes)) "${in_container[@]}" "${command[@]}"
+  else
+    run_step "${in_container[@]}" "${command[@]}"
+  fi
+  finish
+}
+
+# on_one VERB OVERRIDE...: a single process.
+on_one() {
+  several=no
+  begin "$@"
+  run_step --nodes=1 --ntasks=1 "${in_container[@]}" "${command[@]}"
+  finish
+}
+
+begin() {
+  watch_signals
+  [[ -n $run_directory || $1 != train ]] || run_directory=$(run_of "${@:2}")
+  prepare_node
+  set_command "$@"
+  # A job that was requeued may start before it is taken out of the queue.
+  stop_if_cancelled
+  say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"
+  if [[ -n $asked ]]; then go_on "stopped by $asked before it began"; fi
+}
+
+# Keeps the nodes until the job is cancelled or its time is over, and tells how to use them.
+hold() {
+  prepare_node
+  several=yes
+  set_command train name=debug
+  local environment=(MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" PYTHONPATH="$PYTHONPATH")
+  say "on $SLURM_JOB_NODELIST; a shell on the first node:"
+  echo "  srun --jobid=$SLURM_JOB_ID --overlap --nodes=1 --ntasks=1 ${in_container[*]@Q} --pty bash -l"
+  say "a run on all of them:"
+  echo "  env ${environment[*]@Q} srun --jobid=$SLURM_JOB_ID --overlap ${in_container[*]@Q} ${command[*]@Q}"
+  say "give them back by: scancel $SLURM_JOB_ID"
+  sleep infinity
+}

@@ -1,0 +1,250 @@
+"""Searches: real trials in forked processes, pruned, killed, shared among workers."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+# Loaded here, so that each forked trial has it and need not load it.
+import modtrain.experiments.search_callback
+from modtrain import cli
+from modtrain.configuration import compose_search
+from modtrain.errors import CheckpointError, ConfigError
+from modtrain.experiments.search import open_study, suggest
+from modtrain.experiments.search_config import SearchConfig, parse_space
+from modtrain.experiments.sweep_status import sweep_table
+from modtrain.models.flops import forward_flops
+from modtrain.training.preemption import STOP, STOP_SIGNALS
+from modtrain.training.run_directory import RunDirectory
+
+SPACE = ("space.model.capacity=interval(0.2,1)", "space.model.pattern=choice(every,every_other)")
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    STOP.signum = None
+    yield
+    STOP.signum = None
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def arguments(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keep = [o for o in tiny if not o.startswith(("budget", "eval.every"))]
+
+    def of(*more, steps=4, space=SPACE):
+        return ["search", *keep, f"budget.steps={steps}", "eval.every=2", "study=q", *space, *more]
+
+    return of
+
+
+def study(arguments):
+    return open_study(Path("runs/q"), compose_search(arguments[1:]).config)
+
+
+def run(number):
+    return RunDirectory(Path(f"runs/q/trial_{number:04d}"))
+
+
+def start(arguments):
+    """Start the command line in a process of its own, without the imports."""
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(cli.main(arguments))
+    )
+    process.start()
+    return process
+
+
+def test_a_space_is_of_any_kind():
+    space = {
+        "a": "interval(0.1,1)",
+        "b": "int(interval(1,4))",
+        "c": "tag(log,interval(1e-4,1e-2))",
+        "d": "choice(x,[1,2],x)",
+        "e": "range(2,9,3)",
+        "f": "one,two",
+    }
+    dimensions, problems = parse_space(space)
+    assert problems == []
+    assert [d.ends for d in dimensions] == [
+        *(("0.1", "1.0"), ("1", "4"), ("0.0001", "0.01")),
+        *(("x", "[1,2]"), ("2", "8"), ("one", "two")),
+    ]
+    drawn = {d.key: set() for d in dimensions}
+    found = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for _ in range(60):
+        trial = found.ask()
+        for dimension in dimensions:
+            drawn[dimension.key].add(suggest(trial, dimension))
+    assert drawn["b"] == {"1", "2", "3", "4"}
+    assert drawn["d"] == {"x", "[1,2]"}
+    assert drawn["e"] == {"2", "5", "8"}
+    assert all(0.1 <= float(value) <= 1 for value in drawn["a"])
+    below = sum(float(value) < 1e-3 for value in drawn["c"])
+    assert 15 < below < 45  # half of the decades; of an even draw it would be some 5
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        (["trials=0"], "trials"),
+        (["directions=[speed]"], "directions"),
+        (["directions=[causal_loss,causal_loss]"], "directions"),
+        (["pruner=median", "directions=[causal_loss,forward_flops]"], "pruner"),
+        (["pruner=median", "directions=[forward_flops]"], "pruner"),
+        (["pruner=median", "eval.every=null"], "pruner"),
+        (["pruner=scissors"], "pruner"),
+        (["study=../up"], "study"),
+        (["space.optimizer.lr=0.1"], "space.optimizer.lr"),
+        (["space.optimizer.lr=interval(1,"], "space.optimizer.lr"),
+        (["space.optimizer.lr=tag(log,interval(0,1))"], "space.optimizer.lr"),
+        (["space.optimizer.lr=interval(2,1)"], "space.optimizer.lr"),
+    ],
+)
+def test_what_a_search_cannot_do_is_told(arguments, more, key):
+    with pytest.raises(ConfigError) as error:
+        compose_search(arguments(*more)[1:])
+    assert [problem.key for problem in error.value.problems] == [key]
+
+
+def test_the_ends_of_the_space_are_tried_before_the_first_trial(arguments, capsys):
+    space = ("space.model.capacity=interval(0.5,7)", "space.model.pattern=choice(every,zigzag)")
+    assert cli.main(arguments(space=space)) == 2
+    said = capsys.readouterr().err
+    assert "model.capacity=7.0" in said
+    assert "model.pattern=zigzag" in said
+    assert cli.main(arguments("space.modle.x=interval(0,1)")) == 2
+    assert "modle.x" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_search_makes_its_trials_once_and_tells_the_front(arguments, capsys):
+    two = arguments("trials=2", "directions=[causal_loss,forward_flops]")
+    assert cli.main(two) == 0
+    assert "2 complete; 0 to go" in capsys.readouterr().out
+    report = json.loads(Path("runs/q/best.json").read_text())
+    trials = study(two).trials
+    for trial in trials:
+        config = run(trial.number).read_config()
+        assert config.model.capacity == trial.params["model.capacity"]
+        assert config.model.pattern == trial.params["model.pattern"]
+        result = json.loads(run(trial.number).result.read_text())
+        flops = forward_flops(config.model, 64).total / 64
+        assert trial.values == [result["held_out/causal_loss"], flops]
+    better = [
+        t.number
+        for t in trials
+        if not any(all(a < b for a, b in zip(o.values, t.values, strict=True)) for o in trials)
+    ]
+    assert {one["run"] for one in report["best"]} == {f"q/trial_{n:04d}" for n in better}
+    assert trials[0].params != trials[1].params
+    before = {p: p.stat().st_mtime_ns for p in run(0).path.rglob("*")}
+    assert cli.main(two) == 0
+    assert len(study(two).trials) == 2
+    assert before == {
+        p: p.stat().st_mtime_ns for p in run(0).path.rglob("*") if p.name != ".claim"
+    } | {p: t for p, t in before.items() if p.name == ".claim"}
+    assert sweep_table(Path("runs/q")).row_count == 2
+    with pytest.raises(CheckpointError, match="holds another search: directions"):
+        study(arguments("directions=[causal_loss]"))
+    with pytest.raises(CheckpointError, match="holds another search: space"):
+        study(arguments("directions=[causal_loss,forward_flops]", space=SPACE[:1]))
+
+
+def test_a_killed_trial_goes_on_with_its_parameters(arguments):
+    one = arguments("trials=1", steps=30)
+    process = start(one)
+    until = time.monotonic() + 60
+    while not list(run(0).checkpoints.glob("step-*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(30)
+    (begun,) = study(one).trials
+    assert begun.state == TrialState.RUNNING
+    assert not run(0).is_complete
+    again = start(one)
+    again.join(90)
+    assert again.exitcode == 0
+    (ended,) = study(one).trials
+    assert ended.params == begun.params
+    assert ended.state == TrialState.COMPLETE
+    assert "goes on from step" in (run(0).logs / "job.log").read_text()
+
+
+def known_trials(arguments, losses):
+    """Give the study trials that were better than any to come can be."""
+    found = study(arguments)
+    for loss in losses:
+        trial = found.ask()
+        for dimension in parse_space(compose_search(arguments[1:]).config.space)[0]:
+            suggest(trial, dimension)
+        for step in (2, 4):
+            trial.report(loss, step)
+        found.tell(trial, loss)
+
+
+def test_a_trial_that_does_badly_is_pruned_and_keeps_its_directory(arguments, capsys):
+    pruned = arguments("trials=6", "pruner=median", steps=6)
+    Path("runs/q").mkdir(parents=True)
+    known_trials(pruned, [0.1] * 5)
+    assert cli.main(pruned) == 0
+    trial = study(pruned).trials[5]
+    assert trial.state == TrialState.PRUNED
+    assert list(trial.intermediate_values) == [2]
+    assert run(5).metrics.is_file()
+    assert not run(5).is_complete
+    assert json.loads(Path("runs/q/best.json").read_text())["trials"]["pruned"] == 1
+    assert "trial_0005: pruned" in capsys.readouterr().out
+
+
+def test_a_failed_trial_counts_and_tells_why(arguments, capsys):
+    bad = arguments("trials=1", space=("space.optimizer.lr=interval(1e29,1e30)",))
+    assert cli.main(bad) == 1
+    (trial,) = study(bad).trials
+    assert trial.state == TrialState.FAIL
+    assert "NaN" in trial.user_attrs["why"]
+    assert cli.main(bad) == 1
+    assert len(study(bad).trials) == 1
+
+
+def test_a_line_cut_short_by_a_power_cut_is_no_end_of_the_study(tmp_path):
+    config = SearchConfig(study="q", space={"a": "interval(0,1)"})
+    open_study(tmp_path, config).ask()
+    with (tmp_path / "study.journal").open("a") as file:
+        file.write('{"op_code": 5, "wor')
+    open_study(tmp_path, config).ask()
+    assert len(open_study(tmp_path, config).trials) == 2
+
+
+@pytest.mark.slow
+def test_workers_share_a_study_and_none_makes_too_many(arguments):
+    five = arguments("trials=5")
+    workers = [start(five) for _ in range(3)]
+    for worker in workers:
+        worker.join(240)
+    assert {worker.exitcode for worker in workers} <= {0, 75}
+    trials = study(five).trials
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 5
+    assert len({t.params["model.capacity"] for t in trials}) == 5
+    starts = [json.loads(run(n).manifest.read_text())["starts"] for n in range(5)]
+    assert [len(s) for s in starts] == [1] * 5
+
+
+def test_the_process_that_forks_has_not_loaded_torch():
+    import subprocess
+
+    assert modtrain.experiments.search_callback
+    code = "import sys, modtrain.experiments.search; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,232 @@
+"""Jobs as they are rendered: every value is data, and what cannot run is told before the queue."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
+
+from modtrain.cluster.config import ClusterConfig, SubmitConfig, seconds_of
+from modtrain.cluster.freeze import freeze
+from modtrain.cluster.script import Job, ScriptError, Task, check, render, slurm_dir
+from modtrain.cluster.submit import job_name, submit
+from modtrain.configuration import SUBMITTED, _hydra_text, compose_submission, conf_dir
+from modtrain.errors import ConfigError
+from tests.conftest import run_modtrain
+
+TEMPLATES = sorted(slurm_dir().glob("*.sbatch"))
+SITES = sorted(path.stem for path in (conf_dir() / "cluster").glob("*.yaml"))
+NASTY = st.text(
+    st.sampled_from("ab '\"\\$`(){}[];&|<>*?!#%~=\n\t-,é")
+    | st.characters(codec="utf-8", exclude_characters="\0"),
+    max_size=30,
+)
+
+
+def a_job(task=None, config=None, directory=Path("/work dir")):
+    return Job(
+        name="job",
+        script=directory / "submit.sbatch",
+        output=directory / "slurm-%j.out",
+        directory=directory,
+        code=directory / "code",
+        python="/usr/bin/python3",
+        config=config or SubmitConfig(),
+        tasks=[task or Task("train", ["name=x"])],
+    )
+
+
+def settings(text, *names):
+    """What bash makes of the settings of a script: their values, as bytes between zeros."""
+    block = text.split("# --- settings ---")[1].split("# --- end of settings")[0]
+    shown = " ".join(f'"${{{name}[@]}}"' for name in names)
+    done = subprocess.run(
+        ["bash", "-uc", f"{block}\nprintf '%s\\0' {shown}"], capture_output=True, check=True
+    )
+    return done.stdout.decode().split("\0")[:-1]
+
+
+@settings_of(max_examples=30, deadline=None)
+@given(st.lists(NASTY, max_size=4), NASTY.filter(len), NASTY)
+def test_whatever_is_in_an_override_reaches_modtrain_as_it_is(overrides, module, value):
+    site = ClusterConfig(modules=[module], environment={"A": value})
+    job = a_job(Task("train", overrides), SubmitConfig(cluster=site))
+    text = render(job)
+    check(text, "it")
+    assert settings(text, "overrides") == ["--", *overrides]
+    assert settings(text, "modules", "variables") == [module, f"A={value}"]
+
+
+@pytest.mark.parametrize("name", ["a b", 'say "it"', "back\\slash", "$(touch pwned)", "`x`", "a#b"])
+def test_a_path_in_a_directive_is_one_word(name):
+    text = render(a_job(directory=Path("/somewhere") / name))
+    (line,) = re.findall(r"^#SBATCH --chdir=(.*)$", text, re.MULTILINE)
+    # sbatch reads a directive as a shell reads what is in double quotes, but expands nothing.
+    assert shlex.split(line, comments=True) == [f"/somewhere/{name}"]
+
+
+def test_a_line_break_in_a_directive_is_refused():
+    with pytest.raises(ScriptError, match="control character"):
+        render(a_job(directory=Path("/somewhere\n#SBATCH --uid=0")))
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_a_template_is_a_script(template):
+    text = template.read_text()
+    check(text, template.name)
+    assert "#SBATCH --job-name" in text
+    assert "set -euo pipefail" in text
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_shipped_site_is_sound(site):
+    submission = compose_submission(["debug", f"cluster={site}"])
+    text = render(a_job(Task("debug", []), submission.config))
+    check(text, site)
+
+
+def test_shell_scripts_are_linted():
+    files = [slurm_dir() / "job.sh", *TEMPLATES]
+    command = [
+        str(Path(sys.executable).with_name("shellcheck")),
+        "-x",
+        "-P",
+        str(slurm_dir()),
+        *map(str, files),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("if true; then\n", "no shell script"), ("true\n#SBATCH --nodes=2\n", "line 2")],
+)
+def test_what_sbatch_would_not_see_is_found(text, said):
+    with pytest.raises(ScriptError, match=said):
+        check(text, "it")
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("1-0:0:1", 86401)],
+)
+def test_times_are_slurms(time, seconds):
+    assert seconds_of(time) == seconds
+    assert not [p for p in SubmitConfig(time=time).problems() if "no time limit" in p.reason]
+
+
+@given(NASTY.filter(lambda text: "\n" not in text))
+def test_hydra_reads_a_quoted_text_as_it_was(text):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_override(f"name={_hydra_text(text)}")
+    assert parsed.value() == text
+
+
+def test_the_jobs_own_keys_are_no_verbs():
+    from dataclasses import fields
+
+    from modtrain.configuration import SCHEMAS
+
+    own = {field.name for field in fields(SubmitConfig)}
+    for verb in set(SUBMITTED) - {"debug"}:
+        assert own & {field.name for field in fields(SCHEMAS[verb])} == set(), verb
+
+
+def test_a_task_of_an_array_can_be_waited_for():
+    submission = compose_submission(["debug", "after=123_4", "time=30"])
+    assert submission.config.after == "123_4"
+    assert "#SBATCH --dependency=afterok:123_4" in render(
+        a_job(Task("debug", []), submission.config)
+    )
+
+
+def problems_of(*words):
+    with pytest.raises(ConfigError) as error:
+        submission = compose_submission(words)
+        submit(submission.works, submission.directory, submission.config, None)
+    return {problem.key: problem.reason for problem in error.value.problems}
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["prepared"], "submit"),
+        (["train", "nodes=0"], "nodes"),
+        (["train", "gpus_per_node=9"], "gpus_per_node"),
+        (["train", "processes_per_node=2"], "processes_per_node"),
+        (["train", "time=soon"], "time"),
+        (["train", "time=4"], "time"),
+        (["train", "chain=0"], "chain"),
+        (["train", "after=first"], "after"),
+        (["train", "cluster=nowhere"], "cluster"),
+        (["train", "cluster.container=apptainer"], "cluster.image"),
+        (["train", "cluster.options=[partition=x]"], "cluster.options"),
+        (["train", "+cluster.environment={a-b: 1}"], "cluster.environment"),
+        (["train", "+array={.up: ['seed=1']}"], "array"),
+        (["prepare", '+array={a: ["seed=1"]}'], "array"),
+        (["train", "model.capacity=2"], "model.capacity"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(words, key, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = ["name=x", *tiny] if words[0] == "train" else []
+    assert key in problems_of(words[0], *more, *words[1:])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_is_held_against_the_nodes(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ["train", "name=x", *tiny]
+    assert "strategy.name" in problems_of(*run)
+    assert "batch.tokens" in problems_of(*run, "strategy=ddp", "nodes=3")
+    large = ["model=dense_3b", "model.vocab_size=512", "batch.tokens=4096", "strategy=ddp"]
+    assert "GiB" in problems_of(*run, *large, "cluster.gpu_memory=40")["cluster.gpu_memory"]
+    submission = compose_submission([*run, *large, "strategy=fsdp", "--dry-run"][:-1])
+    from modtrain.cluster.submit import _problems
+
+    assert _problems(submission.works, submission.directory, submission.config) == []
+
+
+def test_a_dry_run_writes_the_script_and_the_code(tiny, tmp_path):
+    words = ["name=x", *tiny, "strategy=ddp", "cluster=cpu", "nodes=2", "batch.tokens=512"]
+    done = run_modtrain("submit", "train", "--dry-run", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs/x"
+    text = (run / "submit.sbatch").read_text()
+    (code,) = (run / "code").iterdir()
+    assert settings(text, "code", "run_directory") == [str(code), str(run)]
+    assert (code / "slurm/job.sh").is_file()
+    assert (code / "conf/train.yaml").is_file()
+    assert (code / "modtrain/cli.py").is_file()
+    assert json.loads((code / "VERSION.json").read_text()) is not None
+    assert (run / "submitted.yaml").is_file()
+    assert not (run / "jobs.jsonl").exists()
+    # The run can be started in the directory that is there now.
+    shown = run_modtrain("plan", *words[:-3], "batch.tokens=512", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+
+
+def test_a_copy_of_the_code_is_never_changed(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "train.yaml").write_text("a: 1")
+    first = freeze(tmp_path, own)
+    assert freeze(tmp_path, own) == first
+    (own / "train.yaml").write_text("a: 2")
+    second = freeze(tmp_path, own)
+    assert second != first
+    assert (first / "own_conf/train.yaml").read_text() == "a: 1"
+    assert (second / "own_conf/train.yaml").read_text() == "a: 2"
+
+
+@given(st.text(max_size=80).filter(lambda text: "\0" not in text))
+def test_a_jobs_name_is_plain(text):
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,60}", job_name(Path("/runs") / text))

@@ -1,0 +1,103 @@
+"""What a job's script hears of a run: how it ended, and whether it had the time to save."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from modtrain.errors import ConfigError, Problem, TrainingError
+from modtrain.training.metrics_log import read_metrics
+from modtrain.training.outcome import OUTCOME, told
+from modtrain.training.preemption import StopRequest
+from tests.conftest import modtrain_command
+
+
+def last_step(metrics):
+    return max((record["step"] for record in read_metrics(metrics)), default=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TrainingError("the loss\nis NaN"), 1),
+        (ConfigError([Problem("a", 1, "is wrong", "mend it")]), 2),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(3), 3),
+        (RuntimeError("no"), 1),
+    ],
+)
+def test_an_error_is_told_in_two_lines_and_goes_on(error, code, tmp_path, monkeypatch):
+    monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
+    with pytest.raises(type(error)), told():
+        raise error
+    first, second = (tmp_path / "outcome").read_text().splitlines()
+    assert first == str(code)
+    assert second.startswith(type(error).__name__)
+    assert " ".join(str(error).split()) in second
+
+
+def test_one_rank_tells(tmp_path, monkeypatch):
+    monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
+    monkeypatch.setenv("RANK", "1")
+    with told() as outcome:
+        outcome.exit_code = 75
+    assert not (tmp_path / "outcome").exists()
+    monkeypatch.setenv("RANK", "0")
+    with told() as outcome:
+        outcome.exit_code = 75
+    assert (tmp_path / "outcome").read_text() == "75\n\n"
+
+
+def test_a_script_that_is_gone_spoils_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv(OUTCOME, str(tmp_path / "gone/outcome"))
+    with told():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("signum", "seconds"),
+    [(signal.SIGUSR1, 300), (signal.SIGTERM, 30), (signal.SIGINT, None), (None, None)],
+)
+def test_each_signal_leaves_its_own_time(signum, seconds, monkeypatch):
+    monkeypatch.setenv("MODTRAIN_LEAD", "300")
+    monkeypatch.setenv("MODTRAIN_GRACE", "30")
+    stop = StopRequest()
+    if signum is not None:
+        stop._handle(signum, None)
+    left = stop.seconds_left
+    assert left == (None if seconds is None else pytest.approx(seconds, abs=5))
+    if left is not None:
+        time.sleep(0.01)
+        assert stop.seconds_left < left
+    monkeypatch.delenv("MODTRAIN_LEAD")
+    monkeypatch.setenv("MODTRAIN_GRACE", "soon")
+    assert stop.seconds_left is None
+
+
+@pytest.mark.parametrize("lead", ["0", "300"])
+def test_a_save_that_would_not_come_to_its_end_is_not_begun(lead, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODTRAIN_LEAD", lead)
+    monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
+    keep = [word for word in tiny if not word.startswith(("budget", "checkpoint", "log"))]
+    words = ["name=x", *keep, "budget.steps=100000", "checkpoint.every=7", "log.every=1"]
+    metrics = tmp_path / "runs/x/metrics.jsonl"
+    command = modtrain_command("train", *words, "log.tensorboard=false", "log.progress=false")
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+        while (
+            not metrics.is_file() or max((r["step"] for r in read_metrics(metrics)), default=0) < 30
+        ):
+            assert run.poll() is None
+            time.sleep(0.02)
+        run.send_signal(signal.SIGUSR1)
+        said = run.communicate(timeout=60)[1]
+    assert run.returncode == 75
+    assert (tmp_path / "outcome").read_text().startswith("75\n")
+    newest = max(path.name for path in (tmp_path / "runs/x/checkpoints").glob("step-*"))
+    last = last_step(metrics)
+    if lead == "0":
+        assert "is not saved: a save takes" in said
+        assert int(newest.removeprefix("step-")) % 7 == 0
+    else:
+        assert "is not saved" not in said
+        assert int(newest.removeprefix("step-")) == last
