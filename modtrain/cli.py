@@ -66,6 +66,7 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
     with told() as outcome:
         from modtrain.configuration import compose
 
+        _no_sweep(overrides)
         config = compose("train", overrides, config_dir)
         from modtrain.training.launch import Launch
         from modtrain.training.plan import resolve
@@ -75,6 +76,14 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
 
         outcome.exit_code = train(config).exit_code
         return outcome.exit_code
+
+
+def _no_sweep(overrides: list[str]) -> None:
+    """Raise ConfigError for what only a sweep listens to."""
+    for_sweeps = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep."))]
+    if for_sweeps:
+        reason, remedy = "is for a sweep", "add -m, or leave it out"
+        raise ConfigError([Problem(text, "", reason, remedy) for text in for_sweeps])
 
 
 def _sweep(overrides: list[str], config_dir: str | None) -> int:

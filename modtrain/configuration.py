@@ -332,7 +332,7 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
         remedy = "submit them one by one, or leave array out"
         problems.append(Problem("array", verb, "is for train alone", remedy))
     try:
-        composed = compose(verb, theirs, config_dir)
+        composed = _work(verb, theirs, config_dir)
         problems += composed.problems()
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
@@ -353,6 +353,15 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
         works.append(Work(verb, tuple(words), directory / name, arm))
     raise_if_any(problems)
     return Submission(config, works, directory)
+
+
+def _work(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
+    """Return the configuration of what a job does; raises ConfigError."""
+    if verb == "search":
+        return compose_search(overrides, config_dir).config
+    if verb == "compare":
+        compose_arms(overrides, config_dir)
+    return compose(verb, overrides, config_dir)
 
 
 def _first_key(text: str) -> str:

@@ -26,7 +26,8 @@ if [[ -z ${python:-} ]]; then
   [[ $container != none || ! -x $code/.venv/bin/python ]] || python=$code/.venv/bin/python
 fi
 
-say() { printf '[%(%F %T)T] job %s: %s\n' -1 "$(job_id)" "$*"; }
+# The log may lie where nothing can be written just now, which is no reason to end.
+say() { printf '[%(%F %T)T] job %s: %s\n' -1 "$(job_id)" "$*" || true; }
 
 # The name under which Slurm requeues this job: an array's task is not known by its number alone.
 job_id() {
@@ -56,7 +57,9 @@ prepare_node() {
   export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
   # Without it each task of a step would be given a single CPU since Slurm 22.05.
   export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}"
+  node_cpus=$((SRUN_CPUS_PER_TASK * ${SLURM_NTASKS_PER_NODE:-1}))
+  local share=$((several == 1 ? node_cpus / processes : SRUN_CPUS_PER_TASK))
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}"
   host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   # Below the ports that the system gives away; another one for each job on a node.
   export MASTER_ADDR="$host" MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
@@ -67,7 +70,7 @@ prepare_node() {
 set_command() {
   local mount launch=("$python" -m modtrain)
   local signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-  if [[ $launcher = torchrun && $several = yes ]]; then
+  if [[ $launcher = torchrun && $several -eq 1 ]]; then
     # The signals go on to the workers, which have as long as the job to save.
     launch=("$python" -m torch.distributed.run
       --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$processes" --max-restarts 0
@@ -103,7 +106,7 @@ run_step() {
   local step
   MODTRAIN_OUTCOME=$(outcome_file)
   export MODTRAIN_OUTCOME
-  rm -f "$MODTRAIN_OUTCOME"
+  rm -f "$MODTRAIN_OUTCOME" || true
   srun --kill-on-bad-exit=1 --label "$@" &
   step=$!
   step_pid=$step
@@ -117,7 +120,7 @@ run_step() {
 outcome_file() {
   local folder=$PWD
   [[ -z $run_directory ]] || folder=$run_directory/logs
-  mkdir -p "$folder"
+  mkdir -p "$folder" || folder=${TMPDIR:-/tmp}
   echo "$folder/.outcome-$(job_id)"
 }
 
@@ -184,7 +187,7 @@ stop_if_cancelled() {
 finish() {
   local told='' cause=''
   if [[ -r $MODTRAIN_OUTCOME ]]; then { read -r told; read -r cause; } <"$MODTRAIN_OUTCOME" || true; fi
-  rm -f "$MODTRAIN_OUTCOME"
+  rm -f "$MODTRAIN_OUTCOME" || true
   # torchrun has one exit code for all failures; what modtrain itself said is nearer.
   [[ -z $told || $status -eq 0 ]] || status=$told
   if [[ $status -eq 0 && ${told:-0} -eq 0 ]]; then
@@ -200,22 +203,46 @@ finish() {
       exit 2
       ;;
     130) say "interrupted, and not started again"; exit 130 ;;
-    75 | 138 | 143) go_on "stopped by a signal" ;;
+    75) go_on "stopped by a signal" ;;
+    # srun ends the other tasks of one that failed by TERM too.
+    138 | 143) ! is_preempted || go_on "stopped by a preemption, without a checkpoint of its own" ;;
   esac
   # A signal that came before modtrain could listen kills it, and one that comes late breaks it.
   [[ -z $asked ]] || go_on "stopped by $asked, without a checkpoint of its own"
   [[ -n $cause ]] || cause="exit code $status"
   say "failed: $cause"
+  wait_for_directory
   if note_failure "$cause"; then go_on "failed at step $(newest_step)"; fi
   say "failed $alike_failures times in this way without a new checkpoint, and is not started again:" \
     "$cause"
   exit "$status"
 }
 
+# Whether Slurm takes the nodes away; the signal of that comes to the tasks alone.
+is_preempted() {
+  scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
+}
+
+# A job whose log cannot be opened at its next start is lost, for Slurm does not bring that one back;
+# and a failure has to be noted to be counted.
+wait_for_directory() {
+  local try mark=$run_directory/logs/.writable-$SLURM_JOB_ID
+  [[ -n $run_directory ]] || return 0
+  for ((try = 0; try < 60; try++)); do
+    if { echo there >"$mark"; } 2>/dev/null; then
+      rm -f "$mark" || true
+      return 0
+    fi
+    [[ $try -ne 0 ]] || say "nothing can be written to $run_directory: waits up to 10 minutes for it"
+    sleep 10
+  done
+}
+
 # Brings the job back, and ends it.
 go_on() {
   local try
   trap '' USR1 TERM
+  wait_for_directory
   case $again in
     requeue)
       say "$1: requeued"
@@ -264,11 +291,11 @@ resubmit() {
 
 # on_all VERB OVERRIDE...: `processes` on each node, one for each GPU.
 on_all() {
-  several=yes
+  several=1
   begin "$@"
   if [[ $launcher = torchrun ]]; then
     run_step --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
-      --cpus-per-task=$((SRUN_CPUS_PER_TASK * processes)) "${in_container[@]}" "${command[@]}"
+      --cpus-per-task="$node_cpus" "${in_container[@]}" "${command[@]}"
   else
     run_step "${in_container[@]}" "${command[@]}"
   fi
@@ -277,7 +304,7 @@ on_all() {
 
 # on_one VERB OVERRIDE...: a single process.
 on_one() {
-  several=no
+  several=0
   begin "$@"
   run_step --nodes=1 --ntasks=1 "${in_container[@]}" "${command[@]}"
   finish
@@ -296,8 +323,8 @@ begin() {
 
 # Keeps the nodes until the job is cancelled or its time is over, and tells how to use them.
 hold() {
+  several=1
   prepare_node
-  several=yes
   set_command train name=debug
   local environment=(MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" PYTHONPATH="$PYTHONPATH")
   say "on $SLURM_JOB_NODELIST; a shell on the first node:"

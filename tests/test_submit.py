@@ -148,6 +148,29 @@ def test_a_task_of_an_array_can_be_waited_for():
     )
 
 
+@pytest.mark.parametrize(
+    ("verb", "words", "script"),
+    [
+        (
+            "search",
+            ["study=s", "space.model.capacity=interval(0.1,0.5)", "trials=3"],
+            "sweep_worker",
+        ),
+        ("compare", ["name=s", "+arms={a: ['seed=0'], b: ['seed=1']}"], "sweep_worker"),
+        ("eval", ["run=s"], "eval"),
+    ],
+)
+def test_other_verbs_are_jobs_of_one_process(verb, words, script, tiny):
+    if verb != "eval":
+        words = [*words, *tiny]
+    submission = compose_submission([verb, *words, "nodes=1"])
+    assert submission.directory == Path("runs/s")
+    job = a_job(Task(verb, submission.works[0].overrides), submission.config)
+    text = render(job)
+    assert f"slurm/{script}.sbatch" in text
+    assert settings(text, "verb", "overrides") == [verb, "--", *words]
+
+
 def problems_of(*words):
     with pytest.raises(ConfigError) as error:
         submission = compose_submission(words)

@@ -36,6 +36,8 @@ def make_trainer(
     warnings.filterwarnings("ignore", message="You passed in a `val_dataloader`")
     # Nothing here writes into what a layer returned.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # What starts the processes is the user's choice.
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
     warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec.. is deprecated")
     # What it runs under is ours to find out: in a Slurm job Lightning would put its own requeueing
     # in place, which saves inside the signal handler.

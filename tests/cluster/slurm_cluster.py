@@ -265,13 +265,24 @@ class Cluster:
 
     @contextmanager
     def share_full(self) -> Iterator[None]:
-        """Fill the shared file system to its last block."""
+        """Fill the shared file system to its last block, and whatever becomes free meanwhile."""
         filler = self.share / "filler"
-        self.run("bash", "-c", f"cat /dev/zero >{filler} 2>/dev/null; sync {filler}")
+        fill = f"while :; do cat /dev/zero >>{filler} 2>/dev/null; sleep .05; done"
+        command = [MINISLURM, "exec", "bash", "-c", fill]
+        filling = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL)
         try:
+            while self._free_kb() > 0:
+                time.sleep(0.05)
             yield
         finally:
+            # The shell with it, which dies with whoever has entered the login node.
+            filling.kill()
+            filling.wait()
             self.run("rm", filler)
+
+    def _free_kb(self) -> int:
+        said = self.run("df", "--block-size=1K", "--output=avail", self.share).stdout
+        return int(said.split()[-1])
 
     def seen(self, path: Path) -> Path:
         """Return by what path this process, which is on no node, sees one that the nodes have."""

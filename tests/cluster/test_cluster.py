@@ -1,6 +1,7 @@
 """The Slurm that the tests are run on: it does what it is used for."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,10 +132,15 @@ def test_it_ends_with_whoever_started_it(slurm_possible):
     assert login.exists()
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    deadline = time.monotonic() + 10
-    while login.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not login.exists()
-    devices = ["losetup", "-n", "-O", "BACK-FILE"]
-    held = subprocess.run(devices, check=True, capture_output=True, text=True).stdout
-    assert str(directory) not in held
+    try:
+        deadline = time.monotonic() + 10
+        while login.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not login.exists()
+        devices = ["losetup", "-n", "-O", "BACK-FILE"]
+        held = subprocess.run(devices, check=True, capture_output=True, text=True).stdout
+        assert str(directory) not in held
+    finally:
+        environment = {**os.environ, "MINISLURM_DIR": str(directory)}
+        subprocess.run([slurm_cluster.MINISLURM, "down"], env=environment, check=True)
+        shutil.rmtree(directory)

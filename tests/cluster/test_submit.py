@@ -82,10 +82,11 @@ def test_a_job_runs_the_code_that_was_there_when_it_was_submitted(cluster, tmp_p
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_chain_goes_on_where_the_last_job_stopped(cluster, tmp_path, words, launcher):
     # A job of this chain is told to stop as soon as it trains; the last one has no work left.
-    more = ["budget.steps=2000", f"cluster.launcher={launcher}", "chain=complete"]
-    (first,) = submit(cluster, tmp_path, *words, *more, "eval.every=500")
+    more = ["budget.steps=1000", f"cluster.launcher={launcher}", "chain=complete"]
+    more += ["checkpoint.every=500", "eval.every=1000", "log.every=20"]
+    (first,) = submit(cluster, tmp_path, *words, *more)
     run = tmp_path / "runs/x"
-    _wait_for((run / "metrics.jsonl").is_file)
+    _wait_for((run / "metrics.jsonl").is_file, 120)
     cluster.run("scancel", "--batch", "--signal=USR1", first)
     cluster.wait(first, "FAILED", timeout=TIMEOUT)
     assert cluster.details(first)["ExitCode"].startswith("75:")

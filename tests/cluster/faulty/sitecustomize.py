@@ -23,7 +23,7 @@ TASK = f".{os.environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in os.en
 IS_RANK = "SLURM_STEP_ID" in os.environ and (
     "RANK" in os.environ or "torch.distributed.run" not in sys.orig_argv
 )
-PATIENCE = 120.0
+PATIENCE = 180.0
 
 
 def faults_at(place: str, step: int | None):
