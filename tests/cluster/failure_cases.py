@@ -96,7 +96,7 @@ def takes_controller_away(run: Disturbed) -> None:
     run.cluster.start_controller()
 
 
-def drains_and_preempts(run: Disturbed) -> None:
+def drains_and_requeues(run: Disturbed) -> None:
     node, _ = run.held("step")
     run.cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
     run.cluster.run("scontrol", "requeue", run.job)
@@ -160,13 +160,8 @@ TERM = "SlurmctldParameters=enable_configless\n"
 CASES = [
     Case("kill -9", "rank 1 is killed", kills_a_rank, faults=(MID_STEP,), causes=("",)),
     Case(
-        "kill -9 of rank 0",
-        "rank 0 is killed",
-        kills_rank_0,
-        "fsdp",
-        TORCHRUN,
-        faults=(fault("step", 10, 0),),
-        causes=("",),
+        "kill -9 of rank 0", "rank 0 is killed", kills_rank_0, "fsdp", TORCHRUN,
+        faults=(fault("step", 10, 0),), causes=("",),
     ),
     Case(
         "raises",
@@ -239,7 +234,7 @@ faults=(MID_STEP,),
     Case(
         "other nodes",
         "a node is drained and the job requeued by hand",
-        drains_and_preempts,
+        drains_and_requeues,
         "fsdp_ep",
         faults=(MID_STEP,),
     ),
