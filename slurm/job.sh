@@ -13,12 +13,12 @@
 #   again          what comes after a stop with work left: requeue, resubmit or nothing
 #   lead, grace    seconds from the signal before the time limit, and from that of a preemption, to
 #                  the end; a save that takes longer is not begun
-#   script         what is submitted again
+#   script, verb   what is submitted again, and what it does
 
 : "${code:=${MODTRAIN_CODE:-${SLURM_SUBMIT_DIR:-$PWD}}}"
 : "${run_directory:=}" "${launcher:=srun}" "${processes:=${SLURM_NTASKS_PER_NODE:-1}}"
 : "${container:=none}" "${image:=}" "${scratch:=}" "${again:=requeue}" "${lead:=300}"
-: "${grace:=30}" "${alike_failures:=3}" "${script:=$0}"
+: "${grace:=30}" "${alike_failures:=3}" "${script:=$0}" "${verb:=train}"
 mounts=(${mounts[@]+"${mounts[@]}"}) site_files=(${site_files[@]+"${site_files[@]}"})
 modules=(${modules[@]+"${modules[@]}"}) variables=(${variables[@]+"${variables[@]}"})
 if [[ -z ${python:-} ]]; then
@@ -134,7 +134,9 @@ watch_signals() {
 on_signal() {
   local first=$asked
   asked=$1
-  [[ -n $first || -z $step_pid ]] || pass_on "$1"
+  # Some sites send the signal of the time limit for a preemption too, which leaves less time.
+  [[ $1 != USR1 ]] || ! is_preempted || asked=TERM
+  [[ -n $first || -z $step_pid ]] || pass_on "$asked"
 }
 
 pass_on() {
@@ -157,7 +159,9 @@ newest_step() {
 # Notes a failure; false where it is the last of as many alike as are allowed.
 note_failure() {
   local cause=$1 alike=0 step text log=$run_directory/failures.tsv
-  [[ -n $run_directory ]] || return 0
+  # What cannot be counted would be brought back for ever.
+  [[ -n $run_directory ]] || return 1
+  [[ $verb = train ]] || log=$run_directory/failures-$verb.tsv
   printf '%(%FT%T%z)T\t%s\t%s\t%s\n' -1 "$(job_id)" "$(newest_step)" "$cause" >>"$log" || return 0
   # Alike: the same words, whatever the numbers in them, and no checkpoint made between them.
   while IFS=$'\t' read -r _ _ step text; do
@@ -204,17 +208,19 @@ finish() {
       ;;
     130) say "interrupted, and not started again"; exit 130 ;;
     75) go_on "stopped by a signal" ;;
-    # srun ends the other tasks of one that failed by TERM too.
-    138 | 143) ! is_preempted || go_on "stopped by a preemption, without a checkpoint of its own" ;;
   esac
-  # A signal that came before modtrain could listen kills it, and one that comes late breaks it.
+  # A signal that came before modtrain could listen kills it, and one that comes late breaks it. An
+  # exit code does not tell: srun ends the other tasks of one that failed by TERM too.
   [[ -z $asked ]] || go_on "stopped by $asked, without a checkpoint of its own"
+  ! is_preempted || go_on "stopped by a preemption, without a checkpoint of its own"
   [[ -n $cause ]] || cause="exit code $status"
   say "failed: $cause"
   wait_for_directory
   if note_failure "$cause"; then go_on "failed at step $(newest_step)"; fi
-  say "failed $alike_failures times in this way without a new checkpoint, and is not started again:" \
-    "$cause"
+  if [[ -n $run_directory ]]; then
+    say "failed $alike_failures times in this way without a new checkpoint: $cause"
+  fi
+  say "not started again"
   exit "$status"
 }
 

@@ -22,6 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, help="how often the tests of killed ranks kill")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Write the table of the failures that were gone through, as Markdown."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
+    rows = [value for r in reports for key, value in r.user_properties if key == "failure"]
+    if not rows:
+        return
+    terminalreporter.section("failures on a real Slurm")
+    heads = ("case", "what was done", "strategy, launcher", "starts again", "end", "seconds")
+    for row in (heads, ["---"] * len(heads), *rows):
+        terminalreporter.write_line(f"| {' | '.join(row)} |")
+
+
 def make_corpus(folder: Path, documents: int = 60, words: int = 200) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(7)

@@ -158,7 +158,8 @@ def _note(job: Job, number: str, before: str | None) -> None:
     """Write down which job works for which run."""
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entry = {"time": time, "script": str(job.script), "chained_after": before}
-    numbers = {job.script.parent: number}
+    # An evaluation stands in a run's directory, and is no job that trains it.
+    numbers = {} if job.tasks[0].verb == "eval" else {job.script.parent: number}
     for index, task in enumerate(job.tasks):
         if job.config.array and task.run_directory is not None:
             numbers[task.run_directory] = f"{number}_{index}"

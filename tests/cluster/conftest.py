@@ -44,15 +44,3 @@ def cluster(slurm_possible: None) -> Iterator[Cluster]:
     """A Slurm of three nodes with 8 fake GPUs each, started on demand, one for each worker."""
     with cluster_of() as found:
         yield found
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Write the table of the failures that were gone through, as Markdown."""
-    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
-    rows = [value for r in reports for key, value in r.user_properties if key == "failure"]
-    if not rows:
-        return
-    terminalreporter.section("failures on a real Slurm")
-    heads = ("case", "what was done", "strategy, launcher", "starts again", "end", "seconds")
-    for row in (heads, ["---"] * len(heads), *rows):
-        terminalreporter.write_line(f"| {' | '.join(row)} |")

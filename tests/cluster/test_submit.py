@@ -14,6 +14,7 @@ from slurm_cluster import Cluster
 from modtrain.cluster.script import slurm_dir
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)
 # No test is as long as this: it ends what hangs.
 TIMEOUT = 200
 
@@ -195,7 +196,8 @@ def test_a_template_works_by_hand(cluster, tmp_path, tiny, name):
 def test_preparing_and_comparing_by_hand(cluster, tmp_path, tiny):
     corpus = tmp_path / "texts"
     corpus.mkdir()
-    (corpus / "a.txt").write_text("the river sings under the old tree " * 400)
+    for number in range(20):
+        (corpus / f"{number}.txt").write_text("the river sings under the old tree " * 40)
     options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={tmp_path}"]
     environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
     prepared = [
@@ -223,6 +225,20 @@ def test_preparing_and_comparing_by_hand(cluster, tmp_path, tiny):
     )
     cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
     assert (tmp_path / "runs/two/b/COMPLETED").is_file()
+
+
+def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={tmp_path}"]
+    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
+    words = ["sources=['texts/*.txt']", "output=data/x"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("short")
+    job = cluster.sbatch(
+        slurm_dir() / "prepare.sbatch", *options, arguments=words, env=environment, cwd=tmp_path
+    )
+    cluster.wait(job, "FAILED", timeout=TIMEOUT)
+    assert cluster.details(job)["Restarts"] == "0"
+    assert "not started again" in cluster.output(job)
 
 
 def test_nodes_to_look_around_on_are_held_and_usable(cluster, tmp_path):
