@@ -194,10 +194,7 @@ finish() {
   rm -f "$MODTRAIN_OUTCOME" || true
   # torchrun has one exit code for all failures; what modtrain itself said is nearer.
   [[ -z $told || $status -eq 0 ]] || status=$told
-  if [[ $status -eq 0 && ${told:-0} -eq 0 ]]; then
-    # A note of what failed before belongs to the past.
-    exit 0
-  fi
+  [[ $status -ne 0 || ${told:-0} -ne 0 ]] || exit 0
   [[ $status -ne 0 ]] || status=$told
   stop_if_cancelled
   case $status in
@@ -224,9 +221,14 @@ finish() {
   exit "$status"
 }
 
-# Whether Slurm takes the nodes away; the signal of that comes to the tasks alone.
+# Whether Slurm takes the nodes away; the signal of that comes to the tasks alone. Slurm may remember
+# an earlier start's preemption.
 is_preempted() {
-  scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
+  local shown began
+  shown=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null) || return 1
+  [[ $shown =~ \ StartTime=([0-9T:-]+) ]] || return 1
+  began=${BASH_REMATCH[1]}
+  [[ $shown =~ \ PreemptTime=([0-9T:-]+) && ! ${BASH_REMATCH[1]} < $began ]]
 }
 
 # A job whose log cannot be opened at its next start is lost, for Slurm does not bring that one back;
