@@ -5,12 +5,14 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from modtrain.data.config import PrepareConfig, TokenizerConfig
 from modtrain.data.prepare import prepare
+from modtrain.training.preemption import STOP, STOP_SIGNALS
 
 # A shell's background jobs ignore Ctrl-C, and so would everything that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -60,6 +62,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     prepare(config, progress=False)
     return root / "shards"
+
+
+@pytest.fixture
+def no_stop_request() -> Iterator[None]:
+    """Let a run in this process begin as if alone in it, and leave no handler behind."""
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    STOP.signum = None
+    yield
+    STOP.signum = None
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def modtrain_command(*arguments: str) -> list[str]:

@@ -21,20 +21,11 @@ from modtrain.experiments.search import open_study, suggest
 from modtrain.experiments.search_config import SearchConfig, parse_space
 from modtrain.experiments.sweep_status import sweep_table
 from modtrain.models.flops import forward_flops
-from modtrain.training.preemption import STOP, STOP_SIGNALS
 from modtrain.training.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("no_stop_request")
+
 SPACE = ("space.model.capacity=interval(0.2,1)", "space.model.pattern=choice(every,every_other)")
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    STOP.signum = None
-    yield
-    STOP.signum = None
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
 
 
 @pytest.fixture

@@ -26,22 +26,13 @@ from modtrain.experiments.sweep_jobs import expand, job_name
 from modtrain.experiments.sweep_state import is_held, state_of
 from modtrain.experiments.sweep_status import sweep_table
 from modtrain.training.metrics_log import read_metrics
-from modtrain.training.preemption import STOP, STOP_SIGNALS
 from modtrain.training.run_directory import RunDirectory
 from tests.conftest import run_modtrain
 
+pytestmark = pytest.mark.usefixtures("no_stop_request")
+
 STEPS = 24
 CAPACITIES = "model.capacity=0.25,0.5"
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    STOP.signum = None
-    yield
-    STOP.signum = None
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
 
 
 @pytest.fixture

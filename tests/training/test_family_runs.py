@@ -1,6 +1,5 @@
 """Whole runs of the family: stopped and resumed, accumulated, recomputed, recorded, evaluated."""
 
-import signal
 from itertools import pairwise
 
 import pytest
@@ -15,9 +14,11 @@ from modtrain.models.pattern import num_chosen
 from modtrain.training import checkpoint
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import resolve
-from modtrain.training.preemption import STOP, STOP_SIGNALS
+from modtrain.training.preemption import STOP
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("no_stop_request")
 
 STEPS, SEQ_LEN = 8, 64
 EXPERTS = ("model.experts.count=3", "model.experts.dim=16")
@@ -78,16 +79,6 @@ def finished(start):
         return runs[more]
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def no_stop_request():
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    STOP.signum = None
-    yield
-    STOP.signum = None
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
 
 
 def weights(run: RunDirectory) -> dict[str, torch.Tensor]:

@@ -16,10 +16,12 @@ from modtrain.errors import CheckpointError, TrainingError
 from modtrain.training import checkpoint
 from modtrain.training.config import ScheduleConfig
 from modtrain.training.metrics_log import read_metrics
-from modtrain.training.preemption import STOP, STOP_SIGNALS
+from modtrain.training.preemption import STOP
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.schedules import lr_factor
+
+pytestmark = pytest.mark.usefixtures("no_stop_request")
 
 COSINE = ScheduleConfig(warmup=0.02, final=0.1)
 
@@ -30,16 +32,6 @@ def start(tiny, tmp_path):
         return train(compose("train", [*tiny, f"name={name}", f"runs_dir={tmp_path}", *more]))
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def no_stop_request():
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    STOP.signum = None
-    yield
-    STOP.signum = None
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
 
 
 def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
