@@ -91,7 +91,7 @@ def _submit(launcher: Any, jobs: Sequence[Sequence[str]]) -> list[str]:
     )
     setup = [
         'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
-        "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        "export MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))",
         f"export MODTRAIN_LEAD={own['signal_delay_s']}",
         # What srun does not take from sbatch by itself.
         'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
