@@ -26,9 +26,13 @@ EXPERTS = ("model.experts.count=4", "model.experts.dim=16", "model.experts.top_k
 STRATEGIES = {
     "ddp": ("strategy=ddp",),
     "fsdp": ("strategy=fsdp",),
+    "hsdp": ("strategy=hsdp", "strategy.shard_size=2"),
+    "fsdp_cp": ("strategy=fsdp_cp", "strategy.context_parallel=2"),
     "fsdp_tp": ("strategy=fsdp_tp", "strategy.tensor_parallel=2"),
     "fsdp_ep": ("strategy=fsdp_ep", "strategy.expert_parallel=2", *EXPERTS),
+    "deepspeed_1": ("strategy=deepspeed_1",),
     "deepspeed_2": ("strategy=deepspeed_2",),
+    "deepspeed_3": ("strategy=deepspeed_3",),
 }
 
 

@@ -197,7 +197,7 @@ def test_preparing_and_comparing_by_hand(cluster, tmp_path, tiny):
     corpus = tmp_path / "texts"
     corpus.mkdir()
     for number in range(20):
-        (corpus / f"{number}.txt").write_text("the river sings under the old tree " * 40)
+        (corpus / f"{number}.txt").write_text(f"tree {number} sings by the river " * 40)
     options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={tmp_path}"]
     environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
     prepared = [
