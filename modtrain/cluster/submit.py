@@ -132,7 +132,7 @@ def _python(config: SubmitConfig) -> str:
 
 
 def _pattern(folder: Path, name: str) -> Path:
-    """Return the pattern of a log's name; a percent sign in the folder's is no placeholder."""
+    """Return the pattern of a log's name; a percent sign in the folder stands for itself."""
     return Path(str(folder).replace("%", "%%")) / name
 
 
