@@ -15,7 +15,7 @@ from slurm_cluster import ENDED, Cluster, cluster_of
 SLEEPER = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append --output={output}
 echo "start ${{SLURM_RESTART_COUNT:-0}} on $SLURM_JOB_NODELIST"
-srun --overlap sleep {seconds}
+srun --overlap bash -c 'echo awake; sleep {seconds}'
 """
 
 
@@ -28,6 +28,14 @@ def nothing_is_left(request):
 
 def script(tmp_path: Path, seconds: float) -> str:
     return SLEEPER.format(output=tmp_path / "slurm-%j.out", seconds=seconds)
+
+
+def wait_for_step(cluster: Cluster, job: str, timeout: float = 60) -> None:
+    """Wait until the job's two tasks run: a running job may still be asking for its step."""
+    deadline = time.monotonic() + timeout
+    while cluster.output(job).count("awake") < 2:
+        assert time.monotonic() < deadline, cluster.output(job)
+        time.sleep(0.1)
 
 
 @pytest.mark.quick
@@ -62,7 +70,7 @@ def test_a_node_without_power_is_gone_and_comes_back(cluster: Cluster, tmp_path)
 
 def test_daemons_die_and_come_back_while_a_job_goes_on(cluster: Cluster, tmp_path):
     job = cluster.sbatch(script(tmp_path, 4), "--nodelist=node1,node2")
-    cluster.wait(job, "RUNNING")
+    wait_for_step(cluster, job)
     cluster.kill_slurmd("node2")
     cluster.kill_controller()
     assert cluster.run("squeue", check=False).returncode
