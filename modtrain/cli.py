@@ -74,7 +74,12 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
         resolve(config, launch=Launch.from_environment())
         from modtrain.training.run import train
 
-        outcome.exit_code = train(config).exit_code
+        ended = train(config)
+        if ended.exit_code == 0:
+            from modtrain.experiments.hparams import write_swept
+
+            write_swept(ended.run)
+        outcome.exit_code = ended.exit_code
         return outcome.exit_code
 
 
@@ -90,14 +95,14 @@ def _sweep(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.training.preemption import STOP
 
     STOP.install()
-    from modtrain.configuration import compose, conf_dir
+    from modtrain.configuration import compose, compose_job, conf_dir
     from modtrain.experiments.sweep import sweep
 
-    def compose_job(job: Sequence[str]) -> TrainConfig:
-        config: TrainConfig = compose("train", job, config_dir)
+    def compose_run(run: Sequence[str]) -> TrainConfig:
+        config: TrainConfig = compose("train", run, config_dir)
         return config
 
-    return sweep(overrides, compose_job, conf_dir(), config_dir)
+    return sweep(overrides, compose_run, compose_job, conf_dir(), config_dir)
 
 
 def _compare(overrides: list[str], config_dir: str | None) -> int:
@@ -275,7 +280,9 @@ def _parser() -> argparse.ArgumentParser:
         "--show-depth", action="store_true", help="for generate, the same as show_depth=true"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="for submit, the same as dry_run=true"
+        "--dry-run",
+        action="store_true",
+        help="for submit, and sweeps on Slurm, the same as dry_run=true",
     )
     parser.add_argument("--chain", metavar="N", help="for submit, the same as chain=N")
     parser.add_argument(

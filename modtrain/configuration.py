@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.cluster.cancel_config import CancelConfig
-from modtrain.cluster.config import SubmitConfig
+from modtrain.cluster.config import SubmitConfig, is_of_job
 from modtrain.cluster.logs_config import LogsConfig
 from modtrain.cluster.status_config import StatusConfig
 from modtrain.cluster.submit import Work
@@ -314,14 +314,11 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     if verb not in SUBMITTED:
         remedy = f"write modtrain submit VERB ..., VERB one of {', '.join(SUBMITTED)}"
         raise ConfigError([Problem("submit", verb, "is nothing that a job can do", remedy)])
-    keys = {f.name for f in fields(SubmitConfig)}
-    theirs = [text for text in overrides if _first_key(text) not in keys]
+    theirs = [text for text in overrides if not is_of_job(text)]
     own = [text for text in overrides if text not in theirs]
-    # To Hydra 12_3 is the number 123, to Slurm a task of an array.
-    own = [re.sub(r"^after=(\d+_\d+)$", r"after='\1'", text) for text in own]
     problems: list[Problem] = []
     try:
-        config = compose("submit", own, config_dir)
+        config = compose_job(own, config_dir)
     except ConfigError as error:
         config, problems = SubmitConfig(), error.problems
     problems += [p for p in config.problems() if not problems]
@@ -355,6 +352,14 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     return Submission(config, works, directory)
 
 
+def compose_job(overrides: Sequence[str], config_dir: str | None = None) -> SubmitConfig:
+    """Return what a job of Slurm's is to be, whatever it does; raises ConfigError."""
+    # To Hydra 12_3 is the number 123, to Slurm a task of an array.
+    own = [re.sub(r"^after=(\d+_\d+)$", r"after='\1'", text) for text in overrides]
+    config: SubmitConfig = compose("submit", own, config_dir)
+    return config
+
+
 def _work(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
     """Return the configuration of what a job does; raises ConfigError."""
     if verb == "search":
@@ -362,12 +367,6 @@ def _work(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
     if verb == "compare":
         compose_arms(overrides, config_dir)
     return compose(verb, overrides, config_dir)
-
-
-def _first_key(text: str) -> str:
-    """Return the part of an override before the first dot of its key."""
-    key = text.partition("=")[0].lstrip("+~").split("@")[0]
-    return key.replace("/", ".").split(".")[0]
 
 
 def _hydra_text(text: str) -> str:

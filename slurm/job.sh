@@ -158,11 +158,13 @@ newest_step() {
 
 # Notes a failure; false where it is the last of as many alike as are allowed.
 note_failure() {
-  local cause=$1 alike=0 step text log=$run_directory/failures.tsv
+  local cause=$1 alike=0 forgiven=0 step text log=$run_directory/failures.tsv
   # What cannot be counted would be brought back for ever.
   [[ -n $run_directory ]] || return 1
   [[ $verb = train ]] || log=$run_directory/failures-$verb.tsv
   printf '%(%FT%T%z)T\t%s\t%s\t%s\n' -1 "$(job_id)" "$(newest_step)" "$cause" >>"$log" || return 0
+  # Those before the run was given up and started again by hand do not count.
+  [[ $verb != train || ! -r $run_directory/logs/.forgiven ]] || forgiven=$(<"$run_directory/logs/.forgiven")
   # Alike: the same words, whatever the numbers in them, and no checkpoint made between them.
   while IFS=$'\t' read -r _ _ step text; do
     if [[ $step = "$(newest_step)" && ${text//[0-9]/} = "${cause//[0-9]/}" ]]; then
@@ -170,8 +172,26 @@ note_failure() {
     else
       alike=0
     fi
-  done <"$log"
+  done < <(tail -n "+$((forgiven + 1))" "$log")
   [[ $alike -lt $alike_failures ]]
+}
+
+# Tells a sweep, and `modtrain status`, that the run failed and does not come back by itself.
+note_end() {
+  local text=${1//[[:cntrl:]]/ } file=$run_directory/failure.json
+  [[ -n $run_directory && $verb = train ]] || return 0
+  text=${text//\\/\\\\}
+  { printf '{"kind": "job %s", "text": "%s", "time": "%(%FT%T%z)T", "job": "%s"}\n' \
+    "$(job_id)" "${text//\"/\\\"}" -1 "$(job_id)" >"$file.part" && mv "$file.part" "$file"; } || true
+}
+
+# Takes that back: somebody has started the run again.
+forgive() {
+  [[ -n $run_directory && $verb = train && -e $run_directory/failure.json ]] || return 0
+  mkdir -p "$run_directory/logs"
+  touch "$run_directory/failures.tsv"
+  wc -l <"$run_directory/failures.tsv" >"$run_directory/logs/.forgiven"
+  rm -f "$run_directory/failure.json"
 }
 
 # Ends the job where `modtrain cancel` named it; an array's mark lies a directory higher.
@@ -199,7 +219,8 @@ finish() {
   stop_if_cancelled
   case $status in
     2)
-      note_failure "${cause:-the configuration is wrong}" || true
+      note_failure "${cause:=the configuration is wrong}" || true
+      note_end "$cause"
       say "not started again: the configuration has to be mended"
       exit 2
       ;;
@@ -217,6 +238,7 @@ finish() {
   if [[ -n $run_directory ]]; then
     say "failed $alike_failures times in this way without a new checkpoint: $cause"
   fi
+  note_end "$cause"
   say "not started again"
   exit "$status"
 }
@@ -287,12 +309,15 @@ run_of() {
 }
 
 resubmit() {
-  local next text=${script//\\/\\\\}
-  next=$(sbatch --parsable --dependency="afterany:$(job_id)" "$script") || return
-  say "job ${next%%;*} goes on"
+  local next text=${script//\\/\\\\} task=${SLURM_ARRAY_TASK_ID:-} own=()
+  # A task of an array goes on alone.
+  [[ -z $task ]] || own=(--array="$task")
+  next=$(sbatch --parsable "${own[@]}" --dependency="afterany:$(job_id)" "$script") || return
+  next=${next%%;*}${task:+_$task}
+  say "job $next goes on"
   [[ -z $run_directory ]] || printf \
     '{"job": "%s", "time": "%(%FT%T%z)T", "script": "%s", "chained_after": "%s"}\n' \
-    "${next%%;*}" -1 "${text//\"/\\\"}" "$(job_id)" >>"$run_directory/jobs.jsonl"
+    "$next" -1 "${text//\"/\\\"}" "$(job_id)" >>"$run_directory/jobs.jsonl"
 }
 
 # ---- what a script calls -----------------------------------------------------------------------
@@ -325,6 +350,7 @@ begin() {
   set_command "$@"
   # A job that was requeued may start before it is taken out of the queue.
   stop_if_cancelled
+  forgive || true
   say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"
   if [[ -n $asked ]]; then go_on "stopped by $asked before it began"; fi
 }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from modtrain.checks import above_zero, at_least, key_of, one_of
 from modtrain.errors import Problem
+from modtrain.training.launch import Launch
 
 LAUNCHERS = ("srun", "torchrun")
 CONTAINERS = ("none", "apptainer", "pyxis")
@@ -122,7 +123,7 @@ class SubmitConfig:
         takes, each submitted by the last one.
     after: a job's number; this one starts when that one has ended well.
     array: jobs that differ in these overrides, by name: ``{low: ["optimizer.lr=1e-4"]}``; each is
-        the run ``<name>/<its name>``.
+        the run ``<name>/<its name>``. at_once: how many of them may run at a time; null: all.
     dry_run: check and write everything, and submit nothing.
     """
 
@@ -134,6 +135,7 @@ class SubmitConfig:
     chain: str | None = None
     after: str | None = None
     array: dict[str, list[str]] = field(default_factory=dict)
+    at_once: int | None = None
     dry_run: bool = False
 
     @property
@@ -148,6 +150,11 @@ class SubmitConfig:
         return self.cluster.gpus_per_node if self.gpus_per_node is None else self.gpus_per_node
 
     @property
+    def launch(self) -> Launch:
+        """The first of the processes that a run would have."""
+        return Launch(self.nodes * self.processes, 0, 0, self.processes)
+
+    @property
     def num_chained(self) -> int:
         """How many jobs are submitted, each after the one before."""
         return int(self.chain) if self.chain is not None and self.chain.isdecimal() else 1
@@ -156,7 +163,7 @@ class SubmitConfig:
         """Everything wrong with the job."""
         found = [
             *self.cluster.problems(key_of(prefix, "cluster")),
-            *at_least(self, prefix, 1, "nodes", "processes_per_node"),
+            *at_least(self, prefix, 1, "nodes", "processes_per_node", "at_once"),
             *at_least(self, prefix, 0, "gpus_per_node"),
             *time_problems(self, prefix),
         ]
@@ -183,6 +190,9 @@ class SubmitConfig:
         if chain is not None and self.array:
             reason, remedy = "has no meaning with an array", "leave one of them out"
             found.append(Problem("chain", chain, reason, remedy))
+        if self.at_once is not None and not self.array:
+            reason, remedy = "has no meaning without an array", "leave it out"
+            found.append(Problem("at_once", self.at_once, reason, remedy))
         return found + self._array_problems()
 
     def _array_problems(self) -> list[Problem]:
@@ -192,6 +202,13 @@ class SubmitConfig:
             for name in self.array
             if not re.fullmatch(r"[A-Za-z0-9_=.,+-]+", name) or name.startswith(".")
         ]
+
+
+def is_of_job(override: str) -> bool:
+    """Whether an override is one of a job's, not of what the job does."""
+    # The part before the key's first dot.
+    key = override.partition("=")[0].lstrip("+~").split("@")[0].replace("/", ".").split(".")[0]
+    return key in {f.name for f in fields(SubmitConfig)}
 
 
 def time_problems(config: ClusterConfig | SubmitConfig, prefix: str) -> list[Problem]:

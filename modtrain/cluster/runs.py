@@ -149,7 +149,7 @@ def read_run(path: Path, name: str) -> Run:
     read("jobs.jsonl", lambda file: setattr(run, "submitted", _submitted(file)))
     read(CANCELLED, lambda file: setattr(run, "cancelled", frozenset(file.read_text().split())))
     read("failures.tsv", lambda file: run.failures.extend(_noted(file)))
-    read("failure.json", lambda file: run.failures.append(_failure(file)))
+    read("failure.json", lambda file: run.failures.extend(_failure(file)))
     run.failures.sort(key=lambda failure: failure.time)
     read("checkpoints", lambda folder: setattr(run, "saved", _newest_checkpoint(folder)))
     if not (run.complete and read("result.json", lambda file: _take_result(run, file))):
@@ -250,9 +250,12 @@ def _noted(path: Path) -> list[Failure]:
     return found
 
 
-def _failure(path: Path) -> Failure:
+def _failure(path: Path) -> list[Failure]:
     content = json.loads(path.read_text())
-    return Failure(time_of(content["time"]), "", "", f"{content['kind']}: {content['text']}")
+    if "job" in content:
+        # A job's script has noted it among its failures already.
+        return []
+    return [Failure(time_of(content["time"]), "", "", f"{content['kind']}: {content['text']}")]
 
 
 def _newest_checkpoint(root: Path) -> tuple[int, float] | None:

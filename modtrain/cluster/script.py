@@ -132,7 +132,7 @@ def _options(job: Job) -> list[str]:
         "mem": site.memory_per_node,
         "time": config.time or site.time,
         "signal": f"B:USR1@{site.lead}",
-        "array": f"0-{len(job.tasks) - 1}" if config.array else None,
+        "array": _array_option(job),
         "dependency": f"afterok:{config.after}" if config.after else None,
         "chdir": str(job.directory),
         "output": str(job.output),
@@ -141,6 +141,13 @@ def _options(job: Job) -> list[str]:
     options = [f"--{key}={_quoted(str(v))}" for key, v in named.items() if v is not None]
     options.append("--requeue" if site.restart == "requeue" else "--no-requeue")
     return options + site.options
+
+
+def _array_option(job: Job) -> str | None:
+    if not job.config.array:
+        return None
+    limit = "" if job.config.at_once is None else f"%{job.config.at_once}"
+    return f"0-{len(job.tasks) - 1}{limit}"
 
 
 def _gpu_options(config: SubmitConfig) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import re
 import sys
@@ -16,11 +17,12 @@ from rich.console import Console
 from modtrain.cluster import slurm
 from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.freeze import freeze
+from modtrain.cluster.runs import json_lines
 from modtrain.cluster.script import Job, ScriptError, Task, check, render
+from modtrain.cluster.status import override
 from modtrain.errors import Problem, raise_if_any
 from modtrain.files import write_text
 from modtrain.training.config import TrainConfig
-from modtrain.training.launch import Launch
 from modtrain.training.memory import device_bytes, gibibytes
 from modtrain.training.plan import resolve
 
@@ -103,11 +105,9 @@ def _prepared(
             plain = OmegaConf.to_yaml(OmegaConf.structured(work.config))
             write_text(work.directory / "submitted.yaml", plain)
     own = None if config_dir is None else code / "own_conf"
-    verb = works[0].verb
-    name = "submit" if verb == "train" else verb
     return Job(
         name=job_name(directory),
-        script=directory / f"{name}.sbatch",
+        script=directory / _script_name(works, config),
         output=_pattern(directory / "logs", "slurm-%A_%a.out" if config.array else "slurm-%j.out"),
         directory=Path.cwd(),
         code=code,
@@ -123,6 +123,17 @@ def _prepared(
             for work in works
         ],
     )
+
+
+def _script_name(works: Sequence[Work], config: SubmitConfig) -> str:
+    """Return the script's name; an array's tells its tasks.
+
+    A task that submits itself again is known by its number, which must stay that of its run.
+    """
+    if config.array:
+        tasks = "\0".join(str(work.directory) for work in works)
+        return f"submit-{hashlib.sha256(tasks.encode()).hexdigest()[:8]}.sbatch"
+    return "submit.sbatch" if works[0].verb == "train" else f"{works[0].verb}.sbatch"
 
 
 def _python(config: SubmitConfig) -> str:
@@ -176,10 +187,11 @@ def _explain(works: Sequence[Work], directory: Path, ids: Sequence[str], console
     runs, name = works[0].config.runs_dir, works[0].config.name
     if len(works) > 1:
         name = str(Path(str(name)).parent)
-    own = "" if runs == "runs" else f" runs_dir={runs}"
+    own = "" if runs == "runs" else f" {override('runs_dir', runs)}"
     for what, verb in (("state", "status"), ("follow", "logs"), ("cancel", "cancel")):
         more = " follow=true" if verb == "logs" else ""
-        console.print(f"{what}: modtrain {verb} run={name}{own}{more}", markup=False)
+        told = f"{what}: modtrain {verb} {override('run', str(name))}{own}{more}"
+        console.print(told, markup=False)
 
 
 def _problems(works: Sequence[Work], directory: Path, config: SubmitConfig) -> list[Problem]:
@@ -189,18 +201,19 @@ def _problems(works: Sequence[Work], directory: Path, config: SubmitConfig) -> l
         reason, remedy = "has a control character or a backslash in it", "give another name"
         found.append(Problem("name", repr(str(directory)), reason, remedy))
     if not found:
-        raise_if_any([problem for work in works for problem in _work_problems(work, config)])
-        if works[0].config is not None:
-            found += _queue_problems(directory, config)
+        runs = [work.config for work in works if work.config is not None]
+        raise_if_any([problem for run in runs for problem in run_problems(run, config)])
+        found += _queue_problems(works, config)
     return found
 
 
-def _work_problems(work: Work, config: SubmitConfig) -> list[Problem]:
-    """Hold a run's plan against the nodes that it is to have."""
-    if work.config is None:
-        return []
-    launch = Launch(config.nodes * config.processes, 0, 0, config.processes)
-    resolved, plan = resolve(work.config, launch=launch)
+def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
+    """Hold a run's plan against the nodes that it is to have.
+
+    Raises:
+        ConfigError: everything wrong with the run itself.
+    """
+    resolved, plan = resolve(run, launch=config.launch)
     if resolved.strategy.accelerator == "cuda" and config.gpus == 0:
         remedy = "ask for GPUs, or set strategy.accelerator=cpu"
         return [Problem("gpus_per_node", 0, "and strategy.accelerator=cuda", remedy)]
@@ -216,12 +229,12 @@ def _work_problems(work: Work, config: SubmitConfig) -> list[Problem]:
     return [Problem("cluster.gpu_memory", f"{memory:g}", reason, remedy)]
 
 
-def _queue_problems(directory: Path, config: SubmitConfig) -> list[Problem]:
-    """Find a job that is in the queue for the run already: two would be in each other's way."""
-    path = directory / "jobs.jsonl"
-    if config.dry_run or not path.is_file() or not slurm.has_slurm():
+def _queue_problems(works: Sequence[Work], config: SubmitConfig) -> list[Problem]:
+    """Find jobs that are in the queue for a run already: two would be in each other's way."""
+    if config.dry_run or not slurm.has_slurm():
         return []
-    ids = [json.loads(line)["job"] for line in path.read_text().splitlines() if line.strip()]
+    files = [work.directory / "jobs.jsonl" for work in works if work.config is not None]
+    ids = [str(line["job"]) for path in files if path.is_file() for line in json_lines(path)]
     known = slurm.jobs(ids)
     active = [number for number in ids if number in known and not known[number].is_over]
     if not active or config.after in active:

@@ -18,7 +18,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2  # type: ignore[import-untyped]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 
+from modtrain.experiments.sweep_jobs import read_jobs
 from modtrain.models.flops import forward_flops
+from modtrain.training.launch import Launch
 from modtrain.training.run_directory import RunDirectory
 
 LOSS = "held_out/causal_loss"
@@ -41,6 +43,18 @@ def write_experiment(directory: Path, keys: Iterable[str]) -> None:
         metrics=[summary_v2.Metric(tag, display_name=said) for tag, said in _METRICS.items()],
     )
     _write(directory / "tensorboard", [(0, message)])
+
+
+def write_swept(run: RunDirectory) -> None:
+    """Add a complete run to the table of the sweep that it is a job of, if it is one.
+
+    Rank 0 alone writes. A run without TensorBoard's files gets none.
+    """
+    swept = read_jobs(run.path.parent).get(run.path.name)
+    if swept is None or Launch.from_environment().rank != 0:
+        return
+    if run.read_config().log.tensorboard:
+        write_run(run, swept)
 
 
 def write_run(run: RunDirectory, swept: Mapping[str, str]) -> None:

@@ -20,12 +20,15 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from modtrain.cluster.config import SubmitConfig, is_of_job
+from modtrain.cluster.submit import run_problems
 from modtrain.errors import CheckpointError, ConfigError, Problem, raise_if_any
 from modtrain.experiments import hparams
 from modtrain.experiments.sweep_config import SweepConfig, split_sweep_options
 from modtrain.experiments.sweep_hydra import Multirun, say
 from modtrain.experiments.sweep_jobs import Job, expand, read_jobs, write_jobs
 from modtrain.experiments.sweep_process import RUN_ME_AGAIN
+from modtrain.experiments.sweep_slurm import launch_on_slurm
 from modtrain.experiments.sweep_state import STATES, failure_text, state_of
 from modtrain.training.config import TrainConfig
 from modtrain.training.launch import Launch
@@ -34,13 +37,21 @@ from modtrain.training.preemption import STOP
 from modtrain.training.run_directory import RunDirectory
 
 Compose = Callable[[Sequence[str]], TrainConfig]
+ComposeJob = Callable[[Sequence[str], str | None], SubmitConfig]
+_ON_SLURM = "hydra/launcher=slurm"
 
 
-def sweep(overrides: Sequence[str], compose: Compose, conf_dir: Path, own_dir: str | None) -> int:
+def sweep(
+    overrides: Sequence[str],
+    compose: Compose,
+    compose_job: ComposeJob,
+    conf_dir: Path,
+    own_dir: str | None,
+) -> int:
     """Train every job that ``overrides`` make, where it is not complete.
 
-    compose: a training configuration from overrides without several values. conf_dir, own_dir:
-    where Hydra finds YAML.
+    compose: a training configuration from overrides without several values. compose_job: what a
+    job of Slurm's is to be, from its overrides and own_dir. conf_dir, own_dir: where YAML is.
 
     Returns:
         0 where every job is complete; 130 or 75 where a signal stopped the sweep or one of its
@@ -51,19 +62,24 @@ def sweep(overrides: Sequence[str], compose: Compose, conf_dir: Path, own_dir: s
     """
     if (processes := Launch.from_environment().world_size) > 1:
         reason = f"starts its runs itself, and {processes} processes were started"
-        remedy = "leave torchrun or srun out, or let hydra/launcher=slurm start them"
+        remedy = f"leave torchrun or srun out, or let {_ON_SLURM} start them"
         raise ConfigError([Problem("-m", "", reason, remedy)])
     parsed = _parse(overrides)
     options, parsed, problems = split_sweep_options(parsed)
     for_hydra = [o for o in parsed if o.key_or_group.startswith(("hydra.", "hydra/"))]
-    axes = [o for o in parsed if o not in for_hydra]
+    for_slurm = [o for o in parsed if is_of_job(str(o.input_line))]
+    axes = [o for o in parsed if o not in (*for_hydra, *for_slurm)]
     jobs, found = expand(axes)
     problems += found + _sweeper_problems(for_hydra)
     if not jobs:
         raise_if_any(problems)
     ours, theirs = ([str(o.input_line) for o in part] for part in (axes, for_hydra))
     multirun = Multirun(theirs, ours, conf_dir, own_dir)
-    base, runs = _checked(jobs, compose, multirun, problems)
+    try:
+        slurm_job = _slurm_job(for_slurm, multirun, lambda own: compose_job(own, own_dir))
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    base, runs = _checked(jobs, compose, multirun, slurm_job, problems)
     this = _Sweep(base, jobs, runs, options)
     this.directory.mkdir(parents=True, exist_ok=True)
     with this.alone():
@@ -72,7 +88,12 @@ def sweep(overrides: Sequence[str], compose: Compose, conf_dir: Path, own_dir: s
         hparams.write_experiment(this.directory, keys)
         wanted = this.wanted()
         say(f"{this.directory}: {len(jobs)} jobs, {len(wanted)} to train")
-        if wanted:
+        if wanted and slurm_job is not None:
+            own = None if own_dir is None else Path(own_dir)
+            launch_on_slurm(wanted, this.directory, slurm_job, own, say)
+            if slurm_job.dry_run:
+                return 0
+        elif wanted:
             multirun.launch(wanted, this.directory)
         return this.tell()
 
@@ -103,8 +124,38 @@ def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
     ]
 
 
+def _slurm_job(
+    overrides: Sequence[Override],
+    multirun: Multirun,
+    compose_job: Callable[[Sequence[str]], SubmitConfig],
+) -> SubmitConfig | None:
+    """Return what the sweep's jobs on Slurm are to be; None where they run on this machine."""
+    problems = []
+    for override in overrides:
+        key, _, value = str(override.input_line).partition("=")
+        if not multirun.is_on_slurm:
+            remedy = f"add {_ON_SLURM}, or leave it out"
+            problems.append(Problem(key, value, "is for jobs of Slurm's", remedy))
+        elif override.is_sweep_override():
+            reason, remedy = "has several values", "sweep what a run is, not where it runs"
+            problems.append(Problem(key, value, reason, remedy))
+        elif key.lstrip("+~").split(".")[0] in ("array", "chain"):
+            remedy = "leave it out: the sweep's jobs are an array, which comes back by itself"
+            problems.append(Problem(key, value, "is not for a sweep", remedy))
+    raise_if_any(problems)
+    if not multirun.is_on_slurm:
+        return None
+    config = compose_job([str(o.input_line) for o in overrides])
+    raise_if_any(replace(config, array={"job": []}).problems())
+    return config
+
+
 def _checked(
-    jobs: Sequence[Job], compose: Compose, multirun: Multirun, problems: list[Problem]
+    jobs: Sequence[Job],
+    compose: Compose,
+    multirun: Multirun,
+    slurm_job: SubmitConfig | None,
+    problems: list[Problem],
 ) -> tuple[TrainConfig, dict[str, TrainConfig]]:
     """Return what the jobs share and the configuration of each, as composed.
 
@@ -118,7 +169,7 @@ def _checked(
         try:
             base = compose(job.overrides)
             runs[job.name] = replace(base, name=f"{base.name}/{job.name}" if base.name else None)
-            _check(runs[job.name], Launch() if multirun.is_here else None)
+            _check(runs[job.name], slurm_job)
         except ConfigError as error:
             for problem in error.problems:
                 wrong.setdefault(problem, []).append(job.name)
@@ -131,9 +182,11 @@ def _checked(
     return base, runs
 
 
-def _check(config: TrainConfig, launch: Launch | None) -> None:
+def _check(config: TrainConfig, slurm_job: SubmitConfig | None) -> None:
     """Raise ConfigError if the job cannot run, or its directory holds another run."""
-    resolved, _ = resolve(config, launch=launch)
+    if slurm_job is not None:
+        raise_if_any(run_problems(config, slurm_job))
+    resolved, _ = resolve(config, launch=Launch() if slurm_job is None else slurm_job.launch)
     run = RunDirectory.of(config)
     if run.config.is_file():
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,12 +28,10 @@ from rich.console import Console
 
 from modtrain.errors import Problem
 from modtrain.experiments import hparams
-from modtrain.experiments.sweep_jobs import Job, quoted
+from modtrain.experiments.sweep_jobs import Job, overrides_of, quoted
 from modtrain.experiments.sweep_process import run_apart
-from modtrain.experiments.sweep_slurm import is_on_slurm, launch_on_slurm, train_on_slurm
 from modtrain.experiments.sweep_state import failure_text, state_of
 from modtrain.training.config import TrainConfig
-from modtrain.training.launch import Launch
 from modtrain.training.preemption import STOP, STOP_SIGNALS
 from modtrain.training.run_directory import RunDirectory
 
@@ -65,9 +63,9 @@ class Multirun:
         self.overrides, self.conf_dir = [*_QUIET, *overrides, *search], conf_dir
 
     @property
-    def is_here(self) -> bool:
-        """Whether each job is one process of this machine."""
-        return "hydra/launcher=slurm" not in self.overrides
+    def is_on_slurm(self) -> bool:
+        """Whether each job is one of Slurm's."""
+        return "hydra/launcher=slurm" in self.overrides
 
     def problems(self) -> list[Problem]:
         """Everything that Hydra has to say against the overrides."""
@@ -81,6 +79,8 @@ class Multirun:
             except (HydraException, OmegaConfBaseException) as error:
                 said = " ".join(str(error).split())
                 remedy = "hydra/launcher is basic, joblib or slurm; see docs/sweeps.md"
+                if self.is_on_slurm:
+                    remedy = "say it as to modtrain submit: cluster.partition=gpu, nodes=2"
                 return [Problem(" ".join(self.overrides[len(_QUIET) :]), "", said, remedy)]
         return []
 
@@ -88,13 +88,11 @@ class Multirun:
         """Start ``jobs`` and wait for them. How each ended, its directory tells."""
         started = {
             tuple(job.overrides): [
-                *(text for text in job.overrides if not text.startswith("name=")),
-                f"name={quoted(str(config.name))}",
+                *overrides_of(job, config),
                 f"hydra.sweep.subdir={quoted(job.name)}",
             ]
             for job, config in jobs
         }
-        runs = {tuple(job.overrides): RunDirectory.of(config) for job, config in jobs}
         task = Task(os.getpid(), {str(config.name): job for job, config in jobs})
         with self._hydra() as hydra, _handed_to_workers():
             config = self._composed(hydra, [f"hydra.sweep.dir={quoted(str(directory.resolve()))}"])
@@ -102,7 +100,7 @@ class Multirun:
             sweeper: Any = Plugins.instance().instantiate_sweeper(
                 hydra_context=context, task_function=task, config=config
             )
-            sweeper.launcher = _Choosing(sweeper.launcher, started, runs)
+            sweeper.launcher = _Choosing(sweeper.launcher, started)
             try:
                 sweeper.sweep(arguments=self.axes)
             except Exception as error:
@@ -128,17 +126,11 @@ class Multirun:
 class _Choosing(Launcher):
     """A launcher of Hydra's that starts those jobs alone that are wanted, each in its directory.
 
-    started, runs: by the overrides that the sweeper made a job of, those to start it with, and
-    where it runs.
+    started: by the overrides that the sweeper made a job of, those to start it with.
     """
 
-    def __init__(
-        self,
-        launcher: Launcher,
-        started: dict[tuple[str, ...], list[str]],
-        runs: dict[tuple[str, ...], RunDirectory],
-    ) -> None:
-        self.launcher, self.started, self.runs = launcher, started, runs
+    def __init__(self, launcher: Launcher, started: dict[tuple[str, ...], list[str]]) -> None:
+        self.launcher, self.started = launcher, started
 
     def setup(self, **_settings: Any) -> None:
         """Nothing: the launcher behind is set up."""
@@ -148,11 +140,7 @@ class _Choosing(Launcher):
     ) -> Sequence[JobReturn]:
         """Start what is wanted and wait for it."""
         made = [tuple(overrides) for overrides in job_overrides]
-        chosen = [overrides for overrides in made if overrides in self.started]
-        jobs = [self.started[overrides] for overrides in chosen]
-        if type(self.launcher).__name__ == "SlurmLauncher":
-            launch_on_slurm(self.launcher, jobs, [self.runs[job] for job in chosen], say)
-            return []
+        jobs = [self.started[overrides] for overrides in made if overrides in self.started]
         return self.launcher.launch(jobs, initial_job_idx)
 
 
@@ -171,9 +159,7 @@ class Task:
         if not isinstance(typed, TrainConfig):
             raise TypeError("a job is a training run")
         job, run = self.jobs[str(typed.name)], RunDirectory.of(typed)
-        work = partial(train_job, typed, job.swept)
-        if is_on_slurm():
-            return train_on_slurm(run, work)
+        work = partial(train_job, typed)
         # In a worker nobody has done so; between two jobs Lightning's are not in the way either.
         if os.getpid() != self.main_pid:
             STOP.install()
@@ -185,15 +171,14 @@ class Task:
         return code
 
 
-def train_job(config: TrainConfig, swept: Mapping[str, str]) -> int:
+def train_job(config: TrainConfig) -> int:
     """Train the run and add it to TensorBoard's table of hyperparameters."""
     # Not in the process that forks.
     from modtrain.training.run import train  # noqa: PLC0415
 
     outcome = train(config)
-    is_first = Launch.from_environment().rank == 0
-    if outcome.exit_code == 0 and config.log.tensorboard and is_first:
-        hparams.write_run(outcome.run, swept)
+    if outcome.exit_code == 0:
+        hparams.write_swept(outcome.run)
     return outcome.exit_code
 
 

@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 
 from modtrain.errors import Problem
 from modtrain.files import write_text
+from modtrain.training.config import TrainConfig
 
 _LONGEST = 120
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]")
@@ -72,6 +73,12 @@ def job_name(swept: Mapping[str, str]) -> str:
     if safe == said and len(safe) <= _LONGEST and not safe.startswith("."):
         return safe
     return f"{safe[:_LONGEST]}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+
+
+def overrides_of(job: Job, config: TrainConfig) -> list[str]:
+    """Return the overrides of a job's run alone. config: the run's, which has its name."""
+    own = [text for text in job.overrides if not text.startswith("name=")]
+    return [*own, f"name={quoted(str(config.name))}"]
 
 
 def quoted(text: str) -> str:

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("no_stop_request")
 
 STEPS = 24
 CAPACITIES = "model.capacity=0.25,0.5"
+ON_SLURM = ("hydra/launcher=slurm", "cluster=cpu")
 
 
 @pytest.fixture
@@ -97,6 +98,17 @@ def test_the_mistakes_of_all_jobs_are_told_before_the_first_starts(arguments, ca
         ([CAPACITIES, "hydra/launcher=cluster"], "cluster"),
         ([CAPACITIES, "hydra.launcher.n_jobz=2"], "n_jobz"),
         ([CAPACITIES, "hydra/sweeper=basic"], "modtrain search"),
+        ([CAPACITIES, "cluster=cpu", "nodes=2"], "add hydra/launcher=slurm"),
+        ([CAPACITIES, *ON_SLURM, "hydra.launcher.partition=gpu"], "cluster.partition=gpu"),
+        ([CAPACITIES, *ON_SLURM, "nodes=1,2"], "has several values"),
+        ([CAPACITIES, *ON_SLURM, "chain=3"], "comes back by itself"),
+        ([CAPACITIES, *ON_SLURM, "at_once=0"], "at_once=0"),
+        ([CAPACITIES, *ON_SLURM, "cluster.shape=round"], "shape"),
+        ([CAPACITIES, *ON_SLURM, "processes_per_node=2"], "strategy"),
+        (
+            [CAPACITIES, ON_SLURM[0], "gpus_per_node=1", "cluster.gpu_memory=1e-4"],
+            "cluster.gpu_memory",
+        ),
         ([CAPACITIES, "hydra.sweep.dir=x"], "leave it out"),
         ([CAPACITIES, "x=["], "is not understood"),
         ([CAPACITIES, "strategy=ddp", "strategy.world_size=2"], "number of processes"),
@@ -218,8 +230,8 @@ def test_a_failed_job_ends_no_other_and_is_started_again_on_request(arguments, c
 def test_a_crash_is_the_jobs_alone(arguments, monkeypatch, end, kind):
     train_job = sweep_hydra.train_job
 
-    def crash(config, swept):
-        return end() if config.model.capacity == 0.25 else train_job(config, swept)
+    def crash(config):
+        return end() if config.model.capacity == 0.25 else train_job(config)
 
     monkeypatch.setattr(sweep_hydra, "train_job", crash)
     assert cli.main(arguments(CAPACITIES)) == 1
