@@ -56,6 +56,9 @@ def _list(run: RunDirectory, console: Console, contents: bool) -> None:
             verify(path, contents)
             table.add_row(*_described(path), "yes")
         except CheckpointError as error:
+            if not path.exists():
+                # A run that trains has pruned it meanwhile.
+                continue
             damaged.append(str(error))
             table.add_row(path.name.removeprefix(PREFIX), "", "", "", "", "no")
     console.print(table)

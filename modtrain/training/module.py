@@ -235,6 +235,7 @@ class LanguageModule(L.LightningModule):
             "left_out": left_out,
             "tokens": step * self.plan.tokens_per_step,
             "flops": self.plan.flops_until(step),
+            "data_parallel": self.plan.sizes.data_parallel,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -245,6 +246,10 @@ class LanguageModule(L.LightningModule):
         if self.judge is not None and "spikes" in checkpoint:
             self.judge.load(checkpoint["spikes"])
         self._random_states = checkpoint["random_states"]
+        here = self.plan.sizes.data_parallel
+        if progress.get("data_parallel", here) != here:
+            # Ranks that read the same data have to draw the same, and theirs read others.
+            self._random_states = None
         if self._random_states is None:
             # Saved by another number of ranks: none of theirs is this one's. Drawn anew, other than
             # at the start and on every rank its own.

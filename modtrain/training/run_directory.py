@@ -73,7 +73,12 @@ class RunDirectory:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except OSError:
+                except OSError as error:
+                    if not isinstance(error, BlockingIOError):
+                        raise CheckpointError(
+                            f"{file.name} cannot be locked: {error}. runs_dir has to be on a file"
+                            " system with flock (Lustre: mount with -o flock, or localflock)"
+                        ) from None
                     if time.monotonic() < deadline:
                         time.sleep(0.05)
                         continue
@@ -211,8 +216,9 @@ def code_version() -> dict[str, str] | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)  # noqa: S603
-        return done.stdout
+        # A file of the user's may be in any encoding.
+        done = subprocess.run(command, capture_output=True, check=False, timeout=30)  # noqa: S603
+        return done.stdout.decode(errors="replace")
 
     try:
         return {"commit": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD")[:1_000_000]}

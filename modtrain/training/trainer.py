@@ -43,7 +43,7 @@ def make_trainer(
     # in place, which saves inside the signal handler.
     several = launch.world_size > 1
     environment = TorchElasticEnvironment() if several else LightningEnvironment()
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=resolve_accelerator(config.strategy.accelerator),
         strategy=strategy,
         devices=launch.local_world_size,
@@ -63,3 +63,6 @@ def make_trainer(
         use_distributed_sampler=False,
         deterministic=config.deterministic,
     )
+    # A rank whose Lightning sees a SIGTERM while it sets up ends alone, and the others wait for it.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer

@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
+import zlib
 from pathlib import Path
 
 import lightning as L
+import torch
 
 from modtrain.configuration import compose
+from modtrain.data.datamodule import TokenDataModule
 from modtrain.data.tokens import TokenDataset
 from modtrain.training.callbacks import held_out
 from modtrain.training.preemption import STOP
@@ -69,6 +73,36 @@ def run(lines: list[str], notes: str | None = None, stop: tuple[int, int] | None
         callbacks.append(_StopAt(*stop))
     STOP.signum = None
     return train(compose("train", lines), callbacks).status
+
+
+def run_told_in_setup(lines: list[str], rank: int) -> str:
+    """Train; a real SIGTERM comes to ``rank`` alone while Lightning sets up."""
+    original = TokenDataModule.train_dataloader
+
+    def train_dataloader(data: TokenDataModule):
+        if os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(data)
+
+    TokenDataModule.train_dataloader = train_dataloader
+    STOP.install()
+    return run(lines)
+
+
+def run_drawing(lines: list[str]) -> list[int]:
+    """Train; return what the random state is at the start of each step."""
+    seen = _RandomStates()
+    STOP.signum = None
+    train(compose("train", lines), [seen])
+    return seen.states
+
+
+class _RandomStates(L.Callback):
+    def __init__(self) -> None:
+        self.states: list[int] = []
+
+    def on_train_batch_start(self, _trainer, _module, _batch, _batch_idx) -> None:
+        self.states.append(zlib.crc32(torch.get_rng_state().numpy().tobytes()))
 
 
 class _StopAt(L.Callback):

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from ranks import on_ranks
-from run_cases import EXPERTS, overrides, run, samples_by_step
+from run_cases import (
+    EXPERTS,
+    overrides,
+    run,
+    run_drawing,
+    run_told_in_setup,
+    samples_by_step,
+)
 from saved import assert_same_bits, newest_tensors, newest_weights
 
 from modtrain.training.metrics_log import read_metrics
@@ -44,6 +51,23 @@ def test_a_stopped_run_goes_on_to_the_same_bits(prepared, tmp_path, strategy):
     assert on_ranks(run, 2, cut, joins=False) == ["complete"] * 2
     assert_same_bits(*(newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut")))
     assert losses(tmp_path, "whole") == losses(tmp_path, "cut")
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_signal_to_one_rank_in_the_setup_stops_all(prepared, tmp_path, rank):
+    lines = overrides(prepared, tmp_path, "told", STEPS, "strategy=ddp")
+    assert on_ranks(run_told_in_setup, 2, lines, rank, joins=False) == ["stopped"] * 2
+    assert on_ranks(run, 2, lines, joins=False) == ["complete"] * 2
+
+
+def test_ranks_that_come_to_read_the_same_samples_draw_the_same(prepared, tmp_path):
+    """Two data-parallel ranks had states of their own, which are of no use to parts of one."""
+    lines = overrides(prepared, tmp_path, "drawn", STEPS, "model.router.score=random")
+    on_ranks(run, 2, [*lines, "strategy=ddp"], None, (2, 0), joins=False)
+    cut = [*lines, "strategy=fsdp_cp", "strategy.context_parallel=2"]
+    one, other = on_ranks(run_drawing, 2, cut, joins=False)
+    assert one == other
+    assert one
 
 
 # One run through many hands: (ranks, strategy) of each stretch of steps.

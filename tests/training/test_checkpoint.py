@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from modtrain.errors import CheckpointError
 from modtrain.files import file_sha256
 from modtrain.training import checkpoint
+from modtrain.training.checkpoint import layout
+from modtrain.training.checkpoint.layout import Manifest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8)
 LEAVES = st.one_of(
@@ -161,17 +164,65 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, name):
     else:
         victim.write_bytes(pickle.dumps(Hostile(mark)))
     # Whoever plants a pickle can plant its checksum as well.
-    manifest = path / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["files"][name] = {
-        "bytes": victim.stat().st_size,
-        "sha256": file_sha256(victim),
-    }
-    manifest.write_text(json.dumps(content))
+    manifest = Manifest.read(path)
+    manifest.files[name] = {"bytes": victim.stat().st_size, "sha256": file_sha256(victim)}
+    manifest.write(path)
     assert checkpoint.latest(tmp_path) == (1, path)
     with pytest.raises(CheckpointError, match="more than plain data"):
         nests.load(path)
     assert not mark.exists()
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path):
+    """One that is flipped would go on with the samples of another step."""
+    path = save(tmp_path, 4)
+    manifest = path / "manifest.json"
+    text = manifest.read_bytes()
+    for place in range(len(text)):
+        manifest.write_bytes(text[:place] + bytes([text[place] ^ 2]) + text[place + 1 :])
+        if json_of(manifest) != json.loads(text):
+            with pytest.raises(CheckpointError):
+                checkpoint.verify(path)
+
+
+def json_of(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
+
+
+def test_where_no_checkpoint_can_be_read_none_is_put_away(tmp_path, monkeypatch):
+    """A disk that is away for a while must not send the run back to its first step."""
+    steps = (2, 4)
+    for step in steps:
+        save(tmp_path, step)
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as away:
+        away.setattr(layout, "file_sha256", stale)
+        with pytest.raises(CheckpointError, match=r"none of the checkpoints(.|\n)*remedy"):
+            checkpoint.recover(tmp_path)
+    assert [step for step, _ in checkpoint.whole_checkpoints(tmp_path)] == [*steps]
+    assert checkpoint.recover(tmp_path) == (4, tmp_path / "step-000000004")
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Each file as long at its last fsync as it is in the end: a power cut takes nothing of it."""
+    synced = {}
+    fsync = os.fsync
+
+    def spy(number):
+        status = os.fstat(number)
+        synced[status.st_ino] = status.st_size
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    path = save(tmp_path, 1)
+    for file in path.iterdir():
+        assert synced[file.stat().st_ino] == file.stat().st_size, file.name
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):

@@ -4,7 +4,6 @@ Who can plant a pickle can plant its checksum as well, so the manifests here fit
 """
 
 import io
-import json
 import os
 import pickle
 import shutil
@@ -23,6 +22,7 @@ from modtrain.data.index import ShardIndex
 from modtrain.errors import CheckpointError, DataError
 from modtrain.files import file_sha256
 from modtrain.training import checkpoint
+from modtrain.training.checkpoint.layout import Manifest
 from modtrain.training.checkpoint.rank_state import read_rank_state
 from modtrain.training.ranks import Ranks
 
@@ -149,10 +149,9 @@ def test_the_pickles_of_these_tests_would_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["../state.pt", "/etc/passwd", "..", "", "a/b"])
 def test_a_manifest_that_names_files_elsewhere_is_passed_over(path, name):
-    manifest = path / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["files"][name] = content["files"]["state.pt"]
-    manifest.write_text(json.dumps(content))
+    manifest = Manifest.read(path)
+    manifest.files[name] = manifest.files["state.pt"]
+    manifest.write(path)
     with pytest.raises(CheckpointError, match="outside"):
         checkpoint.verify(path)
     assert checkpoint.latest(path.parent) is None
@@ -160,12 +159,12 @@ def test_a_manifest_that_names_files_elsewhere_is_passed_over(path, name):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", "null", '{"format": 1, "step": 1, "files": [1]}', '{"files": {"a": 1}}'],
+    ["", "[]", "{}", "null", '{"format": 2, "step": 1, "files": [1]}', '{"files": {"a": 1}}'],
 )
 def test_what_is_no_manifest_is_passed_over(path, text):
     (path / "manifest.json").write_text(text)
     assert checkpoint.whole_checkpoints(path.parent) == []
-    assert checkpoint.recover(path.parent) is None
+    assert checkpoint.latest(path.parent) is None
 
 
 @pytest.fixture

@@ -1,15 +1,19 @@
 """Whole runs in this process, and what they leave behind."""
 
+import errno
+import fcntl
 import json
 import math
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
 from saved import newest_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import modtrain
 from modtrain.configuration import compose
 from modtrain.data.datamodule import TokenDataModule
 from modtrain.errors import CheckpointError, TrainingError
@@ -18,7 +22,7 @@ from modtrain.training.config import ScheduleConfig
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.preemption import STOP
 from modtrain.training.run import train
-from modtrain.training.run_directory import RunDirectory
+from modtrain.training.run_directory import RunDirectory, code_version
 from modtrain.training.schedules import lr_factor
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
@@ -185,6 +189,27 @@ def test_two_processes_cannot_share_a_run(start, tmp_path):
         pytest.raises(CheckpointError, match="in use by another process"),
     ):
         start()
+
+
+def test_a_file_system_without_locks_is_named(start, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(CheckpointError, match=r"No locks available.*a file system with flock"):
+        start()
+
+
+def test_a_difference_to_the_commit_may_be_in_any_encoding(tmp_path, monkeypatch):
+    file = tmp_path / "modtrain/__init__.py"
+    file.parent.mkdir()
+    file.touch()
+    who = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.org")
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    file.write_bytes(b"# caf\xe9\n")
+    monkeypatch.setattr(modtrain, "__file__", str(file))
+    assert "+# caf" in code_version()["diff"]
 
 
 def test_a_loss_that_is_no_number_stops_with_step_samples_and_checkpoint(

@@ -71,7 +71,7 @@ class FiniteLossGuard(StepCallback):
             self.saver.wait()
         samples = self.data.sample_numbers(first - 1)
         shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
-        good = checkpoint.latest(self.run.checkpoints)
+        good = checkpoint.latest(self.run.checkpoints, ranks)
         raise TrainingError(
             f"the loss or its gradient is NaN or infinite at step {first}{on_ranks};"
             f" its samples are {shown}; the last good checkpoint is"

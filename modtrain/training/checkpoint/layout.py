@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from modtrain.errors import CheckpointError
-from modtrain.files import file_sha256
+from modtrain.files import digest, file_sha256
 
-FORMAT = 1
+FORMAT = 2
 PREFIX, ASIDE = "step-", ".writing-"
 MANIFEST, REST = "manifest.json", "state.pt"
 
@@ -44,6 +44,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it into ``folder``."""
         content = {"format": FORMAT, **vars(self), "files": dict(sorted(self.files.items()))}
+        content["digest"] = digest(content)
         (folder / MANIFEST).write_text(json.dumps(content, indent=1))
 
     @classmethod
@@ -55,6 +56,7 @@ class Manifest:
         """
         try:
             content = json.loads((path / MANIFEST).read_text())
+            told = content.pop("digest", None)
             version, world_size = content["format"], int(content.get("world_size", 1))
             files = {
                 str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
@@ -65,6 +67,8 @@ class Manifest:
             raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
         if version != FORMAT:
             raise CheckpointError(f"{path} has format {version}; this modtrain reads {FORMAT}")
+        if told != digest(content):
+            raise CheckpointError(f"{path / MANIFEST} is altered: it does not match its own digest")
         for name in files:
             if not is_plain_name(name):
                 raise CheckpointError(f"{path} names a file outside of it: {name}")

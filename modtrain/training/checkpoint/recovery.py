@@ -81,7 +81,8 @@ def recover(root: Path, ranks: Ranks | None = None) -> tuple[int, Path] | None:
     ranks: share the reading and get the same answer; collective. None: this process alone.
 
     Raises:
-        CheckpointError, RankError: a damaged one cannot be moved away. On every rank.
+        CheckpointError, RankError: there are some, and none is whole; or a damaged one cannot be
+            moved away. On every rank.
     """
 
     def newest_first() -> list[_Candidate]:
@@ -89,12 +90,22 @@ def recover(root: Path, ranks: Ranks | None = None) -> tuple[int, Path] | None:
             shutil.rmtree(path, ignore_errors=True)
         return [_candidate(path) for path in sorted(root.glob(f"{PREFIX}*"), reverse=True)]
 
+    wrong: list[tuple[Path, str]] = []
     for path, manifest, said in _checked(newest_first, ranks):
         if manifest is not None and not said:
+            with _together(ranks):
+                if _is_first(ranks):
+                    for damaged, why in wrong:
+                        _put_away(damaged, why)
             return manifest.step, path
-        with _together(ranks):
-            if _is_first(ranks):
-                _put_away(path, said)
+        wrong.append((path, said))
+    if wrong:
+        # All of them: rather a disk, a node or a version of modtrain than as many flipped bits.
+        reasons = "".join(f"\n  {said}" for _, said in wrong)
+        raise CheckpointError(
+            f"none of the checkpoints under {root} can be used:{reasons}\n"
+            "remedy: mend what keeps them from being read; or, to begin anew, move them away"
+        )
     return None
 
 

@@ -186,6 +186,8 @@ class _HashingStream:
         self.file.flush()
 
     def fileno(self) -> int:
+        # Torch asks for it to fsync, and does not flush before.
+        self.file.flush()
         return self.file.fileno()
 
     def close(self) -> None:
