@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -23,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.cluster.cancel_config import CancelConfig
-from modtrain.cluster.config import SubmitConfig, is_of_job
+from modtrain.cluster.config import SubmitConfig, is_of_job, job_keys
 from modtrain.cluster.logs_config import LogsConfig
 from modtrain.cluster.status_config import StatusConfig
 from modtrain.cluster.submit import Work
@@ -31,6 +33,7 @@ from modtrain.data.config import PrepareConfig
 from modtrain.errors import ConfigError, Problem, raise_if_any
 from modtrain.experiments.config import CompareConfig, Comparison
 from modtrain.experiments.search_config import Search, SearchConfig, join_space
+from modtrain.experiments.sweep_jobs import quoted
 from modtrain.inference.config import EvalRunConfig
 from modtrain.inference.generate_config import GenerateConfig
 from modtrain.inference.inspect_config import InspectConfig
@@ -61,13 +64,20 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def compose(verb: str, overrides: Sequence[str], config_dir: str | None = None) -> Any:
+def compose(
+    verb: str,
+    overrides: Sequence[str],
+    config_dir: str | None = None,
+    beside: Sequence[str] = (),
+) -> Any:
     """Return the typed configuration of ``verb`` under Hydra's ``overrides``.
 
-    config_dir: a directory of the user's own YAML, laid out as ``conf/`` is.
+    config_dir: a directory of the user's own YAML, laid out as ``conf/`` is. beside: keys that the
+    caller takes itself, which a misspelt one may have meant.
 
     Raises:
-        ConfigError: overrides that are not understood or do not fit, every one of them.
+        ConfigError: overrides that are not understood or do not fit, every one of them; a file of
+            ``config_dir`` that is no YAML.
     """
     _register()
     if config_dir is not None and not Path(config_dir).is_dir():
@@ -75,12 +85,12 @@ def compose(verb: str, overrides: Sequence[str], config_dir: str | None = None) 
         raise ConfigError([problem])
     parsed, problems = _parse(overrides)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composer = _Composer(verb, config_dir)
+        composer = _Composer(verb, config_dir, beside)
         problems += composer.group_problems(parsed)
         wrong = {problem.key for problem in problems}
         sound = [override for override in parsed if override.get_key_element() not in wrong]
         config, found = composer.compose(sound)
-    problems += found
+    problems += found + _changed(config, sound)
     typed = OmegaConf.to_object(config)
     if problems:
         # What else is wrong belongs into the same message.
@@ -92,8 +102,9 @@ def compose(verb: str, overrides: Sequence[str], config_dir: str | None = None) 
 class _Composer:
     """Composes, and where that fails finds the overrides that are to blame."""
 
-    def __init__(self, verb: str, config_dir: str | None) -> None:
+    def __init__(self, verb: str, config_dir: str | None, beside: Sequence[str]) -> None:
         self.verb = verb
+        self.beside = beside
         self.own = None if config_dir is None else Path(config_dir).resolve()
         self.search = [] if self.own is None else [f"hydra.searchpath=[file://{self.own}]"]
 
@@ -116,7 +127,7 @@ class _Composer:
                 self._raw([*(str(o.input_line) for o in groups), str(override.input_line)])
                 good.append(override)
             except (HydraException, OmegaConfBaseException) as error:
-                problems.append(_explain(override, base, error))
+                problems.append(_explain(override, base, error, self.beside))
         try:
             return self._raw([str(o.input_line) for o in good]), problems
         except (HydraException, OmegaConfBaseException) as error:
@@ -129,8 +140,8 @@ class _Composer:
             options = self._options(override.key_or_group)
             chosen = override.value()
             for name in chosen if isinstance(chosen, list) else [chosen]:
-                if options and isinstance(name, str) and name not in (*options, "null"):
-                    near = difflib.get_close_matches(name, options, 1)
+                if options and name is not None and str(name) not in (*options, "null"):
+                    near = difflib.get_close_matches(str(name), options, 1)
                     hint = f"did you mean {near[0]}? " if near else ""
                     remedy = f"{hint}there are: {', '.join(options)}"
                     key = override.get_key_element()
@@ -145,7 +156,12 @@ class _Composer:
         return sorted({*loader.get_group_options(group), *own})
 
     def _raw(self, lines: list[str]) -> DictConfig:
-        config = hydra_compose(self.verb, overrides=[*self.search, *lines])
+        try:
+            config = hydra_compose(self.verb, overrides=[*self.search, *lines])
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = f"has a file that is no YAML: {' '.join(str(error).split())}"
+            problem = Problem("--config-dir", self.own or "", reason, "mend that file")
+            raise ConfigError([problem]) from None
         OmegaConf.to_container(config, resolve=True)
         return config
 
@@ -170,8 +186,7 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
         except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
             key, _, value = text.partition("=")
             reason = f"is not understood: {_plain(error)}"
-            remedy = "write key=value, with lists and spaces in quotes: 'key=[1, 2]'"
-            problems.append(Problem(key, value, reason, remedy))
+            problems.append(Problem(key, value, reason, _form_of(key, value)))
             continue
         if override.is_sweep_override():
             remedy = "give one value; a list stands in brackets, a text with commas in quotes"
@@ -183,6 +198,32 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     return parsed, problems
 
 
+def _form_of(key: str, value: str) -> str:
+    """Return the remedy for what Hydra's grammar does not take."""
+    if re.fullmatch(r"\+{0,2}[A-Za-z_][\w./]*", key) and value.strip()[:1] not in ("", "[", "{"):
+        return f"write a text as {_in_quotes(key, value)}"
+    return """write a list as 'key=[1, 2]', a text as 'key="a value with = or brackets"'"""
+
+
+def _in_quotes(key: str, value: str) -> str:
+    """Return the override that gives ``value`` as text, as a shell takes it."""
+    return shlex.quote(f"{key}={quoted(value)}")
+
+
+def _changed(config: DictConfig, overrides: Sequence[Override]) -> list[Problem]:
+    """Find the texts that Hydra takes for numbers or truth values, and writes otherwise."""
+    problems = []
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        text = str(override.input_line).partition("=")[2].strip()
+        if not isinstance(value, int | float) or str(value) == text:
+            continue
+        if isinstance(OmegaConf.select(config, key), str):
+            remedy = f"write {_in_quotes(override.get_key_element(), text)}"
+            problems.append(Problem(key, text, f"would be read as {value}", remedy))
+    return problems
+
+
 def _together(verb: str, overrides: list[Override], error: Exception) -> ConfigError:
     """What to say where no single override is to blame."""
     names = " ".join(str(override.input_line) for override in overrides)
@@ -190,11 +231,16 @@ def _together(verb: str, overrides: list[Override], error: Exception) -> ConfigE
     return ConfigError([Problem(names or verb, "", _plain(error), remedy)])
 
 
-def _explain(override: Override, base: DictConfig, error: Exception) -> Problem:
+def _explain(
+    override: Override, base: DictConfig, error: Exception, beside: Sequence[str]
+) -> Problem:
     key = override.get_key_element().lstrip("+~")
     value = str(override.input_line).partition("=")[2]
-    known = _keys(base)
-    if key not in known:
+    known = [*_keys(base), *beside]
+    parent = key.rpartition(".")[0]
+    is_new = key not in known and parent in known and not override.is_delete()
+    is_entry = is_new and OmegaConf.get_type(OmegaConf.select(base, parent)) is dict
+    if key not in known and not is_entry:
         near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
         remedy = (
             f"did you mean {near[0]}?" if near else f"top-level keys: {', '.join(map(str, base))}"
@@ -202,7 +248,9 @@ def _explain(override: Override, base: DictConfig, error: Exception) -> Problem:
         return Problem(key, value, "is not a key of this configuration", remedy)
     reason = _plain(error).removeprefix(f"Error merging override {override.input_line}").strip()
     current = OmegaConf.select(base, key)
-    if reason.endswith("is not in struct"):
+    if re.match(r"Key \S+ \(\w+\) is incompatible with \(str\)", reason):
+        remedy = "begin the name with a letter, such as run_1: Hydra reads this one otherwise"
+    elif reason.endswith("is not in struct"):
         remedy = f"new entries come with a plus: +{override.input_line}"
     elif current is not None:
         remedy = f"give a value such as {current}"
@@ -213,7 +261,7 @@ def _explain(override: Override, base: DictConfig, error: Exception) -> Problem:
 
 def _plain(error: BaseException) -> str:
     """Return the innermost message, on one line, without OmegaConf's trailer."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and str(error.__cause__) not in ("", "None"):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines()]
     # Hydra says on the first line where, and on the second one what.
@@ -314,7 +362,7 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     if verb not in SUBMITTED:
         remedy = f"write modtrain submit VERB ..., VERB one of {', '.join(SUBMITTED)}"
         raise ConfigError([Problem("submit", verb, "is nothing that a job can do", remedy)])
-    theirs = [text for text in overrides if not is_of_job(text)]
+    theirs = [text for text in overrides if verb != "debug" and not is_of_job(text)]
     own = [text for text in overrides if text not in theirs]
     problems: list[Problem] = []
     try:
@@ -332,7 +380,8 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
         composed = _work(verb, theirs, config_dir)
         problems += composed.problems()
     except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from None
+        problems += [problem for problem in error.problems if problem not in problems]
+        raise ConfigError(problems) from None
     raise_if_any(problems)
     directory = _directory_of(verb, composed)
     if verb != "train":
@@ -341,7 +390,7 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
         return Submission(config, [Work(verb, tuple(theirs), directory, composed)], directory)
     works = []
     for name, more in config.array.items():
-        words = [*theirs, *more, f"name={_hydra_text(f'{composed.name}/{name}')}"]
+        words = [*theirs, *more, f"name={quoted(f'{composed.name}/{name}')}"]
         try:
             arm = compose(verb, words, config_dir)
         except ConfigError as error:
@@ -362,17 +411,11 @@ def compose_job(overrides: Sequence[str], config_dir: str | None = None) -> Subm
 
 def _work(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
     """Return the configuration of what a job does; raises ConfigError."""
-    if verb == "search":
-        return compose_search(overrides, config_dir).config
+    shared = join_space(overrides) if verb == "search" else overrides
+    composed = compose(verb, shared, config_dir, job_keys())
     if verb == "compare":
         compose_arms(overrides, config_dir)
-    return compose(verb, overrides, config_dir)
-
-
-def _hydra_text(text: str) -> str:
-    """Return ``text`` as Hydra's grammar takes any text."""
-    quoted = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    return "'" + re.sub(r"(\\+)$", r"\1\1", quoted) + "'"
+    return composed
 
 
 def _directory_of(verb: str, config: Any) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -175,6 +176,74 @@ def test_a_mistake_in_a_users_file_is_told_without_a_traceback(tmp_path):
     (tmp_path / "model/mine.yaml").write_text("num_layerz: 6\n")
     with pytest.raises(ConfigError, match="num_layerz"):
         compose("train", ["model=mine"], str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("verb", "file", "content", "said"),
+    [
+        ("submit", "cluster/bad", b"partition: x\n gpus: 4\n", "cluster/bad.yaml"),
+        ("train", "model/bad", b"d_model:\t64\n", "model/bad.yaml"),
+        ("train", "model/bad", b"d_model: 1\nd_model: 2\n", "model/bad.yaml"),
+        ("train", "model/bad", b"d_model: \xff\n", "invalid start byte"),
+    ],
+)
+def test_a_users_file_that_is_no_yaml_is_told(verb, file, content, said, tmp_path):
+    path = tmp_path / f"{file}.yaml"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        compose(verb, [file.replace("/", "=")], str(tmp_path))
+    (problem,) = error.value.problems
+    assert str(problem.value) == str(tmp_path)
+    assert said in problem.reason
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "read"),
+    [
+        ("train", "name=2026_11_23", "20261123"),
+        ("train", "name=1e5", "100000.0"),
+        ("train", "++name=true", "True"),
+        ("train", "data.path=1_0", "10"),
+        ("eval", "run=1.50", "1.5"),
+        ("search", "study=1_2", "12"),
+        ("status", "sweep=1_2", "12"),
+        ("logs", "job=123_4", "1234"),
+        ("submit", "+cluster.environment.DEBUG=true", "True"),
+    ],
+)
+def test_a_text_that_would_be_read_as_a_number_is_told(verb, override, read):
+    key, _, text = override.partition("=")
+    found = errors(override, verb=verb)[key.lstrip("+")]
+    assert found.value == text
+    assert found.reason == f"would be read as {read}"
+    assert found.remedy == f"write '{key}=\"{text}\"'"
+
+
+@pytest.mark.parametrize("given", ["123", "0123", "No", "inf", '"1e5"', "a_1"])
+def test_a_name_is_what_was_written(given):
+    assert compose("status", [f"run={given}"]).run == given.strip('"')
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "remedy"),
+    [
+        ("run=swept/a=0.125", "run", "'run=\"swept/a=0.125\"'"),
+        ('run=say "it"', "run", '\'run="say \\"it\\""\''),
+        ("run=[", "run", "'key=\"a value with = or brackets\"'"),
+    ],
+)
+def test_what_is_not_understood_is_told_with_a_form_that_works(override, key, remedy):
+    found = errors(override, verb="eval")[key]
+    assert not found.reason.endswith(("None", ": "))
+    assert found.remedy.endswith(remedy)
+    (word,) = shlex.split(remedy)
+    assert compose("eval", [word.replace("key", "run")]).run
+
+
+@pytest.mark.parametrize("choice", ["1e5", "3", "{a: 1}"])
+def test_a_choice_that_is_no_text_does_not_exist(choice):
+    assert errors(f"model={choice}")["model"].reason == "does not exist"
 
 
 def test_plan_prints_parts_conventions_and_schedule(capsys):

@@ -17,6 +17,7 @@ RESTARTS = ("requeue", "resubmit", "nothing")
 _TIME = re.compile(r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}|UNLIMITED")
 _PLAIN = re.compile(r"[^\x00-\x1f\x7f]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OTHER_CLUSTER = re.compile(r"-M.*|--clusters?([= ].*)?")
 
 
 @dataclass
@@ -92,6 +93,10 @@ class ClusterConfig:
         for option in self.options:
             if not option.startswith("-"):
                 reason, remedy = "is no option of sbatch", "write --exclude=node7, with its dashes"
+                found.append(Problem(key_of(prefix, "options"), option, reason, remedy))
+            if _OTHER_CLUSTER.fullmatch(option):
+                reason = "sends the job to a controller that squeue and scancel here do not ask"
+                remedy = "submit on a login node of that cluster, or export SLURM_CLUSTERS"
                 found.append(Problem(key_of(prefix, "options"), option, reason, remedy))
         for name in self.environment:
             if not _VARIABLE.fullmatch(name):
@@ -208,15 +213,32 @@ def is_of_job(override: str) -> bool:
     """Whether an override is one of a job's, not of what the job does."""
     # The part before the key's first dot.
     key = override.partition("=")[0].lstrip("+~").split("@")[0].replace("/", ".").split(".")[0]
-    return key in {f.name for f in fields(SubmitConfig)}
+    return key in job_keys()
+
+
+def job_keys() -> list[str]:
+    """Return the keys of a job and of its cluster."""
+    ours = [f.name for f in fields(SubmitConfig)]
+    return [*ours, *(f"cluster.{f.name}" for f in fields(ClusterConfig))]
 
 
 def time_problems(config: ClusterConfig | SubmitConfig, prefix: str) -> list[Problem]:
-    """Find a time limit that Slurm would not take."""
-    if config.time is None or _TIME.fullmatch(config.time):
+    """Find a time limit that Slurm would not take, or that YAML has made minutes of."""
+    time, key = config.time, key_of(prefix, "time")
+    if time is None or (_TIME.fullmatch(time) and not time.isdecimal()):
         return []
-    remedy = "write 30 (minutes), 12:00:00 or 2-00:00:00"
-    return [Problem(key_of(prefix, "time"), config.time, "is no time limit of Slurm's", remedy)]
+    if not time.isdecimal():
+        remedy = "write 30 (minutes), 12:00:00 or 2-00:00:00"
+        return [Problem(key, time, "is no time limit of Slurm's", remedy)]
+    minutes = int(time)
+    # To YAML a bare 4:00:00 is a number to the base 60.
+    if minutes < 3600:
+        return []
+    reason = f"is {minutes} minutes to Slurm, {minutes / 1440:.4g} days"
+    clock = f"{minutes // 3600}:{minutes // 60 % 60:02}:{minutes % 60:02}"
+    days = f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00"
+    remedy = f'write "{clock}" in quotes, or {days} for as many days'
+    return [Problem(key, time, reason, remedy)]
 
 
 def seconds_of(time: str) -> float:
