@@ -58,6 +58,12 @@ class CheckpointError(ModtrainError):
     """A checkpoint or run directory that cannot be used as asked."""
 
 
+class OtherRunError(CheckpointError):
+    """A run directory that holds a run with another configuration: starting again cannot help."""
+
+    exit_code = 2
+
+
 class TrainingError(ModtrainError):
     """A run that has to stop: the loss is not finite, a budget cannot be met."""
 

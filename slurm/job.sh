@@ -13,8 +13,13 @@
 #   again          what comes after a stop with work left: requeue, resubmit or nothing
 #   lead, grace    seconds from the signal before the time limit, and from that of a preemption, to
 #                  the end; a save that takes longer is not begun
-#   script, verb   what is submitted again, and what it does
+#   script, verb   what is submitted again, with the same arguments, and what it does
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
+  echo "bash 4.4 or newer is needed here, and this is $BASH_VERSION" >&2
+  exit 2
+}
+arguments=("$@")
 : "${code:=${MODTRAIN_CODE:-${SLURM_SUBMIT_DIR:-$PWD}}}"
 : "${run_directory:=}" "${launcher:=srun}" "${processes:=${SLURM_NTASKS_PER_NODE:-1}}"
 : "${container:=none}" "${image:=}" "${scratch:=}" "${again:=requeue}" "${lead:=300}"
@@ -46,7 +51,7 @@ prepare_node() {
   set +u
   for entry in "${site_files[@]}"; do
     # shellcheck disable=SC1090
-    source "$entry"
+    source "$entry" || say "$entry ended with $?: goes on"
   done
   [[ ${#modules[@]} -eq 0 ]] || module load "${modules[@]}"
   set -u
@@ -60,7 +65,9 @@ prepare_node() {
   node_cpus=$((SRUN_CPUS_PER_TASK * ${SLURM_NTASKS_PER_NODE:-1}))
   local share=$((several == 1 ? node_cpus / processes : SRUN_CPUS_PER_TASK))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}"
-  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # Not through a pipe: of many names scontrol would not be done when the reader is.
+  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  host=${host%%$'\n'*}
   # Below the ports that the system gives away; another one for each job on a node.
   export MASTER_ADDR="$host" MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
   export MODTRAIN_LEAD="$lead" MODTRAIN_GRACE="$grace"
@@ -126,7 +133,7 @@ outcome_file() {
 
 # This shell has the signals (--signal=B:USR1@...), so that none is lost before the step begins.
 watch_signals() {
-  asked='' step_pid=''
+  asked='' step_pid='' warned=''
   trap 'on_signal USR1' USR1
   trap 'on_signal TERM' TERM
 }
@@ -134,6 +141,7 @@ watch_signals() {
 on_signal() {
   local first=$asked
   asked=$1
+  [[ $1 != USR1 ]] || warned=yes
   # Some sites send the signal of the time limit for a preemption too, which leaves less time.
   [[ $1 != USR1 ]] || ! is_preempted || asked=TERM
   [[ -n $first || -z $step_pid ]] || pass_on "$asked"
@@ -141,8 +149,9 @@ on_signal() {
 
 pass_on() {
   say "$1: the step is asked to save and to end"
+  # By the task's own name: the number of an array's last task is that of the array, too.
   # Through Slurm, which reaches the tasks on all nodes; srun keeps the signal for itself at times.
-  scancel --signal="$1" "$SLURM_JOB_ID" || kill -"$1" "$step_pid" 2>/dev/null || true
+  scancel --signal="$1" "$(job_id)" || kill -"$1" "$step_pid" 2>/dev/null || true
 }
 
 # ---- after it ----------------------------------------------------------------------------------
@@ -207,6 +216,18 @@ stop_if_cancelled() {
   done
 }
 
+# Ends the job where somebody else did, by scancel: neither its limit is near, of which USR1 tells, nor
+# does another job want its nodes. A job that may not be requeued looks like this when it loses a node.
+stop_if_ended() {
+  local shown
+  [[ $again = requeue && -n $asked && -z $warned ]] || return 0
+  ! is_preempted || return 0
+  shown=$(scontrol --oneliner show job "$(job_id)" 2>/dev/null) || return 0
+  [[ $shown =~ \ JobState=(COMPLETING|CANCELLED) ]] || return 0
+  say "ended by scancel at step $(newest_step); the run can be submitted again"
+  exit 75
+}
+
 # Ends the job by what became of the step: never with 0 while there is work left.
 finish() {
   local told='' cause=''
@@ -217,6 +238,7 @@ finish() {
   [[ $status -ne 0 || ${told:-0} -ne 0 ]] || exit 0
   [[ $status -ne 0 ]] || status=$told
   stop_if_cancelled
+  stop_if_ended
   case $status in
     2)
       note_failure "${cause:=the configuration is wrong}" || true
@@ -247,7 +269,7 @@ finish() {
 # an earlier start's preemption.
 is_preempted() {
   local shown began
-  shown=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null) || return 1
+  shown=$(scontrol --oneliner show job "$(job_id)" 2>/dev/null) || return 1
   [[ $shown =~ \ StartTime=([0-9T:-]+) ]] || return 1
   began=${BASH_REMATCH[1]}
   [[ $shown =~ \ PreemptTime=([0-9T:-]+) && ! ${BASH_REMATCH[1]} < $began ]]
@@ -270,22 +292,26 @@ wait_for_directory() {
 
 # Brings the job back, and ends it.
 go_on() {
-  local try
+  local try said
   trap '' USR1 TERM
   wait_for_directory
+  stop_if_cancelled
   case $again in
     requeue)
       say "$1: requeued"
       # The controller may be away for a while.
       for try in 1 2 3 4 5 6 7 8 9 10; do
-        if scontrol requeue "$(job_id)"; then
+        if said=$(scontrol requeue "$(job_id)" 2>&1); then
           # The job is taken away from under this script.
           sleep 60
           exit 75
         fi
-        say "requeueing failed ($try of 10)"
+        say "requeueing failed ($try of 10): $said"
+        [[ $said != *disabled* && $said != *denied* ]] || break
         sleep 15
       done
+      say "it cannot be requeued: submitted again"
+      resubmit || say "that failed too: submit it by hand"
       ;;
     resubmit)
       say "$1: submitted again"
@@ -309,15 +335,21 @@ run_of() {
 }
 
 resubmit() {
-  local next text=${script//\\/\\\\} task=${SLURM_ARRAY_TASK_ID:-} own=()
+  local next text=${script//\\/\\\\} task=${SLURM_ARRAY_TASK_ID:-} own=() folder
   # A task of an array goes on alone.
   [[ -z $task ]] || own=(--array="$task")
-  next=$(sbatch --parsable "${own[@]}" --dependency="afterany:$(job_id)" "$script") || return
+  # What the script says of itself holds, whatever the environment was told.
+  unset SBATCH_TIMELIMIT SBATCH_REQUEUE SBATCH_NO_REQUEUE SBATCH_ARRAY_INX SBATCH_SIGNAL
+  next=$(sbatch --parsable "${own[@]}" --dependency="afterany:$(job_id)" "$script" \
+    "${arguments[@]}") || return
   next=${next%%;*}${task:+_$task}
   say "job $next goes on"
-  [[ -z $run_directory ]] || printf \
-    '{"job": "%s", "time": "%(%FT%T%z)T", "script": "%s", "chained_after": "%s"}\n' \
-    "$next" -1 "${text//\"/\\\"}" "$(job_id)" >>"$run_directory/jobs.jsonl"
+  [[ -n $run_directory ]] || return 0
+  # Those who end an array look above its runs.
+  for folder in "$run_directory" ${task:+"$run_directory/.."}; do
+    printf '{"job": "%s", "time": "%(%FT%T%z)T", "script": "%s", "chained_after": "%s"}\n' \
+      "$next" -1 "${text//\"/\\\"}" "$(job_id)" >>"$folder/jobs.jsonl"
+  done
 }
 
 # ---- what a script calls -----------------------------------------------------------------------

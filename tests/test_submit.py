@@ -16,8 +16,10 @@ from modtrain.cluster.config import ClusterConfig, SubmitConfig, seconds_of
 from modtrain.cluster.freeze import freeze
 from modtrain.cluster.script import Job, ScriptError, Task, check, render, slurm_dir
 from modtrain.cluster.submit import job_name, submit
-from modtrain.configuration import SUBMITTED, _hydra_text, compose_submission, conf_dir
-from modtrain.errors import ConfigError
+from modtrain.configuration import SUBMITTED, compose, compose_submission, conf_dir
+from modtrain.errors import ConfigError, OtherRunError
+from modtrain.experiments.sweep_jobs import quoted
+from modtrain.training.run import train
 from tests.conftest import run_modtrain
 
 TEMPLATES = sorted(slurm_dir().glob("*.sbatch"))
@@ -122,11 +124,71 @@ def test_times_are_slurms(time, seconds):
     assert not [p for p in SubmitConfig(time=time).problems() if "no time limit" in p.reason]
 
 
+@pytest.mark.parametrize(
+    ("written", "minutes", "meant", "days"),
+    [
+        ("4:00:00", "14400 minutes", '"4:00:00"', "10-00:00:00"),
+        ("1:00:00", "3600 minutes", '"1:00:00"', "2-12:00:00"),
+        ("10080", "7 days", '"2:48:00"', "7-00:00:00"),
+    ],
+)
+def test_a_time_that_yaml_made_a_number_of_is_told(written, minutes, meant, days, tmp_path):
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster/mine.yaml").write_text(f"time: {written}\n")
+    with pytest.raises(ConfigError) as error:
+        compose_submission(["debug", "cluster=mine"], str(tmp_path))
+    (problem,) = error.value.problems
+    assert problem.key == "cluster.time"
+    assert minutes in problem.reason
+    assert meant in problem.remedy
+    assert days in problem.remedy
+    (tmp_path / "cluster/mine.yaml").write_text("time: '4:00:00'\n")
+    assert compose_submission(["debug", "cluster=mine"], str(tmp_path)).config.cluster.time
+
+
+@pytest.mark.parametrize("option", ["--clusters=b", "--clusters b", "--cluster=b", "-M b", "-Mb"])
+def test_a_job_goes_to_the_cluster_that_is_asked_for_its_state(option):
+    (problem,) = ClusterConfig(options=[option]).problems("cluster")
+    assert problem.key == "cluster.options"
+    assert "SLURM_CLUSTERS" in problem.remedy
+    assert not ClusterConfig(options=["--cluster-constraint=a", "--mem=1G"]).problems("cluster")
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "said"),
+    [
+        (["train", "node=2"], "node", "did you mean nodes?"),
+        (["prepare", "partition=x"], "partition", "did you mean cluster.partition?"),
+        (["debug", "node=2"], "node", "did you mean nodes?"),
+        (
+            ["debug", "cluster.environment.FOO=1"],
+            "cluster.environment.FOO",
+            "+cluster.environment.FOO=1",
+        ),
+        (["debug", "+cluster.environment.FOO=[1]"], "cluster.environment.FOO", "of that type"),
+        (["train", "array.low=['seed=1']"], "array.low", "+array.low=['seed=1']"),
+        (["train", "+array={1e-3: ['seed=1']}"], "array", "begin the name with a letter"),
+        (["train", "+array={true: ['seed=1']}"], "array", "begin the name with a letter"),
+    ],
+)
+def test_a_mistake_in_the_jobs_keys_has_a_remedy(words, key, said):
+    with pytest.raises(ConfigError) as error:
+        compose_submission(words)
+    (problem,) = [problem for problem in error.value.problems if problem.key == key]
+    assert said in problem.remedy
+
+
+def test_a_wrong_directory_of_configurations_is_told_once(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        compose_submission(["train", "name=x"], str(tmp_path / "nowhere"))
+    assert [problem.key for problem in error.value.problems] == ["--config-dir"]
+
+
 @given(NASTY.filter(lambda text: "\n" not in text))
 def test_hydra_reads_a_quoted_text_as_it_was(text):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create().parse_override(f"name={_hydra_text(text)}")
+    parsed = OverridesParser.create().parse_override(f"name={quoted(text)}")
     assert parsed.value() == text
 
 
@@ -171,6 +233,44 @@ def test_other_verbs_are_jobs_of_one_process(verb, words, script, tiny):
     assert settings(text, "verb", "overrides") == [verb, "--", *words]
 
 
+@pytest.mark.parametrize(
+    ("verb", "asked", "options"),
+    [
+        ("train", {}, "--nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --mem=0 --requeue"),
+        (
+            "debug",
+            {"nodes": 2},
+            "--nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --mem=0 --no-requeue",
+        ),
+        ("eval", {}, "--nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --requeue"),
+        ("eval", {"gpus_per_node": 8}, "--ntasks-per-node=1 --gpus-per-node=8 --mem=0"),
+        ("prepare", {}, "--nodes=1 --ntasks-per-node=1 --requeue"),
+        ("train", {"gpus_per_node": 1}, "--ntasks-per-node=1 --gpus-per-node=1 --requeue"),
+    ],
+)
+def test_a_verb_has_the_nodes_and_gpus_that_it_can_use(verb, asked, options):
+    config = SubmitConfig(cluster=ClusterConfig(memory_per_node="0"), **asked)
+    lines = render(a_job(Task(verb, []), config)).splitlines()
+    said = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    assert set(options.split()) <= said
+    # What is not asked for is not there: memory of a node that others share, and no GPU at all.
+    for option in ("--gpus-per-node", "--mem"):
+        assert any(o.startswith(option) for o in said) == (option in options), option
+
+
+def test_a_run_of_another_configuration_is_refused_before_the_queue(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(compose("train", ["name=x", *tiny]))
+    words = ["train", "name=x", *tiny, "cluster=cpu", "dry_run=true"]
+    submission = compose_submission(words)
+    submit(submission.works, submission.directory, submission.config, None)
+    submission = compose_submission([*words, "optimizer.lr=0.5"])
+    with pytest.raises(OtherRunError, match=r"optimizer\.lr") as error:
+        submit(submission.works, submission.directory, submission.config, None)
+    # A job that ends with it is not started again.
+    assert error.value.exit_code == 2
+
+
 def problems_of(*words):
     with pytest.raises(ConfigError) as error:
         submission = compose_submission(words)
@@ -196,6 +296,9 @@ def problems_of(*words):
         (["train", "+array={.up: ['seed=1']}"], "array"),
         (["prepare", '+array={a: ["seed=1"]}'], "array"),
         (["train", "model.capacity=2"], "model.capacity"),
+        (["eval", "run=nowhere"], "run"),
+        (["eval", "run=nowhere", "after=3", "nodes=2"], "nodes"),
+        (["train", "at_once=2"], "at_once"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_written(words, key, tiny, tmp_path, monkeypatch):

@@ -109,6 +109,11 @@ def _end(run: Run, live: list[Job], config: CancelConfig, say: Say) -> None:
                 " what it does; it will not be requeued"
             )
         time.sleep(_LOOK if waiting or active else 0)
+        # A script that was on its way to submit itself again has another number now.
+        again = read_run(run.path, run.name)
+        new_ids = [known.id for known in again.submitted if known not in run.submitted]
+        _mark(run.path, new_ids)
+        run = again
         live = _live(run)
     # The lock goes with the process, which Slurm's answer may be ahead of.
     while is_locked(run.path / ".lock") and time.monotonic() < deadline:

@@ -152,6 +152,12 @@ def _source(run: Run, config: LogsConfig) -> Tail:
         if (run.path / name).is_file():
             show = _Records(run.steps) if name == "metrics.jsonl" else _print
             return Tail(run.path / name, show)
+    if (run.path / "sweep.json").is_file():
+        raise RunsError(
+            f"{run.path} is a sweep, whose runs print\nremedy: see them by modtrain status"
+            f" {override('sweep', run.name)}, and one by modtrain logs"
+            f" {override('run', f'{run.name}/<its name>')}"
+        )
     waits = [f"; its newest job is {name}: `modtrain status` says why it waits" for name in there]
     raise RunsError(
         f"{run.path} has printed nothing yet{''.join(waits[:1])}\n"

@@ -14,12 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modtrain.cluster.config import SubmitConfig
+from modtrain.cluster.config import ClusterConfig, SubmitConfig
 from modtrain.errors import ModtrainError
 
 _SETTINGS = "# --- settings"
 _END = "# --- end of settings ---"
 _DIRECTIVE = "#SBATCH "
+SERIAL = ("prepare", "eval", "search", "compare")
+"""The verbs that are one process on one node."""
 
 
 class ScriptError(ModtrainError):
@@ -114,8 +116,13 @@ def render(job: Job) -> str:
 
 
 def _options(job: Job) -> list[str]:
-    config, site = job.config, job.config.cluster
-    serial = job.tasks[0].verb != "train"
+    config, site, verb = job.config, job.config.cluster, job.tasks[0].verb
+    serial = verb in SERIAL
+    gpus = gpus_of(config, verb)
+    memory = site.memory_per_node
+    if memory == "0" and gpus < site.gpus_per_node:
+        # All of a node's memory would keep the others from its other GPUs.
+        memory = None
     per_node = 1 if serial or site.launcher == "torchrun" else config.processes
     each = config.processes if site.launcher == "torchrun" and not serial else 1
     named: dict[str, str | int | None] = {
@@ -127,9 +134,9 @@ def _options(job: Job) -> list[str]:
         "reservation": site.reservation,
         "nodes": 1 if serial else config.nodes,
         "ntasks-per-node": per_node,
-        **_gpu_options(config),
+        **_gpu_options(site, gpus),
         "cpus-per-task": site.cpus_per_process * each,
-        "mem": site.memory_per_node,
+        "mem": memory,
         "time": config.time or site.time,
         "signal": f"B:USR1@{site.lead}",
         "array": _array_option(job),
@@ -139,7 +146,9 @@ def _options(job: Job) -> list[str]:
         "open-mode": "append",
     }
     options = [f"--{key}={_quoted(str(v))}" for key, v in named.items() if v is not None]
-    options.append("--requeue" if site.restart == "requeue" else "--no-requeue")
+    # Nobody sits before nodes that come back.
+    comes_back = site.restart == "requeue" and verb != "debug"
+    options.append("--requeue" if comes_back else "--no-requeue")
     return options + site.options
 
 
@@ -150,13 +159,20 @@ def _array_option(job: Job) -> str | None:
     return f"0-{len(job.tasks) - 1}{limit}"
 
 
-def _gpu_options(config: SubmitConfig) -> dict[str, str]:
-    if config.gpus == 0:
+def gpus_of(config: SubmitConfig, verb: str) -> int:
+    """Return the GPUs that ``verb`` has on each node: a single process needs one, or none."""
+    if verb not in SERIAL or config.gpus_per_node is not None:
+        return config.gpus
+    return 0 if verb == "prepare" else min(config.gpus, 1)
+
+
+def _gpu_options(site: ClusterConfig, gpus: int) -> dict[str, str]:
+    if gpus == 0:
         return {}
-    kind = "" if config.cluster.gpu_type is None else f"{config.cluster.gpu_type}:"
-    if config.cluster.gres is None:
-        return {"gpus-per-node": f"{kind}{config.gpus}"}
-    return {"gres": f"{config.cluster.gres}:{kind}{config.gpus}"}
+    kind = "" if site.gpu_type is None else f"{site.gpu_type}:"
+    if site.gres is None:
+        return {"gpus-per-node": f"{kind}{gpus}"}
+    return {"gres": f"{site.gres}:{kind}{gpus}"}
 
 
 def _settings(job: Job) -> list[str]:

@@ -33,8 +33,13 @@ _WAITS = frozenset(
 )
 # Of a command in an error; one for a thousand jobs says no more than this.
 _SHOWN = 300
-# A user's defaults for these would change what is asked.
-_FOREIGN = ("SQUEUE_", "SCANCEL_", "SLURM_TIME_FORMAT")
+# A user's defaults for these would change what is asked, or what a script says of itself, to which
+# sbatch prefers them. An array's task may submit: what it is would be told to that job.
+_FOREIGN = (
+    *("SQUEUE_", "SCANCEL_", "SLURM_TIME_FORMAT", "SLURM_ARRAY_", "SBATCH_TIMELIMIT"),
+    *("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_ARRAY_INX", "SBATCH_SIGNAL"),
+    *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_JOB_NAME"),
+)
 
 
 class SlurmError(ModtrainError):
@@ -81,10 +86,11 @@ def has_slurm() -> bool:
     return shutil.which("squeue") is not None
 
 
-def run(command: Sequence[str], timeout: float = 60) -> str:
+def run(command: Sequence[str], timeout: float = 60, without: Collection[str] = ()) -> str:
     """Run one of Slurm's commands, given as its words, and return its output.
 
-    timeout: seconds; squeue and its like wait for a busy controller by themselves.
+    timeout: seconds; squeue and its like wait for a busy controller by themselves. without:
+    variables that the command is not to see.
 
     Raises:
         SlurmError: it is not there, fails, or does not answer; with its words and its stderr.
@@ -92,7 +98,9 @@ def run(command: Sequence[str], timeout: float = 60) -> str:
     shown = shlex.join(command)
     if len(shown) > _SHOWN:
         shown = f"{shown[:_SHOWN]}..."
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN) and k not in without
+    }
     try:
         done = subprocess.run(  # noqa: S603
             command, capture_output=True, text=True, timeout=timeout, env=environment, check=False

@@ -18,13 +18,14 @@ from modtrain.cluster import slurm
 from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.freeze import freeze
 from modtrain.cluster.runs import json_lines
-from modtrain.cluster.script import Job, ScriptError, Task, check, render
+from modtrain.cluster.script import SERIAL, Job, ScriptError, Task, check, render
 from modtrain.cluster.status import override
 from modtrain.errors import Problem, raise_if_any
 from modtrain.files import write_text
 from modtrain.training.config import TrainConfig
 from modtrain.training.memory import device_bytes, gibibytes
 from modtrain.training.plan import resolve
+from modtrain.training.run_directory import check_goes_on
 
 # What sbatch says where it finds no controller.
 _AWAY = ("Could not establish a configuration source", "Unable to contact slurm")
@@ -66,7 +67,7 @@ def submit(
     write_text(job.script, text)
     console.print(f"wrote {job.script}", markup=False, highlight=False)
     if slurm.has_slurm():
-        console.print(_asked(job.script, config.dry_run), markup=False)
+        console.print(_asked(job.script, config), markup=False)
     elif not config.dry_run:
         raise ScriptError(
             f"there is no sbatch here: submit {job.script} on a machine of the cluster,"
@@ -81,16 +82,26 @@ def submit(
     return ids
 
 
-def _asked(script: Path, dry_run: bool) -> str:
+def _asked(script: Path, config: SubmitConfig) -> str:
     """Ask Slurm whether it would take the script; what it says against it is an error."""
     try:
-        slurm.run(["sbatch", "--test-only", str(script)])
+        slurm.run(["sbatch", "--test-only", str(script)], without=_said(config))
     except slurm.SlurmError as error:
-        away = any(said in str(error) for said in _AWAY)
-        if dry_run and away:
+        if config.dry_run and _is_away(error):
             return "Slurm is not to be reached from here, and was not asked"
         raise
     return "Slurm would take it"
+
+
+def _is_away(error: slurm.SlurmError) -> bool:
+    return any(said in str(error) for said in _AWAY)
+
+
+def _said(config: SubmitConfig) -> list[str]:
+    """Return the user's defaults that the site's description takes the place of."""
+    names = ("partition", "account", "qos", "constraint", "reservation")
+    said = [name for name in names if getattr(config.cluster, name) is not None]
+    return [f"SBATCH_{name.upper()}" for name in said]
 
 
 def _prepared(
@@ -158,7 +169,8 @@ def _given(job: Job, config: SubmitConfig) -> list[str]:
     ids: list[str] = []
     for _ in range(config.num_chained):
         options = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-        told = slurm.run(["sbatch", "--parsable", *options, str(job.script)])
+        command = ["sbatch", "--parsable", *options, str(job.script)]
+        told = slurm.run(command, without=_said(config))
         number = told.strip().splitlines()[-1].split(";")[0]
         _note(job, number, ids[-1] if ids else None)
         ids.append(number)
@@ -200,6 +212,13 @@ def _problems(works: Sequence[Work], directory: Path, config: SubmitConfig) -> l
         # In a log's name a backslash has a meaning for Slurm, which cannot be taken from it.
         reason, remedy = "has a control character or a backslash in it", "give another name"
         found.append(Problem("name", repr(str(directory)), reason, remedy))
+    verb = works[0].verb
+    if verb == "eval" and config.after is None and not (directory / "config.yaml").is_file():
+        remedy = "see by modtrain status which there are; after=JOB waits for one that is to come"
+        found.append(Problem("run", str(directory), "holds no run", remedy))
+    if verb in SERIAL and config.nodes > 1:
+        remedy = "leave it out: train and debug alone have several"
+        found.append(Problem("nodes", config.nodes, f"and {verb} is one process", remedy))
     if not found:
         runs = [work.config for work in works if work.config is not None]
         raise_if_any([problem for run in runs for problem in run_problems(run, config)])
@@ -212,8 +231,10 @@ def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
 
     Raises:
         ConfigError: everything wrong with the run itself.
+        CheckpointError: its directory holds another one.
     """
     resolved, plan = resolve(run, launch=config.launch)
+    check_goes_on(run, resolved)
     if resolved.strategy.accelerator == "cuda" and config.gpus == 0:
         remedy = "ask for GPUs, or set strategy.accelerator=cpu"
         return [Problem("gpus_per_node", 0, "and strategy.accelerator=cuda", remedy)]
@@ -231,11 +252,16 @@ def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
 
 def _queue_problems(works: Sequence[Work], config: SubmitConfig) -> list[Problem]:
     """Find jobs that are in the queue for a run already: two would be in each other's way."""
-    if config.dry_run or not slurm.has_slurm():
+    if not slurm.has_slurm():
         return []
     files = [work.directory / "jobs.jsonl" for work in works if work.config is not None]
     ids = [str(line["job"]) for path in files if path.is_file() for line in json_lines(path)]
-    known = slurm.jobs(ids)
+    try:
+        known = slurm.jobs(ids)
+    except slurm.SlurmError as error:
+        if config.dry_run and _is_away(error):
+            return []
+        raise
     active = [number for number in ids if number in known and not known[number].is_over]
     if not active or config.after in active:
         return []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -36,6 +37,8 @@ from modtrain.training.plan import resolve
 from modtrain.training.preemption import STOP
 from modtrain.training.run_directory import RunDirectory
 
+# Seconds between two looks at whether a trial is free.
+_BETWEEN_LOOKS = 5.0
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -128,10 +131,24 @@ class _Searcher:
         while not STOP.requested:
             with ExitStack() as held:
                 trial = self._claim(held)
-                if trial is None:
-                    break
-                self._work(trial)
+                if trial is not None:
+                    self._work(trial)
+                    continue
+            if not self._others_work():
+                break
+            # One of them may die, and its trial is free then.
+            self._pause()
         return self._tell()
+
+    def _others_work(self) -> bool:
+        trials = self.study.get_trials(deepcopy=False)
+        return any(trial.state not in _DONE for trial in trials)
+
+    @staticmethod
+    def _pause() -> None:
+        until = time.monotonic() + _BETWEEN_LOOKS
+        while not STOP.requested and time.monotonic() < until:
+            time.sleep(0.2)
 
     def _check_ends(self) -> None:
         problems: dict[Problem, None] = {}
@@ -229,9 +246,6 @@ class _Searcher:
         if STOP.requested and left > 0:
             say(f"stopped by {STOP.name}: the same command goes on from here")
             return STOP.exit_code
-        if left > 0:
-            say("  the others are being worked on; the same command goes on where they end")
-            return 75
         return 0 if best else 1
 
     def _described(self, trial: FrozenTrial) -> dict[str, Any]:

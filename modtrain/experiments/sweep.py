@@ -34,7 +34,7 @@ from modtrain.training.config import TrainConfig
 from modtrain.training.launch import Launch
 from modtrain.training.plan import resolve
 from modtrain.training.preemption import STOP
-from modtrain.training.run_directory import RunDirectory
+from modtrain.training.run_directory import RunDirectory, check_goes_on
 
 Compose = Callable[[Sequence[str]], TrainConfig]
 ComposeJob = Callable[[Sequence[str], str | None], SubmitConfig]
@@ -70,7 +70,7 @@ def sweep(
     for_slurm = [o for o in parsed if is_of_job(str(o.input_line))]
     axes = [o for o in parsed if o not in (*for_hydra, *for_slurm)]
     jobs, found = expand(axes)
-    problems += found + _sweeper_problems(for_hydra)
+    problems += found + _sweeper_problems(for_hydra) + _name_problems(axes)
     if not jobs:
         raise_if_any(problems)
     ours, theirs = ([str(o.input_line) for o in part] for part in (axes, for_hydra))
@@ -122,6 +122,19 @@ def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
         if o.key_or_group in ("hydra/sweeper", "hydra.mode")
         or o.key_or_group.startswith(("hydra.sweep.", "hydra.sweeper.", "hydra.run."))
     ]
+
+
+def _name_problems(axes: Sequence[Override]) -> list[Problem]:
+    """Find a name that Hydra takes for a number: its jobs are made of what it has read."""
+    problems = []
+    for override in axes:
+        text = str(override.input_line).partition("=")[2]
+        if override.key_or_group == "name" and not override.is_sweep_override():
+            value = override.value()
+            if isinstance(value, int | float) and str(value) != text:
+                remedy = f"write it in quotes: 'name=\"{text}\"'"
+                problems.append(Problem("name", text, f"would be read as {value}", remedy))
+    return problems
 
 
 def _slurm_job(
@@ -184,19 +197,15 @@ def _checked(
 
 def _check(config: TrainConfig, slurm_job: SubmitConfig | None) -> None:
     """Raise ConfigError if the job cannot run, or its directory holds another run."""
-    if slurm_job is not None:
-        raise_if_any(run_problems(config, slurm_job))
-    resolved, _ = resolve(config, launch=Launch() if slurm_job is None else slurm_job.launch)
-    run = RunDirectory.of(config)
-    if run.config.is_file():
-        try:
-            if config.precision == "auto":
-                # It was made definite by the device on which the run started.
-                resolved = replace(resolved, precision=run.read_config().precision)
-            run.check_same(resolved)
-        except CheckpointError as error:
-            remedy = "take the changes back, or give the sweep another name="
-            raise ConfigError([Problem("name", config.name, str(error), remedy)]) from None
+    try:
+        if slurm_job is not None:
+            raise_if_any(run_problems(config, slurm_job))
+        else:
+            resolved, _ = resolve(config, launch=Launch())
+            check_goes_on(config, resolved)
+    except CheckpointError as error:
+        remedy = "take the changes back, or give the sweep another name="
+        raise ConfigError([Problem("name", config.name, str(error), remedy)]) from None
 
 
 @dataclass(frozen=True)

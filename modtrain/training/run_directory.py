@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import modtrain
-from modtrain.errors import CheckpointError
+from modtrain.errors import CheckpointError, OtherRunError
 from modtrain.files import write_text
 from modtrain.training.config import MUTABLE_KEYS, TrainConfig
 
@@ -147,7 +148,7 @@ class RunDirectory:
         """Raise unless ``config`` differs from the run's own only in what may change.
 
         Raises:
-            CheckpointError: names each key that differs, with both values.
+            OtherRunError: names each key that differs, with both values.
         """
         ours, theirs = flat(self.read_config()), flat(config)
         changed = [
@@ -157,7 +158,7 @@ class RunDirectory:
             and not any(key == free or key.startswith(free + ".") for free in MUTABLE_KEYS)
         ]
         if changed:
-            raise CheckpointError(
+            raise OtherRunError(
                 "\n".join([f"{self.path} holds a run with another configuration:", *changed])
                 + "\nremedy: take these back to go on with it, or give another name= for a new run"
             )
@@ -166,6 +167,22 @@ class RunDirectory:
         """Write the result, then the mark that the run is at its end."""
         write_text(self.result, json.dumps(result, indent=1))
         write_text(self.completed_mark, "")
+
+
+def check_goes_on(config: TrainConfig, resolved: TrainConfig) -> None:
+    """Raise where the run's directory holds another run, before anything is started.
+
+    config: as it was given. resolved: the same, made definite on this machine.
+
+    Raises:
+        CheckpointError: as `RunDirectory.check_same` does, or the directory cannot be read.
+    """
+    run = RunDirectory.of(config)
+    if run.config.is_file():
+        if config.precision == "auto":
+            # It was made definite by the device on which the run started.
+            resolved = replace(resolved, precision=run.read_config().precision)
+        run.check_same(resolved)
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:

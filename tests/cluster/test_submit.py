@@ -101,6 +101,62 @@ def test_a_chain_goes_on_where_the_last_job_stopped(cluster, tmp_path, words, la
     assert not (run / "failures.tsv").exists()
 
 
+LONG = ["budget.steps=100000", "checkpoint.every=200", "eval.every=100000", "log.every=50"]
+
+
+def test_who_ends_a_job_by_scancel_has_ended_it(cluster, tmp_path, words, monkeypatch):
+    """It is asked to save, and does not come back by itself."""
+    # What a site's file ends with is not the job's end, and a user's defaults are not its settings.
+    site = tmp_path / "site.sh"
+    site.write_text('export SEEN=1\n[ -n "$NOT_SET" ] && export MORE=1\n')
+    monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "7")
+    (job,) = submit(cluster, tmp_path, *words, *LONG, f"cluster.source=[{site}]")
+    said = cluster.details(job)
+    assert (said["Requeue"], said["TimeLimit"]) == ("1", "00:30:00")
+    run = tmp_path / "runs/x"
+    _wait_for((run / "metrics.jsonl").is_file, 120)
+    cluster.run("scancel", job)
+    cluster.wait(job, "CANCELLED", timeout=TIMEOUT)
+    _wait_for(lambda: "ended by scancel" in cluster.output(job))
+    assert "ended with 1: goes on" in cluster.output(job)
+    assert list((run / "checkpoints").glob("step-*"))
+    assert cluster.details(job)["Restarts"] == "0"
+    assert not (run / "failures.tsv").exists()
+
+
+def test_what_may_not_be_requeued_is_submitted_again(cluster, tmp_path, words):
+    more = ["cluster.options=[--no-requeue]", "checkpoint.every=500", "budget.steps=1000"]
+    (first,) = submit(cluster, tmp_path, *words, *more, "eval.every=1000", "log.every=20")
+    run = tmp_path / "runs/x"
+    _wait_for((run / "metrics.jsonl").is_file, 120)
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    cluster.wait(first, "FAILED", timeout=TIMEOUT)
+    assert jobs_of(run)[0] == first
+    cluster.wait(jobs_of(run)[1], "COMPLETED", timeout=TIMEOUT)
+    assert (run / "COMPLETED").is_file()
+
+
+def test_a_signal_to_one_task_of_an_array_is_its_own(cluster, tmp_path, words):
+    """The task that starts last has the array's number."""
+    more = '+array={one: ["seed=1"], two: ["seed=2"]}'
+    words = [word for word in words if word not in ("nodes=2", "strategy=ddp")]
+    (job,) = submit(cluster, tmp_path, *words, *LONG, more)
+    runs = [tmp_path / "runs/x" / name for name in ("one", "two")]
+    for run in runs:
+        _wait_for((run / "metrics.jsonl").is_file, 120)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    _wait_for(lambda: cluster.details(f"{job}_1")["Restarts"] == "1", 120)
+    other = cluster.details(f"{job}_0")
+    assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
+    submit_cancel(cluster, tmp_path, "x")
+
+
+def submit_cancel(cluster: Cluster, cwd: Path, run: str) -> None:
+    command = [sys.executable, "-m", "modtrain", "cancel", f"run={run}"]
+    cluster.run(*command, cwd=cwd, env={"PYTHONPATH": str(ROOT)})
+
+
 def test_the_jobs_of_a_chain_of_a_length_wait_for_one_another(cluster, tmp_path, words):
     numbers = submit(cluster, tmp_path, *words, "--chain", "2")
     assert len(numbers) == 2
@@ -193,6 +249,24 @@ def test_a_template_works_by_hand(cluster, tmp_path, tiny, name):
     assert (tmp_path / "runs" / run / "COMPLETED").is_file()
 
 
+def test_a_template_by_hand_submits_itself_again_with_its_arguments(cluster, tmp_path, tiny):
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1"]
+    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
+    job = cluster.sbatch(
+        slurm_dir() / "train.sbatch",
+        *(*options, f"--chdir={tmp_path}"),
+        arguments=["name=hand", *tiny, *LONG],
+        env={**environment, "again": "resubmit"},
+        cwd=tmp_path,
+    )
+    run = tmp_path / "runs/hand"
+    _wait_for((run / "metrics.jsonl").is_file, 120)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    _wait_for((run / "jobs.jsonl").is_file, 60)
+    (number,) = jobs_of(run)
+    assert " name=hand model=tiny " in cluster.details(number)["Command"]
+
+
 def test_preparing_and_comparing_by_hand(cluster, tmp_path, tiny):
     corpus = tmp_path / "texts"
     corpus.mkdir()
@@ -244,6 +318,8 @@ def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
 def test_nodes_to_look_around_on_are_held_and_usable(cluster, tmp_path):
     (job,) = submit(cluster, tmp_path, "debug", "cluster=cpu", "nodes=2", "time=30")
     cluster.wait(job, "RUNNING")
+    said = cluster.details(job)
+    assert (said["NumNodes"], said["Requeue"]) == ("2", "0")
     _wait_for(lambda: "a shell on the first node" in cluster.output(job))
     (line,) = [text for text in cluster.output(job).splitlines() if "--pty" in text]
     done = cluster.run("bash", "-c", line.replace("--pty bash -l", "hostname"))

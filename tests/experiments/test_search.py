@@ -224,7 +224,7 @@ def test_workers_share_a_study_and_none_makes_too_many(arguments):
     workers = [start(five) for _ in range(3)]
     for worker in workers:
         worker.join(240)
-    assert {worker.exitcode for worker in workers} <= {0, 75}
+    assert {worker.exitcode for worker in workers} == {0}
     trials = study(five).trials
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 5
     assert len({t.params["model.capacity"] for t in trials}) == 5

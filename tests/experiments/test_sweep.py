@@ -98,6 +98,7 @@ def test_the_mistakes_of_all_jobs_are_told_before_the_first_starts(arguments, ca
         ([CAPACITIES, "hydra/launcher=cluster"], "cluster"),
         ([CAPACITIES, "hydra.launcher.n_jobz=2"], "n_jobz"),
         ([CAPACITIES, "hydra/sweeper=basic"], "modtrain search"),
+        ([CAPACITIES, "name=2026_11_23"], "would be read as 20261123"),
         ([CAPACITIES, "cluster=cpu", "nodes=2"], "add hydra/launcher=slurm"),
         ([CAPACITIES, *ON_SLURM, "hydra.launcher.partition=gpu"], "cluster.partition=gpu"),
         ([CAPACITIES, *ON_SLURM, "nodes=1,2"], "has several values"),
