@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -33,10 +31,10 @@ from modtrain.data.config import PrepareConfig
 from modtrain.errors import ConfigError, Problem, raise_if_any
 from modtrain.experiments.config import CompareConfig, Comparison
 from modtrain.experiments.search_config import Search, SearchConfig, join_space
-from modtrain.experiments.sweep_jobs import quoted
 from modtrain.inference.config import EvalRunConfig
 from modtrain.inference.generate_config import GenerateConfig
 from modtrain.inference.inspect_config import InspectConfig
+from modtrain.overrides import explain, misread, parse, plain, quoted
 from modtrain.training.checkpoints_config import CheckpointsConfig
 from modtrain.training.config import TrainConfig
 
@@ -83,7 +81,7 @@ def compose(
     if config_dir is not None and not Path(config_dir).is_dir():
         problem = Problem("--config-dir", config_dir, "is no directory", "give one that exists")
         raise ConfigError([problem])
-    parsed, problems = _parse(overrides)
+    parsed, problems = parse(overrides)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composer = _Composer(verb, config_dir, beside)
         problems += composer.group_problems(parsed)
@@ -127,7 +125,7 @@ class _Composer:
                 self._raw([*(str(o.input_line) for o in groups), str(override.input_line)])
                 good.append(override)
             except (HydraException, OmegaConfBaseException) as error:
-                problems.append(_explain(override, base, error, self.beside))
+                problems.append(explain(override, base, error, self.beside))
         try:
             return self._raw([str(o.input_line) for o in good]), problems
         except (HydraException, OmegaConfBaseException) as error:
@@ -172,111 +170,23 @@ def _register() -> None:
         store.store(name=f"{verb}_schema", node=schema)
 
 
-def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
-    parser = OverridesParser.create()
-    parsed: list[Override] = []
-    problems: list[Problem] = []
-    for text in overrides:
-        if not text.partition("=")[0].strip("+~ "):
-            problems.append(Problem(text, "", "names no key", "write key=value or group=name"))
-            continue
-        try:
-            override = parser.parse_override(text)
-            override.value()
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
-            key, _, value = text.partition("=")
-            reason = f"is not understood: {_plain(error)}"
-            problems.append(Problem(key, value, reason, _form_of(key, value)))
-            continue
-        if override.is_sweep_override():
-            remedy = "give one value; a list stands in brackets, a text with commas in quotes"
-            problems.append(
-                Problem(override.get_key_element(), text, "names several values", remedy)
-            )
-        else:
-            parsed.append(override)
-    return parsed, problems
-
-
-def _form_of(key: str, value: str) -> str:
-    """Return the remedy for what Hydra's grammar does not take."""
-    if re.fullmatch(r"\+{0,2}[A-Za-z_][\w./]*", key) and value.strip()[:1] not in ("", "[", "{"):
-        return f"write a text as {_in_quotes(key, value)}"
-    return """write a list as 'key=[1, 2]', a text as 'key="a value with = or brackets"'"""
-
-
-def _in_quotes(key: str, value: str) -> str:
-    """Return the override that gives ``value`` as text, as a shell takes it."""
-    return shlex.quote(f"{key}={quoted(value)}")
-
-
 def _changed(config: DictConfig, overrides: Sequence[Override]) -> list[Problem]:
-    """Find the texts that Hydra takes for numbers or truth values, and writes otherwise."""
-    problems = []
-    for override in overrides:
-        key, value = override.key_or_group, override.value()
-        text = str(override.input_line).partition("=")[2].strip()
-        if not isinstance(value, int | float) or str(value) == text:
-            continue
-        if isinstance(OmegaConf.select(config, key), str):
-            remedy = f"write {_in_quotes(override.get_key_element(), text)}"
-            problems.append(Problem(key, text, f"would be read as {value}", remedy))
-    return problems
+    """Find the texts of the configuration that Hydra has read as something else."""
+    found = [
+        (override, problem) for override in overrides if (problem := misread(override)) is not None
+    ]
+    return [
+        problem
+        for override, problem in found
+        if isinstance(OmegaConf.select(config, override.key_or_group), str)
+    ]
 
 
 def _together(verb: str, overrides: list[Override], error: Exception) -> ConfigError:
     """What to say where no single override is to blame."""
     names = " ".join(str(override.input_line) for override in overrides)
     remedy = "mend the named file, or leave one of them out"
-    return ConfigError([Problem(names or verb, "", _plain(error), remedy)])
-
-
-def _explain(
-    override: Override, base: DictConfig, error: Exception, beside: Sequence[str]
-) -> Problem:
-    key = override.get_key_element().lstrip("+~")
-    value = str(override.input_line).partition("=")[2]
-    known = [*_keys(base), *beside]
-    parent = key.rpartition(".")[0]
-    is_new = key not in known and parent in known and not override.is_delete()
-    is_entry = is_new and OmegaConf.get_type(OmegaConf.select(base, parent)) is dict
-    if key not in known and not is_entry:
-        near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-        remedy = (
-            f"did you mean {near[0]}?" if near else f"top-level keys: {', '.join(map(str, base))}"
-        )
-        return Problem(key, value, "is not a key of this configuration", remedy)
-    reason = _plain(error).removeprefix(f"Error merging override {override.input_line}").strip()
-    current = OmegaConf.select(base, key)
-    if re.match(r"Key \S+ \(\w+\) is incompatible with \(str\)", reason):
-        remedy = "begin the name with a letter, such as run_1: Hydra reads this one otherwise"
-    elif reason.endswith("is not in struct"):
-        remedy = f"new entries come with a plus: +{override.input_line}"
-    elif current is not None:
-        remedy = f"give a value such as {current}"
-    else:
-        remedy = "give a value of that type"
-    return Problem(key, value, f"does not fit: {reason}", remedy)
-
-
-def _plain(error: BaseException) -> str:
-    """Return the innermost message, on one line, without OmegaConf's trailer."""
-    while error.__cause__ is not None and str(error.__cause__) not in ("", "None"):
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines()]
-    # Hydra says on the first line where, and on the second one what.
-    return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-
-
-def _keys(node: DictConfig, prefix: str = "") -> list[str]:
-    found = []
-    for key in node:
-        full = f"{prefix}{key!s}"
-        found.append(full)
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none():
-            found += _keys(child, f"{full}.")
-    return found
+    return ConfigError([Problem(names or verb, "", plain(error), remedy)])
 
 
 def _own_problems(config: Any, known: set[str]) -> list[Problem]:

@@ -23,9 +23,10 @@ from modtrain.cluster.cancel import cancel_run
 from modtrain.cluster.cancel_config import CancelConfig
 from modtrain.cluster.runs import find_runs, lines_from_end, read_run
 from modtrain.cluster.slurm import Job, SlurmError
-from modtrain.cluster.status import live_jobs, override, show_status, state_of
+from modtrain.cluster.status import live_jobs, show_status, state_of
 from modtrain.cluster.status_config import StatusConfig
 from modtrain.configuration import compose
+from modtrain.overrides import spelled
 
 NOW = time.time()
 
@@ -339,7 +340,7 @@ def test_one_run_in_detail(tmp_path, monkeypatch):
     ["a/b-1.x", "123_4", "12", "007", "1e5", "null", "a=1,b='x \"y'", "a\\", "[1]", "$(x) `y`"],
 )
 def test_overrides_are_spelt_so_that_they_come_back(value):
-    (word,) = shlex.split(override("run", value))
+    (word,) = shlex.split(spelled("run", value))
     assert compose("logs", [word]).run == value
 
 

@@ -18,7 +18,7 @@ from modtrain.cluster.script import Job, ScriptError, Task, check, render, slurm
 from modtrain.cluster.submit import job_name, submit
 from modtrain.configuration import SUBMITTED, compose, compose_submission, conf_dir
 from modtrain.errors import ConfigError, OtherRunError
-from modtrain.experiments.sweep_jobs import quoted
+from modtrain.overrides import quoted
 from modtrain.training.run import train
 from tests.conftest import run_modtrain
 

@@ -25,8 +25,9 @@ from modtrain.cluster.runs import (
     read_run,
 )
 from modtrain.cluster.slurm import Job, SlurmError
-from modtrain.cluster.status import live_jobs, override, state_of
+from modtrain.cluster.status import live_jobs, state_of
 from modtrain.errors import raise_if_any
+from modtrain.overrides import spelled
 
 _BLOCK = 2**16
 # Between two looks at a file, and two questions to Slurm.
@@ -142,7 +143,7 @@ def _source(run: Run, config: LogsConfig) -> Tail:
             return Tail(output, _print)
     there = newest_first(run.submitted)
     if config.job is not None:
-        known = ", ".join(override("job", name) for name in there) or "none"
+        known = ", ".join(spelled("job", name) for name in there) or "none"
         said = f"{run.path} has no output of job={config.job}"
         raise RunsError(f"{said}\nremedy: its jobs are {known}")
     others = list(run.path.glob("logs/slurm-*.out"))
@@ -155,13 +156,13 @@ def _source(run: Run, config: LogsConfig) -> Tail:
     if (run.path / "sweep.json").is_file():
         raise RunsError(
             f"{run.path} is a sweep, whose runs print\nremedy: see them by modtrain status"
-            f" {override('sweep', run.name)}, and one by modtrain logs"
-            f" {override('run', f'{run.name}/<its name>')}"
+            f" {spelled('sweep', run.name)}, and one by modtrain logs"
+            f" {spelled('run', f'{run.name}/<its name>')}"
         )
     waits = [f"; its newest job is {name}: `modtrain status` says why it waits" for name in there]
     raise RunsError(
         f"{run.path} has printed nothing yet{''.join(waits[:1])}\n"
-        f"remedy: wait, or follow it by modtrain logs {override('run', run.name)} follow=true"
+        f"remedy: wait, or follow it by modtrain logs {spelled('run', run.name)} follow=true"
     )
 
 

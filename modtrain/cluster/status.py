@@ -7,7 +7,6 @@ of what was started by hand and soon forgets what is over.
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from collections import Counter
@@ -32,14 +31,13 @@ from modtrain.cluster.runs import (
 from modtrain.cluster.slurm import Job, SlurmError
 from modtrain.cluster.status_config import StatusConfig
 from modtrain.errors import raise_if_any
+from modtrain.overrides import spelled
 
 STATES = ("running", "pending", "failed", "stopped", "never started", "complete")
 _STYLES = {"running": "green", "pending": "yellow", "failed": "red", "complete": "dim"}
 _LAST_FAILURES = 5
 # Of a long chain the newest; what came before is over.
 _JOBS_ASKED = 50
-# What Hydra reads as it stands; it takes 1_2, 1e5 and null for something else.
-_PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z][A-Za-z0-9_./-]*|[1-9]\d*", re.I)
 
 
 @dataclass(frozen=True)
@@ -231,8 +229,8 @@ def _print_detail(
     console.print(table)
     for note in run.notes:
         console.print(Text(note))
-    where = "" if config.runs_dir == "runs" else f" {override('runs_dir', config.runs_dir)}"
-    asked = f"{override('run', run.name)}{where}"
+    where = "" if config.runs_dir == "runs" else f" {spelled('runs_dir', config.runs_dir)}"
+    asked = f"{spelled('run', run.name)}{where}"
     follow = f"modtrain logs {asked} follow=true"
     console.print(Text(f"to follow: {follow}\nto cancel: modtrain cancel {asked}"), soft_wrap=True)
 
@@ -256,14 +254,6 @@ def _failure_line(failure: Failure) -> str:
     at = f" at step {failure.step}" if failure.step else ""
     job = f", job {failure.job}" if failure.job else ""
     return f"{_age(failure.time)}{at}{job}: {failure.cause}"
-
-
-def override(key: str, value: str) -> str:
-    """Spell ``key=value`` so that shell and Hydra both take it as it is."""
-    if _PLAIN.fullmatch(value):
-        return f"{key}={value}"
-    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f"'{key}=\"" + quoted.replace("'", "'\\''") + "\"'"
 
 
 def _steps(run: Run) -> str:

@@ -19,9 +19,9 @@ from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.freeze import freeze
 from modtrain.cluster.runs import json_lines
 from modtrain.cluster.script import SERIAL, Job, ScriptError, Task, check, render
-from modtrain.cluster.status import override
 from modtrain.errors import Problem, raise_if_any
 from modtrain.files import write_text
+from modtrain.overrides import spelled
 from modtrain.training.config import TrainConfig
 from modtrain.training.memory import device_bytes, gibibytes
 from modtrain.training.plan import resolve
@@ -199,10 +199,10 @@ def _explain(works: Sequence[Work], directory: Path, ids: Sequence[str], console
     runs, name = works[0].config.runs_dir, works[0].config.name
     if len(works) > 1:
         name = str(Path(str(name)).parent)
-    own = "" if runs == "runs" else f" {override('runs_dir', runs)}"
+    own = "" if runs == "runs" else f" {spelled('runs_dir', runs)}"
     for what, verb in (("state", "status"), ("follow", "logs"), ("cancel", "cancel")):
         more = " follow=true" if verb == "logs" else ""
-        told = f"{what}: modtrain {verb} {override('run', str(name))}{own}{more}"
+        told = f"{what}: modtrain {verb} {spelled('run', str(name))}{own}{more}"
         console.print(told, markup=False)
 
 

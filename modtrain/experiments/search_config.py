@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.checks import at_least, one_of
 from modtrain.errors import Problem
-from modtrain.experiments.sweep_jobs import quoted
+from modtrain.overrides import quoted
 from modtrain.training.config import TrainConfig
 
 OBJECTIVES = ("causal_loss", "forward_flops")

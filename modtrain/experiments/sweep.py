@@ -15,10 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.cluster.config import SubmitConfig, is_of_job
 from modtrain.cluster.submit import run_problems
@@ -30,6 +27,7 @@ from modtrain.experiments.sweep_jobs import Job, expand, read_jobs, write_jobs
 from modtrain.experiments.sweep_process import RUN_ME_AGAIN
 from modtrain.experiments.sweep_slurm import launch_on_slurm
 from modtrain.experiments.sweep_state import STATES, failure_text, state_of
+from modtrain.overrides import misread, parse
 from modtrain.training.config import TrainConfig
 from modtrain.training.launch import Launch
 from modtrain.training.plan import resolve
@@ -64,7 +62,8 @@ def sweep(
         reason = f"starts its runs itself, and {processes} processes were started"
         remedy = f"leave torchrun or srun out, or let {_ON_SLURM} start them"
         raise ConfigError([Problem("-m", "", reason, remedy)])
-    parsed = _parse(overrides)
+    parsed, problems = parse(overrides, sweeps=True)
+    raise_if_any(problems)
     options, parsed, problems = split_sweep_options(parsed)
     for_hydra = [o for o in parsed if o.key_or_group.startswith(("hydra.", "hydra/"))]
     for_slurm = [o for o in parsed if is_of_job(str(o.input_line))]
@@ -98,20 +97,6 @@ def sweep(
         return this.tell()
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    parser, parsed, problems = OverridesParser.create(), [], []
-    for text in overrides:
-        try:
-            parsed.append(parser.parse_override(text))
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
-            key, _, value = text.partition("=")
-            reason = f"is not understood: {str(error).splitlines()[0]}"
-            remedy = "write key=value, or key=value1,value2, with lists and spaces in quotes"
-            problems.append(Problem(key, value, reason, remedy))
-    raise_if_any(problems)
-    return parsed
-
-
 def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
     reason = "is not for modtrain's sweeps, whose jobs are known before the first one starts"
     return [
@@ -125,16 +110,9 @@ def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
 
 
 def _name_problems(axes: Sequence[Override]) -> list[Problem]:
-    """Find a name that Hydra takes for a number: its jobs are made of what it has read."""
-    problems = []
-    for override in axes:
-        text = str(override.input_line).partition("=")[2]
-        if override.key_or_group == "name" and not override.is_sweep_override():
-            value = override.value()
-            if isinstance(value, int | float) and str(value) != text:
-                remedy = f"write it in quotes: 'name=\"{text}\"'"
-                problems.append(Problem("name", text, f"would be read as {value}", remedy))
-    return problems
+    """Find a name that Hydra takes for a number: the jobs are made of what it has read."""
+    names = [o for o in axes if o.key_or_group == "name" and not o.is_sweep_override()]
+    return [problem for override in names if (problem := misread(override)) is not None]
 
 
 def _slurm_job(

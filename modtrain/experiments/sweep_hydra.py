@@ -28,9 +28,10 @@ from rich.console import Console
 
 from modtrain.errors import Problem
 from modtrain.experiments import hparams
-from modtrain.experiments.sweep_jobs import Job, overrides_of, quoted
+from modtrain.experiments.sweep_jobs import Job, overrides_of
 from modtrain.experiments.sweep_process import run_apart
 from modtrain.experiments.sweep_state import failure_text, state_of
+from modtrain.overrides import quoted
 from modtrain.training.config import TrainConfig
 from modtrain.training.preemption import STOP, STOP_SIGNALS
 from modtrain.training.run_directory import RunDirectory

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override
 
 from modtrain.errors import Problem
 from modtrain.files import write_text
+from modtrain.overrides import quoted
 from modtrain.training.config import TrainConfig
 
 _LONGEST = 120
@@ -79,11 +80,6 @@ def overrides_of(job: Job, config: TrainConfig) -> list[str]:
     """Return the overrides of a job's run alone. config: the run's, which has its name."""
     own = [text for text in job.overrides if not text.startswith("name=")]
     return [*own, f"name={quoted(str(config.name))}"]
-
-
-def quoted(text: str) -> str:
-    """Return ``text`` as a value that Hydra reads back unchanged."""
-    return QuotedString(text, Quote.double).with_quotes()
 
 
 def read_jobs(directory: Path) -> dict[str, dict[str, str]]:

@@ -14,7 +14,9 @@ HERE = {"PYTHONPATH": str(ROOT), "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
 STUBBORN = """#!/bin/bash
 #SBATCH --open-mode=append
 save() { mkdir -p checkpoints/step-000000005; echo '{}' >checkpoints/step-000000005/manifest.json; }
-trap 'echo told; save; scontrol requeue $SLURM_JOB_ID; sleep 60' USR1
+# An array's last task has the number of the array, by which all of them would be requeued.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+trap 'echo told; save; scontrol requeue ${job:-$SLURM_JOB_ID}; sleep 60' USR1
 echo "start ${SLURM_RESTART_COUNT:-0}"
 while [ ! -e go ]; do sleep .2; done
 echo "the end"
@@ -118,7 +120,7 @@ def test_cancel_ends_a_chain_and_what_comes_back_by_itself(cluster, run, tmp_pat
 
 def test_cancel_of_an_array_asks_every_task(cluster, run, tmp_path):
     job = start(cluster, run, "--array=0-2", "--output=logs/slurm-%A_%a.out")
-    wait_for(lambda: len(list(run.glob("logs/slurm-*.out"))) == 3)
+    wait_for(lambda: sum("start" in p.read_text() for p in run.glob("logs/slurm-*.out")) == 3)
     text = modtrain(cluster, tmp_path, "cancel", "run=x")
     assert f"job {job}_0, {job}_1, {job}_2: asked to save" in text
     for task in range(3):
