@@ -4,8 +4,10 @@
 
 A dense model of some 100 M parameters with AdamW's state, one process, training with one thread.
 ``stall_ratio``: what an asynchronous save, copied while the next gradients are computed, adds to
-the time of the steps beside it, over the time of a synchronous save. ``save_over_disk``: a
-synchronous save, checksums included, over a plain write and fsync of as many bytes.
+the time of the steps beside it, over the time of a synchronous save. ``noise_ratio``: by how much
+the same steps without a save differ from themselves, over that: what ``stall_ratio`` cannot tell
+from nothing. ``save_over_disk``: a synchronous save, checksums included, over a plain write and
+fsync of as many bytes.
 ``verify_over_disk`` and ``load_over_disk``: comparing all checksums, and reading all tensors into
 place, over a plain read of the files. What is read is first dropped from the page cache.
 """
@@ -53,13 +55,18 @@ def main() -> None:
         )
         seconds = interleave(bench.calls(), options.rounds, warmup=1)
     print_times("seconds are those of all the steps, or of one save or load", seconds)
-    lost = [a - b for a, b in zip(seconds["steps, saving"], seconds["steps"], strict=True)]
-    print(f"lost to an asynchronous save: {1e3 * statistics.median(lost):.0f} ms")
+    lost, noise = (
+        [a - b for a, b in zip(seconds[name], seconds["steps"], strict=True)]
+        for name in ("steps, saving", "steps again")
+    )
+    for what, found in (("an asynchronous save", lost), ("nothing", noise)):
+        print(f"lost to {what}: {1e3 * statistics.median(found):.0f} ms")
     finish(
         "checkpoint",
         {
             # Below what can be measured it may come out under 0.
             "stall_ratio": max(1e-4, ratio(lost, seconds["save"])),
+            "noise_ratio": abs(ratio(noise, seconds["save"])),
             "save_over_disk": ratio(seconds["save"], seconds["write"]),
             "verify_over_disk": ratio(seconds["verify"], seconds["read"]),
             "load_over_disk": ratio(seconds["load"], seconds["read"]),
@@ -110,6 +117,7 @@ class _Bench:
         return {
             "steps": lambda: self._steps(self.options.steps),
             "steps, saving": self._steps_saving,
+            "steps again": lambda: self._steps(self.options.steps),
             "save": self._save_alone,
             "write": self._write,
             "read": lambda: self._cold(self._read),

@@ -36,7 +36,10 @@ RATIOS = {
     "data_stream": {"over_memmap"},
     "startup": {"help_seconds", "first_step_seconds", "over_import"},
     "strategies": {"max_loss_difference", "different_choices", "strategies", "runs"},
-    "checkpoint": {"stall_ratio", "save_over_disk", "verify_over_disk", "load_over_disk"},
+    "checkpoint": {
+        *("stall_ratio", "noise_ratio"),
+        *("save_over_disk", "verify_over_disk", "load_over_disk"),
+    },
     "scale": {"collectives_growth", "operators_growth", "over_theory", "over_bound", "unforeseen"},
 }
 
