@@ -172,14 +172,8 @@ def _register() -> None:
 
 def _changed(config: DictConfig, overrides: Sequence[Override]) -> list[Problem]:
     """Find the texts of the configuration that Hydra has read as something else."""
-    found = [
-        (override, problem) for override in overrides if (problem := misread(override)) is not None
-    ]
-    return [
-        problem
-        for override, problem in found
-        if isinstance(OmegaConf.select(config, override.key_or_group), str)
-    ]
+    texts = [o for o in overrides if isinstance(OmegaConf.select(config, o.key_or_group), str)]
+    return [problem for override in texts if (problem := misread(override)) is not None]
 
 
 def _together(verb: str, overrides: list[Override], error: Exception) -> ConfigError:

@@ -50,10 +50,10 @@ def write_swept(run: RunDirectory) -> None:
 
     Rank 0 alone writes. A run without TensorBoard's files gets none.
     """
-    swept = read_jobs(run.path.parent).get(run.path.name)
-    if swept is None or Launch.from_environment().rank != 0:
+    if Launch.from_environment().rank != 0:
         return
-    if run.read_config().log.tensorboard:
+    swept = read_jobs(run.path.parent).get(run.path.name)
+    if swept is not None and run.read_config().log.tensorboard:
         write_run(run, swept)
 
 

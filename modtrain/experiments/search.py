@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -137,18 +136,12 @@ class _Searcher:
             if not self._others_work():
                 break
             # One of them may die, and its trial is free then.
-            self._pause()
+            STOP.pause(_BETWEEN_LOOKS)
         return self._tell()
 
     def _others_work(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)
         return any(trial.state not in _DONE for trial in trials)
-
-    @staticmethod
-    def _pause() -> None:
-        until = time.monotonic() + _BETWEEN_LOOKS
-        while not STOP.requested and time.monotonic() < until:
-            time.sleep(0.2)
 
     def _check_ends(self) -> None:
         problems: dict[Problem, None] = {}

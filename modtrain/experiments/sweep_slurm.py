@@ -89,15 +89,11 @@ class _Waiting:
                     raise
                 self.say(f"asks again: {error}")
             is_soon = time.monotonic() - began < _SOON_FOR
-            self._pause(_SOON if is_soon else _LATER)
+            if self.left:
+                STOP.pause(_SOON if is_soon else _LATER)
         if self.left:
             jobs = " ".join(str(_last_job(run)) for run in self.left.values())
             self.say(f"the jobs go on: {jobs}; the same command waits for them again")
-
-    def _pause(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while self.left and not STOP.requested and time.monotonic() < until:
-            time.sleep(0.2)
 
     def _look(self) -> None:
         # One that submits itself again goes on under another number.

@@ -50,6 +50,12 @@ class StopRequest:
         """Whether a stop was asked for."""
         return self.signum is not None
 
+    def pause(self, seconds: float) -> None:
+        """Sleep for as long, or until a stop is asked for."""
+        until = time.monotonic() + seconds
+        while not self.requested and time.monotonic() < until:
+            time.sleep(0.2)
+
     @property
     def exit_code(self) -> int:
         """130 after Ctrl-C, as shells expect; else 75, which means: run me again."""
