@@ -42,5 +42,6 @@ def slurm_possible() -> None:
 @pytest.fixture(scope="session")
 def cluster(slurm_possible: None) -> Iterator[Cluster]:
     """A Slurm of three nodes with 8 fake GPUs each, started on demand, one for each worker."""
-    with cluster_of() as found:
+    # Slurm's own: who ends a job leaves it the time to save, which a busy machine needs.
+    with cluster_of(conf="KillWait=30\n") as found:
         yield found
