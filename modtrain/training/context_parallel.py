@@ -55,8 +55,8 @@ from modtrain.models.router_config import TRAINING_SELECTIONS, Selection
 from modtrain.models.selection import Places
 from modtrain.models.sequence import Output, SequenceContext
 from modtrain.models.transformer import ModelOutput, Transformer
+from modtrain.training.group import Group, as_multiplied, lengthened
 from modtrain.training.strategy_problems import context_problems
-from modtrain.training.tensor_parallel import Group
 
 
 def share_sequences(model: Transformer, mesh: DeviceMesh) -> None:
@@ -75,7 +75,7 @@ def share_sequences(model: Transformer, mesh: DeviceMesh) -> None:
     raise_if_any(context_problems(model.config, mesh.size()))
     if mesh.size() == 1:
         return
-    shares = Shares(Group(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank()))
+    shares = Shares(Group.of(mesh))
     for part in _parts(model):
         if type(part) not in {*_KINDS, FeedForward}:
             raise TypeError(f"nobody said how to share out the tokens of {type(part).__name__}")
@@ -125,7 +125,7 @@ class Shares(NamedTuple):
     def own(self, x_BSD: Tensor, fill: float = 0) -> Tensor:
         """Take this rank's share (B, L, ...) of what all ranks have; ``fill`` is its padding."""
         early, late, piece = self.firsts(x_BSD.shape[1])
-        x_BSD = self._lengthened(x_BSD, fill)
+        x_BSD = lengthened(x_BSD, 2 * self.group.size, fill)
         return torch.cat([x_BSD.narrow(1, first, piece) for first in (early, late)], dim=1)
 
     def whole(self, x_BLD: Tensor, length: int) -> Tensor:
@@ -144,13 +144,7 @@ class Shares(NamedTuple):
         """Return this rank's share (B, L, ...) of the sum over ranks; its gradient is gathered."""
         size = self.group.size
         order = [piece for rank in range(size) for piece in (rank, 2 * size - 1 - rank)]
-        return self.group.collect(_pieces(self._lengthened(x_BSD), order))
-
-    def _lengthened(self, x_BSD: Tensor, fill: float = 0) -> Tensor:
-        missing = -x_BSD.shape[1] % (2 * self.group.size)
-        if not missing:
-            return x_BSD
-        return F.pad(x_BSD, (0, 0) * (x_BSD.ndim - 2) + (0, missing), value=fill)
+        return self.group.collect(_pieces(lengthened(x_BSD, 2 * size), order))
 
 
 def _pieces(x_BSD: Tensor, order: list[int]) -> Tensor:
@@ -183,7 +177,7 @@ class _SharedTransformer(Transformer):
         if sees_BLS is None:
             return context
         # What is added to attention's scores: of a mask each layer would make, and keep, its own.
-        bias = _as_multiplied(self.embedding.weight.new_zeros(()))
+        bias = as_multiplied(self.embedding.weight.new_zeros(()))
         return context._replace(visible_BSS=torch.where(sees_BLS, bias, float("-inf")))
 
     def extend(self, *_args: Any, **_others: Any) -> ModelOutput:
@@ -227,8 +221,7 @@ class _SharedAttention(Attention):
         self, q_BSHW: Tensor, k_BSGW: Tensor, v_BSGW: Tensor, context: SequenceContext
     ) -> Tensor:
         """Return what each query of the share attends to (B, L, H, W)."""
-        # As the products will have them; half of what would travel.
-        q_BLHW, k_BLGW, v_BLGW = map(_as_multiplied, (q_BSHW, k_BSGW, v_BSGW))
+        q_BLHW, k_BLGW, v_BLGW = map(as_multiplied, (q_BSHW, k_BSGW, v_BSGW))
         k, v = self.shares.padded(torch.cat([k_BLGW, v_BLGW], dim=2)).chunk(2, dim=2)
         length, sees_BLS = context.positions_BS.shape[1], context.visible_BSS
         if sees_BLS is None:
@@ -365,7 +358,7 @@ class _SharedExperts(Experts):
             group.own_share(x_M.view(-1, places)) for x_M in (rows.token_M, rows.weight_M)
         )
         own = rows._replace(token_M=token_XJ.flatten(), weight_M=weight_XJ.flatten())
-        normed_BSD = self.shares.whole(_as_multiplied(normed_BLD), length)
+        normed_BSD = self.shares.whole(as_multiplied(normed_BLD), length)
         update_TD = self._update(own, normed_BSD.flatten(0, 1), dtype)
         return self.shares.sum(update_TD.view(normed_BSD.shape))
 
@@ -378,11 +371,3 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Embedding: _SharedEmbedding,
     Transformer: _SharedTransformer,
 }
-
-
-def _as_multiplied(x: Tensor) -> Tensor:
-    """Cast as the products behind would, before it travels."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x

@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from modtrain.errors import Problem, raise_if_any
 from modtrain.models.experts import ExpertMLPs, Experts
+from modtrain.training.group import as_multiplied
 
 Placement = Callable[[nn.Parameter], Shard | ShardPlacementResult | None]
 
@@ -143,7 +144,7 @@ class SpreadMLPs(ExpertMLPs):
 
     def forward(self, x_MD: Tensor, offsets_E: Tensor | None) -> Tensor:
         """See `ExpertMLPs.forward`."""
-        x_MD = _as_multiplied(x_MD)
+        x_MD = as_multiplied(x_MD)
         if offsets_E is None:
             return self._forward_even(x_MD)
         return self._forward_uneven(x_MD, offsets_E)
@@ -250,14 +251,6 @@ def _sizes(sent_RL: Tensor, received_RL: Tensor, rows: int) -> tuple[list[int], 
         return even, even
     sent, received = torch.stack([sent_RL.sum(1), received_RL.sum(1)]).tolist()
     return sent, received
-
-
-def _as_multiplied(x_MD: Tensor) -> Tensor:
-    """Cast as the products behind would, before it travels."""
-    device = x_MD.device.type
-    if torch.is_autocast_enabled(device) and x_MD.dtype != torch.float64:
-        return x_MD.to(torch.get_autocast_dtype(device))
-    return x_MD
 
 
 def _mixtures(model: nn.Module) -> list[Experts]:

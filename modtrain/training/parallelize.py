@@ -73,7 +73,7 @@ def fsdp_tp(model: Transformer, meshes: Meshes, options: LayerOptions) -> None:
     """Slice layers over the ranks of a group, and cut all over the groups. Again, nothing.
 
     Raises:
-        ConfigError: the layers cannot be cut so; see `tensor_parallel.problems`.
+        ConfigError: the layers cannot be cut so; see `strategy_problems.tensor_problems`.
     """
     if isinstance(model, FSDPModule):
         return

@@ -26,16 +26,11 @@ Shapes: B batch, S sequence, D model, V vocabulary, M rows, n ranks of the group
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from modtrain.errors import raise_if_any
@@ -49,6 +44,7 @@ from modtrain.models.loss import IGNORED
 from modtrain.models.norm import RMSNorm
 from modtrain.models.sequence import Output, SequenceContext
 from modtrain.models.transformer import Transformer
+from modtrain.training.group import Group, as_multiplied
 from modtrain.training.strategy_problems import tensor_problems
 
 
@@ -62,7 +58,7 @@ def slice_layers(model: Transformer, mesh: DeviceMesh) -> None:
         ConfigError: they cannot be cut so.
     """
     raise_if_any(tensor_problems(model.config, mesh.size()))
-    group = Group(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
+    group = Group.of(mesh)
     parts = [m.module for m in model.modules() if isinstance(m, Residual | MixtureOfDepths)]
     for part in parts:
         if isinstance(part, Block):
@@ -72,96 +68,6 @@ def slice_layers(model: Transformer, mesh: DeviceMesh) -> None:
         else:
             _slice_part(part, group, mesh, is_alone=True)
     _become(model, _TokenParallel, group=group)
-
-
-class Group(NamedTuple):
-    """The ranks that have a matrix between them, and what they tell each other."""
-
-    name: GroupName
-    size: int
-    rank: int
-
-    def cut(self, x_BSD: Tensor) -> Tensor:
-        """Whole to share (B, L, D); the gradient is gathered."""
-        return _exchanged(x_BSD, self.own_share, partial(self.gathered, length=x_BSD.shape[1]))
-
-    def join(self, x_BLD: Tensor, length: int) -> Tensor:
-        """Shares to whole (B, S, D); of the gradient, which all ranks have alike, the share."""
-        return _exchanged(x_BLD, partial(self.gathered, length=length), self.own_share)
-
-    def spread(self, x_BLD: Tensor, length: int) -> Tensor:
-        """The same, for what each rank makes a part of the result of: gradients are summed."""
-        return _exchanged(x_BLD, partial(self.gathered, length=length), self.scattered)
-
-    def collect(self, x_BSD: Tensor) -> Tensor:
-        """Parts of a sum to this rank's share of it (B, L, D); the gradient is gathered."""
-        return _exchanged(x_BSD, self.scattered, partial(self.gathered, length=x_BSD.shape[1]))
-
-    def each(self, x: Tensor) -> Tensor:
-        """As it is, for what each rank makes a part of the result of: gradients are summed."""
-        return _exchanged(x, _same, self.summed)
-
-    def total(self, x: Tensor) -> Tensor:
-        """Parts of a sum to the sum; all ranks have its gradient alike."""
-        return _exchanged(x, self.summed, _same)
-
-    def counted(self, x: Tensor) -> Tensor:
-        """As it is; a gradient that is a part of a sum counts n times, for a mean over ranks."""
-        return _exchanged(x, _same, partial(torch.mul, other=self.size))
-
-    def own_share(self, x_BSD: Tensor, fill: float = 0) -> Tensor:
-        """Take this rank's share of the sequence (B, L, ...), ``fill`` behind the last token."""
-        share = -(-x_BSD.shape[1] // self.size)
-        return self._lengthened(x_BSD, fill).narrow(1, self.rank * share, share).contiguous()
-
-    def gathered(self, x_BLD: Tensor, length: int) -> Tensor:
-        """Return the shares one behind another (B, S, D)."""
-        x = collectives.all_gather_single(x_BLD.contiguous(), 1, self.name)
-        return _arrived(x).narrow(1, 0, length).contiguous()
-
-    def scattered(self, x_BSD: Tensor) -> Tensor:
-        """Return this rank's share (B, L, D) of the sum over the ranks."""
-        x = self._lengthened(x_BSD).contiguous()
-        return _arrived(collectives.reduce_scatter_single(x, "sum", 1, self.name))
-
-    def summed(self, x: Tensor) -> Tensor:
-        """Return the sum over the ranks."""
-        return _arrived(collectives.all_reduce(x.contiguous(), "sum", self.name))
-
-    def _lengthened(self, x_BSD: Tensor, fill: float = 0) -> Tensor:
-        missing = -x_BSD.shape[1] % self.size
-        if not missing:
-            return x_BSD
-        return F.pad(x_BSD, (0, 0) * (x_BSD.ndim - 2) + (0, missing), value=fill)
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        ctx.back = back
-        return there(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back(gradient), None, None
-
-
-def _exchanged(
-    x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
-) -> Tensor:
-    found: Tensor = _Exchange.apply(x, there, back)  # type: ignore[no-untyped-call]
-    return found
-
-
-def _same(x: Tensor) -> Tensor:
-    return x.view_as(x)
-
-
-def _arrived(x: Tensor) -> Tensor:
-    found: Tensor = collectives.wait_tensor(x)  # type: ignore[no-untyped-call]
-    return found
 
 
 class _TokenParallel(Transformer):
@@ -201,12 +107,10 @@ class _Sliced(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """Return the update of the share (B, L, D), or alone the whole one (B, S, D)."""
-        length, device = context.positions_BS.shape[1], x.device.type
+        length = context.positions_BS.shape[1]
         x_BLD = _normed(self.norm, self.group.cut(x) if self.is_alone else x, self.group)
-        if torch.is_autocast_enabled(device):
-            # As the products will have it; half of what would travel.
-            x_BLD = x_BLD.to(torch.get_autocast_dtype(device))
-        update_BSD: Tensor = super().forward(self.group.spread(x_BLD, length), context)
+        all_BSD = self.group.spread(as_multiplied(x_BLD), length)
+        update_BSD: Tensor = super().forward(all_BSD, context)
         update_BLD = self.group.collect(update_BSD)
         return self.group.join(update_BLD, length) if self.is_alone else update_BLD
 

@@ -22,6 +22,7 @@ from modtrain.models.transformer import Transformer, is_predictor
 from modtrain.training import parallelize
 from modtrain.training.context_parallel import Shares, share_sequences
 from modtrain.training.gradients import clip
+from modtrain.training.group import Group
 from modtrain.training.held_out import evaluate
 from modtrain.training.launch import Launch
 from modtrain.training.meshes import make_meshes
@@ -30,7 +31,6 @@ from modtrain.training.parallelize import LayerOptions
 from modtrain.training.run import train
 from modtrain.training.strategy_config import StrategyConfig, sizes_of
 from modtrain.training.strategy_problems import size_problems
-from modtrain.training.tensor_parallel import Group
 
 _CAUSAL = ["predictor", "auxiliary", "threshold"]
 _CASES = {
