@@ -16,13 +16,13 @@ from modtrain.cluster.runs import (
     Run,
     RunsError,
     existing_run,
-    is_locked,
     newest_first,
     read_run,
 )
 from modtrain.cluster.slurm import Job, SlurmError
 from modtrain.cluster.status import live_jobs
 from modtrain.errors import raise_if_any
+from modtrain.files import is_locked
 
 # Between two looks; Slurm's own grace before it kills is 30 seconds by default.
 _LOOK, _KILL_GRACE = 1.0, 90.0

@@ -7,7 +7,6 @@ what the others say stands.
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ import yaml
 
 from modtrain.cluster.slurm import Job
 from modtrain.errors import ModtrainError
+from modtrain.files import is_locked
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import derive
 
@@ -180,19 +180,6 @@ class _Reader:
             self.run.notes.append(f"{path} cannot be read: {said}")
             return False
         return True
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock ``path``; one on another node may not show."""
-    try:
-        with path.open("rb") as file:
-            # Shared and for an instant: those who look do not see one another.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
 
 
 def time_of(text: str) -> float:

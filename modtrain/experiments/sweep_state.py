@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 from pathlib import Path
 
-from modtrain.files import write_text
+from modtrain.files import is_locked, write_text
 from modtrain.training.run_directory import RunDirectory
 
 STATES = ("complete", "running", "failed", "pruned", "stopped", "not started")
@@ -28,14 +27,7 @@ def state_of(run: RunDirectory) -> str:
 
 def is_held(run: RunDirectory) -> bool:
     """Whether a process works in the run's directory."""
-    try:
-        with (run.path / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+    return is_locked(run.path / ".lock")
 
 
 def failure_path(run: RunDirectory) -> Path:
