@@ -72,8 +72,7 @@ def sweep(
     problems += found + _sweeper_problems(for_hydra) + _name_problems(axes)
     if not jobs:
         raise_if_any(problems)
-    ours, theirs = ([str(o.input_line) for o in part] for part in (axes, for_hydra))
-    multirun = Multirun(theirs, ours, conf_dir, own_dir)
+    multirun = Multirun(for_hydra, axes, conf_dir, own_dir)
     try:
         slurm_job = _slurm_job(for_slurm, multirun, lambda own: compose_job(own, own_dir))
     except ConfigError as error:

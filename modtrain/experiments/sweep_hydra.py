@@ -17,6 +17,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
@@ -48,25 +49,24 @@ def say(text: str) -> None:
 class Multirun:
     """Hydra's multirun under ``overrides``, those of ``hydra`` itself, over ``axes``, the others.
 
-    conf_dir, own_dir: where Hydra finds YAML.
+    conf_dir, own_dir: where Hydra finds YAML. is_on_slurm: whether each job is one of Slurm's.
     """
 
     def __init__(
         self,
-        overrides: Sequence[str],
-        axes: Sequence[str],
+        overrides: Sequence[Override],
+        axes: Sequence[Override],
         conf_dir: Path,
         own_dir: str | None,
     ) -> None:
-        self.axes = list(axes)
+        self.axes = [str(o.input_line) for o in axes]
+        self.is_on_slurm = any(
+            o.key_or_group == "hydra/launcher" and o.value() == "slurm" for o in overrides
+        )
         where = [] if own_dir is None else [f"file://{Path(own_dir).resolve()}"]
         search = [f"hydra.searchpath=[{','.join(map(quoted, where))}]"] if where else []
-        self.overrides, self.conf_dir = [*_QUIET, *overrides, *search], conf_dir
-
-    @property
-    def is_on_slurm(self) -> bool:
-        """Whether each job is one of Slurm's."""
-        return "hydra/launcher=slurm" in self.overrides
+        said = [str(o.input_line) for o in overrides]
+        self.overrides, self.conf_dir = [*_QUIET, *said, *search], conf_dir
 
     def problems(self) -> list[Problem]:
         """Everything that Hydra has to say against the overrides."""

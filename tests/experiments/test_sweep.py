@@ -103,6 +103,8 @@ def test_the_mistakes_of_all_jobs_are_told_before_the_first_starts(arguments, ca
         ([CAPACITIES, *ON_SLURM, "hydra.launcher.partition=gpu"], "cluster.partition=gpu"),
         ([CAPACITIES, *ON_SLURM, "nodes=1,2"], "has several values"),
         ([CAPACITIES, *ON_SLURM, "chain=3"], "comes back by itself"),
+        # Quotes may be there; the job is not trained here for them.
+        ([CAPACITIES, "hydra/launcher='slurm'", "chain=3"], "comes back by itself"),
         ([CAPACITIES, *ON_SLURM, "at_once=0"], "at_once=0"),
         ([CAPACITIES, *ON_SLURM, "cluster.shape=round"], "shape"),
         ([CAPACITIES, *ON_SLURM, "processes_per_node=2"], "strategy"),
