@@ -128,7 +128,7 @@ def _resolved(
     lines = [f"{key}={value}" for key, value in common.items()]
     config: TrainConfig = compose("train", [*lines, *overrides])
     # Of a group that reads the same data each rank has a micro-batch, but the group one.
-    shared = config.strategy.tensor_parallel or 1
+    shared = (config.strategy.tensor_parallel or 1) * (config.strategy.context_parallel or 1)
     config.batch.tokens //= shared
     return resolve(config, needs_data=False, launch=launch)
 

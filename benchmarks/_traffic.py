@@ -43,6 +43,10 @@ class Theory(NamedTuple):
         return Theory(self.number + other.number, self.sent + other.sent, self.bound + other.bound)
 
 
+# Kind, number, bytes of what is whole, and the same with padding.
+_Exchange = tuple[str, int, float, float]
+
+
 class _Group(NamedTuple):
     """Parameters that FSDP gathers together: their shapes on the ranks of the group of ``axis``."""
 
@@ -86,6 +90,9 @@ def theory(paper: Paper) -> dict[Key, Theory]:
     if "tensor" in paper.sizes:
         for kind, number, num_bytes in _slices(paper):
             add(kind, "tensor", number, num_bytes)
+    if "context" in paper.sizes:
+        for kind, number, num_bytes, padded_bytes in _shares(paper):
+            add(kind, "context", number, num_bytes, padded_bytes)
     return found
 
 
@@ -193,3 +200,38 @@ def _slices(paper: Paper) -> Iterator[tuple[str, int, float]]:
     # The head: the gradient of what went in, and the loss.
     yield "all-gather", 1, 4 * paper.plan.seq_len * model.d_model
     yield "all-reduce", 1, 4
+
+
+def _shares(paper: Paper) -> Iterator[_Exchange]:
+    """Give what the ranks that share a sequence exchange; see `context_parallel`.
+
+    Keys and values are gathered; a routed block gathers its scores, sums
+    the chosen tokens' features over the ranks and gathers their updates. Experts gather the
+    router's logits and, with limited room, tokens, whose updates are summed. Each comes back.
+    """
+    model, width, size = paper.config.model, _width(paper), 2 * paper.sizes["context"]
+    experts = model.experts
+
+    def there_and_back(bytes_of_token: float, tokens: int) -> Iterator[_Exchange]:
+        for kind in ("all-gather", "reduce-scatter"):
+            yield kind, 1, bytes_of_token * tokens, bytes_of_token * -(-tokens // size) * size
+
+    for layer, tokens in _tokens(paper):
+        yield from there_and_back(width * 2 * model.kv_heads * model.head_width, tokens)
+        if model.capacities[layer] is not None:
+            scores = 1 + any(name.startswith(f"layers.{layer}.predictor.") for name in paper.shapes)
+            for _ in range(scores):
+                yield from there_and_back(4, paper.plan.seq_len)
+            for _ in ("chosen", "updates"):
+                yield from there_and_back(4 * model.d_model, tokens)
+        if not model.has_experts(layer):
+            continue
+        choices = (experts.count or 0) + experts.noop
+        yield from there_and_back(4 * choices, tokens)
+        if experts.slots(tokens) is None:
+            counts = 8 * (choices + (experts.count or 0))
+            yield "all-reduce", 1, counts, counts
+        else:
+            for bytes_of_number in (width, 4):
+                yield from there_and_back(bytes_of_number * model.d_model, tokens)
+    yield "all-reduce", 1, 4, 4

@@ -32,8 +32,13 @@ from modtrain.errors import ConfigError
 MIB, GIB = 2**20, 2**30
 MODELS = ("mod_3b", "staged_3b", "integrated_3b")
 # The ranks of a group stand behind the slash.
-SETUPS = ("fsdp", "hsdp/8", "hsdp/64", "fsdp_ep/8", "fsdp_ep/16", "fsdp_tp/4")
-_GROUPS = {"hsdp": "shard_size", "fsdp_ep": "expert_parallel", "fsdp_tp": "tensor_parallel"}
+SETUPS = ("fsdp", "hsdp/8", "hsdp/64", "fsdp_ep/8", "fsdp_ep/16", "fsdp_tp/4", "fsdp_cp/8")
+_GROUPS = {
+    "hsdp": "shard_size",
+    "fsdp_ep": "expert_parallel",
+    "fsdp_tp": "tensor_parallel",
+    "fsdp_cp": "context_parallel",
+}
 
 
 class Traced(NamedTuple):

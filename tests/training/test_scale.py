@@ -29,7 +29,8 @@ _MODE = (
     *("model.experts.count=8", "model.experts.top_k=2", "model.experts.shared=1"),
     *("model.experts.noop=4", "model.experts.dim=64", "model.experts.balance=bias"),
 )
-SETUPS = ("fsdp", "hsdp/8", "fsdp_ep/4", "fsdp_tp/2")
+_LIMITED = (*_MOD, "model.experts.count=6", "model.experts.capacity_factor=1.25")
+SETUPS = ("fsdp", "hsdp/8", "fsdp_ep/4", "fsdp_tp/2", "fsdp_cp/2")
 
 
 @functools.cache
@@ -56,7 +57,12 @@ def test_a_rank_of_1024_does_what_a_rank_of_128_does(setup):
     [
         *((setup, 16, _MODE) for setup in SETUPS),
         *(pytest.param(s, 1024, _MODE, marks=pytest.mark.slow) for s in SETUPS),
-        *(pytest.param(s, 16, _MOD, marks=pytest.mark.slow) for s in ("fsdp", "fsdp_tp/2")),
+        *(
+            pytest.param(setup, 16, _MOD, marks=pytest.mark.slow)
+            for setup in ("fsdp", "fsdp_tp/2", "fsdp_cp/2")
+        ),
+        # Groups for which no number of tokens comes out even, and experts with limited room.
+        ("fsdp_cp/3", 6, _LIMITED),
     ],
 )
 def test_every_collective_and_every_byte_is_what_theory_says(setup, world_size, lines):
