@@ -6,10 +6,20 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from modtrain.errors import CheckpointError
+
+# Seconds between two tries at a lock that another process holds.
+_BETWEEN_TRIES = 0.05
+
+
+class NoLocksError(CheckpointError):
+    """A directory on a file system that has no locks."""
 
 
 @contextmanager
@@ -66,6 +76,34 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def hold_lock(path: Path, in_use: Exception | None = None, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock ``path`` against other processes, till the block or this process ends.
+
+    in_use: what to raise where another process holds it; None: BlockingIOError.
+    patience: seconds for which it may hold it.
+
+    Raises:
+        NoLocksError: the file system has no locks.
+    """
+    with path.open("w") as file:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise (in_use or error) from None
+            except OSError as error:
+                raise NoLocksError(
+                    f"{path} cannot be locked: {error}. runs_dir has to be on a file system with"
+                    " flock (Lustre: mount with -o flock, or localflock)"
+                ) from None
+            time.sleep(_BETWEEN_TRIES)
+        yield
 
 
 def is_locked(path: Path) -> bool:

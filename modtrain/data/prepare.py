@@ -7,13 +7,12 @@ the output, and a directory without an index is never taken for whole.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,7 +50,15 @@ from modtrain.data.tokenizer import (
 )
 from modtrain.data.units import Unit, plan_units
 from modtrain.errors import DataError, raise_if_any
-from modtrain.files import digest, file_sha256, sync, write_bytes, write_json
+from modtrain.files import (
+    NoLocksError,
+    digest,
+    file_sha256,
+    hold_lock,
+    sync,
+    write_bytes,
+    write_json,
+)
 
 WORK_NAME = ".work"
 # What the output was made of, apart from the index: times of change are no part of the data.
@@ -176,12 +183,11 @@ def _work_directory(output: Path) -> Iterator[Path]:
             f"{output} is not empty, and no prepare began in it. Choose another output."
         )
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    in_use = DataError(f"another prepare is writing {output}. Wait for it.")
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another prepare is writing {output}. Wait for it.") from error
-        except OSError:
+            held.enter_context(hold_lock(work / "lock", in_use))
+        except NoLocksError:
             _log.warning("%s cannot be locked: start no second prepare of it", output)
         shutil.rmtree(work / "aside", ignore_errors=True)
         for folder in ("units", "shards", "aside"):

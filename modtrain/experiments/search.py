@@ -1,15 +1,14 @@
 """A search by Optuna: trials that are runs, each in a directory, none lost and none made twice.
 
-The study is a journal in the search's directory: Optuna's JournalStorage, whose lock holds on a
-network file system, where SQLite's does not. Whoever works on a trial holds a lock that ends with
-its process; a trial that is unfinished and not held is gone on with, with the same parameters and
-from its checkpoint. So a search may be killed, and have several workers.
+Whoever works on a trial holds a lock that ends with its process; a trial that is unfinished and not
+held is gone on with, with the same parameters and from its checkpoint. So a search may be killed,
+and have several workers. The study is in `modtrain.experiments.search_study`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
-from modtrain.errors import CheckpointError, ConfigError, Problem
+from modtrain.errors import ConfigError, Problem, raise_if_any
 from modtrain.experiments import hparams
 from modtrain.experiments.search_config import Dimension, Search, SearchConfig, parse_space
+from modtrain.experiments.search_study import open_study
 from modtrain.experiments.sweep_hydra import say
 from modtrain.experiments.sweep_jobs import Job, write_jobs
 from modtrain.experiments.sweep_process import run_apart
 from modtrain.experiments.sweep_state import failure_text, pruned_mark, state_of
-from modtrain.files import write_text
+from modtrain.files import hold_lock, write_text
 from modtrain.models.flops import forward_flops
 from modtrain.training.config import TrainConfig
 from modtrain.training.launch import Launch
@@ -49,67 +47,14 @@ def search(search: Search) -> int:
         are still at theirs; 1 where no trial came to an end.
 
     Raises:
-        ModtrainError: the study is another one's, or this process is one of several.
+        ModtrainError: the study is another one's, this process is one of several, or the file
+            system has no locks.
     """
     if (processes := Launch.from_environment().world_size) > 1:
         reason = f"trains in one process, and {processes} were started"
         remedy = "leave torchrun or srun out; start the command several times for several workers"
         raise ConfigError([Problem("search", "", reason, remedy)])
     return _Searcher(search).run()
-
-
-def open_study(directory: Path, config: SearchConfig) -> optuna.Study:
-    """Open the study in ``directory``, or make it.
-
-    Raises:
-        CheckpointError: it searches another space, or for something else.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = directory / "study.journal"
-    lock = JournalFileSymlinkLock(str(path.resolve()))
-    _mend(path, lock)
-    study = optuna.create_study(
-        study_name="search",
-        storage=JournalStorage(JournalFileBackend(str(path), lock_obj=lock)),
-        directions=["minimize"] * len(config.directions),
-        pruner=_pruner(config.pruner),
-        load_if_exists=True,
-    )
-    asked = {"space": config.space, "directions": list(config.directions)}
-    found = {key: study.user_attrs.get(key) for key in asked}
-    for key, value in asked.items():
-        if found[key] is None:
-            study.set_user_attr(key, value)
-        elif found[key] != value:
-            raise CheckpointError(
-                f"{directory} holds another search: {key} was {found[key]} and is {value} now."
-                " Take it back to go on, or give another study="
-            )
-    return study
-
-
-def _pruner(name: str) -> optuna.pruners.BasePruner:
-    makers = {
-        "none": optuna.pruners.NopPruner,
-        "median": optuna.pruners.MedianPruner,
-        "halving": optuna.pruners.SuccessiveHalvingPruner,
-    }
-    pruner: optuna.pruners.BasePruner = makers[name]()
-    return pruner
-
-
-def _mend(path: Path, lock: JournalFileSymlinkLock) -> None:
-    """Drop a last line that a power cut has left half: after it the journal could not be read."""
-    if not path.is_file():
-        return
-    lock.acquire()
-    try:
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            with path.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
 
 
 class _Searcher:
@@ -119,10 +64,10 @@ class _Searcher:
         self.search, self.config, self.directory = search, search.config, search.directory
         self.dimensions, _ = parse_space(self.config.space)
         # All that can be wrong with the ends of the space, before the study is there.
-        self._check_ends()
+        shared = self._check_ends()
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._alone():
-            self.study = open_study(self.directory, self.config)
+            self.study = open_study(self.directory, self.config, shared)
             hparams.write_experiment(self.directory, list(self.config.space))
 
     def run(self) -> int:
@@ -143,16 +88,22 @@ class _Searcher:
         trials = self.study.get_trials(deepcopy=False)
         return any(trial.state not in _DONE for trial in trials)
 
-    def _check_ends(self) -> None:
+    def _check_ends(self) -> TrainConfig:
+        """Return the trial at the first of all ends, resolved.
+
+        Raises:
+            ConfigError: what is wrong with any end.
+        """
         problems: dict[Problem, None] = {}
-        tried = self._at_the_ends()
-        for overrides in tried:
+        resolved: list[TrainConfig] = []
+        for overrides in self._at_the_ends():
             try:
-                resolve(self.search.compose(overrides, self._name(0)), launch=Launch())
+                trial = self.search.compose(overrides, self._name(0))
+                resolved.append(resolve(trial, launch=Launch())[0])
             except ConfigError as error:
                 problems |= dict.fromkeys(error.problems)
-        if problems:
-            raise ConfigError(list(problems))
+        raise_if_any(list(problems))
+        return resolved[0]
 
     def _at_the_ends(self) -> list[list[str]]:
         """Each dimension at each of its ends, the others at their first."""
@@ -179,13 +130,10 @@ class _Searcher:
     def _hold(self, number: int, held: ExitStack) -> bool:
         path = self._run(number).path
         path.mkdir(parents=True, exist_ok=True)
-        file = (path / ".claim").open("w")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
+            held.enter_context(hold_lock(path / ".claim"))
+        except BlockingIOError:
             return False
-        held.callback(file.close)
         return True
 
     def _work(self, trial: optuna.Trial) -> None:
@@ -257,8 +205,7 @@ class _Searcher:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the study for a moment against other workers."""
-        with (self.directory / ".search.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with hold_lock(self.directory / ".search.lock", patience=math.inf):
             yield
 
 

@@ -9,7 +9,6 @@ directories: it holds for jobs of an earlier start, and for those whose launcher
 from __future__ import annotations
 
 import collections
-import fcntl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from modtrain.experiments.sweep_jobs import Job, expand, read_jobs, write_jobs
 from modtrain.experiments.sweep_process import RUN_ME_AGAIN
 from modtrain.experiments.sweep_slurm import launch_on_slurm
 from modtrain.experiments.sweep_state import STATES, failure_text, state_of
+from modtrain.files import hold_lock
 from modtrain.overrides import misread, parse
 from modtrain.training.config import TrainConfig
 from modtrain.training.launch import Launch
@@ -205,14 +205,14 @@ class _Sweep:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the sweep. Raises CheckpointError where another process has it."""
-        with (self.directory / ".sweep.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise CheckpointError(
-                    f"{self.directory} is being swept by another process: wait for it to end"
-                ) from None
+        """Hold the sweep.
+
+        Raises:
+            CheckpointError: another process has it, or the file system has no locks.
+        """
+        reason = "is being swept by another process: wait for it to end"
+        in_use = CheckpointError(f"{self.directory} {reason}")
+        with hold_lock(self.directory / ".sweep.lock", in_use):
             yield
 
     def is_wanted(self, job: Job) -> bool:

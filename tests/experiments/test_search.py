@@ -1,11 +1,15 @@
 """Searches: real trials in forked processes, pruned, killed, shared among workers."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -16,9 +20,11 @@ from optuna.trial import TrialState
 import modtrain.experiments.search_callback
 from modtrain import cli
 from modtrain.configuration import compose_search
-from modtrain.errors import CheckpointError, ConfigError
-from modtrain.experiments.search import open_study, suggest
+from modtrain.errors import ConfigError, OtherRunError
+from modtrain.experiments import search_study
+from modtrain.experiments.search import suggest
 from modtrain.experiments.search_config import SearchConfig, parse_space
+from modtrain.experiments.search_study import open_study
 from modtrain.experiments.sweep_status import sweep_table
 from modtrain.models.flops import forward_flops
 from modtrain.training.run_directory import RunDirectory
@@ -147,10 +153,49 @@ def test_a_search_makes_its_trials_once_and_tells_the_front(arguments, capsys):
         p: p.stat().st_mtime_ns for p in run(0).path.rglob("*") if p.name != ".claim"
     } | {p: t for p, t in before.items() if p.name == ".claim"}
     assert sweep_table(Path("runs/q")).row_count == 2
-    with pytest.raises(CheckpointError, match="holds another search: directions"):
+    with pytest.raises(OtherRunError, match="holds another search:\n  directions: "):
         study(arguments("directions=[causal_loss]"))
-    with pytest.raises(CheckpointError, match="holds another search: space"):
+    with pytest.raises(OtherRunError, match="holds another search:\n  space: "):
         study(arguments("directions=[causal_loss,forward_flops]", space=SPACE[:1]))
+
+
+def test_trials_that_are_ranked_together_have_the_same_settings(
+    arguments, prepared, monkeypatch, capsys
+):
+    one = arguments("trials=1", space=SPACE[:1])
+    two = [*one, "trials=2"]
+    assert cli.main(one) == 0
+    unfinished = study(one).ask().number
+    best = Path("runs/q/best.json").read_text()
+    changed = ("budget.steps=6", "seed=5", "model.d_model=128", "data.seed=3", "eval.sequences=4")
+    assert cli.main([*two, *changed, "log.every=1"]) == 2
+    said = capsys.readouterr().err
+    for key, _, value in (text.partition("=") for text in changed):
+        assert re.search(rf"^  {key}: \S+ in the study, {value} now$", said, re.M), key
+    assert said.count(" now\n") == len(changed)
+    assert "study= for a new search" in said
+    with monkeypatch.context() as patch:
+        other = replace(search_study.read_summary(prepared), fingerprint="new")
+        patch.setattr(search_study, "read_summary", lambda _: other)
+        assert cli.main(two) == 2
+    assert re.search(
+        r"^  data fingerprint: \w+ in the study, new now$", capsys.readouterr().err, re.M
+    )
+    assert study(one).trials[unfinished].state == TrialState.RUNNING
+    assert Path("runs/q/best.json").read_text() == best
+    assert not run(unfinished).path.exists()
+    assert cli.main([*two, "eval.every=3", "log.every=1", "batch.micro_batch_size=1"]) == 0
+    assert "2 complete; 0 to go" in capsys.readouterr().out
+
+
+def test_a_file_system_without_locks_is_named(arguments, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert cli.main(arguments()) == 1
+    assert "a file system with flock" in capsys.readouterr().err
+    assert [p.name for p in Path("runs/q").iterdir()] == [".search.lock"]
 
 
 def test_a_killed_trial_goes_on_with_its_parameters(arguments):

@@ -1,5 +1,6 @@
 """Sweeps: real runs in forked processes, their directories, their ends, and what kills leave."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -314,6 +315,17 @@ def test_a_run_in_use_is_left_alone_and_a_sweep_in_use_is_refused(arguments, mon
         fcntl.flock(file, fcntl.LOCK_EX)
         assert cli.main(arguments(CAPACITIES)) == 1
     assert "being swept by another process" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_named(arguments, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert cli.main(arguments(CAPACITIES)) == 1
+    said = capsys.readouterr().err
+    assert "a file system with flock" in said
+    assert "another process" not in said
 
 
 def test_there_is_no_table_without_a_sweep(tmp_path):
