@@ -20,6 +20,9 @@
   exit 2
 }
 arguments=("$@")
+# How times are shown is read here, and what this job's environment lets through is all or nothing.
+unset SLURM_TIME_FORMAT
+export SLURM_EXPORT_ENV=ALL
 : "${code:=${MODTRAIN_CODE:-${SLURM_SUBMIT_DIR:-$PWD}}}"
 : "${run_directory:=}" "${launcher:=srun}" "${processes:=${SLURM_NTASKS_PER_NODE:-1}}"
 : "${container:=none}" "${image:=}" "${scratch:=}" "${again:=requeue}" "${lead:=300}"
@@ -45,15 +48,19 @@ job_id() {
 
 # ---- the node ----------------------------------------------------------------------------------
 
+# False where this node is of no use, and then says why in `unfit`.
 prepare_node() {
   local entry host
+  unfit=
   # Their own variables are not ours to judge.
   set +u
   for entry in "${site_files[@]}"; do
     # shellcheck disable=SC1090
     source "$entry" || say "$entry ended with $?: goes on"
   done
-  [[ ${#modules[@]} -eq 0 ]] || module load "${modules[@]}"
+  if [[ ${#modules[@]} -gt 0 ]] && ! module load "${modules[@]}"; then
+    unfit="${modules[*]} could not be loaded on $(hostname)"
+  fi
   set -u
   for entry in "${variables[@]}"; do export "${entry?}"; done
   [[ -z $scratch ]] || export TMPDIR="$scratch"
@@ -66,11 +73,18 @@ prepare_node() {
   local share=$((several == 1 ? node_cpus / processes : SRUN_CPUS_PER_TASK))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}"
   # Not through a pipe: of many names scontrol would not be done when the reader is.
-  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || unfit="no names of $SLURM_JOB_NODELIST"
   host=${host%%$'\n'*}
   # Below the ports that the system gives away; another one for each job on a node.
   export MASTER_ADDR="$host" MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
   export MODTRAIN_LEAD="$lead" MODTRAIN_GRACE="$grace"
+  # How srun is to start the processes, where it does not have it from the job.
+  local each=$processes cpus=$SRUN_CPUS_PER_TASK
+  [[ $launcher != torchrun ]] || each=1 cpus=$node_cpus
+  spread=(--ntasks=$((SLURM_JOB_NUM_NODES * each)) --ntasks-per-node="$each" --cpus-per-task="$cpus")
+  # A container sees it like any other node's directory.
+  [[ -z $scratch || " ${mounts[*]}" = *" $scratch"* ]] || mounts+=("$scratch")
+  [[ -z $unfit ]]
 }
 
 # modtrain VERB OVERRIDE...: what to run on a node, in the container where there is one.
@@ -194,13 +208,43 @@ note_end() {
     "$(job_id)" "${text//\"/\\\"}" -1 "$(job_id)" >"$file.part" && mv "$file.part" "$file"; } || true
 }
 
-# Takes that back: somebody has started the run again.
+# Takes that back: somebody has started the run again. A chain's next job was there before, and ends.
 forgive() {
-  [[ -n $run_directory && $verb = train && -e $run_directory/failure.json ]] || return 0
+  local file=$run_directory/failure.json
+  [[ -n $run_directory && $verb = train && -e $file ]] || return 0
+  if [[ $again = nothing ]] && was_waiting "$file"; then
+    say "the run was given up: $(<"$file")"
+    exit 1
+  fi
   mkdir -p "$run_directory/logs"
   touch "$run_directory/failures.tsv"
   wc -l <"$run_directory/failures.tsv" >"$run_directory/logs/.forgiven"
-  rm -f "$run_directory/failure.json"
+  rm -f "$file"
+}
+
+# Whether this job was in the queue already when a file was written.
+was_waiting() {
+  local shown submitted
+  shown=$(scontrol --oneliner show job "$(job_id)" 2>/dev/null) || return 1
+  [[ $shown =~ \ SubmitTime=([0-9T:-]+) ]] || return 1
+  submitted=$(date -d "${BASH_REMATCH[1]}" +%s) || return 1
+  [[ $submitted -le $(stat -c %Y "$1") ]]
+}
+
+# Adds this job to those of the run where `modtrain submit` did not: status and cancel look there.
+note_job() {
+  local file=$run_directory/jobs.jsonl
+  [[ -n $run_directory && $verb = train ]] || return 0
+  mkdir -p "$run_directory"
+  ! grep -qsF "\"job\": \"$(job_id)\"" "$file" || return 0
+  write_job "$file" "$(job_id)" null
+}
+
+# write_job FILE JOB BEFORE: a line as `modtrain submit` writes them.
+write_job() {
+  local text=${script//\\/\\\\}
+  printf '{"job": "%s", "time": "%(%FT%T%z)T", "script": "%s", "chained_after": %s}\n' \
+    "$2" -1 "${text//\"/\\\"}" "$3" >>"$1"
 }
 
 # Ends the job where `modtrain cancel` named it; an array's mark lies a directory higher.
@@ -253,16 +297,20 @@ finish() {
   # exit code does not tell: srun ends the other tasks of one that failed by TERM too.
   [[ -z $asked ]] || go_on "stopped by $asked, without a checkpoint of its own"
   ! is_preempted || go_on "stopped by a preemption, without a checkpoint of its own"
-  [[ -n $cause ]] || cause="exit code $status"
-  say "failed: $cause"
+  fail "$status" "${cause:-exit code $status}"
+}
+
+# fail STATUS CAUSE: counts a failure, and brings the job back while that may help.
+fail() {
+  say "failed: $2"
   wait_for_directory
-  if note_failure "$cause"; then go_on "failed at step $(newest_step)"; fi
+  if note_failure "$2"; then go_on "failed at step $(newest_step)"; fi
   if [[ -n $run_directory ]]; then
-    say "failed $alike_failures times in this way without a new checkpoint: $cause"
+    say "failed $alike_failures times in this way without a new checkpoint: $2"
   fi
-  note_end "$cause"
+  note_end "$2"
   say "not started again"
-  exit "$status"
+  exit "$1"
 }
 
 # Whether Slurm takes the nodes away; the signal of that comes to the tasks alone. Slurm may remember
@@ -327,28 +375,35 @@ run_of() {
   local word name='' runs=runs
   for word in "$@"; do
     case $word in
-      name=*) name=${word#name=} ;;
-      runs_dir=*) runs=${word#runs_dir=} ;;
+      name=*) name=$(unquoted "${word#name=}") ;;
+      runs_dir=*) runs=$(unquoted "${word#runs_dir=}") ;;
     esac
   done
   [[ -z $name ]] || echo "$runs/$name"
 }
 
+unquoted() {
+  local text=$1
+  [[ ! $text =~ ^\'(.*)\'$ && ! $text =~ ^\"(.*)\"$ ]] || text=${BASH_REMATCH[1]}
+  echo "$text"
+}
+
 resubmit() {
-  local next text=${script//\\/\\\\} task=${SLURM_ARRAY_TASK_ID:-} own=() folder
+  local next foreign task=${SLURM_ARRAY_TASK_ID:-} own=() folder
   # A task of an array goes on alone.
   [[ -z $task ]] || own=(--array="$task")
   # What the script says of itself holds, whatever the environment was told.
   unset SBATCH_TIMELIMIT SBATCH_REQUEUE SBATCH_NO_REQUEUE SBATCH_ARRAY_INX SBATCH_SIGNAL
-  next=$(sbatch --parsable "${own[@]}" --dependency="afterany:$(job_id)" "$script" \
-    "${arguments[@]}") || return
+  own+=(--dependency="afterany:$(job_id)")
+  # Nor is what Slurm said of this job true of that one.
+  mapfile -t foreign < <(compgen -v | grep -E '^(SLURM|_SLURM_SPANK)_' | grep -vxE 'SLURM_(CONF|CLUSTERS|JWT)')
+  next=$(unset "${foreign[@]}" && sbatch --parsable "${own[@]}" "$script" "${arguments[@]}") || return
   next=${next%%;*}${task:+_$task}
   say "job $next goes on"
   [[ -n $run_directory ]] || return 0
   # Those who end an array look above its runs.
   for folder in "$run_directory" ${task:+"$run_directory/.."}; do
-    printf '{"job": "%s", "time": "%(%FT%T%z)T", "script": "%s", "chained_after": "%s"}\n' \
-      "$next" -1 "${text//\"/\\\"}" "$(job_id)" >>"$folder/jobs.jsonl"
+    write_job "$folder/jobs.jsonl" "$next" "\"$(job_id)\""
   done
 }
 
@@ -359,8 +414,7 @@ on_all() {
   several=1
   begin "$@"
   if [[ $launcher = torchrun ]]; then
-    run_step --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
-      --cpus-per-task="$node_cpus" "${in_container[@]}" "${command[@]}"
+    run_step "${spread[@]}" "${in_container[@]}" "${command[@]}"
   else
     run_step "${in_container[@]}" "${command[@]}"
   fi
@@ -378,25 +432,27 @@ on_one() {
 begin() {
   watch_signals
   [[ -n $run_directory || $1 != train ]] || run_directory=$(run_of "${@:2}")
-  prepare_node
-  set_command "$@"
+  say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"
   # A job that was requeued may start before it is taken out of the queue.
   stop_if_cancelled
+  note_job || true
   forgive || true
-  say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"
+  prepare_node || fail 1 "$unfit"
+  set_command "$@"
   if [[ -n $asked ]]; then go_on "stopped by $asked before it began"; fi
 }
 
 # Keeps the nodes until the job is cancelled or its time is over, and tells how to use them.
 hold() {
   several=1
-  prepare_node
+  prepare_node || say "$unfit"
   set_command train name=debug
-  local environment=(MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" PYTHONPATH="$PYTHONPATH")
+  local environment=(MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" PYTHONPATH="$PYTHONPATH"
+    OMP_NUM_THREADS="$OMP_NUM_THREADS" "${variables[@]}")
   say "on $SLURM_JOB_NODELIST; a shell on the first node:"
   echo "  srun --jobid=$SLURM_JOB_ID --overlap --nodes=1 --ntasks=1 ${in_container[*]@Q} --pty bash -l"
   say "a run on all of them:"
-  echo "  env ${environment[*]@Q} srun --jobid=$SLURM_JOB_ID --overlap ${in_container[*]@Q} ${command[*]@Q}"
+  echo "  env ${environment[*]@Q} srun --jobid=$SLURM_JOB_ID --overlap ${spread[*]} ${in_container[*]@Q} ${command[*]@Q}"
   say "give them back by: scancel $SLURM_JOB_ID"
   sleep infinity
 }

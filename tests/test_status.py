@@ -1,127 +1,24 @@
-"""What `modtrain status`, `logs` and `cancel` do without a Slurm, or with a played one."""
+"""What `modtrain status` and `logs` do without a Slurm, or with a played one."""
 
-import datetime
-import fcntl
-import io
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
-from rich.console import Console
 
 from modtrain.cli import main
 from modtrain.cluster import logs, slurm
-from modtrain.cluster.cancel import cancel_run
-from modtrain.cluster.cancel_config import CancelConfig
 from modtrain.cluster.runs import find_runs, lines_from_end, read_run
 from modtrain.cluster.slurm import Job, SlurmError
-from modtrain.cluster.status import live_jobs, show_status, state_of
+from modtrain.cluster.status import live_jobs, state_of
 from modtrain.cluster.status_config import StatusConfig
 from modtrain.configuration import compose
 from modtrain.overrides import spelled
-
-NOW = time.time()
-
-
-def iso(ago: float) -> str:
-    moment = datetime.datetime.fromtimestamp(NOW - ago, datetime.UTC)
-    return moment.isoformat(timespec="seconds")
-
-
-@cache
-def composed(*overrides: str):
-    own = ["name=x", "model=tiny", "model.vocab_size=300", "data.seq_len=64", "batch.tokens=256"]
-    config = compose("train", [*own, *overrides])
-    return config, OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-class Made:
-    """A run's directory, made by hand."""
-
-    def __init__(self, path: Path, *overrides: str) -> None:
-        self.path = path
-        path.mkdir(parents=True)
-        self.config, text = composed(*(overrides or ["budget.steps=100"]))
-        (path / "config.yaml").write_text(text)
-
-    def starts(self, *ago: float) -> "Made":
-        content = {"starts": [{"time": iso(a)} for a in ago]}
-        (self.path / "manifest.json").write_text(json.dumps(content))
-        return self
-
-    def records(self, *records: dict) -> "Made":
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (self.path / "metrics.jsonl").write_text(lines)
-        return self
-
-    def saved(self, *steps: int) -> "Made":
-        for step in steps:
-            folder = self.path / f"checkpoints/step-{step:09d}"
-            folder.mkdir(parents=True)
-            (folder / "manifest.json").write_text("{}")
-        return self
-
-    def failed(self, ago: float, cause: str, step: int = 0) -> "Made":
-        with (self.path / "failures.tsv").open("a") as file:
-            file.write(f"{iso(ago)}\t12\t{step}\t{cause}\n")
-        return self
-
-    def jobs(self, *ids: str) -> "Made":
-        with (self.path / "jobs.jsonl").open("a") as file:
-            for name in ids:
-                script = str(self.path / "submit.sbatch")
-                file.write(json.dumps({"job": name, "script": script}) + "\n")
-        return self
-
-    def read(self):
-        return read_run(self.path, self.path.name)
-
-    def state(self, *jobs: Job) -> tuple[str, str]:
-        found = state_of(self.read(), {job.id: job for job in jobs})
-        return found.name, found.why
-
-
-def shown(config: StatusConfig) -> str:
-    stream = io.StringIO()
-    show_status(config, Console(file=stream, width=300))
-    return stream.getvalue()
-
-
-@contextmanager
-def held(path: Path):
-    with (path / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def play(monkeypatch, tmp_path, output: str = "", code: int = 0, error: str = "") -> Path:
-    """Put an squeue and an scancel on the PATH; they write down how they were called."""
-    folder = tmp_path / "bin"
-    folder.mkdir(exist_ok=True)
-    (folder / "said").write_text(output)
-    (folder / "error").write_text(error)
-    for name in ("squeue", "scancel"):
-        script = folder / name
-        script.write_text(
-            f'#!/bin/sh\necho {name} "$@" >>{folder}/calls\n'
-            f"cat {folder}/said\ncat {folder}/error >&2\nexit {code}\n"
-        )
-        script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
-def line(name, state, reason="None", start="N/A", restarts="0", command="/r/submit.sbatch") -> str:
-    fields = [name, state, reason, "node[1-2]", "1:00:00", restarts, start, command]
-    return "".join(f"{field:12}|" for field in fields) + "\n"
+from tests.made_runs import Group, Made, held, iso, line, play, shown
 
 
 def test_states_follow_from_the_files(tmp_path):
@@ -382,12 +279,22 @@ def test_errors_of_slurm_name_command_words_and_remedy(tmp_path, monkeypatch):
         slurm.run(["sleep", "5"], timeout=0.1)
 
 
-def test_a_users_own_defaults_of_squeue_are_left_out(monkeypatch):
-    monkeypatch.setenv("SQUEUE_STATES", "PENDING")
-    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
-    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
-    told = slurm.run(["env"])
-    assert "SQUEUE" not in told and "TIME_FORMAT" not in told and "SBATCH_ACCOUNT=mine" in told
+@pytest.mark.parametrize(
+    ("name", "is_passed"),
+    [
+        *[(name, False) for name in ("SQUEUE_STATES", "SLURM_TIME_FORMAT", "SBATCH_TIMELIMIT")],
+        # What the job is in which somebody submits another, and what it has.
+        *[("SLURM_" + name, False) for name in ("MEM_PER_CPU", "GPUS_PER_TASK", "EXPORT_ENV")],
+        *[("SLURM_" + name, False) for name in ("JOB_ID", "ARRAY_TASK_ID", "CONF_OF_MINE")],
+        ("SLURM_SPANK__SLURM_SPANK_OPTION_pyxis_container_image", False),
+        ("_SLURM_SPANK_OPTION_pyxis_container_image", False),
+        *[(name, True) for name in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")],
+        *[(name, True) for name in ("SBATCH_ACCOUNT", "OMP_NUM_THREADS")],
+    ],
+)
+def test_slurm_sees_of_the_environment_what_is_for_it(name, is_passed, monkeypatch):
+    monkeypatch.setenv(name, "mine")
+    assert (f"{name}=mine" in slurm.run(["env"]).splitlines()) == is_passed
 
 
 def test_logs_show_the_newest_job_that_has_begun(tmp_path, capsys):
@@ -471,89 +378,74 @@ def test_logs_into_a_closed_pipe_end_quietly(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def cancelled(root: Path, **changes) -> list[str]:
-    said: list[str] = []
-    cancel_run(CancelConfig(run="r", runs_dir=str(root), **changes), said.append)
-    return said
+def test_a_group_is_shown_while_its_job_is_live_and_never_counted(tmp_path, monkeypatch):
+    folder = play(monkeypatch, tmp_path, line("7_1", "PENDING", "Priority", command=""))
+    root = tmp_path / "runs"
+    Group(root / "sweep")
+    for name in ("a", "b"):
+        (Made(root / "sweep" / name).starts(60).path / "COMPLETED").touch()
+    config = StatusConfig(runs_dir=str(root))
+    text = shown(config)
+    row = next(row for row in text.splitlines() if "│ sweep " in row)
+    assert "pending" in row and "7_1" in row and "Priority" in row
+    assert "\n2 runs: 2 complete" in text
+    (folder / "said").write_text("")
+    text = shown(config)
+    assert "│ sweep " not in text and "never started" not in text
+    assert "\n2 runs: 2 complete" in text
+    text = shown(StatusConfig(run="sweep", runs_dir=str(root)))
+    assert "over" in text and "7: over" in text and "2 runs: 2 complete" in text
+    assert "never started" not in text
 
 
-def test_without_a_job_there_is_nothing_to_cancel(tmp_path, capsys):
-    run = Made(tmp_path / "r").starts(9)
-    asked = ["cancel", "run=r", f"runs_dir={tmp_path}"]
-    assert main(asked) == 0
-    assert "nothing to cancel" in capsys.readouterr().out
-    assert not (run.path / "CANCELLED").exists()
-    with held(run.path):
-        assert main(asked) == 1
-    assert "Ctrl-C" in capsys.readouterr().err
-    assert main(["cancel", "run=q", f"runs_dir={tmp_path}"]) == 1
-    assert main(["cancel"]) == 2
+def test_a_group_without_a_script_is_known_by_its_runs(tmp_path):
+    root = tmp_path / "sw"
+    (Made(root / "a").starts(60).path / "COMPLETED").touch()
+    (root / "jobs.jsonl").write_text('{"job": "7"}\n')
+    assert "\n1 run: 1 complete" in shown(StatusConfig(runs_dir=str(tmp_path)))
 
 
-def test_without_slurm_the_jobs_of_a_run_cannot_be_cancelled(tmp_path, monkeypatch):
-    Made(tmp_path / "r").jobs("7")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SlurmError, match="login node"):
-        cancelled(tmp_path)
+@pytest.mark.parametrize("own", ["config.yaml", "submitted.yaml", "submit.sbatch"])
+def test_a_run_above_others_is_one_of_its_own(tmp_path, own):
+    Made(tmp_path / "r/below").starts(9)
+    (tmp_path / "r" / own).write_text("{}")
+    (tmp_path / "r/jobs.jsonl").write_text('{"job": "7"}\n')
+    assert not read_run(tmp_path / "r", "r").is_group
+    assert "2 runs: 1 stopped, 1 never started" in shown(StatusConfig(runs_dir=str(tmp_path)))
 
 
-class PlayedSlurm:
-    """Jobs that wait, run, and end when they are told to."""
-
-    def __init__(self, monkeypatch, saves: bool, **states: str) -> None:
-        self.states = {name.removeprefix("j"): state for name, state in states.items()}
-        self.saves, self.calls = saves, []
-        for name in ("jobs", "cancel", "ask_to_save"):
-            monkeypatch.setattr(slurm, name, getattr(self, name))
-        monkeypatch.setattr("modtrain.cluster.cancel._LOOK", 0.01)
-
-    def jobs(self, ids):
-        return {name: Job(name, state) for name, state in self.states.items() if name in ids}
-
-    def cancel(self, ids):
-        self.calls.append(("cancel", *ids))
-        self.states.update(dict.fromkeys(ids, "CANCELLED"))
-
-    def ask_to_save(self, ids):
-        self.calls.append(("save", *ids))
-        if self.saves:
-            # As with a script that knows of no mark: it is requeued.
-            self.states.update(dict.fromkeys(ids, "PENDING"))
+@pytest.mark.parametrize("verb", ["search", "compare", "prepare"])
+def test_a_group_that_failed_says_why(tmp_path, verb):
+    group = Group(tmp_path / "g", f"{verb}.sbatch")
+    assert group.state() == ("over", "")
+    assert group.state(Job("7", "PENDING", "Resources")) == ("pending", "Resources")
+    assert group.state(Job("7", "OUT_OF_MEMORY")) == ("failed", "job 7: out of memory")
+    group.failed(verb, 500)
+    group.printed(498)
+    assert group.state() == ("failed", "the study is damaged")
+    assert "the study is damaged" in shown(StatusConfig(run="g", runs_dir=str(tmp_path)))
+    assert group.state(Job("7", "RUNNING")) == ("running", "")
+    # It came back, and ended without another word of failure.
+    group.printed(100)
+    assert group.state() == ("over", "")
+    group.printed(498)
+    group.submitted("8", 400)
+    assert group.state() == ("over", "")
 
 
-def test_waiting_jobs_are_ended_first_then_the_running_one_saves(tmp_path, monkeypatch):
-    run = Made(tmp_path / "r").starts(9).jobs("1", "2", "3", "4").saved(8)
-    played = PlayedSlurm(
-        monkeypatch, True, j1="COMPLETED", j2="RUNNING", j3="PENDING", j4="PENDING"
-    )
-    said = cancelled(tmp_path, wait=5)
-    assert played.calls == [("cancel", "3", "4"), ("save", "2"), ("cancel", "2")]
-    assert (run.path / "CANCELLED").read_text().split() == ["1", "2", "3", "4"]
-    assert "go on from step 8, saved before" in said[-1]
+def test_how_an_arrays_task_ended_its_run_says(tmp_path):
+    group = Group(tmp_path / "g")
+    # Slurm's answer under the array's number is that of one of its tasks.
+    found = state_of(read_run(group.path, "g"), {"7": Job("7_3", "OUT_OF_MEMORY")})
+    assert found.name == "over"
 
 
-def test_a_job_that_does_not_save_is_ended_after_the_wait(tmp_path, monkeypatch):
-    Made(tmp_path / "r").starts(9).jobs("2")
-    played = PlayedSlurm(monkeypatch, False, j2="RUNNING")
-    said = cancelled(tmp_path, wait=0.1)
-    assert played.calls == [("save", "2"), ("cancel", "2")]
-    assert "ended after 0.1 s" in said[1] and "no checkpoint" in said[-1]
-
-
-def test_save_false_asks_for_nothing(tmp_path, monkeypatch):
-    Made(tmp_path / "r").starts(9).jobs("2", "3")
-    played = PlayedSlurm(monkeypatch, True, j2="RUNNING", j3="PENDING")
-    cancelled(tmp_path, save=False)
-    assert played.calls == [("cancel", "3"), ("cancel", "2")]
-
-
-def test_a_job_that_does_not_end_is_told(tmp_path, monkeypatch):
-    Made(tmp_path / "r").starts(9).jobs("2")
-    played = PlayedSlurm(monkeypatch, False, j2="RUNNING")
-    monkeypatch.setattr(slurm, "cancel", lambda ids: played.calls.append("in vain"))
-    monkeypatch.setattr("modtrain.cluster.cancel._KILL_GRACE", 0.1)
-    with pytest.raises(SlurmError, match=r"job 2 does not end"):
-        cancelled(tmp_path, save=False)
+def test_a_group_that_stopped_has_not_failed(tmp_path):
+    group = Group(tmp_path / "g", "search.sbatch")
+    ended = Job("7", "FAILED", "NonZeroExitCode")
+    assert group.state(ended)[0] == "failed"
+    Made(group.path / "trial").starts(9)
+    assert group.state(ended) == ("over", "")
 
 
 def test_status_is_quick_and_loads_no_torch(tmp_path):

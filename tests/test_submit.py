@@ -1,6 +1,7 @@
 """Jobs as they are rendered: every value is data, and what cannot run is told before the queue."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -299,6 +300,8 @@ def problems_of(*words):
         (["eval", "run=nowhere"], "run"),
         (["eval", "run=nowhere", "after=3", "nodes=2"], "nodes"),
         (["train", "at_once=2"], "at_once"),
+        (["train", "after=3", "cluster.restart=resubmit"], "after"),
+        (["eval", "run=nowhere", "after=3_1", "cluster.restart=resubmit"], "after"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_written(words, key, tiny, tmp_path, monkeypatch):
@@ -306,6 +309,59 @@ def test_a_mistake_is_told_before_anything_is_written(words, key, tiny, tmp_path
     more = ["name=x", *tiny] if words[0] == "train" else []
     assert key in problems_of(words[0], *more, *words[1:])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+    """An sbatch that gives the number 4711, and an squeue in whose answer that job waits."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    row = "|".join(["4711", "PENDING", "Priority", "", "", "0", "N/A", ""]) + "|"
+    for name, text in (("sbatch", "4711"), ("squeue", row)):
+        (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def submitted(words):
+    submission = compose_submission(words)
+    submit(submission.works, submission.directory, submission.config, None)
+
+
+@pytest.mark.parametrize(
+    ("more", "is_told"),
+    [
+        (["chain=complete"], True),
+        (["cluster.restart=resubmit"], True),
+        ([], False),
+        (["chain=2", "cluster.restart=resubmit"], False),
+    ],
+)
+def test_where_no_job_can_wait_for_a_number_it_is_told(more, is_told, tiny, played, capsys):
+    submitted(["train", "name=x", *tiny, "cluster=cpu", *more])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "submitted job 4711" in told
+    assert ("after=4711 might wait for ever" in told) == is_told
+
+
+@pytest.mark.parametrize("more", [[], ["after=4711"]])
+def test_a_job_of_the_same_run_is_not_to_be_waited_for(more, tiny, played):
+    """It ends well once there is nothing left to do."""
+    words = ["train", "name=x", *tiny, "cluster=cpu"]
+    submitted(words)
+    with pytest.raises(ConfigError) as error:
+        submitted([*words, *more])
+    (problem,) = error.value.problems
+    assert (problem.key, problem.value) == ("job", "4711")
+    assert "modtrain cancel" in problem.remedy
+    assert "after" not in problem.remedy
+
+
+def test_a_job_that_ends_within_its_limit_can_be_waited_for():
+    for restart in ("requeue", "nothing"):
+        assert SubmitConfig(after="3", cluster=ClusterConfig(restart=restart)).problems() == []
 
 
 def test_the_plan_is_held_against_the_nodes(tiny, tmp_path, monkeypatch):

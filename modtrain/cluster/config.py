@@ -126,7 +126,8 @@ class SubmitConfig:
     chain: how many jobs, one after the other, for sites that do not requeue; each goes on where
         the last one stopped, and does nothing once the run is complete. "complete": as many as it
         takes, each submitted by the last one.
-    after: a job's number; this one starts when that one has ended well.
+    after: a job's number; this one starts when that one has ended well. Not where jobs submit
+        themselves again: one that stops at its limit has not ended well, and never will.
     array: jobs that differ in these overrides, by name: ``{low: ["optimizer.lr=1e-4"]}``; each is
         the run ``<name>/<its name>``. at_once: how many of them may run at a time; null: all.
     dry_run: check and write everything, and submit nothing.
@@ -160,6 +161,13 @@ class SubmitConfig:
         return Launch(self.nodes * self.processes, 0, 0, self.processes)
 
     @property
+    def is_resubmitted(self) -> bool:
+        """Whether another job, under a number of its own, goes on where this one stops."""
+        if self.chain is None:
+            return self.cluster.restart == "resubmit"
+        return self.chain == "complete"
+
+    @property
     def num_chained(self) -> int:
         """How many jobs are submitted, each after the one before."""
         return int(self.chain) if self.chain is not None and self.chain.isdecimal() else 1
@@ -191,6 +199,16 @@ class SubmitConfig:
             found.append(Problem("chain", chain, reason, remedy))
         if self.after is not None and not re.fullmatch(r"\d+(_\d+)?", self.after):
             reason, remedy = "is no job's number", "give the number that sbatch told"
+            found.append(Problem("after", self.after, reason, remedy))
+        if self.after is not None and self.cluster.restart == "resubmit":
+            reason = (
+                "would wait for ever under cluster.restart=resubmit: a job that stops with work"
+                " left does not end well, and another number goes on"
+            )
+            remedy = (
+                "submit this once modtrain status says complete; where that job ends within its"
+                " time limit, add cluster.restart=nothing"
+            )
             found.append(Problem("after", self.after, reason, remedy))
         if chain is not None and self.array:
             reason, remedy = "has no meaning with an array", "leave one of them out"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -27,6 +28,10 @@ T = TypeVar("T")
 
 # What a directory has in it once a run was started there, or given to Slurm.
 _MARKS = frozenset(("config.yaml", "jobs.jsonl", "submit.sbatch"))
+# And what it has once the run is one of its own, not only a place for what a job writes.
+_OWN = ("config.yaml", "submitted.yaml", "submit.sbatch")
+# The scripts of jobs that train no run in their own directory; the last is an array's.
+_OF_GROUP = re.compile(r"(search|compare|prepare|debug|submit-[0-9a-f]{8})\.sbatch")
 _INSIDE = frozenset(("checkpoints", "tensorboard", "logs", "code"))
 CANCELLED = "CANCELLED"
 """Holds the ids of the jobs that were cancelled, one a line: they are not to come back."""
@@ -34,6 +39,8 @@ LOSS, HELD_OUT = "loss", "held_out/causal_loss"
 _BLOCK = 2**16
 # So far back the last losses are looked for; held-out losses may be many records apart.
 _FARTHEST = 2**20
+# So long after a failure a job that is given up may still print.
+_LAST_WORDS = 90.0
 
 
 class RunsError(ModtrainError):
@@ -42,10 +49,14 @@ class RunsError(ModtrainError):
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that was given to Slurm. script: its path, empty where that is not known."""
+    """A job that was given to Slurm.
+
+    script: its path, empty where that is not known. time: when, in seconds since 1970; 0: unknown.
+    """
 
     id: str
     script: str = ""
+    time: float = 0
 
     def covers(self, name: str) -> bool:
         """Whether ``name`` is this job's id, or that of a task of this array."""
@@ -75,6 +86,9 @@ class Run:
     steps: of the whole run. restarts: starts but the first. saved: (step, time) of the newest
     checkpoint. failures: oldest first. submitted: jobs, oldest first. changed: when something was
     last recorded. notes: what could not be read.
+    is_group: no run itself: the directory of a job that works on runs below it or on none, as that
+    of a sweep, an array, a search, a comparison or a preparation. went_on: when a group's jobs were
+    last given to Slurm or seen at work.
     """
 
     name: str
@@ -91,6 +105,8 @@ class Run:
     failures: list[Failure] = field(default_factory=list)
     submitted: list[Submitted] = field(default_factory=list)
     cancelled: frozenset[str] = frozenset()
+    is_group: bool = False
+    went_on: float = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -101,10 +117,13 @@ class Run:
 
 def find_runs(root: Path) -> list[Path]:
     """List the directories of runs at and below ``root``, by name; one may hold others."""
-    found: list[Path] = []
+    return sorted(_walk(root))
+
+
+def _walk(root: Path) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
 
-    def look(folder: Path) -> None:
+    def look(folder: Path) -> Iterator[Path]:
         with suppress(OSError):
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
@@ -114,14 +133,13 @@ def find_runs(root: Path) -> list[Path]:
             entries = list(os.scandir(folder))
             is_run = any(entry.name in _MARKS for entry in entries)
             if is_run:
-                found.append(folder)
+                yield folder
             for entry in entries:
                 hidden = entry.name.startswith(".") or (is_run and entry.name in _INSIDE)
                 if not hidden and entry.is_dir():
-                    look(folder / entry.name)
+                    yield from look(folder / entry.name)
 
-    look(root)
-    return sorted(found)
+    return look(root)
 
 
 def existing_run(runs_dir: str, name: str) -> Path:
@@ -147,9 +165,14 @@ def read_run(path: Path, name: str) -> Run:
     read = _Reader(run)
     read("manifest.json", lambda file: setattr(run, "starts", _starts(file)))
     read("jobs.jsonl", lambda file: setattr(run, "submitted", _submitted(file)))
+    run.is_group = _is_group(run)
     read(CANCELLED, lambda file: setattr(run, "cancelled", frozenset(file.read_text().split())))
     read("failures.tsv", lambda file: run.failures.extend(_noted(file)))
     read("failure.json", lambda file: run.failures.extend(_failure(file)))
+    if run.is_group:
+        for file in sorted(path.glob("failures-*.tsv")):
+            read(file.name, lambda file: run.failures.extend(_noted(file)))
+        run.went_on = _went_on(run)
     run.failures.sort(key=lambda failure: failure.time)
     read("checkpoints", lambda folder: setattr(run, "saved", _newest_checkpoint(folder)))
     if not (run.complete and read("result.json", lambda file: _take_result(run, file))):
@@ -221,10 +244,37 @@ def _starts(path: Path) -> list[float]:
 
 def _submitted(path: Path) -> list[Submitted]:
     return [
-        Submitted(str(line["job"]), str(line.get("script") or ""))
+        Submitted(str(line["job"]), str(line.get("script") or ""), _time_or_0(line.get("time")))
         for line in json_lines(path)
         if isinstance(line, dict) and "job" in line
     ]
+
+
+def _time_or_0(text: object) -> float:
+    with suppress(ValueError):
+        return time_of(str(text))
+    return 0
+
+
+def _is_group(run: Run) -> bool:
+    if not run.submitted or any((run.path / name).exists() for name in _OWN):
+        return False
+    scripts = (Path(job.script).name for job in run.submitted)
+    return any(map(_OF_GROUP.fullmatch, scripts)) or has_runs_below(run.path)
+
+
+def has_runs_below(path: Path) -> bool:
+    """Whether the directory ``path`` holds others of runs."""
+    return any(found != path for found in _walk(path))
+
+
+def _went_on(run: Run) -> float:
+    """Return when a group's jobs were last given to Slurm, or printed what was no last word."""
+    printed = [0.0]
+    for path in run.path.glob("logs/slurm-*.out"):
+        with suppress(OSError):
+            printed.append(path.stat().st_mtime - _LAST_WORDS)
+    return max([*printed, *(job.time for job in run.submitted)])
 
 
 def _noted(path: Path) -> list[Failure]:

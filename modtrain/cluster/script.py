@@ -213,19 +213,29 @@ def _settings(job: Job) -> list[str]:
 
 
 def _again(config: SubmitConfig) -> str:
-    if config.chain == "complete":
+    if config.is_resubmitted:
         return "resubmit"
     return "nothing" if config.chain is not None else config.cluster.restart
 
 
 def _own_mounts(job: Job) -> list[str]:
-    """Return what any container has to see: where it starts, its code and its runs."""
-    needed = [job.directory, job.code]
+    """Return what any container has to see: where it starts, its code and its runs.
+
+    An array's runs lie below its script: one mount for all of them.
+    """
+    needed = [job.directory, job.code, job.script.parent]
     needed += [task.run_directory for task in job.tasks if task.run_directory is not None]
     found: list[Path] = []
     for path in needed:
         if not any(path.is_relative_to(other) for other in found):
             found.append(path)
+    for path in found:
+        if re.search("[,:]", str(path)):
+            container = job.config.cluster.container
+            raise ScriptError(
+                f"{path} has a comma or a colon in it, where {container} would cut it in two."
+                " remedy: give another name= or runs_dir=, or one below the working directory"
+            )
     return [str(path) for path in found]
 
 

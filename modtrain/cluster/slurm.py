@@ -34,16 +34,33 @@ _WAITS = frozenset(
 # Of a command in an error; one for a thousand jobs says no more than this.
 _SHOWN = 300
 # A user's defaults for these would change what is asked, or what a script says of itself, to which
-# sbatch prefers them. An array's task may submit: what it is would be told to that job.
+# sbatch prefers them. Inside an allocation SLURM_... says what that job is and has: sbatch hands it
+# on, and srun in the new job would take it for its own (man sbatch, man srun).
 _FOREIGN = (
-    *("SQUEUE_", "SCANCEL_", "SLURM_TIME_FORMAT", "SLURM_ARRAY_", "SBATCH_TIMELIMIT"),
+    *("SLURM_", "_SLURM_SPANK_", "SQUEUE_", "SCANCEL_", "SBATCH_TIMELIMIT"),
     *("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_ARRAY_INX", "SBATCH_SIGNAL"),
     *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_JOB_NAME"),
 )
+# These say which controller is asked, and who asks.
+_KEPT = frozenset(("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"))
+_DENIED = "Access/permission denied"
 
 
 class SlurmError(ModtrainError):
     """Slurm did not do what it was asked to."""
+
+
+class DeniedError(SlurmError):
+    """Slurm does not let this user do that. said: Slurm's words, without the command."""
+
+    def __init__(self, text: str, said: str) -> None:
+        self.said = said
+        super().__init__(text)
+
+    def names(self, job: str) -> bool:
+        """Whether ``job`` is one of those that it is about."""
+        lines = [line for line in self.said.splitlines() if _DENIED in line]
+        return any(job in re.findall(r"\w+", line) for line in lines)
 
 
 @dataclass(frozen=True)
@@ -93,13 +110,16 @@ def run(command: Sequence[str], timeout: float = 60, without: Collection[str] = 
     variables that the command is not to see.
 
     Raises:
+        DeniedError: this user may not do that.
         SlurmError: it is not there, fails, or does not answer; with its words and its stderr.
     """
     shown = shlex.join(command)
     if len(shown) > _SHOWN:
         shown = f"{shown[:_SHOWN]}..."
     environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN) and k not in without
+        name: value
+        for name, value in os.environ.items()
+        if (name in _KEPT or not name.startswith(_FOREIGN)) and name not in without
     }
     try:
         done = subprocess.run(  # noqa: S603
@@ -116,7 +136,8 @@ def run(command: Sequence[str], timeout: float = 60, without: Collection[str] = 
         ) from None
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip() or "it says nothing"
-        raise SlurmError(f"{shown} failed with {done.returncode}: {said}\nremedy: {_remedy(said)}")
+        text = f"{shown} failed with {done.returncode}: {said}\nremedy: {_remedy(said)}"
+        raise DeniedError(text, said) if _DENIED in said else SlurmError(text)
     return done.stdout
 
 
@@ -152,6 +173,7 @@ def cancel(ids: Iterable[str]) -> None:
     """End these jobs, whatever they do; without a signal that they could save at.
 
     Raises:
+        DeniedError: one of them is another user's.
         SlurmError: one of them cannot be ended, or is at its end already.
     """
     run(["scancel", *ids])
@@ -161,6 +183,7 @@ def ask_to_save(ids: Iterable[str]) -> None:
     """Send USR1 to these jobs' scripts, which pass it on to their tasks once.
 
     Raises:
+        DeniedError: one of them is another user's.
         SlurmError: one of them is not running.
     """
     run(["scancel", "--batch", "--signal=USR1", *ids])
@@ -198,7 +221,7 @@ def _remedy(said: str) -> str:
         "Unable to contact slurm": "see by `scontrol ping` whether the controller is up",
         "configuration source": "do this on a login node of the cluster: no Slurm is set up here",
         "Invalid job id": "see by `squeue --me` which jobs there are",
-        "Access/permission denied": "the job is another user's: ask them, or an operator",
+        _DENIED: "the job is another user's: ask them, or an operator",
         "Invalid account": "set cluster.account to one of `sacctmgr show associations user=$USER`",
         "invalid partition": "set cluster.partition to one of `sinfo`",
         "Requested node configuration": "compare nodes, GPUs and memory with `sinfo -Nl`",

@@ -25,6 +25,7 @@ from modtrain.cluster.runs import (
     Submitted,
     existing_run,
     find_runs,
+    has_runs_below,
     newest_first,
     read_run,
 )
@@ -33,7 +34,7 @@ from modtrain.cluster.status_config import StatusConfig
 from modtrain.errors import raise_if_any
 from modtrain.overrides import spelled
 
-STATES = ("running", "pending", "failed", "stopped", "never started", "complete")
+STATES = ("running", "pending", "failed", "stopped", "never started", "complete", "over")
 _STYLES = {"running": "green", "pending": "yellow", "failed": "red", "complete": "dim"}
 _LAST_FAILURES = 5
 # Of a long chain the newest; what came before is over.
@@ -42,7 +43,10 @@ _JOBS_ASKED = 50
 
 @dataclass(frozen=True)
 class State:
-    """What a run does. name: one of `STATES`. why: what there is to say about it, on one line."""
+    """What a run does. name: one of `STATES`. why: what there is to say about it, on one line.
+
+    ``over`` is a group whose jobs are: what came of it, its runs say.
+    """
 
     name: str
     why: str = ""
@@ -75,16 +79,23 @@ def show_status(config: StatusConfig, console: Console | None = None) -> None:
         runs, states = runs[1:], states[1:]
     elif not runs:
         console.print(Text(f"there are no runs in {top}"))
-    if runs:
-        console.print(_table(runs, states, known))
-        counts = Counter(state.name for state in states)
-        told = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
-        console.print(Text(f"{len(runs)} run{'s' * (len(runs) > 1)}: {told}"))
+    _print_table(list(zip(runs, states, strict=True)), known, console)
     for run in runs:
         for note in run.notes:
             console.print(Text(note))
     if known.unasked:
         console.print(Text(known.unasked))
+
+
+def _print_table(found: Sequence[tuple[Run, State]], known: Known, console: Console) -> None:
+    """Print what there is to say of each, and how many runs are in which state."""
+    shown = [(run, state) for run, state in found if state.name != "over"]
+    if shown:
+        console.print(_table(shown, known))
+    counts = Counter(state.name for run, state in found if not run.is_group)
+    if number := counts.total():
+        told = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
+        console.print(Text(f"{number} run{'s' * (number > 1)}: {told}"))
 
 
 def wide_console() -> Console:
@@ -128,7 +139,9 @@ def state_of(run: Run, jobs: Mapping[str, Job]) -> State:
         why = live[0].reason or live[0].state.lower()
         again = f"; failed before: {failure.cause}" if failure else ""
         return State("pending", why + again)
-    return State("failed", failure.cause) if failure else _at_rest(run, jobs)
+    if failure:
+        return State("failed", failure.cause)
+    return _group_at_rest(run, jobs) if run.is_group else _at_rest(run, jobs)
 
 
 def _at_rest(run: Run, jobs: Mapping[str, Job]) -> State:
@@ -141,6 +154,14 @@ def _at_rest(run: Run, jobs: Mapping[str, Job]) -> State:
     return State("never started", ended.why if ended else "")
 
 
+def _group_at_rest(run: Run, jobs: Mapping[str, Job]) -> State:
+    """Tell of a group without a job. Of an array's tasks their runs tell."""
+    own = {name: job for name, job in jobs.items() if "_" not in job.id}
+    ended = _end_in_slurm(run, own)
+    is_failed = ended is not None and ended.name == "failed" and not _was_cancelled(run)
+    return ended if ended is not None and is_failed else State("over")
+
+
 def _was_cancelled(run: Run) -> bool:
     return bool(run.submitted) and run.submitted[-1].id in run.cancelled
 
@@ -150,8 +171,9 @@ def _standing_failure(run: Run) -> Failure | None:
     if not run.failures:
         return None
     last = run.failures[-1]
+    began = run.starts[-1] if run.starts else run.went_on
     # Both are told in whole seconds.
-    return last if not run.starts or last.time >= run.starts[-1] else None
+    return last if last.time >= int(began) else None
 
 
 def _end_in_slurm(run: Run, jobs: Mapping[str, Job]) -> State | None:
@@ -162,7 +184,8 @@ def _end_in_slurm(run: Run, jobs: Mapping[str, Job]) -> State | None:
             said = f"job {job.id}: {_told(job)}"
             stopped = job.state in ("CANCELLED", "COMPLETED", "PREEMPTED", "TIMEOUT", "DEADLINE")
             # 75 and its like are failures to Slurm, and not to the run.
-            stopped = stopped or (job.state == "FAILED" and bool(run.starts))
+            began = bool(run.starts) or (run.is_group and has_runs_below(run.path))
+            stopped = stopped or (job.state == "FAILED" and began)
             return State("stopped" if stopped else "failed", said)
     return None
 
@@ -172,7 +195,7 @@ def _told(job: Job) -> str:
     return f"{state} ({job.reason})" if job.reason else state
 
 
-def _table(runs: Sequence[Run], states: Sequence[State], known: Known) -> Table:
+def _table(shown: Sequence[tuple[Run, State]], known: Known) -> Table:
     table = Table()
     for heading in ("run", "state"):
         table.add_column(heading, overflow="fold")
@@ -180,7 +203,7 @@ def _table(runs: Sequence[Run], states: Sequence[State], known: Known) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("job", "why"):
         table.add_column(heading, overflow="fold")
-    for run, state in zip(runs, states, strict=True):
+    for run, state in shown:
         table.add_row(
             Text(run.name),
             Text(state.name, _STYLES.get(state.name, "")),

@@ -78,7 +78,7 @@ def submit(
     ids = _given(job, config)
     for number in ids:
         console.print(f"submitted job {number}", markup=False)
-    _explain(works, directory, ids, console)
+    _explain(works, directory, ids, config, console)
     return ids
 
 
@@ -187,11 +187,21 @@ def _note(job: Job, number: str, before: str | None) -> None:
         if job.config.array and task.run_directory is not None:
             numbers[task.run_directory] = f"{number}_{index}"
     for folder, own in numbers.items():
-        with (folder / "jobs.jsonl").open("a") as file:
+        path = folder / "jobs.jsonl"
+        if path.is_file() and any(line["job"] == own for line in json_lines(path)):
+            # It has begun, and its script was quicker.
+            continue
+        with path.open("a") as file:
             file.write(json.dumps({"job": own, **entry}) + "\n")
 
 
-def _explain(works: Sequence[Work], directory: Path, ids: Sequence[str], console: Console) -> None:
+def _explain(
+    works: Sequence[Work],
+    directory: Path,
+    ids: Sequence[str],
+    config: SubmitConfig,
+    console: Console,
+) -> None:
     if works[0].config is None:
         console.print(f"follow: tail -F {directory}/logs/slurm-*.out", markup=False)
         console.print(f"cancel: scancel {' '.join(ids)}", markup=False)
@@ -204,6 +214,12 @@ def _explain(works: Sequence[Work], directory: Path, ids: Sequence[str], console
         more = " follow=true" if verb == "logs" else ""
         told = f"{what}: modtrain {verb} {spelled('run', str(name))}{own}{more}"
         console.print(told, markup=False)
+    if config.is_resubmitted:
+        console.print(
+            "a job of another number goes on where this one stops: submit what is to come next once"
+            f" the run is complete, for after={ids[-1]} might wait for ever",
+            markup=False,
+        )
 
 
 def _problems(works: Sequence[Work], directory: Path, config: SubmitConfig) -> list[Problem]:
@@ -263,8 +279,10 @@ def _queue_problems(works: Sequence[Work], config: SubmitConfig) -> list[Problem
             return []
         raise
     active = [number for number in ids if number in known and not known[number].is_over]
-    if not active or config.after in active:
+    if not active:
         return []
     reason = "is in the queue for this run already"
-    remedy = f"cancel it by modtrain cancel, or submit with after={active[-1]}"
+    remedy = (
+        "let it go on, or cancel it by modtrain cancel; chain=N submits N that follow each other"
+    )
     return [Problem("job", ", ".join(active), reason, remedy)]

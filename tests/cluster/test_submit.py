@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,7 +128,12 @@ def test_who_ends_a_job_by_scancel_has_ended_it(cluster, tmp_path, words, monkey
 
 
 def test_what_may_not_be_requeued_is_submitted_again(cluster, tmp_path, words):
-    more = ["cluster.options=[--no-requeue]", "checkpoint.every=500", "budget.steps=1000"]
+    # Nor is there an environment that comes in, and the tasks have the script's all the same.
+    more = [
+        "cluster.options=[--no-requeue, '--export=NONE']",
+        "checkpoint.every=500",
+        "budget.steps=1000",
+    ]
     (first,) = submit(cluster, tmp_path, *words, *more, "eval.every=1000", "log.every=20")
     run = tmp_path / "runs/x"
     _wait_for((run / "metrics.jsonl").is_file, 120)
@@ -163,6 +170,40 @@ def test_the_jobs_of_a_chain_of_a_length_wait_for_one_another(cluster, tmp_path,
     for number in numbers:
         cluster.wait(number, "COMPLETED", timeout=TIMEOUT)
     assert "nothing to train" in cluster.output(numbers[1])
+
+
+def site_whose_modules_load(tmp_path: Path, when: str) -> list[str]:
+    """Return overrides under which ``module load`` ends well where the test ``when`` does."""
+    site = tmp_path / "site.sh"
+    site.write_text(f"module() {{ [ {when} ]; }}\n")
+    return [f"cluster.source=[{site}]", "cluster.modules=[cuda/13]"]
+
+
+def test_a_node_that_cannot_be_prepared_is_told_and_tried_again(cluster, tmp_path, words):
+    site = site_whose_modules_load(tmp_path, '-n "$SLURM_RESTART_COUNT"')
+    (job,) = submit(cluster, tmp_path, *words, *site)
+    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+    run = tmp_path / "runs/x"
+    assert (run / "COMPLETED").is_file()
+    assert cluster.details(job)["Restarts"] == "1"
+    assert "cuda/13 could not be loaded on node" in (run / "failures.tsv").read_text()
+
+
+def test_a_chain_ends_where_its_run_is_given_up(cluster, tmp_path, words):
+    """Until somebody submits it again."""
+    site = site_whose_modules_load(tmp_path, "-e loads")
+    numbers = submit(cluster, tmp_path, *words, *site, "--chain", "4")
+    run = tmp_path / "runs/x"
+    for number in numbers:
+        cluster.wait(number, "FAILED", timeout=TIMEOUT)
+    assert len((run / "failures.tsv").read_text().splitlines()) == 3
+    assert "the run was given up" in cluster.output(numbers[3])
+    assert "could not be loaded" in (run / "failure.json").read_text()
+    (tmp_path / "loads").touch()
+    (job,) = submit(cluster, tmp_path, *words, *site)
+    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+    assert (run / "COMPLETED").is_file()
+    assert not (run / "failure.json").exists()
 
 
 def test_a_second_job_for_a_run_is_refused(cluster, tmp_path, words):
@@ -247,6 +288,7 @@ def test_a_template_works_by_hand(cluster, tmp_path, tiny, name):
     cluster.wait(task, "COMPLETED", timeout=TIMEOUT)
     run = "rates/low" if name == "array.sbatch" else "hand"
     assert (tmp_path / "runs" / run / "COMPLETED").is_file()
+    assert name == "array.sbatch" or jobs_of(tmp_path / "runs" / run) == [job]
 
 
 def test_a_template_by_hand_submits_itself_again_with_its_arguments(cluster, tmp_path, tiny):
@@ -263,7 +305,9 @@ def test_a_template_by_hand_submits_itself_again_with_its_arguments(cluster, tmp
     _wait_for((run / "metrics.jsonl").is_file, 120)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     _wait_for((run / "jobs.jsonl").is_file, 60)
-    (number,) = jobs_of(run)
+    _wait_for(lambda: len(jobs_of(run)) > 1)
+    first, number = jobs_of(run)
+    assert first == job
     assert " name=hand model=tiny " in cluster.details(number)["Command"]
 
 
@@ -316,14 +360,21 @@ def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
 
 
 def test_nodes_to_look_around_on_are_held_and_usable(cluster, tmp_path):
-    (job,) = submit(cluster, tmp_path, "debug", "cluster=cpu", "nodes=2", "time=30")
+    (job,) = submit(
+        cluster, tmp_path, "debug", "cluster=cpu", "nodes=2", "processes_per_node=2", "time=30"
+    )
     cluster.wait(job, "RUNNING")
     said = cluster.details(job)
     assert (said["NumNodes"], said["Requeue"]) == ("2", "0")
     _wait_for(lambda: "a shell on the first node" in cluster.output(job))
-    (line,) = [text for text in cluster.output(job).splitlines() if "--pty" in text]
-    done = cluster.run("bash", "-c", line.replace("--pty bash -l", "hostname"))
+    shell, run = (text for text in cluster.output(job).splitlines() if "--overlap" in text)
+    done = cluster.run("bash", "-c", shell.replace("--pty bash -l", "hostname"))
     assert done.stdout.strip() in cluster.nodes
+    # On each node as many processes as a job of this size has.
+    words = shlex.split(run)
+    words[words.index("-m") - 1 :] = ["hostname"]
+    done = cluster.run(*words)
+    assert sorted(Counter(done.stdout.split()).values()) == [2, 2]
 
 
 def test_a_container_gets_its_command_its_mounts_and_its_directory(cluster, tmp_path, words):
