@@ -111,20 +111,21 @@ class EvalBatchSampler(Sampler[list[int]]):
     empty. All are of batch_size but the last ones of a rank, which are smaller where the samples
     do not come out even (with batch_size 1 the last may be of 2 instead).
 
-    Raises DataError where there are fewer samples than ranks.
+    is_repeat: there are fewer samples than ranks, and this one computes another's along: it is not
+    to be counted.
+
+    Raises DataError where there is no sample.
     """
 
     def __init__(
         self, num_samples: int, batch_size: int, world_size: int = 1, rank: int = 0
     ) -> None:
-        if num_samples < world_size:
-            raise DataError(
-                f"validation has {num_samples} samples for {world_size} ranks, and each needs one. "
-                "Raise the number of sequences evaluated, or prepare a larger valid split."
-            )
-        self.numbers = range(rank, num_samples, world_size)
+        if num_samples < 1:
+            raise DataError("validation has no samples. Prepare a larger valid split.")
+        self.is_repeat = rank >= num_samples
+        self.numbers = range(rank % num_samples, num_samples, world_size)
         self.batch_size = batch_size
-        fewest, most = num_samples // world_size, -(-num_samples // world_size)
+        fewest, most = max(1, num_samples // world_size), -(-num_samples // world_size)
         self.num_batches = min(-(-most // batch_size), fewest)
 
     def __len__(self) -> int:

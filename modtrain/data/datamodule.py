@@ -123,15 +123,20 @@ class TokenDataModule(lightning.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the first ``eval_sequences`` samples, each sample on one rank only.
+        """Batches of the first ``eval_sequences`` samples, those of `valid_batches`.
 
         The ranks have equally many batches, but not always samples: weigh by the batch's size.
         """
+        return self._loader(self.valid_data, self.valid_batches())
+
+    def valid_batches(self) -> EvalBatchSampler:
+        """Which samples this rank validates on, and whether they are another's, not to be counted.
+
+        Raises DataError where the shards are missing or damaged, or there is no sample.
+        """
         available = len(self.valid_data)
         num_samples = min(self.eval_sequences or available, available)
-        return self._loader(
-            self.valid_data, EvalBatchSampler(num_samples, self.eval_batch_size, *self._world())
-        )
+        return EvalBatchSampler(num_samples, self.eval_batch_size, *self._world())
 
     def _world(self) -> tuple[int, int]:
         """(World size, rank) of the ranks that read different data."""

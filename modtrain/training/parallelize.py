@@ -121,6 +121,7 @@ def prepare_layers(model: Transformer, options: LayerOptions) -> None:
                 fullgraph=True,
                 dynamic=False,
                 # Unknown to the types of torch 2.13. Layers do not count against each other.
+                # Training's graphs alone: `HeldOutCallback` evaluates without the compiler.
                 recompile_limit=max(8, options.num_stages + 1),
                 isolate_recompiles=True,
             )

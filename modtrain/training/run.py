@@ -40,7 +40,7 @@ from modtrain.training.run_directory import RunDirectory
 from modtrain.training.spikes import RollBackError, SpikeTrace
 from modtrain.training.strategies import make_strategy
 from modtrain.training.trainer import make_trainer
-from modtrain.training.watch import Watch, watching
+from modtrain.training.watch import PATIENCE, Watch, watching
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Run:
         # The last fit may have left its model in a cycle of references.
         gc.collect()
         if self.watch is not None:
-            self.watch.tick("the choice of a checkpoint")
+            self.watch.tick("the choice of a checkpoint", PATIENCE)
         found = checkpoint.recover(run.checkpoints, ranks)
         start_step, path = found if found is not None else (0, None)
         rolled_back = trace.go_on(start_step, plan.sequences_per_step, config.spike)
@@ -206,7 +206,7 @@ class _Run:
         callbacks: list[L.Callback] = [
             guard,
             metrics,
-            HeldOutCallback(log, clock, config.eval.every, ranks),
+            HeldOutCallback(log, clock, config.eval.every, ranks, self.watch),
         ]
         if config.log.progress and ranks.is_first:
             callbacks.append(ProgressCallback(metrics, str(config.name)))

@@ -25,6 +25,8 @@ from torch._C._distributed_c10d import Store
 from modtrain.errors import CheckpointError, RankError, TrainingError
 from modtrain.training.ranks import Ranks, here, said
 
+# Seconds that what waits for disks or the compiler may take: as long as ranks wait in a save.
+PATIENCE = 1800.0
 # How long a rank whose collective broke waits for the others to say why.
 _GRACE = 5.0
 _BROKEN = (
@@ -47,16 +49,21 @@ class Watch:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.timeout, self.logs = timeout, logs
         self._where, self._ticked = "start", time.monotonic()
-        self._told = False
+        self._patience, self._told = timeout, False
         # Where rank 0 is, whose process has the board if no launcher has it.
         self._first = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
-    def tick(self, where: str) -> None:
-        """Say that the main thread got to ``where``. Cheap: no rank hears of it yet."""
+    def tick(self, where: str, patience: float = 0.0) -> None:
+        """Say that the main thread got to ``where``. Cheap: no rank hears of it yet.
+
+        patience: seconds that what begins there may well take, where that is more than the timeout.
+        The others' own waiting ends at theirs all the same.
+        """
         self._where, self._ticked, self._told = where, time.monotonic(), False
+        self._patience = max(self.timeout, patience)
 
     def close(self) -> None:
         """Stop watching."""
@@ -176,10 +183,11 @@ class Watch:
 
     def _stuck(self, idle: float) -> None:
         """Write the stacks; end where others wait for this rank, which may be for ever."""
-        if not self._told:
+        is_awaited = self._num_posts() > 0 and not self.store.check([f"post/{self.rank}"])
+        if not self._told and (is_awaited or idle > self._patience):
             self._told = True
             self._dump(idle)
-        if self._num_posts() and not self.store.check([f"post/{self.rank}"]):
+        if is_awaited:
             self.post("stuck", f"at {self._where} for {idle:.0f} s, in {self._main_frame()}")
             if self.rank == 0:
                 # The board goes with this process: the others are reading it.
@@ -253,6 +261,7 @@ def _out_of_memory(error: BaseException) -> TrainingError | None:
         return None
     return TrainingError(
         f"out of memory: {first}\n"
-        "remedy: lower batch.micro_batch_size, which changes no result but to rounding; or set"
-        " strategy.activation_checkpointing=full, or strategy=fsdp on more processes"
+        "remedy: set strategy.activation_checkpointing=full, or strategy=fsdp on more processes; or"
+        " lower batch.micro_batch_size, which changes no result but to rounding (a model that learns"
+        " from a micro-batch as a whole does not go on with another: docs/runs.md)"
     )

@@ -92,27 +92,30 @@ def test_an_impossible_plan_is_refused(numbers: tuple[int, ...]) -> None:
         BatchPlan(*numbers)
 
 
-@given(st.integers(1, 8), st.integers(0, 100), st.integers(1, 10))
-def test_validation_covers_each_sample_once_in_equally_many_batches(
-    world_size: int, extra: int, batch_size: int
+@given(st.integers(1, 8), st.integers(1, 100), st.integers(1, 10))
+def test_validation_counts_each_sample_once_in_equally_many_batches(
+    world_size: int, num_samples: int, batch_size: int
 ) -> None:
-    num_samples = world_size + extra
-    ranks = [
-        list(EvalBatchSampler(num_samples, batch_size, world_size, rank))
-        for rank in range(world_size)
+    samplers = [
+        EvalBatchSampler(num_samples, batch_size, world_size, rank) for rank in range(world_size)
     ]
-    for rank, found in enumerate(ranks):
+    for rank, sampler in enumerate(samplers):
+        found = list(sampler)
         numbers = [number for batch in found for number in batch]
-        assert numbers == list(range(rank, num_samples, world_size))
-        assert len(found) == len(EvalBatchSampler(num_samples, batch_size, world_size, rank))
+        if rank < num_samples:
+            assert numbers == list(range(rank, num_samples, world_size))
+        else:
+            assert len(numbers) == 1 and numbers[0] < num_samples
+        assert sampler.is_repeat is (rank >= num_samples)
+        assert len(found) == len(sampler)
         assert all(1 <= len(batch) <= max(2, batch_size) for batch in found)
-    assert len({len(found) for found in ranks}) == 1
+    assert len({len(sampler) for sampler in samplers}) == 1
 
 
 def test_validation_on_one_rank_is_in_full_batches() -> None:
     assert list(EvalBatchSampler(10, 4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_validation_with_fewer_samples_than_ranks_is_refused() -> None:
-    with pytest.raises(DataError, match="3 samples for 4 ranks"):
-        EvalBatchSampler(3, 1, 4, 0)
+def test_validation_without_samples_is_refused() -> None:
+    with pytest.raises(DataError, match="no samples"):
+        EvalBatchSampler(0, 1, 4, 0)

@@ -12,10 +12,14 @@ import torch.distributed as dist
 from ranks import RankFailedError, outcomes_on_ranks
 
 from modtrain.configuration import compose
+from modtrain.data.datamodule import TokenDataModule
 from modtrain.training import alike
+from modtrain.training.checkpoint import saver
+from modtrain.training.checkpoint.layout import Manifest
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.module import LanguageModule
 from modtrain.training.run import train
+from modtrain.training.watch import Watch
 
 STRATEGIES = ["ddp", "fsdp"]
 # Seconds that a rank waits for another: all that the tests of a rank that is silent take.
@@ -114,6 +118,81 @@ def test_a_rank_that_hangs_is_named_and_shows_where(prepared, tmp_path, rank):
     assert "exit code 1" in ended(outcomes, rank).said
     stacks = (tmp_path / f"run/logs/stacks-rank-{rank:05d}.txt").read_text()
     assert "in hangs" in stacks
+
+
+def slow(lines: list[str], what: str) -> str:
+    """Train where the disk takes longer than a rank waits for another."""
+    owner, name = {"save": (saver, "write"), "restore": (Manifest, "check")}[what]
+    original = getattr(owner, name)
+
+    def late(*arguments, **named):
+        if named.get("contents", True):
+            time.sleep(1.5 * TIMEOUT)
+        return original(*arguments, **named)
+
+    setattr(owner, name, late)
+    return train(compose("train", lines)).status
+
+
+def slow_evaluation(lines: list[str]) -> str:
+    original = TokenDataModule.val_dataloader
+
+    def val_dataloader(data):
+        for batch in original(data):
+            time.sleep(TIMEOUT / 3)
+            yield batch
+
+    TokenDataModule.val_dataloader = val_dataloader
+    return train(compose("train", lines)).status
+
+
+def test_a_long_evaluation_is_not_stuck(prepared, tmp_path):
+    more = ["strategy=ddp", "budget.steps=1", "eval.sequences=12", "eval.batch_size=1"]
+    lines = overrides(prepared, tmp_path, *more)
+    assert outcomes_on_ranks(slow_evaluation, 2, lines, joins=False) == ["complete"] * 2
+    assert not list(tmp_path.glob("run/logs/stacks-*"))
+
+
+@pytest.mark.parametrize("what", ["save", "restore"])
+def test_a_slow_disk_is_not_stuck(prepared, tmp_path, what):
+    lines = overrides(prepared, tmp_path, "strategy=ddp", "checkpoint.every=4")
+    if what == "save":
+        # The last one alone, which is waited for.
+        lines.append("budget.steps=3")
+    else:
+        outcomes_on_ranks(not_a_number, 2, lines, 1, joins=False, timeout=60)
+    assert outcomes_on_ranks(slow, 2, lines, what, joins=False) == ["complete"] * 2
+    assert not list(tmp_path.glob("run/logs/stacks-*"))
+
+
+def test_what_has_its_time_is_not_stuck(tmp_path):
+    watch = Watch(dist.HashStore(), 0, 2, 0.3, tmp_path)
+    stacks = tmp_path / "stacks-rank-00000.txt"
+    try:
+        watch.tick("a save", patience=60)
+        time.sleep(1)
+        assert not stacks.exists()
+        # The next tick is no longer patient, nor is a rank for which another waits.
+        watch.tick("step 1")
+        time.sleep(1)
+        assert stacks.read_text().count("has not got on from step 1") == 1
+    finally:
+        watch.close()
+
+
+def test_a_patient_rank_ends_where_others_wait(tmp_path):
+    (own,) = outcomes_on_ranks(awaited, 1, str(tmp_path), joins=False, timeout=60)
+    assert "exit code 1" in ended([own], 0).said
+    stacks = (tmp_path / "stacks-rank-00001.txt").read_text()
+    assert "in awaited" in stacks
+
+
+def awaited(logs: str) -> None:
+    store = dist.HashStore()
+    watch = Watch(store, 1, 2, 0.3, Path(logs))
+    watch.tick("a save", patience=60)
+    store.add("posts", 1)
+    time.sleep(30)
 
 
 def test_out_of_memory_says_what_to_change(prepared, tmp_path):

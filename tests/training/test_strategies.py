@@ -1,9 +1,11 @@
 """Whole runs on several ranks: the same losses, routing and weights as one process."""
 
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 from ranks import on_ranks
+from torch import nn
 
 from modtrain.configuration import compose
 from modtrain.training.metrics_log import read_metrics
@@ -55,3 +57,51 @@ def test_two_ranks_are_as_one_process(prepared, tmp_path, strategy, model):
     assert on_ranks(run, 2, lines, joins=False) == ["complete"] * 2
     for one, two in zip(records_of(tmp_path, "one"), records_of(tmp_path, "two"), strict=True):
         close(one, two)
+
+
+@pytest.mark.parametrize("strategy", QUICK)
+def test_a_rank_without_a_held_out_sequence_changes_no_mean(prepared, tmp_path, strategy):
+    own = ["batch.tokens=384", "eval.sequences=2", "budget.steps=3"]
+    lines = overrides(prepared, tmp_path, "one", *own)
+    assert on_ranks(run, 1, lines, joins=False) == ["complete"]
+    lines = overrides(prepared, tmp_path, "three", f"strategy={strategy}", *own)
+    assert on_ranks(run, 3, lines, joins=False) == ["complete"] * 3
+    one, three = records_of(tmp_path, "one"), records_of(tmp_path, "three")
+    assert any("held_out/causal_loss" in record for record in one)
+    for alone, spread in zip(one, three, strict=True):
+        close(alone, spread)
+
+
+def count_graphs(lines: list[str]) -> int:
+    """Train with layers compiled for no backend; return how many graphs there were."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    nn.Module.compile = partialmethod(nn.Module.compile, backend=backend)
+    assert run(lines) == "complete"
+    return len(graphs)
+
+
+# As many stages as the compiler has graphs for: one more would end the run.
+LEVELS = 8
+STEPS = 16
+
+
+@pytest.mark.parametrize("strategy", QUICK)
+def test_evaluations_are_not_compiled(prepared, tmp_path, strategy):
+    lines = overrides(
+        *(prepared, tmp_path, "eager", f"strategy={strategy}", f"budget.steps={STEPS}"),
+        *("capacity_schedule=linear", f"capacity_schedule.levels={LEVELS}"),
+        # A last batch of another size, and more than one way to choose.
+        *("eval.sequences=6", "eval.every=4", "model.router.causal=[predictor,threshold]"),
+    )
+    assert on_ranks(run, 2, lines, joins=False) == ["complete"] * 2
+    counts = on_ranks(count_graphs, 2, [*lines, "name=compiled", "compile=true"], joins=False)
+    # Two dense layers and two routed ones: none of training's graphs is made anew either.
+    assert counts == [2 + 2 * LEVELS] * 2
+    eager, compiled = records_of(tmp_path, "eager"), records_of(tmp_path, "compiled")
+    for one, other in zip(eager, compiled, strict=True):
+        close(one, other)

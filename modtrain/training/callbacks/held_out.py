@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from modtrain.data.datamodule import TokenDataModule
 from modtrain.data.documents import document_numbers_if_apart
 from modtrain.training.callbacks.metrics import StepClock
 from modtrain.training.callbacks.step import StepCallback, is_due
@@ -16,6 +19,7 @@ from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
 from modtrain.training.ranks import Ranks
 from modtrain.training.routing_statistics import chosen_picture
+from modtrain.training.watch import Watch
 
 CAUSAL_LOSS = "held_out/causal_loss"
 TOP_K_LOSS = "held_out/top_k_loss (not causal)"
@@ -23,35 +27,62 @@ CAUSAL_FLOPS = "held_out/causal_flops_per_token"
 
 
 class HeldOutCallback(StepCallback):
-    """Records the causal loss, and beside it the top-k loss, which is not causal."""
+    """Records the causal loss, and beside it the top-k loss, which is not causal.
+
+    watch: of this rank, which hears of each batch, for a large split may take long.
+    """
 
     def __init__(
-        self, metrics_log: MetricsLog, clock: StepClock, every: int | None, ranks: Ranks
+        self,
+        metrics_log: MetricsLog,
+        clock: StepClock,
+        every: int | None,
+        ranks: Ranks,
+        watch: Watch | None = None,
     ) -> None:
         self.metrics_log, self.clock, self.every = metrics_log, clock, every
-        self.ranks = ranks
+        self.ranks, self.watch = ranks, watch
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Evaluate where it is due."""
         if not is_due(step, self.every, module.plan.steps):
             return
-        with self.clock:
-            loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        data: TokenDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        with self.clock, _eager(module):
             found = evaluate(
                 module.model,
-                loader,
+                self._watched(data.val_dataloader(), step),
                 trainer.precision_plugin.forward_context(),
                 eos_id=module.config.data.eos_id,
                 capacities=module.plan.capacities_at(step - 1),
-                total=self._total(module),
+                total=self._total(module, counts=not data.valid_batches().is_repeat),
             )
             self.metrics_log.write(step, held_out_metrics(found))
             self._draw(trainer, module, step)
+        if self.watch is not None:
+            # What comes now, such as a save, has its own time.
+            self.watch.tick(f"the end of the evaluation after step {step}")
 
-    def _total(self, module: LanguageModule) -> Callable[[Tensor], Tensor]:
-        """Return the sum over ranks, in which those that read the same sequences count once."""
+    def _watched(self, batches: Iterable[Tensor], step: int) -> Iterator[Tensor]:
+        """Tell the watch of each batch."""
+        for number, batch in enumerate(batches, 1):
+            if self.watch is not None:
+                self.watch.tick(f"batch {number} of the evaluation after step {step}")
+            yield batch
+
+    def _total(self, module: LanguageModule, counts: bool) -> Callable[[Tensor], Tensor]:
+        """Return the sum over ranks, in which those that read the same sequences count once.
+
+        counts: False where this rank's sequences are a copy of another's, as where there are too
+        few: it computes them because a forward pass may be collective.
+        """
         sizes = module.plan.sizes
-        return lambda values: self.ranks.sum(values) * sizes.data_parallel / sizes.world_size
+        share = sizes.data_parallel / sizes.world_size
+
+        def total(values: Tensor) -> Tensor:
+            return self.ranks.sum(values if counts else torch.zeros_like(values)) * share
+
+        return total
 
     def _draw(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Show which tokens of the first held-out sequence each routed layer takes."""
@@ -76,6 +107,18 @@ class HeldOutCallback(StepCallback):
         self.metrics_log.picture(
             step, "router/chosen (layer x position)", chosen_picture(output.routing)
         )
+
+
+def _eager(module: LanguageModule) -> AbstractContextManager[Any]:
+    """Return the context to evaluate in: compiled layers run as they are written.
+
+    Each decision, and each size of batch, would be one more graph of every layer at every stage of
+    the capacities, and a run dies at the limit of graphs. Graphs of training stay valid.
+    """
+    if not module.config.compile:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def held_out_metrics(held_out: HeldOut) -> dict[str, float]:
