@@ -106,6 +106,15 @@ class ModelConfig:
         return any(capacity is not None for capacity in self.capacities)
 
     @property
+    def joins_sequences(self) -> bool:
+        """Whether training makes something of a batch as a whole, so that its size matters.
+
+        The balance loss multiplies means over it, and token choice learns its threshold from it.
+        """
+        is_balanced = bool(self.expert_labels) and self.experts.balance_kind == "loss"
+        return is_balanced or (self.is_routed and self.router.choice == "token")
+
+    @property
     def mixers(self) -> list[str]:
         """The mixer of each layer. Raises ValueError where the list is not one a layer."""
         if isinstance(self.mixer, str):

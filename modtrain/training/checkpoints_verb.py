@@ -37,7 +37,7 @@ def run_checkpoints(config: CheckpointsConfig, console: Console | None = None) -
     trained = run.read_config()
     console = console or Console(soft_wrap=True)
     if config.action == "prune":
-        _prune(config, run, trained, console)
+        _prune(config, run, console)
     elif config.action == "consolidate":
         _consolidate(config, run, trained, console)
     else:
@@ -81,14 +81,13 @@ def _described(path: Path) -> tuple[str, str, str, str, str]:
     )
 
 
-def _prune(
-    config: CheckpointsConfig, run: RunDirectory, trained: TrainConfig, console: Console
-) -> None:
-    keep_last = config.keep_last or trained.checkpoint.keep_last
-    keep_every = config.keep_every or trained.checkpoint.keep_every
+def _prune(config: CheckpointsConfig, run: RunDirectory, console: Console) -> None:
+    keeps = run.keeps()
+    keep_last = config.keep_last or keeps.keep_last
+    keep_every = config.keep_every or keeps.keep_every
     # A run that trains prunes for itself, and a run that starts may be reading one.
     with run.locked():
-        removed = checkpoint.prune(run.checkpoints, keep_last, keep_every)
+        removed = checkpoint.prune(run.checkpoints, keep_last, keep_every, contents=True)
     for path in removed:
         console.print(f"removed {path}")
     console.print(f"{len(checkpoint.whole_checkpoints(run.checkpoints))} checkpoints are left")

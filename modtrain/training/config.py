@@ -31,7 +31,9 @@ MUTABLE_KEYS = (
 )
 """What may differ when a run is started again: nothing here changes its weights but by rounding.
 
-What is done about loss spikes may: a run that stopped at one can go on in another way.
+What is done about loss spikes may: a run that stopped at one can go on in another way. The size of
+a micro-batch may not where the model makes something of one as a whole (`ModelConfig`'s
+``joins_sequences``).
 """
 
 

@@ -62,6 +62,8 @@ class ZeRO(TrainingStrategy, DDPStrategy):
         self.deepspeed = import_deepspeed(device_type)
         self.stage, self.offload = stage, offload
         self.engine: Any = None
+        # The gradient of the last step was not finite, and DeepSpeed left out the step.
+        self.overflowed = False
         self._boundary = True
         self._groups: list[dict[str, Any]] = []
 
@@ -150,19 +152,26 @@ class ZeRO(TrainingStrategy, DDPStrategy):
         model: L.LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Make a step.
+        """Make a step, and note in ``overflowed`` whether DeepSpeed left it out.
+
+        A run's guard (`modtrain.training.callbacks.guard`) looks there and ends it with all that is
+        known of the step.
 
         Raises:
-            TrainingError: the gradient is not finite; DeepSpeed would leave out the step silently.
+            TrainingError: the step before was left out, and nobody looked.
         """
+        self._check_overflow()
         step: Any = _Step(self.engine, optimizer)
         result = super().optimizer_step(step, closure, model, **kwargs)
-        if getattr(optimizer, "overflow", False):
-            raise TrainingError(
-                "the gradient has a value that is not finite, and no step was made. Lower"
-                " optimizer.lr, or look at the data of this step"
-            )
+        self.overflowed = bool(getattr(optimizer, "overflow", False))
         return result
+
+    def _check_overflow(self) -> None:
+        if self.overflowed:
+            raise TrainingError(
+                f"the gradient of step {self._module.trainer.global_step} has a value that is not"
+                " finite, and no step was made"
+            )
 
     def clip_gradients(
         self, groups: Sequence[Sequence[nn.Parameter]], limit: float | None
@@ -173,8 +182,13 @@ class ZeRO(TrainingStrategy, DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
     ) -> None:
-        """Save as every strategy does; each rank has gathered other parameters to write."""
-        rank_state = checkpoint.pop("random_states")
+        """Save as every strategy does; each rank has gathered other parameters to write.
+
+        Raises:
+            TrainingError: the last step was left out, and nobody looked.
+        """
+        self._check_overflow()
+        rank_state = checkpoint.pop("rank_state")
         shares, named = self.named_state()
         self.saver.save(
             Path(filepath),

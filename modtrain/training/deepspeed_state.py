@@ -2,6 +2,8 @@
 
 Each rank steps a part of each parameter, in fp32: of stages 1 and 2 a piece of one flat tensor, of
 stage 3 an even share with padding behind. Everything here goes by those parts, whatever the stage.
+A frozen weight is none of the optimizer's: stages 1 and 2 leave it whole on every rank, stage 3
+shares it out as the others.
 """
 
 from __future__ import annotations
@@ -35,9 +37,14 @@ class Fragment(NamedTuple):
 def fragment(engine: Any, parameter: Any, moment: str | None = None) -> Fragment | None:
     """Return this rank's part of the fp32 weight, or of AdamW's ``moment``; None where it has none.
 
-    Of stages 1 and 2 it is what is stepped, of stage 3 it may be a copy.
+    Of stages 1 and 2 it is what is stepped, of stage 3 it may be a copy. Of a frozen weight it is
+    what is computed with, which stages 1 and 2 have whole on every rank.
     """
     utils = import_module("deepspeed.utils")
+    if not parameter.requires_grad:
+        if hasattr(parameter, "ds_id"):
+            return _without_padding(parameter, parameter.ds_tensor.detach())
+        return Fragment(0, parameter.detach().view(-1))
     if hasattr(parameter, "ds_id"):
         if moment is None:
             return _without_padding(parameter, utils.safe_get_local_fp32_param(parameter))
@@ -63,7 +70,7 @@ def set_fragment(engine: Any, parameter: Any, whole: Tensor, moment: str | None 
         return
     start, count = there.start, there.values.numel()
     new = whole.flatten()[start : start + count].to(there.values)
-    if not hasattr(parameter, "ds_id"):
+    if not hasattr(parameter, "ds_id") or not parameter.requires_grad:
         there.values.copy_(new)
         return
     new = nn.functional.pad(new, (0, parameter.ds_tensor.numel() - count))
@@ -90,6 +97,7 @@ def clip_gradients(
     which a model of one group agrees.
     """
     optimizer = engine.optimizer
+    groups = [[parameter for parameter in group if parameter.requires_grad] for group in groups]
     if engine.zero_optimization_stage() < 3:
         # Copies to the host may be under way.
         optimizer._wait_for_offload_copies()
@@ -140,16 +148,17 @@ def tensors(engine: Any, model: nn.Module) -> dict[str, Tensor]:
     model: the part of the engine's module whose names count. Keys are as in
     `modtrain.training.checkpoint`: ``state_dict.<name>``, which buffers are among, and
     ``optimizer.<name>.<exp_avg, exp_avg_sq or step>``; before the first step there is no optimizer
-    state. Parameter i goes to rank i modulo the number of ranks: all shares together are what
-    plain AdamW and a whole model have, bit by bit. Collective; one parameter at a time.
+    state, and a frozen weight never has one. Parameter i goes to rank i modulo the number of ranks:
+    all shares together are what plain AdamW and a whole model have, bit by bit. Collective; one
+    parameter at a time.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    steps = _steps(engine)
-    moments = (None, *MOMENTS) if steps else (None,)
+    made = _steps(engine)
     found: dict[str, Tensor] = {}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         owner = number % world_size
-        for moment in moments:
+        steps = made if parameter.requires_grad else 0.0
+        for moment in (None, *MOMENTS) if steps else (None,):
             whole = _gathered(engine, parameter, moment, owner)
             if whole is not None:
                 found[_key(name, moment)] = whole
@@ -166,6 +175,8 @@ def _key(name: str, moment: str | None = None) -> str:
 
 def _gathered(engine: Any, parameter: Any, moment: str | None, owner: int) -> Tensor | None:
     """Return the whole tensor on rank ``owner``, None on the others."""
+    if not parameter.requires_grad and not hasattr(parameter, "ds_id"):
+        return parameter.detach().cpu().clone() if dist.get_rank() == owner else None
     shape = getattr(parameter, "ds_shape", parameter.shape)
     whole = torch.zeros(shape.numel(), dtype=torch.float32, device=engine.device)
     part = fragment(engine, parameter, moment)
@@ -203,7 +214,7 @@ def put(engine: Any, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: a tensor is missing or has another shape, or the steps differ.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     keys = [_key(name, "step") for name in names]
     steps = {float(_of_shape(state, key, torch.Size())) for key in keys if key in state}
     if len(steps) > 1:
@@ -215,7 +226,7 @@ def put(engine: Any, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         _set_steps(engine, step)
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        for moment in (None, *MOMENTS) if steps else (None,):
+        for moment in (None, *MOMENTS) if steps and parameter.requires_grad else (None,):
             whole = _of_shape(state, _key(name, moment), shape)
             set_fragment(engine, parameter, whole, moment)
     for name, buffer in _buffers(model):

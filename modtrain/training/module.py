@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -14,77 +14,13 @@ from torch import Tensor, nn
 
 from modtrain.data.batches import stream_positions
 from modtrain.data.documents import document_numbers_if_apart
-from modtrain.models.sequence import ExpertRecord, RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
 from modtrain.training.config import OptimizerConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.schedules import lr_factor
 from modtrain.training.spikes import SpikeJudge, check_left_out, leave_out, unless
+from modtrain.training.step_statistics import StepStatistics
 from modtrain.training.strategies import Forward, TrainingStrategy
-
-Record = TypeVar("Record", RoutingRecord, ExpertRecord)
-
-
-@dataclass
-class StepStatistics:
-    """Sums over micro-batches since they were last read. They stay on the device: reading waits.
-
-    loss, auxiliary: sums over ``count`` micro-batches, the latter by name and with their weights in
-    the objective. grad_norm: the trunk's, of the last step, before clipping. routing, experts: the
-    records of the last micro-batch.
-    """
-
-    loss: Tensor
-    auxiliary: dict[str, Tensor] = field(default_factory=dict)
-    count: int = 0
-    grad_norm: Tensor | None = None
-    routing: tuple[RoutingRecord, ...] = ()
-    experts: tuple[ExpertRecord, ...] = ()
-
-    @classmethod
-    def zero(cls, device: torch.device) -> StepStatistics:
-        """Start anew."""
-        return cls(torch.zeros((), device=device))
-
-    @property
-    def total(self) -> Tensor:
-        """The objective: the loss with everything that is minimised beside it."""
-        return sum(self.auxiliary.values(), start=self.loss)
-
-    def add(self, output: ModelOutput) -> None:
-        """Take in one micro-batch."""
-        if output.loss is not None:
-            self.loss = self.loss + output.loss.detach()
-        for name, value in output.auxiliary.items():
-            before = self.auxiliary.get(name)
-            self.auxiliary[name] = value.detach() if before is None else before + value.detach()
-        self.count += 1
-        self.routing = tuple(_detached(record) for record in output.routing)
-        self.experts = tuple(_detached(record) for record in output.experts)
-
-    def unless(self, is_left_out: Tensor, before: StepStatistics) -> None:
-        """Forget a step if it is left out: go back to the sums ``before``, but for the count."""
-        nan = torch.full_like(self.loss, torch.nan)
-        self.loss = torch.where(is_left_out, before.loss, self.loss)
-        for name, value in self.auxiliary.items():
-            other = before.auxiliary.get(name, torch.zeros_like(value))
-            self.auxiliary[name] = torch.where(is_left_out, other, value)
-        if self.grad_norm is not None:
-            other = nan if before.grad_norm is None else before.grad_norm
-            self.grad_norm = torch.where(is_left_out, other, self.grad_norm)
-
-    def drop(self, count: int) -> None:
-        """Take away the count of forgotten micro-batches; if none is left, the means are NaN."""
-        self.count -= count
-        if count and not self.count:
-            self.loss = torch.full_like(self.loss, torch.nan)
-            self.auxiliary = dict.fromkeys(self.auxiliary, self.loss)
-
-
-def _detached(record: Record) -> Record:
-    """Let go of the graph: what is looked at later is numbers."""
-    values: list[Any] = [None if value is None else value.detach() for value in record]
-    return type(record)(*values)
 
 
 class LanguageModule(L.LightningModule):
@@ -98,7 +34,9 @@ class LanguageModule(L.LightningModule):
         # Not assigned as a sub-module: its parameters would get a second name in checkpoints.
         self._forward: list[Forward] = []
         self._observed: list[Tensor] = []
+        # What a checkpoint held for `on_train_start`.
         self._random_states: dict[str, Any] | None = None
+        self._sums: dict[str, Any] | None = None
         self.judge = None if config.spike.action == "none" else SpikeJudge(config.spike)
         # Of the step that is being made: the sums before it, its own loss and objective, and
         # whether its update is left out.
@@ -175,6 +113,9 @@ class LanguageModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Take up the random states of the checkpoint, after everything else drew from them."""
         self.statistics = StepStatistics.zero(self.device)
+        if self._sums is not None:
+            self.statistics = StepStatistics.of(self._sums, self.plan.accumulate, self.device)
+            self._sums = None
         if self.judge is not None:
             self.judge.to(self.device)
         if self._random_states is not None:
@@ -226,7 +167,12 @@ class LanguageModule(L.LightningModule):
         """Add the random states, the position in the data and the spent budget."""
         step = int(checkpoint["global_step"])
         left_out = self._data_left_out()
-        checkpoint["random_states"] = random_states()
+        sums = self.statistics.state(self.plan.accumulate)
+        checkpoint["rank_state"] = {"random_states": random_states(), "sums": sums}
+        # For ranks whose own these are not.
+        checkpoint["sums"] = self.statistics.mean(self._strategy.mean_over_ranks).state(
+            self.plan.accumulate
+        )
         if self.judge is not None:
             checkpoint["spikes"] = self.judge.state()
         checkpoint["progress"] = {
@@ -245,14 +191,16 @@ class LanguageModule(L.LightningModule):
         check_left_out(self._data_left_out(), saved, progress["samples"])
         if self.judge is not None and "spikes" in checkpoint:
             self.judge.load(checkpoint["spikes"])
-        self._random_states = checkpoint["random_states"]
-        here = self.plan.sizes.data_parallel
+        own, here = checkpoint["rank_state"], self.plan.sizes.data_parallel
         if progress.get("data_parallel", here) != here:
             # Ranks that read the same data have to draw the same, and theirs read others.
-            self._random_states = None
-        if self._random_states is None:
+            own = None
+        if own is not None:
+            self._random_states, self._sums = own["random_states"], own["sums"]
+        else:
             # Saved by another number of ranks: none of theirs is this one's. Drawn anew, other than
             # at the start and on every rank its own.
+            self._sums = checkpoint["sums"]
             step = int(checkpoint["global_step"])
             seeds = np.random.SeedSequence([self.config.seed, step, self._strategy.data_rank])
             L.seed_everything(int(seeds.generate_state(1)[0]), verbose=False)

@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ from omegaconf import OmegaConf
 
 import modtrain
 from modtrain.errors import CheckpointError, OtherRunError
-from modtrain.files import write_text
-from modtrain.training.config import MUTABLE_KEYS, TrainConfig
+from modtrain.files import hold_lock, write_text
+from modtrain.training.config import MUTABLE_KEYS, CheckpointConfig, TrainConfig
 
 VERSION_FILE = "VERSION.json"
 """What a copy of the code says of the checkout that it was made from."""
@@ -65,28 +63,13 @@ class RunDirectory:
         """Hold the run: two processes in one directory would spoil each other's files.
 
         Raises:
-            CheckpointError: another process holds it. The lock ends with its process.
+            CheckpointError: another process holds it, or the file system has no locks. The lock
+                ends with its process.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            deadline = time.monotonic() + _PATIENCE
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError as error:
-                    if not isinstance(error, BlockingIOError):
-                        raise CheckpointError(
-                            f"{file.name} cannot be locked: {error}. runs_dir has to be on a file"
-                            " system with flock (Lustre: mount with -o flock, or localflock)"
-                        ) from None
-                    if time.monotonic() < deadline:
-                        time.sleep(0.05)
-                        continue
-                    raise CheckpointError(
-                        f"{self.path} is in use by another process: wait for it, or give another"
-                        " name="
-                    ) from None
+        reason = "is in use by another process: wait for it, or give another name="
+        in_use = CheckpointError(f"{self.path} {reason}")
+        with hold_lock(self.path / ".lock", in_use, _PATIENCE):
             yield
 
     def start(self, config: TrainConfig, data_fingerprint: str, device: str) -> None:
@@ -98,6 +81,7 @@ class RunDirectory:
         for folder in (self.checkpoints, self.tensorboard, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         started = _describe_start(data_fingerprint, device)
+        started["checkpoint"] = asdict(config.checkpoint)
         manifest: dict[str, Any] = {"data_fingerprint": data_fingerprint, "starts": []}
         if self.config.is_file():
             self.check_same(config)
@@ -134,15 +118,21 @@ class RunDirectory:
             CheckpointError: there is none, or it is not one of this version.
         """
         try:
-            loaded = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(self.config))
-            config = OmegaConf.to_object(loaded)
+            return typed(OmegaConf.load(self.config))
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} holds no run: it has no config.yaml") from None
         except Exception as error:
             raise CheckpointError(f"{self.config} cannot be read: {error}") from None
-        if not isinstance(config, TrainConfig):
-            raise CheckpointError(f"{self.config} is not a run's configuration")
-        return config
+
+    def keeps(self) -> CheckpointConfig:
+        """Return which checkpoints the newest start of the run was to keep.
+
+        Raises:
+            CheckpointError: there is no run here.
+        """
+        config = self.read_config().checkpoint
+        starts = json.loads(self.manifest.read_text())["starts"] if self.manifest.is_file() else []
+        return replace(config, **starts[-1].get("checkpoint", {})) if starts else config
 
     def check_same(self, config: TrainConfig) -> None:
         """Raise unless ``config`` differs from the run's own only in what may change.
@@ -150,13 +140,10 @@ class RunDirectory:
         Raises:
             OtherRunError: names each key that differs, with both values.
         """
-        ours, theirs = flat(self.read_config()), flat(config)
-        changed = [
-            f"  {key}: {ours.get(key)} in the run, {theirs.get(key)} now"
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
-            and not any(key == free or key.startswith(free + ".") for free in MUTABLE_KEYS)
-        ]
+        free: Sequence[str] = MUTABLE_KEYS
+        if config.model.joins_sequences:
+            free = [key for key in free if key != "batch.micro_batch_size"]
+        changed = differences(self.read_config(), config, "the run", free)
         if changed:
             raise OtherRunError(
                 "\n".join([f"{self.path} holds a run with another configuration:", *changed])
@@ -183,6 +170,36 @@ def check_goes_on(config: TrainConfig, resolved: TrainConfig) -> None:
             # It was made definite by the device on which the run started.
             resolved = replace(resolved, precision=run.read_config().precision)
         run.check_same(resolved)
+
+
+def typed(content: Any) -> TrainConfig:
+    """Return the configuration whose values are ``content``; keys that it lacks are as by default.
+
+    Raises:
+        OmegaConfBaseException: ``content`` is not one of this version.
+        TypeError: it is no configuration at all.
+    """
+    loaded = OmegaConf.merge(OmegaConf.structured(TrainConfig), content)
+    config = OmegaConf.to_object(loaded)
+    if not isinstance(config, TrainConfig):
+        raise TypeError("it is not a run's configuration")
+    return config
+
+
+def differences(
+    before: TrainConfig, now: TrainConfig, where: str, free: Sequence[str] = MUTABLE_KEYS
+) -> list[str]:
+    """Return a line for each key that differs, with both values.
+
+    where: what ``before`` is of. free: keys that may differ, with all that is below them.
+    """
+    ours, theirs = flat(before), flat(now)
+    return [
+        f"  {key}: {ours.get(key)} in {where}, {theirs.get(key)} now"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+        and not any(key == one or key.startswith(one + ".") for one in free)
+    ]
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:

@@ -29,6 +29,12 @@ from modtrain.training.spike_config import SpikeConfig
 
 # Equal values would have no deviation, and rounding would make a spike of one of them.
 _LEAST_DEVIATION = 1e-4
+# What goes on after a spike, and how often it does.
+_GOES_ON = {
+    "skip": "makes no update at such a step",
+    "roll_back": "leaves out the samples since the checkpoint",
+}
+_LIMITS = {"skip": "max_in_a_row", "roll_back": "max_rollbacks"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,12 @@ class Spike:
     halts: bool
 
     @property
+    def is_finite(self) -> bool:
+        """Whether it has leapt; else something of it is NaN or infinite."""
+        leaps = self.loss > self.loss_limit or self.grad_norm > self.grad_norm_limit
+        return leaps and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
     def said(self) -> str:
         """The spike in words."""
         loss, norm = f"loss {self.loss:.4g}", f"gradient norm {self.grad_norm:.4g}"
@@ -55,6 +67,29 @@ class Spike:
             loss += f" (limit {self.loss_limit:.4g})"
             norm += f" (limit {self.grad_norm_limit:.4g})"
         return f"step {self.step} is a spike: {loss}, {norm}"
+
+
+def ways_on(config: SpikeConfig, strategy: str, is_finite: bool) -> str:
+    """Say how a run that stopped at a step can go on, and what would be another run.
+
+    config: under which it stopped. strategy: its name. is_finite: the step has leapt, and is no NaN
+    or infinity.
+    """
+    ways = []
+    for action, does in _GOES_ON.items():
+        if action == config.action:
+            # It has come to its limit.
+            ways.append(f"a larger spike.{_LIMITS[action]}")
+            continue
+        refused = SpikeConfig(action).strategy_problems("spike", strategy)
+        ways.append(f"{'strategy=fsdp ' if refused else ''}spike={action}, which {does}")
+    if is_finite:
+        ways.append("spike=none or a larger spike.threshold, which let such a step pass")
+    return (
+        f"start it again with {'; or with '.join(ways)}. As it was it comes to the same step,"
+        " unless a device was at fault. With another optimizer.lr or optimizer.grad_clip it is"
+        " another run: give another name= too"
+    )
 
 
 class RollBackError(Exception):

@@ -108,7 +108,7 @@ class TrainingStrategy(Strategy):
 
         storage_options: ``{"blocking": False}`` goes on training while the disk writes.
         """
-        rank_state = checkpoint.pop("random_states")
+        rank_state = checkpoint.pop("rank_state")
         tensors, named = self.named_state()
         self.saver.save(
             Path(filepath),
@@ -128,7 +128,7 @@ class TrainingStrategy(Strategy):
         del weights_only
         restored = self.restore(Path(checkpoint_path))
         _recount(restored.rest, self.plan.accumulate)
-        return {**restored.rest, "random_states": restored.rank_state}
+        return {**restored.rest, "rank_state": restored.rank_state}
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors of model and optimizer by name, and what is said of them beside."""

@@ -262,6 +262,6 @@ def _out_of_memory(error: BaseException) -> TrainingError | None:
     return TrainingError(
         f"out of memory: {first}\n"
         "remedy: set strategy.activation_checkpointing=full, or strategy=fsdp on more processes; or"
-        " lower batch.micro_batch_size, which changes no result but to rounding (a model that learns"
-        " from a micro-batch as a whole does not go on with another: docs/runs.md)"
+        " lower batch.micro_batch_size, which changes no result but to rounding (a model that"
+        " learns from a micro-batch as a whole does not go on with another: docs/runs.md)"
     )

@@ -42,7 +42,8 @@ def some_slow(names, quick=QUICK):
 
 @pytest.mark.parametrize("strategy", some_slow(STRATEGIES))
 def test_a_stopped_run_goes_on_to_the_same_bits(prepared, tmp_path, strategy):
-    more = (f"strategy={strategy}", *STRATEGIES[strategy])
+    # The stop is between two records: the next one is of the steps before it, too.
+    more = (f"strategy={strategy}", "log.every=2", *STRATEGIES[strategy])
     whole = overrides(prepared, tmp_path, "whole", STEPS, *more)
     assert on_ranks(run, 2, whole, joins=False) == ["complete"] * 2
     cut = overrides(prepared, tmp_path, "cut", STEPS, *more)
@@ -88,10 +89,10 @@ def test_other_ranks_and_strategies_go_on_with_the_same_samples(prepared, tmp_pa
     steps = per_stretch * len(stretches)
     for name in ("alone", "journey"):
         (tmp_path / name).mkdir()
-    alone = overrides(prepared, tmp_path, "alone", steps)
+    alone = overrides(prepared, tmp_path, "alone", steps, "log.every=4")
     on_ranks(run, 1, alone, str(tmp_path / "alone"), joins=False)
     for number, (ranks, strategy) in enumerate(stretches):
-        more = [f"strategy={strategy}"]
+        more = ["log.every=4", f"strategy={strategy}"]
         if strategy in GROUPS:
             more.append(f"strategy.{GROUPS[strategy]}=2")
         lines = overrides(prepared, tmp_path, "journey", steps, *more)

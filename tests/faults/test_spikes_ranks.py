@@ -6,122 +6,32 @@ import os
 import signal
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import RankFailedError, on_ranks, outcomes_on_ranks
 from saved import assert_same_bits, newest_tensors, tensors_of
+from spiked_runs import (
+    BAD,
+    NAN,
+    SEQUENCES,
+    STEPS,
+    events,
+    numbers_of,
+    overrides,
+    records,
+    rest_of,
+    slow,
+    spiked,
+    spoil,
+)
 
 from modtrain.configuration import compose
-from modtrain.data.config import DataConfig
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.training import checkpoint
 from modtrain.training import run as run_module
-from modtrain.training.checkpoint.reading import read_rest
-from modtrain.training.metrics_log import read_metrics
 from modtrain.training.module import LanguageModule
-from modtrain.training.preemption import STOP
 from modtrain.training.run import train
 from modtrain.training.spikes import SpikeTrace
 
-STEPS, SEQUENCES = 9, 4
-# The spike is in the samples of this step, counted from 1, of a run that leaves nothing out.
-BAD = 7
-NAN = float("nan")
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 WORLDS = [("single", 1), slow("ddp", 2), ("fsdp", 2)]
-
-
-def overrides(prepared: Path, runs: Path, name: str, strategy: str, *more: str) -> list[str]:
-    return [
-        *("model=tiny", f"data.path={prepared}", f"runs_dir={runs}", f"name={name}"),
-        *(f"budget.steps={STEPS}", f"batch.tokens={SEQUENCES * 64}", "batch.micro_batch_size=1"),
-        *("checkpoint.every=6", "checkpoint.keep_last=9", "eval.every=null", "eval.sequences=4"),
-        *("log.every=1", "log.tensorboard=false", "log.progress=false", "eval.batch_size=2"),
-        *("model.router.causal=[auxiliary,predictor,threshold]", f"strategy={strategy}"),
-        *("strategy.accelerator=cpu", "strategy.timeout=60"),
-        *("checkpoint.background=false", "spike.warmup=3", "spike.threshold=60", *more),
-    ]
-
-
-def numbers_of(prepared: Path, step: int) -> list[int]:
-    """The sample numbers of a step, counted from 1, of a run that leaves nothing out."""
-    data = TokenDataModule(
-        DataConfig(path=str(prepared)),
-        micro_batch_size=SEQUENCES,
-        accumulate=1,
-        num_steps=STEPS,
-        eval_batch_size=1,
-    )
-    return data.sample_numbers(step - 1)
-
-
-class Steps(L.Callback):
-    """Notes whether each step changed any of weights, moments, counts of steps, buffers."""
-
-    def __init__(self):
-        self.before, self.changed, self.judge = None, [], None
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        tensors, _ = trainer.strategy.named_state()
-        local = [v.to_local() if hasattr(v, "to_local") else v for v in tensors.values()]
-        now = [value.detach().clone() for value in local]
-        before = self.before or [torch.zeros_like(value) for value in now]
-        same = [torch.equal(one, other) for one, other in zip(before, now, strict=True)]
-        self.changed.append("none" if all(same) else "some" if any(same) else "all")
-        self.before = now
-        self.judge = {key: value.tolist() for key, value in module.judge.state().items()}
-
-
-def spoil(bad: list[int], factor: float, rank: int | None = None) -> None:
-    """Let the loss of any step that holds one of the samples be a multiple of what it is."""
-    original = LanguageModule.training_step
-
-    def training_step(module, batch, batch_idx):
-        numbers = module.trainer.datamodule.sample_numbers(module.global_step)
-        if not set(bad) & set(numbers) or (rank is not None and dist.get_rank() != rank):
-            return original(module, batch, batch_idx)
-        forward = module._forward[0]
-
-        def spoiled(*args, **kwargs):
-            output = forward(*args, **kwargs)
-            return output._replace(loss=output.loss * factor)
-
-        module._forward[0] = spoiled
-        try:
-            return original(module, batch, batch_idx)
-        finally:
-            module._forward[0] = forward
-
-    LanguageModule.training_step = training_step
-
-
-def spiked(lines: list[str], bad: list[int], factor: float = 1e3, rank: int | None = None):
-    """Train on spoiled samples; returns the status, what each step changed, the judge's state."""
-    spoil(bad, factor, rank)
-    steps = Steps()
-    status = train(compose("train", lines), [steps]).status
-    return status, steps.changed, steps.judge
-
-
-def records(run: Path, key: str) -> dict[int, float]:
-    return {r["step"]: r[key] for r in read_metrics(run / "metrics.jsonl") if key in r}
-
-
-def events(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-
-
-def rest_of(run: Path, step: int) -> dict:
-    return read_rest(checkpoint.checkpoint_path(run / "checkpoints", step))
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), WORLDS)
@@ -185,19 +95,6 @@ def test_every_strategy_leaves_out_the_step(prepared, tmp_path, strategy, factor
         assert [step for step, what in enumerate(changed, 1) if what == "none"] == [BAD]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["deepspeed_1", "deepspeed_2", "deepspeed_3"])
-@pytest.mark.parametrize(("factor", "said"), [(1e3, "is a spike"), (NAN, "not finite")])
-def test_deepspeed_stops(prepared, tmp_path, strategy, factor, said):
-    lines = overrides(prepared, tmp_path, "run", strategy, "spike=stop")
-    bad = numbers_of(prepared, BAD)[:1]
-    for found in outcomes_on_ranks(spiked, 2, lines, bad, factor, joins=False):
-        assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-        assert said in found.said
-    saved = checkpoint.whole_checkpoints(tmp_path / "run/checkpoints")
-    assert [step for step, _ in saved] == [6]
-
-
 def killed_at(lines: list[str], bad: list[int], step: int) -> str:
     spoil(bad, 1e3)
     original = LanguageModule.training_step
@@ -234,71 +131,6 @@ def test_a_run_killed_after_a_skip_judges_as_one_never_killed(
         one, other = records(whole, key), records(cut, key)
         assert str(one) == str(other)
     assert [e["step"] for e in events(cut)] == [BAD]
-
-
-def test_too_many_skips_in_a_row_stop_the_run(prepared, tmp_path):
-    lines = overrides(prepared, tmp_path, "run", "single", "spike=skip", "spike.max_in_a_row=2")
-    bad = [numbers_of(prepared, step)[0] for step in (4, 6, 7, 8)]
-    (found,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
-    assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-    assert "step 8 is a spike" in found.said
-    assert "after 2 skipped in a row" in found.said
-    assert [(e["action"], e["step"]) for e in events(tmp_path / "run")] == [
-        *(("skip", 4), ("skip", 6), ("skip", 7), ("stop", 8))
-    ]
-
-
-@pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("ddp", 2), slow("fsdp", 2)])
-def test_a_stop_names_the_step_its_figures_its_samples_and_the_way_back(
-    prepared, tmp_path, strategy, world_size
-):
-    # Nothing is due at the spike: it is found later, and nothing was learnt or saved after it.
-    more = ("spike=stop", "log.every=4", "checkpoint.every=5")
-    lines = overrides(prepared, tmp_path, "run", strategy, *more)
-    bad = numbers_of(prepared, BAD)
-    for found in outcomes_on_ranks(spiked, world_size, lines, bad[-1:], joins=False):
-        assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-        assert f"step {BAD} is a spike: loss " in found.said
-        assert "(limit " in found.said and "gradient norm" in found.said
-        assert f"its samples are {', '.join(map(str, bad))};" in found.said
-        assert "checkpoints/step-000000005" in found.said
-    run = tmp_path / "run"
-    assert [step for step, _ in checkpoint.whole_checkpoints(run / "checkpoints")] == [5]
-    assert list(records(run, "loss")) == [4]
-    assert [(e["action"], e["step"]) for e in events(run)] == [("stop", BAD)]
-
-
-def spiked_and_signalled(lines: list[str], bad: list[int]) -> str:
-    spoil(bad, 1e3)
-    original = LanguageModule.training_step
-
-    def training_step(module, batch, batch_idx):
-        if module.global_step == BAD - 1:
-            STOP.signum = signal.SIGTERM
-        return original(module, batch, batch_idx)
-
-    LanguageModule.training_step = training_step
-    return train(compose("train", lines)).status
-
-
-def test_a_signal_saves_nothing_of_a_spike_that_nobody_has_looked_at(prepared, tmp_path):
-    lines = overrides(prepared, tmp_path, "run", "single", "spike=stop", "log.every=100")
-    bad = numbers_of(prepared, BAD)[:1]
-    (found,) = outcomes_on_ranks(spiked_and_signalled, 1, lines, bad, joins=False)
-    assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-    assert f"step {BAD} is a spike" in found.said
-    saved = checkpoint.whole_checkpoints(tmp_path / "run/checkpoints")
-    assert [step for step, _ in saved] == [6]
-
-
-@pytest.mark.parametrize("strategy", [slow("ddp"), "fsdp"])
-def test_a_nan_names_the_rank_where_it_began(prepared, tmp_path, strategy):
-    # In the warm-up, in which nothing else is judged.
-    lines = overrides(prepared, tmp_path, "run", strategy, "spike=stop", "spike.warmup=50")
-    bad = numbers_of(prepared, BAD)
-    for found in outcomes_on_ranks(spiked, 2, lines, bad, NAN, 1, joins=False):
-        assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-        assert f"step {BAD} is a spike: loss nan, gradient norm nan on rank 1;" in found.said
 
 
 def left_out(run: Path, *stretches: tuple[int, int]) -> None:

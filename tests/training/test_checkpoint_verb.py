@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nests
@@ -104,6 +105,24 @@ def test_prune_keeps_what_the_run_keeps_or_what_is_asked_for(run):
     assert [s for s, _ in checkpoint.whole_checkpoints(run.checkpoints)] == [2, 3, 4]
     verb(run, action="prune", keep_last=1)
     assert [s for s, _ in checkpoint.whole_checkpoints(run.checkpoints)] == [4]
+
+
+def test_prune_goes_by_the_newest_start_of_a_run(run):
+    run.config.unlink()
+    for keep_last in (1, 3):
+        run.start(replace(CONFIG, checkpoint=CheckpointConfig(keep_last=keep_last)), "f", "cpu")
+    saves(str(run.path.parent), 1, 2, 3, 4)
+    verb(run, action="prune")
+    assert [s for s, _ in checkpoint.whole_checkpoints(run.checkpoints)] == [2, 3, 4]
+
+
+def test_prune_keeps_another_checkpoint_in_place_of_a_damaged_one(run):
+    saves(str(run.path.parent), 1, 2, 3)
+    hurt(run, 3)
+    verb(run, action="prune", keep_last=1)
+    found = checkpoint.latest(run.checkpoints)
+    assert found is not None and found[0] == 2
+    assert [s for s, _ in checkpoint.whole_checkpoints(run.checkpoints)] == [2, 3]
 
 
 def test_prune_leaves_a_run_in_use_alone(run):

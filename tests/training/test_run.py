@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import modtrain
 from modtrain.configuration import compose
 from modtrain.data.datamodule import TokenDataModule
-from modtrain.errors import CheckpointError, TrainingError
+from modtrain.errors import CheckpointError, OtherRunError, TrainingError
 from modtrain.training import checkpoint
 from modtrain.training.config import ScheduleConfig
 from modtrain.training.metrics_log import read_metrics
@@ -170,6 +170,29 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(s
     assert steps == [2, 4, 6, 8, 10, 12]
     left, right = weights(whole.run), weights(hurt)
     assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize(
+    ("more", "is_free"),
+    [
+        ((), True),
+        (("model.experts.count=4", "model.experts.balance=bias"), True),
+        (("model.experts.count=4",), False),
+        (("model.router.choice=token",), False),
+        (("model.router.choice=token", "model.pattern=dense"), True),
+    ],
+)
+def test_micro_batches_keep_their_size_where_it_is_learned_from(tiny, tmp_path, more, is_free):
+    """With experts the gradient of the balance loss is another one, by a quarter of its size."""
+    lines = [*tiny, "name=r", f"runs_dir={tmp_path}", *more, "batch.micro_batch_size="]
+    run = RunDirectory(tmp_path / "r")
+    run.start(compose("train", [*lines[:-1], lines[-1] + "4"]), "f", "cpu")
+    smaller = compose("train", [*lines[:-1], lines[-1] + "2"])
+    if is_free:
+        run.check_same(smaller)
+    else:
+        with pytest.raises(OtherRunError, match=r"batch\.micro_batch_size: 4 in the run, 2 now"):
+            run.check_same(smaller)
 
 
 def test_a_changed_configuration_names_the_keys_and_stops(start, tiny, tmp_path):

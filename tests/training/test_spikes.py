@@ -26,6 +26,7 @@ from modtrain.training.spikes import (
     check_left_out,
     leave_out,
     unless,
+    ways_on,
 )
 from tests.training.test_no_sync import step  # noqa: F401 a fixture
 
@@ -221,6 +222,44 @@ def test_deepspeed_ends_at_a_nan_by_itself():
         assert (found == []) == fits
     config = compose("train", ["name=x", "spike=skip", "strategy=deepspeed_1"])
     assert "spike.action" in [problem.key for problem in config.problems()]
+
+
+LEAPS, NO_NUMBER = (True, False)
+
+
+@pytest.mark.parametrize(
+    ("action", "strategy", "is_finite", "ways"),
+    [
+        ("none", "ddp", NO_NUMBER, ["spike=skip", "spike=roll_back"]),
+        ("stop", "ddp", NO_NUMBER, ["spike=skip", "spike=roll_back"]),
+        ("stop", "ddp", LEAPS, ["spike=skip", "spike=roll_back", "spike=none"]),
+        ("skip", "ddp", NO_NUMBER, ["a larger spike.max_in_a_row", "spike=roll_back"]),
+        ("roll_back", "ddp", LEAPS, ["spike=skip", "a larger spike.max_rollbacks", "spike=none"]),
+        ("none", "deepspeed_2", NO_NUMBER, ["strategy=fsdp spike=skip", "strategy=fsdp spike=ro"]),
+        ("stop", "deepspeed_2", LEAPS, ["strategy=fsdp", "strategy=fsdp", "spike=none"]),
+    ],
+)
+def test_a_run_that_stopped_is_told_what_it_can_do(action, strategy, is_finite, ways):
+    said = ways_on(SpikeConfig(action), strategy, is_finite)
+    found = said.partition(". ")[0].removeprefix("start it again with ").split("; or with ")
+    assert len(found) == len(ways)
+    assert all(one.startswith(other) for one, other in zip(found, ways, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("figures", "is_finite"),
+    [
+        ((9.0, 1.0, 2.0, 2.0), LEAPS),
+        ((1.0, 9.0, 2.0, 2.0), LEAPS),
+        ((math.nan, 1.0, 2.0, 2.0), NO_NUMBER),
+        ((9.0, math.inf, 2.0, 2.0), NO_NUMBER),
+        # Something else is no number: in the warm-up, and after it.
+        ((9.0, 1.0, math.inf, math.inf), NO_NUMBER),
+        ((1.0, 1.0, 2.0, 2.0), NO_NUMBER),
+    ],
+)
+def test_a_leap_is_no_nan(figures, is_finite):
+    assert Spike(3, *figures, own_loss=1.0, halts=True).is_finite == is_finite
 
 
 STRETCHES = st.lists(st.integers(0, 60), unique=True, max_size=8).map(

@@ -87,11 +87,8 @@ class MetricsCallback(StepCallback):
 
     def _learning(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, float]:
         statistics = module.take_statistics()
-        count = max(1, statistics.count)
         model = module.config.model
-        values = {"loss": float(statistics.loss) / count}
-        for name, total in statistics.auxiliary.items():
-            values[f"{name}_loss"] = float(total) / count
+        values = statistics.means()
         if statistics.grad_norm is not None:
             values["grad_norm"] = float(statistics.grad_norm)
         described = routing_metrics(model.routed_labels, statistics.routing)

@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import lightning as L
 
 from modtrain.data.datamodule import TokenDataModule
-from modtrain.errors import CheckpointError, TrainingError
-from modtrain.training import checkpoint
-from modtrain.training.callbacks.step import StepCallback, is_due
+from modtrain.errors import CheckpointError
+from modtrain.training.callbacks.guard import Guard
+from modtrain.training.callbacks.step import is_due
 from modtrain.training.checkpoint import Saver
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
 from modtrain.training.spikes import Judged, RollBackError, Spike, SpikeJudge, SpikeTrace
 
 
-class SpikeGuard(StepCallback):
+class SpikeGuard(Guard):
     """Looks at what the module's judge has found, and stops, tells or rolls back.
 
-    It looks, which waits for the device, only when something is due that must not happen after a
-    spike: a record, an evaluation, a checkpoint. The judge has left out every step since.
+    The judge has left out every step since a spike that halts.
     """
 
     def __init__(
@@ -39,27 +37,15 @@ class SpikeGuard(StepCallback):
 
         intervals: of what is due, the records' first. say: tells the user, once for all ranks.
         """
-        self.trace, self.data, self.saver = trace, data, saver
-        self.intervals, self.metrics_log, self.say = intervals, metrics_log, say
-        self._module: LanguageModule | None = None
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Know whose judge it is."""
-        del trainer
-        if isinstance(pl_module, LanguageModule):
-            self._module = pl_module
+        super().__init__(trace.run, data, intervals, saver)
+        self.trace, self.metrics_log, self.say = trace, metrics_log, say
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Look where something is due."""
-        del trainer
-        if any(is_due(step, every, module.plan.steps) for every in self.intervals):
+        if self.looks(trainer, step):
             judged = self.check()
             if is_due(step, self.intervals[0], module.plan.steps):
                 self.metrics_log.write(step, self._figures(judged))
-
-    def on_save_checkpoint(self, *_args: Any) -> None:
-        """Never let a state be saved that the judge has not seen to be sound."""
-        self.check()
 
     def check(self) -> Judged:
         """Act upon the steps since the last look; collective.
@@ -69,7 +55,7 @@ class SpikeGuard(StepCallback):
                 back to.
             RollBackError: it is to go back.
         """
-        module, judge = self._judging()
+        module, judge = self.module, self._judge
         judged = judge.take()
         skips = 0
         for spike in judged.spikes:
@@ -84,24 +70,17 @@ class SpikeGuard(StepCallback):
 
     def _halt(self, judge: SpikeJudge, spike: Spike, samples: list[int]) -> None:
         config = judge.config
-        with suppress(CheckpointError):
-            self.saver.wait()
         if config.action == "roll_back" and self.trace.rollbacks < config.max_rollbacks:
+            with suppress(CheckpointError):
+                self.saver.wait()
             raise RollBackError(spike, samples)
         self.trace.write("stop", spike, samples)
-        good = checkpoint.latest(self.trace.run.checkpoints, self.saver.ranks)
-        shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
         why = ""
         if config.action == "skip":
             why = f", after {config.max_in_a_row} skipped in a row (spike.max_in_a_row)"
         if config.action == "roll_back":
             why = f", after {self.trace.rollbacks} roll backs (spike.max_rollbacks)"
-        raise TrainingError(
-            f"{spike.said}{self._who(spike)}{why}; its samples are {shown}; the last good"
-            f" checkpoint is {good[1] if good else 'none: the run had not saved yet'}.\n"
-            "remedy: lower optimizer.lr, set optimizer.grad_clip, or look at these samples; or go"
-            " on from the checkpoint with spike.action=roll_back or skip, or allow more of them"
-        )
+        raise self.stopped(f"{spike.said}{self._who(spike)}{why}", samples, spike.is_finite)
 
     def _who(self, spike: Spike) -> str:
         """Name the ranks whose own loss is no number, if there are others."""
@@ -126,7 +105,8 @@ class SpikeGuard(StepCallback):
         # Infinite: not judged yet. JSON knows no such number.
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def _judging(self) -> tuple[LanguageModule, SpikeJudge]:
-        if self._module is None or self._module.judge is None:
+    @property
+    def _judge(self) -> SpikeJudge:
+        if self.module.judge is None:
             raise RuntimeError("there is no judge of spikes to look at")
-        return self._module, self._module.judge
+        return self.module.judge

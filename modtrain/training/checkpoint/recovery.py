@@ -109,20 +109,33 @@ def recover(root: Path, ranks: Ranks | None = None) -> tuple[int, Path] | None:
     return None
 
 
-def prune(root: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+def prune(root: Path, keep_last: int, keep_every: int | None, contents: bool = False) -> list[Path]:
     """Remove whole checkpoints but the newest ``keep_last`` and multiples of ``keep_every``.
+
+    contents: read what is kept; a damaged one does not count, and another is kept in its place.
 
     Returns the removed ones.
     """
-    removed = []
-    for step, path in whole_checkpoints(root)[:-keep_last]:
-        if keep_every is None or step % keep_every:
+    kept, removed = 0, []
+    for step, path in reversed(whole_checkpoints(root)):
+        if kept < keep_last:
+            kept += not contents or _is_sound(path)
+        elif keep_every is None or step % keep_every:
             # Renamed first: a removal cut short must not leave a directory that looks whole.
             doomed = path.with_name(ASIDE + "removed-" + path.name)
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
             removed.append(path)
-    return removed
+    return removed[::-1]
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError as error:
+        log.warning("passing over a checkpoint: %s", error)
+        return False
+    return True
 
 
 def _is_first(ranks: Ranks | None) -> bool:
