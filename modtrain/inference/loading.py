@@ -87,8 +87,9 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
     """
     run = RunDirectory(Path(config.runs_dir) / str(config.run))
     trained = run.read_config()
-    step, path = checkpoint.chosen(run.checkpoints, config.step)
-    model = load_model(trained, path)
+    step, model = checkpoint.with_chosen(
+        run.checkpoints, config.step, lambda step, path: (step, load_model(trained, path))
+    )
     device = torch.device(resolve_accelerator(config.accelerator))
     data_path = config.data_path or trained.data.path
     _check_tokenizer(run, trained, data_path)

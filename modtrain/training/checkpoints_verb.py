@@ -96,16 +96,19 @@ def _prune(config: CheckpointsConfig, run: RunDirectory, console: Console) -> No
 def _consolidate(
     config: CheckpointsConfig, run: RunDirectory, trained: TrainConfig, console: Console
 ) -> None:
-    step, path = checkpoint.chosen(run.checkpoints, config.step)
-    output = Path(config.output or run.path / f"model-{step:09d}.safetensors")
     plain: Any = OmegaConf.to_container(OmegaConf.structured(trained))
     metadata = {
         "format": "pt",
         "run": str(config.run),
-        "step": str(step),
         "model": json.dumps(plain["model"]),
         "config_sha256": digest(plain),
     }
     tied = _TIED if trained.model.tie_embeddings else {}
-    size = consolidate(path, output, _DTYPES[config.dtype], metadata, tied)
+
+    def write(step: int, path: Path) -> tuple[int, Path, int]:
+        output = Path(config.output or run.path / f"model-{step:09d}.safetensors")
+        told = {**metadata, "step": str(step)}
+        return step, output, consolidate(path, output, _DTYPES[config.dtype], told, tied)
+
+    step, output, size = checkpoint.with_chosen(run.checkpoints, config.step, write)
     console.print(f"wrote {output}: the weights of step {step}, {size:,} bytes")

@@ -132,6 +132,27 @@ def test_prune_leaves_a_run_in_use_alone(run):
     assert len(checkpoint.whole_checkpoints(run.checkpoints)) == 3
 
 
+def test_what_is_pruned_while_it_is_read_is_chosen_anew(run):
+    saves(str(run.path.parent), 1, 2)
+    read = []
+
+    def use(step, path):
+        read.append(step)
+        if step == 2:
+            checkpoint.prune(run.checkpoints, keep_last=1, keep_every=None)
+            checkpoint.checkpoint_path(run.checkpoints, 2).rename(run.path / "gone")
+            saves(str(run.path.parent), 3)
+        return checkpoint.Manifest.read(path).step
+
+    assert checkpoint.with_chosen(run.checkpoints, None, use) == 3
+    assert read == [2, 3]
+    with pytest.raises(CheckpointError, match="no checkpoint of step=2"):
+        checkpoint.with_chosen(run.checkpoints, 2, use)
+    hurt(run, 3)
+    with pytest.raises(CheckpointError, match="does not match"):
+        checkpoint.with_chosen(run.checkpoints, 3, use)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_consolidated_weights_are_those_of_the_checkpoint(run, world):
     root = str(run.path.parent)

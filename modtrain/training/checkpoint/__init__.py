@@ -33,11 +33,11 @@ from a `TensorReader`, a mapping that reads a tensor when it is asked for.
 from modtrain.training.checkpoint.layout import Manifest, checkpoint_path, verify
 from modtrain.training.checkpoint.reading import TensorReader
 from modtrain.training.checkpoint.recovery import (
-    chosen,
     latest,
     prune,
     recover,
     whole_checkpoints,
+    with_chosen,
 )
 from modtrain.training.checkpoint.saver import Saver
 from modtrain.training.checkpoint.state import (
@@ -57,7 +57,6 @@ __all__ = [
     "Saver",
     "TensorReader",
     "checkpoint_path",
-    "chosen",
     "latest",
     "load_weights",
     "model_tensors",
@@ -70,4 +69,5 @@ __all__ = [
     "tied_names",
     "verify",
     "whole_checkpoints",
+    "with_chosen",
 ]

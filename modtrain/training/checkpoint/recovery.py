@@ -11,11 +11,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 from modtrain.errors import CheckpointError
 from modtrain.training.checkpoint.layout import ASIDE, PREFIX, Manifest, verify
 from modtrain.training.ranks import Ranks
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 # What rank 0 tells of a candidate: its path, its manifest, or what is wrong with that.
@@ -70,6 +72,23 @@ def chosen(root: Path, step: int | None) -> tuple[int, Path]:
         raise CheckpointError(f"{root} has no checkpoint of step={step}; there are: {there}")
     verify(steps[step])
     return step, steps[step]
+
+
+def with_chosen(root: Path, step: int | None, use: Callable[[int, Path], T]) -> T:
+    """Return what ``use`` makes of (step, path) of the checkpoint that is `chosen`.
+
+    A run that trains may remove it meanwhile: then the choice is made again.
+
+    Raises:
+        CheckpointError: as `chosen` does.
+    """
+    while True:
+        found, path = chosen(root, step)
+        try:
+            return use(found, path)
+        except (CheckpointError, OSError):
+            if path.exists():
+                raise
 
 
 def recover(root: Path, ranks: Ranks | None = None) -> tuple[int, Path] | None:
