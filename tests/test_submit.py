@@ -95,10 +95,11 @@ def test_a_shipped_site_is_sound(site):
 
 
 def test_shell_scripts_are_linted():
+    # It sources the others.
     files = [slurm_dir() / "job.sh", *TEMPLATES]
     command = [
         str(Path(sys.executable).with_name("shellcheck")),
-        "-x",
+        "-xa",
         "-P",
         str(slurm_dir()),
         *map(str, files),
@@ -386,6 +387,7 @@ def test_a_dry_run_writes_the_script_and_the_code(tiny, tmp_path):
     (code,) = (run / "code").iterdir()
     assert settings(text, "code", "run_directory") == [str(code), str(run)]
     assert (code / "slurm/job.sh").is_file()
+    assert (code / "slurm/ending.sh").is_file()
     assert (code / "conf/train.yaml").is_file()
     assert (code / "modtrain/cli.py").is_file()
     assert json.loads((code / "VERSION.json").read_text()) is not None
