@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import RankFailedError, on_ranks, outcomes_on_ranks
@@ -63,15 +64,20 @@ def test_a_skipped_step_changes_no_bit_and_the_run_goes_on(
 
 
 def test_a_record_is_the_mean_over_the_steps_that_were_made(prepared, tmp_path):
+    """Also where a step is left out, and forgotten at a save, that was the first since a record."""
     bad = numbers_of(prepared, BAD)[:1]
-    for every in (1, 9):
-        more = ("spike=skip", f"log.every={every}")
+    windows = {1: (), 9: (range(1, 10),), 6: (range(1, 7), range(7, 10))}
+    for every in windows:
+        more = ("spike=skip", f"log.every={every}", f"checkpoint.every={BAD}")
         lines = overrides(prepared, tmp_path, f"every_{every}", "single", *more)
         on_ranks(spiked, 1, lines, bad, NAN, joins=False)
     for key in ("loss", "predictor_loss"):
         single = records(tmp_path / "every_1", key)
-        made = [value for step, value in single.items() if step != BAD]
-        assert records(tmp_path / "every_9", key) == {9: pytest.approx(sum(made) / len(made))}
+        for every in (6, 9):
+            assert records(tmp_path / f"every_{every}", key) == {
+                steps[-1]: pytest.approx(np.mean([single[s] for s in steps if s != BAD]))
+                for steps in windows[every]
+            }
     norms = [records(tmp_path / f"every_{every}", "grad_norm") for every in (1, 9)]
     assert norms[0][9] == norms[1][9]
 
