@@ -159,7 +159,7 @@ def test_a_manifest_that_names_files_elsewhere_is_passed_over(path, name):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", "null", '{"format": 2, "step": 1, "files": [1]}', '{"files": {"a": 1}}'],
+    ["", "[]", "{}", "null", '{"format": 3, "step": 1, "files": [1]}', '{"files": {"a": 1}}'],
 )
 def test_what_is_no_manifest_is_passed_over(path, text):
     (path / "manifest.json").write_text(text)

@@ -10,7 +10,7 @@ from typing import Any
 from modtrain.errors import CheckpointError
 from modtrain.files import digest, file_sha256
 
-FORMAT = 2
+FORMAT = 3
 PREFIX, ASIDE = "step-", ".writing-"
 MANIFEST, REST = "manifest.json", "state.pt"
 
