@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +32,7 @@ from rich.console import Console
 from modtrain.errors import Problem
 from modtrain.experiments import hparams
 from modtrain.experiments.sweep_jobs import Job, overrides_of
-from modtrain.experiments.sweep_process import run_apart
+from modtrain.experiments.sweep_process import RUN_ME_AGAIN, run_apart
 from modtrain.experiments.sweep_state import failure_text, state_of
 from modtrain.overrides import quoted
 from modtrain.training.config import TrainConfig
@@ -38,6 +40,7 @@ from modtrain.training.preemption import STOP, STOP_SIGNALS
 from modtrain.training.run_directory import RunDirectory
 
 _LAUNCHERS = ("basic", "joblib", "slurm")
+_AT_WORK = threading.Lock()
 _QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none")
 
 
@@ -164,12 +167,30 @@ class Task:
         # In a worker nobody has done so; between two jobs Lightning's are not in the way either.
         if os.getpid() != self.main_pid:
             STOP.install()
-        if STOP.requested:
-            return STOP.exit_code
-        say(f"{job.name}: starts")
-        code = run_apart(run, work, self.main_pid)
-        say(f"{job.name}: {state_of(run)} {failure_text(run)}".rstrip())
-        return code
+            _end_with(self.main_pid)
+        with _AT_WORK:
+            if STOP.requested:
+                return STOP.exit_code
+            say(f"{job.name}: starts")
+            code = run_apart(run, work, self.main_pid)
+            say(f"{job.name}: {state_of(run)} {failure_text(run)}".rstrip())
+            return code
+
+
+@cache
+def _end_with(main_pid: int) -> None:
+    """End this worker once the sweep's process has died and its job, which stops then, has ended.
+
+    joblib's would wait for ever: for the next job, or for somebody to take the last one's result.
+    """
+
+    def watch() -> None:
+        while os.getppid() == main_pid:
+            time.sleep(1)
+        with _AT_WORK:
+            os._exit(RUN_ME_AGAIN)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def train_job(config: TrainConfig) -> int:

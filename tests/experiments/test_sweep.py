@@ -339,6 +339,14 @@ def test_the_process_that_forks_has_not_loaded_torch():
     assert done.stdout.strip() == "False"
 
 
+def is_running(process: str) -> bool:
+    """Whether there is such a process, and not only its exit code, which nobody may fetch here."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_joblib_trains_two_at_a_time(arguments, tmp_path, killed):
@@ -349,10 +357,16 @@ def test_joblib_trains_two_at_a_time(arguments, tmp_path, killed):
         with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
             for capacity in ("0.25", "0.5"):
                 await_checkpoint(RunDirectory(Path(f"runs/s/model.capacity={capacity}")), 120)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             process.kill()
         until = time.monotonic() + 30
         while any(is_held(run) for run in jobs_of().values()) and time.monotonic() < until:
             time.sleep(0.1)
+        # Nobody is left to give them another job.
+        while any(map(is_running, workers)) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert len(workers) >= 2
+        assert not any(map(is_running, workers))
         assert [state_of(run) for run in jobs_of().values()] == ["stopped"] * 2
     done = run_modtrain(*sweep, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
