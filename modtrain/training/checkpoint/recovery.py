@@ -29,13 +29,9 @@ def whole_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
     What counts is the manifest inside, not the name. Sizes are compared, contents are not.
     """
-    found = []
-    for path in root.glob(f"{PREFIX}*") if root.is_dir() else ():
-        try:
-            found.append((verify(path, contents=False), path))
-        except CheckpointError as error:
-            log.warning("passing over a checkpoint: %s", error)
-    return sorted(found)
+    paths = root.glob(f"{PREFIX}*") if root.is_dir() else ()
+    steps = ((_step_if_whole(path, contents=False), path) for path in paths)
+    return sorted((step, path) for step, path in steps if step is not None)
 
 
 def latest(root: Path, ranks: Ranks | None = None) -> tuple[int, Path] | None:
@@ -138,7 +134,7 @@ def prune(root: Path, keep_last: int, keep_every: int | None, contents: bool = F
     kept, removed = 0, []
     for step, path in reversed(whole_checkpoints(root)):
         if kept < keep_last:
-            kept += not contents or _is_sound(path)
+            kept += not contents or _step_if_whole(path, contents=True) is not None
         elif keep_every is None or step % keep_every:
             # Renamed first: a removal cut short must not leave a directory that looks whole.
             doomed = path.with_name(ASIDE + "removed-" + path.name)
@@ -148,13 +144,12 @@ def prune(root: Path, keep_last: int, keep_every: int | None, contents: bool = F
     return removed[::-1]
 
 
-def _is_sound(path: Path) -> bool:
+def _step_if_whole(path: Path, contents: bool) -> int | None:
     try:
-        verify(path)
+        return verify(path, contents)
     except CheckpointError as error:
         log.warning("passing over a checkpoint: %s", error)
-        return False
-    return True
+        return None
 
 
 def _is_first(ranks: Ranks | None) -> bool:
