@@ -28,7 +28,7 @@ DEFINITION = (DOCKER / "modtrain.def").read_text()
 RECIPE = DOCKER / "install.sh"
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PAGE = (ROOT / "docs/images.md").read_text()
+PAGE = (ROOT / "docs/how-to/use-containers.md").read_text()
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 

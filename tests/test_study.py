@@ -9,7 +9,7 @@ from modtrain.configuration import compose_arms
 from modtrain.models.transformer import Transformer
 
 STUDY = ["experiment=study"]
-# What docs/results.md shows, as it is typed there.
+# What docs/reports/results.md shows, as it is typed there.
 COMMANDS = (
     ".venv/bin/modtrain compare experiment=study",
     ".venv/bin/modtrain compare experiment=study only=[moe]",

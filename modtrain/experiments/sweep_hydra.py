@@ -82,7 +82,9 @@ class Multirun:
                     raise HydraException(f"hydra/launcher={chosen} is none of modtrain's")
             except (HydraException, OmegaConfBaseException) as error:
                 said = " ".join(str(error).split())
-                remedy = "hydra/launcher is basic, joblib or slurm; see docs/sweeps.md"
+                remedy = (
+                    "hydra/launcher is basic, joblib or slurm; see docs/how-to/sweep-and-search.md"
+                )
                 if self.is_on_slurm:
                     remedy = "say it as to modtrain submit: cluster.partition=gpu, nodes=2"
                 return [Problem(" ".join(self.overrides[len(_QUIET) :]), "", said, remedy)]

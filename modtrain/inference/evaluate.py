@@ -32,7 +32,7 @@ def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
 
     They go to ``eval-<step>.json`` or ``sweep-<step>.json`` in the run's directory and to its
     ``tensorboard/``; a sweep's curve to a PNG as well. A setting of the dial is part of the names.
-    docs/method.md explains the keys.
+    docs/concepts/method.md explains the keys.
 
     Returns:
         The figures as plain data.

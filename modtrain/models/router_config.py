@@ -56,7 +56,7 @@ class RouterConfig:
         stop-gradient input (section 3.5). ``threshold``: the score against a running quantile
         (arXiv 2603.11535). null: predictor where one is needed.
     auxiliary_weight: of the auxiliary loss in the objective; a tenth of it left the share of yes
-        several points below the capacity in short runs (docs/results.md).
+        several points below the capacity in short runs (docs/reports/results.md).
     predictor_dim: hidden width of the predictor.
     threshold_decay: of the running quantile, a step.
     """

@@ -263,5 +263,5 @@ def _out_of_memory(error: BaseException) -> TrainingError | None:
         f"out of memory: {first}\n"
         "remedy: set strategy.activation_checkpointing=full, or strategy=fsdp on more processes; or"
         " lower batch.micro_batch_size, which changes no result but to rounding (a model that"
-        " learns from a micro-batch as a whole does not go on with another: docs/runs.md)"
+        " learns from a micro-batch as a whole does not go on with another: docs/reference/runs.md)"
     )
