@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from modtrain.training.watch import Watch
+from modtrain.distributed.watchdog import Watch
 
 # Plans of so many ranks are merged, and what they come to is scaled.
 _MERGED = 16

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from modtrain.data.config import PrepareConfig, TokenizerConfig
-from modtrain.data.prepare import prepare
+from modtrain.data.prepare.pipeline import prepare
 
 HEAD_WIDTH = 64
 _WORDS = ("river", "stone", "sings", "under", "the", "old", "bridge")

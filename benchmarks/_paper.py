@@ -32,20 +32,20 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import modtrain.training.expert_parallel
-from modtrain.configuration import compose
-from modtrain.training.checkpoint import Saver
-from modtrain.training.checkpoint.parts import parts_of
+import modtrain.parallel.expert
+from modtrain.checkpoint import Saver
+from modtrain.checkpoint.parts import parts_of
+from modtrain.cli.compose import compose
+from modtrain.distributed.launch import Launch
+from modtrain.distributed.process_group import Ranks
+from modtrain.parallel.meshes import Meshes
+from modtrain.parallel.strategies.base import Sharded, make_strategy
 from modtrain.training.config import TrainConfig
-from modtrain.training.launch import Launch
-from modtrain.training.meshes import Meshes
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve
-from modtrain.training.ranks import Ranks
-from modtrain.training.strategies import Sharded, make_strategy
 from modtrain.training.trainer import make_trainer
 
-del modtrain.training.expert_parallel  # for its operator alone
+del modtrain.parallel.expert  # for its operator alone
 
 ALL = "all"
 """The name of the group that all ranks are in."""

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from benchmarks._paper import ALL, Paper, sent
 from modtrain.models.config import ModelConfig
-from modtrain.models.pattern import num_chosen
-from modtrain.training.expert_parallel import sent_bytes
+from modtrain.models.depth.pattern import num_chosen
+from modtrain.parallel.expert import sent_bytes
 
 _DECIDING = re.compile(r"\.(router|predictor|expert_router)\.")
 _EXPERTS = re.compile(r"\.inner\.(up|gate|down)$")

@@ -35,10 +35,10 @@ from benchmarks._harness import (
     print_times,
     ratio,
 )
+from modtrain import checkpoint
+from modtrain.distributed.process_group import Ranks
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
-from modtrain.training import checkpoint
-from modtrain.training.ranks import Ranks
 
 _CHUNK = 8 * 2**20
 

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from modtrain.data.config import DataConfig
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.data.index import TOKENIZER_NAME, IndexSummary, Shard, SplitSummary
-from modtrain.data.pack import PackLayout, TokenFile, plan_shards, write_shard
-from modtrain.data.prepare import finish
-from modtrain.data.tokenizer import check_tokenizer, train_tokenizer
+from modtrain.data.prepare.pack import PackLayout, TokenFile, plan_shards, write_shard
+from modtrain.data.prepare.pipeline import finish
+from modtrain.data.prepare.tokenizer import check_tokenizer, train_tokenizer
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, Shard, SplitSummary
 
 VOCAB_SIZE = 50_000
 

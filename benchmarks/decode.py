@@ -35,13 +35,13 @@ from benchmarks._harness import (
     ratio,
 )
 from benchmarks._llama import as_llama
-from modtrain.inference.decoder import Decoder, DecoderConfig, Token
-from modtrain.inference.sampling import Dice, distribution, draw
-from modtrain.inference.sampling_config import SamplingConfig
-from modtrain.models.cache import Cache
+from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Token
+from modtrain.inference.generate.sampling import Dice, distribution, draw
+from modtrain.inference.generate.sampling_config import SamplingConfig
+from modtrain.models.cache.cache import Cache
 from modtrain.models.config import ModelConfig
+from modtrain.models.depth.config import RouterConfig
 from modtrain.models.flops import Load, realised_flops
-from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import OptimizerConfig
 from modtrain.training.module import adamw

@@ -33,9 +33,10 @@ from benchmarks._harness import (
     ratio,
 )
 from modtrain.data.config import DataConfig
-from modtrain.data.datamodule import TokenDataModule
+from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
+from modtrain.parallel.config import StrategyConfig
 from modtrain.training.config import (
     BatchConfig,
     BudgetConfig,
@@ -46,7 +47,6 @@ from modtrain.training.config import (
 )
 from modtrain.training.run import train
 from modtrain.training.schedules import lr_factor
-from modtrain.training.strategy_config import StrategyConfig
 
 
 def main() -> None:

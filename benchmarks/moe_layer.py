@@ -32,8 +32,8 @@ from benchmarks._harness import (
     ratio,
 )
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts import Experts
-from modtrain.models.experts_config import ExpertsConfig
+from modtrain.models.experts.config import ExpertsConfig
+from modtrain.models.experts.layer import Experts
 from modtrain.models.feed_forward import FeedForward
 from modtrain.models.sequence import Output, SequenceContext, as_output, sequence_context
 

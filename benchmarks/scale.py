@@ -27,7 +27,7 @@ from benchmarks._control import board_cost, save_cost
 from benchmarks._harness import finish, fix_threads
 from benchmarks._paper import Paper, Traffic, trace
 from benchmarks._traffic import Theory, theory
-from modtrain.errors import ConfigError
+from modtrain.common.errors import ConfigError
 
 MIB, GIB = 2**20, 2**30
 MODELS = ("mod_3b", "staged_3b", "integrated_3b")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks._harness import finish, interleave, print_times, ratio
 from modtrain.data.config import PrepareConfig, TokenizerConfig
-from modtrain.data.prepare import prepare
+from modtrain.data.prepare.pipeline import prepare
 
 WORDS = ("river", "stone", "sings", "under", "the", "old", "bridge")
 

@@ -25,8 +25,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from benchmarks._harness import finish, prepare_words
 from modtrain.data.config import DataConfig
+from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts_config import ExpertsConfig
+from modtrain.models.experts.config import ExpertsConfig
+from modtrain.parallel.config import STRATEGIES, StrategyConfig
+from modtrain.parallel.validation import size_problems
 from modtrain.training.config import (
     BatchConfig,
     BudgetConfig,
@@ -35,11 +38,8 @@ from modtrain.training.config import (
     LogConfig,
     TrainConfig,
 )
-from modtrain.training.launch import Launch
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run import train
-from modtrain.training.strategy_config import STRATEGIES, StrategyConfig
-from modtrain.training.strategy_problems import size_problems
 
 SEQ_LEN, MICRO_BATCH, SEQUENCES = 64, 1, 8
 _SIZE: Mapping[str, Any] = {"d_model": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4}

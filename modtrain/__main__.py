@@ -2,7 +2,7 @@
 
 import sys
 
-from modtrain.cli import main
+from modtrain.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from modtrain.data.config import PrepareConfig, TokenizerConfig
-from modtrain.data.prepare import prepare
-from modtrain.training.preemption import STOP, STOP_SIGNALS
+from modtrain.data.prepare.pipeline import prepare
+from modtrain.training.stop_signal import STOP, STOP_SIGNALS
 
 # A shell's background jobs ignore Ctrl-C, and so would everything that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

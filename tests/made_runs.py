@@ -13,11 +13,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from modtrain.cli.compose import compose
 from modtrain.cluster.runs import read_run
 from modtrain.cluster.slurm import Job
 from modtrain.cluster.status import show_status, state_of
 from modtrain.cluster.status_config import StatusConfig
-from modtrain.configuration import compose
 
 NOW = time.time()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modtrain.cli import main
+from modtrain.cli.main import main
 from modtrain.cluster import slurm
 from modtrain.cluster.cancel import cancel_run
 from modtrain.cluster.cancel_config import CancelConfig

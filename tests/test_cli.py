@@ -13,9 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modtrain import cli
-from modtrain.configuration import compose
-from modtrain.errors import ConfigError
+from modtrain.cli import main as cli
+from modtrain.cli.compose import compose
+from modtrain.common.errors import ConfigError
 from tests.conftest import make_corpus, modtrain_command, run_modtrain
 
 
@@ -31,7 +31,7 @@ def errors(*overrides, verb="train"):
 def test_help_and_mistakes_load_nothing_heavy(tmp_path):
     heavy = "torch", "lightning", "numpy", "hydra", "webdataset"
     code = (
-        "import sys\nfrom modtrain.cli import main\n"
+        "import sys\nfrom modtrain.cli.main import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )
@@ -42,7 +42,7 @@ def test_help_and_mistakes_load_nothing_heavy(tmp_path):
 
 def test_a_wrong_configuration_needs_no_torch(tmp_path):
     code = (
-        "import sys\nfrom modtrain.cli import main\n"
+        "import sys\nfrom modtrain.cli.main import main\n"
         "print(main(['train', 'model.capacity=0', 'budget.steps=1']), 'torch' in sys.modules)"
     )
     done = subprocess.run(

@@ -65,7 +65,7 @@ def test_the_commands_run(document, workplace):
 
 
 def test_the_readme_shows_every_verb():
-    from modtrain.cli import _VERBS
+    from modtrain.cli.main import _VERBS
 
     shown = " ".join(commands(ROOT / "README.md"))
     assert [verb for verb in _VERBS if f"modtrain {verb}" not in shown] == []
@@ -84,7 +84,7 @@ def test_the_files_it_names_are_there(document):
 def test_every_configuration_key_is_documented():
     from dataclasses import fields, is_dataclass
 
-    from modtrain.configuration import SCHEMAS
+    from modtrain.cli.compose import SCHEMAS
 
     text = (ROOT / "docs/reference/configuration.md").read_text()
 

@@ -18,8 +18,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import modtrain
-from modtrain import cli, doctor
-from modtrain.configuration import compose
+from modtrain.cli import doctor
+from modtrain.cli import main as cli
+from modtrain.cli.compose import compose
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -180,7 +181,7 @@ def test_the_build_gets_what_it_copies_and_nothing_else():
     ],
 )
 def test_nothing_secret_or_big_enters_the_build(path):
-    assert let_through([path, "modtrain/data/order.py"]) == {"modtrain/data/order.py"}
+    assert let_through([path, "modtrain/data/stream/order.py"]) == {"modtrain/data/stream/order.py"}
 
 
 def test_the_definition_takes_the_same_files_to_the_same_places():
@@ -283,7 +284,7 @@ def shown_commands() -> list[list[str]]:
 
 def test_every_command_parses(monkeypatch):
     asked = []
-    monkeypatch.setattr("modtrain.doctor.show", lambda require=(): asked.extend(require) or 0)
+    monkeypatch.setattr("modtrain.cli.doctor.show", lambda require=(): asked.extend(require) or 0)
     commands = shown_commands()
     assert len(commands) >= 15
     for verb, *overrides in {tuple(command) for command in commands}:

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from modtrain.configuration import compose, compose_arms, conf_dir
+from modtrain.cli.compose import compose, compose_arms, conf_dir
 from modtrain.models.flops import forward_flops, parameters, realised_flops, training_load
 from modtrain.models.transformer import Transformer
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from modtrain.cli import main
+from modtrain.cli.compose import compose
+from modtrain.cli.main import main
 from modtrain.cluster import logs, slurm
 from modtrain.cluster.runs import find_runs, lines_from_end, read_run
 from modtrain.cluster.slurm import Job, SlurmError
 from modtrain.cluster.status import live_jobs, state_of
 from modtrain.cluster.status_config import StatusConfig
-from modtrain.configuration import compose
-from modtrain.overrides import spelled
+from modtrain.common.overrides import spelled
 from tests.made_runs import Group, Made, held, iso, line, play, shown
 
 
@@ -135,10 +135,10 @@ def test_metrics_are_not_read_whole(tmp_path):
 
 
 def test_the_names_are_those_that_training_writes():
+    from modtrain.checkpoint import checkpoint_path
+    from modtrain.checkpoint.layout import MANIFEST
     from modtrain.cluster.runs import HELD_OUT
-    from modtrain.training.callbacks.held_out import CAUSAL_LOSS
-    from modtrain.training.checkpoint import checkpoint_path
-    from modtrain.training.checkpoint.layout import MANIFEST
+    from modtrain.training.callbacks.evaluation import CAUSAL_LOSS
 
     assert HELD_OUT == CAUSAL_LOSS
     assert checkpoint_path(Path(), 7).name == "step-000000007"
@@ -451,7 +451,7 @@ def test_a_group_that_stopped_has_not_failed(tmp_path):
 def test_status_is_quick_and_loads_no_torch(tmp_path):
     Made(tmp_path / "runs/r").starts(9)
     code = (
-        "import sys\nfrom modtrain.cli import main\n"
+        "import sys\nfrom modtrain.cli.main import main\n"
         "for verb in (['status'], ['status', 'run=r'], ['logs', 'run=r', 'lines=1'],"
         " ['cancel', 'run=r']): main(verb)\n"
         "print([name for name in ('torch', 'lightning', 'numpy') if name in sys.modules])"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from modtrain import cli
-from modtrain.configuration import compose_arms
+from modtrain.cli import main as cli
+from modtrain.cli.compose import compose_arms
 from modtrain.models.transformer import Transformer
 
 STUDY = ["experiment=study"]

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 
+from modtrain.cli.compose import SUBMITTED, compose, compose_submission, conf_dir
 from modtrain.cluster.config import ClusterConfig, SubmitConfig, seconds_of
 from modtrain.cluster.freeze import freeze
 from modtrain.cluster.script import Job, ScriptError, Task, check, render, slurm_dir
 from modtrain.cluster.submit import job_name, submit
-from modtrain.configuration import SUBMITTED, compose, compose_submission, conf_dir
-from modtrain.errors import ConfigError, OtherRunError
-from modtrain.overrides import quoted
+from modtrain.common.errors import ConfigError, OtherRunError
+from modtrain.common.overrides import quoted
 from modtrain.training.run import train
 from tests.conftest import run_modtrain
 
@@ -197,7 +197,7 @@ def test_hydra_reads_a_quoted_text_as_it_was(text):
 def test_the_jobs_own_keys_are_no_verbs():
     from dataclasses import fields
 
-    from modtrain.configuration import SCHEMAS
+    from modtrain.cli.compose import SCHEMAS
 
     own = {field.name for field in fields(SubmitConfig)}
     for verb in set(SUBMITTED) - {"debug"}:
@@ -389,7 +389,7 @@ def test_a_dry_run_writes_the_script_and_the_code(tiny, tmp_path):
     assert (code / "slurm/job.sh").is_file()
     assert (code / "slurm/ending.sh").is_file()
     assert (code / "conf/train.yaml").is_file()
-    assert (code / "modtrain/cli.py").is_file()
+    assert (code / "modtrain/cli/main.py").is_file()
     assert json.loads((code / "VERSION.json").read_text()) is not None
     assert (run / "submitted.yaml").is_file()
     assert not (run / "jobs.jsonl").exists()

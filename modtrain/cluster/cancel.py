@@ -24,9 +24,9 @@ from modtrain.cluster.runs import (
 )
 from modtrain.cluster.slurm import DeniedError, Job, SlurmError
 from modtrain.cluster.status import live_jobs
-from modtrain.errors import raise_if_any
-from modtrain.files import is_locked
-from modtrain.overrides import spelled
+from modtrain.common.atomic_io import is_locked
+from modtrain.common.errors import raise_if_any
+from modtrain.common.overrides import spelled
 
 # Between two looks; Slurm's own grace before it kills is 30 seconds by default.
 _LOOK, _KILL_GRACE = 1.0, 90.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modtrain.checks import at_least, not_empty
-from modtrain.errors import Problem
+from modtrain.common.errors import Problem
+from modtrain.common.validation import at_least, not_empty
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 
-from modtrain.checks import above_zero, at_least, key_of, one_of
-from modtrain.errors import Problem
-from modtrain.training.launch import Launch
+from modtrain.common.errors import Problem
+from modtrain.common.validation import above_zero, at_least, key_of, one_of
+from modtrain.distributed.launch import Launch
 
 LAUNCHERS = ("srun", "torchrun")
 CONTAINERS = ("none", "apptainer", "pyxis")

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import modtrain
-from modtrain.files import write_text
+from modtrain.common.atomic_io import write_text
 from modtrain.training.run_directory import VERSION_FILE, code_version
 
 _PARTS = ("modtrain", "conf", "slurm")

@@ -26,8 +26,8 @@ from modtrain.cluster.runs import (
 )
 from modtrain.cluster.slurm import Job, SlurmError
 from modtrain.cluster.status import live_jobs, state_of
-from modtrain.errors import raise_if_any
-from modtrain.overrides import spelled
+from modtrain.common.errors import raise_if_any
+from modtrain.common.overrides import spelled
 
 _BLOCK = 2**16
 # Between two looks at a file, and two questions to Slurm.

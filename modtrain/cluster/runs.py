@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import yaml
 
 from modtrain.cluster.slurm import Job
-from modtrain.errors import ModtrainError
-from modtrain.files import is_locked
+from modtrain.common.atomic_io import is_locked
+from modtrain.common.errors import ModtrainError
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import derive
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modtrain.cluster.config import ClusterConfig, SubmitConfig
-from modtrain.errors import ModtrainError
+from modtrain.common.errors import ModtrainError
 
 _SETTINGS = "# --- settings"
 _END = "# --- end of settings ---"

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from modtrain.errors import ModtrainError
+from modtrain.common.errors import ModtrainError
 
 # squeue cuts a field at its width; the command comes last, for a path may hold anything.
 _FIELDS = (

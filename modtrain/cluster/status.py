@@ -31,8 +31,8 @@ from modtrain.cluster.runs import (
 )
 from modtrain.cluster.slurm import Job, SlurmError
 from modtrain.cluster.status_config import StatusConfig
-from modtrain.errors import raise_if_any
-from modtrain.overrides import spelled
+from modtrain.common.errors import raise_if_any
+from modtrain.common.overrides import spelled
 
 STATES = ("running", "pending", "failed", "stopped", "never started", "complete", "over")
 _STYLES = {"running": "green", "pending": "yellow", "failed": "red", "complete": "dim"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modtrain.errors import Problem
+from modtrain.common.errors import Problem
 
 
 @dataclass

@@ -19,9 +19,9 @@ from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.freeze import freeze
 from modtrain.cluster.runs import json_lines
 from modtrain.cluster.script import SERIAL, Job, ScriptError, Task, check, render
-from modtrain.errors import Problem, raise_if_any
-from modtrain.files import write_text
-from modtrain.overrides import spelled
+from modtrain.common.atomic_io import write_text
+from modtrain.common.errors import Problem, raise_if_any
+from modtrain.common.overrides import spelled
 from modtrain.training.config import TrainConfig
 from modtrain.training.memory import device_bytes, gibibytes
 from modtrain.training.plan import resolve

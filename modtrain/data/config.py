@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from modtrain.checks import at_least, key_of, not_empty, one_of
-from modtrain.data.index import read_summary
-from modtrain.errors import DataError, Problem
+from modtrain.common.errors import DataError, Problem
+from modtrain.common.validation import at_least, key_of, not_empty, one_of
+from modtrain.data.stream.index import read_summary
 
 VERIFY_LEVELS = ("size", "sha256", "none")
 ERROR_POLICIES = ("skip", "stop")

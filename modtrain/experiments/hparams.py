@@ -18,9 +18,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2  # type: ignore[import-untyped]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 
-from modtrain.experiments.sweep_jobs import read_jobs
+from modtrain.distributed.launch import Launch
+from modtrain.experiments.sweep.jobs import read_jobs
 from modtrain.models.flops import forward_flops
-from modtrain.training.launch import Launch
 from modtrain.training.run_directory import RunDirectory
 
 LOSS = "held_out/causal_loss"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from modtrain.checks import at_least, key_of, not_empty, one_of
-from modtrain.errors import Problem
+from modtrain.common.errors import Problem
+from modtrain.common.validation import at_least, key_of, not_empty, one_of
+from modtrain.parallel.config import ACCELERATORS
 from modtrain.training.config import PRECISIONS
-from modtrain.training.strategy_config import ACCELERATORS
 
 
 @dataclass

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.data.index import TOKENIZER_NAME, read_summary
-from modtrain.errors import DataError
+from modtrain import checkpoint
+from modtrain.common.errors import DataError
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.data.stream.index import TOKENIZER_NAME, read_summary
 from modtrain.inference.config import TrainedRunConfig
 from modtrain.models.transformer import Transformer
-from modtrain.training import checkpoint
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.plan import derive

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modtrain.models.cache import CacheView
+from modtrain.models.cache.cache import CacheView
 from modtrain.models.config import ModelConfig
+from modtrain.models.depth.config import TRAINING_SELECTIONS
 from modtrain.models.norm import RMSNorm
-from modtrain.models.router_config import TRAINING_SELECTIONS
 from modtrain.models.sequence import Output, SequenceContext
 
 

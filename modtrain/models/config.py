@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from modtrain.checks import above_zero, at_least, one_of
-from modtrain.errors import Problem
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.pattern import layer_capacities, pattern_problems
-from modtrain.models.router_config import RouterConfig, Selection
+from modtrain.common.errors import Problem
+from modtrain.common.validation import above_zero, at_least, one_of
+from modtrain.models.depth.config import RouterConfig, Selection
+from modtrain.models.depth.pattern import layer_capacities, pattern_problems
+from modtrain.models.experts.config import ExpertsConfig
 
 ACTIVATIONS = ("swiglu", "gelu")
 MIXERS = ("attention", "convolution")
@@ -33,7 +33,8 @@ class ModelConfig:
     init_std: standard deviation of the initial weights; null: sqrt(2 / (5 d_model)) (see
         `modtrain.models.init`).
     pattern: which blocks are routed: ``dense``, ``every``, ``every_other``, ``all_but_ends``;
-        graded ``cosine``, ``u_shape``, ``ramp_down``, ``ramp_up`` (see `modtrain.models.pattern`);
+        graded ``cosine``, ``u_shape``, ``ramp_down``, ``ramp_up`` (see
+        `modtrain.models.depth.pattern`);
         or a list with one capacity a layer in which 1 is a dense block, ``[1, 0.125]`` or
         ``"[1, .125]*6"``.
     capacity: the share of tokens that takes part in a routed block, in (0, 1]; the lowest one of a

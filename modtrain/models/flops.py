@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.pattern import num_chosen
-from modtrain.models.router_config import Selection
+from modtrain.models.depth.config import Selection
+from modtrain.models.depth.pattern import num_chosen
 
 CONVENTIONS = (
     "matrix products only, 2 FLOPs a multiply-add: norms, RoPE, softmax, activations, a"

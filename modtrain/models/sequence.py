@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from modtrain.models.cache import CacheView
-from modtrain.models.dial import Dial
-from modtrain.models.router_config import Selection
+from modtrain.models.cache.cache import CacheView
+from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.config import Selection
 
 
 class SequenceContext(NamedTuple):

@@ -13,24 +13,24 @@ from torch import Tensor, nn
 
 from modtrain.models.attention import Attention
 from modtrain.models.block import Block
-from modtrain.models.cache import Cache, CacheView
+from modtrain.models.cache.cache import Cache, CacheView
+from modtrain.models.cache.packing import Packed, packed
 from modtrain.models.config import ModelConfig
 from modtrain.models.convolution import Convolution
-from modtrain.models.depth import (
+from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.config import Selection
+from modtrain.models.depth.layer import (
     MixtureOfDepths,
     Residual,
     SplitLayer,
     auxiliary_loss,
     predictor_loss,
 )
-from modtrain.models.dial import Dial
-from modtrain.models.experts import Experts
+from modtrain.models.experts.layer import Experts
 from modtrain.models.feed_forward import FeedForward
 from modtrain.models.init import initialise
 from modtrain.models.loss import next_token_loss
 from modtrain.models.norm import RMSNorm
-from modtrain.models.packing import Packed, packed
-from modtrain.models.router_config import Selection
 from modtrain.models.sequence import (
     ExpertRecord,
     RoutingRecord,

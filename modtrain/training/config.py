@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from modtrain.checks import above_zero, at_least, decays, one_of, shares
+from modtrain.common.errors import Problem
+from modtrain.common.validation import above_zero, at_least, decays, one_of, shares
 from modtrain.data.config import DataConfig
-from modtrain.errors import Problem
 from modtrain.models.config import ModelConfig
-from modtrain.training.spike_config import SpikeConfig
-from modtrain.training.strategy_config import StrategyConfig
-from modtrain.training.strategy_problems import run_problems
+from modtrain.parallel.config import StrategyConfig
+from modtrain.parallel.validation import run_problems
+from modtrain.training.spikes.config import SpikeConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 CAPACITY_SCHEDULES = ("constant", "linear", "cosine", "step")

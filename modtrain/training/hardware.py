@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from modtrain.errors import ConfigError, Problem
+from modtrain.common.errors import ConfigError, Problem
 
 # Dense bf16 peaks in FLOP/s without sparsity, from the makers' data sheets. Longer names first:
 # the first that occurs in the device's name counts.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from modtrain.models.flops import parameters
+from modtrain.parallel.config import Sizes
 from modtrain.training.config import TrainConfig
-from modtrain.training.strategy_config import Sizes
 
 # fp32 weights, gradients, and AdamW's two moments; bf16 mixed precision keeps these in fp32 too.
 _BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "AdamW moments": 8}

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from modtrain.files import write_text
+from modtrain.common.atomic_io import write_text
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
 

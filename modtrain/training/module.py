@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modtrain.data.batches import stream_positions
-from modtrain.data.documents import document_numbers_if_apart
+from modtrain.data.stream.documents import document_numbers_if_apart
+from modtrain.data.stream.samplers import stream_positions
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
+from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 from modtrain.training.config import OptimizerConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.schedules import lr_factor
-from modtrain.training.spikes import SpikeJudge, check_left_out, leave_out, unless
+from modtrain.training.spikes.detector import SpikeJudge, check_left_out, leave_out, unless
 from modtrain.training.step_statistics import StepStatistics
-from modtrain.training.strategies import Forward, TrainingStrategy
 
 
 class LanguageModule(L.LightningModule):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from modtrain.errors import ModtrainError
+from modtrain.common.errors import ModtrainError
 
 OUTCOME = "MODTRAIN_OUTCOME"
 """The variable that names the file: the exit code on its first line, the reason on its second."""

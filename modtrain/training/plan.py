@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from modtrain.data.index import IndexSummary, read_summary
-from modtrain.errors import DataError, Problem, raise_if_any
+from modtrain.common.errors import DataError, Problem, raise_if_any
+from modtrain.data.stream.index import IndexSummary, read_summary
+from modtrain.distributed.launch import Launch
+from modtrain.models.depth.pattern import PATTERNS
 from modtrain.models.flops import training_flops_per_token
-from modtrain.models.pattern import PATTERNS
+from modtrain.parallel.config import Sizes, expected_launch, sizes_of
+from modtrain.parallel.validation import size_problems
 from modtrain.training.capacity_schedule import CapacityStage, capacity_stages
 from modtrain.training.config import TrainConfig
-from modtrain.training.launch import Launch
-from modtrain.training.strategy_config import Sizes, expected_launch, sizes_of
-from modtrain.training.strategy_problems import size_problems
 
 _ALONE = Sizes()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.flops import (
     CONVENTIONS,
     TRAINING_OVER_FORWARD,
@@ -12,12 +13,11 @@ from modtrain.models.flops import (
     forward_flops,
     parameters,
 )
-from modtrain.models.pattern import num_chosen
+from modtrain.parallel.config import Sizes
 from modtrain.training.config import TrainConfig
 from modtrain.training.memory import gibibytes, state_bytes
 from modtrain.training.plan import TrainingPlan, resolve
 from modtrain.training.schedules import lr_factor
-from modtrain.training.strategy_config import Sizes
 
 
 def show(config: TrainConfig) -> None:

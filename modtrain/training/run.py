@@ -15,32 +15,32 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.errors import CheckpointError, ModtrainError, RankError
-from modtrain.training import checkpoint
-from modtrain.training.alike import check_alike
+from modtrain import checkpoint
+from modtrain.checkpoint import Saver
+from modtrain.common.errors import CheckpointError, ModtrainError, RankError
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.distributed.launch import Launch
+from modtrain.distributed.process_group import Ranks, joined
+from modtrain.distributed.watchdog import PATIENCE, Watch, watching
+from modtrain.parallel.strategies.base import make_strategy
 from modtrain.training.callbacks.checkpoints import CheckpointCallback
+from modtrain.training.callbacks.evaluation import HeldOutCallback
 from modtrain.training.callbacks.finite import FiniteLossGuard
-from modtrain.training.callbacks.held_out import HeldOutCallback
+from modtrain.training.callbacks.heartbeat import WatchCallback
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.callbacks.progress import ProgressCallback
-from modtrain.training.callbacks.spikes import SpikeGuard
+from modtrain.training.callbacks.spike_guard import SpikeGuard
 from modtrain.training.callbacks.step import StepCallback
-from modtrain.training.callbacks.watch import WatchCallback
-from modtrain.training.checkpoint import Saver
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
-from modtrain.training.launch import Launch
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve
-from modtrain.training.preemption import STOP
-from modtrain.training.ranks import Ranks, joined
+from modtrain.training.rank_consistency import check_alike
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.spikes import RollBackError, SpikeTrace
-from modtrain.training.strategies import make_strategy
+from modtrain.training.spikes.detector import RollBackError, SpikeTrace
+from modtrain.training.stop_signal import STOP
 from modtrain.training.trainer import make_trainer
-from modtrain.training.watch import PATIENCE, Watch, watching
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import modtrain
-from modtrain.errors import CheckpointError, OtherRunError
-from modtrain.files import hold_lock, write_text
+from modtrain.common.atomic_io import hold_lock, write_text
+from modtrain.common.errors import CheckpointError, OtherRunError
 from modtrain.training.config import MUTABLE_KEYS, CheckpointConfig, TrainConfig
 
 VERSION_FILE = "VERSION.json"

@@ -10,11 +10,11 @@ import lightning as L
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from modtrain.distributed.launch import Launch
+from modtrain.parallel.strategies.base import TrainingStrategy
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator
-from modtrain.training.launch import Launch
 from modtrain.training.plan import TrainingPlan
-from modtrain.training.strategies import TrainingStrategy
 
 _LIGHTNING_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
     "fp32": "32-true",

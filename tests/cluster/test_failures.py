@@ -17,7 +17,7 @@ from ranks import on_ranks
 from saved import assert_same_bits, newest_tensors
 from slurm_cluster import cluster_of
 
-from modtrain.configuration import compose
+from modtrain.cli.compose import compose
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run import train
 

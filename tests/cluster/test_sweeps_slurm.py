@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from saved import assert_same_bits, newest_tensors
 
-from modtrain.experiments.sweep_state import state_of
+from modtrain.experiments.sweep.job_state import state_of
 from modtrain.training.run_directory import RunDirectory
 from tests.conftest import run_modtrain
 

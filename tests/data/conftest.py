@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from data_cases import make_documents, tiny_config, write_jsonl
 
-from modtrain.data.prepare import prepare
+from modtrain.data.prepare.pipeline import prepare
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +26,6 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def cut(num_bytes: int) -> None:
         for name in ("TEXT_UNIT_BYTES", "LINES_UNIT_BYTES", "PARQUET_UNIT_BYTES"):
-            monkeypatch.setattr(f"modtrain.data.units.{name}", num_bytes)
+            monkeypatch.setattr(f"modtrain.data.prepare.units.{name}", num_bytes)
 
     return cut

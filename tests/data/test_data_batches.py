@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modtrain.data import batches
-from modtrain.data.batches import BatchPlan, EvalBatchSampler, RankBatchSampler
-from modtrain.data.order import SampleOrder
-from modtrain.errors import DataError
+from modtrain.common.errors import DataError
+from modtrain.data.stream import samplers as batches
+from modtrain.data.stream.order import SampleOrder
+from modtrain.data.stream.samplers import BatchPlan, EvalBatchSampler, RankBatchSampler
 
 
 def stream(order: SampleOrder, size: tuple[int, int, int], steps: int, start: int) -> list[int]:

@@ -23,7 +23,7 @@ def test_the_configs_are_structured_configs() -> None:
 
 def test_config_and_index_import_nothing_heavy() -> None:
     code = (
-        "import sys, modtrain.data.config, modtrain.data.index;"
+        "import sys, modtrain.data.config, modtrain.data.stream.index;"
         "print([m for m in ('torch', 'numpy', 'pyarrow', 'lightning') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

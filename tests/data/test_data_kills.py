@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from data_cases import make_documents, tiny_config, tree, write_jsonl
 
-from modtrain.data.index import ShardIndex
-from modtrain.data.parallel import run_jobs
-from modtrain.data.prepare import prepare
-from modtrain.errors import DataError
+from modtrain.common.errors import DataError
+from modtrain.data.prepare.pipeline import prepare
+from modtrain.data.prepare.worker_pool import run_jobs
+from modtrain.data.stream.index import ShardIndex
 
 _PROGRAM = """
 from data_cases import tiny_config
 from modtrain.data import units
-from modtrain.data.prepare import prepare
+from modtrain.data.prepare.pipeline import prepare
 
 units.LINES_UNIT_BYTES = 10_000
 if __name__ == "__main__":
@@ -88,7 +88,7 @@ def test_a_worker_that_dies_is_told() -> None:
 
 _IDLE = """
 import time
-from modtrain.data.parallel import run_jobs
+from modtrain.data.prepare.worker_pool import run_jobs
 
 if __name__ == "__main__":
     for _ in run_jobs(abs, [1, 2, 3], 2):

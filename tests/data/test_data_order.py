@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modtrain.data.order import SampleOrder
+from modtrain.data.stream.order import SampleOrder
 
 sizes = st.integers(1, 3000)
 seeds = st.integers(0, 2**63)

@@ -16,13 +16,13 @@ from data_cases import make_documents, tiny_config, tree, write_jsonl
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from modtrain.data import encode, pack
-from modtrain.data import prepare as prepare_module
+from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import PrepareConfig, TokenizerConfig
-from modtrain.data.index import ShardIndex
-from modtrain.data.prepare import finish, prepare
-from modtrain.data.tokenizer import END_OF_DOCUMENT, SplitChooser
-from modtrain.errors import ConfigError, DataError
+from modtrain.data.prepare import encode, pack
+from modtrain.data.prepare import pipeline as prepare_module
+from modtrain.data.prepare.pipeline import finish, prepare
+from modtrain.data.prepare.tokenizer import END_OF_DOCUMENT, SplitChooser
+from modtrain.data.stream.index import ShardIndex
 
 
 def stored_tokens(output: Path, split: str) -> list[int]:
@@ -306,7 +306,7 @@ def test_the_report_reads_well(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 def test_a_terminal_shows_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr("modtrain.data.progress.Console", lambda stderr: terminal)
+    monkeypatch.setattr("modtrain.data.prepare.progress.Console", lambda stderr: terminal)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     prepare(tiny_config([corpus], tmp_path / "out"))
     assert "encoding" in screen.getvalue()

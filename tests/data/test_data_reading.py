@@ -17,11 +17,11 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import DataConfig
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.data.index import ShardIndex, read_summary
-from modtrain.data.tokens import TokenDataset
-from modtrain.errors import ConfigError, DataError
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.data.stream.dataset import TokenDataset
+from modtrain.data.stream.index import ShardIndex, read_summary
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import zstandard
 from data_cases import make_documents, tiny_config, write_jsonl
 from pyarrow import parquet
 
-from modtrain.data.prepare import prepare
-from modtrain.data.readers import Flaw, UnitReader
-from modtrain.data.sources import expand_sources
-from modtrain.data.units import plan_units
-from modtrain.errors import DataError
+from modtrain.common.errors import DataError
+from modtrain.data.prepare.pipeline import prepare
+from modtrain.data.prepare.readers import Flaw, UnitReader
+from modtrain.data.prepare.sources import expand_sources
+from modtrain.data.prepare.units import plan_units
 
 
 def read(*sources: Path | str, column: str = "text") -> tuple[list[str], list[Flaw]]:

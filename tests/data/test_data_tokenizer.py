@@ -6,11 +6,12 @@ import pytest
 from data_cases import make_documents, tiny_config, write_jsonl
 from tokenizers import Tokenizer
 
-from modtrain.data import tokenizer as tokenizer_module
+from modtrain.common.errors import DataError
 from modtrain.data.config import TokenizerConfig
-from modtrain.data.prepare import prepare
-from modtrain.data.sources import expand_sources
-from modtrain.data.tokenizer import (
+from modtrain.data.prepare import tokenizer as tokenizer_module
+from modtrain.data.prepare.pipeline import prepare
+from modtrain.data.prepare.sources import expand_sources
+from modtrain.data.prepare.tokenizer import (
     END_OF_DOCUMENT,
     DocumentEncoder,
     SplitChooser,
@@ -19,8 +20,7 @@ from modtrain.data.tokenizer import (
     train_tokenizer,
     training_texts,
 )
-from modtrain.data.units import plan_units
-from modtrain.errors import DataError
+from modtrain.data.prepare.units import plan_units
 
 NO_ONE = SplitChooser(0, 0.0)
 

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from modtrain.configuration import compose_arms
-from modtrain.errors import ConfigError, TrainingError
-from modtrain.experiments.compare import compare
-from modtrain.experiments.report import verdict
+from modtrain.cli.compose import compose_arms
+from modtrain.common.errors import ConfigError, TrainingError
+from modtrain.experiments.compare.compare import compare
+from modtrain.experiments.compare.comparison_report import verdict
 from modtrain.training.run_directory import RunDirectory
 
 

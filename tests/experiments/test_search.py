@@ -17,15 +17,15 @@ import pytest
 from optuna.trial import TrialState
 
 # Loaded here, so that each forked trial has it and need not load it.
-import modtrain.experiments.search_callback
-from modtrain import cli
-from modtrain.configuration import compose_search
-from modtrain.errors import ConfigError, OtherRunError
-from modtrain.experiments import search_study
-from modtrain.experiments.search import suggest
-from modtrain.experiments.search_config import SearchConfig, parse_space
-from modtrain.experiments.search_study import open_study
-from modtrain.experiments.sweep_status import sweep_table
+import modtrain.experiments.search.trial_callback
+from modtrain.cli import main as cli
+from modtrain.cli.compose import compose_search
+from modtrain.common.errors import ConfigError, OtherRunError
+from modtrain.experiments.search import study as search_study
+from modtrain.experiments.search.config import SearchConfig, parse_space
+from modtrain.experiments.search.search import suggest
+from modtrain.experiments.search.study import open_study
+from modtrain.experiments.sweep.sweep_status import sweep_table
 from modtrain.models.flops import forward_flops
 from modtrain.training.run_directory import RunDirectory
 
@@ -280,7 +280,7 @@ def test_workers_share_a_study_and_none_makes_too_many(arguments):
 def test_the_process_that_forks_has_not_loaded_torch():
     import subprocess
 
-    assert modtrain.experiments.search_callback
-    code = "import sys, modtrain.experiments.search; print('torch' in sys.modules)"
+    assert modtrain.experiments.search.trial_callback
+    code = "import sys, modtrain.experiments.search.search; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

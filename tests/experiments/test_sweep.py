@@ -20,12 +20,13 @@ from tensorboard.plugins.hparams import metadata
 
 # Loaded here, so that each forked job has it and need not load it.
 import modtrain.training.run  # noqa: F401
-from modtrain import cli
-from modtrain.errors import CheckpointError
-from modtrain.experiments import sweep_hydra, sweep_process
-from modtrain.experiments.sweep_jobs import expand, job_name
-from modtrain.experiments.sweep_state import is_held, state_of
-from modtrain.experiments.sweep_status import sweep_table
+from modtrain.cli import main as cli
+from modtrain.common.errors import CheckpointError
+from modtrain.experiments.sweep import hydra_multirun as sweep_hydra
+from modtrain.experiments.sweep import job_process as sweep_process
+from modtrain.experiments.sweep.job_state import is_held, state_of
+from modtrain.experiments.sweep.jobs import expand, job_name
+from modtrain.experiments.sweep.sweep_status import sweep_table
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run_directory import RunDirectory
 from tests.conftest import run_modtrain
@@ -334,7 +335,7 @@ def test_there_is_no_table_without_a_sweep(tmp_path):
 
 
 def test_the_process_that_forks_has_not_loaded_torch():
-    code = "import sys, modtrain.experiments.sweep; print('torch' in sys.modules)"
+    code = "import sys, modtrain.experiments.sweep.sweep; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from modtrain.configuration import compose
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.data.tokens import TokenDataset
-from modtrain.training.callbacks import held_out
-from modtrain.training.preemption import STOP
+from modtrain.cli.compose import compose
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.data.stream.dataset import TokenDataset
+from modtrain.training.callbacks import evaluation as held_out
 from modtrain.training.run import train
+from modtrain.training.stop_signal import STOP
 
 SEQ_LEN, SEQUENCES = 64, 8
 EXPERTS = ("model.experts.count=4", "model.experts.dim=16", "model.experts.top_k=2")

@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 from ranks import RankFailedError, outcomes_on_ranks
 
-from modtrain.configuration import compose
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.training import alike
-from modtrain.training.checkpoint import saver
-from modtrain.training.checkpoint.layout import Manifest
+from modtrain.checkpoint import saver
+from modtrain.checkpoint.layout import Manifest
+from modtrain.cli.compose import compose
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.distributed.watchdog import Watch
+from modtrain.training import rank_consistency as alike
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.module import LanguageModule
 from modtrain.training.run import train
-from modtrain.training.watch import Watch
 
 STRATEGIES = ["ddp", "fsdp"]
 # Seconds that a rank waits for another: all that the tests of a rank that is silent take.

@@ -26,11 +26,11 @@ from spiked_runs import (
     spoil,
 )
 
-from modtrain.configuration import compose
+from modtrain.cli.compose import compose
 from modtrain.training import run as run_module
 from modtrain.training.module import LanguageModule
 from modtrain.training.run import train
-from modtrain.training.spikes import SpikeTrace
+from modtrain.training.spikes.detector import SpikeTrace
 
 WORLDS = [("single", 1), slow("ddp", 2), ("fsdp", 2)]
 

@@ -7,11 +7,11 @@ import pytest
 from ranks import RankFailedError, on_ranks, outcomes_on_ranks
 from spiked_runs import BAD, NAN, events, numbers_of, overrides, records, slow, spiked, spoil
 
-from modtrain.configuration import compose
-from modtrain.training import checkpoint
+from modtrain import checkpoint
+from modtrain.cli.compose import compose
 from modtrain.training.module import LanguageModule
-from modtrain.training.preemption import STOP
 from modtrain.training.run import train
+from modtrain.training.stop_signal import STOP
 
 STOPS = {
     ("none", NAN): f"the loss or its gradient is NaN or infinite at step {BAD} on rank 1;",

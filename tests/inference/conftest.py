@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import Tokenizer
 
-from modtrain.configuration import compose
-from modtrain.data.tokenizer import train_tokenizer
+from modtrain.cli.compose import compose
+from modtrain.data.prepare.tokenizer import train_tokenizer
 from modtrain.training.run import train
 
 

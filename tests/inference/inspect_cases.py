@@ -5,15 +5,15 @@ from html.parser import HTMLParser
 
 from model_cases import lively, settle, small
 
-from modtrain.inference.inspect import text_windows
-from modtrain.inference.inspect_figures import (
+from modtrain.inference.inspect.figures import (
     luminance,
 )
-from modtrain.inference.inspect_page import Subject, render
+from modtrain.inference.inspect.inspect import text_windows
+from modtrain.inference.inspect.page import Subject, render
+from modtrain.inference.inspect.trace import Trace, trace
 from modtrain.inference.token_text import TokenTexts
-from modtrain.inference.trace import Trace, trace
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.router_config import RouterConfig
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
 
 EVERY = ["predictor", "auxiliary", "threshold"]
 SEQ_LEN = 16

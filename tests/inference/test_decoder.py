@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import VOCAB, balance_predictors, lively, quick, random_tokens, settle, small
 
-from modtrain.inference.decoder import Decoder, DecoderConfig, End, Token
-from modtrain.inference.sampling import Dice, distribution, draw
-from modtrain.inference.sampling_config import SamplingConfig
-from modtrain.models.dial import Dial
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.router_config import RouterConfig
+from modtrain.inference.generate.decoder import Decoder, DecoderConfig, End, Token
+from modtrain.inference.generate.sampling import Dice, distribution, draw
+from modtrain.inference.generate.sampling_config import SamplingConfig
+from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
 
 END = 5
 MODELS = {

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import VOCAB, bits, lively, quick, random_tokens, settle, small
 
-from modtrain.errors import ConfigError
+from modtrain.common.errors import ConfigError
+from modtrain.evaluation.held_out import evaluate
+from modtrain.inference.calibration import Calibration, chosen_decisions, level_of, make_dial
 from modtrain.inference.config import DialConfig, EvalRunConfig
-from modtrain.inference.dial import Calibration, chosen_decisions, level_of, make_dial
-from modtrain.models.dial import Dial
-from modtrain.models.router_config import RouterConfig
-from modtrain.training.held_out import evaluate
+from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.config import RouterConfig
 
 EVERY = ["predictor", "auxiliary", "threshold"]
 SEQ_LEN = 24

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modtrain.configuration import compose
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.data.index import read_summary
-from modtrain.errors import ConfigError
+from modtrain.cli.compose import compose
+from modtrain.common.errors import ConfigError
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.data.stream.index import read_summary
+from modtrain.inference.calibration import dial_of_run, training_text
 from modtrain.inference.config import DialConfig, EvalRunConfig
-from modtrain.inference.dial import dial_of_run, training_text
-from modtrain.inference.evaluate import evaluate_run
+from modtrain.inference.evaluate.evaluate import evaluate_run
+from modtrain.inference.evaluate.table import show
 from modtrain.inference.loading import load_run
-from modtrain.inference.report import show
 from modtrain.models.flops import Load, dense_equivalent_flops, realised_flops
 from modtrain.models.transformer import Transformer
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from modtrain.cli import main
-from modtrain.configuration import compose
-from modtrain.errors import ConfigError, DataError
-from modtrain.inference.generate import decoder_config, generate
+from modtrain.cli.compose import compose
+from modtrain.cli.main import main
+from modtrain.common.errors import ConfigError, DataError
+from modtrain.inference.generate.generate import decoder_config, generate
 from modtrain.inference.loading import load_run
 
 

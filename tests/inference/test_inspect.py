@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from inspect_cases import EVERY, KINDS, SEQ_LEN, model_of, router, traced
 from model_cases import quick, random_tokens, small
 
-from modtrain.errors import ConfigError
+from modtrain.common.errors import ConfigError
+from modtrain.evaluation.held_out import evaluate
 from modtrain.inference.config import DialConfig
-from modtrain.inference.inspect import choose_decision, text_windows
-from modtrain.inference.trace import trace
-from modtrain.models.dial import Dial
-from modtrain.training.held_out import evaluate
+from modtrain.inference.inspect.inspect import choose_decision, text_windows
+from modtrain.inference.inspect.trace import trace
+from modtrain.models.depth.compute_budget import Dial
 
 
 @pytest.fixture(scope="module")

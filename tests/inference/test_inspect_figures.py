@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from inspect_cases import contrast
 from model_cases import quick
 
-from modtrain.inference.inspect_figures import (
+from modtrain.inference.inspect.figures import (
     binned,
     even_edges,
     frequencies,

@@ -16,18 +16,18 @@ from inspect_cases import (
 )
 from playwright.sync_api import sync_playwright
 
-from modtrain import cli
-from modtrain.configuration import compose
-from modtrain.errors import ConfigError, DataError
-from modtrain.inference import inspect_figures
+from modtrain.cli import main as cli
+from modtrain.cli.compose import compose
+from modtrain.common.errors import ConfigError, DataError
 from modtrain.inference.config import DialConfig, EvalRunConfig
-from modtrain.inference.evaluate import evaluate_run
-from modtrain.inference.inspect import inspect_run
-from modtrain.inference.inspect_config import InspectConfig
-from modtrain.inference.inspect_figures import (
+from modtrain.inference.evaluate.evaluate import evaluate_run
+from modtrain.inference.inspect import figures as inspect_figures
+from modtrain.inference.inspect.config import InspectConfig
+from modtrain.inference.inspect.figures import (
     luminance,
     themes,
 )
+from modtrain.inference.inspect.inspect import inspect_run
 from modtrain.training.run import train
 
 

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
-from modtrain.inference.sampling import Dice, SamplingError, distribution, draw
-from modtrain.inference.sampling_config import SamplingConfig
+from modtrain.inference.generate.sampling import Dice, SamplingError, distribution, draw
+from modtrain.inference.generate.sampling_config import SamplingConfig
 
 JUST_BELOW_1 = 1 - 2**-53
 
@@ -295,5 +295,7 @@ def test_every_setting_out_of_range_is_told_with_its_key():
 
 
 def test_the_settings_are_read_without_torch():
-    code = "import sys, modtrain.inference.sampling_config; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, modtrain.inference.generate.sampling_config; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

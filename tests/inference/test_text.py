@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from modtrain.data.tokenizer import END_OF_DOCUMENT, train_tokenizer
-from modtrain.inference.text import TextStream, marked, styled
+from modtrain.data.prepare.tokenizer import END_OF_DOCUMENT, train_tokenizer
+from modtrain.inference.generate.text import TextStream, marked, styled
 
 CORPUS = [
     "the old river walks under the stone, the old tree sings",

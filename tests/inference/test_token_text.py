@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from model_cases import quick
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from modtrain.data.tokenizer import train_tokenizer
+from modtrain.data.prepare.tokenizer import train_tokenizer
 from modtrain.inference.token_text import Piece, TokenTexts, byte_alphabet, visible
 
 

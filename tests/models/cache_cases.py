@@ -22,12 +22,12 @@ from model_cases import (
 )
 from torch import Tensor
 
-from modtrain.models.cache import Cache
+from modtrain.models.cache.cache import Cache
+from modtrain.models.cache.ragged_store import Store
 from modtrain.models.config import ModelConfig
-from modtrain.models.dial import Dial
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.router_config import RouterConfig, Selection
-from modtrain.models.store import Store
+from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.config import RouterConfig, Selection
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import ModelOutput, Transformer
 
 EXPERTS = {

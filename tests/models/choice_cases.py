@@ -18,8 +18,8 @@ from model_cases import (
 from torch import Tensor
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.router_config import RouterConfig
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.sequence import SequenceContext
 from modtrain.models.transformer import Transformer
 

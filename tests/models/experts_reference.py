@@ -1,6 +1,6 @@
 """A mixture of experts in loops over tokens and experts, and what its tests draw.
 
-Written from the papers and the docstrings, it shares no code with `modtrain.models.experts`.
+Written from the papers and the docstrings, it shares no code with `modtrain.models.experts.layer`.
 
 Shapes: B batch, S sequence, D model, R experts with no-ops.
 """
@@ -17,8 +17,8 @@ from model_cases import normal
 from torch import Tensor
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts import Experts
-from modtrain.models.experts_config import ExpertsConfig
+from modtrain.models.experts.config import ExpertsConfig
+from modtrain.models.experts.layer import Experts
 from modtrain.models.sequence import SequenceContext, sequence_context
 
 DIM = 6

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.router_config import RouterConfig
+from modtrain.models.depth.config import RouterConfig
 from modtrain.models.sequence import SequenceContext, sequence_context
 from modtrain.models.transformer import Transformer
 

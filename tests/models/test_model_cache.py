@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from model_cases import VOCAB, quick, random_tokens, small
 from torch import Tensor
 
-from modtrain.models import attention, depth
-from modtrain.models.cache import Cache
-from modtrain.models.dial import Dial
-from modtrain.models.router_config import RouterConfig
-from modtrain.models.selection import within
-from modtrain.models.store import Store
+from modtrain.models import attention
+from modtrain.models.cache.cache import Cache
+from modtrain.models.cache.ragged_store import Store
+from modtrain.models.depth import layer as depth
+from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.depth.selection import within
 
 
 @quick(60)

@@ -28,9 +28,9 @@ from hypothesis import strategies as st
 from model_cases import normal, quick, random_tokens, small
 from torch import Tensor
 
-from modtrain.models.cache import Cache, CacheView
-from modtrain.models.dial import Dial
-from modtrain.models.store import Store
+from modtrain.models.cache.cache import Cache, CacheView
+from modtrain.models.cache.ragged_store import Store
+from modtrain.models.depth.compute_budget import Dial
 
 # What is computed and kept is what took part, and no more.
 

@@ -24,11 +24,11 @@ from model_cases import (
 )
 from torch import Tensor
 
-from modtrain.data.documents import document_numbers
+from modtrain.data.stream.documents import document_numbers
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.router import scattered
-from modtrain.models.router_config import CAUSAL_ROUTERS, RouterConfig
+from modtrain.models.depth.config import CAUSAL_ROUTERS, RouterConfig
+from modtrain.models.depth.router import scattered
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import Transformer, is_predictor
 
 LENGTH = 24

@@ -22,9 +22,9 @@ from model_cases import (
 )
 from torch import Tensor
 
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.router_config import RouterConfig
-from modtrain.models.selection import expert_choice
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.depth.selection import expert_choice
+from modtrain.models.experts.config import ExpertsConfig
 
 
 def chosen_of(

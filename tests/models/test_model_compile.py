@@ -13,12 +13,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.router_config import RouterConfig
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import Transformer
+from modtrain.parallel.strategies.base import compiled as compiled_for
 from modtrain.training.config import OptimizerConfig
 from modtrain.training.module import adamw
-from modtrain.training.strategies import compiled as compiled_for
 
 PATTERNS = ["dense", "every_other", "every"]
 BATCH, LENGTH = 2, 32

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import configs, quick, small
 
-from modtrain.errors import ConfigError, raise_if_any
+from modtrain.common.errors import ConfigError, raise_if_any
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.pattern import layer_capacities, num_chosen
-from modtrain.models.router_config import RouterConfig
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.depth.pattern import layer_capacities, num_chosen
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import Transformer
 
 # Patterns.

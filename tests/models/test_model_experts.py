@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts import Experts
-from modtrain.models.experts_config import ExpertsConfig
+from modtrain.models.experts.config import ExpertsConfig
+from modtrain.models.experts.layer import Experts
 from modtrain.models.feed_forward import FeedForward
 
 CAUSAL = ("auxiliary", "predictor", "threshold", "causal")

@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts import ExpertMLPs
-from modtrain.models.experts_config import ExpertsConfig
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
+from modtrain.models.experts.layer import ExpertMLPs
 from modtrain.models.flops import (
     Cost,
     Load,
@@ -25,7 +26,6 @@ from modtrain.models.flops import (
     realised_flops,
     training_flops_per_token,
 )
-from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
 
 

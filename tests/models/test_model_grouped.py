@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from modtrain.models import grouped
-from modtrain.models.grouped import grouped_matmul
+from modtrain.models.experts import grouped
+from modtrain.models.experts.grouped import grouped_matmul
 
 
 def grouped_reference(x_ND: Tensor, weight_EDF: Tensor, offsets: list[int]) -> Tensor:

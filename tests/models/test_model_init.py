@@ -10,8 +10,8 @@ import torch
 from model_cases import lively, random_tokens, small
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.router_config import RouterConfig
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import Transformer
 
 CLASSES = {

@@ -17,7 +17,7 @@ from model_cases import (
 from torch import Tensor
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts_config import ExpertsConfig
+from modtrain.models.experts.config import ExpertsConfig
 
 
 def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:

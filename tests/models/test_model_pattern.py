@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.pattern import PATTERNS, layer_capacities, pattern_problems
+from modtrain.models.depth.pattern import PATTERNS, layer_capacities, pattern_problems
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 FALLING = ("cosine", "ramp_down")

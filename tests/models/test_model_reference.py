@@ -24,8 +24,8 @@ from model_cases import (
 from torch import Tensor, nn
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth import MixtureOfDepths
-from modtrain.models.router_config import RouterConfig
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.transformer import Transformer
 
 # The rotary factors are float32 in both, and may differ in their last bit.

@@ -24,9 +24,9 @@ from model_cases import (
 )
 from torch import Tensor, nn
 
-from modtrain.models.depth import MixtureOfDepths
-from modtrain.models.router_config import RouterConfig
-from modtrain.models.selection import top_k
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.depth.layer import MixtureOfDepths
+from modtrain.models.depth.selection import top_k
 from modtrain.models.transformer import Transformer, is_predictor
 
 

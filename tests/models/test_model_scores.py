@@ -27,11 +27,11 @@ from torch import Tensor
 
 from modtrain.models.attention import Attention
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth import MixtureOfDepths
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.pattern import num_chosen
-from modtrain.models.router import RandomRouter, evenly_spaced
-from modtrain.models.router_config import SCORES, RouterConfig
+from modtrain.models.depth.config import SCORES, RouterConfig
+from modtrain.models.depth.layer import MixtureOfDepths
+from modtrain.models.depth.pattern import num_chosen
+from modtrain.models.depth.router import RandomRouter, evenly_spaced
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.sequence import SequenceContext, as_output
 from modtrain.models.transformer import Transformer
 

@@ -26,10 +26,10 @@ from model_cases import (
 )
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth import MixtureOfDepths
-from modtrain.models.pattern import num_chosen
-from modtrain.models.router_config import RouterConfig
-from modtrain.models.selection import quantile, token_choice
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.depth.layer import MixtureOfDepths
+from modtrain.models.depth.pattern import num_chosen
+from modtrain.models.depth.selection import quantile, token_choice
 
 # Token choice.
 

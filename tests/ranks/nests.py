@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from modtrain.training.checkpoint.crew import Crew
-from modtrain.training.checkpoint.layout import verify
-from modtrain.training.checkpoint.parts import digest_of, parts_of
-from modtrain.training.checkpoint.reading import TensorReader, read_rest
-from modtrain.training.checkpoint.writing import write
+from modtrain.checkpoint.crew import Crew
+from modtrain.checkpoint.layout import verify
+from modtrain.checkpoint.parts import digest_of, parts_of
+from modtrain.checkpoint.reading import TensorReader, read_rest
+from modtrain.checkpoint.writing import write
 
 _TENSOR = "__tensor__"
 

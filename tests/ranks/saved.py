@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from modtrain.training import checkpoint
-from modtrain.training.checkpoint.reading import TensorReader
-from modtrain.training.checkpoint.state import MODEL
+from modtrain import checkpoint
+from modtrain.checkpoint.reading import TensorReader
+from modtrain.checkpoint.state import MODEL
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:

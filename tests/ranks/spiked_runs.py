@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modtrain.configuration import compose
+from modtrain import checkpoint
+from modtrain.checkpoint.reading import read_rest
+from modtrain.cli.compose import compose
 from modtrain.data.config import DataConfig
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.training import checkpoint
-from modtrain.training.checkpoint.reading import read_rest
+from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.module import LanguageModule
 from modtrain.training.run import train

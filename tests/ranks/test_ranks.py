@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from ranks import RankFailedError, on_ranks, outcomes_on_ranks
 
-from modtrain.errors import DataError, RankError
-from modtrain.training.ranks import Ranks
+from modtrain.common.errors import DataError, RankError
+from modtrain.distributed.process_group import Ranks
 
 
 def _tells() -> tuple[object, ...]:

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from modtrain.models.config import ModelConfig, RouterConfig
-from modtrain.models.experts_config import ExpertsConfig
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import Transformer
-from modtrain.training import activation_checkpointing
+from modtrain.parallel import activation_checkpointing
 
 MODES = ["none", "selective", "full"]
 WIDTH, LENGTH = 16, 48

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modtrain.configuration import compose
+from modtrain.cli.compose import compose
 from modtrain.models.config import ModelConfig
 from modtrain.training.capacity_schedule import (
     capacities_at,

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modtrain.errors import CheckpointError
-from modtrain.files import file_sha256
-from modtrain.training import checkpoint
-from modtrain.training.checkpoint import layout
-from modtrain.training.checkpoint.layout import Manifest
+from modtrain import checkpoint
+from modtrain.checkpoint import layout
+from modtrain.checkpoint.layout import Manifest
+from modtrain.common.atomic_io import file_sha256
+from modtrain.common.errors import CheckpointError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8)
 LEAVES = st.one_of(

@@ -22,10 +22,10 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from modtrain.errors import CheckpointError, ModtrainError
-from modtrain.training import checkpoint
-from modtrain.training.checkpoint.parts import parts_of
-from modtrain.training.ranks import Ranks
+from modtrain import checkpoint
+from modtrain.checkpoint.parts import parts_of
+from modtrain.common.errors import CheckpointError, ModtrainError
+from modtrain.distributed.process_group import Ranks
 
 # Sizes that no number of ranks here divides.
 WIDTH, HIDDEN = 7, 11
@@ -229,7 +229,7 @@ def test_ranks_may_give_other_keys_each(tmp_path):
 
 def polls(root: str) -> int:
     """Count polls of a save that rank 0 ends later than the other."""
-    from modtrain.training.checkpoint import saver as module
+    from modtrain.checkpoint import saver as module
 
     if dist.get_rank() == 0:
         module.prune = lambda *_: time.sleep(0.5)
@@ -344,7 +344,7 @@ def dies_in_a_save(root: str) -> str:
     saver = checkpoint.Saver(ranks, timeout=timedelta(seconds=2))
     small(saver, folder, 1, blocking=True)
     if ranks.rank == 1:
-        from modtrain.training.checkpoint import writing
+        from modtrain.checkpoint import writing
 
         writing._HashingStream.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     small(saver, folder, 2)
@@ -368,7 +368,7 @@ def test_a_rank_killed_in_a_save_leaves_the_one_before(tmp_path):
 
 def recovers(root: str) -> tuple:
     """What is found, and which files this rank read."""
-    from modtrain.training.checkpoint import layout
+    from modtrain.checkpoint import layout
 
     ranks, read = Ranks(), []
     sha = layout.file_sha256

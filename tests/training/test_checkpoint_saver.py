@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 
-from modtrain.errors import CheckpointError
-from modtrain.training import checkpoint
-from modtrain.training.checkpoint import writing
-from modtrain.training.checkpoint.parts import Staging
-from modtrain.training.ranks import Ranks
+from modtrain import checkpoint
+from modtrain.checkpoint import writing
+from modtrain.checkpoint.parts import Staging
+from modtrain.common.errors import CheckpointError
+from modtrain.distributed.process_group import Ranks
 
 
 @pytest.fixture

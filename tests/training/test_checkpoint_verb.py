@@ -18,18 +18,18 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from modtrain.cli import main
-from modtrain.configuration import compose
-from modtrain.errors import CheckpointError, ConfigError
+from modtrain import checkpoint
+from modtrain.checkpoint.config import CheckpointsConfig
+from modtrain.checkpoint.consolidate import consolidate
+from modtrain.cli.checkpoints import run_checkpoints
+from modtrain.cli.compose import compose
+from modtrain.cli.main import main
+from modtrain.common.errors import CheckpointError, ConfigError
+from modtrain.distributed.process_group import Ranks
 from modtrain.inference.loading import load_model
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
-from modtrain.training import checkpoint
-from modtrain.training.checkpoint.consolidate import consolidate
-from modtrain.training.checkpoints_config import CheckpointsConfig
-from modtrain.training.checkpoints_verb import run_checkpoints
 from modtrain.training.config import CheckpointConfig, TrainConfig
-from modtrain.training.ranks import Ranks
 from modtrain.training.run_directory import RunDirectory
 
 MODEL = ModelConfig(
@@ -220,7 +220,7 @@ def peak_of_consolidating(path: str, output: str) -> int:
     """Bytes of memory at the peak above those before, measured in a process of its own."""
     code = (
         "import sys, resource\nfrom pathlib import Path\n"
-        "from modtrain.training.checkpoint.consolidate import consolidate\n"
+        "from modtrain.checkpoint.consolidate import consolidate\n"
         "from modtrain.training import checkpoint\n"
         "path, output = map(Path, sys.argv[1:])\n"
         "consolidate(path.parent / 'step-000000001', output)\n"

@@ -11,26 +11,26 @@ from model_cases import distinct_tokens, settle, small
 from ranks import on_ranks
 from torch.distributed.tensor import DTensor
 
-from modtrain.configuration import compose
-from modtrain.errors import ConfigError
-from modtrain.models.cache import Cache
-from modtrain.models.dial import Dial
-from modtrain.models.experts_config import ExpertsConfig
+from modtrain.cli.compose import compose
+from modtrain.common.errors import ConfigError
+from modtrain.distributed.collectives import Group
+from modtrain.distributed.launch import Launch
+from modtrain.evaluation.held_out import evaluate
+from modtrain.models.cache.cache import Cache
+from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.loss import IGNORED
-from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer, is_predictor
-from modtrain.training import parallelize
-from modtrain.training.context_parallel import Shares, share_sequences
-from modtrain.training.gradients import clip
-from modtrain.training.group import Group
-from modtrain.training.held_out import evaluate
-from modtrain.training.launch import Launch
-from modtrain.training.meshes import make_meshes
+from modtrain.parallel import fsdp as parallelize
+from modtrain.parallel.config import StrategyConfig, sizes_of
+from modtrain.parallel.context import Shares, share_sequences
+from modtrain.parallel.fsdp import LayerOptions
+from modtrain.parallel.grad_clip import clip
+from modtrain.parallel.meshes import make_meshes
+from modtrain.parallel.validation import size_problems
 from modtrain.training.metrics_log import read_metrics
-from modtrain.training.parallelize import LayerOptions
 from modtrain.training.run import train
-from modtrain.training.strategy_config import StrategyConfig, sizes_of
-from modtrain.training.strategy_problems import size_problems
 
 _CAUSAL = ["predictor", "auxiliary", "threshold"]
 _CASES = {

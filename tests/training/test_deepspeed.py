@@ -16,21 +16,21 @@ from ranks import on_ranks
 from saved import tensors_of
 from torch.utils.data import DataLoader, Dataset
 
-from modtrain.errors import CheckpointError, ConfigError, TrainingError
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.router_config import RouterConfig
-from modtrain.training import deepspeed as zero
-from modtrain.training import deepspeed_state as state
-from modtrain.training.checkpoint import Saver, checkpoint_path
+from modtrain.checkpoint import Saver, checkpoint_path
+from modtrain.common.errors import CheckpointError, ConfigError, TrainingError
+from modtrain.distributed.launch import Launch
+from modtrain.distributed.process_group import Ranks
+from modtrain.evaluation.held_out import evaluate
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
+from modtrain.parallel.config import StrategyConfig
+from modtrain.parallel.strategies import deepspeed as zero
+from modtrain.parallel.strategies import deepspeed_state as state
+from modtrain.parallel.strategies.base import make_strategy
+from modtrain.parallel.validation import run_problems
 from modtrain.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from modtrain.training.held_out import evaluate
-from modtrain.training.launch import Launch
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import CostedStage, TrainingPlan
-from modtrain.training.ranks import Ranks
-from modtrain.training.strategies import make_strategy
-from modtrain.training.strategy_config import StrategyConfig
-from modtrain.training.strategy_problems import run_problems
 from modtrain.training.trainer import make_trainer
 
 

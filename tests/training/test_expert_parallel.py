@@ -24,21 +24,21 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts import ExpertMLPs
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.models.router_config import RouterConfig
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
+from modtrain.models.experts.layer import ExpertMLPs
 from modtrain.models.transformer import ModelOutput, Transformer
-from modtrain.training.config import OptimizerConfig
-from modtrain.training.expert_parallel import (
+from modtrain.parallel.expert import (
     SpreadMLPs,
     by_expert,
     problems,
     sent_bytes,
     shard_experts,
 )
-from modtrain.training.meshes import Meshes, make_meshes
+from modtrain.parallel.fsdp import LayerOptions, fsdp_ep
+from modtrain.parallel.meshes import Meshes, make_meshes
+from modtrain.training.config import OptimizerConfig
 from modtrain.training.module import adamw
-from modtrain.training.parallelize import LayerOptions, fsdp_ep
 
 TOLERANCE = 1e-5
 MESHES = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)]  # data x expert

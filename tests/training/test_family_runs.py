@@ -6,17 +6,17 @@ import pytest
 import torch
 from saved import newest_weights
 
-from modtrain.configuration import compose
+from modtrain import checkpoint
+from modtrain.cli.compose import compose
 from modtrain.inference.config import EvalRunConfig
-from modtrain.inference.evaluate import evaluate_run
+from modtrain.inference.evaluate.evaluate import evaluate_run
+from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.flops import training_flops_per_token
-from modtrain.models.pattern import num_chosen
-from modtrain.training import checkpoint
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import resolve
-from modtrain.training.preemption import STOP
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.stop_signal import STOP
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from modtrain.training.gradients import clip
+from modtrain.parallel.grad_clip import clip
 
 # By name: shape, mesh and placements; None is a plain tensor. Uneven, and pieces that are empty.
 _PIECES = {

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from modtrain.evaluation.held_out import evaluate
 from modtrain.models.config import ModelConfig
-from modtrain.models.dial import Dial
+from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.config import RouterConfig
 from modtrain.models.flops import dense_equivalent_flops, forward_flops
-from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer
-from modtrain.training.held_out import evaluate
 
 SEQ_LEN = 24
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from modtrain import checkpoint
+from modtrain.checkpoint.layout import Manifest
+from modtrain.checkpoint.rank_state import read_rank_state
+from modtrain.common.atomic_io import file_sha256
+from modtrain.common.errors import CheckpointError, DataError
 from modtrain.data.config import DataConfig
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.data.index import ShardIndex
-from modtrain.errors import CheckpointError, DataError
-from modtrain.files import file_sha256
-from modtrain.training import checkpoint
-from modtrain.training.checkpoint.layout import Manifest
-from modtrain.training.checkpoint.rank_state import read_rank_state
-from modtrain.training.ranks import Ranks
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.data.stream.index import ShardIndex
+from modtrain.distributed.process_group import Ranks
 
 
 class Hostile:

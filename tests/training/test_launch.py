@@ -4,16 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modtrain.errors import ConfigError
+from modtrain.common.errors import ConfigError
+from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
-from modtrain.models.experts_config import ExpertsConfig
-from modtrain.training.launch import Launch
-from modtrain.training.strategy_config import (
+from modtrain.models.experts.config import ExpertsConfig
+from modtrain.parallel.config import (
     STRATEGIES,
     StrategyConfig,
     sizes_of,
 )
-from modtrain.training.strategy_problems import run_problems, size_problems
+from modtrain.parallel.validation import run_problems, size_problems
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {

@@ -21,19 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from modtrain.configuration import compose
-from modtrain.models.depth import MixtureOfDepths
-from modtrain.models.router import LinearRouter
+from modtrain.checkpoint import Saver
+from modtrain.cli.compose import compose
+from modtrain.distributed.launch import Launch
+from modtrain.distributed.process_group import Ranks
+from modtrain.models.depth.layer import MixtureOfDepths
+from modtrain.models.depth.router import LinearRouter
 from modtrain.models.transformer import Transformer
+from modtrain.parallel.strategies.base import make_strategy
 from modtrain.training.callbacks.finite import FiniteLossGuard
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
-from modtrain.training.checkpoint import Saver
 from modtrain.training.hardware import resolve_precision
-from modtrain.training.launch import Launch
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import resolve
-from modtrain.training.ranks import Ranks
-from modtrain.training.strategies import make_strategy
 from modtrain.training.trainer import make_trainer
 
 aten = torch.ops.aten

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from modtrain.errors import ConfigError, Problem, TrainingError
+from modtrain.common.errors import ConfigError, Problem, TrainingError
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.outcome import OUTCOME, told
-from modtrain.training.preemption import StopRequest
+from modtrain.training.stop_signal import StopRequest
 from tests.conftest import modtrain_command
 
 

@@ -12,17 +12,17 @@ from ranks import on_ranks
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from modtrain.models.experts_config import ExpertsConfig
+from modtrain.evaluation.held_out import evaluate
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.loss import IGNORED
-from modtrain.models.router_config import RouterConfig
 from modtrain.models.transformer import Transformer, is_predictor
-from modtrain.training import parallelize
-from modtrain.training.activation_checkpointing import MODES
-from modtrain.training.gradients import clip
-from modtrain.training.held_out import evaluate
-from modtrain.training.meshes import AXES, make_meshes
-from modtrain.training.parallelize import LayerOptions
-from modtrain.training.strategy_problems import tensor_problems
+from modtrain.parallel import fsdp as parallelize
+from modtrain.parallel.activation_checkpointing import MODES
+from modtrain.parallel.fsdp import LayerOptions
+from modtrain.parallel.grad_clip import clip
+from modtrain.parallel.meshes import AXES, make_meshes
+from modtrain.parallel.validation import tensor_problems
 
 _CAUSAL = ["predictor", "auxiliary", "threshold"]
 _CASES = {

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import DataConfig
-from modtrain.errors import ConfigError, DataError
 from modtrain.models.config import ModelConfig
 from modtrain.models.flops import training_flops_per_token
 from modtrain.training.capacity_schedule import capacities_at

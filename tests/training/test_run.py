@@ -14,16 +14,16 @@ from saved import newest_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import modtrain
-from modtrain.configuration import compose
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.errors import CheckpointError, OtherRunError, TrainingError
-from modtrain.training import checkpoint
+from modtrain import checkpoint
+from modtrain.cli.compose import compose
+from modtrain.common.errors import CheckpointError, OtherRunError, TrainingError
+from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.training.config import ScheduleConfig
 from modtrain.training.metrics_log import read_metrics
-from modtrain.training.preemption import STOP
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory, code_version
 from modtrain.training.schedules import lr_factor
+from modtrain.training.stop_signal import STOP
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
 

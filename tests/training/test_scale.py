@@ -13,9 +13,9 @@ from benchmarks._control import board_cost, save_cost
 from benchmarks._paper import ALL, Paper, fake_group, trace
 from benchmarks._traffic import theory
 from benchmarks.scale import overrides
-from modtrain.training.expert_parallel import sent_bytes
-from modtrain.training.launch import Launch
-from modtrain.training.meshes import make_meshes
+from modtrain.distributed.launch import Launch
+from modtrain.parallel.expert import sent_bytes
+from modtrain.parallel.meshes import make_meshes
 
 SEQ_LEN, VOCAB = 32, 64
 _MOD = (

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modtrain.configuration import compose, conf_dir
-from modtrain.data.batches import BatchPlan, RankBatchSampler, stream_positions
-from modtrain.data.order import SampleOrder
-from modtrain.errors import CheckpointError, ConfigError
+from modtrain.cli.compose import compose, conf_dir
+from modtrain.common.errors import CheckpointError, ConfigError
+from modtrain.data.stream.order import SampleOrder
+from modtrain.data.stream.samplers import BatchPlan, RankBatchSampler, stream_positions
+from modtrain.distributed.process_group import Ranks
 from modtrain.training.plan import resolve
-from modtrain.training.ranks import Ranks
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.spike_config import SPIKE_ACTIONS, SpikeConfig
-from modtrain.training.spikes import (
+from modtrain.training.spikes.config import SPIKE_ACTIONS, SpikeConfig
+from modtrain.training.spikes.detector import (
     Spike,
     SpikeJudge,
     SpikeTrace,

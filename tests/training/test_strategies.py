@@ -7,7 +7,7 @@ import pytest
 from ranks import on_ranks
 from torch import nn
 
-from modtrain.configuration import compose
+from modtrain.cli.compose import compose
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run import train
 

@@ -6,14 +6,14 @@ import logging
 
 import lightning as L
 
-from modtrain.training import checkpoint
+from modtrain import checkpoint
+from modtrain.checkpoint import Saver
 from modtrain.training.callbacks.metrics import StepClock
 from modtrain.training.callbacks.step import StepCallback, is_due
-from modtrain.training.checkpoint import Saver
 from modtrain.training.config import CheckpointConfig
 from modtrain.training.module import LanguageModule
-from modtrain.training.preemption import STOP
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.stop_signal import STOP
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from modtrain.data.datamodule import TokenDataModule
+from modtrain.checkpoint import Saver
+from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.training.callbacks.guard import Guard, overflowed
-from modtrain.training.checkpoint import Saver
 from modtrain.training.module import LanguageModule
 from modtrain.training.run_directory import RunDirectory
 

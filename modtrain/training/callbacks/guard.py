@@ -8,14 +8,14 @@ from typing import Any
 
 import lightning as L
 
-from modtrain.data.datamodule import TokenDataModule
-from modtrain.errors import CheckpointError, TrainingError
-from modtrain.training import checkpoint
+from modtrain import checkpoint
+from modtrain.checkpoint import Saver
+from modtrain.common.errors import CheckpointError, TrainingError
+from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.training.callbacks.step import StepCallback, is_due
-from modtrain.training.checkpoint import Saver
 from modtrain.training.module import LanguageModule
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.spikes import ways_on
+from modtrain.training.spikes.detector import ways_on
 
 
 class Guard(StepCallback):

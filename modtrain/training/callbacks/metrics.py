@@ -7,12 +7,12 @@ import time
 import lightning as L
 import torch
 
+from modtrain.distributed.process_group import Ranks
+from modtrain.evaluation.routing_metrics import expert_metrics, routing_metrics
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.hardware import peak_flops
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
-from modtrain.training.ranks import Ranks
-from modtrain.training.routing_statistics import expert_metrics, routing_metrics
 from modtrain.training.schedules import lr_factor
 
 

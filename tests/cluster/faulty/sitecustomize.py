@@ -54,7 +54,7 @@ def happens(place: str, step: int | None = None) -> None:
 def hold(name: str, is_deaf: bool) -> None:
     go, until = PATH.with_name(f"{name}.go"), time.monotonic() + PATIENCE
     while time.monotonic() < until and not go.exists():
-        preemption = sys.modules.get("modtrain.training.preemption")
+        preemption = sys.modules.get("modtrain.training.stop_signal")
         if not is_deaf and preemption is not None and preemption.STOP.requested:
             return
         time.sleep(0.01)
@@ -93,8 +93,8 @@ def in_held_out(module) -> None:
 
 PLACES = {
     "modtrain.training.module": in_module,
-    "modtrain.training.checkpoint.writing": in_writing,
-    "modtrain.training.callbacks.held_out": in_held_out,
+    "modtrain.checkpoint.writing": in_writing,
+    "modtrain.training.callbacks.evaluation": in_held_out,
     "modtrain.training.callbacks.metrics": lambda module: happens("imports"),
 }
 

@@ -1,0 +1,59 @@
+"""Typed configuration of what is done with a run's checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modtrain.common.errors import Problem
+from modtrain.common.validation import at_least, not_empty, one_of
+
+ACTIONS = ("list", "verify", "prune", "consolidate")
+DTYPES = ("fp32", "bf16")
+
+
+@dataclass
+class CheckpointsConfig:
+    """What to do with the checkpoints of a run.
+
+    action: ``list`` them; ``verify`` every byte; ``prune`` all but what is to be kept;
+        ``consolidate`` the weights of one in a safetensors file.
+    step: which one is consolidated; null takes the newest.
+    keep_last, keep_every: of pruning, as ``checkpoint.keep_last`` and ``checkpoint.keep_every``;
+        null takes the run's own.
+    output: the file that is written; null is ``model-<step>.safetensors`` in the run's directory.
+    dtype: of the weights in it; as trained they are fp32.
+    """
+
+    run: str | None = None
+    runs_dir: str = "runs"
+    action: str = "list"
+    step: int | None = None
+    keep_last: int | None = None
+    keep_every: int | None = None
+    output: str | None = None
+    dtype: str = "fp32"
+
+    def problems(self, prefix: str = "") -> list[Problem]:
+        """Everything wrong with the request."""
+        return [
+            *not_empty(self, prefix, "run", "add run=my_run"),
+            *one_of(self, prefix, "action", ACTIONS),
+            *one_of(self, prefix, "dtype", DTYPES),
+            *at_least(self, prefix, 1, "keep_last", "keep_every"),
+            *self._unused(),
+        ]
+
+    def _unused(self) -> list[Problem]:
+        """Find what the action does not look at."""
+        uses = {
+            "prune": ("keep_last", "keep_every"),
+            "consolidate": ("step", "output"),
+        }
+        found = []
+        for action, names in uses.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and self.action != action and self.action in ACTIONS:
+                    reason = f"has no meaning for action={self.action}"
+                    found.append(Problem(name, value, reason, f"leave it out, or action={action}"))
+        return found

@@ -1,0 +1,95 @@
+"""A model's weights as one safetensors file, out of a checkpoint of any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from modtrain.checkpoint.reading import TensorReader
+from modtrain.checkpoint.state import MODEL
+from modtrain.common.atomic_io import written_aside
+
+# Names of the format: https://github.com/huggingface/safetensors#format
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def consolidate(
+    path: Path,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> int:
+    """Write the weights of the checkpoint ``path`` to ``output``, and return its bytes.
+
+    In one process, without a process group; of the weights one tensor is in memory at a time. The
+    file is there whole or not at all.
+
+    dtype: of floating-point tensors; None leaves them as they were trained. metadata: texts to
+    store. tied: names that are left out, each with the one that stands for it; they are told in
+    the metadata as ``tied``.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or holds no weights.
+    """
+    reader, tied = TensorReader(path), dict(tied or {})
+    # From the widest on, so that each lies at a multiple of its width.
+    keys = sorted(
+        (k for k in reader if k.startswith(MODEL) and k.removeprefix(MODEL) not in tied),
+        key=lambda key: (-_dtype(reader, key, dtype).itemsize, key),
+    )
+    texts = {**(metadata or {}), "tied": json.dumps(tied)}
+    header = _header(reader, keys, dtype, texts)
+    with written_aside(output, output.parent) as file:
+        file.write(header)
+        for key in keys:
+            _write_tensor(file, reader, key, _dtype(reader, key, dtype))
+        return file.tell()
+
+
+def _header(
+    reader: TensorReader,
+    keys: list[str],
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for key in keys:
+        kind, size = _dtype(reader, key, dtype), reader.sizes[key]
+        end = start + prod(size) * kind.itemsize
+        entries[key.removeprefix(MODEL)] = {
+            "dtype": _DTYPES[kind],
+            "shape": list(size),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _dtype(reader: TensorReader, key: str, wish: torch.dtype | None) -> torch.dtype:
+    own = reader.dtypes[key]
+    return wish if wish is not None and own.is_floating_point else own
+
+
+def _write_tensor(file: BinaryIO, reader: TensorReader, key: str, dtype: torch.dtype) -> None:
+    values = reader.read(key, dtype).reshape(-1)
+    file.write(values.view(torch.uint8).numpy().data)

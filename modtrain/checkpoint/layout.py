@@ -1,0 +1,114 @@
+"""Where checkpoints lie, and the manifest that says what is in one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modtrain.common.atomic_io import digest, file_sha256
+from modtrain.common.errors import CheckpointError
+
+FORMAT = 3
+PREFIX, ASIDE = "step-", ".writing-"
+MANIFEST, REST = "manifest.json", "state.pt"
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Return where the checkpoint of ``step`` lies under ``root``."""
+    return root / f"{PREFIX}{step:09d}"
+
+
+def aside_of(path: Path) -> Path:
+    """Return where the checkpoint ``path`` is written before it is renamed."""
+    return path.with_name(ASIDE + path.name)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a whole checkpoint holds.
+
+    files: name → ``bytes`` and ``sha256``. world_size: of the ranks that wrote it.
+    """
+
+    step: int
+    files: dict[str, dict[str, Any]]
+    world_size: int = 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(int(entry["bytes"]) for entry in self.files.values())
+
+    def write(self, folder: Path) -> None:
+        """Write it into ``folder``."""
+        content = {"format": FORMAT, **vars(self), "files": dict(sorted(self.files.items()))}
+        content["digest"] = digest(content)
+        (folder / MANIFEST).write_text(json.dumps(content, indent=1))
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read that of the checkpoint ``path``.
+
+        Raises:
+            CheckpointError: there is none, it is of another format, or names files elsewhere.
+        """
+        try:
+            content = json.loads((path / MANIFEST).read_text())
+            told = content.pop("digest", None)
+            version, world_size = content["format"], int(content.get("world_size", 1))
+            files = {
+                str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+                for name, entry in content["files"].items()
+            }
+            manifest = cls(int(content["step"]), files, world_size)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
+        if version != FORMAT:
+            raise CheckpointError(f"{path} has format {version}; this modtrain reads {FORMAT}")
+        if told != digest(content):
+            raise CheckpointError(f"{path / MANIFEST} is altered: it does not match its own digest")
+        for name in files:
+            if not is_plain_name(name):
+                raise CheckpointError(f"{path} names a file outside of it: {name}")
+        return manifest
+
+    def check(self, path: Path, rank: int = 0, world_size: int = 1, contents: bool = True) -> None:
+        """Compare the files of ``path`` that fall to ``rank``: every ``world_size``-th.
+
+        contents: also compare checksums, which reads every byte.
+
+        Raises:
+            CheckpointError: a file is missing, of another size, altered, or cannot be read.
+        """
+        for name in sorted(self.files)[rank::world_size]:
+            file, expected = path / name, self.files[name]
+            try:
+                if not file.is_file():
+                    raise CheckpointError(f"{path} lacks its file {name}")
+                if file.stat().st_size != expected["bytes"]:
+                    size = expected["bytes"]
+                    raise CheckpointError(f"{file} is cut short or grown: not {size} bytes")
+                if contents and file_sha256(file) != expected["sha256"]:
+                    raise CheckpointError(f"{file} does not match its checksum")
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` is that of a file in the directory itself."""
+    return Path(name).name == name and name not in ("", ".", "..")
+
+
+def verify(path: Path, contents: bool = True) -> int:
+    """Check the checkpoint ``path`` against its manifest and return its step.
+
+    contents: also compare checksums, which reads every byte.
+
+    Raises:
+        CheckpointError: a file is missing, of another size, or altered.
+    """
+    manifest = Manifest.read(path)
+    manifest.check(path, contents=contents)
+    return manifest.step

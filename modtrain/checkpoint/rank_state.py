@@ -1,0 +1,36 @@
+"""What each rank has for itself, such as random states: a small nest, as one tensor of bytes."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+
+from modtrain.checkpoint.parts import Part, own_part
+from modtrain.checkpoint.reading import TensorReader, told
+
+
+def _key(rank: int) -> str:
+    return f"ranks.{rank}.state"
+
+
+def rank_part(state: Any, rank: int) -> Part:
+    """Return ``state``, tensors on the CPU and plain values, as ``rank``'s part of a checkpoint."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return own_part(_key(rank), torch.frombuffer(stream.getbuffer(), dtype=torch.uint8))
+
+
+def read_rank_state(reader: TensorReader, rank: int) -> Any:
+    """Return what ``rank`` saved; None if it saved nothing.
+
+    Raises:
+        CheckpointError: it is more than plain data.
+    """
+    if _key(rank) not in reader:
+        return None
+    content = reader.read(_key(rank))
+    with told(reader.path):
+        stream = io.BytesIO(content.numpy().tobytes())
+        return torch.load(stream, weights_only=True, map_location="cpu")

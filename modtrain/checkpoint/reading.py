@@ -1,0 +1,205 @@
+"""Tensors of a checkpoint read by torch.distributed.checkpoint, where nothing is believed.
+
+Torch's reader unpickles its metadata freely, and what the metadata calls bytes as well. Here the
+metadata is built of a list of harmless classes, and holds tensors of files of the checkpoint alone.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+
+from modtrain.checkpoint.layout import REST, is_plain_name
+from modtrain.common.errors import CheckpointError
+
+_SAFE_GLOBALS = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
+        *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+}
+
+
+class TensorReader(Mapping[str, Tensor]):
+    """The tensors of one checkpoint by key, each read when it is asked for, whole, on the CPU.
+
+    sizes, dtypes: of the tensors, by key; known without reading them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what there is.
+
+        Raises:
+            CheckpointError: the metadata cannot be read or holds more than plain data.
+        """
+        self.path = path
+        self._reader = _SafeReader(path)
+        self.sizes: dict[str, torch.Size] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        with told(path):
+            for key, entry in self._reader.read_metadata().state_dict_metadata.items():
+                if not isinstance(entry, TensorStorageMetadata):
+                    raise pickle.UnpicklingError(f"{key} is no tensor")
+                self.sizes[key], self.dtypes[key] = entry.size, entry.properties.dtype
+
+    def into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill ``tensors``, plain ones or DTensors, in place; of each the part that is here.
+
+        Every rank reads for itself: it says nothing to the others.
+
+        Raises:
+            CheckpointError: one is not there, has another shape, or cannot be read.
+        """
+        self._check(tensors)
+        with told(self.path), warnings.catch_warnings(), torch.no_grad():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load_sharded(
+                dict(tensors), storage_reader=self._reader, planner=_TensorPlanner(), no_dist=True
+            )
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the whole tensor ``key`` on the CPU, as ``dtype`` or as it was."""
+        tensor = self.empty(key, dtype)
+        self.into({key: tensor})
+        return tensor
+
+    def empty(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor on the CPU that ``key`` fits in.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        if key not in self.sizes:
+            raise CheckpointError(f"{self.path} lacks {key}")
+        return torch.empty(self.sizes[key], dtype=dtype or self.dtypes[key])
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.sizes:
+            raise KeyError(key)
+        return self.read(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.sizes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        missing = [key for key in tensors if key not in self.sizes]
+        if missing:
+            raise CheckpointError(f"{self.path} lacks {listed(missing)}")
+        for key, tensor in tensors.items():
+            if tensor.shape != self.sizes[key]:
+                raise CheckpointError(
+                    f"{self.path} holds {key} of shape {tuple(self.sizes[key])};"
+                    f" here it is {tuple(tensor.shape)}: the model is another one"
+                )
+
+
+def read_rest(path: Path) -> Any:
+    """Return what of the checkpoint ``path`` is not tensors.
+
+    Raises:
+        CheckpointError: it cannot be read, or is more than plain data.
+    """
+    with told(path):
+        return torch.load(path / REST, weights_only=True, map_location="cpu")
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Turn what reading ``path`` may raise into a `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than plain data; not loaded: {error}") from None
+    except CheckpointException as error:
+        raise CheckpointError(f"{path} cannot be read: {cause(error)}") from error
+    except Exception as error:
+        # Metadata that is not torch's may fail in any way.
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} cannot be read: {said}") from error
+
+
+def cause(error: BaseException) -> str:
+    """What lies behind torch's CheckpointException, which is no Exception and a screen long."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {r}: {wrapped[0]}" for r, wrapped in error.failures.items())
+    return str(error)
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """``names`` as a text, the first of them where there are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Builds torch's own metadata classes and dtypes, nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _SAFE_GLOBALS:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+
+
+class _SafeReader(FileSystemReader):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                metadata = _SafeUnpickler(file).load()
+            _check_metadata(metadata)
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            self._metadata = metadata
+        return self._metadata
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError("the metadata is of another type")
+    for info in (metadata.storage_data or {}).values():
+        if not is_plain_name(info.relative_path) or getattr(info, "transform_descriptors", None):
+            raise pickle.UnpicklingError(f"it names {info.relative_path}, a file of others")
+
+
+class _TensorPlanner(DefaultLoadPlanner):
+    """Torch's unpickles freely what is called bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:  # noqa: ARG002
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")

@@ -1,0 +1,1 @@
+"""The command line: verbs, composed configurations, and what checks the machine."""

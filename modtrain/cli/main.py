@@ -1,0 +1,312 @@
+"""The command line: verbs to functions, nothing else.
+
+Verbs import what they need only when called, so that help and mistakes come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modtrain import __version__
+from modtrain.common.errors import ConfigError, ModtrainError, Problem, RankError
+
+if TYPE_CHECKING:
+    from modtrain.training.config import TrainConfig
+
+Verb = Callable[[list[str], str | None], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code: 2 for a wrong configuration or command."""
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.multirun and arguments.verb != "train":
+        parser.error("-m sweeps over runs of train; another verb has one configuration")
+    verb = _sweep if arguments.multirun else _VERBS[arguments.verb][0]
+    overrides = [*arguments.overrides, *_said_by_options(arguments)]
+    try:
+        return verb(overrides, arguments.config_dir)
+    except ModtrainError as error:
+        # Of what all ranks find, and of what one told the others, rank 0 speaks.
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if rank == "0" or not isinstance(error, ConfigError | RankError):
+            print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"modtrain {arguments.verb}: {where}{error.strerror or error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)  # noqa: T201
+        return 130
+
+
+def _prepare(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.compose import compose
+
+    config = compose("prepare", overrides, config_dir)
+    from modtrain.data.prepare.pipeline import prepare
+
+    _say("\n".join(prepare(config).lines()))
+    return 0
+
+
+def _train(overrides: list[str], config_dir: str | None) -> int:
+    # Before the imports that take seconds: a signal during them must not be lost.
+    from modtrain.training.stop_signal import STOP
+
+    STOP.install()
+    from modtrain.training.outcome import told
+
+    with told() as outcome:
+        from modtrain.cli.compose import compose
+
+        _no_sweep(overrides)
+        config = compose("train", overrides, config_dir)
+        from modtrain.distributed.launch import Launch
+        from modtrain.training.plan import resolve
+
+        resolve(config, launch=Launch.from_environment())
+        from modtrain.training.run import train
+
+        ended = train(config)
+        if ended.exit_code == 0:
+            from modtrain.experiments.hparams import write_swept
+
+            write_swept(ended.run)
+        outcome.exit_code = ended.exit_code
+        return outcome.exit_code
+
+
+def _no_sweep(overrides: list[str]) -> None:
+    """Raise ConfigError for what only a sweep listens to."""
+    for_sweeps = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep."))]
+    if for_sweeps:
+        reason, remedy = "is for a sweep", "add -m, or leave it out"
+        raise ConfigError([Problem(text, "", reason, remedy) for text in for_sweeps])
+
+
+def _sweep(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.training.stop_signal import STOP
+
+    STOP.install()
+    from modtrain.cli.compose import compose, compose_job, conf_dir
+    from modtrain.experiments.sweep.sweep import sweep
+
+    def compose_run(run: Sequence[str]) -> TrainConfig:
+        config: TrainConfig = compose("train", run, config_dir)
+        return config
+
+    return sweep(overrides, compose_run, compose_job, conf_dir(), config_dir)
+
+
+def _compare(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.training.stop_signal import STOP
+
+    STOP.install()
+    from modtrain.cli.compose import compose_arms
+
+    comparison = compose_arms(overrides, config_dir)
+    from modtrain.experiments.compare.compare import compare
+
+    return compare(comparison)
+
+
+def _search(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.training.stop_signal import STOP
+
+    STOP.install()
+    from modtrain.cli.compose import compose_search
+
+    composed = compose_search(overrides, config_dir)
+    from modtrain.experiments.search.search import search
+
+    return search(composed)
+
+
+def _eval(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.compose import compose
+
+    config = compose("eval", overrides, config_dir)
+    from modtrain.inference.evaluate.evaluate import evaluate_run
+    from modtrain.inference.evaluate.table import show
+
+    show(evaluate_run(config))
+    return 0
+
+
+def _inspect(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.compose import compose
+
+    config = compose("inspect", overrides, config_dir)
+    from modtrain.inference.inspect.inspect import inspect_run
+
+    _say(f"wrote {inspect_run(config)}")
+    return 0
+
+
+def _generate(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.compose import compose
+
+    config = compose("generate", overrides, config_dir)
+    from modtrain.inference.generate.generate import generate
+
+    generate(config)
+    return 0
+
+
+def _checkpoints(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.compose import compose
+
+    config = compose("checkpoints", overrides, config_dir)
+    from modtrain.cli.checkpoints import run_checkpoints
+
+    run_checkpoints(config)
+    return 0
+
+
+def _submit(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.compose import compose_submission
+
+    job = compose_submission(overrides, config_dir)
+    from modtrain.cluster.submit import submit
+
+    own = None if config_dir is None else Path(config_dir)
+    submit(job.works, job.directory, job.config, own)
+    return 0
+
+
+def _status(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.compose import compose
+
+    config = compose("status", overrides, config_dir)
+    from modtrain.cluster.status import show_status, wide_console
+
+    if config.sweep is None or config.problems():
+        show_status(config)
+        return 0
+    from modtrain.experiments.sweep.sweep_status import sweep_table
+
+    wide_console().print(sweep_table(Path(config.runs_dir) / config.sweep))
+    return 0
+
+
+def _logs(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.compose import compose
+
+    config = compose("logs", overrides, config_dir)
+    from modtrain.cluster.logs import show_logs
+
+    show_logs(config)
+    return 0
+
+
+def _cancel(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.compose import compose
+
+    config = compose("cancel", overrides, config_dir)
+    from modtrain.cluster.cancel import cancel_run
+
+    cancel_run(config, _say)
+    return 0
+
+
+def _plan(overrides: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.compose import compose
+    from modtrain.training.plan_report import show
+
+    show(compose("plan", overrides, config_dir))
+    return 0
+
+
+def _doctor(overrides: list[str], config_dir: str | None) -> int:
+    del config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from modtrain.cli.doctor import show
+
+    require: list[str] = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+            asked = override.value() if override.key_or_group == "require" else None
+        except HydraException:
+            asked = None
+        if not isinstance(asked, str | list):
+            remedy = "write require=[packages,cuda] or leave it out"
+            raise ConfigError([Problem(text, "", "doctor takes require=[...] alone", remedy)])
+        require += [asked] if isinstance(asked, str) else [str(need) for need in asked]
+    return show(require)
+
+
+_VERBS: dict[str, tuple[Verb, str]] = {
+    "prepare": (_prepare, "text to tokenizer and shards"),
+    "train": (_train, "train a run, or go on with it"),
+    "compare": (_compare, "train several models on one budget and report them side by side"),
+    "eval": (_eval, "held-out losses of a run, causal and not"),
+    "search": (_search, "look for the best values of some keys, by Optuna"),
+    "inspect": (_inspect, "a page that shows what a run's routers do with a text"),
+    "generate": (_generate, "continue texts with a run"),
+    "checkpoints": (_checkpoints, "list, verify, prune or consolidate a run's checkpoints"),
+    "submit": (_submit, "train, prepare, eval, ... as a job of Slurm's"),
+    "status": (_status, "what runs do: state, step, loss, restarts, checkpoint, job"),
+    "logs": (_logs, "what a run's newest job printed, and prints"),
+    "cancel": (_cancel, "end a run's jobs, after a checkpoint"),
+    "plan": (_plan, "what a run would take: parameters, FLOPs, steps, memory"),
+    "doctor": (_doctor, "versions, devices, and what is missing here"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="modtrain",
+        description="Train Mixture-of-Depths language models.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="verbs:\n"
+        + "\n".join(f"  {name:11} {what}" for name, (_, what) in _VERBS.items())
+        + "\n\noverrides are Hydra's: model=mod_60m model.capacity=0.25 budget.tokens=1e9",
+    )
+    parser.add_argument("--version", action="version", version=f"modtrain {__version__}")
+    parser.add_argument(
+        "--config-dir", metavar="DIR", help="a directory of your own YAML, laid out as conf/ is"
+    )
+    parser.add_argument(
+        "--show-depth", action="store_true", help="for generate, the same as show_depth=true"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="for submit, and sweeps on Slurm, the same as dry_run=true",
+    )
+    parser.add_argument("--chain", metavar="N", help="for submit, the same as chain=N")
+    parser.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="for train: a run for each of several values, as in model.capacity=0.1,0.2",
+    )
+    parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help="see below")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="key=value or group=name")
+    return parser
+
+
+def _said_by_options(arguments: argparse.Namespace) -> list[str]:
+    """Return the overrides that options are another spelling of."""
+    found = []
+    if arguments.show_depth:
+        found.append("show_depth=true")
+    if arguments.dry_run:
+        found.append("dry_run=true")
+    if arguments.chain is not None:
+        found.append(f"chain={arguments.chain}")
+    return found
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201

@@ -1,0 +1,1 @@
+"""What every package uses: errors, checks of configurations, files written whole."""

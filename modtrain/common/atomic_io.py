@@ -1,0 +1,122 @@
+"""Files that are either whole or absent: written aside, made durable, then renamed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from modtrain.common.errors import CheckpointError
+
+# Seconds between two tries at a lock that another process holds.
+_BETWEEN_TRIES = 0.05
+
+
+class NoLocksError(CheckpointError):
+    """A directory on a file system that has no locks."""
+
+
+@contextmanager
+def written_aside(path: Path, aside: Path) -> Iterator[BinaryIO]:
+    """Open a file in the directory ``aside`` that becomes ``path`` when the block ends well.
+
+    Both must be on one file system. After an error only a stray file in ``aside`` is left.
+    """
+    # The process number keeps apart two workers that write the same file after a restart.
+    temporary = aside / f".{path.name}.{os.getpid()}"
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_bytes(path: Path, content: bytes, aside: Path) -> None:
+    """Write ``content`` to ``path`` by way of ``aside``."""
+    with written_aside(path, aside) as file:
+        file.write(content)
+
+
+def write_json(path: Path, content: Any, aside: Path) -> None:
+    """Write ``content`` as JSON to ``path`` by way of ``aside``, equal content as equal bytes."""
+    write_bytes(path, canonical_json(content) + b"\n", aside)
+
+
+def canonical_json(content: Any) -> bytes:
+    """One spelling for equal content."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def digest(content: Any) -> str:
+    """Hexadecimal SHA-256 of ``content`` as JSON."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` by way of a hidden file beside it."""
+    write_bytes(path, text.encode(), path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames inside a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def hold_lock(path: Path, in_use: Exception | None = None, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock ``path`` against other processes, till the block or this process ends.
+
+    in_use: what to raise where another process holds it; None: BlockingIOError.
+    patience: seconds for which it may hold it.
+
+    Raises:
+        NoLocksError: the file system has no locks.
+    """
+    with path.open("w") as file:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise (in_use or error) from None
+            except OSError as error:
+                raise NoLocksError(
+                    f"{path} cannot be locked: {error}. runs_dir has to be on a file system with"
+                    " flock (Lustre: mount with -o flock, or localflock)"
+                ) from None
+            time.sleep(_BETWEEN_TRIES)
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock ``path``; one on another node may not show.
+
+    A lock that cannot be asked for is none: who wants to hold it will be told.
+    """
+    try:
+        with path.open("rb") as file:
+            # Shared and for an instant: those who look do not see one another.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False

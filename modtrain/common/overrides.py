@@ -1,0 +1,137 @@
+"""Hydra's overrides: as a user gave them, with what is wrong said in a form that works.
+
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from modtrain.common.errors import Problem
+
+# What Hydra reads as it stands; it takes 1_2, 1e5 and null for something else.
+_PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z][A-Za-z0-9_./-]*|[1-9]\d*", re.I)
+
+
+def parse(overrides: Sequence[str], sweeps: bool = False) -> tuple[list[Override], list[Problem]]:
+    """Return what Hydra's grammar takes, and what is wrong with the others.
+
+    sweeps: whether one may name several values.
+    """
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    problems: list[Problem] = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if not key.strip("+~ "):
+            problems.append(Problem(text, "", "names no key", "write key=value or group=name"))
+            continue
+        try:
+            override = parser.parse_override(text)
+            is_sweep = override.is_sweep_override()
+            if not is_sweep:
+                override.value()
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+            reason = f"is not understood: {plain(error)}"
+            problems.append(Problem(key, value, reason, _form_of(key, value)))
+            continue
+        if is_sweep and not sweeps:
+            remedy = "give one value; a list stands in brackets, a text with commas in quotes"
+            problems.append(
+                Problem(override.get_key_element(), text, "names several values", remedy)
+            )
+        else:
+            parsed.append(override)
+    return parsed, problems
+
+
+def quoted(text: str) -> str:
+    """Return ``text`` as a value that Hydra reads back unchanged."""
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def spelled(key: str, value: str) -> str:
+    """Spell ``key=value`` so that shell and Hydra both take it as it is."""
+    return f"{key}={value}" if _PLAIN.fullmatch(value) else in_quotes(key, value)
+
+
+def in_quotes(key: str, value: str) -> str:
+    """Return the override that gives ``value`` as text, as a shell takes it."""
+    return shlex.quote(f"{key}={quoted(value)}")
+
+
+def misread(override: Override) -> Problem | None:
+    """Say that a text is a number or a truth value to Hydra, which writes it otherwise."""
+    value, text = override.value(), str(override.input_line).partition("=")[2].strip()
+    if not isinstance(value, int | float) or str(value) == text:
+        return None
+    remedy = f"write {in_quotes(override.get_key_element(), text)}"
+    return Problem(override.key_or_group, text, f"would be read as {value}", remedy)
+
+
+def _form_of(key: str, value: str) -> str:
+    """Return the remedy for what Hydra's grammar does not take."""
+    if re.fullmatch(r"\+{0,2}[A-Za-z_][\w./]*", key) and value.strip()[:1] not in ("", "[", "{"):
+        return f"write a text as {in_quotes(key, value)}"
+    return """write a list as 'key=[1, 2]', a text as 'key="a value with = or brackets"'"""
+
+
+def explain(
+    override: Override, base: DictConfig, error: Exception, beside: Sequence[str]
+) -> Problem:
+    """Say what is wrong with an override that does not compose.
+
+    base: the configuration without it. beside: keys that it may have meant, which are not there.
+    """
+    key = override.get_key_element().lstrip("+~")
+    value = str(override.input_line).partition("=")[2]
+    known = [*_keys(base), *beside]
+    parent = key.rpartition(".")[0]
+    is_new = key not in known and parent in known and not override.is_delete()
+    is_entry = is_new and OmegaConf.get_type(OmegaConf.select(base, parent)) is dict
+    if key not in known and not is_entry:
+        near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+        remedy = (
+            f"did you mean {near[0]}?" if near else f"top-level keys: {', '.join(map(str, base))}"
+        )
+        return Problem(key, value, "is not a key of this configuration", remedy)
+    reason = plain(error).removeprefix(f"Error merging override {override.input_line}").strip()
+    current = OmegaConf.select(base, key)
+    if re.match(r"Key \S+ \(\w+\) is incompatible with \(str\)", reason):
+        remedy = "begin the name with a letter, such as run_1: Hydra reads this one otherwise"
+    elif reason.endswith("is not in struct"):
+        remedy = f"new entries come with a plus: +{override.input_line}"
+    elif current is not None:
+        remedy = f"give a value such as {current}"
+    else:
+        remedy = "give a value of that type"
+    return Problem(key, value, f"does not fit: {reason}", remedy)
+
+
+def plain(error: BaseException) -> str:
+    """Return the innermost message, on one line, without OmegaConf's trailer."""
+    while error.__cause__ is not None and str(error.__cause__) not in ("", "None"):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    # Hydra says on the first line where, and on the second one what.
+    return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+
+
+def _keys(node: DictConfig, prefix: str = "") -> list[str]:
+    found = []
+    for key in node:
+        full = f"{prefix}{key!s}"
+        found.append(full)
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            found += _keys(child, f"{full}.")
+    return found

@@ -1,0 +1,177 @@
+"""From a unit of the corpus to its tokens on disk, one job of a worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from modtrain.common.atomic_io import digest, write_json, written_aside
+from modtrain.common.errors import DataError
+from modtrain.data.prepare.readers import Flaw, UnitReader
+from modtrain.data.prepare.sources import SourceFile
+from modtrain.data.prepare.tokenizer import DocumentEncoder, SplitChooser
+from modtrain.data.prepare.units import Unit
+from modtrain.data.stream.index import SPLITS
+
+# Documents are encoded together up to so many characters, which bounds the memory.
+_BATCH_CHARS = 1_000_000
+EXAMPLES_OF_A_KIND = 3
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """A unit, and all that its tokens depend on.
+
+    work: the working directory, with ``units/`` and ``aside/``.
+    """
+
+    unit: Unit
+    work: str
+    tokenizer: str
+    tokenizer_sha256: str
+    eos_id: int
+    dtype: str
+    text_column: str
+    valid_fraction: float
+    seed: int
+    on_error: str
+
+    @property
+    def key(self) -> str:
+        """Name of the unit's files: differs wherever the tokens might."""
+        fields = asdict(self)
+        where_it_happens = ("work", "tokenizer")
+        return digest({k: v for k, v in fields.items() if k not in where_it_happens})[:32]
+
+    def token_file(self, split: str) -> Path:
+        """Where the tokens of a split are written."""
+        return Path(self.work) / "units" / f"{self.key}.{split}.bin"
+
+    @property
+    def record_file(self) -> Path:
+        """Where the unit's record is written, once its tokens are."""
+        return Path(self.work) / "units" / f"{self.key}.json"
+
+
+@dataclass
+class SplitCounts:
+    """What a unit gave to a split."""
+
+    num_tokens: int = 0
+    num_documents: int = 0
+    num_bytes: int = 0
+
+
+@dataclass
+class UnitRecord:
+    """What came of a unit.
+
+    num_lines: lines read, with which the next unit of the same file numbers its own.
+    flaws: kind → count.
+    examples: the first few of each kind.
+    """
+
+    num_lines: int = 0
+    splits: dict[str, SplitCounts] = field(
+        default_factory=lambda: {split: SplitCounts() for split in SPLITS}
+    )
+    flaws: dict[str, int] = field(default_factory=dict)
+    examples: list[Flaw] = field(default_factory=list)
+
+    def count(self, flaw: Flaw) -> None:
+        """Note one flaw."""
+        seen = self.flaws.get(flaw.kind, 0)
+        self.flaws[flaw.kind] = seen + 1
+        if seen < EXAMPLES_OF_A_KIND:
+            self.examples.append(flaw)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> UnitRecord:
+        """The record that ``asdict`` gave."""
+        return cls(
+            num_lines=content["num_lines"],
+            splits={name: SplitCounts(**counts) for name, counts in content["splits"].items()},
+            flaws=content["flaws"],
+            examples=[Flaw(**flaw) for flaw in content["examples"]],
+        )
+
+
+def finished_record(job: EncodeJob) -> UnitRecord | None:
+    """The record of a unit that an earlier run finished, None if it has to be done."""
+    if not job.record_file.exists():
+        return None
+    return UnitRecord.from_json(json.loads(job.record_file.read_bytes()))
+
+
+def encode_unit(job: EncodeJob) -> UnitRecord:
+    """Write the tokens of a unit, a file a split, and then its record.
+
+    Raises DataError at the first flaw with ``on_error=stop``, or if a file changes meanwhile.
+    """
+    aside = Path(job.work) / "aside"
+    train, valid = (job.token_file(split) for split in SPLITS)
+    with written_aside(train, aside) as train_file, written_aside(valid, aside) as valid_file:
+        record = _encode(job, {"train": train_file, "valid": valid_file})
+    for file in job.unit.files:
+        if SourceFile.of(file.path) != file:
+            raise DataError(f"{file.path}: changed while it was read. Run prepare again.")
+    write_json(job.record_file, asdict(record), aside)
+    return record
+
+
+def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
+    encoder = DocumentEncoder.of_file(job.tokenizer, job.tokenizer_sha256)
+    chooser = SplitChooser(job.seed, job.valid_fraction)
+    record = UnitRecord()
+    reader = UnitReader(job.unit, job.text_column)
+    for texts in _batches(reader, record, job):
+        for text, numbers in zip(texts, encoder.encode(texts), strict=True):
+            content = text.encode()
+            split = "valid" if chooser.is_valid(content) else "train"
+            tokens = np.array([*numbers, job.eos_id], dtype=_little_endian(job.dtype))
+            outputs[split].write(tokens.tobytes())
+            counts = record.splits[split]
+            counts.num_tokens += len(tokens)
+            counts.num_documents += 1
+            counts.num_bytes += len(content)
+    record.num_lines = reader.num_lines
+    return record
+
+
+def _batches(reader: UnitReader, record: UnitRecord, job: EncodeJob) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in reader:
+        if isinstance(document, Flaw):
+            if job.on_error == "stop":
+                raise DataError(f"{in_file(document, job.unit)}. on_error=skip leaves it out.")
+            record.count(document)
+            continue
+        batch.append(document)
+        size += len(document)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def in_file(flaw: Flaw, unit: Unit) -> Flaw:
+    """A flaw with its line counted from the start of the file rather than of the unit."""
+    before = 0
+    if unit.kind == "jsonl" and unit.start:
+        with Path(flaw.path).open("rb") as file:
+            # The line that holds the byte before the range is not the unit's, but counts.
+            while file.tell() < unit.start:
+                file.readline()
+                before += 1
+    return Flaw(flaw.kind, flaw.path, before + flaw.line, flaw.detail)
+
+
+def _little_endian(dtype: str) -> np.dtype[Any]:
+    return np.dtype(dtype).newbyteorder("<")

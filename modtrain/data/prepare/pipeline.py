@@ -1,0 +1,386 @@
+"""Corpus → tokenizer, token shards and their index: parallel, resumable, the same to the byte.
+
+The work is cut in units that depend on the corpus alone, every file is written aside and renamed,
+and ``index.json`` comes last. So neither the number of workers nor an interruption can be seen in
+the output, and a directory without an index is never taken for whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from modtrain.common.atomic_io import (
+    NoLocksError,
+    digest,
+    file_sha256,
+    hold_lock,
+    sync,
+    write_bytes,
+    write_json,
+)
+from modtrain.common.errors import DataError, raise_if_any
+from modtrain.data.config import PrepareConfig
+from modtrain.data.prepare.encode import (
+    EXAMPLES_OF_A_KIND,
+    EncodeJob,
+    UnitRecord,
+    encode_unit,
+    finished_record,
+)
+from modtrain.data.prepare.pack import (
+    PackLayout,
+    TokenFile,
+    finished_shard,
+    plan_shards,
+    write_shard,
+)
+from modtrain.data.prepare.progress import progress_over
+from modtrain.data.prepare.readers import Flaw
+from modtrain.data.prepare.report import PrepareReport
+from modtrain.data.prepare.sources import SourceFile, expand_sources
+from modtrain.data.prepare.tokenizer import (
+    SplitChooser,
+    check_tokenizer,
+    train_tokenizer,
+    training_texts,
+)
+from modtrain.data.prepare.units import Unit, plan_units
+from modtrain.data.prepare.worker_pool import run_jobs
+from modtrain.data.stream.index import (
+    INDEX_NAME,
+    ITEM_SIZES,
+    SPLITS,
+    TOKENIZER_NAME,
+    IndexSummary,
+    Shard,
+    ShardIndex,
+    SplitSummary,
+    index_content,
+)
+
+WORK_NAME = ".work"
+# What the output was made of, apart from the index: times of change are no part of the data.
+REQUEST_NAME = ".prepared.json"
+_TIMES = "times of change"
+# Tokens of 16 bits number this many.
+_LARGEST_UINT16_VOCAB = 1 << 16
+
+_log = logging.getLogger(__name__)
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
+    """Make the prepared directory that ``config`` describes, or go on with one half made.
+
+    progress: show a bar on a terminal, or log lines elsewhere.
+    Raises ConfigError for a configuration that cannot work; DataError for a corpus that cannot be
+    read, an output made of something else, and a split without a single sequence.
+    """
+    raise_if_any(config.problems())
+    try:
+        return _prepare(config, progress)
+    except OSError as error:
+        raise DataError(f"{error.filename or config.output}: {error.strerror or error}") from error
+
+
+def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
+    output = Path(config.output)
+    files = expand_sources(config.sources)
+    request = _request(config, files)
+    if (output / INDEX_NAME).exists():
+        return _report_of_finished(output, request)
+    with _work_directory(output) as work:
+        units = plan_units(files, config.text_column)
+        tokenizer = _ensure_tokenizer(config, units, output, work)
+        layout = PackLayout(
+            config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
+        )
+        records, tokens = _encode(config, units, tokenizer, work=work, progress=progress)
+        splits = {split: _split_summary(records, split, layout) for split in SPLITS}
+        _refuse_empty_split(splits, records, config)
+        shards = _pack(config, tokens, layout, output=output, work=work, progress=progress)
+        summary = IndexSummary(
+            seq_len=config.seq_len,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            dtype=tokenizer.dtype,
+            tokenizer_sha256=tokenizer.sha256,
+            fingerprint="",
+            num_files=len(files),
+            flaws=_flaw_counts(records),
+            splits=splits,
+        )
+        write_json(output / REQUEST_NAME, request, work / "aside")
+        finish(output, summary, shards, work / "aside")
+    # Only now that the lock in it is closed: on NFS an open file would keep the folder.
+    shutil.rmtree(work)
+    summary = ShardIndex.load(output).summary
+    return PrepareReport(output, summary, False, _examples(units, records))
+
+
+def finish(
+    output: Path, summary: IndexSummary, shards: dict[str, list[Shard]], aside: Path
+) -> None:
+    """Write ``index.json``, which makes the directory ``output`` whole."""
+    for split in SPLITS:
+        names = {shard.name for shard in shards[split]}
+        for path in (output / split).glob("shard-*.tar"):
+            # Left by an interrupted run with other options.
+            if path.name not in names:
+                path.unlink()
+        sync(output / split)
+    sync(output)
+    write_json(output / INDEX_NAME, index_content(summary, shards), aside)
+
+
+# What was asked for ---------------------------------------------------------------------------
+
+
+def _request(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
+    """All that the output depends on, free of paths, so that the folders can be moved."""
+    options = asdict(config)
+    for name in ("sources", "output", "num_workers"):
+        del options[name]
+    path = config.tokenizer.path
+    if path is not None:
+        options["tokenizer"] = {"sha256": file_sha256(Path(path))}
+    names, sizes = [Path(file.path).name for file in files], [file.size for file in files]
+    times = digest([file.mtime_ns for file in files])
+    return {**options, "files": len(files), "contents": digest([names, sizes]), _TIMES: times}
+
+
+def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
+    try:
+        made_of = json.loads((output / REQUEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        made_of = {}
+    keys = sorted(key for key in {*request, *made_of} if request.get(key) != made_of.get(key))
+    if keys == [_TIMES]:
+        # A corpus copied or installed anew has new times and the same text.
+        _log.warning("the sources' times of change differ, names and sizes do not: taken as equal")
+    elif keys:
+        raise DataError(
+            f"{output} holds data that was prepared otherwise: it differs in {', '.join(keys)} "
+            f"(contents: names and sizes of the sources). "
+            f"Choose another output, or remove {output} to make it anew."
+        )
+    summary = ShardIndex.load(output).summary
+    # Left if a run was killed between its last two steps.
+    shutil.rmtree(output / WORK_NAME, ignore_errors=True)
+    return PrepareReport(output, summary, was_complete=True)
+
+
+@contextmanager
+def _work_directory(output: Path) -> Iterator[Path]:
+    """The working directory inside ``output``, locked; it is left in place for the next run."""
+    work = output / WORK_NAME
+    if output.exists() and not work.exists() and any(output.iterdir()):
+        raise DataError(
+            f"{output} is not empty, and no prepare began in it. Choose another output."
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    in_use = DataError(f"another prepare is writing {output}. Wait for it.")
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold_lock(work / "lock", in_use))
+        except NoLocksError:
+            _log.warning("%s cannot be locked: start no second prepare of it", output)
+        shutil.rmtree(work / "aside", ignore_errors=True)
+        for folder in ("units", "shards", "aside"):
+            (work / folder).mkdir(exist_ok=True)
+        for split in SPLITS:
+            (output / split).mkdir(exist_ok=True)
+        yield work
+
+
+# Tokenizer ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _StoredTokenizer:
+    path: Path
+    sha256: str
+    vocab_size: int
+    eos_id: int
+
+    @property
+    def dtype(self) -> str:
+        return "uint16" if self.vocab_size <= _LARGEST_UINT16_VOCAB else "uint32"
+
+
+def _ensure_tokenizer(
+    config: PrepareConfig, units: Sequence[Unit], output: Path, work: Path
+) -> _StoredTokenizer:
+    path = output / TOKENIZER_NAME
+    content = _tokenizer_content(config, units, work)
+    vocab_size, eos_id = check_tokenizer(content, config.tokenizer.path or str(path))
+    write_bytes(path, content, work / "aside")
+    return _StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
+
+
+def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path) -> bytes:
+    if config.tokenizer.path is not None:
+        return Path(config.tokenizer.path).read_bytes()
+    made_of = [asdict(config.tokenizer), config.text_column, config.valid_fraction, config.seed]
+    key = digest([made_of, [unit.description() for unit in units]])
+    trained = work / f"tokenizer-{key}.json"
+    if not trained.exists():
+        chooser = SplitChooser(config.seed, config.valid_fraction)
+        texts = training_texts(units, config.tokenizer, config.text_column, chooser)
+        content = train_tokenizer(texts, config.tokenizer.vocab_size)
+        write_bytes(trained, content, work / "aside")
+    return trained.read_bytes()
+
+
+# Encoding and packing -------------------------------------------------------------------------
+
+
+def _encode(
+    config: PrepareConfig,
+    units: Sequence[Unit],
+    tokenizer: _StoredTokenizer,
+    *,
+    work: Path,
+    progress: bool,
+) -> tuple[list[UnitRecord], dict[str, list[TokenFile]]]:
+    jobs = [
+        EncodeJob(
+            unit=unit,
+            work=str(work),
+            tokenizer=str(tokenizer.path),
+            tokenizer_sha256=tokenizer.sha256,
+            eos_id=tokenizer.eos_id,
+            dtype=tokenizer.dtype,
+            text_column=config.text_column,
+            valid_fraction=config.valid_fraction,
+            seed=config.seed,
+            on_error=config.on_error,
+        )
+        for unit in units
+    ]
+    records = _run(
+        "encoding",
+        encode_unit,
+        finished_record,
+        jobs,
+        [unit.num_bytes for unit in units],
+        num_workers=config.num_workers,
+        progress=progress,
+    )
+    tokens = {
+        split: [
+            TokenFile(str(job.token_file(split)), record.splits[split].num_tokens, job.key)
+            for job, record in zip(jobs, records, strict=True)
+        ]
+        for split in SPLITS
+    }
+    return records, tokens
+
+
+def _pack(
+    config: PrepareConfig,
+    tokens: dict[str, list[TokenFile]],
+    layout: PackLayout,
+    *,
+    output: Path,
+    work: Path,
+    progress: bool,
+) -> dict[str, list[Shard]]:
+    """The shards of each split. All are written as one batch of jobs, by one set of workers."""
+    jobs = {split: plan_shards(tokens[split], layout, output / split, work) for split in SPLITS}
+    every_job = [job for split in SPLITS for job in jobs[split]]
+    item_size = ITEM_SIZES[layout.dtype]
+    shards = _run(
+        "writing shards",
+        write_shard,
+        finished_shard,
+        every_job,
+        [item_size * sum(count for _, _, count in job.pieces) for job in every_job],
+        num_workers=config.num_workers,
+        progress=progress,
+    )
+    num_train = len(jobs["train"])
+    return {"train": shards[:num_train], "valid": shards[num_train:]}
+
+
+def _run(
+    label: str,
+    function: Callable[[Job], Result],
+    finished: Callable[[Job], Result | None],
+    jobs: Sequence[Job],
+    sizes: Sequence[int],
+    *,
+    num_workers: int,
+    progress: bool,
+) -> list[Result]:
+    """The result of each job, in order; those that an earlier run finished are not run again."""
+    results = {number: result for number, job in enumerate(jobs) if (result := finished(job))}
+    open_numbers = [number for number in range(len(jobs)) if number not in results]
+    with progress_over(label, sum(sizes), progress) as advance:
+        advance(sum(sizes[number] for number in results))
+        open_jobs = [jobs[number] for number in open_numbers]
+        for done, result in run_jobs(function, open_jobs, num_workers):
+            results[open_numbers[done]] = result
+            advance(sizes[open_numbers[done]])
+    return [results[number] for number in range(len(jobs))]
+
+
+# Counts ---------------------------------------------------------------------------------------
+
+
+def _split_summary(records: Sequence[UnitRecord], split: str, layout: PackLayout) -> SplitSummary:
+    counts = [record.splits[split] for record in records]
+    num_tokens = sum(count.num_tokens for count in counts)
+    return SplitSummary(
+        num_sequences=layout.num_sequences(num_tokens),
+        num_tokens=num_tokens,
+        num_documents=sum(count.num_documents for count in counts),
+        num_bytes=sum(count.num_bytes for count in counts),
+        dropped_tokens=layout.dropped_tokens(num_tokens),
+    )
+
+
+def _refuse_empty_split(
+    splits: dict[str, SplitSummary], records: Sequence[UnitRecord], config: PrepareConfig
+) -> None:
+    flaws = _flaw_counts(records)
+    for name, split in splits.items():
+        if split.num_sequences == 0:
+            left_out = ", ".join(f"{count} {kind}" for kind, count in flaws.items()) or "none"
+            raise DataError(
+                f"the split {name} would hold no sequence: its {split.num_documents} documents "
+                f"give {split.num_tokens} tokens, and one sequence takes {config.seq_len + 1}. "
+                f"Change valid_fraction={config.valid_fraction}, choose a shorter seq_len, or add "
+                f"documents. Left out for their flaws: {left_out}."
+            )
+
+
+def _flaw_counts(records: Sequence[UnitRecord]) -> dict[str, int]:
+    kinds = sorted({kind for record in records for kind in record.flaws})
+    return {kind: sum(record.flaws.get(kind, 0) for record in records) for kind in kinds}
+
+
+def _examples(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[Flaw]:
+    """The first few flaws of each kind, their lines counted from the start of the file."""
+    shown: dict[str, int] = {}
+    lines_before: dict[str, int] = {}
+    examples = []
+    for unit, record in zip(units, records, strict=True):
+        path = unit.files[0].path
+        for flaw in record.examples:
+            shown[flaw.kind] = shown.get(flaw.kind, 0) + 1
+            if shown[flaw.kind] <= EXAMPLES_OF_A_KIND:
+                line = flaw.line + (lines_before.get(path, 0) if unit.kind == "jsonl" else 0)
+                examples.append(replace(flaw, line=line))
+        lines_before[path] = lines_before.get(path, 0) + record.num_lines
+    return examples

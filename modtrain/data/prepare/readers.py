@@ -1,0 +1,218 @@
+"""From a unit of the corpus to its documents, and to what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import zstandard
+from pyarrow import parquet
+
+from modtrain.data.prepare.units import Unit
+
+FLAW_KINDS = {
+    "bad_json": "lines that are not JSON",
+    "no_text": "lines or rows without text in the text column",
+    "empty": "empty documents",
+    "invalid_utf8": "documents that are not UTF-8",
+    "damaged": "compressed or parquet files that are cut short or corrupt",
+}
+_BOM = b"\xef\xbb\xbf"
+_CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """Something in the corpus that gives no document.
+
+    kind: one of FLAW_KINDS.
+    line: counted from 1; in a ``jsonl`` unit from the start of the unit.
+    """
+
+    kind: str
+    path: str
+    line: int
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.detail}"
+
+
+class _CutShortError(Exception):
+    """A compressed stream that ends before its end mark, or cannot be decompressed."""
+
+
+class _Decompressor(Protocol):
+    """What zlib and zstandard share."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+class UnitReader:
+    """The documents of one unit, in order, as text or as the Flaw in their place.
+
+    num_lines: lines read so far (``jsonl`` kinds).
+    """
+
+    def __init__(self, unit: Unit, text_column: str) -> None:
+        self.unit = unit
+        self.text_column = text_column
+        self.num_lines = 0
+
+    def __iter__(self) -> Iterator[str | Flaw]:
+        kind = self.unit.kind
+        if kind == "text":
+            return self._text_files()
+        if kind == "parquet":
+            return self._parquet_rows()
+        return self._json_lines()
+
+    def _text_files(self) -> Iterator[str | Flaw]:
+        for file in self.unit.files:
+            content = Path(file.path).read_bytes().removeprefix(_BOM)
+            text = _decoded(content, file.path, 1)
+            # A document's tokens must not depend on the system that wrote it.
+            yield (
+                text
+                if isinstance(text, Flaw)
+                else _checked(text.replace("\r\n", "\n"), file.path, 1)
+            )
+
+    def _json_lines(self) -> Iterator[str | Flaw]:
+        path = self.unit.files[0].path
+        lines = self._range_lines() if self.unit.kind == "jsonl" else self._stream_lines()
+        try:
+            for line in lines:
+                self.num_lines += 1
+                is_first = self.num_lines == 1 and self.unit.start == 0
+                content = line.removeprefix(_BOM) if is_first else line
+                if content.strip():
+                    yield self._document_of_line(content, path)
+        except _CutShortError as error:
+            yield Flaw("damaged", path, self.num_lines + 1, str(error))
+
+    def _document_of_line(self, line: bytes, path: str) -> str | Flaw:
+        decoded = _decoded(line, path, self.num_lines)
+        if isinstance(decoded, Flaw):
+            return decoded
+        try:
+            record = json.loads(decoded)
+        except (ValueError, RecursionError) as error:
+            return Flaw("bad_json", path, self.num_lines, f"not JSON: {error}")
+        text = record.get(self.text_column) if isinstance(record, dict) else None
+        return self._text_or_flaw(text, path, self.num_lines)
+
+    def _text_or_flaw(self, text: object, path: str, line: int) -> str | Flaw:
+        if not isinstance(text, str):
+            what = "no" if text is None else type(text).__name__
+            return Flaw("no_text", path, line, f"{what} text in {self.text_column!r}")
+        return _checked(text, path, line)
+
+    def _range_lines(self) -> Iterator[bytes]:
+        """The lines that start inside the unit's byte range."""
+        with Path(self.unit.files[0].path).open("rb") as file:
+            position = max(0, self.unit.start - 1)
+            file.seek(position)
+            if self.unit.start:
+                # Ends the line that started before the range; just a newline if none did.
+                position += len(file.readline())
+            while position < self.unit.end:
+                line = file.readline()
+                if not line:
+                    return
+                position += len(line)
+                yield line
+
+    def _stream_lines(self) -> Iterator[bytes]:
+        make = _gzip_member if self.unit.kind == "jsonl.gz" else _zstd_frame
+        rest = b""
+        for chunk in _decompressed(Path(self.unit.files[0].path), make):
+            # What follows the last newline waits: of a damaged file it must not be a document.
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+        if rest:
+            yield rest
+
+    def _parquet_rows(self) -> Iterator[str | Flaw]:
+        path = self.unit.files[0].path
+        row = self.unit.first_row
+        groups = list(range(self.unit.start, self.unit.end))
+        try:
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(256, groups, columns=[self.text_column]):
+                    for value in _as_bytes(batch.column(0)).to_pylist():
+                        row += 1
+                        text = _decoded(value, path, row) if isinstance(value, bytes) else value
+                        yield (
+                            text if isinstance(text, Flaw) else self._text_or_flaw(text, path, row)
+                        )
+        except (OSError, pa.ArrowException) as error:
+            yield Flaw("damaged", path, row + 1, f"not parquet, or cut short: {error}")
+
+
+def _decoded(content: bytes, path: str, line: int) -> str | Flaw:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += content.count(b"\n", 0, error.start)
+        return Flaw("invalid_utf8", path, line, f"not UTF-8: {error.reason}")
+
+
+def _checked(text: str, path: str, line: int) -> str | Flaw:
+    if not text.strip():
+        return Flaw("empty", path, line, "empty document")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        # JSON can spell half a surrogate pair, which no UTF-8 can.
+        return Flaw("invalid_utf8", path, line, "not UTF-8: an unpaired surrogate")
+    return text
+
+
+def _as_bytes(column: Any) -> Any:
+    """Strings as bytes, so that one that is not UTF-8 does not take its whole batch with it."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type):
+        return column.cast(pa.binary())
+    return column.cast(pa.large_binary()) if pa.types.is_large_string(column.type) else column
+
+
+def _gzip_member() -> Any:
+    return zlib.decompressobj(wbits=31)
+
+
+def _zstd_frame() -> Any:
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+def _decompressed(path: Path, make: Callable[[], _Decompressor]) -> Iterator[bytes]:
+    """The content of a file of one or more compressed members, raising where it is cut short."""
+    current = None
+    with path.open("rb") as file:
+        while data := file.read(_CHUNK_BYTES):
+            if current is not None and current.eof:
+                # gzip allows zeros after a member; no member or frame starts with one.
+                data = data.lstrip(b"\0")
+            while data:
+                current = make() if current is None or current.eof else current
+                try:
+                    content = current.decompress(data)
+                except (zlib.error, zstandard.ZstdError) as error:
+                    raise _CutShortError(f"cannot be decompressed: {error}") from error
+                data = current.unused_data.lstrip(b"\0") if current.eof else b""
+                if content:
+                    yield content
+    if current is None or not current.eof:
+        raise _CutShortError("the compressed file is cut short")

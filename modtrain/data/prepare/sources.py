@@ -1,0 +1,97 @@
+"""Which files a corpus consists of: plain paths, globs and files inside installed packages."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modtrain.common.errors import DataError
+
+PACKAGE_PREFIX = "package:"
+# Suffix → kind.
+KINDS = {
+    ".jsonl.gz": "jsonl.gz",
+    ".jsonl.zst": "jsonl.zst",
+    ".jsonl": "jsonl",
+    ".txt": "text",
+    ".parquet": "parquet",
+}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the corpus.
+
+    kind: one of the values of KINDS.
+    size: bytes.
+    mtime_ns: time of its last change, in ns; with the size it tells a changed file.
+    """
+
+    path: str
+    kind: str
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: str) -> SourceFile:
+        """Look at a file. Raises DataError for a suffix that is not known."""
+        status = Path(path).stat()
+        return cls(path, _kind(path), status.st_size, status.st_mtime_ns)
+
+
+def expand_sources(sources: Sequence[str]) -> list[SourceFile]:
+    """Every file that the sources name: in their order, sorted within each, each file once.
+
+    Raises DataError for sources that match no file and for files of an unknown kind, all at once.
+    """
+    wrong: list[str] = []
+    found: dict[str, SourceFile] = {}
+    for source in sources:
+        try:
+            for path in _matches(source):
+                if path not in found:
+                    found[path] = SourceFile.of(path)
+        except DataError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise DataError("\n".join(wrong))
+    return list(found.values())
+
+
+def _kind(path: str) -> str:
+    for suffix, kind in KINDS.items():
+        if path.lower().endswith(suffix):
+            return kind
+    known = ", ".join(KINDS)
+    raise DataError(f"{path}: its suffix is not known. Known are {known}; narrow the source.")
+
+
+def _matches(source: str) -> list[str]:
+    pattern = str(Path(_inside_package(source)).expanduser())
+    if Path(pattern).is_file():
+        return [pattern]
+    # Hidden files and folders stay out, as in a shell.
+    # Path.glob takes no absolute pattern.
+    paths = glob.glob(pattern, recursive=True)  # noqa: PTH207
+    files = sorted(path for path in paths if Path(path).is_file())
+    if not files:
+        hint = f": it is a folder; write {source.rstrip('/')}/**/*.txt or the like"
+        raise DataError(f"{source}: matches no file{hint if Path(pattern).is_dir() else ''}.")
+    return files
+
+
+def _inside_package(source: str) -> str:
+    """The path or glob that a source stands for. The package is located, never imported."""
+    if not source.startswith(PACKAGE_PREFIX):
+        return source
+    name, _, relative = source.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not name.isidentifier() or not relative:
+        raise DataError(f"{source}: write {PACKAGE_PREFIX}NAME/glob, for a top-level package NAME.")
+    spec = importlib.util.find_spec(name)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders:
+        raise DataError(f"{source}: no package {name} is installed. Install it: pip install {name}")
+    return str(Path(glob.escape(folders[0])) / relative)

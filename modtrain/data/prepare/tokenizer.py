@@ -1,0 +1,143 @@
+"""The tokenizer of a prepared directory: trained on the corpus, or loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from modtrain.common.errors import DataError
+from modtrain.data.config import TokenizerConfig
+from modtrain.data.prepare.readers import UnitReader
+from modtrain.data.prepare.units import Unit
+
+END_OF_DOCUMENT = "<|endoftext|>"
+# What published tokenizers call the end of a document, the first one found counts.
+KNOWN_END_TOKENS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
+# Text that a byte of a compressed or columnar file stands for, roughly.
+_EXPANSION = {"jsonl.gz": 4, "jsonl.zst": 4, "parquet": 4}
+# An encoding takes some hundred bytes a token: a longer document is encoded in pieces.
+PIECE_CHARS = 4_000_000
+# A newline before a character that is no white space ends a pre-token of a byte-level BPE, so
+# that pieces cut there give the tokens of the whole.
+_CUT = re.compile(r"\n(?=\S)")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Train a byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2) on ``texts``.
+
+    Equal texts give equal bytes. Returns the content of a ``tokenizer.json``.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str().encode()
+
+
+def training_texts(
+    units: Sequence[Unit], config: TokenizerConfig, text_column: str, chooser: SplitChooser
+) -> Iterator[str]:
+    """Up to ``train_bytes`` of the training documents, each unit giving its share."""
+    estimates = [unit.num_bytes * _EXPANSION.get(unit.kind, 1) for unit in units]
+    total = sum(estimates)
+    left = config.train_bytes
+    for unit, estimate in zip(units, estimates, strict=True):
+        # Shares keep one source from being all that the tokenizer sees of a mixed corpus.
+        share = left if total <= config.train_bytes else -(-config.train_bytes * estimate // total)
+        share = min(share, left)
+        for document in UnitReader(unit, text_column):
+            if share <= 0:
+                break
+            if isinstance(document, str) and not chooser.is_valid(document.encode()):
+                content = document.encode()[:share]
+                share -= len(content)
+                left -= len(content)
+                yield content.decode(errors="ignore")
+
+
+def check_tokenizer(content: bytes, name: str) -> tuple[int, int]:
+    """Parse a ``tokenizer.json``. Returns (vocabulary size, end token's number).
+
+    Raises DataError where it is none or has no end-of-document token.
+    """
+    tokenizer = _parse(content, name)
+    for token in KNOWN_END_TOKENS:
+        eos_id = tokenizer.token_to_id(token)
+        if eos_id is not None:
+            # Numbers may have gaps: what counts for an embedding is the largest.
+            return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, eos_id
+    raise DataError(
+        f"{name}: has no end-of-document token. Add one of {', '.join(KNOWN_END_TOKENS)} to its "
+        "added_tokens, or train a tokenizer with tokenizer.path=null."
+    )
+
+
+def _parse(content: bytes, name: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f"{name}: is not a tokenizer.json ({error})") from error
+
+
+class SplitChooser:
+    """Which documents are held out: a hash of seed and text, the same wherever they stand."""
+
+    def __init__(self, seed: int, valid_fraction: float) -> None:
+        self._key = str(seed).encode()
+        self._threshold = int(valid_fraction * 2**64)
+
+    def is_valid(self, content: bytes) -> bool:
+        """Whether the document of these UTF-8 bytes belongs to the ``valid`` split."""
+        hashed = hashlib.blake2b(content, digest_size=8, key=self._key).digest()
+        return int.from_bytes(hashed, "big") < self._threshold
+
+
+class DocumentEncoder:
+    """Text → token numbers, without the end token."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        self._tokenizer = _parse(content, name)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # A document that spells out a special token must not end there.
+        self._tokenizer.encode_special_tokens = True
+
+    @classmethod
+    @lru_cache(maxsize=1)
+    def of_file(cls, path: str, sha256: str) -> DocumentEncoder:
+        """The encoder of a file whose checksum is known; kept for the next unit."""
+        content = Path(path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise DataError(f"{path}: changed while the corpus was encoded. Run prepare again.")
+        return cls(content, path)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token numbers of each text."""
+        pieces = [split_text(text) for text in texts]
+        flat = [piece for parts in pieces for piece in parts]
+        encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        return [[number for _ in parts for number in next(encoded).ids] for parts in pieces]
+
+
+def split_text(text: str) -> list[str]:
+    """Cut a text longer than PIECE_CHARS at line ends; a text without line ends stays whole."""
+    pieces = []
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        cut = _CUT.search(text, start + PIECE_CHARS - 1)
+        if cut is None:
+            break
+        pieces.append(text[start : cut.end()])
+        start = cut.end()
+    return [*pieces, text[start:]]

@@ -1,0 +1,137 @@
+"""Sample number → tokens, straight from the tar shards.
+
+Legend: B batch, S tokens trained on in a sample, T those in a stored sequence, M tar members.
+"""
+
+from __future__ import annotations
+
+import io
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from modtrain.common.errors import DataError, raise_if_any
+from modtrain.data.config import seq_len_problems
+from modtrain.data.stream.index import ITEM_SIZES, ShardIndex
+
+_NPY_MAGIC = b"\x93NUMPY\x01\x00"
+# Of a version 1.0 header of a two-dimensional array, with room to spare.
+_HEADER_BYTES = 512
+
+
+class TokenDataset(Dataset[Tensor]):
+    """The samples of one split: number n → int64 tensor (S + 1,), inputs and last target.
+
+    A stored sequence of T tokens gives T / S samples. Shards are mapped into memory when first
+    read, in each process for itself; a pickled data set carries none of that.
+    """
+
+    def __init__(self, index: ShardIndex, split: str, seq_len: int | None = None) -> None:
+        stored = index.summary.seq_len
+        self.seq_len = seq_len or stored
+        raise_if_any(seq_len_problems("data.seq_len", self.seq_len, stored))
+        self._stored_len = stored
+        self._parts = stored // self.seq_len
+        self._dtype = np.dtype(index.summary.dtype).newbyteorder("<")
+        self._item_size = ITEM_SIZES[index.summary.dtype]
+        shards = index.shards[split]
+        self._paths = [index.shard_path(split, shard) for shard in shards]
+        self._sizes = [shard.num_bytes for shard in shards]
+        members = [(s, *member) for s, shard in enumerate(shards) for member in shard.members]
+        # Arrays: small with millions of members, and faster than numpy to read one by one.
+        self._shard_M = array("q", [shard for shard, _, _ in members])
+        self._offset_M = array("q", [offset for _, offset, _ in members])
+        self._count_M = array("q", [count for _, _, count in members])
+        # The index guarantees that all members but the last are of the first one's size.
+        self._samples_per_member = self._count_M[0] * self._parts if members else 1
+        self._num_samples = sum(self._count_M) * self._parts
+        self._forget()
+
+    def _forget(self) -> None:
+        self._maps: dict[int, NDArray[Any]] = {}
+        # Item in the shard at which a member's tokens begin; -1 until its header was checked.
+        self._first_item_M = array("q", [-1]) * len(self._offset_M)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_maps", "_first_item_M")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: list[int]) -> Tensor:
+        """Samples ``numbers`` as one int64 tensor (B, S + 1); what a DataLoader calls.
+
+        Raises IndexError outside the split, DataError where a shard is not what its index says.
+        """
+        if numbers and not 0 <= min(numbers) <= max(numbers) < self._num_samples:
+            raise IndexError(f"samples {numbers} of {self._num_samples}")
+        length = self.seq_len + 1
+        rows = []
+        # One row after the other: numpy's overhead on arrays of a batch's size costs more.
+        for number in numbers:
+            member, inside = divmod(number, self._samples_per_member)
+            start = self._first_item_M[member]
+            if start < 0:
+                start = self._first_item_M[member] = self._checked_first_item(member)
+            # Samples are S apart, and each stored sequence ends with one token of the next.
+            start += inside * self.seq_len + inside // self._parts
+            rows.append(self._maps[self._shard_M[member]][start : start + length])
+        # Two passes beat one that converts as it copies: the first waits for memory alone.
+        tokens_BS = np.concatenate(rows).astype(np.int64).reshape(-1, length)
+        return torch.from_numpy(tokens_BS)
+
+    def _items(self, shard: int) -> NDArray[Any]:
+        """A shard's bytes as items of the tokens' type; tar pads files to whole blocks of 512."""
+        if shard not in self._maps:
+            path, size = self._paths[shard], self._sizes[shard]
+            self._maps[shard] = _mapped(path, size).view(self._dtype)
+        return self._maps[shard]
+
+    def _checked_first_item(self, member: int) -> int:
+        """Where a member's tokens begin, in items, after a look at its .npy header."""
+        shard, offset = self._shard_M[member], self._offset_M[member]
+        content = self._items(shard).view(np.uint8)
+        header = content[offset : offset + _HEADER_BYTES].tobytes()
+        expected = ((self._count_M[member], self._stored_len + 1), False, self._dtype)
+        # The header alone is read and nothing unpickled: the tokens are plain numbers.
+        stream = io.BytesIO(header)
+        stream.seek(len(_NPY_MAGIC))
+        try:
+            known = header.startswith(_NPY_MAGIC)
+            found = np.lib.format.read_array_header_1_0(stream) if known else None
+        except ValueError:
+            found = None
+        first_byte = offset + stream.tell()
+        last_byte = first_byte + expected[0][0] * expected[0][1] * self._item_size
+        if found != expected or first_byte % self._item_size or last_byte > len(content):
+            raise DataError(
+                f"{self._paths[shard]}: no tokens of shape {expected[0]} at byte {offset}; "
+                "the shard is damaged. data.verify=sha256 checks every shard; copy it again."
+            )
+        return first_byte // self._item_size
+
+
+def _mapped(path: Path, size: int) -> NDArray[np.uint8]:
+    """The bytes of a file, mapped privately. Unlike np.memmap it keeps no file open."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            raise DataError(f"{path}: has {found} bytes, not {size}. Copy the directory again.")
+        tensor = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    content: NDArray[np.uint8] = tensor.numpy()
+    return content

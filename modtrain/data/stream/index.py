@@ -1,0 +1,311 @@
+"""What a prepared directory holds: ``index.json``, read, checked and described.
+
+The index is the only mark of completeness: it is written last. Imports neither torch nor numpy, so
+that a configuration can be checked against the data in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from modtrain.common.atomic_io import digest, file_sha256
+from modtrain.common.errors import DataError
+
+INDEX_VERSION = 1
+INDEX_NAME = "index.json"
+TOKENIZER_NAME = "tokenizer.json"
+SPLITS = ("train", "valid")
+# Of a numpy array on disk, little-endian.
+ITEM_SIZES = {"uint16": 2, "uint32": 4}
+_TAR_BLOCK = 512
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """Counts of one split.
+
+    num_sequences: stored sequences, each of seq_len + 1 tokens, the last of them the first of the
+        next sequence.
+    num_tokens: tokens of all documents with their end tokens, the dropped tail included.
+    num_documents: documents.
+    num_bytes: UTF-8 bytes of the documents' text; num_bytes / num_tokens turns a loss a token
+        into bits a byte.
+    dropped_tokens: tokens of the incomplete last sequence, which is not stored.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    dropped_tokens: int
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """What training must know of a prepared directory, without its list of shards.
+
+    flaws: kind of damage found in the corpus → how many documents or files were left out for it.
+    fingerprint: SHA-256 over the shards' checksums, the tokenizer's and seq_len.
+    """
+
+    seq_len: int
+    vocab_size: int
+    eos_id: int
+    dtype: str
+    tokenizer_sha256: str
+    fingerprint: str
+    num_files: int
+    flaws: dict[str, int]
+    splits: dict[str, SplitSummary]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file.
+
+    members: (offset of an .npy file inside the tar, in bytes; sequences in it), in order. All of
+        a split hold equally many, but the last one may hold fewer.
+    """
+
+    name: str
+    num_bytes: int
+    sha256: str
+    members: tuple[tuple[int, int], ...]
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in all the members."""
+        return sum(count for _, count in self.members)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A prepared directory: its summary and every shard."""
+
+    directory: Path
+    summary: IndexSummary
+    shards: dict[str, tuple[Shard, ...]]
+
+    @classmethod
+    def load(cls, path: str | Path, verify: str = "size") -> ShardIndex:
+        """Read and check the index of the prepared directory ``path``.
+
+        verify: ``size`` compares the size of each shard, ``sha256`` its content too, ``none``
+            trusts the directory.
+        Raises DataError that names the file and the remedy.
+        """
+        directory = Path(path)
+        content = _read(directory)
+        summary = _summary(content)
+        shards = {
+            name: tuple(_shard(item, summary) for item in split.list_of("shards"))
+            for name, split in content.splits().items()
+        }
+        index = cls(directory, summary, shards)
+        index._check_sums(content)
+        if verify != "none":
+            index._check_files(with_checksums=verify == "sha256")
+        return index
+
+    def shard_path(self, split: str, shard: Shard) -> Path:
+        """Where a shard lies."""
+        return self.directory / split / shard.name
+
+    def _check_sums(self, content: _Object) -> None:
+        for name, shards in self.shards.items():
+            found = sum(shard.num_sequences for shard in shards)
+            expected = self.summary.splits[name].num_sequences
+            if found != expected:
+                content.fail(f"the shards of {name} hold {found} sequences, not {expected}")
+            counts = [count for shard in shards for _, count in shard.members]
+            if any(count != counts[0] for count in counts[:-1]) or counts[-1:] > counts[:1]:
+                content.fail(f"the members of {name} are not of one size, the last one excepted")
+            if len({shard.name for shard in shards}) != len(shards):
+                content.fail(f"{name} names a shard twice")
+        if fingerprint(self.shards, self.summary) != self.summary.fingerprint:
+            content.fail("the fingerprint does not fit the content")
+
+    def _check_files(self, *, with_checksums: bool) -> None:
+        for split, shards in self.shards.items():
+            for shard in shards:
+                _check_shard(self.shard_path(split, shard), shard, with_checksums=with_checksums)
+        tokenizer = self.directory / TOKENIZER_NAME
+        if not tokenizer.is_file():
+            raise DataError(f"{tokenizer}: missing. {_DAMAGED}")
+        if file_sha256(tokenizer) != self.summary.tokenizer_sha256:
+            raise DataError(f"{tokenizer}: is not the tokenizer of these shards. {_DAMAGED}")
+
+
+_DAMAGED = (
+    "Copy the prepared directory again, or remove it and run modtrain prepare with its sources."
+)
+
+
+def read_summary(path: str | Path) -> IndexSummary:
+    """The summary of the prepared directory ``path``; no shard is looked at.
+
+    Raises DataError where there is no index or a damaged one.
+    """
+    return _summary(_read(Path(path)))
+
+
+def fingerprint(shards: Mapping[str, Sequence[Shard]], summary: IndexSummary) -> str:
+    """Identity of what a run reads: equal for equal tokens in the same sequences."""
+    sums = {split: [shard.sha256 for shard in shards[split]] for split in shards}
+    return digest([INDEX_VERSION, summary.seq_len, summary.tokenizer_sha256, sums])
+
+
+def index_content(summary: IndexSummary, shards: Mapping[str, Sequence[Shard]]) -> dict[str, Any]:
+    """What ``index.json`` says; the fingerprint is worked out here."""
+    return {
+        "version": INDEX_VERSION,
+        "seq_len": summary.seq_len,
+        "vocab_size": summary.vocab_size,
+        "eos_id": summary.eos_id,
+        "dtype": summary.dtype,
+        "tokenizer_sha256": summary.tokenizer_sha256,
+        "fingerprint": fingerprint(shards, summary),
+        "report": {"num_files": summary.num_files, "flaws": summary.flaws},
+        "splits": {
+            name: {
+                **vars(summary.splits[name]),
+                "shards": [
+                    {
+                        "name": shard.name,
+                        "bytes": shard.num_bytes,
+                        "sha256": shard.sha256,
+                        "members": [list(member) for member in shard.members],
+                    }
+                    for shard in shards[name]
+                ],
+            }
+            for name in SPLITS
+        },
+    }
+
+
+def _check_shard(path: Path, shard: Shard, *, with_checksums: bool) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {_DAMAGED}") from error
+    if size != shard.num_bytes:
+        raise DataError(f"{path}: has {size} bytes, not {shard.num_bytes}. {_DAMAGED}")
+    if with_checksums and file_sha256(path) != shard.sha256:
+        raise DataError(f"{path}: its SHA-256 is not that of the index. {_DAMAGED}")
+
+
+class _Object:
+    """A JSON object of the index whose values are read with their types checked."""
+
+    def __init__(self, file: Path, content: object, where: str = "") -> None:
+        self.file = file
+        self.where = where
+        if not isinstance(content, dict):
+            self.fail(f"{where or 'the file'} is not an object")
+        self.content: dict[str, Any] = content
+
+    def fail(self, what: str) -> NoReturn:
+        raise DataError(f"{self.file}: {what}. {_DAMAGED}")
+
+    def integer(self, key: str, minimum: int = 0) -> int:
+        value = self.content.get(key)
+        # True is an int to Python, not to us.
+        if type(value) is not int or value < minimum:
+            self.fail(f"{self.where}{key} is {value!r}, not an integer of {minimum} or more")
+        return value
+
+    def text(self, key: str, pattern: re.Pattern[str]) -> str:
+        value = self.content.get(key)
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            self.fail(f"{self.where}{key} is {value!r}, which it must not be")
+        return value
+
+    def object(self, key: str) -> _Object:
+        return _Object(self.file, self.content.get(key), f"{self.where}{key}.")
+
+    def list_of(self, key: str) -> list[_Object]:
+        value = self.content.get(key)
+        if not isinstance(value, list):
+            self.fail(f"{self.where}{key} is not a list")
+        return [_Object(self.file, v, f"{self.where}{key}[{i}].") for i, v in enumerate(value)]
+
+    def splits(self) -> dict[str, _Object]:
+        splits = self.object("splits")
+        return {name: splits.object(name) for name in SPLITS}
+
+
+def _read(directory: Path) -> _Object:
+    file = directory / INDEX_NAME
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{file}: missing, so {directory} holds no finished data. "
+            f"Run modtrain prepare; one that was interrupted goes on where it stopped."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: is not JSON ({error}). {_DAMAGED}") from error
+    checked = _Object(file, content)
+    version = checked.integer("version")
+    if version != INDEX_VERSION:
+        raise DataError(
+            f"{file}: has version {version}; this modtrain reads version {INDEX_VERSION}. "
+            "Run modtrain prepare into another output."
+        )
+    return checked
+
+
+def _summary(content: _Object) -> IndexSummary:
+    report = content.object("report")
+    flaws = report.object("flaws")
+    return IndexSummary(
+        seq_len=content.integer("seq_len", 1),
+        vocab_size=content.integer("vocab_size", 1),
+        eos_id=content.integer("eos_id"),
+        dtype=content.text("dtype", re.compile("|".join(ITEM_SIZES))),
+        tokenizer_sha256=content.text("tokenizer_sha256", _SHA256),
+        fingerprint=content.text("fingerprint", _SHA256),
+        num_files=report.integer("num_files"),
+        flaws={kind: flaws.integer(kind) for kind in flaws.content},
+        splits={
+            name: SplitSummary(**{key: split.integer(key) for key in SplitSummary.__annotations__})
+            for name, split in content.splits().items()
+        },
+    )
+
+
+def _shard(content: _Object, summary: IndexSummary) -> Shard:
+    num_bytes = content.integer("bytes")
+    if num_bytes % _TAR_BLOCK:
+        content.fail(f"{content.where}bytes is {num_bytes}, which no tar file has")
+    members = content.content.get("members")
+    if not isinstance(members, list) or not all(map(_is_member, members)):
+        content.fail(f"{content.where}members is not a list of [offset, sequences]")
+    sequence_bytes = (summary.seq_len + 1) * ITEM_SIZES[summary.dtype]
+    end = 0
+    for offset, count in members:
+        if offset < end or offset + count * sequence_bytes > num_bytes:
+            content.fail(f"{content.where}members has one outside its shard, at byte {offset}")
+        end = offset + count * sequence_bytes
+    # A name with a separator could lead out of the directory.
+    name = content.text("name", _SHARD_NAME)
+    return Shard(name, num_bytes, content.text("sha256", _SHA256), tuple(map(tuple, members)))
+
+
+def _is_member(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(number) is int and number >= 0 for number in value)
+        and value[1] > 0
+    )

@@ -1,0 +1,1 @@
+"""Processes: how they start, agree, exchange tensors and are watched."""

@@ -1,0 +1,1 @@
+"""`modtrain compare`: several models on one budget."""

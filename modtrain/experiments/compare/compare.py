@@ -1,0 +1,122 @@
+"""Train several models on one budget and report them side by side, on the causal loss."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from modtrain.common.atomic_io import write_text
+from modtrain.common.errors import ConfigError, Problem, TrainingError
+from modtrain.distributed.launch import Launch
+from modtrain.experiments.compare.comparison_report import describe, draw, show
+from modtrain.experiments.compare.config import Comparison
+from modtrain.experiments.compare.step_timing import step_seconds
+from modtrain.training.config import TrainConfig
+from modtrain.training.plan import resolve
+from modtrain.training.run import train
+from modtrain.training.run_directory import RunDirectory
+
+
+def compare(comparison: Comparison) -> int:
+    """Train each arm to its end, then print and draw the comparison.
+
+    Seed after seed, each with all its arms: what is interrupted has whole comparisons behind it.
+
+    Returns:
+        The exit code: 0, or that of an arm which a signal stopped.
+
+    Raises:
+        ModtrainError: an arm cannot run; nothing is trained before all of them are checked.
+    """
+    if (processes := Launch.from_environment().world_size) > 1:
+        reason = f"trains in one process, and {processes} were started"
+        remedy = "leave torchrun or srun out, or start an arm by itself with modtrain train"
+        raise ConfigError([Problem("compare", "", reason, remedy)])
+    console = Console()
+    arms = {
+        name: [resolve(config)[0] for config in configs]
+        for name, configs in comparison.arms.items()
+    }
+    if comparison.train:
+        report_path = comparison.directory / "compare.json"
+        if not all(map(_is_complete, arms.values())):
+            # What it says is about to be old; it comes back when everything is trained.
+            report_path.unlink(missing_ok=True)
+        for of_a_seed in zip(*arms.values(), strict=True):
+            for config in of_a_seed:
+                outcome = train(config)
+                if outcome.exit_code:
+                    return outcome.exit_code
+    _tell(replace(comparison, arms=arms), console)
+    return 0
+
+
+def _tell(comparison: Comparison, console: Console) -> None:
+    if not (comparison.train and comparison.is_whole):
+        show(_report(_complete_runs(comparison.arms), comparison.timed_rounds), console)
+        return
+    path, picture = (comparison.directory / n for n in ("compare.json", "loss_over_flops.png"))
+    if not _is_current(path, comparison.arms):
+        draw(comparison.arms, picture)
+        report = _report(comparison.arms, comparison.timed_rounds)
+        write_text(path, json.dumps(report, indent=1))
+    else:
+        console.print(f"{comparison.directory} is complete: nothing was trained", soft_wrap=True)
+    show(json.loads(path.read_text()), console)
+    console.print(f"\npicture: {picture.resolve()}", soft_wrap=True)
+    where = shlex.quote(str(comparison.directory))
+    console.print(f"TensorBoard: {_tensorboard()} --logdir {where}", soft_wrap=True)
+
+
+def _is_complete(configs: list[TrainConfig]) -> bool:
+    return all(RunDirectory.of(config).is_complete for config in configs)
+
+
+def _complete_runs(arms: dict[str, list[TrainConfig]]) -> dict[str, list[TrainConfig]]:
+    """Leave out what is not complete. Raises TrainingError where nothing is."""
+    found = {
+        name: [config for config in configs if RunDirectory.of(config).is_complete]
+        for name, configs in arms.items()
+    }
+    found = {name: configs for name, configs in found.items() if configs}
+    if not found:
+        raise TrainingError("no run of this comparison is complete: leave train=false out")
+    return found
+
+
+def _is_current(report: Path, arms: dict[str, list[TrainConfig]]) -> bool:
+    """Whether the report is there and of these arms and runs, the first one the same."""
+    if not report.is_file():
+        return False
+    known = json.loads(report.read_text())
+    return [(name, arm["runs"]) for name, arm in known.items()] == [
+        (name, [config.name for config in configs]) for name, configs in arms.items()
+    ]
+
+
+def _tensorboard() -> str:
+    """The command as it can be typed here: that of this environment, active or not."""
+    beside = Path(sys.executable).with_name("tensorboard")
+    if not beside.is_file():
+        return "tensorboard"
+    if beside.is_relative_to(Path.cwd()):
+        beside = beside.relative_to(Path.cwd())
+    return shlex.quote(str(beside))
+
+
+def _report(arms: dict[str, list[TrainConfig]], rounds: int) -> dict[str, dict[str, Any]]:
+    times: dict[str, float] | dict[str, None] = dict.fromkeys(arms)
+    if rounds:
+        try:
+            times = step_seconds({name: configs[0] for name, configs in arms.items()}, rounds)
+        except torch.OutOfMemoryError:
+            # Each fits alone, all together do not: the losses are worth more than the times.
+            times = dict.fromkeys(arms)
+    return {name: describe(configs, times[name]) for name, configs in arms.items()}

@@ -1,0 +1,157 @@
+"""A comparison as figures, a table, words and a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from modtrain.common.atomic_io import written_aside
+from modtrain.models.flops import dense_equivalent_flops, forward_flops
+from modtrain.training.callbacks.evaluation import CAUSAL_FLOPS, CAUSAL_LOSS, TOP_K_LOSS
+from modtrain.training.config import TrainConfig
+from modtrain.training.metrics_log import read_metrics
+from modtrain.training.run_directory import RunDirectory
+
+_OTHER = "held_out/causal_loss_"
+# Two standard errors: what lies within is not told apart from nothing.
+_SURE = 2.0
+
+
+def describe(configs: list[TrainConfig], seconds: float | None) -> dict[str, Any]:
+    """Return the figures of an arm whose runs, one a seed, are complete.
+
+    Losses are means over the seeds, in nats a token; ``causal_losses`` has them one by one, by the
+    seed. seconds: of a micro-batch's training step, if it was measured.
+    """
+    results = [json.loads(RunDirectory.of(config).result.read_text()) for config in configs]
+    model, seq_len = configs[0].model, configs[0].data.seq_len or 1
+    losses = [result.get(CAUSAL_LOSS) for result in results]
+    others = {key.removeprefix(_OTHER) for key in results[0] if key.startswith(_OTHER)}
+    return {
+        "runs": [config.name for config in configs],
+        "causal_loss": _mean(losses),
+        "causal_loss_spread": _spread(losses),
+        "causal_losses": {
+            str(config.seed): loss for config, loss in zip(configs, losses, strict=True)
+        },
+        "causal_loss_by_decision": {
+            name: _mean([result[_OTHER + name] for result in results]) for name in sorted(others)
+        },
+        "top_k_loss_not_causal": _mean([result.get(TOP_K_LOSS) for result in results]),
+        "forward_flops_per_token": forward_flops(model, seq_len).total / seq_len,
+        "causal_flops_per_token": _mean([result.get(CAUSAL_FLOPS) for result in results]),
+        "dense_equivalent_flops_per_token": dense_equivalent_flops(model, seq_len).total / seq_len,
+        "micro_batch_seconds": seconds,
+        **{key: results[0][key] for key in ("steps", "tokens", "flops")},
+    }
+
+
+def show(report: dict[str, dict[str, Any]], console: Console) -> None:
+    """Print the report as a table, and in words who came out ahead."""
+    flops = [arm["flops"] for arm in report.values()]
+    equal = "equal" if max(flops) <= 1.02 * min(flops) else "UNEQUAL"
+    columns = {
+        "causal loss (nats a token)": ("causal_loss", "{:.4f}"),
+        "spread": ("causal_loss_spread", "{:.4f}"),
+        "top-k loss, not causal": ("top_k_loss_not_causal", "{:.4f}"),
+        "training FLOPs": ("flops", "{:.3e}"),
+        "steps": ("steps", "{:,}"),
+        "tokens": ("tokens", "{:,}"),
+        "forward FLOPs a token, as trained": ("forward_flops_per_token", "{:,.0f}"),
+        "forward FLOPs a token, causal": ("causal_flops_per_token", "{:,.0f}"),
+        "step time of a micro-batch (ms)": ("micro_batch_seconds", "{:.1f}"),
+    }
+    rows: list[list[str]] = []
+    for title, (key, form) in columns.items():
+        values = [arm[key] for arm in report.values()]
+        scale = 1000 if key == "micro_batch_seconds" else 1
+        if key not in ("causal_loss_spread", "micro_batch_seconds") or any(values):
+            rows.append([title, *("-" if v is None else form.format(v * scale) for v in values)])
+    # Many arms stand below each other, or the table would be wider than any terminal.
+    across = [["", *report], *rows]
+    if len(report) > 4:
+        across = [list(row) for row in zip(*across, strict=True)]
+    table = Table(title=f"held-out loss at {equal} training FLOPs")
+    for number, heading in enumerate(across[0]):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in across[1:]:
+        table.add_row(*row)
+    console.print(table)
+    for line in verdict(report):
+        console.print(line, soft_wrap=True)
+
+
+def verdict(report: dict[str, dict[str, Any]]) -> list[str]:
+    """Say in words how each arm does against the first, for better or worse."""
+    (first, base), *others = report.items()
+    lines = []
+    for name, arm in others:
+        if arm["causal_loss"] is None or base["causal_loss"] is None:
+            lines.append(f"{name} and {first} cannot be compared: one has no causal decision")
+            continue
+        change, word, sure = _change(arm, base)
+        flops = arm["forward_flops_per_token"] / base["forward_flops_per_token"]
+        times = (arm["micro_batch_seconds"], base["micro_batch_seconds"])
+        timed = "" if None in times else f" and {times[0] / times[1]:.3f} of its step time"
+        lines.append(
+            f"{name} {word} {first} at this size: causal loss {change:+.2%}{sure}, with"
+            f" {flops:.3f} of its forward FLOPs{timed}"
+        )
+    return lines
+
+
+def _change(arm: dict[str, Any], base: dict[str, Any]) -> tuple[float, str, str]:
+    """Return the change of the loss, a word for it, and how sure it is over the shared seeds."""
+    ours, theirs = arm["causal_losses"], base["causal_losses"]
+    pairs = [ours[seed] / theirs[seed] - 1 for seed in ours if seed in theirs]
+    change = statistics.mean(pairs) if pairs else arm["causal_loss"] / base["causal_loss"] - 1
+    word = "beats" if change < 0 else "loses to" if change > 0 else "equals"
+    if len(pairs) < 2:
+        return change, word, ""
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    if abs(change) < _SURE * error:
+        word = "is not told apart from"
+    return change, word, f" ± {error:.2%} (standard error over {len(pairs)} seeds)"
+
+
+def draw(arms: dict[str, list[TrainConfig]], path: Path) -> None:
+    """Draw held-out causal loss against training FLOPs, a curve an arm's first run, as a PNG."""
+    figure = Figure(figsize=(7, 4.5) if len(arms) <= 4 else (10, 7))
+    axes = figure.subplots()
+    for number, (name, configs) in enumerate(arms.items()):
+        records = read_metrics(RunDirectory.of(configs[0]).metrics)
+        points = [(r["flops"], r[CAUSAL_LOSS]) for r in records if CAUSAL_LOSS in r]
+        color = f"C{number % 10}"
+        style = ("-", "--", "-.")[number // 10 % 3]
+        if points:
+            label = f"{name}, causal"
+            axes.plot(*zip(*points, strict=True), marker="o", ls=style, color=color, label=label)
+        above = [(r["flops"], r[TOP_K_LOSS]) for r in records if TOP_K_LOSS in r]
+        if above and len(arms) <= 4:
+            label = f"{name}, top-k (not causal)"
+            axes.plot(*zip(*above, strict=True), ls=":", color=color, label=label)
+    axes.set_xlabel("training FLOPs, executed")
+    axes.set_ylabel("held-out loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    with written_aside(path, path.parent) as file:
+        figure.savefig(file, dpi=130, format="png")
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known and len(known) == len(values) else None
+
+
+def _spread(values: list[float | None]) -> float | None:
+    """Standard deviation over the seeds; None where there are fewer than two."""
+    known = [value for value in values if value is not None]
+    return statistics.stdev(known) if len(known) > 1 else None

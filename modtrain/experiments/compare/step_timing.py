@@ -1,0 +1,68 @@
+"""Training-step times of several models, measured side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from modtrain.data.stream.documents import document_numbers_if_apart
+from modtrain.models.transformer import Transformer
+from modtrain.parallel import activation_checkpointing
+from modtrain.parallel.strategies.base import compiled
+from modtrain.training.config import TrainConfig
+from modtrain.training.hardware import resolve_accelerator, resolve_precision
+from modtrain.training.module import adamw
+
+
+def step_seconds(configs: dict[str, TrainConfig], rounds: int) -> dict[str, float]:
+    """Return the median seconds of a micro-batch's training step of each model.
+
+    The models take turns within each round, so that a machine that slows down slows all of them.
+    Forward, backward and optimizer are timed, on random tokens, with fresh weights.
+    """
+    steps = {name: _Step(config) for name, config in configs.items()}
+    for step in steps.values():
+        step()
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            seconds[name].append(step())
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class _Step:
+    def __init__(self, config: TrainConfig) -> None:
+        self.device = torch.device(resolve_accelerator(config.strategy.accelerator))
+        self.bf16 = resolve_precision(config.precision, self.device.type) == "bf16"
+        model = Transformer(config.model, seed=config.seed).to(self.device)
+        activation_checkpointing.apply(model, config.strategy.activation_checkpointing)
+        self.optimizer = adamw(model, config.optimizer)
+        self.model = compiled(model) if config.compile else model
+        generator = torch.Generator().manual_seed(0)
+        shape = (config.batch.micro_batch_size, (config.data.seq_len or 1) + 1)
+        tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)
+        self.tokens_BT = tokens.to(self.device)
+        eos_id = config.data.eos_id
+        inputs_BS = self.tokens_BT[:, :-1]
+        self.documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
+
+    def __call__(self) -> float:
+        self._wait()
+        start = time.perf_counter()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            output = self.model(
+                self.tokens_BT[:, :-1], self.tokens_BT[:, 1:], documents_BS=self.documents_BS
+            )
+            loss = sum(output.auxiliary.values(), start=output.loss)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,1 @@
+"""`modtrain search`: the best of many trials."""

@@ -1,0 +1,155 @@
+"""Typed configuration of a search, and the space that it searches. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from modtrain.common.errors import Problem
+from modtrain.common.overrides import quoted
+from modtrain.common.validation import at_least, one_of
+from modtrain.training.config import TrainConfig
+
+OBJECTIVES = ("causal_loss", "forward_flops")
+PRUNERS = ("none", "median", "halving")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One key that is searched.
+
+    values: of a choice, as text for an override. low, high: ends of an interval, both belong to
+    it. whole: integers alone. log: uniform in the logarithm. step: of a range.
+    """
+
+    key: str
+    values: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    whole: bool = False
+    log: bool = False
+    step: float | None = None
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """What is to be tried before a search starts: each value of a choice, or both ends."""
+        return self.values or (str(self.low), str(self.high))
+
+
+@dataclass
+class SearchConfig(TrainConfig):
+    """Runs that share everything but what Optuna draws from ``space``.
+
+    study: its directory under ``runs_dir``; the same study goes on.
+    space: key → ``interval(a, b)``, ``int(interval(a, b))``, ``range(a, b, step)`` or
+        ``choice(x, y)``; ``tag(log, interval(a, b))`` is uniform in the logarithm.
+    trials: how many the study is to have in all, whoever makes them.
+    directions: what is made small: ``causal_loss`` (held out), ``forward_flops`` (a token).
+    pruner: ``median`` or ``halving`` ends a trial that does badly at an evaluation; ``none``.
+    search_seed: of what is drawn.
+    """
+
+    study: str | None = None
+    space: dict[str, str] = field(default_factory=dict)
+    trials: int = 20
+    directions: list[str] = field(default_factory=lambda: ["causal_loss"])
+    pruner: str = "none"
+    search_seed: int = 0
+
+    def problems(self, needs_name: bool = False) -> list[Problem]:
+        """Everything wrong with the search and what its trials share."""
+        found = super().problems(needs_name)
+        if not self.study:
+            remedy = "add study=my_search: the same study goes on"
+            found.append(Problem("study", "null", "a search needs a name", remedy))
+        elif self.study.startswith("/") or {"", ".."} & set(self.study.split("/")):
+            reason, remedy = "is not a directory below runs_dir", "use a plain name"
+            found.append(Problem("study", self.study, reason, remedy))
+        found += one_of(self, "", "directions", OBJECTIVES) + one_of(self, "", "pruner", PRUNERS)
+        found += at_least(self, "", 1, "trials") + at_least(self, "", 0, "search_seed")
+        if not self.directions or len(set(self.directions)) < len(self.directions):
+            remedy = "name one or two, each once"
+            found.append(Problem("directions", self.directions, "names none, or one twice", remedy))
+        return found + self._pruner_problems() + parse_space(self.space)[1]
+
+    def _pruner_problems(self) -> list[Problem]:
+        if self.pruner == "none":
+            return []
+        if self.directions != ["causal_loss"]:
+            reason = "goes with directions=[causal_loss] alone: Optuna prunes by one objective"
+            remedy = "leave it out"
+            return [Problem("pruner", self.pruner, reason, remedy)]
+        if self.eval.every is None:
+            reason, remedy = "looks at evaluations, and there is one at the end", "set eval.every"
+            return [Problem("pruner", self.pruner, reason, remedy)]
+        return []
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that is checked. compose: the configuration of a trial from its overrides."""
+
+    config: SearchConfig
+    compose: Callable[[Sequence[str], str], TrainConfig]
+
+    @property
+    def directory(self) -> Path:
+        """Where the study and its trials are."""
+        return Path(self.config.runs_dir) / str(self.config.study)
+
+
+def join_space(overrides: Sequence[str]) -> list[str]:
+    """Make of all ``space.KEY=RANGE`` one override, which is not taken for a sweep of Hydra's."""
+    own = [text for text in overrides if text.lstrip("+").startswith("space.")]
+    if not own:
+        return list(overrides)
+    pairs = [text.lstrip("+").removeprefix("space.").partition("=") for text in own]
+    space = ",".join(f"{key}:{quoted(value)}" for key, _, value in pairs)
+    return [*(text for text in overrides if text not in own), f"++space={{{space}}}"]
+
+
+def parse_space(space: Mapping[str, str]) -> tuple[list[Dimension], list[Problem]]:
+    """Return the space's dimensions and what is wrong with it."""
+    dimensions, problems = [], []
+    if not space:
+        remedy = "add space.model.capacity=interval(0.05,0.5)"
+        problems.append(Problem("space", "", "is empty: there is nothing to search", remedy))
+    for key, text in space.items():
+        remedy = "write interval(0.1,1), int(interval(1,4)), tag(log,interval(1e-4,1e-2)),"
+        remedy += " range(2,9,2) or choice(x,y)"
+        try:
+            override = OverridesParser.create().parse_override(f"{key}={text}")
+            dimensions.append(_dimension(key, override))
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+            said = str(error).splitlines()[0]
+            problems.append(Problem(f"space.{key}", text, f"is no range of values: {said}", remedy))
+    return dimensions, problems
+
+
+def _dimension(key: str, override: Override) -> Dimension:
+    value: Any = override.value()
+    if isinstance(value, IntervalSweep):
+        low, high = value.start, value.end
+        log = "log" in value.tags
+        if low is None or high is None or not low <= high or (log and low <= 0):
+            raise ValueError("its ends must be in order, and above 0 for a logarithm")
+        whole = isinstance(low, int) and isinstance(high, int)
+        return Dimension(key, low=low, high=high, whole=whole, log=log)
+    if isinstance(value, RangeSweep):
+        values = list(value.range())
+        if len(values) < 2:
+            raise ValueError("it has fewer than two values")
+        whole = all(isinstance(v, int) for v in values)
+        low, high = sorted((values[0], values[-1]))
+        return Dimension(key, low=low, high=high, whole=whole, step=abs(values[1] - values[0]))
+    if isinstance(value, ChoiceSweep):
+        texts = tuple(text for text in override.sweep_string_iterator())
+        return Dimension(key, values=tuple(dict.fromkeys(texts)))
+    raise ValueError("it is one value")

@@ -1,0 +1,243 @@
+"""A search by Optuna: trials that are runs, each in a directory, none lost and none made twice.
+
+Whoever works on a trial holds a lock that ends with its process; a trial that is unfinished and not
+held is gone on with, with the same parameters and from its checkpoint. So a search may be killed,
+and have several workers. The study is in `modtrain.experiments.search.study`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from modtrain.common.atomic_io import hold_lock, write_text
+from modtrain.common.errors import ConfigError, Problem, raise_if_any
+from modtrain.distributed.launch import Launch
+from modtrain.experiments import hparams
+from modtrain.experiments.search.config import Dimension, Search, SearchConfig, parse_space
+from modtrain.experiments.search.study import open_study
+from modtrain.experiments.sweep.hydra_multirun import say
+from modtrain.experiments.sweep.job_process import run_apart
+from modtrain.experiments.sweep.job_state import failure_text, pruned_mark, state_of
+from modtrain.experiments.sweep.jobs import Job, write_jobs
+from modtrain.models.flops import forward_flops
+from modtrain.training.config import TrainConfig
+from modtrain.training.plan import resolve
+from modtrain.training.run_directory import RunDirectory
+from modtrain.training.stop_signal import STOP
+
+# Seconds between two looks at whether a trial is free.
+_BETWEEN_LOOKS = 5.0
+_DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def search(search: Search) -> int:
+    """Make the trials that the study lacks, one after the other, and tell the best.
+
+    Returns:
+        0 where the study has all its trials; 130 or 75 where a signal stopped it, or other workers
+        are still at theirs; 1 where no trial came to an end.
+
+    Raises:
+        ModtrainError: the study is another one's, this process is one of several, or the file
+            system has no locks.
+    """
+    if (processes := Launch.from_environment().world_size) > 1:
+        reason = f"trains in one process, and {processes} were started"
+        remedy = "leave torchrun or srun out; start the command several times for several workers"
+        raise ConfigError([Problem("search", "", reason, remedy)])
+    return _Searcher(search).run()
+
+
+class _Searcher:
+    """One worker of a search."""
+
+    def __init__(self, search: Search) -> None:
+        self.search, self.config, self.directory = search, search.config, search.directory
+        self.dimensions, _ = parse_space(self.config.space)
+        # All that can be wrong with the ends of the space, before the study is there.
+        shared = self._check_ends()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self.study = open_study(self.directory, self.config, shared)
+            hparams.write_experiment(self.directory, list(self.config.space))
+
+    def run(self) -> int:
+        """Work until the study has its trials."""
+        while not STOP.requested:
+            with ExitStack() as held:
+                trial = self._claim(held)
+                if trial is not None:
+                    self._work(trial)
+                    continue
+            if not self._others_work():
+                break
+            # One of them may die, and its trial is free then.
+            STOP.pause(_BETWEEN_LOOKS)
+        return self._tell()
+
+    def _others_work(self) -> bool:
+        trials = self.study.get_trials(deepcopy=False)
+        return any(trial.state not in _DONE for trial in trials)
+
+    def _check_ends(self) -> TrainConfig:
+        """Return the trial at the first of all ends, resolved.
+
+        Raises:
+            ConfigError: what is wrong with any end.
+        """
+        problems: dict[Problem, None] = {}
+        resolved: list[TrainConfig] = []
+        for overrides in self._at_the_ends():
+            try:
+                trial = self.search.compose(overrides, self._name(0))
+                resolved.append(resolve(trial, launch=Launch())[0])
+            except ConfigError as error:
+                problems |= dict.fromkeys(error.problems)
+        raise_if_any(list(problems))
+        return resolved[0]
+
+    def _at_the_ends(self) -> list[list[str]]:
+        """Each dimension at each of its ends, the others at their first."""
+        first = {d.key: d.ends[0] for d in self.dimensions}
+        tried = [first] + [first | {d.key: end} for d in self.dimensions for end in d.ends[1:]]
+        return [[f"{key}={value}" for key, value in at.items()] for at in tried]
+
+    def _claim(self, held: ExitStack) -> optuna.Trial | None:
+        """Take an unfinished trial that nobody works on, or a new one; None where all are taken."""
+        with self._alone():
+            trials = self.study.get_trials(deepcopy=False)
+            for known in trials:
+                if known.state not in _DONE and self._hold(known.number, held):
+                    return optuna.Trial(self.study, known._trial_id)
+            if len(trials) >= self.config.trials:
+                return None
+            # Not the same draws again at each start.
+            seed = self.config.search_seed + len(trials)
+            self.study.sampler = optuna.samplers.TPESampler(seed=seed)
+            trial = self.study.ask()
+            self._hold(trial.number, held)
+            return trial
+
+    def _hold(self, number: int, held: ExitStack) -> bool:
+        path = self._run(number).path
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            held.enter_context(hold_lock(path / ".claim"))
+        except BlockingIOError:
+            return False
+        return True
+
+    def _work(self, trial: optuna.Trial) -> None:
+        """Train a trial's run to its end and tell the study what came of it."""
+        overrides = {d.key: suggest(trial, d) for d in self.dimensions}
+        name, run = self._name(trial.number), self._run(trial.number)
+        said = ",".join(f"{key}={value}" for key, value in overrides.items())
+        with self._alone():
+            write_jobs(self.directory, [Job(run.path.name, overrides, [])])
+        say(f"{run.path.name}: {said}")
+        try:
+            config = self.search.compose([f"{k}={v}" for k, v in overrides.items()], name)
+        except ConfigError as error:
+            return self._failed(trial, str(error))
+        if not pruned_mark(run).is_file():
+            run_apart(run, partial(_train_trial, config, self.config, trial.number, overrides))
+        if pruned_mark(run).is_file():
+            self.study.tell(trial, state=TrialState.PRUNED)
+        elif run.is_complete:
+            values = _values(run, self.config.directions)
+            if None in values:
+                return self._failed(trial, "the model has no causal decision to be judged by")
+            self.study.tell(trial, [value for value in values if value is not None])
+        elif state_of(run) == "failed":
+            return self._failed(trial, failure_text(run))
+        say(f"{run.path.name}: {state_of(run)}")
+        return None
+
+    def _failed(self, trial: optuna.Trial, why: str) -> None:
+        trial.set_user_attr("why", why)
+        self.study.tell(trial, state=TrialState.FAIL)
+        say(f"{self._run(trial.number).path.name}: failed: {why}")
+
+    def _tell(self) -> int:
+        """Print and write the best trials."""
+        trials = self.study.get_trials(deepcopy=False)
+        best = (
+            [self._described(trial) for trial in self.study.best_trials]
+            if any(trial.state == TrialState.COMPLETE for trial in trials)
+            else []
+        )
+        counts = {state.name.lower(): sum(t.state == state for t in trials) for state in _DONE}
+        left = self.config.trials - sum(counts.values())
+        report = {"directions": list(self.config.directions), "trials": counts, "best": best}
+        write_text(self.directory / "best.json", json.dumps(report, indent=1) + "\n")
+        said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        say(f"{self.directory}: {said or 'nothing yet'}; {max(left, 0)} to go")
+        for one in best:
+            values = ", ".join(f"{key} {value:.6g}" for key, value in one["values"].items())
+            say(f"  {one['run']}: {values}; {one['parameters']}")
+        if STOP.requested and left > 0:
+            say(f"stopped by {STOP.name}: the same command goes on from here")
+            return STOP.exit_code
+        return 0 if best else 1
+
+    def _described(self, trial: FrozenTrial) -> dict[str, Any]:
+        return {
+            "run": self._name(trial.number),
+            "parameters": dict(trial.params),
+            "values": dict(zip(self.config.directions, trial.values, strict=True)),
+        }
+
+    def _name(self, number: int) -> str:
+        return f"{self.config.study}/trial_{number:04d}"
+
+    def _run(self, number: int) -> RunDirectory:
+        return RunDirectory(Path(self.config.runs_dir) / self._name(number))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the study for a moment against other workers."""
+        with hold_lock(self.directory / ".search.lock", patience=math.inf):
+            yield
+
+
+def suggest(trial: optuna.Trial, dimension: Dimension) -> str:
+    """Return the trial's value, drawn or as it was drawn before, as text for an override."""
+    d = dimension
+    if d.values:
+        return str(trial.suggest_categorical(d.key, d.values))
+    if d.whole:
+        step = int(d.step or 1)
+        return str(trial.suggest_int(d.key, int(d.low), int(d.high), step=step, log=d.log))
+    return repr(trial.suggest_float(d.key, d.low, d.high, step=d.step, log=d.log))
+
+
+def _values(run: RunDirectory, directions: Sequence[str]) -> list[float | None]:
+    result, config = json.loads(run.result.read_text()), run.read_config()
+    seq_len = config.data.seq_len or 1
+    found = {
+        "causal_loss": result.get(hparams.LOSS),
+        "forward_flops": forward_flops(config.model, seq_len).total / seq_len,
+    }
+    return [found[name] for name in directions]
+
+
+def _train_trial(
+    config: TrainConfig, search: SearchConfig, number: int, overrides: dict[str, str]
+) -> int:
+    """Train a trial in the process of its own; a study is opened anew there."""
+    # Not in the process that forks.
+    from modtrain.experiments.search.trial_callback import train_or_prune  # noqa: PLC0415
+
+    study = None
+    if search.pruner != "none":
+        study = open_study(Path(search.runs_dir) / str(search.study), search)
+    return train_or_prune(config, study, number, overrides)

@@ -1,0 +1,117 @@
+"""A search's study: Optuna's journal, and what all its trials have in common.
+
+The journal's lock holds on a network file system, where SQLite's does not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+from modtrain.common.errors import CheckpointError, OtherRunError
+from modtrain.data.stream.index import read_summary
+from modtrain.experiments.search.config import SearchConfig
+from modtrain.training.config import MUTABLE_KEYS, TrainConfig
+from modtrain.training.run_directory import differences, typed
+
+# What may differ between trials that are ranked together: on eval.sequences a loss depends.
+_FREE = (
+    *(key for key in MUTABLE_KEYS if key != "eval"),
+    *("name", "eval.every", "eval.batch_size"),
+)
+
+
+def open_study(
+    directory: Path, config: SearchConfig, shared: TrainConfig | None = None
+) -> optuna.Study:
+    """Open the study in ``directory``, or make it.
+
+    shared: a trial, resolved, the same one of the space each time: it is to be what it was for the
+        study's other trials. None: that has been looked at.
+
+    Raises:
+        OtherRunError: the study searches another space, for something else, or under other
+            settings.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = directory / "study.journal"
+    lock = JournalFileSymlinkLock(str(path.resolve()))
+    _mend(path, lock)
+    study = optuna.create_study(
+        study_name="search",
+        storage=JournalStorage(JournalFileBackend(str(path), lock_obj=lock)),
+        directions=["minimize"] * len(config.directions),
+        pruner=_pruner(config.pruner),
+        load_if_exists=True,
+    )
+    _hold_to(study, directory, {"space": config.space, "directions": list(config.directions)})
+    if shared is not None:
+        _hold_to_settings(study, directory, shared)
+        # Data may have been prepared anew in the same place.
+        _hold_to(study, directory, {"data fingerprint": read_summary(shared.data.path).fingerprint})
+    return study
+
+
+def _hold_to(study: optuna.Study, directory: Path, now: dict[str, Any]) -> None:
+    """Raise unless the study was begun with what is asked for ``now``; a new one is."""
+    before = study.user_attrs
+    changed = [
+        f"  {key}: {before[key]} in the study, {value} now"
+        for key, value in now.items()
+        if before.get(key, value) != value
+    ]
+    _refuse(directory, changed)
+    for key, value in now.items():
+        if key not in before:
+            study.set_user_attr(key, value)
+
+
+def _hold_to_settings(study: optuna.Study, directory: Path, now: TrainConfig) -> None:
+    kept = study.user_attrs.get("settings")
+    if kept is None:
+        content = OmegaConf.to_container(OmegaConf.structured(now))
+        study.set_user_attr("settings", content)
+        return
+    try:
+        before = typed(kept)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise CheckpointError(f"the settings in {directory} cannot be read: {error}") from None
+    _refuse(directory, differences(before, now, "the study", _FREE))
+
+
+def _refuse(directory: Path, changed: list[str]) -> None:
+    if changed:
+        raise OtherRunError(
+            "\n".join([f"{directory} holds another search:", *changed])
+            + "\nremedy: take these back to go on with it, or give another study= for a new search"
+        )
+
+
+def _pruner(name: str) -> optuna.pruners.BasePruner:
+    makers = {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "halving": optuna.pruners.SuccessiveHalvingPruner,
+    }
+    pruner: optuna.pruners.BasePruner = makers[name]()
+    return pruner
+
+
+def _mend(path: Path, lock: JournalFileSymlinkLock) -> None:
+    """Drop a last line that a power cut has left half: after it the journal could not be read."""
+    if not path.is_file():
+        return
+    lock.acquire()
+    try:
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(content.rfind(b"\n") + 1)
+    finally:
+        lock.release()

@@ -1,0 +1,70 @@
+"""A trial in training: what Optuna is told of it, and how it ends one that does badly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import optuna
+
+from modtrain.common.atomic_io import write_text
+from modtrain.common.errors import TrainingError
+from modtrain.experiments import hparams
+from modtrain.experiments.sweep.job_state import pruned_mark
+from modtrain.training.config import TrainConfig
+from modtrain.training.metrics_log import read_metrics
+from modtrain.training.run import train
+from modtrain.training.run_directory import RunDirectory
+
+
+class PrunedError(TrainingError):
+    """The trial does badly, and the search wants no more of it."""
+
+
+class PruningCallback(L.Callback):
+    """Reports each held-out causal loss to the study, and stops the run where Optuna says so.
+
+    It looks before a step at what the evaluation after the last one has written.
+    """
+
+    def __init__(self, run: RunDirectory, trial: optuna.Trial) -> None:
+        self.run, self.trial = run, trial
+        self._seen = -1
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Report what is new. Raises PrunedError where the trial is to end."""
+        del pl_module, batch, batch_idx
+        if trainer.global_step == self._seen:
+            return
+        self._seen = trainer.global_step
+        records = read_metrics(self.run.metrics)
+        if not records or hparams.LOSS not in records[-1] or records[-1]["step"] != self._seen:
+            return
+        self.trial.report(records[-1][hparams.LOSS], self._seen)
+        if self.trial.should_prune():
+            raise PrunedError(f"pruned at step {self._seen}")
+
+
+def train_or_prune(
+    config: TrainConfig, study: optuna.Study | None, number: int, overrides: Mapping[str, str]
+) -> int:
+    """Train a trial's run; return its exit code, 0 for one that was pruned.
+
+    study: what it reports to; None: nobody.
+    """
+    run = RunDirectory.of(config)
+    callbacks = []
+    if study is not None:
+        trial_id = study.get_trials(deepcopy=False)[number]._trial_id
+        callbacks = [PruningCallback(run, optuna.Trial(study, trial_id))]
+    try:
+        outcome = train(config, callbacks)
+    except PrunedError as pruned:
+        write_text(pruned_mark(run), f"{pruned}\n")
+        return 0
+    if outcome.exit_code == 0 and config.log.tensorboard:
+        hparams.write_run(run, overrides)
+    return outcome.exit_code

@@ -1,0 +1,1 @@
+"""Sweeps: a run for each of several values."""

@@ -1,0 +1,225 @@
+"""Hydra's side of a sweep: its sweeper and launchers, told where each job's directory is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra import version
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from modtrain.common.errors import Problem
+from modtrain.common.overrides import quoted
+from modtrain.experiments import hparams
+from modtrain.experiments.sweep.job_process import RUN_ME_AGAIN, run_apart
+from modtrain.experiments.sweep.job_state import failure_text, state_of
+from modtrain.experiments.sweep.jobs import Job, overrides_of
+from modtrain.training.config import TrainConfig
+from modtrain.training.run_directory import RunDirectory
+from modtrain.training.stop_signal import STOP, STOP_SIGNALS
+
+_LAUNCHERS = ("basic", "joblib", "slurm")
+_AT_WORK = threading.Lock()
+_QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none")
+
+
+def say(text: str) -> None:
+    """Print a line as it is."""
+    Console(soft_wrap=True, markup=False, highlight=False).print(text)
+
+
+class Multirun:
+    """Hydra's multirun under ``overrides``, those of ``hydra`` itself, over ``axes``, the others.
+
+    conf_dir, own_dir: where Hydra finds YAML. is_on_slurm: whether each job is one of Slurm's.
+    """
+
+    def __init__(
+        self,
+        overrides: Sequence[Override],
+        axes: Sequence[Override],
+        conf_dir: Path,
+        own_dir: str | None,
+    ) -> None:
+        self.axes = [str(o.input_line) for o in axes]
+        self.is_on_slurm = any(
+            o.key_or_group == "hydra/launcher" and o.value() == "slurm" for o in overrides
+        )
+        where = [] if own_dir is None else [f"file://{Path(own_dir).resolve()}"]
+        search = [f"hydra.searchpath=[{','.join(map(quoted, where))}]"] if where else []
+        said = [str(o.input_line) for o in overrides]
+        self.overrides, self.conf_dir = [*_QUIET, *said, *search], conf_dir
+
+    def problems(self) -> list[Problem]:
+        """Everything that Hydra has to say against the overrides."""
+        with self._hydra() as hydra:
+            try:
+                config = self._composed(hydra, [])
+                OmegaConf.to_container(config.hydra.launcher, resolve=True)
+                chosen = str(config.hydra.runtime.choices["hydra/launcher"])
+                if chosen not in _LAUNCHERS:
+                    raise HydraException(f"hydra/launcher={chosen} is none of modtrain's")
+            except (HydraException, OmegaConfBaseException) as error:
+                said = " ".join(str(error).split())
+                remedy = (
+                    "hydra/launcher is basic, joblib or slurm; see docs/how-to/sweep-and-search.md"
+                )
+                if self.is_on_slurm:
+                    remedy = "say it as to modtrain submit: cluster.partition=gpu, nodes=2"
+                return [Problem(" ".join(self.overrides[len(_QUIET) :]), "", said, remedy)]
+        return []
+
+    def launch(self, jobs: Sequence[tuple[Job, TrainConfig]], directory: Path) -> None:
+        """Start ``jobs`` and wait for them. How each ended, its directory tells."""
+        started = {
+            tuple(job.overrides): [
+                *overrides_of(job, config),
+                f"hydra.sweep.subdir={quoted(job.name)}",
+            ]
+            for job, config in jobs
+        }
+        task = Task(os.getpid(), {str(config.name): job for job, config in jobs})
+        with self._hydra() as hydra, _handed_to_workers():
+            config = self._composed(hydra, [f"hydra.sweep.dir={quoted(str(directory.resolve()))}"])
+            context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
+            sweeper: Any = Plugins.instance().instantiate_sweeper(
+                hydra_context=context, task_function=task, config=config
+            )
+            sweeper.launcher = _Choosing(sweeper.launcher, started)
+            try:
+                sweeper.sweep(arguments=self.axes)
+            except Exception as error:
+                # Most often a worker that died, by the very signal that ends the sweep.
+                say(f"the launcher gave up: {type(error).__name__}: {error}")
+
+    @contextmanager
+    def _hydra(self) -> Iterator[Hydra]:
+        version.setbase("1.3")
+        GlobalHydra.instance().clear()
+        search_path = create_config_search_path(str(self.conf_dir))
+        try:
+            yield Hydra.create_main_hydra2("modtrain", search_path)
+        finally:
+            GlobalHydra.instance().clear()
+
+    def _composed(self, hydra: Hydra, more: list[str]) -> DictConfig:
+        return hydra.compose_config(
+            config_name="train", overrides=[*self.overrides, *more], run_mode=RunMode.MULTIRUN
+        )
+
+
+class _Choosing(Launcher):
+    """A launcher of Hydra's that starts those jobs alone that are wanted, each in its directory.
+
+    started: by the overrides that the sweeper made a job of, those to start it with.
+    """
+
+    def __init__(self, launcher: Launcher, started: dict[tuple[str, ...], list[str]]) -> None:
+        self.launcher, self.started = launcher, started
+
+    def setup(self, **_settings: Any) -> None:
+        """Nothing: the launcher behind is set up."""
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Start what is wanted and wait for it."""
+        made = [tuple(overrides) for overrides in job_overrides]
+        jobs = [self.started[overrides] for overrides in made if overrides in self.started]
+        return self.launcher.launch(jobs, initial_job_idx)
+
+
+class Task:
+    """What a launcher calls for each job, here or in one of its workers; it is pickled.
+
+    main_pid: the sweep's process. jobs: by the name of the run.
+    """
+
+    def __init__(self, main_pid: int, jobs: dict[str, Job]) -> None:
+        self.main_pid, self.jobs = main_pid, jobs
+
+    def __call__(self, config: DictConfig) -> int:
+        """Train one job in a process of its own and return its exit code; it never raises."""
+        typed = OmegaConf.to_object(config)
+        if not isinstance(typed, TrainConfig):
+            raise TypeError("a job is a training run")
+        job, run = self.jobs[str(typed.name)], RunDirectory.of(typed)
+        work = partial(train_job, typed)
+        # In a worker nobody has done so; between two jobs Lightning's are not in the way either.
+        if os.getpid() != self.main_pid:
+            STOP.install()
+            _end_with(self.main_pid)
+        with _AT_WORK:
+            if STOP.requested:
+                return STOP.exit_code
+            say(f"{job.name}: starts")
+            code = run_apart(run, work, self.main_pid)
+            say(f"{job.name}: {state_of(run)} {failure_text(run)}".rstrip())
+            return code
+
+
+@cache
+def _end_with(main_pid: int) -> None:
+    """End this worker once the sweep's process has died and its job, which stops then, has ended.
+
+    joblib's would wait for ever: for the next job, or for somebody to take the last one's result.
+    """
+
+    def watch() -> None:
+        while os.getppid() == main_pid:
+            time.sleep(1)
+        with _AT_WORK:
+            os._exit(RUN_ME_AGAIN)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def train_job(config: TrainConfig) -> int:
+    """Train the run and add it to TensorBoard's table of hyperparameters."""
+    # Not in the process that forks.
+    from modtrain.training.run import train  # noqa: PLC0415
+
+    outcome = train(config)
+    if outcome.exit_code == 0:
+        hparams.write_swept(outcome.run)
+    return outcome.exit_code
+
+
+@contextmanager
+def _handed_to_workers() -> Iterator[None]:
+    """Tell a launcher's workers of a stop signal that came to this process alone."""
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        STOP._handle(signum, frame)
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                # Not as a Ctrl-C, of which a terminal has sent each one its own.
+                os.kill(child.pid, signal.SIGTERM)
+
+    before = {signum: signal.signal(signum, handle) for signum in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,57 @@
+"""How a job of a sweep or a search stands, as its directory tells it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+from modtrain.common.atomic_io import is_locked, write_text
+from modtrain.training.run_directory import RunDirectory
+
+STATES = ("complete", "running", "failed", "pruned", "stopped", "not started")
+
+
+def state_of(run: RunDirectory) -> str:
+    """Return one of `STATES`. A run that nobody works on and that has no end is ``stopped``."""
+    if run.is_complete:
+        return "complete"
+    if is_held(run):
+        return "running"
+    if failure_path(run).is_file():
+        return "failed"
+    if pruned_mark(run).is_file():
+        return "pruned"
+    return "stopped" if run.config.is_file() else "not started"
+
+
+def is_held(run: RunDirectory) -> bool:
+    """Whether a process works in the run's directory."""
+    return is_locked(run.path / ".lock")
+
+
+def failure_path(run: RunDirectory) -> Path:
+    """Return where it is written why a job failed."""
+    return run.path / "failure.json"
+
+
+def pruned_mark(run: RunDirectory) -> Path:
+    """Return the file that says that a search ended the run early."""
+    return run.path / "PRUNED"
+
+
+def write_failure(run: RunDirectory, kind: str, text: str) -> None:
+    """Keep why the job failed. kind: the error's class, or how the process ended."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    failure = {"kind": kind, "text": text, "time": time}
+    write_text(failure_path(run), json.dumps(failure, indent=1) + "\n")
+
+
+def failure_text(run: RunDirectory) -> str:
+    """Return the kind and the text of the failure, empty where there is none."""
+    try:
+        failure = json.loads(failure_path(run).read_text())
+    except (OSError, ValueError):
+        return ""
+    return f"{failure['kind']}: {failure['text']}"

@@ -1,0 +1,99 @@
+"""The jobs of a sweep: which there are, what they are called, and the file that lists them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.types import Override
+
+from modtrain.common.atomic_io import write_text
+from modtrain.common.errors import Problem
+from modtrain.common.overrides import quoted
+from modtrain.training.config import TrainConfig
+
+_LONGEST = 120
+_UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    name: its directory below the sweep's. swept: the overrides that set it apart, key → value as
+    text. overrides: all of its training configuration's, with the sweep's ``name``.
+    """
+
+    name: str
+    swept: dict[str, str]
+    overrides: list[str]
+
+
+def expand(overrides: Sequence[Override]) -> tuple[list[Job], list[Problem]]:
+    """Return the jobs that Hydra's basic sweeper makes of ``overrides``, in its order."""
+    endless = [o for o in overrides if o.is_sweep_override() and not o.is_discrete_sweep()]
+    if endless:
+        reason, remedy = "has no end of values", "list them, or use modtrain search"
+        return [], [
+            Problem(o.get_key_element(), o.input_line or "", reason, remedy) for o in endless
+        ]
+    swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
+    if not swept:
+        remedy = "give a key several values, as in model.capacity=0.125,0.25, or leave -m out"
+        return [], [Problem("-m", "", "sweeps nothing: each key has one value", remedy)]
+    if "name" in swept:
+        remedy = "give the sweep one name; its jobs are named by what is swept"
+        return [], [Problem("name", "", "has several values", remedy)]
+    (batch,) = BasicSweeper.split_arguments(list(overrides), None)
+    jobs: dict[str, Job] = {}
+    problems = []
+    for arguments in batch:
+        pairs = dict(argument.split("=", 1) for argument in arguments)
+        own = {key: pairs[key] for key in sorted(swept)}
+        name = job_name(own)
+        if name in jobs:
+            remedy = "name each value once"
+            problems.append(Problem(name, "", "is there twice", remedy))
+        jobs[name] = Job(name, own, list(arguments))
+    return list(jobs.values()), problems
+
+
+def job_name(swept: Mapping[str, str]) -> str:
+    """Return a directory's name for these overrides: the same for the same, whatever their order.
+
+    What a file system or a shell could stumble over is replaced, and what is very long is cut;
+    then a digest keeps apart what would be equal.
+    """
+    said = ",".join(f"{key}={value}" for key, value in sorted(swept.items()))
+    safe = _UNSAFE.sub("_", said)
+    if safe == said and len(safe) <= _LONGEST and not safe.startswith("."):
+        return safe
+    return f"{safe[:_LONGEST]}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+
+
+def overrides_of(job: Job, config: TrainConfig) -> list[str]:
+    """Return the overrides of a job's run alone. config: the run's, which has its name."""
+    own = [text for text in job.overrides if not text.startswith("name=")]
+    return [*own, f"name={quoted(str(config.name))}"]
+
+
+def read_jobs(directory: Path) -> dict[str, dict[str, str]]:
+    """Return the sweep's jobs by name, with what was swept; none where there is no sweep."""
+    path = directory / "sweep.json"
+    if not path.is_file():
+        return {}
+    known = json.loads(path.read_text())["jobs"]
+    return {name: job["overrides"] for name, job in known.items()}
+
+
+def write_jobs(directory: Path, jobs: Sequence[Job]) -> None:
+    """Add ``jobs`` to those that the sweep has already."""
+    known = read_jobs(directory) | {job.name: job.swept for job in jobs}
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {"jobs": {name: {"overrides": swept} for name, swept in known.items()}}
+    write_text(directory / "sweep.json", json.dumps(content, indent=1) + "\n")

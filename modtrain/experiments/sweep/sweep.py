@@ -1,0 +1,244 @@
+"""A sweep: Hydra's multirun, whose jobs have directories by their overrides and can go on.
+
+Hydra's sweeper makes the jobs and its launcher, any of them, starts them. What is ours: each job is
+checked before the first one starts, a job that is complete or failed is left out, and a job is a
+process of its own (`modtrain.experiments.sweep.job_process`). How the sweep ended is read from the
+directories: it holds for jobs of an earlier start, and for those whose launcher died.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hydra.core.override_parser.types import Override
+
+from modtrain.cluster.config import SubmitConfig, is_of_job
+from modtrain.cluster.submit import run_problems
+from modtrain.common.atomic_io import hold_lock
+from modtrain.common.errors import CheckpointError, ConfigError, Problem, raise_if_any
+from modtrain.common.overrides import misread, parse
+from modtrain.distributed.launch import Launch
+from modtrain.experiments import hparams
+from modtrain.experiments.sweep.config import SweepConfig, split_sweep_options
+from modtrain.experiments.sweep.hydra_multirun import Multirun, say
+from modtrain.experiments.sweep.job_process import RUN_ME_AGAIN
+from modtrain.experiments.sweep.job_state import STATES, failure_text, state_of
+from modtrain.experiments.sweep.jobs import Job, expand, read_jobs, write_jobs
+from modtrain.experiments.sweep.slurm_array import launch_on_slurm
+from modtrain.training.config import TrainConfig
+from modtrain.training.plan import resolve
+from modtrain.training.run_directory import RunDirectory, check_goes_on
+from modtrain.training.stop_signal import STOP
+
+Compose = Callable[[Sequence[str]], TrainConfig]
+ComposeJob = Callable[[Sequence[str], str | None], SubmitConfig]
+_ON_SLURM = "hydra/launcher=slurm"
+
+
+def sweep(
+    overrides: Sequence[str],
+    compose: Compose,
+    compose_job: ComposeJob,
+    conf_dir: Path,
+    own_dir: str | None,
+) -> int:
+    """Train every job that ``overrides`` make, where it is not complete.
+
+    compose: a training configuration from overrides without several values. compose_job: what a
+    job of Slurm's is to be, from its overrides and own_dir. conf_dir, own_dir: where YAML is.
+
+    Returns:
+        0 where every job is complete; 130 or 75 where a signal stopped the sweep or one of its
+        jobs; else 1.
+
+    Raises:
+        ConfigError: whatever is wrong with any job, before one starts.
+    """
+    if (processes := Launch.from_environment().world_size) > 1:
+        reason = f"starts its runs itself, and {processes} processes were started"
+        remedy = f"leave torchrun or srun out, or let {_ON_SLURM} start them"
+        raise ConfigError([Problem("-m", "", reason, remedy)])
+    parsed, problems = parse(overrides, sweeps=True)
+    raise_if_any(problems)
+    options, parsed, problems = split_sweep_options(parsed)
+    for_hydra = [o for o in parsed if o.key_or_group.startswith(("hydra.", "hydra/"))]
+    for_slurm = [o for o in parsed if is_of_job(str(o.input_line))]
+    axes = [o for o in parsed if o not in (*for_hydra, *for_slurm)]
+    jobs, found = expand(axes)
+    problems += found + _sweeper_problems(for_hydra) + _name_problems(axes)
+    if not jobs:
+        raise_if_any(problems)
+    multirun = Multirun(for_hydra, axes, conf_dir, own_dir)
+    try:
+        slurm_job = _slurm_job(for_slurm, multirun, lambda own: compose_job(own, own_dir))
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    base, runs = _checked(jobs, compose, multirun, slurm_job, problems)
+    this = _Sweep(base, jobs, runs, options)
+    this.directory.mkdir(parents=True, exist_ok=True)
+    with this.alone():
+        write_jobs(this.directory, jobs)
+        keys = {key for swept in read_jobs(this.directory).values() for key in swept}
+        hparams.write_experiment(this.directory, keys)
+        wanted = this.wanted()
+        say(f"{this.directory}: {len(jobs)} jobs, {len(wanted)} to train")
+        if wanted and slurm_job is not None:
+            own = None if own_dir is None else Path(own_dir)
+            launch_on_slurm(wanted, this.directory, slurm_job, own, say)
+            if slurm_job.dry_run:
+                return 0
+        elif wanted:
+            multirun.launch(wanted, this.directory)
+        return this.tell()
+
+
+def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
+    reason = "is not for modtrain's sweeps, whose jobs are known before the first one starts"
+    return [
+        Problem(
+            o.key_or_group, o.input_line or "", reason, "leave it out; to search: modtrain search"
+        )
+        for o in overrides
+        if o.key_or_group in ("hydra/sweeper", "hydra.mode")
+        or o.key_or_group.startswith(("hydra.sweep.", "hydra.sweeper.", "hydra.run."))
+    ]
+
+
+def _name_problems(axes: Sequence[Override]) -> list[Problem]:
+    """Find a name that Hydra takes for a number: the jobs are made of what it has read."""
+    names = [o for o in axes if o.key_or_group == "name" and not o.is_sweep_override()]
+    return [problem for override in names if (problem := misread(override)) is not None]
+
+
+def _slurm_job(
+    overrides: Sequence[Override],
+    multirun: Multirun,
+    compose_job: Callable[[Sequence[str]], SubmitConfig],
+) -> SubmitConfig | None:
+    """Return what the sweep's jobs on Slurm are to be; None where they run on this machine."""
+    problems = []
+    for override in overrides:
+        key, _, value = str(override.input_line).partition("=")
+        if not multirun.is_on_slurm:
+            remedy = f"add {_ON_SLURM}, or leave it out"
+            problems.append(Problem(key, value, "is for jobs of Slurm's", remedy))
+        elif override.is_sweep_override():
+            reason, remedy = "has several values", "sweep what a run is, not where it runs"
+            problems.append(Problem(key, value, reason, remedy))
+        elif key.lstrip("+~").split(".")[0] in ("array", "chain"):
+            remedy = "leave it out: the sweep's jobs are an array, which comes back by itself"
+            problems.append(Problem(key, value, "is not for a sweep", remedy))
+    raise_if_any(problems)
+    if not multirun.is_on_slurm:
+        return None
+    config = compose_job([str(o.input_line) for o in overrides])
+    raise_if_any(replace(config, array={"job": []}).problems())
+    return config
+
+
+def _checked(
+    jobs: Sequence[Job],
+    compose: Compose,
+    multirun: Multirun,
+    slurm_job: SubmitConfig | None,
+    problems: list[Problem],
+) -> tuple[TrainConfig, dict[str, TrainConfig]]:
+    """Return what the jobs share and the configuration of each, as composed.
+
+    Raises:
+        ConfigError: what is wrong, of all the jobs; what all of them share, once.
+    """
+    wrong: dict[Problem, list[str]] = {}
+    runs: dict[str, TrainConfig] = {}
+    base: TrainConfig | None = None
+    for job in jobs:
+        try:
+            base = compose(job.overrides)
+            runs[job.name] = replace(base, name=f"{base.name}/{job.name}" if base.name else None)
+            _check(runs[job.name], slurm_job)
+        except ConfigError as error:
+            for problem in error.problems:
+                wrong.setdefault(problem, []).append(job.name)
+    for problem, names in wrong.items():
+        everywhere = len(names) == len(jobs)
+        keys = [problem.key] if everywhere else [f"{name}: {problem.key}" for name in names]
+        problems += [replace(problem, key=key) for key in keys]
+    raise_if_any(problems + multirun.problems())
+    assert base is not None  # noqa: S101
+    return base, runs
+
+
+def _check(config: TrainConfig, slurm_job: SubmitConfig | None) -> None:
+    """Raise ConfigError if the job cannot run, or its directory holds another run."""
+    try:
+        if slurm_job is not None:
+            raise_if_any(run_problems(config, slurm_job))
+        else:
+            resolved, _ = resolve(config, launch=Launch())
+            check_goes_on(config, resolved)
+    except CheckpointError as error:
+        remedy = "take the changes back, or give the sweep another name="
+        raise ConfigError([Problem("name", config.name, str(error), remedy)]) from None
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep that is checked. runs: the configuration of each job by its name."""
+
+    base: TrainConfig
+    jobs: list[Job]
+    runs: dict[str, TrainConfig]
+    options: SweepConfig
+
+    @property
+    def directory(self) -> Path:
+        """Where the sweep and its jobs are."""
+        return RunDirectory.of(self.base).path
+
+    def run(self, job: Job) -> RunDirectory:
+        """Return the directory of a job."""
+        return RunDirectory.of(self.runs[job.name])
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the sweep.
+
+        Raises:
+            CheckpointError: another process has it, or the file system has no locks.
+        """
+        reason = "is being swept by another process: wait for it to end"
+        in_use = CheckpointError(f"{self.directory} {reason}")
+        with hold_lock(self.directory / ".sweep.lock", in_use):
+            yield
+
+    def is_wanted(self, job: Job) -> bool:
+        """Whether the job is to be started."""
+        state = state_of(self.run(job))
+        return state in ("stopped", "not started", "running") or (
+            state == "failed" and self.options.retry
+        )
+
+    def wanted(self) -> list[tuple[Job, TrainConfig]]:
+        """Return what is to be started."""
+        return [(job, self.runs[job.name]) for job in self.jobs if self.is_wanted(job)]
+
+    def tell(self) -> int:
+        """Say how every job stands, and return the exit code."""
+        found = [(job, state_of(self.run(job))) for job in self.jobs]
+        counts = collections.Counter(state for _, state in found)
+        said = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+        say(f"{self.directory}: {said}")
+        for job in (job for job, state in found if state == "failed"):
+            say(f"  {job.name} failed: {failure_text(self.run(job))}")
+        if counts["failed"]:
+            say("  the same command with sweep.retry=true starts these again")
+        if counts["complete"] == len(found):
+            return 0
+        if STOP.requested:
+            say(f"stopped by {STOP.name}: the same command goes on from here")
+            return STOP.exit_code
+        return 1 if counts["failed"] else RUN_ME_AGAIN

@@ -1,0 +1,81 @@
+"""A sweep, or a search, as a table: how each of its runs stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from modtrain.common.errors import CheckpointError, ModtrainError
+from modtrain.experiments.hparams import LOSS
+from modtrain.experiments.sweep.job_state import failure_text, state_of
+from modtrain.experiments.sweep.jobs import read_jobs
+from modtrain.models.flops import forward_flops
+from modtrain.training.metrics_log import read_metrics
+from modtrain.training.plan import resolve
+from modtrain.training.run_directory import RunDirectory
+
+_FIGURES = (
+    "state",
+    "step",
+    "loss",
+    "held-out causal loss",
+    "training FLOPs",
+    "forward FLOPs a token",
+)
+_NONE = "-"
+
+
+def sweep_table(directory: Path) -> Table:
+    """Return a row a job: what set it apart, its state, how far it is, and why it failed.
+
+    Losses are the last ones, in nats a token; training FLOPs those executed so far.
+
+    Raises:
+        CheckpointError: ``directory`` holds no sweep.
+    """
+    jobs = read_jobs(directory)
+    if not jobs:
+        raise CheckpointError(f"{directory} holds no sweep: it has no sweep.json")
+    keys = sorted({key for swept in jobs.values() for key in swept})
+    table = Table(title=str(directory))
+    for key in keys:
+        table.add_column(key, overflow="fold")
+    for figure in _FIGURES:
+        table.add_column(figure, justify="left" if figure == "state" else "right")
+    table.add_column("why", overflow="fold")
+    for name, swept in jobs.items():
+        run = RunDirectory(directory / name)
+        row = [*(swept.get(key, _NONE) for key in keys), *_figures(run), failure_text(run)]
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _figures(run: RunDirectory) -> list[str]:
+    step, steps, forward = 0, _NONE, _NONE
+    last: dict[str, Any] = {}
+    for record in read_metrics(run.metrics):
+        last.update(record)
+        step = record["step"]
+    try:
+        config = run.read_config()
+        seq_len = config.data.seq_len or 1
+        forward = f"{forward_flops(config.model, seq_len).total / seq_len:,.0f}"
+        steps = f"{resolve(config, needs_data=False)[1].steps:,}"
+    except ModtrainError:
+        # Not started, or its data are no longer here.
+        pass
+    return [
+        state_of(run),
+        f"{step:,}/{steps}" if run.config.is_file() else _NONE,
+        _shown(last.get("loss"), "{:.4f}"),
+        _shown(last.get(LOSS), "{:.4f}"),
+        _shown(last.get("flops"), "{:.3e}"),
+        forward,
+    ]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return _NONE if value is None else form.format(value)

@@ -1,0 +1,190 @@
+"""Evaluate a run's checkpoint on held-out text: causally, as trained beside it, along the dial."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from modtrain.common.atomic_io import write_text
+from modtrain.common.errors import Problem, raise_if_any
+from modtrain.data.stream.index import read_summary
+from modtrain.evaluation.held_out import Decision, HeldOut, evaluate
+from modtrain.inference.calibration import (
+    Calibration,
+    chosen_decisions,
+    dial_of_run,
+    dial_problems,
+    training_text,
+)
+from modtrain.inference.config import DialConfig, EvalRunConfig
+from modtrain.inference.evaluate.table import (
+    draw_sweep,
+    evaluation_points,
+    sweep_points,
+    write_points,
+)
+from modtrain.inference.loading import LoadedRun, load_run
+from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.config import Selection
+from modtrain.models.flops import dense_equivalent_flops
+
+
+def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
+    """Evaluate the run, or sweep it where ``config.sweep`` says so, and write the figures.
+
+    They go to ``eval-<step>.json`` or ``sweep-<step>.json`` in the run's directory and to its
+    ``tensorboard/``; a sweep's curve to a PNG as well. A setting of the dial is part of the names.
+    docs/concepts/method.md explains the keys.
+
+    Returns:
+        The figures as plain data.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what cannot be evaluated, with the remedy.
+    """
+    raise_if_any(config.problems())
+    loaded = load_run(config)
+    raise_if_any(dial_problems(config.inference, loaded.trained.model, "inference"))
+    return _evaluation(config, loaded) if config.sweep is None else _sweep(config, loaded)
+
+
+def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
+    wish = config.inference
+    selections = chosen_decisions(wish, loaded.trained.model)
+    dials: dict[Selection, Dial] = {}
+    for selection in selections:
+        dial = dial_of_run(loaded, selection, wish, config.batch_size)
+        if dial is not None:
+            dials[selection] = dial
+    found = _held_out(config, loaded, selections, dials)
+    figures = {**_head(config, loaded, found), **_figures(found, _tokens_per_byte(loaded))}
+    write_text(
+        loaded.directory.path / f"eval-{loaded.step:09d}{wish.suffix}.json",
+        json.dumps(figures, indent=1),
+    )
+    events = loaded.directory.tensorboard / f"eval{wish.suffix}"
+    write_points(events, loaded.step, evaluation_points(figures))
+    return figures
+
+
+def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
+    """Follow the loss over FLOPs, each capacity calibrated as ``inference.capacity`` is."""
+    wish, selection, rate = config.inference, _swept(config, loaded), _tokens_per_byte(loaded)
+    calibration = Calibration(
+        loaded.model,
+        selection,
+        training_text(loaded, wish.calibration_sequences, config.batch_size),
+        loaded.autocast,
+        eos_id=loaded.trained.data.eos_id,
+        caps=Dial(None, wish.layer_cap, wish.step_cap),
+    )
+    trained = _held_out(config, loaded, [selection], {}, as_trained=False)
+    points = []
+    for capacity in sorted(config.sweep or []):
+        dials = {selection: calibration.dial(capacity)}
+        moved = _held_out(config, loaded, [selection], dials, as_trained=False)
+        points.append({"capacity": capacity, **_decision(moved.decisions[selection], rate)})
+    figures = {
+        **_head(config, loaded, trained),
+        "decision": selection,
+        "points": points,
+        "as_trained": _decision(trained.decisions[selection], rate),
+    }
+    name = f"sweep-{loaded.step:09d}{wish.suffix}"
+    write_text(loaded.directory.path / f"{name}.json", json.dumps(figures, indent=1))
+    draw_sweep(figures, loaded.directory.path / f"{name}.png")
+    write_points(loaded.directory.tensorboard / name, loaded.step, sweep_points(figures))
+    return figures
+
+
+def _swept(config: EvalRunConfig, loaded: LoadedRun) -> Selection:
+    """Return the decision that is swept. Raises ConfigError where there is nothing to move."""
+    known = chosen_decisions(config.inference, loaded.trained.model)
+    problems = dial_problems(DialConfig(capacity=1.0), loaded.trained.model, "")
+    raise_if_any(
+        [Problem("sweep", config.sweep, problem.reason, problem.remedy) for problem in problems]
+    )
+    return known[0]
+
+
+def _held_out(
+    config: EvalRunConfig,
+    loaded: LoadedRun,
+    selections: list[Selection],
+    dials: Mapping[Selection, Dial],
+    as_trained: bool = True,
+) -> HeldOut:
+    return evaluate(
+        loaded.model,
+        loaded.held_out(config.sequences, config.batch_size),
+        loaded.autocast(),
+        eos_id=loaded.trained.data.eos_id,
+        capacities=loaded.capacities,
+        selections=selections,
+        as_trained=as_trained,
+        dials=dials,
+    )
+
+
+def _head(config: EvalRunConfig, loaded: LoadedRun, held_out: HeldOut) -> dict[str, Any]:
+    wish, seq_len = config.inference, loaded.seq_len
+    dial: dict[str, float] = dict(wish.asked)
+    if wish.capacity is not None or config.sweep is not None:
+        dial["calibration_sequences"] = wish.calibration_sequences
+    dense = dense_equivalent_flops(loaded.trained.model, seq_len).total / seq_len
+    return {
+        "run": config.run,
+        "step": loaded.step,
+        "tokens": held_out.tokens,
+        "dial": dial or None,
+        "trained_flops": held_out.trained_flops,
+        "dense_equivalent_flops": dense,
+    }
+
+
+def _figures(held_out: HeldOut, tokens_per_byte: float) -> dict[str, Any]:
+    """The losses by decision; the first one's stand on top as well."""
+    top_k = None
+    if held_out.top_k is not None:
+        top_k = _decision(held_out.top_k, tokens_per_byte)
+    decisions = {}
+    for name, decision in held_out.decisions.items():
+        gap = None if top_k is None else decision.loss - top_k["loss"]
+        decisions[name] = {
+            **_decision(decision, tokens_per_byte),
+            "gap_to_top_k_not_causal": gap,
+            "agreement_with_top_k_not_causal": {
+                label: asdict(scores) for label, scores in decision.agreement.items()
+            },
+        }
+    first = next(iter(decisions.values()), {})
+    keys = {
+        "causal_loss": "loss",
+        "causal_flops": "flops",
+        "perplexity": "perplexity",
+        "bits_per_byte": "bits_per_byte",
+    }
+    return {
+        **{name: first.get(key) for name, key in keys.items()},
+        "decisions": decisions,
+        "top_k_not_causal": top_k,
+    }
+
+
+def _decision(decision: Decision, tokens_per_byte: float) -> dict[str, Any]:
+    return {
+        "loss": decision.loss,
+        "perplexity": math.exp(decision.loss),
+        "bits_per_byte": decision.loss / math.log(2) * tokens_per_byte,
+        "flops": decision.flops,
+        "realised_capacity": decision.realised_capacity,
+        "expert_load": decision.expert_load,
+    }
+
+
+def _tokens_per_byte(loaded: LoadedRun) -> float:
+    split = read_summary(loaded.data_path).splits["valid"]
+    return split.num_tokens / split.num_bytes

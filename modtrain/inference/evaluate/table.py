@@ -1,0 +1,225 @@
+"""An evaluation's or a sweep's figures as tables, for TensorBoard, and as a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from modtrain.common.atomic_io import written_aside
+
+_TOP_K = "top-k, not causal"
+
+
+class Point(NamedTuple):
+    """One value of a TensorBoard curve."""
+
+    tag: str
+    value: float
+    step: int
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print what `evaluate_run` returned; what is not causal says so."""
+    console = Console()
+    what = f"sweep of {figures['decision']}, causal" if "points" in figures else "held-out text"
+    tokens = f"step {figures['step']:,}, {figures['tokens']:,} tokens"
+    heading = f"{what}, {tokens}{_told(figures)}"
+    if "points" in figures:
+        _print(console, heading, _sweep(figures))
+        return
+    _print(console, heading, _summary(figures))
+    ways = _ways(figures)
+    if len(ways) > 1:
+        _print(console, "each way to choose by itself", _decisions(ways))
+    for name, way in ways.items():
+        if way["realised_capacity"]:
+            against = f" against {_TOP_K}" if way.get("agreement_with_top_k_not_causal") else ""
+            if against and {"layer_cap", "step_cap"} & (figures["dial"] or {}).keys():
+                against += ", before caps"
+            _print(console, f"routers: {name}{against}", _routers(way))
+        if way["expert_load"]:
+            heading = f"experts: share of the choices, no-op experts last ({name})"
+            _print(console, heading, _experts(way["expert_load"]))
+
+
+def write_points(directory: Path, step: int, points: Iterable[Point]) -> None:
+    """Write TensorBoard's events, in place of those of the same checkpoint written before.
+
+    They have a directory apart from training's: a second file there would end what TensorBoard
+    reads of a run that still trains.
+    """
+    suffix = f".{step:09d}"
+    for old in directory.glob(f"events.out.tfevents.*{suffix}"):
+        old.unlink()
+    with SummaryWriter(str(directory), filename_suffix=suffix) as writer:
+        for point in points:
+            writer.add_scalar(point.tag, point.value, point.step)
+
+
+def evaluation_points(figures: dict[str, Any]) -> list[Point]:
+    """The figures of each decision as ``eval/<decision>/…``, at the checkpoint's step."""
+    values: dict[str, float] = {}
+    for name, way in _ways(figures).items():
+        for key in ("loss", "perplexity", "bits_per_byte"):
+            values[f"eval/{name}/{key}"] = way[key]
+        values[f"eval/{name}/flops_per_token"] = way["flops"]
+        if way.get("gap_to_top_k_not_causal") is not None:
+            values[f"eval/{name}/gap to {_TOP_K}"] = way["gap_to_top_k_not_causal"]
+        for label, share in way["realised_capacity"].items():
+            values[f"eval/{name}/{label}/realised_capacity"] = share
+        for label, scores in way.get("agreement_with_top_k_not_causal", {}).items():
+            for key, value in scores.items():
+                values[f"eval/{name}/{label}/{key} against {_TOP_K}"] = value
+    return [Point(tag, value, figures["step"]) for tag, value in values.items()]
+
+
+def sweep_points(figures: dict[str, Any]) -> list[Point]:
+    """The curve of a sweep over executed forward FLOPs a token.
+
+    TensorBoard's step is a whole number: it counts thousands of FLOPs, and its tag says so.
+    """
+    curves = [(figures["points"], ""), ([figures["as_trained"]], " as trained")]
+    return [
+        Point(f"eval/sweep/{key}{which} by kFLOPs a token", at[key], round(at["flops"] / 1000))
+        for points, which in curves
+        for at in points
+        for key in ("loss", "perplexity", "bits_per_byte")
+    ]
+
+
+def draw_sweep(figures: dict[str, Any], path: Path) -> None:
+    """Draw causal loss over executed forward FLOPs a token as a PNG."""
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    points, trained = figures["points"], figures["as_trained"]
+    axes.plot(
+        [at["flops"] for at in points],
+        [at["loss"] for at in points],
+        marker="o",
+        label=f"{figures['decision']}, by capacity",
+    )
+    for at in points:
+        place = (at["flops"], at["loss"])
+        axes.annotate(
+            f"{at['capacity']:g}", place, (4, 4), textcoords="offset points", fontsize="small"
+        )
+    axes.plot(
+        trained["flops"], trained["loss"], ls="", marker="*", ms=13, color="C1", label="as trained"
+    )
+    axes.axvline(
+        figures["dense_equivalent_flops"], ls="--", color="grey", label="if dense (FLOPs alone)"
+    )
+    axes.set_title(f"{figures['run']}, step {figures['step']:,}{_told(figures)}", fontsize="medium")
+    axes.set_xlabel("forward FLOPs a token, executed")
+    axes.set_ylabel("held-out causal loss (nats a token)")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    with written_aside(path, path.parent) as file:
+        figure.savefig(file, dpi=130, format="png")
+
+
+def _ways(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The causal decisions, then what is not causal, by the names that they are shown under."""
+    top_k = figures["top_k_not_causal"]
+    return {**figures["decisions"], **({} if top_k is None else {_TOP_K: top_k})}
+
+
+def _told(figures: dict[str, Any]) -> str:
+    """Say how the dial stands, where it was moved."""
+    dial = figures["dial"] or {}
+    return "".join(f", {name}={value:g}" for name, value in dial.items())
+
+
+def _summary(figures: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    _columns(table, "", "")
+    top_k = figures["top_k_not_causal"] or {"loss": None}
+    rows = [
+        ("causal loss (nats a token)", figures["causal_loss"], "{:.4f}"),
+        ("perplexity", figures["perplexity"], "{:.2f}"),
+        ("bits a byte", figures["bits_per_byte"], "{:.4f}"),
+        ("top-k loss, not causal", top_k["loss"], "{:.4f}"),
+        ("forward FLOPs a token, causal", figures["causal_flops"], "{:,.0f}"),
+        ("forward FLOPs a token, as trained", figures["trained_flops"], "{:,.0f}"),
+        ("the same, if dense", figures["dense_equivalent_flops"], "{:,.0f}"),
+    ]
+    for title, value, form in rows:
+        if value is not None:
+            table.add_row(title, form.format(value))
+    if figures["causal_loss"] is None:
+        table.add_row("causal loss", "none: trained without router.causal")
+    return table
+
+
+def _decisions(ways: dict[str, dict[str, Any]]) -> Table:
+    table = Table()
+    _columns(table, "", "loss", "perplexity", "bits a byte", f"over {_TOP_K}", "forward FLOPs")
+    for name, way in ways.items():
+        gap = way.get("gap_to_top_k_not_causal")
+        table.add_row(
+            name,
+            f"{way['loss']:.4f}",
+            f"{way['perplexity']:.2f}",
+            f"{way['bits_per_byte']:.4f}",
+            "-" if gap is None else f"{gap:+.4f}",
+            f"{way['flops']:,.0f}",
+        )
+    return table
+
+
+def _routers(way: dict[str, Any]) -> Table:
+    agreement = way.get("agreement_with_top_k_not_causal", {})
+    table = Table()
+    _columns(table, "router", "realised capacity")
+    if agreement:
+        for heading in ("accuracy", "F1", "balanced accuracy"):
+            table.add_column(heading, justify="right")
+    for label, share in way["realised_capacity"].items():
+        scores = agreement.get(label, {})
+        table.add_row(label, f"{share:.4f}", *(f"{value:.4f}" for value in scores.values()))
+    return table
+
+
+def _experts(loads: dict[str, list[float]]) -> Table:
+    table = Table()
+    _columns(table, "layer", *map(str, range(max(map(len, loads.values())))))
+    for label, shares in loads.items():
+        table.add_row(label, *(f"{share:.3f}" for share in shares))
+    return table
+
+
+def _sweep(figures: dict[str, Any]) -> Table:
+    table = Table()
+    _columns(table, "capacity", "realised", "loss", "bits a byte", "forward FLOPs", "of dense")
+    rows = [(f"{at['capacity']:g}", at) for at in figures["points"]]
+    for title, at in [*rows, ("as trained", figures["as_trained"])]:
+        table.add_row(
+            title,
+            f"{statistics.mean(at['realised_capacity'].values()):.4f}",
+            f"{at['loss']:.4f}",
+            f"{at['bits_per_byte']:.4f}",
+            f"{at['flops']:,.0f}",
+            f"{at['flops'] / figures['dense_equivalent_flops']:.3f}",
+        )
+    return table
+
+
+def _print(console: Console, heading: str, table: Table) -> None:
+    # As a title it would be broken to the table's width.
+    console.print(heading, soft_wrap=True)
+    console.print(table)
+
+
+def _columns(table: Table, first: str, *others: str) -> None:
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading, justify="right")

@@ -1,0 +1,1 @@
+"""`modtrain generate`: decoding with a cache."""

@@ -1,0 +1,1 @@
+"""`modtrain inspect`: a page on what the routers do."""

@@ -1,0 +1,229 @@
+"""What a model's routers and experts do with each token, and how well it predicts from there.
+
+Shapes: B batch, S sequence, V vocabulary, N all tokens of the text, R routers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modtrain.data.stream.documents import document_numbers_if_apart
+from modtrain.evaluation.held_out import evaluating
+from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.config import TRAINING_SELECTIONS, Selection
+from modtrain.models.depth.layer import MixtureOfDepths
+from modtrain.models.loss import IGNORED
+from modtrain.models.sequence import RoutingRecord
+from modtrain.models.transformer import ModelOutput, Transformer
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RouterTrace:
+    """One depth router over the text.
+
+    decides_by: what ``value_N`` is; None: routers that look at no token have nothing to show.
+    threshold: above which a token takes part; None where the largest values of a window do.
+    """
+
+    label: str
+    decides_by: str
+    threshold: float | None
+    value_N: Floats | None
+    chosen_N: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ExpertTrace:
+    """One mixture of experts over the text.
+
+    share_E: of all choices, by expert, the ``noop`` ones last; all 0 where no token came.
+    """
+
+    label: str
+    share_E: Floats
+    noop: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A text of N tokens as the model computed it, in windows that know nothing of each other.
+
+    position_N: in the window. loss_N, entropy_N: of the token's prediction of the next one, in
+    nats; the loss is NaN where nothing comes next.
+    """
+
+    token_N: NDArray[np.int64]
+    position_N: NDArray[np.int64]
+    loss_N: Floats
+    entropy_N: Floats
+    routers: list[RouterTrace]
+    experts: list[ExpertTrace]
+
+    @property
+    def depths(self) -> NDArray[np.int64]:
+        """How many of the routed parts each token entered."""
+        zero_N = np.zeros(len(self.token_N), dtype=np.int64)
+        return sum((router.chosen_N.astype(np.int64) for router in self.routers), zero_N)
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean of the losses that there are."""
+        known = self.loss_N[~np.isnan(self.loss_N)]
+        return float(known.mean()) if len(known) else None
+
+
+def trace(
+    model: Transformer,
+    windows: Iterable[tuple[Tensor, Tensor]],
+    selection: Selection,
+    precision: AbstractContextManager[Any],
+    *,
+    eos_id: int | None = None,
+    capacities: Sequence[float | None] | None = None,
+    dial: Dial | None = None,
+) -> Trace:
+    """Run ``model`` over windows of (inputs, targets), each (B, S) and of any B and S.
+
+    A target of -100 is unknown. precision, eos_id, capacities: as for `held_out.evaluate`. dial:
+    how much a causal decision is to compute.
+
+    Raises:
+        ValueError: there is no window.
+    """
+    tape = _Tape(model, selection, dial)
+    with evaluating(model) as device, precision:
+        for window in windows:
+            inputs_BS, targets_BS = (side.to(device) for side in window)
+            documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
+            output = model(
+                inputs_BS,
+                selection=selection,
+                capacities=capacities,
+                documents_BS=documents_BS,
+                dial=dial,
+            )
+            tape.add(inputs_BS, targets_BS, output)
+    return tape.trace()
+
+
+def deciding_values(
+    router: MixtureOfDepths, selection: Selection, record: RoutingRecord, dial: Dial | None = None
+) -> tuple[str, Tensor | None, float | None]:
+    """Return what the router decides by: its name, the values (B, S), the threshold if any."""
+    if not router.config.needs_causal:
+        return f"nothing of the token ({router.config.score})", None, None
+    if selection in TRAINING_SELECTIONS:
+        return "score", record.scores_BS, None
+    moved = None if dial is None or dial.levels is None else dial.levels[router.number]
+    level = float(router.level(selection)) if moved is None else moved
+    value_BS = router.value(selection, record.scores_BS, record.predictor_BS)
+    name = "predictor's logit" if selection == "predictor" else "score"
+    # Everybody takes part at a level of minus infinity, and there is no line to draw.
+    return name, value_BS, level if math.isfinite(level) else None
+
+
+def prediction_quality(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return loss and entropy (S,) in nats; the loss is NaN where the target is -100."""
+    wide = torch.promote_types(logits_SV.dtype, torch.float32)
+    log_SV = logits_SV.to(wide).log_softmax(-1)
+    entropy_S = -(log_SV.exp() * log_SV).sum(-1)
+    known_S = targets_S != IGNORED
+    loss_S = -log_SV.gather(1, targets_S.where(known_S, 0).unsqueeze(1)).squeeze(1)
+    return loss_S.where(known_S, torch.nan), entropy_S
+
+
+class _Tape:
+    """What is kept of each forward pass, on the host."""
+
+    def __init__(self, model: Transformer, selection: Selection, dial: Dial | None) -> None:
+        self.model, self.selection, self.dial = model, selection, dial
+        self.columns: dict[str, list[Tensor]] = {}
+        self.decisions: list[tuple[str, float | None]] = []
+        self.choices: list[Tensor] = []
+
+    def add(self, inputs_BS: Tensor, targets_BS: Tensor, output: ModelOutput) -> None:
+        assert output.logits_BSV is not None  # noqa: S101  (there are no targets in the call)
+        self._keep("token", inputs_BS)
+        self._keep("position", torch.arange(inputs_BS.shape[1]).expand(inputs_BS.shape))
+        # A sequence at a time: the logarithms of a whole batch would take its logits' memory again.
+        for logits_SV, targets_S in zip(output.logits_BSV, targets_BS, strict=True):
+            loss_S, entropy_S = prediction_quality(logits_SV, targets_S)
+            self._keep("loss", loss_S, torch.float64)
+            self._keep("entropy", entropy_S, torch.float64)
+        found = [
+            deciding_values(router, self.selection, record, self.dial)
+            for router, record in zip(self.model.routers, output.routing, strict=True)
+        ]
+        self.decisions = [(name, threshold) for name, _, threshold in found]
+        for place, (record, (_, value_BS, _)) in enumerate(zip(output.routing, found, strict=True)):
+            if value_BS is not None:
+                self._keep(f"value {place}", value_BS, torch.float64)
+            self._keep(f"chosen {place}", record.chosen_BS)
+        counts = self._choices(output, inputs_BS.numel())
+        before = self.choices or [torch.zeros_like(count_E) for count_E in counts]
+        self.choices = [a + b for a, b in zip(before, counts, strict=True)]
+
+    def trace(self) -> Trace:
+        if not self.columns:
+            raise ValueError("there is no text to look at")
+        column = {name: torch.cat(parts).numpy() for name, parts in self.columns.items()}
+        config = self.model.config
+        routers = [
+            RouterTrace(
+                label,
+                name,
+                threshold,
+                column.get(f"value {place}"),
+                column[f"chosen {place}"],
+            )
+            for place, (label, (name, threshold)) in enumerate(
+                zip(config.routed_labels, self.decisions, strict=True)
+            )
+        ]
+        # Under expert choice no-op experts only share in the softmax: nobody is sent there.
+        noop = config.experts.noop if config.experts.choice == "token" else 0
+        experts = [
+            ExpertTrace(label, (count_E / count_E.sum().clamp(min=1)).numpy(), noop)
+            for label, count_E in zip(config.expert_labels, self.choices, strict=True)
+        ]
+        return Trace(
+            column["token"],
+            column["position"],
+            column["loss"],
+            column["entropy"],
+            routers,
+            experts,
+        )
+
+    def _keep(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
+        # To the host first: not every device has float64.
+        self.columns.setdefault(name, []).append(values.flatten().cpu().to(dtype or values.dtype))
+
+    def _choices(self, output: ModelOutput, tokens: int) -> list[Tensor]:
+        """How many choices fell on each expert of each mixture; a record has shares of them."""
+        config = self.model.config
+        entered = {
+            layer: float(record.chosen_BS.sum())
+            for (layer, part), record in zip(config.routed_parts, output.routing, strict=True)
+            if part != "attention"
+        }
+        layers = [layer for layer in range(config.num_layers) if config.has_experts(layer)]
+        counts = []
+        for layer, record in zip(layers, output.experts, strict=True):
+            by_tokens = entered.get(layer, float(tokens)) * config.experts.top_k
+            by_experts = float(record.executed_E.sum())
+            total = by_tokens if config.experts.choice == "token" else by_experts
+            chosen = config.experts.count if config.experts.choice == "expert" else None
+            counts.append(record.load_E[:chosen].cpu().double() * total)
+        return counts

@@ -1,0 +1,1 @@
+"""What cached decoding keeps of earlier tokens."""

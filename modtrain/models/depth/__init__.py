@@ -1,0 +1,1 @@
+"""Mixture-of-Depths: routers, selection of tokens, and the layer around a module."""

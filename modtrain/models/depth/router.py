@@ -1,0 +1,155 @@
+"""Scores by which a routed layer chooses its tokens, gates, and a causal prediction of the choice.
+
+Shapes: B batch, S sequence, D model, K chosen.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modtrain.models.depth.config import RouterConfig
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 or wider: scores in bfloat16 would often tie."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class LinearRouter(nn.Module):
+    """One scalar a token, r = w·x, with no squashing (arXiv 2404.02258, section 3.4)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return the scores (B, S), in float32 or wider."""
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            return widened(x_BSD) @ widened(self.weight)
+
+
+class TokenMLP(nn.Module):
+    """Two layers from a token to one number; what the MLP router and the predictor are made of.
+
+    The input is scaled to root mean square 1, for the residual stream grows with depth.
+    """
+
+    def __init__(self, d_model: int, hidden_dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.hidden = nn.Linear(d_model, hidden_dim)
+        self.out = nn.Linear(hidden_dim, 1)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return one number a token (B, S), in float32 or wider."""
+        x = F.rms_norm(x_BSD, (x_BSD.shape[-1],), eps=self.eps)
+        out: Tensor = self.out(F.gelu(self.hidden(x))).squeeze(-1)
+        return widened(out)
+
+
+class MLPRouter(TokenMLP):
+    """A two-layer router, computed in float32 under autocast too, lest scores tie."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return the scores (B, S)."""
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            return super().forward(x_BSD.to(self.out.weight.dtype))
+
+
+class Predictor(TokenMLP):
+    """Guesses from a token alone whether top-k will choose it (arXiv 2404.02258, section 3.5).
+
+    It reads a detached input, so it leaves the gradients of everything else as they are.
+    """
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return the logits (B, S) of being chosen, without a gradient to ``x_BSD``."""
+        return super().forward(x_BSD.detach())
+
+
+class RandomRouter(nn.Module):
+    """A control: Gaussian scores from the global generator, new ones at each call."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return the scores (B, S)."""
+        wide = torch.promote_types(x_BSD.dtype, torch.float32)
+        return torch.randn(x_BSD.shape[:2], dtype=wide, device=x_BSD.device)
+
+
+def evenly_spaced(x_BSD: Tensor, count: int) -> Tensor:
+    """Score ``count`` evenly spaced positions 1 and the others 0 (B, S): a control.
+
+    With count = S / j these are the positions j - 1, 2j - 1, …
+    """
+    batch, length, _ = x_BSD.shape
+    place_S = torch.arange(length + 1, device=x_BSD.device) * count // length
+    wide = torch.promote_types(x_BSD.dtype, torch.float32)
+    return place_S.diff().to(wide).expand(batch, -1)
+
+
+def scattered(positions_BS: Tensor, share: float, salt: int) -> Tensor:
+    """Choose this share of the positions at random (B, S): what the control goes by when causal.
+
+    A hash of position and ``salt`` draws, so that a token is chosen alike in a whole sequence, in
+    pieces of it, and on every device.
+    """
+    # Multiply and shift in 32 bits, after Wellons' "lowbias32" (https://nullprogram.com, 2018).
+    hashed = (positions_BS + (salt + 1) * 0x9E3779B1) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        hashed = ((hashed ^ (hashed >> shift)) * factor) & 0xFFFFFFFF
+    return (hashed ^ (hashed >> 16)) < int(share * 2**32)
+
+
+def so_many(count_BS: Tensor, share: float) -> Tensor:
+    """Return floor(share x count), exactly: 3 x (1 / 3) is less than 1 in floating point."""
+    fraction = Fraction(share).limit_denominator(10**6)
+    return count_BS * fraction.numerator // fraction.denominator
+
+
+def every_so_many(positions_BS: Tensor, share: float) -> Tensor:
+    """Choose this share of the positions, evenly spaced (B, S), whatever the sequence's length.
+
+    Where share x S is whole, these are the positions of `evenly_spaced`.
+    """
+    return so_many(positions_BS + 1, share) > so_many(positions_BS, share)
+
+
+class Gate(nn.Module):
+    """What a chosen token's update is multiplied by; it is what puts a router on the gradient."""
+
+    def __init__(self, config: RouterConfig, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = config.gate_kind, eps
+        # The other scores do not grow with the stream.
+        self.normalises = config.score == "linear"
+        self.scale = nn.Parameter(torch.ones(1)) if config.gate_scale else None
+
+    def forward(self, scores_BK: Tensor, x_BKD: Tensor) -> Tensor | None:
+        """Return the factors (B, K) of tokens with these scores and features; None for 1."""
+        factor_BK: Tensor | None = None
+        if self.kind == "raw":
+            factor_BK = scores_BK
+        elif self.kind == "sigmoid":
+            factor_BK = scores_BK.sigmoid()
+        elif self.kind == "tanh" and self.normalises:
+            mean_square_BK = widened(x_BKD).square().mean(dim=-1)
+            factor_BK = (scores_BK * torch.rsqrt(mean_square_BK + self.eps)).tanh()
+        elif self.kind == "tanh":
+            factor_BK = scores_BK.tanh()
+        if self.scale is None:
+            return factor_BK
+        scale = widened(self.scale)
+        return scale.expand_as(scores_BK) if factor_BK is None else factor_BK * scale
+
+
+def make_router(config: RouterConfig, d_model: int, eps: float) -> nn.Module | None:
+    """Make the module that scores; None for scores that come from elsewhere."""
+    if config.score == "linear":
+        return LinearRouter(d_model)
+    if config.score == "mlp":
+        return MLPRouter(d_model, config.hidden_dim, eps)
+    return RandomRouter() if config.score == "random" else None

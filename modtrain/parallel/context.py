@@ -1,0 +1,373 @@
+"""Context parallelism: long sequences whose tokens lie on several ranks, in layers that route them.
+
+The ranks of a group read the same token ids and each keep a share of the tokens: their stream,
+norms, products and loss. What goes by the whole sequence is gathered:
+
+- Attention: keys and values, against which each rank computes its own queries (Llama 3, arXiv
+  2407.21783, section 3.3.2). A convolution's values likewise.
+- Depth routing: scores. All ranks choose alike over the whole sequence; the K chosen tokens are
+  shared out anew, so that all compute as much, and their updates go back to who holds them.
+- Experts with limited room: the router's logits. All choose alike; each rank computes its part of
+  every expert's places, for which all tokens' normed features are gathered and the updates summed.
+  Without a limit each rank sends its own tokens to experts.
+
+A sequence of S tokens is cut into 2 n pieces of h = ceil(S / 2n), zeros standing behind the last
+token, and rank r has the pieces r and 2 n - 1 - r: an early and a late one, whose queries together
+see as many keys on every rank. The context of a module is that of its whole sequence; only its
+features, and the rows of `visible_BSS`, are of the share. Those are L S numbers for each sequence
+that differs in documents or padding, once for all layers that every token enters.
+
+What is gathered may be used by each rank in another way, so its gradients are summed. The token
+loss is a sum over the ranks' tokens, and its gradient counts n times, for the mean over all ranks
+that FSDP takes. The auxiliary losses are made by all ranks alike of what was gathered: summed,
+their gradients count n times by themselves.
+
+Every exchange has to be on the way to the loss on all ranks or on none, or backward would wait for
+ever: no rank leaves out what is but padding.
+
+Costs of a block in forward, for a rank: its tokens' keys and values to all; routed, S scores, a
+reduce-scatter of the K chosen tokens' features and a gather of their updates; backward as many.
+
+Shapes: B batch, S sequence, D model, n ranks of the group, L = 2 h tokens of a share, H heads, G
+heads of keys and values, W width of a head (convolution: its taps), K chosen of the sequence, J of
+them here, T tokens, R choices among experts, E experts, C places of an expert, M rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from modtrain.common.errors import raise_if_any
+from modtrain.distributed.collectives import Group, as_multiplied, lengthened
+from modtrain.models.attention import Attention, attend
+from modtrain.models.block import Block
+from modtrain.models.convolution import Before, Convolution, mixed
+from modtrain.models.depth.config import TRAINING_SELECTIONS, Selection
+from modtrain.models.depth.layer import MixtureOfDepths, Residual
+from modtrain.models.depth.selection import Places
+from modtrain.models.experts.layer import Experts, Rows
+from modtrain.models.feed_forward import FeedForward
+from modtrain.models.loss import IGNORED
+from modtrain.models.sequence import Output, SequenceContext
+from modtrain.models.transformer import ModelOutput, Transformer
+from modtrain.parallel.validation import context_problems
+
+
+def share_sequences(model: Transformer, mesh: DeviceMesh) -> None:
+    """Let each rank of a group keep its share of every sequence. The parameters stay as they are.
+
+    The model is still called with whole sequences, the same on all ranks of the group, and returns
+    records, losses and logits of whole sequences. Its gradients are then to be averaged over this
+    group's ranks as over all others.
+
+    mesh: the group's, 1-D. All of its ranks have to hold equal weights and draw the same random
+    numbers.
+
+    Raises:
+        ConfigError: the model cannot be computed so.
+    """
+    raise_if_any(context_problems(model.config, mesh.size()))
+    if mesh.size() == 1:
+        return
+    shares = Shares(Group.of(mesh))
+    for part in _parts(model):
+        if type(part) not in {*_KINDS, FeedForward}:
+            raise TypeError(f"nobody said how to share out the tokens of {type(part).__name__}")
+    for module in model.modules():
+        kind = _KINDS.get(type(module))
+        if kind is not None:
+            # Computed in another way; parameters and their names stay what they are.
+            module.__class__ = kind
+            module.shares = shares  # type: ignore[assignment]
+
+
+def _parts(model: Transformer) -> Iterator[nn.Module]:
+    for layer in model.modules():
+        if isinstance(layer, Residual | MixtureOfDepths):
+            block = layer.module
+            yield from (block.attention, block.mlp) if isinstance(block, Block) else (block,)
+
+
+class Shares(NamedTuple):
+    """Which tokens of a sequence each rank of a group has, and how they get together."""
+
+    group: Group
+
+    def firsts(self, length: int) -> tuple[int, int, int]:
+        """Return where this rank's two pieces begin, and h."""
+        size, rank = self.group.size, self.group.rank
+        piece = -(-length // (2 * size))
+        return rank * piece, (2 * size - 1 - rank) * piece, piece
+
+    def places(self, length: int, device: torch.device) -> Tensor:
+        """Return the places (L) of this rank's tokens; padding has the last token's."""
+        early, late, piece = self.firsts(length)
+        place_L = torch.cat(
+            [torch.arange(first, first + piece, device=device) for first in (early, late)]
+        )
+        return place_L.clamp(max=length - 1)
+
+    def held(self, index_BK: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Say where in this rank's share the tokens ``index_BK`` are, and which it has at all."""
+        _, _, piece = self.firsts(length)
+        size = self.group.size
+        piece_BK = index_BK // piece
+        is_late_BK = piece_BK >= size
+        owner_BK = torch.where(is_late_BK, 2 * size - 1 - piece_BK, piece_BK)
+        return index_BK % piece + piece * is_late_BK, owner_BK == self.group.rank
+
+    def own(self, x_BSD: Tensor, fill: float = 0) -> Tensor:
+        """Take this rank's share (B, L, ...) of what all ranks have; ``fill`` is its padding."""
+        early, late, piece = self.firsts(x_BSD.shape[1])
+        x_BSD = lengthened(x_BSD, 2 * self.group.size, fill)
+        return torch.cat([x_BSD.narrow(1, first, piece) for first in (early, late)], dim=1)
+
+    def whole(self, x_BLD: Tensor, length: int) -> Tensor:
+        """Gather the shares in the tokens' order (B, S, ...); the ranks' gradients are summed."""
+        return self.padded(x_BLD).narrow(1, 0, length)
+
+    def padded(self, x_BLD: Tensor) -> Tensor:
+        """Return the same with the padding behind (B, 2 n h, ...)."""
+        size = self.group.size
+        x = self.group.spread(x_BLD, size * x_BLD.shape[1])
+        # They come by rank: 0, 2n - 1, 1, 2n - 2, ...
+        early = range(0, 2 * size, 2)
+        return _pieces(x, [*early, *(place + 1 for place in reversed(early))])
+
+    def sum(self, x_BSD: Tensor) -> Tensor:
+        """Return this rank's share (B, L, ...) of the sum over ranks; its gradient is gathered."""
+        size = self.group.size
+        order = [piece for rank in range(size) for piece in (rank, 2 * size - 1 - rank)]
+        return self.group.collect(_pieces(lengthened(x_BSD, 2 * size), order))
+
+
+def _pieces(x_BSD: Tensor, order: list[int]) -> Tensor:
+    """Put the equal pieces of a sequence into another order."""
+    pieces = x_BSD.chunk(len(order), dim=1)
+    return torch.cat([pieces[number] for number in order], dim=1)
+
+
+class _SharedTransformer(Transformer):
+    """A model that is given whole sequences and has a share of their tokens."""
+
+    shares: Shares
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        selection: Selection | None = None,
+        **others: object,
+    ) -> ModelOutput:
+        """See `Transformer.forward`."""
+        found = super().forward(tokens_BS, targets_BS, selection, **others)  # type: ignore[arg-type]
+        if found.logits_BSV is None:
+            return found
+        return found._replace(logits_BSV=self.shares.whole(found.logits_BSV, tokens_BS.shape[1]))
+
+    def _context(self, tokens_BS: Tensor, *others: Any) -> SequenceContext:
+        context = super()._context(tokens_BS, *others)
+        sees_BLS = context.visible_BSS
+        if sees_BLS is None:
+            return context
+        # What is added to attention's scores: of a mask each layer would make, and keep, its own.
+        bias = as_multiplied(self.embedding.weight.new_zeros(()))
+        return context._replace(visible_BSS=torch.where(sees_BLS, bias, float("-inf")))
+
+    def extend(self, *_args: Any, **_others: Any) -> ModelOutput:
+        """Refuse: what a cache holds is of whole sequences. Raises TypeError."""
+        raise TypeError("a model whose sequences are shared out over ranks has no cache")
+
+    def asking(self, tokens_BS: Tensor) -> Tensor:
+        """Return the places (L) of this rank's tokens."""
+        return self.shares.places(tokens_BS.shape[1], tokens_BS.device)
+
+    def token_loss(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Return the mean over the whole sequences' tokens, of the share (B, L, D) of them."""
+        group = self.shares.group
+        own_BL = self.shares.own(targets_BS, IGNORED)
+        loss = super().token_loss(x_BSD, weight_VD, own_BL)
+        own, all_of_them = ((t != IGNORED).sum().to(loss.dtype) for t in (own_BL, targets_BS))
+        return group.counted(group.total(loss * (own / all_of_them.clamp(min=1))))
+
+
+class _SharedEmbedding(nn.Embedding):
+    """Embeds this rank's share of the tokens."""
+
+    shares: Shares
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Return their features (B, L, D)."""
+        return super().forward(self.shares.own(tokens_BS))
+
+
+class _SharedAttention(Attention):
+    """Attention of this rank's queries to all keys before them."""
+
+    shares: Shares
+
+    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor | Output:
+        """Return the update of the share (B, L, D)."""
+        cos_BLW, sin_BLW = self.shares.own(context.cos_BSW), self.shares.own(context.sin_BSW)
+        return super().forward(x_BSD, context._replace(cos_BSW=cos_BLW, sin_BSW=sin_BLW))
+
+    def mix(
+        self, q_BSHW: Tensor, k_BSGW: Tensor, v_BSGW: Tensor, context: SequenceContext
+    ) -> Tensor:
+        """Return what each query of the share attends to (B, L, H, W)."""
+        q_BLHW, k_BLGW, v_BLGW = map(as_multiplied, (q_BSHW, k_BSGW, v_BSGW))
+        k, v = self.shares.padded(torch.cat([k_BLGW, v_BLGW], dim=2)).chunk(2, dim=2)
+        length, sees_BLS = context.positions_BS.shape[1], context.visible_BSS
+        if sees_BLS is None:
+            raise ValueError("the context does not tell what the queries of this share see")
+        early, late, piece = self.shares.firsts(length)
+        found = []
+        for own, first in ((slice(0, piece), early), (slice(piece, None), late)):
+            # What stands behind a piece none of its queries sees: there the balance is.
+            before = slice(0, min(first + piece, length))
+            sees = sees_BLS[:, own, before]
+            found.append(attend(q_BLHW[:, own], k[:, before], v[:, before], sees, is_causal=False))
+        return torch.cat(found, dim=1)
+
+
+class _SharedConvolution(Convolution):
+    """A convolution over this rank's tokens and those that stand before them."""
+
+    shares: Shares
+
+    def mix(self, value_BSD: Tensor, taps_WD: Tensor, context: SequenceContext) -> Tensor:
+        """Return the mixed values of the share (B, L, D)."""
+        length, batch = context.positions_BS.shape[1], len(value_BSD)
+        early, late, piece = self.shares.firsts(length)
+        reach = len(taps_WD) - 1
+
+        def windows(x_BTD: Tensor, fill: float) -> Tensor:
+            # The pieces as two batches, each with its own tokens before it.
+            behind = 2 * self.shares.group.size * piece - x_BTD.shape[1]
+            sides = (0, 0) * (x_BTD.ndim - 2) + (reach, behind)
+            x_BTD = F.pad(x_BTD.expand(batch, *x_BTD.shape[1:]), sides, value=fill)
+            return torch.cat([x_BTD.narrow(1, first, reach + piece) for first in (early, late)])
+
+        before = Before(
+            windows(self.shares.padded(value_BSD), 0),
+            None if context.documents_BS is None else windows(context.documents_BS, -1),
+            None if context.valid_BS is None else windows(context.valid_BS, False),
+        )
+        return torch.cat(mixed(before, taps_WD).chunk(2), dim=1)
+
+
+class _SharedDepths(MixtureOfDepths):
+    """Chooses over the whole sequence, and computes a share of the chosen."""
+
+    shares: Shares
+
+    def _scores(
+        self, x_BSD: Tensor, context: SequenceContext, count: int, received_BS: Tensor | None
+    ) -> Tensor:
+        length = context.positions_BS.shape[1]
+        if self.config.score in ("random", "fixed"):
+            # They go by the shape alone, and are the same on all ranks of the group.
+            shape_BS0 = x_BSD.new_empty(x_BSD.shape[0], length, 0)
+            return super()._scores(shape_BS0, context, count, received_BS)
+        return self.shares.whole(super()._scores(x_BSD, context, count, received_BS), length)
+
+    def _predicted(self, x_BSD: Tensor, context: SequenceContext) -> Tensor | None:
+        found_BL = super()._predicted(x_BSD, context)
+        length = context.positions_BS.shape[1]
+        return None if found_BL is None else self.shares.whole(found_BL, length)
+
+    def _route(
+        self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, places: Places
+    ) -> Output:
+        shares, index_BK, filled_BK = self.shares, places.index_BK, places.filled_BK
+        (batch, share, dim), count = x_BSD.shape, index_BK.shape[1]
+        place_BK, is_held_BK = shares.held(index_BK, scores_BS.shape[1])
+        is_held_BK1 = is_held_BK.unsqueeze(-1)
+        number_B1 = torch.arange(batch, device=x_BSD.device).unsqueeze(1)
+        row_N = (place_BK + number_B1 * share).flatten()
+        x_ND = x_BSD.reshape(-1, dim)
+        # One rank has the token, the others add zero.
+        held_BKD = x_ND.index_select(0, row_N).view(batch, count, dim).where(is_held_BK1, 0)
+        chosen_BJD = shares.sum(held_BKD)
+        asking_J = shares.places(count, x_BSD.device)
+        found = self._update(
+            chosen_BJD,
+            context.gather(index_BK, filled_BK, asking_J),
+            scores_BS.gather(1, shares.own(index_BK)),
+            None if filled_BK is None else shares.own(filled_BK, False),
+        )
+        # Minus zero for who is not here: it changes no bit.
+        update_BKD = shares.whole(found.value_BSD, count).where(is_held_BK1, -0.0)
+        out_ND = x_ND.index_add(0, row_N, update_BKD.reshape(-1, dim))
+        return found._replace(value_BSD=out_ND.view_as(x_BSD))
+
+
+class _SharedExperts(Experts):
+    """A mixture that is given a share of the tokens and chooses as if it had all of them."""
+
+    shares: Shares
+
+    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
+        """Return the update of the share (B, L, D) and the record of the whole sequences."""
+        batch, length = len(x_BSD), context.positions_BS.shape[1]
+        valid_BS = context.valid_BS
+        if valid_BS is None:
+            valid_BS = torch.ones(batch, length, dtype=torch.bool, device=x_BSD.device)
+        own_BL = self.shares.own(valid_BS, False)
+        # What padding holds may be anything, and NaN times zero is NaN.
+        x_BSD = torch.where(own_BL.unsqueeze(-1), x_BSD, 0)
+        normed_BLD = self.norm(x_BSD)
+        logits_BLR = self.expert_router(normed_BLD.flatten(0, 1)).view(batch, -1, self.choices)
+        logits_TR = self.shares.whole(logits_BLR, length).flatten(0, 1)
+        normaliser_T1 = logits_TR.logsumexp(-1, keepdim=True)
+        trains = context.selection in TRAINING_SELECTIONS
+        slots = self.config.slots(length) if trains else None
+        if slots is None:
+            own_TR = logits_BLR.flatten(0, 1)
+            normaliser = own_TR.logsumexp(-1, keepdim=True)
+            rows = self._rows(own_TR, normaliser, own_BL.shape, own_BL, None, None)
+            update_BLD = self._update(rows, normed_BLD.flatten(0, 1), x_BSD.dtype).view_as(x_BSD)
+            rows = self._counted(rows)
+        else:
+            documents_BS = context.documents_BS
+            rows = self._rows(
+                logits_TR, normaliser_T1, valid_BS.shape, valid_BS, documents_BS, slots
+            )
+            update_BLD = self._by_places(rows, normed_BLD, length, x_BSD.dtype)
+        if self.shared is not None:
+            update_BLD = update_BLD + self.shared(normed_BLD)
+        record = self._record(rows, logits_TR, normaliser_T1, valid_BS)
+        return Output(update_BLD, experts=(record,))
+
+    def _counted(self, rows: Rows) -> Rows:
+        """Count the choices of all ranks."""
+        counts = self.shares.group.summed(torch.cat([rows.load_R, rows.taken_E]))
+        load_R, taken_E = torch.split(counts, [len(rows.load_R), len(rows.taken_E)])
+        return rows._replace(load_R=load_R, taken_E=taken_E)
+
+    def _by_places(self, rows: Rows, normed_BLD: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+        """Compute some of each expert's places, of whichever tokens; all have the same number."""
+        group, places = self.shares.group, len(rows.token_M) // (self.count * len(normed_BLD))
+        token_XJ, weight_XJ = (
+            group.own_share(x_M.view(-1, places)) for x_M in (rows.token_M, rows.weight_M)
+        )
+        own = rows._replace(token_M=token_XJ.flatten(), weight_M=weight_XJ.flatten())
+        normed_BSD = self.shares.whole(as_multiplied(normed_BLD), length)
+        update_TD = self._update(own, normed_BSD.flatten(0, 1), dtype)
+        return self.shares.sum(update_TD.view(normed_BSD.shape))
+
+
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    Attention: _SharedAttention,
+    Convolution: _SharedConvolution,
+    MixtureOfDepths: _SharedDepths,
+    Experts: _SharedExperts,
+    nn.Embedding: _SharedEmbedding,
+    Transformer: _SharedTransformer,
+}

@@ -1,0 +1,1 @@
+"""Lightning's strategies as modtrain uses them."""

@@ -1,0 +1,278 @@
+"""Lightning's strategies as modtrain uses them: one class a way to spread a run over processes.
+
+What they add is the same for all: the model is cut up from outside before it is trained, gradients
+are clipped by exact norms, and state goes in and out of checkpoints by name, so that a run may go
+on under another strategy.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor, nn
+
+from modtrain.checkpoint import Restored, Saver, named_state, restore
+from modtrain.models.transformer import ModelOutput, Transformer
+from modtrain.parallel import activation_checkpointing
+from modtrain.parallel import fsdp as parallelize
+from modtrain.parallel.grad_clip import clip
+from modtrain.parallel.meshes import Meshes, make_meshes
+from modtrain.training.config import TrainConfig
+from modtrain.training.plan import TrainingPlan
+
+Forward = Callable[..., ModelOutput]
+
+
+class TrainingStrategy(Strategy):
+    """What a run asks of its strategy beside what Lightning does. A mixin: it stands first.
+
+    config, plan: of the run. saver: writes its checkpoints.
+    """
+
+    config: TrainConfig
+    plan: TrainingPlan
+    saver: Saver
+
+    def attach(self, config: TrainConfig, plan: TrainingPlan, saver: Saver) -> None:
+        """Take what the strategy goes by."""
+        self.config, self.plan, self.saver = config, plan, saver
+
+    @property
+    def data_rank(self) -> int:
+        """Return this rank's number among those that read different data."""
+        return self.saver.ranks.rank
+
+    @abstractmethod
+    def cut(self, model: Transformer) -> Forward:
+        """Spread ``model`` over the ranks, in place; return what a training step calls."""
+
+    def clip_gradients(
+        self, groups: Sequence[Sequence[nn.Parameter]], limit: float | None
+    ) -> list[Tensor]:
+        """Clip each group of parameters by its own norm; return the norms before."""
+        return [clip(group, limit) for group in groups]
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the mean over all ranks, the same bits on each; the host does not wait for it."""
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        if world_size == 1:
+            return values
+        # Lightning's own reduction lets everybody wait for everybody first.
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / world_size
+
+    # State goes in and out below, not through Lightning's dictionary.
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Pieces can be read only when it is known who has which."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimizer's state comes with the weights."""
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Leave the weights to `save_checkpoint`."""
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Leave it to `save_checkpoint`."""
+        del optimizer
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Nothing is left to do after `load_checkpoint`."""
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Nothing is left to do after `load_checkpoint`."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Save the run's state; what is not a tensor of model or optimizer is in ``checkpoint``.
+
+        storage_options: ``{"blocking": False}`` goes on training while the disk writes.
+        """
+        rank_state = checkpoint.pop("rank_state")
+        tensors, named = self.named_state()
+        self.saver.save(
+            Path(filepath),
+            tensors,
+            {**checkpoint, **named},
+            int(checkpoint["global_step"]),
+            rank_state,
+            blocking=(storage_options or {}).get("blocking", True),
+            # Copied while the next step computes: see `LanguageModule.on_before_optimizer_step`.
+            later=True,
+        )
+
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Restore model and optimizer in place; return the rest. Always plain data."""
+        del weights_only
+        restored = self.restore(Path(checkpoint_path))
+        _recount(restored.rest, self.plan.accumulate)
+        return {**restored.rest, "rank_state": restored.rank_state}
+
+    def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors of model and optimizer by name, and what is said of them beside."""
+        return named_state(self._transformer, self.optimizers[0])
+
+    def restore(self, path: Path) -> Restored:
+        """Put model and optimizer back into place; return what else was saved."""
+        return restore(path, self._transformer, self.optimizers[0], self.saver.ranks)
+
+    @property
+    def _transformer(self) -> Transformer:
+        model = getattr(self.lightning_module, "model", None)
+        if not isinstance(model, Transformer):
+            raise TypeError("modtrain's strategies train a LanguageModule")
+        return model
+
+
+class OneProcess(TrainingStrategy, SingleDeviceStrategy):
+    """One process with the whole model, which is compiled as one graph."""
+
+    def cut(self, model: Transformer) -> Forward:
+        """Leave the model whole."""
+        activation_checkpointing.apply(model, self.config.strategy.activation_checkpointing)
+        if not self.config.compile:
+            return model
+        whole: Forward = compiled(model, len(self.plan.stages))
+        return whole
+
+
+class DataParallel(TrainingStrategy, DDPStrategy):
+    """The whole model on every rank; gradients are averaged while backward runs."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        super().__init__(
+            timeout=timeout,
+            # Thresholds and biases move alike on all ranks: see `LanguageModule.optimizer_step`.
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def cut(self, model: Transformer) -> Forward:
+        """Leave the model whole; layers are compiled one by one, so that gradients come early."""
+        parallelize.prepare_layers(model, layer_options(self.config, self.plan))
+        return model
+
+
+class Sharded(TrainingStrategy, ModelParallelStrategy):
+    """FSDP2, with what else is cut: a layer's products, its experts, or the sequences."""
+
+    def __init__(self, meshes: Meshes, timeout: timedelta) -> None:
+        super().__init__(timeout=timeout)
+        self.meshes = meshes
+
+    def setup_environment(self) -> None:
+        """Take the meshes that there are: Lightning knows two axes, and not these names."""
+        if self.accelerator is None:
+            raise RuntimeError("Lightning has given no accelerator")
+        self.accelerator.setup_device(self.root_device)
+        self.set_world_ranks()
+        self._device_mesh = self.meshes.whole
+
+    @property
+    def data_rank(self) -> int:
+        """Return this rank's number among those that read different data."""
+        return self.meshes.data_rank
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """How the data is shared out."""
+        return {"num_replicas": self.meshes.data_size, "rank": self.meshes.data_rank}
+
+    def cut(self, model: Transformer) -> Forward:
+        """Keep this rank's pieces of the parameters."""
+        cut = getattr(parallelize, self.config.strategy.name)
+        cut(model, self.meshes, layer_options(self.config, self.plan))
+        return model
+
+
+def _recount(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Let Lightning's loop stand where ``checkpoint``'s step is, in place.
+
+    It counts micro-batches, and tells by their number where a step ends. On another number of ranks
+    a step has other ones.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    behind = int(checkpoint["global_step"]) * accumulate - int(progress["current"]["ready"])
+    for counts in (progress["total"], progress["current"]):
+        for name, count in counts.items():
+            counts[name] = count + behind
+
+
+def layer_options(config: TrainConfig, plan: TrainingPlan) -> parallelize.LayerOptions:
+    """Return what is done to each layer beside sharding it."""
+    return parallelize.LayerOptions(
+        config.precision,
+        config.strategy.activation_checkpointing,
+        config.compile,
+        len(plan.stages),
+    )
+
+
+def compiled(model: nn.Module, num_stages: int = 1) -> Any:
+    """Compile the whole model in one graph for each stage of the schedule of capacities.
+
+    Graphs of other models in the process, as in a comparison, do not count against its limit.
+    """
+    # Unknown to the types of torch 2.13.
+    options: dict[str, Any] = {
+        "recompile_limit": max(8, num_stages + 1),
+        "isolate_recompiles": True,
+    }
+    return torch.compile(model, fullgraph=True, dynamic=False, **options)
+
+
+def make_strategy(
+    config: TrainConfig, plan: TrainingPlan, device_type: str, saver: Saver
+) -> TrainingStrategy:
+    """Make the strategy that ``config`` names; collective.
+
+    Raises:
+        ConfigError: it cannot be had here.
+    """
+    name, sizes = config.strategy.name, plan.sizes
+    timeout = timedelta(seconds=config.strategy.timeout)
+    strategy: TrainingStrategy
+    if name == "single":
+        strategy = OneProcess(torch.device(device_type))
+    elif name == "ddp":
+        strategy = DataParallel(timeout)
+    elif config.strategy.stage is not None:
+        from modtrain.parallel.strategies.deepspeed import ZeRO  # noqa: PLC0415 takes seconds to import
+
+        strategy = ZeRO(config.strategy.stage, device_type, config.strategy.offload, timeout)
+    else:
+        meshes = make_meshes(
+            name,
+            sizes.world_size,
+            sizes.tensor,
+            sizes.expert,
+            sizes.shard,
+            device_type,
+            sizes.context,
+        )
+        strategy = Sharded(meshes, timeout)
+    strategy.attach(config, plan, saver)
+    return strategy

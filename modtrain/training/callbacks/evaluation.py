@@ -1,0 +1,144 @@
+"""Evaluates on held-out text at intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.data.stream.documents import document_numbers_if_apart
+from modtrain.distributed.process_group import Ranks
+from modtrain.distributed.watchdog import Watch
+from modtrain.evaluation.held_out import HeldOut, evaluate
+from modtrain.evaluation.routing_metrics import chosen_picture
+from modtrain.training.callbacks.metrics import StepClock
+from modtrain.training.callbacks.step import StepCallback, is_due
+from modtrain.training.metrics_log import MetricsLog
+from modtrain.training.module import LanguageModule
+
+CAUSAL_LOSS = "held_out/causal_loss"
+TOP_K_LOSS = "held_out/top_k_loss (not causal)"
+CAUSAL_FLOPS = "held_out/causal_flops_per_token"
+
+
+class HeldOutCallback(StepCallback):
+    """Records the causal loss, and beside it the top-k loss, which is not causal.
+
+    watch: of this rank, which hears of each batch, for a large split may take long.
+    """
+
+    def __init__(
+        self,
+        metrics_log: MetricsLog,
+        clock: StepClock,
+        every: int | None,
+        ranks: Ranks,
+        watch: Watch | None = None,
+    ) -> None:
+        self.metrics_log, self.clock, self.every = metrics_log, clock, every
+        self.ranks, self.watch = ranks, watch
+
+    def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
+        """Evaluate where it is due."""
+        if not is_due(step, self.every, module.plan.steps):
+            return
+        data: TokenDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        with self.clock, _eager(module):
+            found = evaluate(
+                module.model,
+                self._watched(data.val_dataloader(), step),
+                trainer.precision_plugin.forward_context(),
+                eos_id=module.config.data.eos_id,
+                capacities=module.plan.capacities_at(step - 1),
+                total=self._total(module, counts=not data.valid_batches().is_repeat),
+            )
+            self.metrics_log.write(step, held_out_metrics(found))
+            self._draw(trainer, module, step)
+        if self.watch is not None:
+            # What comes now, such as a save, has its own time.
+            self.watch.tick(f"the end of the evaluation after step {step}")
+
+    def _watched(self, batches: Iterable[Tensor], step: int) -> Iterator[Tensor]:
+        """Tell the watch of each batch."""
+        for number, batch in enumerate(batches, 1):
+            if self.watch is not None:
+                self.watch.tick(f"batch {number} of the evaluation after step {step}")
+            yield batch
+
+    def _total(self, module: LanguageModule, counts: bool) -> Callable[[Tensor], Tensor]:
+        """Return the sum over ranks, in which those that read the same sequences count once.
+
+        counts: False where this rank's sequences are a copy of another's, as where there are too
+        few: it computes them because a forward pass may be collective.
+        """
+        sizes = module.plan.sizes
+        share = sizes.data_parallel / sizes.world_size
+
+        def total(values: Tensor) -> Tensor:
+            return self.ranks.sum(values if counts else torch.zeros_like(values)) * share
+
+        return total
+
+    def _draw(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
+        """Show which tokens of the first held-out sequence each routed layer takes."""
+        if not module.model.routers:
+            return
+        batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+        tokens_BS = batch[:1, :-1].to(module.device)
+        eos_id = module.config.data.eos_id
+        documents_BS = document_numbers_if_apart(tokens_BS, eos_id)
+        # Random routers draw: training is to go on as if nobody had looked.
+        cuda = [module.device] if module.device.type == "cuda" else []
+        with (
+            torch.no_grad(),
+            trainer.precision_plugin.forward_context(),
+            torch.random.fork_rng(devices=cuda),
+        ):
+            output = module.model(
+                tokens_BS,
+                capacities=module.plan.capacities_at(step - 1),
+                documents_BS=documents_BS,
+            )
+        self.metrics_log.picture(
+            step, "router/chosen (layer x position)", chosen_picture(output.routing)
+        )
+
+
+def _eager(module: LanguageModule) -> AbstractContextManager[Any]:
+    """Return the context to evaluate in: compiled layers run as they are written.
+
+    Each decision, and each size of batch, would be one more graph of every layer at every stage of
+    the capacities, and a run dies at the limit of graphs. Graphs of training stay valid.
+    """
+    if not module.config.compile:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def held_out_metrics(held_out: HeldOut) -> dict[str, float]:
+    """Flatten the figures for the metrics; a model that never looks ahead has causal losses alone.
+
+    The decision that a model is judged by has the short names, others stand beside it by theirs.
+    """
+    values: dict[str, float] = {}
+    if held_out.causal is not None:
+        values[CAUSAL_LOSS] = held_out.causal.loss
+        values[CAUSAL_FLOPS] = held_out.causal.flops
+    if held_out.top_k_loss is not None:
+        values[TOP_K_LOSS] = held_out.top_k_loss
+    for name, decision in held_out.decisions.items():
+        if len(held_out.decisions) > 1:
+            values[f"held_out/causal_loss_{name}"] = decision.loss
+            values[f"held_out/causal_flops_per_token_{name}"] = decision.flops
+        for label, share in decision.realised_capacity.items():
+            values[f"held_out/{label}/realised_capacity_{name}"] = share
+        for label, scores in decision.agreement.items():
+            for figure in ("accuracy", "f1", "balanced_accuracy"):
+                values[f"held_out/{label}/{name}_{figure}"] = getattr(scores, figure)
+    return values

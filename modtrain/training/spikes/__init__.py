@@ -1,0 +1,1 @@
+"""Loss spikes: detection, and what is done about them."""

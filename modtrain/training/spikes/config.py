@@ -1,0 +1,59 @@
+"""What is done about a loss or gradient that leaps, as a user writes it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modtrain.common.errors import Problem
+from modtrain.common.validation import above_zero, at_least, one_of
+
+SPIKE_ACTIONS = ("none", "stop", "skip", "roll_back")
+
+
+@dataclass
+class SpikeConfig:
+    """What is done where the loss or the gradient's norm leaps.
+
+    A step is a spike if its loss (the mean over ranks and micro-batches) or the norm of its
+    gradient before clipping lies more than ``threshold`` standard deviations above the mean of the
+    last ``window`` steps, or is NaN or infinite. Spikes do not enter the mean.
+
+    action: ``none``: only NaN and infinity stop the run. ``stop``. ``skip``: no optimizer step is
+        made; schedule and data go on. ``roll_back``: go back to the newest checkpoint, and on
+        without the samples from there to the spike.
+    warmup: steps that are taken in before anything but NaN and infinity counts as a spike.
+    max_in_a_row: skip: one more, and the run stops.
+    max_rollbacks: roll_back: over the whole run; at the next spike it stops.
+    rollback_steps: roll_back: of how many steps the samples are left out, the spike's the last one;
+        null: of all since the checkpoint.
+
+    Threshold and window are those of OLMo's step-skipping optimizer (github.com/allenai/OLMo-core,
+    ``optim/skip_step_optimizer.py``). PaLM went back to a checkpoint about 100 steps before the
+    spike and left out 200 to 500 batches (arXiv 2204.02311, section 5.1).
+    """
+
+    action: str = "none"
+    threshold: float = 6.0
+    window: int = 128
+    warmup: int = 64
+    max_in_a_row: int = 3
+    max_rollbacks: int = 3
+    rollback_steps: int | None = None
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the policy."""
+        return [
+            *one_of(self, prefix, "action", SPIKE_ACTIONS),
+            *above_zero(self, prefix, "threshold"),
+            # A deviation takes two values.
+            *at_least(self, prefix, 2, "window", "warmup"),
+            *at_least(self, prefix, 1, "max_in_a_row", "max_rollbacks", "rollback_steps"),
+        ]
+
+    def strategy_problems(self, prefix: str, strategy: str) -> list[Problem]:
+        """Find an action that the strategy cannot take."""
+        if self.action not in ("skip", "roll_back") or not strategy.startswith("deepspeed"):
+            return []
+        reason = f"goes on after a NaN, and strategy.name={strategy} ends the run at one by itself"
+        remedy = "use stop or none, or strategy=fsdp"
+        return [Problem(f"{prefix}.action", self.action, reason, remedy)]
