@@ -42,7 +42,7 @@ from modtrain.parallel.meshes import Meshes
 from modtrain.parallel.strategies.base import Sharded, make_strategy
 from modtrain.training.config import TrainConfig
 from modtrain.training.module import LanguageModule
-from modtrain.training.plan import TrainingPlan, resolve
+from modtrain.training.plan import TrainingPlan, resolve, strategy_options
 from modtrain.training.trainer import make_trainer
 
 del modtrain.parallel.expert  # for its operator alone
@@ -98,7 +98,7 @@ def trace(world_size: int, rank: int, seq_len: int, overrides: Sequence[str]) ->
     saver = Saver(Ranks())
     with fake_group(launch), tempfile.TemporaryDirectory() as folder:
         config, plan = _resolved(launch, seq_len, Path(folder), overrides)
-        strategy = make_strategy(config, plan, "cpu", saver)
+        strategy = make_strategy(strategy_options(config, plan), "cpu", saver)
         if not isinstance(strategy, Sharded):
             raise TypeError(f"strategy={config.strategy.name} does not cut parameters")
         paper = Paper(config, plan)

@@ -134,3 +134,32 @@ def sizes_of(config: StrategyConfig, model: ModelConfig, launch: Launch) -> Size
     if config.name == "fsdp_cp":
         sizes = replace(sizes, context=config.context_parallel or node)
     return sizes
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What is done to each layer beside sharding it.
+
+    precision: ``fp32`` or ``bf16``, in which layers' matrices are then gathered; what computes in
+        it is autocast. activation_checkpointing: see `activation_checkpointing.apply`. compile: one
+        graph a layer. num_stages: of the schedule of capacities, each of which is compiled anew.
+    """
+
+    precision: str = "fp32"
+    activation_checkpointing: str = "none"
+    compile: bool = False
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class StrategyOptions:
+    """All that a strategy needs to know of a run.
+
+    config: the strategy's own keys. sizes: the groups that follow from them and the processes.
+    layers: what is done to each layer. accumulate: micro-batches of a step on each rank.
+    """
+
+    config: StrategyConfig
+    sizes: Sizes
+    layers: LayerOptions
+    accumulate: int

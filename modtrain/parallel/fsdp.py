@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,22 +34,8 @@ from modtrain.parallel import activation_checkpointing
 from modtrain.parallel import context as context_parallel
 from modtrain.parallel import expert as expert_parallel
 from modtrain.parallel import tensor as tensor_parallel
+from modtrain.parallel.config import LayerOptions
 from modtrain.parallel.meshes import Meshes
-
-
-@dataclass(frozen=True)
-class LayerOptions:
-    """What is done to each layer beside sharding it.
-
-    precision: ``fp32`` or ``bf16``, in which layers' matrices are then gathered; what computes in
-        it is autocast. activation_checkpointing: see `activation_checkpointing.apply`. compile: one
-        graph a layer. num_stages: of the schedule of capacities, each of which is compiled anew.
-    """
-
-    precision: str = "fp32"
-    activation_checkpointing: str = "none"
-    compile: bool = False
-    num_stages: int = 1
 
 
 def fsdp(model: Transformer, meshes: Meshes, options: LayerOptions) -> None:

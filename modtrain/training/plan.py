@@ -13,7 +13,13 @@ from modtrain.data.stream.index import IndexSummary, read_summary
 from modtrain.distributed.launch import Launch
 from modtrain.models.depth.pattern import PATTERNS
 from modtrain.models.flops import training_flops_per_token
-from modtrain.parallel.config import Sizes, expected_launch, sizes_of
+from modtrain.parallel.config import (
+    LayerOptions,
+    Sizes,
+    StrategyOptions,
+    expected_launch,
+    sizes_of,
+)
 from modtrain.parallel.validation import size_problems
 from modtrain.training.capacity_schedule import CapacityStage, capacity_stages
 from modtrain.training.config import TrainConfig
@@ -349,3 +355,14 @@ def _batch_problems(config: TrainConfig, seq_len: int, data_parallel: int) -> li
             f"use {near}, or another batch.micro_batch_size",
         )
     ]
+
+
+def strategy_options(config: TrainConfig, plan: TrainingPlan) -> StrategyOptions:
+    """Return what the strategy of a run works with."""
+    layers = LayerOptions(
+        config.precision,
+        config.strategy.activation_checkpointing,
+        config.compile,
+        len(plan.stages),
+    )
+    return StrategyOptions(config.strategy, plan.sizes, layers, plan.accumulate)

@@ -35,7 +35,7 @@ from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.module import LanguageModule
-from modtrain.training.plan import TrainingPlan, resolve
+from modtrain.training.plan import TrainingPlan, resolve, strategy_options
 from modtrain.training.rank_consistency import check_alike
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.spikes.detector import RollBackError, SpikeTrace
@@ -180,7 +180,7 @@ class _Run:
         accelerator = resolve_accelerator(config.strategy.accelerator)
         saving = config.checkpoint
         with _closed(Saver(self.ranks, saving.keep_last, saving.keep_every)) as saver:
-            strategy = make_strategy(config, plan, accelerator, saver)
+            strategy = make_strategy(strategy_options(config, plan), accelerator, saver)
             # What is drawn in training is drawn for other sequences on each data-parallel rank.
             L.seed_everything((config.seed + strategy.data_rank) % 2**32, verbose=False)
             module = LanguageModule(config, plan)

@@ -23,9 +23,8 @@ from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer, is_predictor
 from modtrain.parallel import fsdp as parallelize
-from modtrain.parallel.config import StrategyConfig, sizes_of
+from modtrain.parallel.config import LayerOptions, StrategyConfig, sizes_of
 from modtrain.parallel.context import Shares, share_sequences
-from modtrain.parallel.fsdp import LayerOptions
 from modtrain.parallel.grad_clip import clip
 from modtrain.parallel.meshes import make_meshes
 from modtrain.parallel.validation import size_problems

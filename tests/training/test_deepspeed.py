@@ -30,7 +30,7 @@ from modtrain.parallel.strategies.base import make_strategy
 from modtrain.parallel.validation import run_problems
 from modtrain.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from modtrain.training.module import LanguageModule
-from modtrain.training.plan import CostedStage, TrainingPlan
+from modtrain.training.plan import CostedStage, TrainingPlan, strategy_options
 from modtrain.training.trainer import make_trainer
 
 
@@ -141,7 +141,7 @@ def run(name, kind, steps, path=None, given=None, **choices):
     numbers = range(ranks.rank, steps * count, ranks.world_size)
     launch = Launch(ranks.world_size, ranks.rank, ranks.rank, ranks.world_size)
     with Saver(ranks) as saver:
-        strategy = make_strategy(config, plan, "cpu", saver)
+        strategy = make_strategy(strategy_options(config, plan), "cpu", saver)
         trainer = make_trainer(config, plan, strategy, launch, callbacks)
         rest = Rest(numbers, start * accumulate)
         loader = DataLoader(Micro(), sampler=rest, batch_size=None)

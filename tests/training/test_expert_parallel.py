@@ -28,6 +28,7 @@ from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.experts.layer import ExpertMLPs
 from modtrain.models.transformer import ModelOutput, Transformer
+from modtrain.parallel.config import LayerOptions
 from modtrain.parallel.expert import (
     SpreadMLPs,
     by_expert,
@@ -35,7 +36,7 @@ from modtrain.parallel.expert import (
     sent_bytes,
     shard_experts,
 )
-from modtrain.parallel.fsdp import LayerOptions, fsdp_ep
+from modtrain.parallel.fsdp import fsdp_ep
 from modtrain.parallel.meshes import Meshes, make_meshes
 from modtrain.training.config import OptimizerConfig
 from modtrain.training.module import adamw

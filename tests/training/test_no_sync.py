@@ -33,7 +33,7 @@ from modtrain.training.callbacks.finite import FiniteLossGuard
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.hardware import resolve_precision
 from modtrain.training.module import LanguageModule
-from modtrain.training.plan import resolve
+from modtrain.training.plan import resolve, strategy_options
 from modtrain.training.trainer import make_trainer
 
 aten = torch.ops.aten
@@ -151,7 +151,7 @@ def step(tiny, tmp_path: Path):
         callbacks = [watch, guard, metrics, watch.closing]
         precision = resolve_precision(config.precision, "cpu")
         config = replace(config, precision=precision)
-        strategy = make_strategy(config, plan, "cpu", saver)
+        strategy = make_strategy(strategy_options(config, plan), "cpu", saver)
         trainer = make_trainer(config, plan, strategy, Launch(), callbacks)
         vocabulary = config.model.vocabulary
         batches = [torch.randint(vocabulary, (2, plan.seq_len + 1)) for _ in range(2 * STEPS)]

@@ -19,7 +19,7 @@ from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer, is_predictor
 from modtrain.parallel import fsdp as parallelize
 from modtrain.parallel.activation_checkpointing import MODES
-from modtrain.parallel.fsdp import LayerOptions
+from modtrain.parallel.config import LayerOptions
 from modtrain.parallel.grad_clip import clip
 from modtrain.parallel.meshes import AXES, make_meshes
 from modtrain.parallel.validation import tensor_problems

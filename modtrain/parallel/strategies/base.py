@@ -26,29 +26,26 @@ from torch import Tensor, nn
 
 from modtrain.checkpoint import Restored, Saver, named_state, restore
 from modtrain.models.transformer import ModelOutput, Transformer
-from modtrain.parallel import activation_checkpointing
-from modtrain.parallel import fsdp as parallelize
+from modtrain.parallel import activation_checkpointing, fsdp
+from modtrain.parallel.config import StrategyOptions
 from modtrain.parallel.grad_clip import clip
 from modtrain.parallel.meshes import Meshes, make_meshes
-from modtrain.training.config import TrainConfig
-from modtrain.training.plan import TrainingPlan
 
 Forward = Callable[..., ModelOutput]
 
 
 class TrainingStrategy(Strategy):
-    """What a run asks of its strategy beside what Lightning does. A mixin: it stands first.
+    """What a run needs of its strategy beside what Lightning does. A mixin: it stands first.
 
-    config, plan: of the run. saver: writes its checkpoints.
+    options: of the run. saver: writes its checkpoints.
     """
 
-    config: TrainConfig
-    plan: TrainingPlan
+    options: StrategyOptions
     saver: Saver
 
-    def attach(self, config: TrainConfig, plan: TrainingPlan, saver: Saver) -> None:
-        """Take what the strategy goes by."""
-        self.config, self.plan, self.saver = config, plan, saver
+    def attach(self, options: StrategyOptions, saver: Saver) -> None:
+        """Set what the strategy works with."""
+        self.options, self.saver = options, saver
 
     @property
     def data_rank(self) -> int:
@@ -128,7 +125,7 @@ class TrainingStrategy(Strategy):
         """Restore model and optimizer in place; return the rest. Always plain data."""
         del weights_only
         restored = self.restore(Path(checkpoint_path))
-        _recount(restored.rest, self.plan.accumulate)
+        _recount(restored.rest, self.options.accumulate)
         return {**restored.rest, "rank_state": restored.rank_state}
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -152,10 +149,11 @@ class OneProcess(TrainingStrategy, SingleDeviceStrategy):
 
     def cut(self, model: Transformer) -> Forward:
         """Leave the model whole."""
-        activation_checkpointing.apply(model, self.config.strategy.activation_checkpointing)
-        if not self.config.compile:
+        options = self.options.layers
+        activation_checkpointing.apply(model, options.activation_checkpointing)
+        if not options.compile:
             return model
-        whole: Forward = compiled(model, len(self.plan.stages))
+        whole: Forward = compiled(model, options.num_stages)
         return whole
 
 
@@ -172,7 +170,7 @@ class DataParallel(TrainingStrategy, DDPStrategy):
 
     def cut(self, model: Transformer) -> Forward:
         """Leave the model whole; layers are compiled one by one, so that gradients come early."""
-        parallelize.prepare_layers(model, layer_options(self.config, self.plan))
+        fsdp.prepare_layers(model, self.options.layers)
         return model
 
 
@@ -203,8 +201,8 @@ class Sharded(TrainingStrategy, ModelParallelStrategy):
 
     def cut(self, model: Transformer) -> Forward:
         """Keep this rank's pieces of the parameters."""
-        cut = getattr(parallelize, self.config.strategy.name)
-        cut(model, self.meshes, layer_options(self.config, self.plan))
+        cut = getattr(fsdp, self.options.config.name)
+        cut(model, self.meshes, self.options.layers)
         return model
 
 
@@ -221,16 +219,6 @@ def _recount(checkpoint: dict[str, Any], accumulate: int) -> None:
             counts[name] = count + behind
 
 
-def layer_options(config: TrainConfig, plan: TrainingPlan) -> parallelize.LayerOptions:
-    """Return what is done to each layer beside sharding it."""
-    return parallelize.LayerOptions(
-        config.precision,
-        config.strategy.activation_checkpointing,
-        config.compile,
-        len(plan.stages),
-    )
-
-
 def compiled(model: nn.Module, num_stages: int = 1) -> Any:
     """Compile the whole model in one graph for each stage of the schedule of capacities.
 
@@ -244,25 +232,23 @@ def compiled(model: nn.Module, num_stages: int = 1) -> Any:
     return torch.compile(model, fullgraph=True, dynamic=False, **options)
 
 
-def make_strategy(
-    config: TrainConfig, plan: TrainingPlan, device_type: str, saver: Saver
-) -> TrainingStrategy:
-    """Make the strategy that ``config`` names; collective.
+def make_strategy(options: StrategyOptions, device_type: str, saver: Saver) -> TrainingStrategy:
+    """Make the strategy that ``options.config`` names; collective.
 
     Raises:
         ConfigError: it cannot be had here.
     """
-    name, sizes = config.strategy.name, plan.sizes
-    timeout = timedelta(seconds=config.strategy.timeout)
+    config, sizes = options.config, options.sizes
+    name, timeout = config.name, timedelta(seconds=config.timeout)
     strategy: TrainingStrategy
     if name == "single":
         strategy = OneProcess(torch.device(device_type))
     elif name == "ddp":
         strategy = DataParallel(timeout)
-    elif config.strategy.stage is not None:
+    elif config.stage is not None:
         from modtrain.parallel.strategies.deepspeed import ZeRO  # noqa: PLC0415 takes seconds to import
 
-        strategy = ZeRO(config.strategy.stage, device_type, config.strategy.offload, timeout)
+        strategy = ZeRO(config.stage, device_type, config.offload, timeout)
     else:
         meshes = make_meshes(
             name,
@@ -274,5 +260,5 @@ def make_strategy(
             sizes.context,
         )
         strategy = Sharded(meshes, timeout)
-    strategy.attach(config, plan, saver)
+    strategy.attach(options, saver)
     return strategy

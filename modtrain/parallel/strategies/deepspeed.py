@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from modtrain.checkpoint import Restored, optimizer_groups, tied_names
 from modtrain.common.errors import ConfigError, Problem, TrainingError
 from modtrain.models.transformer import Transformer
-from modtrain.parallel import fsdp as parallelize
-from modtrain.parallel.strategies.base import Forward, TrainingStrategy, layer_options
+from modtrain.parallel.fsdp import prepare_layers
+from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 from modtrain.parallel.strategies.deepspeed_state import (
     clip_gradients,
     restore,
@@ -74,7 +74,7 @@ class ZeRO(TrainingStrategy, DDPStrategy):
 
     def cut(self, model: Transformer) -> Forward:
         """Prepare the layers; the engine does the rest when there is an optimizer."""
-        parallelize.prepare_layers(model, layer_options(self.config, self.plan))
+        prepare_layers(model, self.options.layers)
         return model
 
     def setup(self, trainer: L.Trainer) -> None:
