@@ -33,8 +33,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modtrain.parallel.expert
-from modtrain.checkpoint import Saver
 from modtrain.checkpoint.parts import parts_of
+from modtrain.checkpoint.saver import Saver
 from modtrain.cli.compose import compose
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks

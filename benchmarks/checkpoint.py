@@ -35,7 +35,9 @@ from benchmarks._harness import (
     print_times,
     ratio,
 )
-from modtrain import checkpoint
+from modtrain.checkpoint.layout import checkpoint_path, verify
+from modtrain.checkpoint.saver import Saver
+from modtrain.checkpoint.state import named_state, restore
 from modtrain.distributed.process_group import Ranks
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
@@ -107,7 +109,7 @@ class _Bench:
         self.tokens_BS = torch.randint(options.vocab, (1, options.seq_len))
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self.numbers = count(1)
-        self.saver = checkpoint.Saver(Ranks())
+        self.saver = Saver(Ranks())
         self._steps(1)
         self.kept = self._save(blocking=True)
         self.files = [file for file in self.kept.iterdir() if file.is_file()]
@@ -121,7 +123,7 @@ class _Bench:
             "save": self._save_alone,
             "write": self._write,
             "read": lambda: self._cold(self._read),
-            "verify": lambda: self._cold(lambda: checkpoint.verify(self.kept)),
+            "verify": lambda: self._cold(lambda: verify(self.kept)),
             "load": lambda: self._cold(self._load),
         }
 
@@ -137,8 +139,8 @@ class _Bench:
 
     def _save(self, blocking: bool) -> Path:
         step = next(self.numbers)
-        path = checkpoint.checkpoint_path(self.root, step)
-        tensors, rest = checkpoint.named_state(self.model, self.optimizer)
+        path = checkpoint_path(self.root, step)
+        tensors, rest = named_state(self.model, self.optimizer)
         self.saver.save(path, tensors, rest, step, blocking=blocking, later=not blocking)
         return path
 
@@ -180,7 +182,7 @@ class _Bench:
                     pass
 
     def _load(self) -> None:
-        checkpoint.restore(self.kept, self.model, self.optimizer)
+        restore(self.kept, self.model, self.optimizer)
 
     def _cold(self, call: Callable[[], object]) -> float:
         for file in self.files:

@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from modtrain import checkpoint
 from modtrain.checkpoint.config import CheckpointsConfig
 from modtrain.checkpoint.consolidate import consolidate
 from modtrain.checkpoint.layout import PREFIX, Manifest, verify
 from modtrain.checkpoint.reading import read_rest
+from modtrain.checkpoint.recovery import prune, whole_checkpoints, with_chosen
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import CheckpointError, raise_if_any
 from modtrain.training.config import TrainConfig
@@ -87,10 +87,10 @@ def _prune(config: CheckpointsConfig, run: RunDirectory, console: Console) -> No
     keep_every = config.keep_every or keeps.keep_every
     # A run that trains prunes for itself, and a run that starts may be reading one.
     with run.locked():
-        removed = checkpoint.prune(run.checkpoints, keep_last, keep_every, contents=True)
+        removed = prune(run.checkpoints, keep_last, keep_every, contents=True)
     for path in removed:
         console.print(f"removed {path}")
-    console.print(f"{len(checkpoint.whole_checkpoints(run.checkpoints))} checkpoints are left")
+    console.print(f"{len(whole_checkpoints(run.checkpoints))} checkpoints are left")
 
 
 def _consolidate(
@@ -110,5 +110,5 @@ def _consolidate(
         told = {**metadata, "step": str(step)}
         return step, output, consolidate(path, output, _DTYPES[config.dtype], told, tied)
 
-    step, output, size = checkpoint.with_chosen(run.checkpoints, config.step, write)
+    step, output, size = with_chosen(run.checkpoints, config.step, write)
     console.print(f"wrote {output}: the weights of step {step}, {size:,} bytes")

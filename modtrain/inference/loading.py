@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from modtrain import checkpoint
+from modtrain.checkpoint.recovery import with_chosen
+from modtrain.checkpoint.state import load_weights
 from modtrain.common.errors import DataError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import TOKENIZER_NAME, read_summary
@@ -87,7 +88,7 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
     """
     run = RunDirectory(Path(config.runs_dir) / str(config.run))
     trained = run.read_config()
-    step, model = checkpoint.with_chosen(
+    step, model = with_chosen(
         run.checkpoints, config.step, lambda step, path: (step, load_model(trained, path))
     )
     device = torch.device(resolve_accelerator(config.accelerator))
@@ -100,7 +101,7 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
 def load_model(config: TrainConfig, path: Path) -> Transformer:
     """Return the model of ``config`` with the weights of the checkpoint ``path``, on the CPU."""
     model = Transformer(config.model, seed=config.seed)
-    checkpoint.load_weights(path, model)
+    load_weights(path, model)
     return model.eval()
 
 

@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from modtrain import checkpoint
-from modtrain.checkpoint import Saver
+from modtrain.checkpoint.recovery import recover, whole_checkpoints
+from modtrain.checkpoint.saver import Saver
 from modtrain.common.errors import CheckpointError, ModtrainError, RankError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
@@ -141,7 +141,7 @@ class _Run:
         gc.collect()
         if self.watch is not None:
             self.watch.tick("the choice of a checkpoint", PATIENCE)
-        found = checkpoint.recover(run.checkpoints, ranks)
+        found = recover(run.checkpoints, ranks)
         start_step, path = found if found is not None else (0, None)
         rolled_back = trace.go_on(start_step, plan.sequences_per_step, config.spike)
         self.data.left_out = trace.left_out
@@ -217,7 +217,7 @@ class _Run:
 
     def _stopped(self) -> Outcome:
         run = self.directory
-        newest = checkpoint.whole_checkpoints(run.checkpoints)[-1:]
+        newest = whole_checkpoints(run.checkpoints)[-1:]
         told = [signum for signum in self.ranks.each(STOP.signum) if signum is not None]
         if STOP.signum is None and told:
             # It came to another rank.

@@ -9,7 +9,7 @@ from typing import Any
 
 from disturbed import Disturbed
 
-from modtrain.checkpoint import whole_checkpoints
+from modtrain.checkpoint.recovery import whole_checkpoints
 
 LATIN = "ValueError: the disk spoke Latin"
 

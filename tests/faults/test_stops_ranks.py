@@ -7,7 +7,7 @@ import pytest
 from ranks import RankFailedError, on_ranks, outcomes_on_ranks
 from spiked_runs import BAD, NAN, events, numbers_of, overrides, records, slow, spiked, spoil
 
-from modtrain import checkpoint
+from modtrain.checkpoint.recovery import whole_checkpoints
 from modtrain.cli.compose import compose
 from modtrain.training.module import LanguageModule
 from modtrain.training.run import train
@@ -45,7 +45,7 @@ def test_deepspeed_stops(prepared, tmp_path, strategy, action, factor):
         assert f"checkpoints/step-{5 if more else 6:09d}" in found.said
         assert "strategy=fsdp spike=skip" in found.said
     run = tmp_path / "run"
-    saved = checkpoint.whole_checkpoints(run / "checkpoints")
+    saved = whole_checkpoints(run / "checkpoints")
     assert [step for step, _ in saved] == [5 if more else 6]
     assert max(records(run, "loss")) < BAD
     if action == "stop":
@@ -115,7 +115,7 @@ def test_a_stop_names_the_step_its_figures_its_samples_and_the_way_back(
         assert f"its samples are {', '.join(map(str, bad))};" in found.said
         assert "checkpoints/step-000000005" in found.said
     run = tmp_path / "run"
-    assert [step for step, _ in checkpoint.whole_checkpoints(run / "checkpoints")] == [5]
+    assert [step for step, _ in whole_checkpoints(run / "checkpoints")] == [5]
     assert list(records(run, "loss")) == [4]
     assert [(e["action"], e["step"]) for e in events(run)] == [("stop", BAD)]
 
@@ -139,7 +139,7 @@ def test_a_signal_saves_nothing_of_a_spike_that_nobody_has_looked_at(prepared, t
     (found,) = outcomes_on_ranks(spiked_and_signalled, 1, lines, bad, joins=False)
     assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
     assert f"step {BAD} is a spike" in found.said
-    saved = checkpoint.whole_checkpoints(tmp_path / "run/checkpoints")
+    saved = whole_checkpoints(tmp_path / "run/checkpoints")
     assert [step for step, _ in saved] == [6]
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from modtrain import checkpoint
 from modtrain.checkpoint.reading import TensorReader
+from modtrain.checkpoint.recovery import latest
 from modtrain.checkpoint.state import MODEL
 
 
@@ -17,7 +17,7 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 def newest_tensors(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """Those of a run's newest checkpoint, which has to be of ``step`` where that is given."""
-    found = checkpoint.latest(run / "checkpoints")
+    found = latest(run / "checkpoints")
     assert found is not None and step in (None, found[0])
     tensors = tensors_of(found[1])
     assert any(key.startswith(MODEL) for key in tensors)

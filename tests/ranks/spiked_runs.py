@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modtrain import checkpoint
+from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.checkpoint.reading import read_rest
 from modtrain.cli.compose import compose
 from modtrain.data.config import DataConfig
@@ -111,4 +111,4 @@ def events(run: Path) -> list[dict]:
 
 
 def rest_of(run: Path, step: int) -> dict:
-    return read_rest(checkpoint.checkpoint_path(run / "checkpoints", step))
+    return read_rest(checkpoint_path(run / "checkpoints", step))

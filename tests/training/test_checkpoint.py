@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modtrain import checkpoint
 from modtrain.checkpoint import layout
-from modtrain.checkpoint.layout import Manifest
+from modtrain.checkpoint.layout import Manifest, checkpoint_path, verify
+from modtrain.checkpoint.recovery import latest, prune, recover, whole_checkpoints
 from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import CheckpointError
 
@@ -57,7 +57,7 @@ def same(left, right):
 
 
 def save(root, step, **state):
-    path = checkpoint.checkpoint_path(root, step)
+    path = checkpoint_path(root, step)
     nests.save(path, {"w": torch.arange(10.0) + step, **state}, step)
     return path
 
@@ -102,21 +102,21 @@ def damage_only_a_folder(path):
 )
 def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, damage):
     old, new = save(tmp_path, 5), save(tmp_path, 10)
-    assert checkpoint.latest(tmp_path) == (10, new)
+    assert latest(tmp_path) == (10, new)
     damage(new)
     with pytest.raises(CheckpointError):
         nests.load(new)
-    assert checkpoint.latest(tmp_path) == (5, old)
-    assert checkpoint.recover(tmp_path) == (5, old)
+    assert latest(tmp_path) == (5, old)
+    assert recover(tmp_path) == (5, old)
     assert save(tmp_path, 10) == new
-    assert checkpoint.recover(tmp_path) == (10, new)
+    assert recover(tmp_path) == (10, new)
 
 
 def test_latest_goes_by_the_content_not_by_the_name(tmp_path):
     path = save(tmp_path, 7)
     path.rename(tmp_path / "step-000000999")
-    assert checkpoint.latest(tmp_path) == (7, tmp_path / "step-000000999")
-    assert checkpoint.latest(tmp_path / "nothing") is None
+    assert latest(tmp_path) == (7, tmp_path / "step-000000999")
+    assert latest(tmp_path / "nothing") is None
 
 
 def test_a_path_is_never_written_twice(tmp_path):
@@ -135,16 +135,16 @@ def test_a_save_that_fails_leaves_nothing_that_looks_whole(tmp_path, monkeypatch
     with pytest.raises(CheckpointError, match=r"could not be written: .*No space"):
         save(tmp_path, 2)
     monkeypatch.undo()
-    assert checkpoint.whole_checkpoints(tmp_path) == [(1, kept)]
-    assert checkpoint.recover(tmp_path) == (1, kept)
+    assert whole_checkpoints(tmp_path) == [(1, kept)]
+    assert recover(tmp_path) == (1, kept)
     assert [p.name for p in tmp_path.iterdir()] == [kept.name]
 
 
 def test_pruning_keeps_the_newest_and_the_multiples(tmp_path):
     for step in range(1, 10):
         save(tmp_path, step)
-    checkpoint.prune(tmp_path, keep_last=2, keep_every=4)
-    assert [step for step, _ in checkpoint.whole_checkpoints(tmp_path)] == [4, 8, 9]
+    prune(tmp_path, keep_last=2, keep_every=4)
+    assert [step for step, _ in whole_checkpoints(tmp_path)] == [4, 8, 9]
 
 
 class Hostile:
@@ -167,7 +167,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, name):
     manifest = Manifest.read(path)
     manifest.files[name] = {"bytes": victim.stat().st_size, "sha256": file_sha256(victim)}
     manifest.write(path)
-    assert checkpoint.latest(tmp_path) == (1, path)
+    assert latest(tmp_path) == (1, path)
     with pytest.raises(CheckpointError, match="more than plain data"):
         nests.load(path)
     assert not mark.exists()
@@ -182,7 +182,7 @@ def test_every_bit_of_a_manifest_counts(tmp_path):
         manifest.write_bytes(text[:place] + bytes([text[place] ^ 2]) + text[place + 1 :])
         if json_of(manifest) != json.loads(text):
             with pytest.raises(CheckpointError):
-                checkpoint.verify(path)
+                verify(path)
 
 
 def json_of(path):
@@ -204,9 +204,9 @@ def test_where_no_checkpoint_can_be_read_none_is_put_away(tmp_path, monkeypatch)
     with monkeypatch.context() as away:
         away.setattr(layout, "file_sha256", stale)
         with pytest.raises(CheckpointError, match=r"none of the checkpoints(.|\n)*remedy"):
-            checkpoint.recover(tmp_path)
-    assert [step for step, _ in checkpoint.whole_checkpoints(tmp_path)] == [*steps]
-    assert checkpoint.recover(tmp_path) == (4, tmp_path / "step-000000004")
+            recover(tmp_path)
+    assert [step for step, _ in whole_checkpoints(tmp_path)] == [*steps]
+    assert recover(tmp_path) == (4, tmp_path / "step-000000004")
 
 
 def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -230,4 +230,4 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):
     manifest = path / "manifest.json"
     manifest.write_text(manifest.read_text().replace("state.pt", "../state.pt"))
     with pytest.raises(CheckpointError):
-        checkpoint.verify(path)
+        verify(path)

@@ -22,8 +22,12 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from modtrain import checkpoint
+from modtrain.checkpoint.layout import Manifest, checkpoint_path
 from modtrain.checkpoint.parts import parts_of
+from modtrain.checkpoint.reading import TensorReader
+from modtrain.checkpoint.recovery import latest, recover
+from modtrain.checkpoint.saver import Saver
+from modtrain.checkpoint.state import load_weights, model_tensors, named_state, restore
 from modtrain.common.errors import CheckpointError, ModtrainError
 from modtrain.distributed.process_group import Ranks
 
@@ -79,15 +83,13 @@ def made(name: str, seed: int = 0) -> tuple[nn.Module, torch.optim.AdamW]:
 def train(model: nn.Module, optimizer: torch.optim.AdamW, steps: int) -> list[float]:
     losses = []
     for _ in range(steps):
-        generator = torch.Generator().manual_seed(
-            int(checkpoint.model_tensors(model)["state_dict.seen"])
-        )
+        generator = torch.Generator().manual_seed(int(model_tensors(model)["state_dict.seen"]))
         tokens = torch.randint(13, (4, 6), generator=generator)
         loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(1).flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        checkpoint.model_tensors(model)["state_dict.seen"].add_(1)
+        model_tensors(model)["state_dict.seen"].add_(1)
         losses.append(loss.item())
     return losses
 
@@ -99,7 +101,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def full_state(model, optimizer) -> dict[str, list]:
     """As plain lists: a rank that ends takes tensors that it shares with it."""
-    tensors = checkpoint.named_state(model, optimizer)[0]
+    tensors = named_state(model, optimizer)[0]
     return {key: whole(value).tolist() for key, value in tensors.items()}
 
 
@@ -109,11 +111,11 @@ def saves(root: str, name: str) -> tuple[dict[str, list], list[float]]:
     model, optimizer = made(name)
     train(model, optimizer, 3)
     optimizer.param_groups[0]["lr"] = 0.007
-    saver = checkpoint.Saver(ranks)
+    saver = Saver(ranks)
     state = full_state(model, optimizer)
-    tensors, rest = checkpoint.named_state(model, optimizer)
+    tensors, rest = named_state(model, optimizer)
     own = {"rank": ranks.rank, "random": torch.arange(ranks.rank + 1)}
-    path = checkpoint.checkpoint_path(Path(root), 3)
+    path = checkpoint_path(Path(root), 3)
     saver.save(path, tensors, {**rest, "progress": {"tokens": 72}}, 3, own)
     losses = train(model, optimizer, 2)
     saver.close()
@@ -123,8 +125,8 @@ def saves(root: str, name: str) -> tuple[dict[str, list], list[float]]:
 def restores(root: str, name: str) -> tuple:
     ranks = Ranks()
     model, optimizer = made(name, seed=1)
-    step, path = checkpoint.recover(Path(root), ranks)
-    restored = checkpoint.restore(path, model, optimizer, ranks)
+    step, path = recover(Path(root), ranks)
+    restored = restore(path, model, optimizer, ranks)
     assert (step, restored.step, restored.rest["progress"]) == (3, 3, {"tokens": 72})
     state = full_state(model, optimizer)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -168,7 +170,7 @@ def shares(name: str) -> tuple[list[str], int, int]:
     """Keys and bytes that this rank writes, and bytes of everything."""
     model, optimizer = made(name)
     train(model, optimizer, 1)
-    tensors = checkpoint.named_state(model, optimizer)[0]
+    tensors = named_state(model, optimizer)[0]
     parts = parts_of(tensors, dist.get_rank(), dist.get_world_size())
     keys = [f"{part.item.index.fqn} {list(part.item.index.offset)}" for part in parts]
     return keys, sum(p.tensor.nbytes for p in parts), sum(whole(t).nbytes for t in tensors.values())
@@ -191,11 +193,11 @@ def spread(axis: int) -> bool:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     value = torch.arange(5 * 9.0).view(5, 9)
     saved = distribute_tensor(value, mesh, [Replicate(), Shard(axis)])
-    with checkpoint.Saver(ranks) as saver:
-        path = checkpoint.checkpoint_path(root, axis)
+    with Saver(ranks) as saver:
+        path = checkpoint_path(root, axis)
         saver.save(path, {"state_dict.w": saved, "state_dict.b": torch.ones(3)}, {}, axis)
     into = distribute_tensor(torch.zeros(5, 9), mesh, [Shard(1 - axis), Replicate()])
-    checkpoint.TensorReader(path).into({"state_dict.w": into})
+    TensorReader(path).into({"state_dict.w": into})
     return torch.equal(into.full_tensor(), value)
 
 
@@ -203,7 +205,7 @@ def spread(axis: int) -> bool:
 def test_pieces_of_any_mesh(tmp_path, monkeypatch, axis):
     monkeypatch.setenv("ROOT", str(tmp_path))
     assert on_ranks(_spread_at, 4, str(tmp_path), axis) == [True] * 4
-    read = nests.load(checkpoint.checkpoint_path(tmp_path, axis))["state_dict"]
+    read = nests.load(checkpoint_path(tmp_path, axis))["state_dict"]
     assert torch.equal(read["w"], torch.arange(45.0).view(5, 9))
 
 
@@ -214,11 +216,11 @@ def _spread_at(root: str, axis: int) -> bool:
 
 def each_its_own(root: str) -> list[str]:
     ranks = Ranks()
-    path = checkpoint.checkpoint_path(Path(root), 1)
+    path = checkpoint_path(Path(root), 1)
     own = {f"state_dict.{n}": torch.full((3,), float(n)) for n in range(7) if n % 2 == ranks.rank}
-    with checkpoint.Saver(ranks) as saver:
+    with Saver(ranks) as saver:
         saver.save(path, own, {}, 1, dealt=False)
-    reader = checkpoint.TensorReader(path)
+    reader = TensorReader(path)
     return [f"{key} {value.tolist()}" for key, value in sorted(reader.items())]
 
 
@@ -233,7 +235,7 @@ def polls(root: str) -> int:
 
     if dist.get_rank() == 0:
         module.prune = lambda *_: time.sleep(0.5)
-    saver = checkpoint.Saver(Ranks(), keep_last=1)
+    saver = Saver(Ranks(), keep_last=1)
     small(saver, Path(root), 1)
     count = 0
     while saver.poll():
@@ -263,14 +265,14 @@ def tensor_parallel(seed: int) -> nn.Module:
 
 
 def saves_2d(root: str) -> None:
-    with checkpoint.Saver(Ranks()) as saver:
-        tensors, rest = checkpoint.named_state(tensor_parallel(3))
-        saver.save(checkpoint.checkpoint_path(Path(root), 1), tensors, rest, 1)
+    with Saver(Ranks()) as saver:
+        tensors, rest = named_state(tensor_parallel(3))
+        saver.save(checkpoint_path(Path(root), 1), tensors, rest, 1)
 
 
 def restores_2d(root: str) -> dict[str, list]:
     ranks, model = Ranks(), tensor_parallel(4)
-    checkpoint.restore(checkpoint.checkpoint_path(Path(root), 1), model, ranks=ranks)
+    restore(checkpoint_path(Path(root), 1), model, ranks=ranks)
     return {key: whole(value).tolist() for key, value in model.state_dict().items()}
 
 
@@ -278,7 +280,7 @@ def test_tensor_parallel_pieces_that_are_sharded_again(tmp_path):
     on_ranks(saves_2d, 4, str(tmp_path))
     expected = {key: value.tolist() for key, value in Products(3).state_dict().items()}
     model = Products(4)
-    checkpoint.restore(checkpoint.checkpoint_path(tmp_path, 1), model)
+    restore(checkpoint_path(tmp_path, 1), model)
     assert {key: value.tolist() for key, value in model.state_dict().items()} == expected
     assert on_ranks(restores_2d, 4, str(tmp_path)) == [expected] * 4
 
@@ -286,8 +288,8 @@ def test_tensor_parallel_pieces_that_are_sharded_again(tmp_path):
 # What goes wrong --------------------------------------------------------------------------------
 
 
-def small(saver: checkpoint.Saver, root: Path, step: int, size: int = 10, **options) -> Path:
-    path = checkpoint.checkpoint_path(root, step)
+def small(saver: Saver, root: Path, step: int, size: int = 10, **options) -> Path:
+    path = checkpoint_path(root, step)
     saver.save(path, {"w": torch.arange(float(size)), "v": torch.ones(size)}, {}, step, **options)
     return path
 
@@ -295,7 +297,7 @@ def small(saver: checkpoint.Saver, root: Path, step: int, size: int = 10, **opti
 def fails_on_one(root: str, how: str) -> tuple[str, list[str], tuple[int, str]]:
     """Save 1 well, let 2 fail on rank 1, save 3 well."""
     ranks, folder = Ranks(), Path(root)
-    saver = checkpoint.Saver(ranks)
+    saver = Saver(ranks)
     small(saver, folder, 1)
     saver.wait()
     fsync = os.fsync
@@ -320,7 +322,7 @@ def fails_on_one(root: str, how: str) -> tuple[str, list[str], tuple[int, str]]:
     names = sorted(path.name for path in folder.iterdir())
     small(saver, folder, 3)
     saver.close()
-    return said, names, checkpoint.recover(folder, ranks)
+    return said, names, recover(folder, ranks)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,7 @@ def test_what_fails_on_one_rank_fails_on_all_and_the_next_save_works(tmp_path, h
 
 def dies_in_a_save(root: str) -> str:
     ranks, folder = Ranks(), Path(root)
-    saver = checkpoint.Saver(ranks, timeout=timedelta(seconds=2))
+    saver = Saver(ranks, timeout=timedelta(seconds=2))
     small(saver, folder, 1, blocking=True)
     if ranks.rank == 1:
         from modtrain.checkpoint import writing
@@ -362,7 +364,7 @@ def test_a_rank_killed_in_a_save_leaves_the_one_before(tmp_path):
     assert isinstance(outcomes[1], RankFailedError)
     assert "could not be written" in outcomes[0]
     assert "could not be written" in outcomes[2]
-    assert checkpoint.recover(tmp_path) == (1, tmp_path / "step-000000001")
+    assert recover(tmp_path) == (1, tmp_path / "step-000000001")
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
 
 
@@ -373,11 +375,11 @@ def recovers(root: str) -> tuple:
     ranks, read = Ranks(), []
     sha = layout.file_sha256
     layout.file_sha256 = lambda file: (read.append(f"{file.parent.name}/{file.name}"), sha(file))[1]
-    return checkpoint.latest(Path(root), ranks), checkpoint.recover(Path(root), ranks), read
+    return latest(Path(root), ranks), recover(Path(root), ranks), read
 
 
 def saved_by_two(root: str, *steps: int) -> None:
-    with checkpoint.Saver(Ranks()) as saver:
+    with Saver(Ranks()) as saver:
         for step in steps:
             small(saver, Path(root), step)
 
@@ -387,7 +389,7 @@ def test_each_rank_reads_its_share_of_the_files(tmp_path):
     newest = (1, tmp_path / "step-000000001")
     first, second = on_ranks(recovers, 2, str(tmp_path))
     assert first[:2] == second[:2] == (newest, newest)
-    files = {f"step-000000001/{n}" for n in checkpoint.Manifest.read(newest[1]).files}
+    files = {f"step-000000001/{n}" for n in Manifest.read(newest[1]).files}
     assert len(files) == 4
     assert len(first[2]) == len(second[2]) == 4  # twice two
     assert set(first[2]) | set(second[2]) == files
@@ -415,7 +417,7 @@ def sees_another_disk(root: str) -> tuple | None:
     if ranks.rank == 1:
         exists = Path.is_file
         Path.is_file = lambda self: "step-000000002" not in str(self) and exists(self)
-    return checkpoint.recover(Path(root), ranks)
+    return recover(Path(root), ranks)
 
 
 def test_a_directory_that_one_rank_does_not_see_is_passed_over_by_all(tmp_path):
@@ -429,7 +431,7 @@ def restores_another_model(root: str) -> str:
     if ranks.rank == 1:
         model.extra = nn.Linear(2, 2)
     try:
-        checkpoint.restore(checkpoint.checkpoint_path(Path(root), 3), model, None, ranks)
+        restore(checkpoint_path(Path(root), 3), model, None, ranks)
     except ModtrainError as error:
         return f"{type(error).__name__}: {error}"
     return "restored"
@@ -440,18 +442,18 @@ def test_names_that_are_missing_or_left_over_are_told(tmp_path):
     first, second = on_ranks(restores_another_model, 2, str(tmp_path))
     assert first.startswith("RankError: rank 1")
     assert "lacks state_dict.extra.bias, state_dict.extra.weight" in second
-    path = checkpoint.checkpoint_path(tmp_path, 3)
+    path = checkpoint_path(tmp_path, 3)
     model = Net()
     model.layers = model.layers[:1]
     with pytest.raises(CheckpointError, match=r"holds state_dict\.layers\.1\.0\.bias, .* not have"):
-        checkpoint.restore(path, model)
+        restore(path, model)
     model = Net()
     model.layers[1][0] = nn.Linear(WIDTH, HIDDEN + 1)
     with pytest.raises(CheckpointError, match=r"layers\.1\.0\.\w+ of shape"):
-        checkpoint.restore(path, model)
+        restore(path, model)
     fewer = torch.optim.AdamW(made("single")[0].parameters())
     with pytest.raises(ValueError, match="does not have"):
-        checkpoint.restore(path, Net(), fewer)
+        restore(path, Net(), fewer)
 
 
 def test_groups_that_do_not_fit_are_refused(tmp_path):
@@ -459,37 +461,37 @@ def test_groups_that_do_not_fit_are_refused(tmp_path):
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(CheckpointError, match="other groups of parameters: "):
-        checkpoint.restore(checkpoint.checkpoint_path(tmp_path, 3), model, optimizer)
+        restore(checkpoint_path(tmp_path, 3), model, optimizer)
 
 
 def test_a_parameter_that_never_had_a_gradient_has_no_state_and_gets_none(tmp_path):
     model, optimizer = made("single")
     model.layers[1].requires_grad_(False)
     train(model, optimizer, 1)
-    tensors, rest = checkpoint.named_state(model, optimizer)
-    path = checkpoint.checkpoint_path(tmp_path, 1)
-    with checkpoint.Saver(Ranks()) as saver:
+    tensors, rest = named_state(model, optimizer)
+    path = checkpoint_path(tmp_path, 1)
+    with Saver(Ranks()) as saver:
         saver.save(path, tensors, rest, 1)
     again, fresh = made("single", seed=1)
     train(again, fresh, 1)
-    checkpoint.restore(path, again, fresh)
+    restore(path, again, fresh)
     assert full_state(again, fresh) == full_state(model, optimizer)
     assert not fresh.state.get(again.layers[1][0].weight)
 
 
 def test_load_weights_reads_no_optimizer_state(tmp_path, monkeypatch):
     state, _ = saves(str(tmp_path), "single")
-    path = checkpoint.checkpoint_path(tmp_path, 3)
+    path = checkpoint_path(tmp_path, 3)
     asked = []
-    into = checkpoint.TensorReader.into
+    into = TensorReader.into
     monkeypatch.setattr(
-        checkpoint.TensorReader,
+        TensorReader,
         "into",
         lambda self, tensors: (asked.extend(tensors), into(self, tensors))[1],
     )
     model = Net(seed=1)
-    checkpoint.load_weights(path, model)
-    for key, tensor in checkpoint.model_tensors(model).items():
+    load_weights(path, model)
+    for key, tensor in model_tensors(model).items():
         assert tensor.tolist() == state[key]
     assert all(key.startswith("state_dict.") for key in asked)
     assert model.head.weight is model.embedding.weight

@@ -18,9 +18,13 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from modtrain import checkpoint
 from modtrain.checkpoint.config import CheckpointsConfig
 from modtrain.checkpoint.consolidate import consolidate
+from modtrain.checkpoint.layout import Manifest, checkpoint_path
+from modtrain.checkpoint.reading import TensorReader
+from modtrain.checkpoint.recovery import latest, prune, whole_checkpoints, with_chosen
+from modtrain.checkpoint.saver import Saver
+from modtrain.checkpoint.state import named_state
 from modtrain.cli.checkpoints import run_checkpoints
 from modtrain.cli.compose import compose
 from modtrain.cli.main import main
@@ -50,12 +54,12 @@ def saves(root: str, *steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    with checkpoint.Saver(ranks) as saver:
+    with Saver(ranks) as saver:
         for step in steps:
             optimizer.step()
-            tensors, rest = checkpoint.named_state(model, optimizer)
+            tensors, rest = named_state(model, optimizer)
             rest["progress"] = {"step": step, "tokens": step * 1000, "flops": step * 1e9}
-            saver.save(checkpoint.checkpoint_path(run.checkpoints, step), tensors, rest, step)
+            saver.save(checkpoint_path(run.checkpoints, step), tensors, rest, step)
 
 
 @pytest.fixture
@@ -74,7 +78,7 @@ def verb(run: RunDirectory, **changes) -> str:
 
 
 def hurt(run: RunDirectory, step: int) -> None:
-    file = checkpoint.checkpoint_path(run.checkpoints, step) / "__0_0.distcp"
+    file = checkpoint_path(run.checkpoints, step) / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -83,7 +87,7 @@ def hurt(run: RunDirectory, step: int) -> None:
 def test_the_list_has_steps_bytes_and_progress(run):
     saves(str(run.path.parent), 1, 2)
     hurt(run, 1)
-    manifest = checkpoint.Manifest.read(checkpoint.checkpoint_path(run.checkpoints, 2))
+    manifest = Manifest.read(checkpoint_path(run.checkpoints, 2))
     shown = verb(run)
     for said in ("1,000", "2,000", "2e+09", f"{manifest.num_bytes:,}"):
         assert said in shown, shown
@@ -102,9 +106,9 @@ def test_verify_reads_every_byte(run):
 def test_prune_keeps_what_the_run_keeps_or_what_is_asked_for(run):
     saves(str(run.path.parent), 1, 2, 3, 4)
     assert "step-000000001" in verb(run, action="prune", keep_every=2)
-    assert [s for s, _ in checkpoint.whole_checkpoints(run.checkpoints)] == [2, 3, 4]
+    assert [s for s, _ in whole_checkpoints(run.checkpoints)] == [2, 3, 4]
     verb(run, action="prune", keep_last=1)
-    assert [s for s, _ in checkpoint.whole_checkpoints(run.checkpoints)] == [4]
+    assert [s for s, _ in whole_checkpoints(run.checkpoints)] == [4]
 
 
 def test_prune_goes_by_the_newest_start_of_a_run(run):
@@ -113,23 +117,23 @@ def test_prune_goes_by_the_newest_start_of_a_run(run):
         run.start(replace(CONFIG, checkpoint=CheckpointConfig(keep_last=keep_last)), "f", "cpu")
     saves(str(run.path.parent), 1, 2, 3, 4)
     verb(run, action="prune")
-    assert [s for s, _ in checkpoint.whole_checkpoints(run.checkpoints)] == [2, 3, 4]
+    assert [s for s, _ in whole_checkpoints(run.checkpoints)] == [2, 3, 4]
 
 
 def test_prune_keeps_another_checkpoint_in_place_of_a_damaged_one(run):
     saves(str(run.path.parent), 1, 2, 3)
     hurt(run, 3)
     verb(run, action="prune", keep_last=1)
-    found = checkpoint.latest(run.checkpoints)
+    found = latest(run.checkpoints)
     assert found is not None and found[0] == 2
-    assert [s for s, _ in checkpoint.whole_checkpoints(run.checkpoints)] == [2, 3]
+    assert [s for s, _ in whole_checkpoints(run.checkpoints)] == [2, 3]
 
 
 def test_prune_leaves_a_run_in_use_alone(run):
     saves(str(run.path.parent), 1, 2, 3)
     with run.locked(), pytest.raises(CheckpointError, match="in use"):
         verb(run, action="prune", keep_last=1)
-    assert len(checkpoint.whole_checkpoints(run.checkpoints)) == 3
+    assert len(whole_checkpoints(run.checkpoints)) == 3
 
 
 def test_what_is_pruned_while_it_is_read_is_chosen_anew(run):
@@ -139,18 +143,18 @@ def test_what_is_pruned_while_it_is_read_is_chosen_anew(run):
     def use(step, path):
         read.append(step)
         if step == 2:
-            checkpoint.prune(run.checkpoints, keep_last=1, keep_every=None)
-            checkpoint.checkpoint_path(run.checkpoints, 2).rename(run.path / "gone")
+            prune(run.checkpoints, keep_last=1, keep_every=None)
+            checkpoint_path(run.checkpoints, 2).rename(run.path / "gone")
             saves(str(run.path.parent), 3)
-        return checkpoint.Manifest.read(path).step
+        return Manifest.read(path).step
 
-    assert checkpoint.with_chosen(run.checkpoints, None, use) == 3
+    assert with_chosen(run.checkpoints, None, use) == 3
     assert read == [2, 3]
     with pytest.raises(CheckpointError, match="no checkpoint of step=2"):
-        checkpoint.with_chosen(run.checkpoints, 2, use)
+        with_chosen(run.checkpoints, 2, use)
     hurt(run, 3)
     with pytest.raises(CheckpointError, match="does not match"):
-        checkpoint.with_chosen(run.checkpoints, 3, use)
+        with_chosen(run.checkpoints, 3, use)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -160,7 +164,7 @@ def test_consolidated_weights_are_those_of_the_checkpoint(run, world):
     assert "step 5" in verb(run, action="consolidate")
     file = run.path / "model-000000005.safetensors"
     loaded = load_file(file)
-    model = load_model(CONFIG, checkpoint.checkpoint_path(run.checkpoints, 5))
+    model = load_model(CONFIG, checkpoint_path(run.checkpoints, 5))
     weights = model.state_dict()
     assert loaded.keys() == weights.keys() - {"head.weight"}
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
@@ -180,7 +184,7 @@ def test_consolidated_weights_in_bf16(run):
     saves(str(run.path.parent), 1)
     output = run.path / "half.safetensors"
     verb(run, action="consolidate", dtype="bf16", output=str(output), step=1)
-    model = load_model(CONFIG, checkpoint.checkpoint_path(run.checkpoints, 1))
+    model = load_model(CONFIG, checkpoint_path(run.checkpoints, 1))
     weights = model.state_dict()
     for key, value in load_file(output).items():
         assert value.dtype == torch.bfloat16
@@ -198,7 +202,7 @@ def test_any_dtype_and_shape_is_consolidated(tmp_path):
         "e": torch.randn(7),
         "f": torch.randn(3, 2, dtype=torch.float64).T,
     }
-    path = checkpoint.checkpoint_path(tmp_path, 1)
+    path = checkpoint_path(tmp_path, 1)
     nests.save(path, {"state_dict": state}, 1)
     size = consolidate(path, tmp_path / "all.safetensors")
     loaded = load_file(tmp_path / "all.safetensors")
@@ -208,7 +212,7 @@ def test_any_dtype_and_shape_is_consolidated(tmp_path):
 
 
 def test_a_tied_weight_that_was_stored_twice_is_stored_once(tmp_path):
-    path, weight = checkpoint.checkpoint_path(tmp_path, 1), torch.randn(3, 2)
+    path, weight = checkpoint_path(tmp_path, 1), torch.randn(3, 2)
     names = ("head.weight", "embedding.weight")
     nests.save(path, {"state_dict": dict.fromkeys(names, weight)}, 1)
     tied = {"head.weight": "embedding.weight"}
@@ -238,9 +242,9 @@ def peak_of_consolidating(path: str, output: str) -> int:
 def test_consolidating_holds_one_tensor_at_a_time(tmp_path):
     each = 4 * 2**20
     small = {"state_dict": {"w": torch.ones(3)}}
-    nests.save(checkpoint.checkpoint_path(tmp_path, 1), small, 1)
+    nests.save(checkpoint_path(tmp_path, 1), small, 1)
     large = {f"{n}": torch.randn(each // 4) for n in range(24)}
-    path = checkpoint.checkpoint_path(tmp_path, 2)
+    path = checkpoint_path(tmp_path, 2)
     nests.save(path, {"state_dict": large}, 2)
     peak = peak_of_consolidating(str(path), str(tmp_path / "w.safetensors"))
     assert peak < 5 * each
@@ -248,15 +252,15 @@ def test_consolidating_holds_one_tensor_at_a_time(tmp_path):
 
 def test_an_interrupted_consolidation_leaves_no_file(run, monkeypatch):
     saves(str(run.path.parent), 1)
-    path = checkpoint.checkpoint_path(run.checkpoints, 1)
+    path = checkpoint_path(run.checkpoints, 1)
     reads = iter(range(3))
-    read = checkpoint.TensorReader.read
+    read = TensorReader.read
 
     def breaks(self, *arguments):
         next(reads)
         return read(self, *arguments)
 
-    monkeypatch.setattr(checkpoint.TensorReader, "read", breaks)
+    monkeypatch.setattr(TensorReader, "read", breaks)
     with pytest.raises((StopIteration, RuntimeError)):
         consolidate(path, run.path / "w.safetensors")
     assert not (run.path / "w.safetensors").exists()

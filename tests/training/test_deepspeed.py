@@ -16,7 +16,8 @@ from ranks import on_ranks
 from saved import tensors_of
 from torch.utils.data import DataLoader, Dataset
 
-from modtrain.checkpoint import Saver, checkpoint_path
+from modtrain.checkpoint.layout import checkpoint_path
+from modtrain.checkpoint.saver import Saver
 from modtrain.common.errors import CheckpointError, ConfigError, TrainingError
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks

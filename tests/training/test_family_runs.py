@@ -6,7 +6,7 @@ import pytest
 import torch
 from saved import newest_weights
 
-from modtrain import checkpoint
+from modtrain.checkpoint.recovery import latest
 from modtrain.cli.compose import compose
 from modtrain.inference.config import EvalRunConfig
 from modtrain.inference.evaluate.evaluate import evaluate_run
@@ -123,7 +123,7 @@ def check_resumed(start, finished, monkeypatch, name: str) -> None:
         stop_before(patch, 4)
         stopped = start(cut, *overrides)
     assert stopped.status == "stopped"
-    assert checkpoint.latest(stopped.run.checkpoints)[0] == 5
+    assert latest(stopped.run.checkpoints)[0] == 5
     STOP.signum = None
     resumed = start(cut, *overrides)
     assert resumed.status == "complete"

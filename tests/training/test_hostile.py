@@ -16,9 +16,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from modtrain import checkpoint
-from modtrain.checkpoint.layout import Manifest
+from modtrain.checkpoint.layout import Manifest, checkpoint_path, verify
 from modtrain.checkpoint.rank_state import read_rank_state
+from modtrain.checkpoint.reading import TensorReader
+from modtrain.checkpoint.recovery import latest, recover, whole_checkpoints
+from modtrain.checkpoint.saver import Saver
+from modtrain.checkpoint.state import load_weights, model_tensors, restore
 from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import CheckpointError, DataError
 from modtrain.data.config import DataConfig
@@ -45,19 +48,19 @@ def torch_pickle(value) -> bytes:
 def path(tmp_path) -> Path:
     root = tmp_path / "checkpoints"
     root.mkdir()
-    found = checkpoint.checkpoint_path(root, 1)
+    found = checkpoint_path(root, 1)
     model = torch.nn.Linear(2, 2, bias=False)
-    with checkpoint.Saver(Ranks()) as saver:
-        saver.save(found, checkpoint.model_tensors(model), {"n": 1}, 1, {"random": 5})
+    with Saver(Ranks()) as saver:
+        saver.save(found, model_tensors(model), {"n": 1}, 1, {"random": 5})
     return found
 
 
 def planted(path: Path, name: str, content: bytes) -> None:
     (path / name).write_bytes(content)
-    manifest = checkpoint.Manifest.read(path)
+    manifest = Manifest.read(path)
     entry = {"bytes": len(content), "sha256": file_sha256(path / name)}
     replace(manifest, files={**manifest.files, name: entry}).write(path)
-    assert checkpoint.recover(path.parent) == (1, path)
+    assert recover(path.parent) == (1, path)
 
 
 def metadata(path: Path) -> Metadata:
@@ -102,7 +105,7 @@ def in_another_file(path, mark):
 def in_a_rank_state(path, mark):
     content = torch.frombuffer(bytearray(torch_pickle(Hostile(mark))), dtype=torch.uint8)
     shutil.rmtree(path)
-    with checkpoint.Saver(Ranks()) as saver:
+    with Saver(Ranks()) as saver:
         tensors = {"state_dict.weight": torch.ones(2, 2), "ranks.0.state": content}
         saver.save(path, tensors, {}, 1)
 
@@ -116,13 +119,13 @@ def test_a_hostile_checkpoint_runs_nothing(path, tmp_path, plant):
     plant(path, mark)
     model = torch.nn.Linear(2, 2, bias=False)
     with pytest.raises(CheckpointError, match=r"more than plain data|cannot be read"):
-        checkpoint.restore(path, model)
+        restore(path, model)
     if plant not in (in_the_rest, in_a_rank_state):
         with pytest.raises(CheckpointError, match=r"more than plain data|cannot be read"):
-            checkpoint.load_weights(path, model)
+            load_weights(path, model)
     if plant is in_a_rank_state:
         with pytest.raises(CheckpointError, match="more than plain data"):
-            read_rank_state(checkpoint.TensorReader(path), 0)
+            read_rank_state(TensorReader(path), 0)
     else:
         with pytest.raises(CheckpointError):
             nests.load(path)
@@ -138,7 +141,7 @@ def test_a_file_of_others_is_not_read_even_if_harmless(path):
             info.relative_path, info.offset = "../outside", 0
     planted(path, ".metadata", pickle.dumps(changed))
     with pytest.raises(CheckpointError, match="a file of others"):
-        checkpoint.load_weights(path, torch.nn.Linear(2, 2, bias=False))
+        load_weights(path, torch.nn.Linear(2, 2, bias=False))
 
 
 def test_the_pickles_of_these_tests_would_run(tmp_path):
@@ -153,8 +156,8 @@ def test_a_manifest_that_names_files_elsewhere_is_passed_over(path, name):
     manifest.files[name] = manifest.files["state.pt"]
     manifest.write(path)
     with pytest.raises(CheckpointError, match="outside"):
-        checkpoint.verify(path)
-    assert checkpoint.latest(path.parent) is None
+        verify(path)
+    assert latest(path.parent) is None
 
 
 @pytest.mark.parametrize(
@@ -163,8 +166,8 @@ def test_a_manifest_that_names_files_elsewhere_is_passed_over(path, name):
 )
 def test_what_is_no_manifest_is_passed_over(path, text):
     (path / "manifest.json").write_text(text)
-    assert checkpoint.whole_checkpoints(path.parent) == []
-    assert checkpoint.latest(path.parent) is None
+    assert whole_checkpoints(path.parent) == []
+    assert latest(path.parent) is None
 
 
 @pytest.fixture

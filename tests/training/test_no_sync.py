@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from modtrain.checkpoint import Saver
+from modtrain.checkpoint.saver import Saver
 from modtrain.cli.compose import compose
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks

@@ -14,7 +14,7 @@ from saved import newest_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import modtrain
-from modtrain import checkpoint
+from modtrain.checkpoint.recovery import latest, whole_checkpoints
 from modtrain.cli.compose import compose
 from modtrain.common.errors import CheckpointError, OtherRunError, TrainingError
 from modtrain.data.stream.datamodule import TokenDataModule
@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_should_and_a_second_start_does_nothing(start):
         *("config.yaml", "manifest.json", "command.txt", "checkpoints", "tensorboard", "logs"),
         *("metrics.jsonl", "result.json", "COMPLETED"),
     }
-    assert [s for s, _ in checkpoint.whole_checkpoints(run.checkpoints)] == [8, 12]
+    assert [s for s, _ in whole_checkpoints(run.checkpoints)] == [8, 12]
     result = json.loads(run.result.read_text())
     assert result["steps"] == 12
     assert result["tokens"] == 12 * 256
@@ -121,7 +121,7 @@ def test_a_signal_saves_the_step_and_the_next_start_ends_bitwise_equal(start, mo
     assert stopped.status == "stopped"
     assert stopped.exit_code == 75
     assert not stopped.run.is_complete
-    assert checkpoint.latest(stopped.run.checkpoints)[0] == step + 1
+    assert latest(stopped.run.checkpoints)[0] == step + 1
     STOP.signum = None
     resumed = start("cut")
     assert resumed.status == "complete"
@@ -159,12 +159,12 @@ def test_a_signal_while_lightning_sets_up_is_not_taken_for_an_end(start, monkeyp
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(start):
     whole = start("whole")
     hurt = start("hurt").run
-    newest = checkpoint.latest(hurt.checkpoints)[1]
+    newest = latest(hurt.checkpoints)[1]
     victim = max(newest.glob("*.distcp"))
     victim.write_bytes(victim.read_bytes()[:-3])
     hurt.completed_mark.unlink()
     assert start("hurt").status == "complete"
-    assert checkpoint.latest(hurt.checkpoints) == (12, newest)
+    assert latest(hurt.checkpoints) == (12, newest)
     assert newest.with_name(f"damaged-{newest.name}").is_dir()
     steps = [r["step"] for r in read_metrics(hurt.metrics) if "loss" in r]
     assert steps == [2, 4, 6, 8, 10, 12]
@@ -269,7 +269,7 @@ def test_a_signal_after_a_bad_step_saves_nothing(start, tmp_path, monkeypatch):
             *("bad", "optimizer.lr=1e30", "optimizer.grad_clip=null", "eval.every=null"),
             *("log.every=100", "checkpoint.every=100"),
         )
-    assert checkpoint.latest(tmp_path / "bad" / "checkpoints") is None
+    assert latest(tmp_path / "bad" / "checkpoints") is None
 
 
 def test_a_run_that_ended_between_its_last_checkpoint_and_its_mark_trains_no_further(start):
@@ -285,7 +285,7 @@ def test_a_run_that_ended_between_its_last_checkpoint_and_its_mark_trains_no_fur
 def test_no_checkpoint_is_written_after_a_bad_step(start, tmp_path):
     with pytest.raises(TrainingError, match="none: the run had not saved yet"):
         start("bad", "optimizer.lr=1e30", "optimizer.grad_clip=null", "log.every=100")
-    assert checkpoint.latest(tmp_path / "bad" / "checkpoints") is None
+    assert latest(tmp_path / "bad" / "checkpoints") is None
 
 
 def test_predictors_change_nothing_in_the_trunk_over_a_whole_run(start):

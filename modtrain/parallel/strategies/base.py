@@ -24,7 +24,8 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor, nn
 
-from modtrain.checkpoint import Restored, Saver, named_state, restore
+from modtrain.checkpoint.saver import Saver
+from modtrain.checkpoint.state import Restored, named_state, restore
 from modtrain.models.transformer import ModelOutput, Transformer
 from modtrain.parallel import activation_checkpointing, fsdp
 from modtrain.parallel.config import StrategyOptions

@@ -29,7 +29,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from modtrain.checkpoint import Restored, optimizer_groups, tied_names
+from modtrain.checkpoint.state import Restored, optimizer_groups, tied_names
 from modtrain.common.errors import ConfigError, Problem, TrainingError
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.fsdp import prepare_layers

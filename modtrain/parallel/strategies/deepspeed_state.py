@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from modtrain.checkpoint import Manifest, Restored, TensorReader
+from modtrain.checkpoint.layout import Manifest
 from modtrain.checkpoint.rank_state import read_rank_state
-from modtrain.checkpoint.reading import read_rest
-from modtrain.checkpoint.state import MODEL, OPTIMIZER
+from modtrain.checkpoint.reading import TensorReader, read_rest
+from modtrain.checkpoint.state import MODEL, OPTIMIZER, Restored
 from modtrain.common.errors import CheckpointError
 from modtrain.distributed.process_group import Ranks
 

@@ -6,8 +6,8 @@ import logging
 
 import lightning as L
 
-from modtrain import checkpoint
-from modtrain.checkpoint import Saver
+from modtrain.checkpoint.layout import checkpoint_path
+from modtrain.checkpoint.saver import Saver
 from modtrain.training.callbacks.metrics import StepClock
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.config import CheckpointConfig
@@ -44,7 +44,7 @@ class CheckpointCallback(StepCallback):
         blocking = stop or step == module.plan.steps or not self.config.background
         with self.clock:
             trainer.save_checkpoint(
-                checkpoint.checkpoint_path(self.run.checkpoints, step),
+                checkpoint_path(self.run.checkpoints, step),
                 storage_options={"blocking": blocking},
             )
         if stop:

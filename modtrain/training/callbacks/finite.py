@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from modtrain.checkpoint import Saver
+from modtrain.checkpoint.saver import Saver
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.training.callbacks.guard import Guard, overflowed
 from modtrain.training.module import LanguageModule

@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning as L
 
-from modtrain import checkpoint
-from modtrain.checkpoint import Saver
+from modtrain.checkpoint.recovery import latest
+from modtrain.checkpoint.saver import Saver
 from modtrain.common.errors import CheckpointError, TrainingError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.training.callbacks.step import StepCallback, is_due
@@ -65,7 +65,7 @@ class Guard(StepCallback):
         """
         with suppress(CheckpointError):
             self.saver.wait()
-        good = checkpoint.latest(self.run.checkpoints, self.saver.ranks)
+        good = latest(self.run.checkpoints, self.saver.ranks)
         shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
         config = self.module.config
         return TrainingError(

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import lightning as L
 
-from modtrain.checkpoint import Saver
+from modtrain.checkpoint.saver import Saver
 from modtrain.common.errors import CheckpointError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.training.callbacks.guard import Guard
