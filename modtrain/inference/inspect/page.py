@@ -21,7 +21,7 @@ from modtrain.inference.inspect.figures import (
 from modtrain.inference.inspect.trace import ExpertTrace, Trace
 from modtrain.inference.token_text import Piece
 
-_TEMPLATE = "inspect.html.jinja"
+_TEMPLATE = "page.html.jinja"
 _EXPERT_LEVELS = 8
 _TOKENS_IN_STRIPS = 768
 
