@@ -37,7 +37,7 @@ test-slow: $(STAMP)  ## the tests that take minutes
 	$(PYTEST) -m slow
 
 kills: $(STAMP)  ## a hundred kills -9 of ranks, each gone on from to the bit
-	$(BIN)/pytest tests/faults/test_kills_ranks.py -m slow --kills 100
+	$(BIN)/pytest tests/training/faults/test_kills.py -m slow --kills 100
 
 lint: $(STAMP)  ## ruff, lint and format
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What runs for minutes has a test of its own, and the tests cannot run themselves.
+STUDY_TEST = "tests/experiments/compare/test_study.py"
+
 ELSEWHERE = {
     "make quickstart": "tests/test_quickstart.py",
     "make test": ".ci/run",
@@ -20,9 +22,9 @@ ELSEWHERE = {
     "make imports": ".ci/run",
     "make docs": ".ci/run",
     "make install": ".ci/run",
-    ".venv/bin/modtrain compare experiment=study": "tests/test_study.py",
-    ".venv/bin/modtrain compare experiment=study only=[moe]": "tests/test_study.py",
-    ".venv/bin/modtrain compare experiment=study train=false timed_rounds=0": "tests/test_study.py",
+    ".venv/bin/modtrain compare experiment=study": STUDY_TEST,
+    ".venv/bin/modtrain compare experiment=study only=[moe]": STUDY_TEST,
+    ".venv/bin/modtrain compare experiment=study train=false timed_rounds=0": STUDY_TEST,
 }
 
 

@@ -1,6 +1,8 @@
-"""Runs on a real Slurm: told of, followed over a requeue, and cancelled for good."""
+"""What `modtrain status` and `logs` do without a Slurm, or with a played one."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -8,153 +10,479 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-HERE = {"PYTHONPATH": str(ROOT), "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
-# A job that saves at USR1 and comes back by itself, whatever is written in its directory.
-STUBBORN = """#!/bin/bash
-#SBATCH --open-mode=append
-save() { mkdir -p checkpoints/step-000000005; echo '{}' >checkpoints/step-000000005/manifest.json; }
-# An array's last task has the number of the array, by which all of them would be requeued.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-trap 'echo told; save; scontrol requeue ${job:-$SLURM_JOB_ID}; sleep 60' USR1
-echo "start ${SLURM_RESTART_COUNT:-0}"
-while [ ! -e go ]; do sleep .2; done
-echo "the end"
-"""
+from modtrain.cli.compose import compose
+from modtrain.cli.main import main
+from modtrain.cluster import logs, slurm
+from modtrain.cluster.runs import find_runs, lines_from_end, read_run
+from modtrain.cluster.slurm import Job, SlurmError
+from modtrain.cluster.status import live_jobs, state_of
+from modtrain.cluster.status_config import StatusConfig
+from modtrain.common.overrides import spelled
+from tests.cluster.made_runs import Group, Made, held, iso, line, play, shown
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left(cluster):
-    yield
-    cluster.cancel_all()
+def test_states_follow_from_the_files(tmp_path):
+    run = Made(tmp_path / "r")
+    assert run.state() == ("never started", "")
+    run.starts(100)
+    assert run.state() == ("stopped", "")
+    run.failed(200, "an old one")
+    assert run.state() == ("stopped", "")
+    run.failed(50, "CUDA is gone")
+    assert run.state() == ("failed", "CUDA is gone")
+    with held(run.path):
+        assert run.state()[0] == "running"
+    run.starts(100, 20)
+    assert run.state() == ("stopped", "")
+    (run.path / "COMPLETED").touch()
+    assert run.state() == ("complete", "")
 
 
-@pytest.fixture
-def run(tmp_path) -> Path:
-    folder = tmp_path / "runs/x"
-    (folder / "logs").mkdir(parents=True)
-    (folder / "submit.sbatch").write_text(STUBBORN)
-    return folder
+@pytest.mark.parametrize(
+    ("job", "state", "why"),
+    [
+        (Job("7", "RUNNING"), "running", ""),
+        (Job("7", "COMPLETING"), "running", ""),
+        (Job("7", "SUSPENDED"), "running", "suspended"),
+        (Job("7", "PENDING", "Priority"), "pending", "Priority"),
+        (Job("7", "CONFIGURING"), "pending", "configuring"),
+        (Job("7", "TIMEOUT", "TimeLimit"), "stopped", "job 7: timeout (TimeLimit)"),
+        (Job("7", "OUT_OF_MEMORY"), "failed", "job 7: out of memory"),
+        (Job("7", "NODE_FAIL"), "failed", "job 7: node fail"),
+        (Job("7", "FAILED", "NonZeroExitCode"), "stopped", "job 7: failed (NonZeroExitCode)"),
+        (Job("7_3", "RUNNING"), "running", ""),
+        (Job("8", "RUNNING"), "stopped", ""),
+        (Job("71", "RUNNING"), "stopped", ""),
+        (Job("7", "RUNNING", command="/elsewhere/other/submit.sbatch"), "stopped", ""),
+        (Job("7", "RUNNING", command="/mnt/runs/r/submit.sbatch"), "running", ""),
+    ],
+)
+def test_slurm_counts_as_well(tmp_path, job, state, why):
+    assert Made(tmp_path / "r").starts(9).jobs("7").state(job) == (state, why)
 
 
-def start(cluster, run: Path, *options: str) -> str:
-    """Give a run's script to Slurm, and note its number as `modtrain submit` does."""
-    script = run / "submit.sbatch"
-    job = cluster.sbatch(script, "--output=logs/slurm-%j.out", f"--chdir={run}", *options)
-    with (run / "jobs.jsonl").open("a") as file:
-        file.write(json.dumps({"job": job, "script": str(script)}) + "\n")
-    return job
+def test_a_job_that_died_before_the_start_failed(tmp_path):
+    run = Made(tmp_path / "r").jobs("7")
+    failed = Job("7", "FAILED", "NonZeroExitCode")
+    assert run.state(failed) == ("failed", "job 7: failed (NonZeroExitCode)")
+    assert run.state(Job("7", "CANCELLED"))[0] == "never started"
 
 
-def modtrain(cluster, cwd: Path, *words: str) -> str:
-    return cluster.run(sys.executable, "-m", "modtrain", *words, env=HERE, cwd=cwd).stdout
+def test_a_requeued_job_tells_what_it_was_requeued_after(tmp_path):
+    run = Made(tmp_path / "r").starts(60).jobs("7").failed(5, "rank 3 died")
+    assert run.state(Job("7", "PENDING", "BeginTime"))[1] == "BeginTime; failed before: rank 3 died"
+    assert run.state(Job("7", "RUNNING"))[1] == ""
 
 
-def wait_for(condition, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+def test_a_cancelled_run_says_so(tmp_path):
+    run = Made(tmp_path / "r").starts(60).jobs("7")
+    (run.path / "CANCELLED").write_text("7\n")
+    assert run.state() == ("stopped", "cancelled")
+    assert run.jobs("8").state() == ("stopped", "")
 
 
-def test_what_waits_and_what_runs_is_told_with_slurms_reason(cluster, run, tmp_path):
-    first = start(cluster, run)
-    second = start(cluster, run, f"--dependency=afterany:{first}")
-    cluster.wait(first, "RUNNING")
-    text = modtrain(cluster, tmp_path, "status")
-    row = next(row for row in text.splitlines() if row.startswith("│ x"))
-    assert "running" in row and f"{first} +1" in row
-    text = modtrain(cluster, tmp_path, "status", "run=x")
-    assert f"{first}: running, on node" in text
-    assert f"{second}: pending (Dependency)" in text
-    cluster.run("scontrol", "hold", second)
-    cluster.run("scancel", first)
-    cluster.wait(first, "CANCELLED")
-    text = modtrain(cluster, tmp_path, "status", "run=x")
-    assert "pending: JobHeld" in text
-    assert f"{first}: cancelled" in text
+@pytest.mark.parametrize(
+    "budget", [["budget.steps=70"], ["budget.tokens=20e3"], ["budget.flops=1e11"]]
+)
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_steps_are_those_of_the_plan(tmp_path, budget, schedule):
+    from modtrain.training.plan import derive
+
+    run = Made(tmp_path / "r", *budget, f"capacity_schedule={schedule}")
+    found = run.read()
+    assert found.steps == derive(run.config).steps > 10
+    assert found.notes == []
 
 
-def test_logs_follow_over_a_requeue_to_the_end(cluster, run, tmp_path):
-    job = start(cluster, run)
-    cluster.wait(job, "RUNNING")
-    output = run / f"logs/slurm-{job}.out"
-    wait_for(output.is_file)
-    words = [sys.executable, "-m", "modtrain", "logs", "run=x", "follow=true"]
-    environment = {
-        **HERE,
-        "MINISLURM_DIR": str(cluster.directory),
-        "PATH": "/usr/sbin:/usr/bin:/bin",
-    }
-    followed = subprocess.Popen(
-        [Path(__file__).with_name("minislurm"), "exec", *words],
-        **{"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "text": True},
+def test_losses_are_the_last_ones_whatever_lies_between(tmp_path):
+    filler = {f"router/{n}": 0.5 for n in range(50)}
+    held_out = [{"step": 2, "loss": 9.0, "held_out/causal_loss": 4.25}]
+    records = [{"step": n, "loss": n / 10, **filler} for n in range(3, 203)]
+    run = Made(tmp_path / "r").records(*held_out, *records)
+    found = run.read()
+    assert (found.step, found.loss, found.held_out) == (202, 20.2, 4.25)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 203, "loss": 1.0, "rou')
+    assert run.read().step == 202
+    assert run.saved(150, 204).read().step == 204
+    assert run.read().saved[0] == 204
+
+
+def test_a_file_of_any_length_is_read_from_its_end(tmp_path):
+    file = tmp_path / "f"
+    texts = [b"a" * n for n in (0, 1, 70_000, 3, 0, 200_000, 5)]
+    file.write_bytes(b"\n".join(texts))
+    assert list(lines_from_end(file)) == texts[::-1]
+    reader = lines_from_end(file, farthest=1)
+    assert len(next(reader)) == 5
+    file.write_bytes(b"")
+    assert list(lines_from_end(file)) == []
+    file.write_bytes(b"x" * 5_000_000)
+    assert list(lines_from_end(file, farthest=2**20)) == []
+
+
+def test_metrics_are_not_read_whole(tmp_path):
+    run = Made(tmp_path / "r")
+    with (run.path / "metrics.jsonl").open("wb") as file:
+        file.write(b'{"step": 1, "loss": 5.0, "held_out/causal_loss": 5.0}\n')
+        file.truncate(2**33)
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n{"step": 3, "loss": 2.0}\n')
+    started = time.perf_counter()
+    found = run.read()
+    assert time.perf_counter() - started < 1
+    assert (found.step, found.loss, found.held_out) == (3, 2.0, None)
+
+
+def test_the_names_are_those_that_training_writes():
+    from modtrain.checkpoint.layout import MANIFEST, checkpoint_path
+    from modtrain.cluster.runs import HELD_OUT
+    from modtrain.training.callbacks.evaluation import CAUSAL_LOSS
+
+    assert HELD_OUT == CAUSAL_LOSS
+    assert checkpoint_path(Path(), 7).name == "step-000000007"
+    assert MANIFEST == "manifest.json"
+
+
+def test_a_damaged_run_hides_no_other(tmp_path):
+    for name in ("a", "b", "c"):
+        Made(tmp_path / name).starts(60).records({"step": 5, "loss": 2.5})
+    (tmp_path / "b/config.yaml").write_text("budget: [")
+    (tmp_path / "b/manifest.json").write_bytes(b"\xff\x00{")
+    (tmp_path / "b/jobs.jsonl").write_text('7\n{"job"\n{"job": "9"}\n')
+    (tmp_path / "b/failures.tsv").write_text("half a li\n" + f"{iso(3)}\t9\t0\tthe disk is full\n")
+    (tmp_path / "b/failure.json").write_text("{}")
+    (tmp_path / "c/metrics.jsonl").write_bytes(os.urandom(5000))
+    (tmp_path / "c/checkpoints").write_text("no directory")
+    text = shown(StatusConfig(runs_dir=str(tmp_path)))
+    rows = {row.split()[1]: row for row in text.splitlines() if row.startswith("│")}
+    assert "2.5000" in rows["a"] and "5/100" in rows["a"] and "5%" in rows["a"]
+    assert "2.5000" in rows["b"] and "5/?" in rows["b"] and "the disk is full" in rows["b"]
+    assert "c" in rows
+    for file in ("b/config.yaml", "b/manifest.json", "b/failure.json", "c/checkpoints"):
+        assert f"{tmp_path / file} cannot be read" in text
+    assert "3 runs: 1 failed, 2 stopped" in text
+
+
+def test_runs_are_found_at_any_depth_and_only_once(tmp_path):
+    for name in ("sweep/lr=1,a=2", "sweep", "one", "deep/er/still"):
+        Made(tmp_path / name) if name != "sweep" else (tmp_path / "sweep/jobs.jsonl").touch()
+    Made(tmp_path / "one/code/runs/frozen")
+    Made(tmp_path / ".hidden/x")
+    (tmp_path / "sweep/again").symlink_to(tmp_path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    found = [str(path.relative_to(tmp_path)) for path in find_runs(tmp_path)]
+    assert found == ["deep/er/still", "one", "sweep", "sweep/lr=1,a=2"]
+    assert find_runs(tmp_path / "none") == []
+
+
+def test_a_run_before_its_end_is_not_told_to_be_whole(tmp_path):
+    Made(tmp_path / "r", "budget.steps=10000").records({"step": 9999, "loss": 2.0})
+    assert "99.9%" in shown(StatusConfig(runs_dir=str(tmp_path)))
+
+
+def test_a_linked_directory_of_runs_is_looked_into(tmp_path):
+    Made(tmp_path / "scratch/far")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/big").symlink_to(tmp_path / "scratch")
+    assert [path.name for path in find_runs(tmp_path / "runs")] == ["far"]
+
+
+def test_slurm_is_asked_once_for_all_runs_and_not_for_complete_ones(tmp_path, monkeypatch):
+    folder = play(monkeypatch, tmp_path, line("71", "PENDING", "Resources", command=""))
+    root = tmp_path / "runs"
+    Made(root / "a").jobs("71", "72")
+    Made(root / "b").starts(9).jobs("81")
+    (Made(root / "c").jobs("91").path / "COMPLETED").touch()
+    text = shown(StatusConfig(runs_dir=str(root)))
+    (call,) = (folder / "calls").read_text().splitlines()
+    assert call.split()[-1] == "--jobs=71,72,81"
+    row = next(row for row in text.splitlines() if row.startswith("│ a"))
+    assert "pending" in row and "71" in row and "Resources" in row
+
+
+def test_slurm_that_does_not_answer_is_told_beside_the_table(tmp_path, monkeypatch):
+    play(monkeypatch, tmp_path, code=1, error="Unable to contact slurm controller")
+    Made(tmp_path / "runs/a").starts(9).jobs("71")
+    text = shown(StatusConfig(runs_dir=str(tmp_path / "runs")))
+    assert "stopped" in text and "Unable to contact slurm controller" in text
+    assert "scontrol ping" in text
+
+
+def test_one_run_in_detail(tmp_path, monkeypatch):
+    start = "2031-01-02T03:04:05"
+    play(monkeypatch, tmp_path, line("71", "PENDING", "Priority", start, "2", ""))
+    root = tmp_path / "my runs"
+    run = Made(root / "s/lr=0.1,b=2").starts(600, 500, 60).jobs("70", "71").saved(40)
+    run.records({"step": 40, "loss": 2.0, "held_out/causal_loss": 2.25})
+    for number in range(7):
+        run.failed(50 - number, f"cause {number} [red]of it", step=40)
+    text = shown(StatusConfig(run="s/lr=0.1,b=2", runs_dir=str(root)))
+    for said in (
+        *("pending: Priority", "40/100 40%", "2.0000", "2.2500", "step 40", "70: over"),
+        *(f"expected to start at {start}", "requeued 2 times", "cause 6 [red]of it", "cause 2"),
+    ):
+        assert said in text, said
+    assert "cause 1" not in text
+    follow = next(row for row in text.splitlines() if row.startswith("to follow: "))
+    words = shlex.split(follow.removeprefix("to follow: "))
+    assert words[:2] == ["modtrain", "logs"]
+    config = compose("logs", words[2:])
+    assert (config.run, config.runs_dir, config.follow) == ("s/lr=0.1,b=2", str(root), True)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a/b-1.x", "123_4", "12", "007", "1e5", "null", "a=1,b='x \"y'", "a\\", "[1]", "$(x) `y`"],
+)
+def test_overrides_are_spelt_so_that_they_come_back(value):
+    (word,) = shlex.split(spelled("run", value))
+    assert compose("logs", [word]).run == value
+
+
+def test_json_and_tables_of_squeue_are_read_whatever_a_path_holds():
+    odd = "/runs/a b|c\nd\n/submit.sbatch"
+    text = line("12", "RUNNING", restarts="3", command=odd) + line("13_4", "PENDING", "Dependency")
+    first, second = slurm.parse_jobs(text)
+    assert (first.id, first.state, first.reason, first.restarts) == ("12", "RUNNING", "", 3)
+    assert (first.command, first.nodes, first.start) == (odd, "node[1-2]", None)
+    assert (second.id, second.reason) == ("13_4", "Dependency")
+    assert slurm.parse_jobs("") == []
+
+
+def test_of_an_array_the_liveliest_task_speaks(tmp_path, monkeypatch):
+    states = {"0": "COMPLETED", "10": "RUNNING", "2": "PENDING", "1": "RUNNING"}
+    tasks = "".join(line(f"5_{task}", state) for task, state in states.items())
+    play(monkeypatch, tmp_path, tasks)
+    found = slurm.jobs(["5"])
+    assert found["5"].id in ("5_1", "5_10")
+    assert found["5_2"].waits and found["5_0"].is_over
+    run = Made(tmp_path / "submit").jobs("5").read()
+    same = {name: Job(job.id, job.state) for name, job in found.items()}
+    assert [job.id for job in live_jobs(run.submitted, same)] == ["5_1", "5_10", "5_2"]
+
+
+def test_a_single_unknown_job_is_no_error(tmp_path, monkeypatch):
+    play(monkeypatch, tmp_path, code=1, error="slurm_load_jobs error: Invalid job id specified")
+    assert slurm.jobs(["5"]) == {}
+    assert slurm.jobs([]) == {}
+
+
+def test_errors_of_slurm_name_command_words_and_remedy(tmp_path, monkeypatch):
+    play(monkeypatch, tmp_path, code=3, error="Access/permission denied")
+    with pytest.raises(SlurmError, match=r"(?s)scancel 'a b' failed with 3: Acc.*remedy: .*user"):
+        slurm.run(["scancel", "a b"])
+    with pytest.raises(SlurmError, match=r"(?s)no nothing_there here.*login node"):
+        slurm.run(["nothing_there"])
+    with pytest.raises(SlurmError, match=r"sleep 5 did not answer in 0.1 s"):
+        slurm.run(["sleep", "5"], timeout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_passed"),
+    [
+        *[(name, False) for name in ("SQUEUE_STATES", "SLURM_TIME_FORMAT", "SBATCH_TIMELIMIT")],
+        # What the job is in which somebody submits another, and what it has.
+        *[("SLURM_" + name, False) for name in ("MEM_PER_CPU", "GPUS_PER_TASK", "EXPORT_ENV")],
+        *[("SLURM_" + name, False) for name in ("JOB_ID", "ARRAY_TASK_ID", "CONF_OF_MINE")],
+        ("SLURM_SPANK__SLURM_SPANK_OPTION_pyxis_container_image", False),
+        ("_SLURM_SPANK_OPTION_pyxis_container_image", False),
+        *[(name, True) for name in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")],
+        *[(name, True) for name in ("SBATCH_ACCOUNT", "OMP_NUM_THREADS")],
+    ],
+)
+def test_slurm_sees_of_the_environment_what_is_for_it(name, is_passed, monkeypatch):
+    monkeypatch.setenv(name, "mine")
+    assert (f"{name}=mine" in slurm.run(["env"]).splitlines()) == is_passed
+
+
+def test_logs_show_the_newest_job_that_has_begun(tmp_path, capsys):
+    run = Made(tmp_path / "r").jobs("7", "8", "9")
+    (run.path / "logs").mkdir()
+    for name in ("7", "8"):
+        text = "".join(f"{name}: line {n}\n" for n in range(100))
+        (run.path / f"logs/slurm-{name}.out").write_text(text)
+    asked = ["logs", "run=r", f"runs_dir={tmp_path}"]
+    assert main([*asked, "lines=2"]) == 0
+    assert capsys.readouterr().out == "8: line 98\n8: line 99\n"
+    assert main([*asked, "job=7", "lines=1"]) == 0
+    assert capsys.readouterr().out == "7: line 99\n"
+    assert main([*asked, "job=9"]) == 1
+    assert "its jobs are job=9, job=8, job=7" in capsys.readouterr().err
+    assert main([*asked, "job=x"]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main(["logs", "run=empty", f"runs_dir={tmp_path}"]) == 1
+    assert "has printed nothing yet" in capsys.readouterr().err
+    assert main(["logs", "run=none", f"runs_dir={tmp_path}"]) == 1
+    assert "there is no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [0, 1, 50, 65_535, 65_536, 200_000])
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_last_lines_are_found(tmp_path, size, ended):
+    file = tmp_path / "f"
+    content = b"first\n" + b"x" * size + b"\nmiddle\nlast" + b"\n" * ended
+    file.write_bytes(content)
+    for lines in range(6):
+        expected = content.splitlines(keepends=True)[-lines:] if lines else []
+        assert content[logs.offset_of_last(file, lines) :] == b"".join(expected)
+
+
+def test_a_run_without_a_job_shows_its_records(tmp_path, capsys):
+    run = Made(tmp_path / "r").records(
+        {"step": 10, "loss": 3.5, "flops": 2e9, "throughput/tokens_per_second": 1234.5},
+        {"step": 10, "held_out/causal_loss": 3.75, "flops": 2e9},
     )
+    assert main(["logs", "run=r", f"runs_dir={tmp_path}"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 10/100  loss 3.5000  tokens/s 1,234  FLOPs 2e+09"
+    assert second == "step 10/100  held-out loss 3.7500  FLOPs 2e+09"
+    (run.path / "logs").mkdir()
+    (run.path / "logs/job.log").write_text("said by a sweep's job\n")
+    assert main(["logs", "run=r", f"runs_dir={tmp_path}"]) == 0
+    assert capsys.readouterr().out == "said by a sweep's job\n"
+
+
+def test_logs_follow_until_the_lock_is_gone(tmp_path):
+    run = Made(tmp_path / "r").starts(9).records({"step": 1, "loss": 3.0})
+    command = [sys.executable, "-m", "modtrain", "logs", "run=r", f"runs_dir={tmp_path}"]
+    with (
+        held(run.path),
+        subprocess.Popen([*command, "follow=true"], stdout=subprocess.PIPE, text=True) as process,
+    ):
+        try:
+            assert "step 1/100" in process.stdout.readline()
+            run.records({"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5})
+            assert "step 2/100  loss 2.5" in process.stdout.readline()
+            assert process.poll() is None
+            (run.path / ".lock").unlink()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def test_logs_into_a_closed_pipe_end_quietly(tmp_path):
+    run = Made(tmp_path / "r").jobs("7")
+    (run.path / "logs").mkdir()
+    (run.path / "logs/slurm-7.out").write_text("x\n" * 500)
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "modtrain", "logs", "run=r", f"runs_dir={tmp_path}"]
     try:
-        assert followed.stdout.readline() == "start 0\n"
-        cluster.run("scontrol", "requeue", job)
-        # Between them Slurm says that it requeued the job.
-        assert "start 1\n" in (followed.stdout.readline(), followed.stdout.readline())
-        assert followed.poll() is None
-        (run / "go").touch()
-        assert followed.communicate(timeout=60)[0].endswith("the end\n")
-        assert followed.returncode == 0
+        done = subprocess.run(
+            command, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
     finally:
-        followed.kill()
-        followed.wait()
+        os.close(writes)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_cancel_ends_a_chain_and_what_comes_back_by_itself(cluster, run, tmp_path):
-    first = start(cluster, run)
-    second = start(cluster, run, f"--dependency=afterany:{first}")
-    wait_for((run / f"logs/slurm-{first}.out").is_file)
-    text = modtrain(cluster, tmp_path, "cancel", "run=x")
-    assert f"job {first}: asked to save" in text
-    assert "can go on from step 5, saved now" in text
-    assert [cluster.state(job) for job in (first, second)] == ["CANCELLED", "CANCELLED"]
-    assert cluster.output(first).count("told") == 1
-    assert not (run / f"logs/slurm-{second}.out").exists()
-    assert (run / "CANCELLED").read_text().split() == [first, second]
-    assert "nothing to cancel" in modtrain(cluster, tmp_path, "cancel", "run=x")
+def test_a_group_is_shown_while_its_job_is_live_and_never_counted(tmp_path, monkeypatch):
+    folder = play(monkeypatch, tmp_path, line("7_1", "PENDING", "Priority", command=""))
+    root = tmp_path / "runs"
+    Group(root / "sweep")
+    for name in ("a", "b"):
+        (Made(root / "sweep" / name).starts(60).path / "COMPLETED").touch()
+    config = StatusConfig(runs_dir=str(root))
+    text = shown(config)
+    row = next(row for row in text.splitlines() if "│ sweep " in row)
+    assert "pending" in row and "7_1" in row and "Priority" in row
+    assert "\n2 runs: 2 complete" in text
+    (folder / "said").write_text("")
+    text = shown(config)
+    assert "│ sweep " not in text and "never started" not in text
+    assert "\n2 runs: 2 complete" in text
+    text = shown(StatusConfig(run="sweep", runs_dir=str(root)))
+    assert "over" in text and "7: over" in text and "2 runs: 2 complete" in text
+    assert "never started" not in text
 
 
-def test_cancel_of_an_array_asks_every_task(cluster, run, tmp_path):
-    job = start(cluster, run, "--array=0-2", "--output=logs/slurm-%A_%a.out")
-    wait_for(lambda: sum("start" in p.read_text() for p in run.glob("logs/slurm-*.out")) == 3)
-    text = modtrain(cluster, tmp_path, "cancel", "run=x")
-    assert f"job {job}_0, {job}_1, {job}_2: asked to save" in text
-    for task in range(3):
-        assert cluster.state(f"{job}_{task}") == "CANCELLED"
-        assert (run / f"logs/slurm-{job}_{task}.out").read_text().count("told") == 1
-    assert "told" in modtrain(cluster, tmp_path, "logs", "run=x", f'job="{job}_1"')
+def test_a_group_without_a_script_is_known_by_its_runs(tmp_path):
+    root = tmp_path / "sw"
+    (Made(root / "a").starts(60).path / "COMPLETED").touch()
+    (root / "jobs.jsonl").write_text('{"job": "7"}\n')
+    assert "\n1 run: 1 complete" in shown(StatusConfig(runs_dir=str(tmp_path)))
 
 
-def test_a_job_that_does_not_save_is_killed(cluster, run, tmp_path):
-    lines = STUBBORN.splitlines(keepends=True)
-    deaf = [line if "trap" not in line else "trap '' USR1 TERM\n" for line in lines]
-    (run / "submit.sbatch").write_text("".join(deaf))
-    job = start(cluster, run)
-    wait_for((run / f"logs/slurm-{job}.out").is_file)
-    text = modtrain(cluster, tmp_path, "cancel", "run=x", "wait=2")
-    assert f"job {job}: ended after 2 s" in text and "has no checkpoint" in text
-    assert cluster.state(job) == "CANCELLED"
+@pytest.mark.parametrize("own", ["config.yaml", "submitted.yaml", "submit.sbatch"])
+def test_a_run_above_others_is_one_of_its_own(tmp_path, own):
+    Made(tmp_path / "r/below").starts(9)
+    (tmp_path / "r" / own).write_text("{}")
+    (tmp_path / "r/jobs.jsonl").write_text('{"job": "7"}\n')
+    assert not read_run(tmp_path / "r", "r").is_group
+    assert "2 runs: 1 stopped, 1 never started" in shown(StatusConfig(runs_dir=str(tmp_path)))
 
 
-def test_a_run_in_training_saves_is_cancelled_and_can_go_on(cluster, tmp_path, tiny):
-    words = ["train", "name=x", *tiny, "strategy=ddp", "batch.tokens=512", "log.progress=false"]
-    site = ["cluster=cpu", "nodes=2", "time=30", "cluster.lead=60", "budget.steps=4000"]
-    modtrain(cluster, tmp_path, "submit", *words, *site, "chain=2", "eval.every=1000")
-    run = tmp_path / "runs/x"
-    jobs = [json.loads(line)["job"] for line in (run / "jobs.jsonl").read_text().splitlines()]
-    wait_for((run / "metrics.jsonl").is_file, timeout=150)
-    text = modtrain(cluster, tmp_path, "status")
-    row = next(row for row in text.splitlines() if row.startswith("│ x"))
-    assert "running" in row and "/4000" in row
-    assert "saved now" in modtrain(cluster, tmp_path, "cancel", "run=x")
-    time.sleep(3)
-    assert cluster.state(jobs[1]) == "CANCELLED"
-    assert cluster.state(jobs[0]) in ("FAILED", "CANCELLED")
-    assert "stopped by a signal" not in cluster.output(jobs[0])
-    assert not (run / "failures.tsv").exists()
-    assert "stopped" in modtrain(cluster, tmp_path, "status", "run=x")
-    assert "goes on from there" in modtrain(cluster, tmp_path, "logs", "run=x", "lines=20")
+@pytest.mark.parametrize("verb", ["search", "compare", "prepare"])
+def test_a_group_that_failed_says_why(tmp_path, verb):
+    group = Group(tmp_path / "g", f"{verb}.sbatch")
+    assert group.state() == ("over", "")
+    assert group.state(Job("7", "PENDING", "Resources")) == ("pending", "Resources")
+    assert group.state(Job("7", "OUT_OF_MEMORY")) == ("failed", "job 7: out of memory")
+    group.failed(verb, 500)
+    group.printed(498)
+    assert group.state() == ("failed", "the study is damaged")
+    assert "the study is damaged" in shown(StatusConfig(run="g", runs_dir=str(tmp_path)))
+    assert group.state(Job("7", "RUNNING")) == ("running", "")
+    # It came back, and ended without another word of failure.
+    group.printed(100)
+    assert group.state() == ("over", "")
+    group.printed(498)
+    group.submitted("8", 400)
+    assert group.state() == ("over", "")
+
+
+def test_how_an_arrays_task_ended_its_run_says(tmp_path):
+    group = Group(tmp_path / "g")
+    # Slurm's answer under the array's number is that of one of its tasks.
+    found = state_of(read_run(group.path, "g"), {"7": Job("7_3", "OUT_OF_MEMORY")})
+    assert found.name == "over"
+
+
+def test_a_group_that_stopped_has_not_failed(tmp_path):
+    group = Group(tmp_path / "g", "search.sbatch")
+    ended = Job("7", "FAILED", "NonZeroExitCode")
+    assert group.state(ended)[0] == "failed"
+    Made(group.path / "trial").starts(9)
+    assert group.state(ended) == ("over", "")
+
+
+def test_status_is_quick_and_loads_no_torch(tmp_path):
+    Made(tmp_path / "runs/r").starts(9)
+    code = (
+        "import sys\nfrom modtrain.cli.main import main\n"
+        "for verb in (['status'], ['status', 'run=r'], ['logs', 'run=r', 'lines=1'],"
+        " ['cancel', 'run=r']): main(verb)\n"
+        "print([name for name in ('torch', 'lightning', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_mistakes_are_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 0
+    assert "there are no runs in runs" in capsys.readouterr().out
+    assert main(["status", "run=a", "sweep=b"]) == 2
+    assert main(["status", "run=a"]) == 1
+    assert main(["status", "sweep=a"]) == 1
+    assert main(["logs", "run=a", "lines=-1"]) == 2
+
+
+def test_a_real_run_is_told_of(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *tiny, "name=group/a"]) == 0
+    capsys.readouterr()
+    assert main(["status", "run=group"]) == 0
+    text = capsys.readouterr().out
+    result = json.loads((tmp_path / "runs/group/a/result.json").read_text())
+    for said in ("group/a", "complete", "12/12", "100%", "12, ", f"{result['loss']:.4f}"):
+        assert said in text, said
+    (tmp_path / "runs/group/a/COMPLETED").unlink()
+    found = read_run(tmp_path / "runs/group/a", "a")
+    assert (found.step, found.steps, found.saved[0]) == (12, 12, 12)
+    assert found.loss == pytest.approx(result["loss"])
+    assert found.held_out == pytest.approx(result["held_out/causal_loss"])
+    assert (len(found.starts), found.notes) == (1, [])

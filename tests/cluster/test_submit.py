@@ -1,412 +1,416 @@
-"""Jobs submitted to a real Slurm, by `modtrain submit` and by hand."""
+"""Jobs as they are rendered: every value is data, and what cannot run is told before the queue."""
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
-import time
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster
+from hypothesis import given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
 
-from modtrain.cluster.script import slurm_dir
+from modtrain.cli.compose import SUBMITTED, compose, compose_submission, conf_dir
+from modtrain.cluster.config import ClusterConfig, SubmitConfig, seconds_of
+from modtrain.cluster.freeze import freeze
+from modtrain.cluster.script import Job, ScriptError, Task, check, render, slurm_dir
+from modtrain.cluster.submit import job_name, submit
+from modtrain.common.errors import ConfigError, OtherRunError
+from modtrain.common.overrides import quoted
+from modtrain.training.run import train
+from tests.conftest import run_modtrain
 
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(900)
-# No test is as long as this: it ends what hangs.
-TIMEOUT = 200
+TEMPLATES = sorted(slurm_dir().glob("*.sbatch"))
+SITES = sorted(path.stem for path in (conf_dir() / "cluster").glob("*.yaml"))
+NASTY = st.text(
+    st.sampled_from("ab '\"\\$`(){}[];&|<>*?!#%~=\n\t-,é")
+    | st.characters(codec="utf-8", exclude_characters="\0"),
+    max_size=30,
+)
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left(cluster):
-    yield
-    cluster.cancel_all()
+def a_job(task=None, config=None, directory=Path("/work dir")):
+    return Job(
+        name="job",
+        script=directory / "submit.sbatch",
+        output=directory / "slurm-%j.out",
+        directory=directory,
+        code=directory / "code",
+        python="/usr/bin/python3",
+        config=config or SubmitConfig(),
+        tasks=[task or Task("train", ["name=x"])],
+    )
+
+
+def settings(text, *names):
+    """What bash makes of the settings of a script: their values, as bytes between zeros."""
+    block = text.split("# --- settings ---")[1].split("# --- end of settings")[0]
+    shown = " ".join(f'"${{{name}[@]}}"' for name in names)
+    done = subprocess.run(
+        ["bash", "-uc", f"{block}\nprintf '%s\\0' {shown}"], capture_output=True, check=True
+    )
+    return done.stdout.decode().split("\0")[:-1]
+
+
+@settings_of(max_examples=30, deadline=None)
+@given(st.lists(NASTY, max_size=4), NASTY.filter(len), NASTY)
+def test_whatever_is_in_an_override_reaches_modtrain_as_it_is(overrides, module, value):
+    site = ClusterConfig(modules=[module], environment={"A": value})
+    job = a_job(Task("train", overrides), SubmitConfig(cluster=site))
+    text = render(job)
+    check(text, "it")
+    assert settings(text, "overrides") == ["--", *overrides]
+    assert settings(text, "modules", "variables") == [module, f"A={value}"]
+
+
+@pytest.mark.parametrize("name", ["a b", 'say "it"', "back\\slash", "$(touch pwned)", "`x`", "a#b"])
+def test_a_path_in_a_directive_is_one_word(name):
+    text = render(a_job(directory=Path("/somewhere") / name))
+    (line,) = re.findall(r"^#SBATCH --chdir=(.*)$", text, re.MULTILINE)
+    # sbatch reads a directive as a shell reads what is in double quotes, but expands nothing.
+    assert shlex.split(line, comments=True) == [f"/somewhere/{name}"]
+
+
+def test_a_line_break_in_a_directive_is_refused():
+    with pytest.raises(ScriptError, match="control character"):
+        render(a_job(directory=Path("/somewhere\n#SBATCH --uid=0")))
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_a_template_is_a_script(template):
+    text = template.read_text()
+    check(text, template.name)
+    assert "#SBATCH --job-name" in text
+    assert "set -euo pipefail" in text
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_shipped_site_is_sound(site):
+    submission = compose_submission(["debug", f"cluster={site}"])
+    text = render(a_job(Task("debug", []), submission.config))
+    check(text, site)
+
+
+def test_shell_scripts_are_linted():
+    # It sources the others.
+    files = [slurm_dir() / "job.sh", *TEMPLATES]
+    command = [
+        str(Path(sys.executable).with_name("shellcheck")),
+        "-xa",
+        "-P",
+        str(slurm_dir()),
+        *map(str, files),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("if true; then\n", "no shell script"), ("true\n#SBATCH --nodes=2\n", "line 2")],
+)
+def test_what_sbatch_would_not_see_is_found(text, said):
+    with pytest.raises(ScriptError, match=said):
+        check(text, "it")
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("1-0:0:1", 86401)],
+)
+def test_times_are_slurms(time, seconds):
+    assert seconds_of(time) == seconds
+    assert not [p for p in SubmitConfig(time=time).problems() if "no time limit" in p.reason]
+
+
+@pytest.mark.parametrize(
+    ("written", "minutes", "meant", "days"),
+    [
+        ("4:00:00", "14400 minutes", '"4:00:00"', "10-00:00:00"),
+        ("1:00:00", "3600 minutes", '"1:00:00"', "2-12:00:00"),
+        ("10080", "7 days", '"2:48:00"', "7-00:00:00"),
+    ],
+)
+def test_a_time_that_yaml_made_a_number_of_is_told(written, minutes, meant, days, tmp_path):
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster/mine.yaml").write_text(f"time: {written}\n")
+    with pytest.raises(ConfigError) as error:
+        compose_submission(["debug", "cluster=mine"], str(tmp_path))
+    (problem,) = error.value.problems
+    assert problem.key == "cluster.time"
+    assert minutes in problem.reason
+    assert meant in problem.remedy
+    assert days in problem.remedy
+    (tmp_path / "cluster/mine.yaml").write_text("time: '4:00:00'\n")
+    assert compose_submission(["debug", "cluster=mine"], str(tmp_path)).config.cluster.time
+
+
+@pytest.mark.parametrize("option", ["--clusters=b", "--clusters b", "--cluster=b", "-M b", "-Mb"])
+def test_a_job_goes_to_the_cluster_that_is_asked_for_its_state(option):
+    (problem,) = ClusterConfig(options=[option]).problems("cluster")
+    assert problem.key == "cluster.options"
+    assert "SLURM_CLUSTERS" in problem.remedy
+    assert not ClusterConfig(options=["--cluster-constraint=a", "--mem=1G"]).problems("cluster")
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "said"),
+    [
+        (["train", "node=2"], "node", "did you mean nodes?"),
+        (["prepare", "partition=x"], "partition", "did you mean cluster.partition?"),
+        (["debug", "node=2"], "node", "did you mean nodes?"),
+        (
+            ["debug", "cluster.environment.FOO=1"],
+            "cluster.environment.FOO",
+            "+cluster.environment.FOO=1",
+        ),
+        (["debug", "+cluster.environment.FOO=[1]"], "cluster.environment.FOO", "of that type"),
+        (["train", "array.low=['seed=1']"], "array.low", "+array.low=['seed=1']"),
+        (["train", "+array={1e-3: ['seed=1']}"], "array", "begin the name with a letter"),
+        (["train", "+array={true: ['seed=1']}"], "array", "begin the name with a letter"),
+    ],
+)
+def test_a_mistake_in_the_jobs_keys_has_a_remedy(words, key, said):
+    with pytest.raises(ConfigError) as error:
+        compose_submission(words)
+    (problem,) = [problem for problem in error.value.problems if problem.key == key]
+    assert said in problem.remedy
+
+
+def test_a_wrong_directory_of_configurations_is_told_once(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        compose_submission(["train", "name=x"], str(tmp_path / "nowhere"))
+    assert [problem.key for problem in error.value.problems] == ["--config-dir"]
+
+
+@given(NASTY.filter(lambda text: "\n" not in text))
+def test_hydra_reads_a_quoted_text_as_it_was(text):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_override(f"name={quoted(text)}")
+    assert parsed.value() == text
+
+
+def test_the_jobs_own_keys_are_no_verbs():
+    from dataclasses import fields
+
+    from modtrain.cli.compose import SCHEMAS
+
+    own = {field.name for field in fields(SubmitConfig)}
+    for verb in set(SUBMITTED) - {"debug"}:
+        assert own & {field.name for field in fields(SCHEMAS[verb])} == set(), verb
+
+
+def test_a_task_of_an_array_can_be_waited_for():
+    submission = compose_submission(["debug", "after=123_4", "time=30"])
+    assert submission.config.after == "123_4"
+    assert "#SBATCH --dependency=afterok:123_4" in render(
+        a_job(Task("debug", []), submission.config)
+    )
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "script"),
+    [
+        (
+            "search",
+            ["study=s", "space.model.capacity=interval(0.1,0.5)", "trials=3"],
+            "sweep_worker",
+        ),
+        ("compare", ["name=s", "+arms={a: ['seed=0'], b: ['seed=1']}"], "sweep_worker"),
+        ("eval", ["run=s"], "eval"),
+    ],
+)
+def test_other_verbs_are_jobs_of_one_process(verb, words, script, tiny):
+    if verb != "eval":
+        words = [*words, *tiny]
+    submission = compose_submission([verb, *words, "nodes=1"])
+    assert submission.directory == Path("runs/s")
+    job = a_job(Task(verb, submission.works[0].overrides), submission.config)
+    text = render(job)
+    assert f"slurm/{script}.sbatch" in text
+    assert settings(text, "verb", "overrides") == [verb, "--", *words]
+
+
+@pytest.mark.parametrize(
+    ("verb", "asked", "options"),
+    [
+        ("train", {}, "--nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --mem=0 --requeue"),
+        (
+            "debug",
+            {"nodes": 2},
+            "--nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --mem=0 --no-requeue",
+        ),
+        ("eval", {}, "--nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --requeue"),
+        ("eval", {"gpus_per_node": 8}, "--ntasks-per-node=1 --gpus-per-node=8 --mem=0"),
+        ("prepare", {}, "--nodes=1 --ntasks-per-node=1 --requeue"),
+        ("train", {"gpus_per_node": 1}, "--ntasks-per-node=1 --gpus-per-node=1 --requeue"),
+    ],
+)
+def test_a_verb_has_the_nodes_and_gpus_that_it_can_use(verb, asked, options):
+    config = SubmitConfig(cluster=ClusterConfig(memory_per_node="0"), **asked)
+    lines = render(a_job(Task(verb, []), config)).splitlines()
+    said = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    assert set(options.split()) <= said
+    # What is not asked for is not there: memory of a node that others share, and no GPU at all.
+    for option in ("--gpus-per-node", "--mem"):
+        assert any(o.startswith(option) for o in said) == (option in options), option
+
+
+def test_a_run_of_another_configuration_is_refused_before_the_queue(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(compose("train", ["name=x", *tiny]))
+    words = ["train", "name=x", *tiny, "cluster=cpu", "dry_run=true"]
+    submission = compose_submission(words)
+    submit(submission.works, submission.directory, submission.config, None)
+    submission = compose_submission([*words, "optimizer.lr=0.5"])
+    with pytest.raises(OtherRunError, match=r"optimizer\.lr") as error:
+        submit(submission.works, submission.directory, submission.config, None)
+    # A job that ends with it is not started again.
+    assert error.value.exit_code == 2
+
+
+def problems_of(*words):
+    with pytest.raises(ConfigError) as error:
+        submission = compose_submission(words)
+        submit(submission.works, submission.directory, submission.config, None)
+    return {problem.key: problem.reason for problem in error.value.problems}
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["prepared"], "submit"),
+        (["train", "nodes=0"], "nodes"),
+        (["train", "gpus_per_node=9"], "gpus_per_node"),
+        (["train", "processes_per_node=2"], "processes_per_node"),
+        (["train", "time=soon"], "time"),
+        (["train", "time=4"], "time"),
+        (["train", "chain=0"], "chain"),
+        (["train", "after=first"], "after"),
+        (["train", "cluster=nowhere"], "cluster"),
+        (["train", "cluster.container=apptainer"], "cluster.image"),
+        (["train", "cluster.options=[partition=x]"], "cluster.options"),
+        (["train", "+cluster.environment={a-b: 1}"], "cluster.environment"),
+        (["train", "+array={.up: ['seed=1']}"], "array"),
+        (["prepare", '+array={a: ["seed=1"]}'], "array"),
+        (["train", "model.capacity=2"], "model.capacity"),
+        (["eval", "run=nowhere"], "run"),
+        (["eval", "run=nowhere", "after=3", "nodes=2"], "nodes"),
+        (["train", "at_once=2"], "at_once"),
+        (["train", "after=3", "cluster.restart=resubmit"], "after"),
+        (["eval", "run=nowhere", "after=3_1", "cluster.restart=resubmit"], "after"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(words, key, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = ["name=x", *tiny] if words[0] == "train" else []
+    assert key in problems_of(words[0], *more, *words[1:])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
-def words(tiny) -> list[str]:
-    """A run of two processes on two nodes."""
-    return [
-        *("train", "name=x", *tiny, "strategy=ddp", "batch.tokens=512", "log.progress=false"),
-        *("cluster=cpu", "nodes=2", "time=30", "cluster.lead=60"),
-    ]
+def played(tmp_path, monkeypatch):
+    """An sbatch that gives the number 4711, and an squeue in whose answer that job waits."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    row = "|".join(["4711", "PENDING", "Priority", "", "", "0", "N/A", ""]) + "|"
+    for name, text in (("sbatch", "4711"), ("squeue", row)):
+        (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def submit(cluster: Cluster, cwd: Path, *words: str) -> list[str]:
-    """Submit by the command line and return the jobs' numbers."""
-    command = [sys.executable, "-m", "modtrain", "submit", *words]
-    done = cluster.run(*command, cwd=cwd, env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"})
-    return [
-        line.removeprefix("submitted job ")
-        for line in done.stdout.splitlines()
-        if line.startswith("submitted job")
-    ]
+def submitted(words):
+    submission = compose_submission(words)
+    submit(submission.works, submission.directory, submission.config, None)
 
 
-def jobs_of(run: Path) -> list[str]:
-    return [json.loads(line)["job"] for line in (run / "jobs.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize(
+    ("more", "is_told"),
+    [
+        (["chain=complete"], True),
+        (["cluster.restart=resubmit"], True),
+        ([], False),
+        (["chain=2", "cluster.restart=resubmit"], False),
+    ],
+)
+def test_where_no_job_can_wait_for_a_number_it_is_told(more, is_told, tiny, played, capsys):
+    submitted(["train", "name=x", *tiny, "cluster=cpu", *more])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "submitted job 4711" in told
+    assert ("after=4711 might wait for ever" in told) == is_told
 
 
-def test_whatever_a_run_is_called_it_is_data(cluster, tmp_path, words):
-    pwned = tmp_path / "pwned"
-    name = f'it\'s $(touch {pwned.name}) `touch {pwned.name}` "%j" #x'
-    quoted = name.replace("'", "\\'")
-    (job,) = submit(cluster, tmp_path, *words, f"name='{quoted}'")
-    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
-    run = tmp_path / "runs" / name
-    assert (run / "COMPLETED").is_file()
-    assert "complete" in (run / f"logs/slurm-{job}.out").read_text()
-    assert jobs_of(run) == [job]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
-    # Many processes of one run: each has found its place.
-    manifest = json.loads((run / "manifest.json").read_text())
-    assert len(manifest["starts"]) == 1
-    assert manifest["starts"][0]["code"] is not None
-    # Once it is complete, another job is a no-op.
-    (job,) = submit(cluster, tmp_path, *words, f"name='{quoted}'")
-    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
-    assert "nothing to train" in (run / f"logs/slurm-{job}.out").read_text()
+@pytest.mark.parametrize("more", [[], ["after=4711"]])
+def test_a_job_of_the_same_run_is_not_to_be_waited_for(more, tiny, played):
+    """It ends well once there is nothing left to do."""
+    words = ["train", "name=x", *tiny, "cluster=cpu"]
+    submitted(words)
+    with pytest.raises(ConfigError) as error:
+        submitted([*words, *more])
+    (problem,) = error.value.problems
+    assert (problem.key, problem.value) == ("job", "4711")
+    assert "modtrain cancel" in problem.remedy
+    assert "after" not in problem.remedy
 
 
-def test_a_job_runs_the_code_that_was_there_when_it_was_submitted(cluster, tmp_path, words):
-    own = tmp_path / "own/model"
-    own.mkdir(parents=True)
-    (own / "mine.yaml").write_text((ROOT / "conf/model/tiny.yaml").read_text())
-    more = ["--config-dir", str(own.parent), "model=mine", "cluster.options=['--begin=now+8']"]
-    (job,) = submit(cluster, tmp_path, *words, *more)
-    (own / "mine.yaml").unlink()
-    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+def test_a_job_that_ends_within_its_limit_can_be_waited_for():
+    for restart in ("requeue", "nothing"):
+        assert SubmitConfig(after="3", cluster=ClusterConfig(restart=restart)).problems() == []
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_a_chain_goes_on_where_the_last_job_stopped(cluster, tmp_path, words, launcher):
-    # A job of this chain is told to stop as soon as it trains; the last one has no work left.
-    more = ["budget.steps=1000", f"cluster.launcher={launcher}", "chain=complete"]
-    more += ["checkpoint.every=500", "eval.every=1000", "log.every=20"]
-    (first,) = submit(cluster, tmp_path, *words, *more)
+def test_the_plan_is_held_against_the_nodes(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ["train", "name=x", *tiny]
+    assert "strategy.name" in problems_of(*run)
+    assert "batch.tokens" in problems_of(*run, "strategy=ddp", "nodes=3")
+    large = ["model=dense_3b", "model.vocab_size=512", "batch.tokens=4096", "strategy=ddp"]
+    assert "GiB" in problems_of(*run, *large, "cluster.gpu_memory=40")["cluster.gpu_memory"]
+    submission = compose_submission([*run, *large, "strategy=fsdp", "--dry-run"][:-1])
+    from modtrain.cluster.submit import _problems
+
+    assert _problems(submission.works, submission.directory, submission.config) == []
+
+
+def test_a_dry_run_writes_the_script_and_the_code(tiny, tmp_path):
+    words = ["name=x", *tiny, "strategy=ddp", "cluster=cpu", "nodes=2", "batch.tokens=512"]
+    done = run_modtrain("submit", "train", "--dry-run", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/x"
-    _wait_for((run / "metrics.jsonl").is_file, 120)
-    cluster.run("scancel", "--batch", "--signal=USR1", first)
-    cluster.wait(first, "FAILED", timeout=TIMEOUT)
-    assert cluster.details(first)["ExitCode"].startswith("75:")
-    assert not (run / "COMPLETED").exists()
-    numbers = jobs_of(run)
-    assert numbers[0] == first
-    assert len(numbers) == 2
-    cluster.wait(numbers[1], "COMPLETED", timeout=TIMEOUT)
-    assert (run / "COMPLETED").is_file()
-    assert "goes on from step" in cluster.output(numbers[1])
-    assert not (run / "failures.tsv").exists()
+    text = (run / "submit.sbatch").read_text()
+    (code,) = (run / "code").iterdir()
+    assert settings(text, "code", "run_directory") == [str(code), str(run)]
+    assert (code / "slurm/job.sh").is_file()
+    assert (code / "slurm/ending.sh").is_file()
+    assert (code / "conf/train.yaml").is_file()
+    assert (code / "modtrain/cli/main.py").is_file()
+    assert json.loads((code / "VERSION.json").read_text()) is not None
+    assert (run / "submitted.yaml").is_file()
+    assert not (run / "jobs.jsonl").exists()
+    # The run can be started in the directory that is there now.
+    shown = run_modtrain("plan", *words[:-3], "batch.tokens=512", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
 
 
-LONG = ["budget.steps=100000", "checkpoint.every=200", "eval.every=100000", "log.every=50"]
+def test_a_copy_of_the_code_is_never_changed(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "train.yaml").write_text("a: 1")
+    first = freeze(tmp_path, own)
+    assert freeze(tmp_path, own) == first
+    (own / "train.yaml").write_text("a: 2")
+    second = freeze(tmp_path, own)
+    assert second != first
+    assert (first / "own_conf/train.yaml").read_text() == "a: 1"
+    assert (second / "own_conf/train.yaml").read_text() == "a: 2"
 
 
-def test_who_ends_a_job_by_scancel_has_ended_it(cluster, tmp_path, words, monkeypatch):
-    """It is asked to save, and does not come back by itself."""
-    # What a site's file ends with is not the job's end, and a user's defaults are not its settings.
-    site = tmp_path / "site.sh"
-    site.write_text('export SEEN=1\n[ -n "$NOT_SET" ] && export MORE=1\n')
-    monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
-    monkeypatch.setenv("SBATCH_TIMELIMIT", "7")
-    (job,) = submit(cluster, tmp_path, *words, *LONG, f"cluster.source=[{site}]")
-    said = cluster.details(job)
-    assert (said["Requeue"], said["TimeLimit"]) == ("1", "00:30:00")
-    run = tmp_path / "runs/x"
-    _wait_for((run / "metrics.jsonl").is_file, 120)
-    cluster.run("scancel", job)
-    cluster.wait(job, "CANCELLED", timeout=TIMEOUT)
-    _wait_for(lambda: "ended by scancel" in cluster.output(job))
-    assert "ended with 1: goes on" in cluster.output(job)
-    assert list((run / "checkpoints").glob("step-*"))
-    assert cluster.details(job)["Restarts"] == "0"
-    assert not (run / "failures.tsv").exists()
-
-
-def test_what_may_not_be_requeued_is_submitted_again(cluster, tmp_path, words):
-    # Nor is there an environment that comes in, and the tasks have the script's all the same.
-    more = [
-        "cluster.options=[--no-requeue, '--export=NONE']",
-        "checkpoint.every=500",
-        "budget.steps=1000",
-    ]
-    (first,) = submit(cluster, tmp_path, *words, *more, "eval.every=1000", "log.every=20")
-    run = tmp_path / "runs/x"
-    _wait_for((run / "metrics.jsonl").is_file, 120)
-    cluster.run("scancel", "--batch", "--signal=USR1", first)
-    cluster.wait(first, "FAILED", timeout=TIMEOUT)
-    assert jobs_of(run)[0] == first
-    cluster.wait(jobs_of(run)[1], "COMPLETED", timeout=TIMEOUT)
-    assert (run / "COMPLETED").is_file()
-
-
-def test_a_signal_to_one_task_of_an_array_is_its_own(cluster, tmp_path, words):
-    """The task that starts last has the array's number."""
-    more = '+array={one: ["seed=1"], two: ["seed=2"]}'
-    words = [word for word in words if word not in ("nodes=2", "strategy=ddp")]
-    (job,) = submit(cluster, tmp_path, *words, *LONG, more)
-    runs = [tmp_path / "runs/x" / name for name in ("one", "two")]
-    for run in runs:
-        _wait_for((run / "metrics.jsonl").is_file, 120)
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
-    _wait_for(lambda: cluster.details(f"{job}_1")["Restarts"] == "1", 120)
-    other = cluster.details(f"{job}_0")
-    assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
-    submit_cancel(cluster, tmp_path, "x")
-
-
-def submit_cancel(cluster: Cluster, cwd: Path, run: str) -> None:
-    command = [sys.executable, "-m", "modtrain", "cancel", f"run={run}"]
-    cluster.run(*command, cwd=cwd, env={"PYTHONPATH": str(ROOT)})
-
-
-def test_the_jobs_of_a_chain_of_a_length_wait_for_one_another(cluster, tmp_path, words):
-    numbers = submit(cluster, tmp_path, *words, "--chain", "2")
-    assert len(numbers) == 2
-    for number in numbers:
-        cluster.wait(number, "COMPLETED", timeout=TIMEOUT)
-    assert "nothing to train" in cluster.output(numbers[1])
-
-
-def site_whose_modules_load(tmp_path: Path, when: str) -> list[str]:
-    """Return overrides under which ``module load`` ends well where the test ``when`` does."""
-    site = tmp_path / "site.sh"
-    site.write_text(f"module() {{ [ {when} ]; }}\n")
-    return [f"cluster.source=[{site}]", "cluster.modules=[cuda/13]"]
-
-
-def test_a_node_that_cannot_be_prepared_is_told_and_tried_again(cluster, tmp_path, words):
-    site = site_whose_modules_load(tmp_path, '-n "$SLURM_RESTART_COUNT"')
-    (job,) = submit(cluster, tmp_path, *words, *site)
-    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
-    run = tmp_path / "runs/x"
-    assert (run / "COMPLETED").is_file()
-    assert cluster.details(job)["Restarts"] == "1"
-    assert "cuda/13 could not be loaded on node" in (run / "failures.tsv").read_text()
-
-
-def test_a_chain_ends_where_its_run_is_given_up(cluster, tmp_path, words):
-    """Until somebody submits it again."""
-    site = site_whose_modules_load(tmp_path, "-e loads")
-    numbers = submit(cluster, tmp_path, *words, *site, "--chain", "4")
-    run = tmp_path / "runs/x"
-    for number in numbers:
-        cluster.wait(number, "FAILED", timeout=TIMEOUT)
-    assert len((run / "failures.tsv").read_text().splitlines()) == 3
-    assert "the run was given up" in cluster.output(numbers[3])
-    assert "could not be loaded" in (run / "failure.json").read_text()
-    (tmp_path / "loads").touch()
-    (job,) = submit(cluster, tmp_path, *words, *site)
-    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
-    assert (run / "COMPLETED").is_file()
-    assert not (run / "failure.json").exists()
-
-
-def test_a_second_job_for_a_run_is_refused(cluster, tmp_path, words):
-    submit(cluster, tmp_path, *words, "cluster.options=['--hold']")
-    with pytest.raises(AssertionError, match="in the queue for this run already"):
-        submit(cluster, tmp_path, *words)
-
-
-def test_an_array_trains_a_run_in_each_task_and_an_evaluation_follows(cluster, tmp_path, words):
-    more = '+array={low: ["optimizer.lr=1e-4"], high: ["optimizer.lr=1e-3", "strategy=fsdp"]}'
-    (job,) = submit(cluster, tmp_path, *words, more)
-    evaluation = ["eval", "run=x/high", "sequences=8", "cluster=cpu", f"after={job}"]
-    (after,) = submit(cluster, tmp_path, *evaluation)
-    assert cluster.state(after) == "PENDING"
-    for task in range(2):
-        cluster.wait(f"{job}_{task}", "COMPLETED", timeout=TIMEOUT)
-    for name in ("low", "high"):
-        assert (tmp_path / "runs/x" / name / "COMPLETED").is_file()
-    assert jobs_of(tmp_path / "runs/x") == [job]
-    assert jobs_of(tmp_path / "runs/x/high") == [f"{job}_1"]
-    cluster.wait(after, "COMPLETED", timeout=TIMEOUT)
-    assert "causal" in cluster.output(after)
-
-
-def test_a_job_that_fails_thrice_alike_is_given_up(cluster, tmp_path, words):
-    (tmp_path / "runs").mkdir()
-    (job,) = submit(cluster, tmp_path, *words)
-    run = tmp_path / "runs/x"
-    # Not a configuration's fault: another process has the run.
-    holder = subprocess.Popen(["flock", str(run / ".lock"), "sleep", "1000"])
-    try:
-        cluster.wait(job, "FAILED", timeout=TIMEOUT)
-    finally:
-        holder.kill()
-        subprocess.run(["pkill", "-f", "sleep 1000"], check=False)
-    lines = (run / "failures.tsv").read_text().splitlines()
-    assert len(lines) == 3
-    assert all("is in use by another process" in line for line in lines)
-    assert "failed 3 times in this way" in cluster.output(job)
-    assert cluster.details(job)["Restarts"] == "2"
-
-
-def test_a_wrong_configuration_is_not_tried_again(cluster, tmp_path, words):
-    """It passes here and fails there: the data are gone."""
-    submit(cluster, tmp_path, *words, "--dry-run")
-    script = tmp_path / "runs/x/submit.sbatch"
-    script.write_text(script.read_text().replace("data.path=", "data.path=/gone"))
-    job = cluster.sbatch(script)
-    cluster.wait(job, "FAILED", timeout=TIMEOUT)
-    assert cluster.details(job)["ExitCode"].startswith("2:")
-    assert cluster.details(job)["Restarts"] == "0"
-    assert "/gone" in (tmp_path / "runs/x/failures.tsv").read_text()
-
-
-def test_what_slurm_would_not_take_is_told_at_once(cluster, tmp_path, words):
-    with pytest.raises(AssertionError, match="invalid partition"):
-        submit(cluster, tmp_path, *words, "cluster.partition=nowhere")
-    assert not (tmp_path / "runs/x/jobs.jsonl").exists()
-
-
-@pytest.mark.parametrize("name", ["train.sbatch", "train_nodes.sbatch", "array.sbatch"])
-def test_a_template_works_by_hand(cluster, tmp_path, tiny, name):
-    options = [
-        "--gpus-per-node=0",
-        "--cpus-per-task=1",
-        "--ntasks-per-node=1",
-        f"--chdir={tmp_path}",
-    ]
-    options += ["--array=0"] if name == "array.sbatch" else []
-    several = name == "train_nodes.sbatch"
-    overrides = [
-        "name=hand",
-        *tiny,
-        "batch.tokens=512",
-        f"strategy={'ddp' if several else 'single'}",
-    ]
-    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
-    job = cluster.sbatch(
-        slurm_dir() / name, *options, arguments=overrides, env=environment, cwd=tmp_path
-    )
-    task = f"{job}_0" if name == "array.sbatch" else job
-    cluster.wait(task, "COMPLETED", timeout=TIMEOUT)
-    run = "rates/low" if name == "array.sbatch" else "hand"
-    assert (tmp_path / "runs" / run / "COMPLETED").is_file()
-    assert name == "array.sbatch" or jobs_of(tmp_path / "runs" / run) == [job]
-
-
-def test_a_template_by_hand_submits_itself_again_with_its_arguments(cluster, tmp_path, tiny):
-    options = ["--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1"]
-    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
-    job = cluster.sbatch(
-        slurm_dir() / "train.sbatch",
-        *(*options, f"--chdir={tmp_path}"),
-        arguments=["name=hand", *tiny, *LONG],
-        env={**environment, "again": "resubmit"},
-        cwd=tmp_path,
-    )
-    run = tmp_path / "runs/hand"
-    _wait_for((run / "metrics.jsonl").is_file, 120)
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
-    _wait_for((run / "jobs.jsonl").is_file, 60)
-    _wait_for(lambda: len(jobs_of(run)) > 1)
-    first, number = jobs_of(run)
-    assert first == job
-    assert " name=hand model=tiny " in cluster.details(number)["Command"]
-
-
-def test_preparing_and_comparing_by_hand(cluster, tmp_path, tiny):
-    corpus = tmp_path / "texts"
-    corpus.mkdir()
-    for number in range(20):
-        (corpus / f"{number}.txt").write_text(f"tree {number} sings by the river " * 40)
-    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={tmp_path}"]
-    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
-    prepared = [
-        "sources=['texts/*.txt']",
-        "output=data/x",
-        "tokenizer.vocab_size=280",
-        "seq_len=32",
-    ]
-    job = cluster.sbatch(
-        slurm_dir() / "prepare.sbatch",
-        *options,
-        arguments=[*prepared, "valid_fraction=0.2", "num_workers=1"],
-        env=environment,
-        cwd=tmp_path,
-    )
-    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
-    assert (tmp_path / "data/x/index.json").is_file()
-    compared = ["name=two", *tiny, "+arms={a: ['seed=0'], b: ['seed=1']}", "timed_rounds=0"]
-    job = cluster.sbatch(
-        slurm_dir() / "sweep_worker.sbatch",
-        *options,
-        arguments=compared,
-        env={**environment, "verb": "compare"},
-        cwd=tmp_path,
-    )
-    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
-    assert (tmp_path / "runs/two/b/COMPLETED").is_file()
-
-
-def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
-    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={tmp_path}"]
-    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
-    words = ["sources=['texts/*.txt']", "output=data/x"]
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/a.txt").write_text("short")
-    job = cluster.sbatch(
-        slurm_dir() / "prepare.sbatch", *options, arguments=words, env=environment, cwd=tmp_path
-    )
-    cluster.wait(job, "FAILED", timeout=TIMEOUT)
-    assert cluster.details(job)["Restarts"] == "0"
-    assert "not started again" in cluster.output(job)
-
-
-def test_nodes_to_look_around_on_are_held_and_usable(cluster, tmp_path):
-    (job,) = submit(
-        cluster, tmp_path, "debug", "cluster=cpu", "nodes=2", "processes_per_node=2", "time=30"
-    )
-    cluster.wait(job, "RUNNING")
-    said = cluster.details(job)
-    assert (said["NumNodes"], said["Requeue"]) == ("2", "0")
-    _wait_for(lambda: "a shell on the first node" in cluster.output(job))
-    shell, run = (text for text in cluster.output(job).splitlines() if "--overlap" in text)
-    done = cluster.run("bash", "-c", shell.replace("--pty bash -l", "hostname"))
-    assert done.stdout.strip() in cluster.nodes
-    # On each node as many processes as a job of this size has.
-    words = shlex.split(run)
-    words[words.index("-m") - 1 :] = ["hostname"]
-    done = cluster.run(*words)
-    assert sorted(Counter(done.stdout.split()).values()) == [2, 2]
-
-
-def test_a_container_gets_its_command_its_mounts_and_its_directory(cluster, tmp_path, words):
-    """What Apptainer would be asked for, by a stand-in that does it without a container."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "apptainer").write_text(
-        '#!/bin/bash\nprintf "%s\\n" "$@" >>"$ASKED"\n'
-        'while [[ $1 != /images/* ]]; do shift; done\nshift\nexec "$@"\n'
-    )
-    (tools / "apptainer").chmod(0o755)
-    asked = tmp_path / "asked"
-    environment = f"+cluster.environment={{PATH: '{tools}:{_path()}', ASKED: '{asked}'}}"
-    site = ["cluster.container=apptainer", "cluster.image='/images/mod train.sif'", environment]
-    site += [f"cluster.python={sys.executable}", "cluster.mounts=[/data one]", "nodes=1"]
-    words = [word for word in words if word != "nodes=2"]
-    (job,) = submit(cluster, tmp_path, *words, *site, "strategy=single")
-    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
-    lines = asked.read_text().splitlines()
-    assert lines[:2] == ["exec", "--nv"]
-    mounts = [b for a, b in pairwise(lines) if a == "--bind"]
-    assert mounts == [str(tmp_path), "/data one"]
-    assert lines[lines.index("--pwd") + 1] == str(tmp_path)
-    assert lines[lines.index("/images/mod train.sif") + 1] == sys.executable
-
-
-def _path() -> str:
-    return os.environ["PATH"]
-
-
-def _wait_for(is_so, timeout=60):
-    deadline = time.monotonic() + timeout
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+@given(st.text(max_size=80).filter(lambda text: "\0" not in text))
+def test_a_jobs_name_is_plain(text):
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,60}", job_name(Path("/runs") / text))

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_cases import make_documents, tiny_config, write_jsonl
 
 from modtrain.data.prepare.pipeline import prepare
+from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 
 
 @pytest.fixture(scope="session")

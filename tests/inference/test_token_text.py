@@ -4,11 +4,11 @@ import unicodedata
 
 from hypothesis import given
 from hypothesis import strategies as st
-from model_cases import quick
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from modtrain.data.prepare.tokenizer import train_tokenizer
 from modtrain.inference.token_text import Piece, TokenTexts, byte_alphabet, visible
+from tests.helpers.model_cases import quick
 
 
 def test_the_byte_alphabet_is_the_librarys():

@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from saved import newest_weights
 
 from modtrain.checkpoint.recovery import latest
 from modtrain.cli.compose import compose
@@ -17,6 +16,7 @@ from modtrain.training.plan import resolve
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
+from tests.helpers.saved import newest_weights
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
 

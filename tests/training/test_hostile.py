@@ -11,7 +11,6 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
-import nests
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
@@ -28,6 +27,7 @@ from modtrain.data.config import DataConfig
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import ShardIndex
 from modtrain.distributed.process_group import Ranks
+from tests.helpers import nests
 
 
 class Hostile:

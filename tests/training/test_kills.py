@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from saved import assert_same_bits, newest_tensors
 
 from modtrain.training.metrics_log import read_metrics
 from tests.conftest import modtrain_command, run_modtrain
+from tests.helpers.saved import assert_same_bits, newest_tensors
 
 STEPS = 40
 

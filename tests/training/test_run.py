@@ -10,7 +10,6 @@ import subprocess
 
 import pytest
 import torch
-from saved import newest_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import modtrain
@@ -24,6 +23,7 @@ from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory, code_version
 from modtrain.training.schedules import lr_factor
 from modtrain.training.stop_signal import STOP
+from tests.helpers.saved import newest_weights
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
 

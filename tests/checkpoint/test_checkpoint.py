@@ -1,0 +1,233 @@
+import errno
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modtrain.checkpoint import layout
+from modtrain.checkpoint.layout import Manifest, checkpoint_path, verify
+from modtrain.checkpoint.recovery import latest, prune, recover, whole_checkpoints
+from modtrain.common.atomic_io import file_sha256
+from modtrain.common.errors import CheckpointError
+from tests.helpers import nests
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8)
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**40), 2**40),
+    st.floats(allow_nan=False),
+    st.text(max_size=8),
+    st.builds(
+        lambda shape, dtype: (torch.randn(shape) * 50).to(dtype),
+        st.lists(st.integers(0, 3), max_size=3),
+        st.sampled_from(DTYPES),
+    ),
+)
+STATES = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=5),
+    st.recursive(
+        LEAVES,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.tuples(inner, inner),
+            st.dictionaries(st.integers(0, 9), inner, max_size=3),
+        ),
+        max_leaves=8,
+    ),
+    max_size=4,
+)
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return type(left) is type(right) and all(
+            same(a, b) for a, b in zip(left, right, strict=True)
+        )
+    return left == right and type(left) is type(right)
+
+
+def save(root, step, **state):
+    path = checkpoint_path(root, step)
+    nests.save(path, {"w": torch.arange(10.0) + step, **state}, step)
+    return path
+
+
+@given(state=STATES)
+@settings(max_examples=25, deadline=None)
+def test_any_state_comes_back_bitwise(tmp_path_factory, state):
+    path = tmp_path_factory.mktemp("state") / "step-000000001"
+    nests.save(path, state, 1)
+    assert same(state, nests.load(path))
+
+
+def damage_truncate(path):
+    file = max(path.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damage_flip(path):
+    file = max(path.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def damage_remove(path):
+    (path / "state.pt").unlink()
+
+
+def damage_manifest(path):
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-20])
+
+
+def damage_only_a_folder(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_truncate, damage_flip, damage_remove, damage_manifest, damage_only_a_folder],
+)
+def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, damage):
+    old, new = save(tmp_path, 5), save(tmp_path, 10)
+    assert latest(tmp_path) == (10, new)
+    damage(new)
+    with pytest.raises(CheckpointError):
+        nests.load(new)
+    assert latest(tmp_path) == (5, old)
+    assert recover(tmp_path) == (5, old)
+    assert save(tmp_path, 10) == new
+    assert recover(tmp_path) == (10, new)
+
+
+def test_latest_goes_by_the_content_not_by_the_name(tmp_path):
+    path = save(tmp_path, 7)
+    path.rename(tmp_path / "step-000000999")
+    assert latest(tmp_path) == (7, tmp_path / "step-000000999")
+    assert latest(tmp_path / "nothing") is None
+
+
+def test_a_path_is_never_written_twice(tmp_path):
+    save(tmp_path, 3)
+    with pytest.raises(CheckpointError, match="never written twice"):
+        save(tmp_path, 3)
+
+
+def test_a_save_that_fails_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    kept = save(tmp_path, 1)
+
+    def fail(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match=r"could not be written: .*No space"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert whole_checkpoints(tmp_path) == [(1, kept)]
+    assert recover(tmp_path) == (1, kept)
+    assert [p.name for p in tmp_path.iterdir()] == [kept.name]
+
+
+def test_pruning_keeps_the_newest_and_the_multiples(tmp_path):
+    for step in range(1, 10):
+        save(tmp_path, step)
+    prune(tmp_path, keep_last=2, keep_every=4)
+    assert [step for step, _ in whole_checkpoints(tmp_path)] == [4, 8, 9]
+
+
+class Hostile:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("name", [".metadata", "state.pt"])
+def test_a_hostile_pickle_runs_nothing(tmp_path, name):
+    path, mark = save(tmp_path, 1), tmp_path / "it ran"
+    victim = path / name
+    if name == "state.pt":
+        torch.save(Hostile(mark), victim)
+    else:
+        victim.write_bytes(pickle.dumps(Hostile(mark)))
+    # Whoever plants a pickle can plant its checksum as well.
+    manifest = Manifest.read(path)
+    manifest.files[name] = {"bytes": victim.stat().st_size, "sha256": file_sha256(victim)}
+    manifest.write(path)
+    assert latest(tmp_path) == (1, path)
+    with pytest.raises(CheckpointError, match="more than plain data"):
+        nests.load(path)
+    assert not mark.exists()
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path):
+    """One that is flipped would go on with the samples of another step."""
+    path = save(tmp_path, 4)
+    manifest = path / "manifest.json"
+    text = manifest.read_bytes()
+    for place in range(len(text)):
+        manifest.write_bytes(text[:place] + bytes([text[place] ^ 2]) + text[place + 1 :])
+        if json_of(manifest) != json.loads(text):
+            with pytest.raises(CheckpointError):
+                verify(path)
+
+
+def json_of(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
+
+
+def test_where_no_checkpoint_can_be_read_none_is_put_away(tmp_path, monkeypatch):
+    """A disk that is away for a while must not send the run back to its first step."""
+    steps = (2, 4)
+    for step in steps:
+        save(tmp_path, step)
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as away:
+        away.setattr(layout, "file_sha256", stale)
+        with pytest.raises(CheckpointError, match=r"none of the checkpoints(.|\n)*remedy"):
+            recover(tmp_path)
+    assert [step for step, _ in whole_checkpoints(tmp_path)] == [*steps]
+    assert recover(tmp_path) == (4, tmp_path / "step-000000004")
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Each file as long at its last fsync as it is in the end: a power cut takes nothing of it."""
+    synced = {}
+    fsync = os.fsync
+
+    def spy(number):
+        status = os.fstat(number)
+        synced[status.st_ino] = status.st_size
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    path = save(tmp_path, 1)
+    for file in path.iterdir():
+        assert synced[file.stat().st_ino] == file.stat().st_size, file.name
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("state.pt", "../state.pt"))
+    with pytest.raises(CheckpointError):
+        verify(path)

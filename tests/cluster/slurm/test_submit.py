@@ -1,0 +1,412 @@
+"""Jobs submitted to a real Slurm, by `modtrain submit` and by hand."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from modtrain.cluster.script import slurm_dir
+from tests.cluster.slurm.slurm_cluster import Cluster
+
+ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.timeout(900)
+# No test is as long as this: it ends what hangs.
+TIMEOUT = 200
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(cluster):
+    yield
+    cluster.cancel_all()
+
+
+@pytest.fixture
+def words(tiny) -> list[str]:
+    """A run of two processes on two nodes."""
+    return [
+        *("train", "name=x", *tiny, "strategy=ddp", "batch.tokens=512", "log.progress=false"),
+        *("cluster=cpu", "nodes=2", "time=30", "cluster.lead=60"),
+    ]
+
+
+def submit(cluster: Cluster, cwd: Path, *words: str) -> list[str]:
+    """Submit by the command line and return the jobs' numbers."""
+    command = [sys.executable, "-m", "modtrain", "submit", *words]
+    done = cluster.run(*command, cwd=cwd, env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"})
+    return [
+        line.removeprefix("submitted job ")
+        for line in done.stdout.splitlines()
+        if line.startswith("submitted job")
+    ]
+
+
+def jobs_of(run: Path) -> list[str]:
+    return [json.loads(line)["job"] for line in (run / "jobs.jsonl").read_text().splitlines()]
+
+
+def test_whatever_a_run_is_called_it_is_data(cluster, tmp_path, words):
+    pwned = tmp_path / "pwned"
+    name = f'it\'s $(touch {pwned.name}) `touch {pwned.name}` "%j" #x'
+    quoted = name.replace("'", "\\'")
+    (job,) = submit(cluster, tmp_path, *words, f"name='{quoted}'")
+    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+    run = tmp_path / "runs" / name
+    assert (run / "COMPLETED").is_file()
+    assert "complete" in (run / f"logs/slurm-{job}.out").read_text()
+    assert jobs_of(run) == [job]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+    # Many processes of one run: each has found its place.
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert len(manifest["starts"]) == 1
+    assert manifest["starts"][0]["code"] is not None
+    # Once it is complete, another job is a no-op.
+    (job,) = submit(cluster, tmp_path, *words, f"name='{quoted}'")
+    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+    assert "nothing to train" in (run / f"logs/slurm-{job}.out").read_text()
+
+
+def test_a_job_runs_the_code_that_was_there_when_it_was_submitted(cluster, tmp_path, words):
+    own = tmp_path / "own/model"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text((ROOT / "conf/model/tiny.yaml").read_text())
+    more = ["--config-dir", str(own.parent), "model=mine", "cluster.options=['--begin=now+8']"]
+    (job,) = submit(cluster, tmp_path, *words, *more)
+    (own / "mine.yaml").unlink()
+    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_chain_goes_on_where_the_last_job_stopped(cluster, tmp_path, words, launcher):
+    # A job of this chain is told to stop as soon as it trains; the last one has no work left.
+    more = ["budget.steps=1000", f"cluster.launcher={launcher}", "chain=complete"]
+    more += ["checkpoint.every=500", "eval.every=1000", "log.every=20"]
+    (first,) = submit(cluster, tmp_path, *words, *more)
+    run = tmp_path / "runs/x"
+    _wait_for((run / "metrics.jsonl").is_file, 120)
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    cluster.wait(first, "FAILED", timeout=TIMEOUT)
+    assert cluster.details(first)["ExitCode"].startswith("75:")
+    assert not (run / "COMPLETED").exists()
+    numbers = jobs_of(run)
+    assert numbers[0] == first
+    assert len(numbers) == 2
+    cluster.wait(numbers[1], "COMPLETED", timeout=TIMEOUT)
+    assert (run / "COMPLETED").is_file()
+    assert "goes on from step" in cluster.output(numbers[1])
+    assert not (run / "failures.tsv").exists()
+
+
+LONG = ["budget.steps=100000", "checkpoint.every=200", "eval.every=100000", "log.every=50"]
+
+
+def test_who_ends_a_job_by_scancel_has_ended_it(cluster, tmp_path, words, monkeypatch):
+    """It is asked to save, and does not come back by itself."""
+    # What a site's file ends with is not the job's end, and a user's defaults are not its settings.
+    site = tmp_path / "site.sh"
+    site.write_text('export SEEN=1\n[ -n "$NOT_SET" ] && export MORE=1\n')
+    monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "7")
+    (job,) = submit(cluster, tmp_path, *words, *LONG, f"cluster.source=[{site}]")
+    said = cluster.details(job)
+    assert (said["Requeue"], said["TimeLimit"]) == ("1", "00:30:00")
+    run = tmp_path / "runs/x"
+    _wait_for((run / "metrics.jsonl").is_file, 120)
+    cluster.run("scancel", job)
+    cluster.wait(job, "CANCELLED", timeout=TIMEOUT)
+    _wait_for(lambda: "ended by scancel" in cluster.output(job))
+    assert "ended with 1: goes on" in cluster.output(job)
+    assert list((run / "checkpoints").glob("step-*"))
+    assert cluster.details(job)["Restarts"] == "0"
+    assert not (run / "failures.tsv").exists()
+
+
+def test_what_may_not_be_requeued_is_submitted_again(cluster, tmp_path, words):
+    # Nor is there an environment that comes in, and the tasks have the script's all the same.
+    more = [
+        "cluster.options=[--no-requeue, '--export=NONE']",
+        "checkpoint.every=500",
+        "budget.steps=1000",
+    ]
+    (first,) = submit(cluster, tmp_path, *words, *more, "eval.every=1000", "log.every=20")
+    run = tmp_path / "runs/x"
+    _wait_for((run / "metrics.jsonl").is_file, 120)
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    cluster.wait(first, "FAILED", timeout=TIMEOUT)
+    assert jobs_of(run)[0] == first
+    cluster.wait(jobs_of(run)[1], "COMPLETED", timeout=TIMEOUT)
+    assert (run / "COMPLETED").is_file()
+
+
+def test_a_signal_to_one_task_of_an_array_is_its_own(cluster, tmp_path, words):
+    """The task that starts last has the array's number."""
+    more = '+array={one: ["seed=1"], two: ["seed=2"]}'
+    words = [word for word in words if word not in ("nodes=2", "strategy=ddp")]
+    (job,) = submit(cluster, tmp_path, *words, *LONG, more)
+    runs = [tmp_path / "runs/x" / name for name in ("one", "two")]
+    for run in runs:
+        _wait_for((run / "metrics.jsonl").is_file, 120)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    _wait_for(lambda: cluster.details(f"{job}_1")["Restarts"] == "1", 120)
+    other = cluster.details(f"{job}_0")
+    assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
+    submit_cancel(cluster, tmp_path, "x")
+
+
+def submit_cancel(cluster: Cluster, cwd: Path, run: str) -> None:
+    command = [sys.executable, "-m", "modtrain", "cancel", f"run={run}"]
+    cluster.run(*command, cwd=cwd, env={"PYTHONPATH": str(ROOT)})
+
+
+def test_the_jobs_of_a_chain_of_a_length_wait_for_one_another(cluster, tmp_path, words):
+    numbers = submit(cluster, tmp_path, *words, "--chain", "2")
+    assert len(numbers) == 2
+    for number in numbers:
+        cluster.wait(number, "COMPLETED", timeout=TIMEOUT)
+    assert "nothing to train" in cluster.output(numbers[1])
+
+
+def site_whose_modules_load(tmp_path: Path, when: str) -> list[str]:
+    """Return overrides under which ``module load`` ends well where the test ``when`` does."""
+    site = tmp_path / "site.sh"
+    site.write_text(f"module() {{ [ {when} ]; }}\n")
+    return [f"cluster.source=[{site}]", "cluster.modules=[cuda/13]"]
+
+
+def test_a_node_that_cannot_be_prepared_is_told_and_tried_again(cluster, tmp_path, words):
+    site = site_whose_modules_load(tmp_path, '-n "$SLURM_RESTART_COUNT"')
+    (job,) = submit(cluster, tmp_path, *words, *site)
+    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+    run = tmp_path / "runs/x"
+    assert (run / "COMPLETED").is_file()
+    assert cluster.details(job)["Restarts"] == "1"
+    assert "cuda/13 could not be loaded on node" in (run / "failures.tsv").read_text()
+
+
+def test_a_chain_ends_where_its_run_is_given_up(cluster, tmp_path, words):
+    """Until somebody submits it again."""
+    site = site_whose_modules_load(tmp_path, "-e loads")
+    numbers = submit(cluster, tmp_path, *words, *site, "--chain", "4")
+    run = tmp_path / "runs/x"
+    for number in numbers:
+        cluster.wait(number, "FAILED", timeout=TIMEOUT)
+    assert len((run / "failures.tsv").read_text().splitlines()) == 3
+    assert "the run was given up" in cluster.output(numbers[3])
+    assert "could not be loaded" in (run / "failure.json").read_text()
+    (tmp_path / "loads").touch()
+    (job,) = submit(cluster, tmp_path, *words, *site)
+    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+    assert (run / "COMPLETED").is_file()
+    assert not (run / "failure.json").exists()
+
+
+def test_a_second_job_for_a_run_is_refused(cluster, tmp_path, words):
+    submit(cluster, tmp_path, *words, "cluster.options=['--hold']")
+    with pytest.raises(AssertionError, match="in the queue for this run already"):
+        submit(cluster, tmp_path, *words)
+
+
+def test_an_array_trains_a_run_in_each_task_and_an_evaluation_follows(cluster, tmp_path, words):
+    more = '+array={low: ["optimizer.lr=1e-4"], high: ["optimizer.lr=1e-3", "strategy=fsdp"]}'
+    (job,) = submit(cluster, tmp_path, *words, more)
+    evaluation = ["eval", "run=x/high", "sequences=8", "cluster=cpu", f"after={job}"]
+    (after,) = submit(cluster, tmp_path, *evaluation)
+    assert cluster.state(after) == "PENDING"
+    for task in range(2):
+        cluster.wait(f"{job}_{task}", "COMPLETED", timeout=TIMEOUT)
+    for name in ("low", "high"):
+        assert (tmp_path / "runs/x" / name / "COMPLETED").is_file()
+    assert jobs_of(tmp_path / "runs/x") == [job]
+    assert jobs_of(tmp_path / "runs/x/high") == [f"{job}_1"]
+    cluster.wait(after, "COMPLETED", timeout=TIMEOUT)
+    assert "causal" in cluster.output(after)
+
+
+def test_a_job_that_fails_thrice_alike_is_given_up(cluster, tmp_path, words):
+    (tmp_path / "runs").mkdir()
+    (job,) = submit(cluster, tmp_path, *words)
+    run = tmp_path / "runs/x"
+    # Not a configuration's fault: another process has the run.
+    holder = subprocess.Popen(["flock", str(run / ".lock"), "sleep", "1000"])
+    try:
+        cluster.wait(job, "FAILED", timeout=TIMEOUT)
+    finally:
+        holder.kill()
+        subprocess.run(["pkill", "-f", "sleep 1000"], check=False)
+    lines = (run / "failures.tsv").read_text().splitlines()
+    assert len(lines) == 3
+    assert all("is in use by another process" in line for line in lines)
+    assert "failed 3 times in this way" in cluster.output(job)
+    assert cluster.details(job)["Restarts"] == "2"
+
+
+def test_a_wrong_configuration_is_not_tried_again(cluster, tmp_path, words):
+    """It passes here and fails there: the data are gone."""
+    submit(cluster, tmp_path, *words, "--dry-run")
+    script = tmp_path / "runs/x/submit.sbatch"
+    script.write_text(script.read_text().replace("data.path=", "data.path=/gone"))
+    job = cluster.sbatch(script)
+    cluster.wait(job, "FAILED", timeout=TIMEOUT)
+    assert cluster.details(job)["ExitCode"].startswith("2:")
+    assert cluster.details(job)["Restarts"] == "0"
+    assert "/gone" in (tmp_path / "runs/x/failures.tsv").read_text()
+
+
+def test_what_slurm_would_not_take_is_told_at_once(cluster, tmp_path, words):
+    with pytest.raises(AssertionError, match="invalid partition"):
+        submit(cluster, tmp_path, *words, "cluster.partition=nowhere")
+    assert not (tmp_path / "runs/x/jobs.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "train_nodes.sbatch", "array.sbatch"])
+def test_a_template_works_by_hand(cluster, tmp_path, tiny, name):
+    options = [
+        "--gpus-per-node=0",
+        "--cpus-per-task=1",
+        "--ntasks-per-node=1",
+        f"--chdir={tmp_path}",
+    ]
+    options += ["--array=0"] if name == "array.sbatch" else []
+    several = name == "train_nodes.sbatch"
+    overrides = [
+        "name=hand",
+        *tiny,
+        "batch.tokens=512",
+        f"strategy={'ddp' if several else 'single'}",
+    ]
+    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
+    job = cluster.sbatch(
+        slurm_dir() / name, *options, arguments=overrides, env=environment, cwd=tmp_path
+    )
+    task = f"{job}_0" if name == "array.sbatch" else job
+    cluster.wait(task, "COMPLETED", timeout=TIMEOUT)
+    run = "rates/low" if name == "array.sbatch" else "hand"
+    assert (tmp_path / "runs" / run / "COMPLETED").is_file()
+    assert name == "array.sbatch" or jobs_of(tmp_path / "runs" / run) == [job]
+
+
+def test_a_template_by_hand_submits_itself_again_with_its_arguments(cluster, tmp_path, tiny):
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1"]
+    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
+    job = cluster.sbatch(
+        slurm_dir() / "train.sbatch",
+        *(*options, f"--chdir={tmp_path}"),
+        arguments=["name=hand", *tiny, *LONG],
+        env={**environment, "again": "resubmit"},
+        cwd=tmp_path,
+    )
+    run = tmp_path / "runs/hand"
+    _wait_for((run / "metrics.jsonl").is_file, 120)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    _wait_for((run / "jobs.jsonl").is_file, 60)
+    _wait_for(lambda: len(jobs_of(run)) > 1)
+    first, number = jobs_of(run)
+    assert first == job
+    assert " name=hand model=tiny " in cluster.details(number)["Command"]
+
+
+def test_preparing_and_comparing_by_hand(cluster, tmp_path, tiny):
+    corpus = tmp_path / "texts"
+    corpus.mkdir()
+    for number in range(20):
+        (corpus / f"{number}.txt").write_text(f"tree {number} sings by the river " * 40)
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={tmp_path}"]
+    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
+    prepared = [
+        "sources=['texts/*.txt']",
+        "output=data/x",
+        "tokenizer.vocab_size=280",
+        "seq_len=32",
+    ]
+    job = cluster.sbatch(
+        slurm_dir() / "prepare.sbatch",
+        *options,
+        arguments=[*prepared, "valid_fraction=0.2", "num_workers=1"],
+        env=environment,
+        cwd=tmp_path,
+    )
+    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+    assert (tmp_path / "data/x/index.json").is_file()
+    compared = ["name=two", *tiny, "+arms={a: ['seed=0'], b: ['seed=1']}", "timed_rounds=0"]
+    job = cluster.sbatch(
+        slurm_dir() / "sweep_worker.sbatch",
+        *options,
+        arguments=compared,
+        env={**environment, "verb": "compare"},
+        cwd=tmp_path,
+    )
+    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+    assert (tmp_path / "runs/two/b/COMPLETED").is_file()
+
+
+def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={tmp_path}"]
+    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
+    words = ["sources=['texts/*.txt']", "output=data/x"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("short")
+    job = cluster.sbatch(
+        slurm_dir() / "prepare.sbatch", *options, arguments=words, env=environment, cwd=tmp_path
+    )
+    cluster.wait(job, "FAILED", timeout=TIMEOUT)
+    assert cluster.details(job)["Restarts"] == "0"
+    assert "not started again" in cluster.output(job)
+
+
+def test_nodes_to_look_around_on_are_held_and_usable(cluster, tmp_path):
+    (job,) = submit(
+        cluster, tmp_path, "debug", "cluster=cpu", "nodes=2", "processes_per_node=2", "time=30"
+    )
+    cluster.wait(job, "RUNNING")
+    said = cluster.details(job)
+    assert (said["NumNodes"], said["Requeue"]) == ("2", "0")
+    _wait_for(lambda: "a shell on the first node" in cluster.output(job))
+    shell, run = (text for text in cluster.output(job).splitlines() if "--overlap" in text)
+    done = cluster.run("bash", "-c", shell.replace("--pty bash -l", "hostname"))
+    assert done.stdout.strip() in cluster.nodes
+    # On each node as many processes as a job of this size has.
+    words = shlex.split(run)
+    words[words.index("-m") - 1 :] = ["hostname"]
+    done = cluster.run(*words)
+    assert sorted(Counter(done.stdout.split()).values()) == [2, 2]
+
+
+def test_a_container_gets_its_command_its_mounts_and_its_directory(cluster, tmp_path, words):
+    """What Apptainer would be asked for, by a stand-in that does it without a container."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "apptainer").write_text(
+        '#!/bin/bash\nprintf "%s\\n" "$@" >>"$ASKED"\n'
+        'while [[ $1 != /images/* ]]; do shift; done\nshift\nexec "$@"\n'
+    )
+    (tools / "apptainer").chmod(0o755)
+    asked = tmp_path / "asked"
+    environment = f"+cluster.environment={{PATH: '{tools}:{_path()}', ASKED: '{asked}'}}"
+    site = ["cluster.container=apptainer", "cluster.image='/images/mod train.sif'", environment]
+    site += [f"cluster.python={sys.executable}", "cluster.mounts=[/data one]", "nodes=1"]
+    words = [word for word in words if word != "nodes=2"]
+    (job,) = submit(cluster, tmp_path, *words, *site, "strategy=single")
+    cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
+    lines = asked.read_text().splitlines()
+    assert lines[:2] == ["exec", "--nv"]
+    mounts = [b for a, b in pairwise(lines) if a == "--bind"]
+    assert mounts == [str(tmp_path), "/data one"]
+    assert lines[lines.index("--pwd") + 1] == str(tmp_path)
+    assert lines[lines.index("/images/mod train.sif") + 1] == sys.executable
+
+
+def _path() -> str:
+    return os.environ["PATH"]
+
+
+def _wait_for(is_so, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

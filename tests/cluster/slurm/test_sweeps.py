@@ -1,0 +1,177 @@
+"""`modtrain train -m hydra/launcher=slurm` on a real Slurm: stopped, without power, failed."""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from modtrain.experiments.sweep.job_state import state_of
+from modtrain.training.run_directory import RunDirectory
+from tests.conftest import run_modtrain
+from tests.helpers.saved import assert_same_bits, newest_tensors
+
+pytestmark = pytest.mark.slow
+STEPS = 60
+
+
+class Sweep(threading.Thread):
+    """The command, on the login node, while the test does something else."""
+
+    def __init__(self, cluster, tiny, folder, *more):
+        super().__init__(daemon=True)
+        keep = [o for o in tiny if not o.startswith("budget")]
+        self.cluster, self.folder = cluster, folder
+        self.arguments = [*keep, f"budget.steps={STEPS}", *more]
+        self.done = None
+
+    def run(self):
+        command = [sys.executable, "-m", "modtrain", "train", "-m", "name=s", *self.arguments]
+        command += ["hydra/launcher=slurm", "cluster=cpu", "cluster.partition=main"]
+        root = Path(__file__).parents[3]
+        environment = {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
+        self.done = self.cluster.run(
+            *command, check=False, cwd=self.folder, timeout=400, env=environment
+        )
+
+    def result(self):
+        self.join(420)
+        assert self.done is not None, "the sweep does not end"
+        return self.done.returncode, self.done.stdout + self.done.stderr
+
+
+def jobs(folder):
+    return [RunDirectory(folder / f"runs/s/model.capacity={c}") for c in ("0.25", "0.5")]
+
+
+def job_of(run):
+    return json.loads((run.path / "jobs.jsonl").read_text().splitlines()[-1])["job"]
+
+
+def await_saved(run, seconds=200):
+    until = time.monotonic() + seconds
+    while not list(run.checkpoints.glob("step-*")) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert time.monotonic() < until
+
+
+def await_running(cluster, run, before=None, seconds=60):
+    """Wait until a job of the run's, another than ``before``, has begun."""
+    noted, until = run.path / "jobs.jsonl", time.monotonic() + seconds
+    while (not noted.is_file() or job_of(run) == before) and time.monotonic() < until:
+        time.sleep(0.1)
+    cluster.wait(job_of(run), "RUNNING", timeout=seconds)
+
+
+def test_jobs_that_are_stopped_come_back_and_end_as_if_undisturbed(cluster, tiny, tmp_path):
+    """One is told to stop before it listens, one loses its node; both end to the bit."""
+    alone = [o for o in tiny if not o.startswith("budget")]
+    for capacity in (0.25, 0.5):
+        done = run_modtrain(
+            *("train", *alone, f"name=whole{capacity}", f"budget.steps={STEPS}"),
+            f"model.capacity={capacity}",
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+    capacities = "model.capacity=0.25,0.5"
+    sweep = Sweep(cluster, tiny, tmp_path, capacities, "cluster.options=[--exclusive]")
+    sweep.start()
+    first, second = jobs(tmp_path)
+    await_running(cluster, first)
+    # As before a time limit.
+    cluster.run("scancel", "--batch", "--signal=USR1", job_of(first))
+    await_saved(second)
+    node = cluster.details(job_of(second))["NodeList"]
+    cluster.kill_node(node)
+    try:
+        code, said = sweep.result()
+    finally:
+        cluster.start_node(node)
+        cluster.wait_for_nodes()
+    assert code == 0, said
+    assert len(json.loads(second.manifest.read_text())["starts"]) == 2
+    assert cluster.details(job_of(first))["Restarts"] == "1"
+    for run, capacity in ((first, 0.25), (second, 0.5)):
+        assert_same_bits(
+            newest_tensors(tmp_path / f"runs/whole{capacity}", STEPS),
+            newest_tensors(run.path, STEPS),
+        )
+        assert len(list((run.path / "tensorboard/hparams").glob("events*"))) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"runs"}
+
+
+def test_what_fails_for_good_is_told_and_started_again_on_request(cluster, tiny, tmp_path):
+    capacities = "model.capacity=0.25,0.5"
+    sweep = Sweep(cluster, tiny, tmp_path, capacities, "optimizer.lr=1e30")
+    sweep.start()
+    code, said = sweep.result()
+    assert code == 1, said
+    assert said.count(": TrainingError: ") == 2
+    run = jobs(tmp_path)[1]
+    assert state_of(run) == "failed"
+    # As often as a job of its own is.
+    assert len((run.path / "failures.tsv").read_text().splitlines()) == 3
+    again = Sweep(cluster, tiny, tmp_path, capacities, "optimizer.lr=1e30")
+    again.start()
+    assert again.result()[0] == 1
+    assert "0 to train" in again.result()[1]
+    before = job_of(run)
+    more = Sweep(cluster, tiny, tmp_path, capacities, "optimizer.lr=1e30", "sweep.retry=true")
+    more.start()
+    await_running(cluster, run, before)
+    assert more.result()[0] == 1
+    # What it had failed by before does not count.
+    assert len((run.path / "failures.tsv").read_text().splitlines()) == 6
+
+
+def test_a_cancelled_job_is_not_waited_for_and_a_new_value_is_added(cluster, tiny, tmp_path):
+    sweep = Sweep(cluster, tiny, tmp_path, "model.capacity=0.25,0.5", "budget.steps=20000")
+    sweep.start()
+    first, second = jobs(tmp_path)
+    await_saved(first)
+    await_saved(second)
+    # While two are in the queue a third one comes.
+    first_of_all = job_of(first)
+    sweep_process_ends(cluster, tmp_path)
+    assert sweep.result()[0] == 75
+    assert "the jobs go on" in sweep.result()[1]
+    more = Sweep(cluster, tiny, tmp_path, "model.capacity=0.25,0.5,0.75", "budget.steps=20000")
+    more.start()
+    third = RunDirectory(tmp_path / "runs/s/model.capacity=0.75")
+    await_saved(third)
+    assert job_of(first) == first_of_all
+    cluster.run("scancel", *(job_of(run) for run in (first, second, third)))
+    code, said = more.result()
+    assert code == 75, said
+    assert "3 stopped" in said
+
+
+def sweep_process_ends(cluster, folder):
+    """Send TERM to the command, on the login node."""
+    cluster.run("pkill", "-TERM", "-f", "modtrain train -m name=s ")
+
+
+def test_one_run_of_two_processes_that_submits_itself_again(cluster, tiny, tmp_path):
+    """A site without requeueing: a task of the array goes on under another number, alone."""
+    more = ["strategy=ddp", "processes_per_node=2", "batch.tokens=512"]
+    more += ["cluster.restart=resubmit", "at_once=1"]
+    keep = [o for o in tiny if not o.startswith("batch.tokens")]
+    sweep = Sweep(cluster, keep, tmp_path, "model.capacity=0.25,0.5", *more)
+    sweep.start()
+    first, second = jobs(tmp_path)
+    await_saved(first)
+    cluster.run("scancel", "--batch", "--signal=USR1", job_of(first))
+    code, said = sweep.result()
+    assert code == 0, said
+    assert first.is_complete
+    assert second.is_complete
+    numbers = [
+        [json.loads(line)["job"] for line in (run.path / "jobs.jsonl").read_text().splitlines()]
+        for run in (first, second)
+    ]
+    assert [len(of_run) for of_run in numbers] == [2, 1]
+    assert numbers[0][1].endswith("_0")
+    assert len(list((first.path / "tensorboard/hparams").glob("events*"))) == 1

@@ -1,0 +1,265 @@
+"""What counts as corpus, how it is cut in units, and what is made of damage in it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from modtrain.common.errors import DataError
+from modtrain.data.prepare.pipeline import prepare
+from modtrain.data.prepare.readers import Flaw, UnitReader
+from modtrain.data.prepare.sources import expand_sources
+from modtrain.data.prepare.units import plan_units
+from tests.data.data_cases import make_documents, tiny_config, write_jsonl
+
+
+def read(*sources: Path | str, column: str = "text") -> tuple[list[str], list[Flaw]]:
+    """All documents and all flaws of some sources."""
+    units = plan_units(expand_sources([str(source) for source in sources]), column)
+    items = [item for unit in units for item in UnitReader(unit, column)]
+    flaws = [item for item in items if isinstance(item, Flaw)]
+    return [item for item in items if isinstance(item, str)], flaws
+
+
+def lines_of(documents: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+
+
+def many_lines() -> tuple[list[str], bytes]:
+    """Documents that do not compress to nothing, in more bytes than are read at once."""
+    documents = [f"{number} " + str(number**50) * 20 for number in range(2, 400)]
+    return documents, lines_of(documents)
+
+
+# Which files ----------------------------------------------------------------------------------
+
+
+def test_files_come_in_the_order_of_the_sources_sorted_and_once(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "deep/er/c.txt", "[x].txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    sources = [tmp_path / "b.txt", tmp_path / "**" / "*.txt", tmp_path / "[x].txt"]
+    names = [Path(f.path).name for f in expand_sources([str(source) for source in sources])]
+    assert names == ["b.txt", "[x].txt", "a.txt", "c.txt"]
+
+
+def test_all_sources_that_cannot_work_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_text("x")
+    with pytest.raises(DataError) as caught:
+        expand_sources([str(tmp_path / "*.none"), str(tmp_path / "a.pdf"), str(tmp_path)])
+    text = str(caught.value)
+    assert "*.none: matches no file" in text
+    assert "a.pdf: its suffix is not known" in text
+    assert f"write {tmp_path}/**/*.txt" in text
+
+
+def test_files_inside_a_package_are_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "tiny_corpus"
+    (package / "data" / "more").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "data" / "a.txt").write_text("A")
+    (package / "data" / "more" / "b.txt").write_text("B")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert read("package:tiny_corpus/data/**/*.txt")[0] == ["A", "B"]
+    assert "tiny_corpus" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("package:no_such_corpus/*.txt", "pip install no_such_corpus"),
+        ("package:json", "write package:NAME/glob"),
+        ("package:json.decoder/x.txt", "write package:NAME/glob"),
+        ("package:json/*.txt", "matches no file"),
+    ],
+)
+def test_a_package_source_that_cannot_work(source: str, words: str) -> None:
+    with pytest.raises(DataError, match=words.replace("*", r"\*")):
+        expand_sources([source])
+
+
+# Formats --------------------------------------------------------------------------------------
+
+
+def test_text_files_are_documents_free_of_their_systems_marks(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    (tmp_path / "b.txt").write_bytes("é\n".encode())
+    assert read(tmp_path / "*.txt") == (["one\ntwo\n", "é\n"], [])
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 7, 30, 64, 1000])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_each_line_belongs_to_one_unit(
+    tmp_path: Path, small_units: Callable[[int], None], unit_bytes: int, newline: bytes
+) -> None:
+    small_units(unit_bytes)
+    documents = ["a", "b" * 50, "c", "é漢", "d" * 100, "e"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in documents]
+    # A mark at the start, a blank line, and no newline at the end.
+    content = b"\xef\xbb\xbf" + newline.join([*lines[:3], b"", *lines[3:]])
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert read(tmp_path / "a.jsonl") == (documents, [])
+
+
+def test_compressed_lines(tmp_path: Path) -> None:
+    documents, content = many_lines()
+    half = content.index(b"\n", len(content) // 2) - 5
+    parts = content[:half], content[half:]
+    # Several members in a file, as parallel compressors write them, and padding after them.
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, parts)) + bytes(600_000))
+    zst = b"".join(zstandard.compress(part) for part in parts)
+    (tmp_path / "b.jsonl.zst").write_bytes(zst)
+    assert read(tmp_path / "a.jsonl.gz") == (documents, [])
+    assert read(tmp_path / "b.jsonl.zst") == (documents, [])
+
+
+def test_parquet_with_a_named_column(tmp_path: Path, small_units: Callable[[int], None]) -> None:
+    documents = make_documents(50)
+    kinds = {"s": pa.string(), "l": pa.large_string(), "d": pa.dictionary(pa.int32(), pa.string())}
+    for name, kind in kinds.items():
+        table = pa.table({"id": range(50), "body": pa.array(documents).cast(kind)})
+        parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=7)
+        small_units(100)
+        files = expand_sources([str(tmp_path / f"{name}.parquet")])
+        assert len(plan_units(files, "body")) == 8
+        assert read(tmp_path / f"{name}.parquet", column="body") == (documents, [])
+    with pytest.raises(DataError, match="no column 'text', only id, body"):
+        read(tmp_path / "s.parquet")
+
+
+def test_prepare_reads_every_format(tmp_path: Path) -> None:
+    documents = make_documents(100)
+    (tmp_path / "a.txt").write_text(documents[0])
+    write_jsonl(tmp_path / "b.jsonl", documents[1:30])
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines_of(documents[30:60])))
+    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(lines_of(documents[60:90])))
+    parquet.write_table(pa.table({"text": documents[90:]}), tmp_path / "e.parquet")
+    mixed = prepare(tiny_config([tmp_path / "?.*"], tmp_path / "mixed"), progress=False)
+    plain = write_jsonl(tmp_path / "plain.jsonl", documents)
+    as_lines = prepare(tiny_config([plain], tmp_path / "plain"), progress=False)
+    assert mixed.summary.fingerprint == as_lines.summary.fingerprint
+
+
+# Damage ---------------------------------------------------------------------------------------
+
+BAD_LINES = {
+    "bad_json": [b'{"text": "cut', b"[" * 100_000, b"plain words"],
+    "no_text": [b'{"other": "x"}', b'{"text": 5}', b'["text"]', b'{"text": null}'],
+    "empty": [b'{"text": ""}', b'{"text": " \\n "}'],
+    "invalid_utf8": [b'{"text": "\xff"}', b'{"text": "\\ud800"}'],
+}
+BAD = [(kind, line) for kind, lines in BAD_LINES.items() for line in lines]
+
+
+@pytest.mark.parametrize(("kind", "line"), BAD)
+@pytest.mark.parametrize("unit_bytes", [1000, 10**6])
+def test_a_bad_line_is_counted_where_it_stands(
+    tmp_path: Path, small_units: Callable[[int], None], kind: str, line: bytes, unit_bytes: int
+) -> None:
+    small_units(unit_bytes)
+    good = lines_of(make_documents(60)).splitlines()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([*good[:40], line, *good[40:]]) + b"\n")
+    report = prepare(tiny_config([path], tmp_path / "out"), progress=False)
+    assert report.summary.flaws == {kind: 1}
+    assert report.num_flaws == 1
+    assert [str(flaw).startswith(f"{path}:41: ") for flaw in report.examples] == [True]
+    assert sum(split.num_documents for split in report.summary.splits.values()) == 60
+    with pytest.raises(DataError, match=r"a\.jsonl:41: "):
+        prepare(tiny_config([path], tmp_path / "strict", on_error="stop"), progress=False)
+    assert not (tmp_path / "strict" / "index.json").exists()
+
+
+def test_stop_stops_in_a_worker_process(tmp_path: Path, small_units: Callable[[int], None]) -> None:
+    small_units(1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of(make_documents(20)) + b"bad\n" + lines_of(make_documents(20, 1)))
+    with pytest.raises(DataError, match=r"a\.jsonl:21: not JSON"):
+        prepare(
+            tiny_config([path], tmp_path / "out", on_error="stop", num_workers=2), progress=False
+        )
+
+
+def test_flaws_of_many_units_are_added_up_and_a_few_shown(
+    tmp_path: Path, small_units: Callable[[int], None]
+) -> None:
+    small_units(500)
+    path = tmp_path / "a.jsonl"
+    good = lines_of(make_documents(60)).splitlines()
+    path.write_bytes(
+        b"\n".join(line for pair in zip(good, [b"{"] * 60, strict=True) for line in pair)
+    )
+    report = prepare(tiny_config([path], tmp_path / "out"), progress=False)
+    assert report.summary.flaws == {"bad_json": 60}
+    assert [flaw.line for flaw in report.examples] == [2, 4, 6]
+
+
+def test_bad_text_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"fine\n")
+    (tmp_path / "b.txt").write_bytes(b"one\ntwo\xff\n")
+    (tmp_path / "c.txt").write_bytes(b"")
+    documents, flaws = read(tmp_path / "*.txt")
+    assert documents == ["fine\n"]
+    found = [(flaw.kind, Path(flaw.path).name, flaw.line) for flaw in flaws]
+    assert found == [("invalid_utf8", "b.txt", 2), ("empty", "c.txt", 1)]
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+@pytest.mark.parametrize("how", ["cut", "corrupt", "empty"])
+def test_documents_before_the_damage_in_a_compressed_file_are_kept(
+    tmp_path: Path, kind: str, how: str
+) -> None:
+    documents, content = many_lines()
+    compress = gzip.compress if kind == "gz" else zstandard.compress
+    whole = compress(content)
+    damaged = {
+        "cut": whole[: len(whole) * 3 // 4],
+        "corrupt": compress(content[: len(content) // 2]) + b"garbage, no member or frame",
+        "empty": b"",
+    }[how]
+    path = tmp_path / f"a.jsonl.{kind}"
+    path.write_bytes(damaged)
+    found, flaws = read(path)
+    assert found == documents[: len(found)]
+    assert (0 if how == "empty" else 100) <= len(found) < len(documents)
+    assert [(flaw.kind, flaw.line) for flaw in flaws] == [("damaged", len(found) + 1)]
+
+
+def test_bad_parquet(tmp_path: Path, small_units: Callable[[int], None]) -> None:
+    values = pa.array([b"one", b"\xff", None, b"", b"two"], pa.binary())
+    parquet.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    documents, flaws = read(tmp_path / "a.parquet")
+    assert documents == ["one", "two"]
+    expected = [("invalid_utf8", 2), ("no_text", 3), ("empty", 4)]
+    assert [(flaw.kind, flaw.line) for flaw in flaws] == expected
+
+    small_units(1)
+    parquet.write_table(pa.table({"text": ["x", "y", "", "z", ""]}), tmp_path / "a.parquet", 1)
+    assert [flaw.line for flaw in read(tmp_path / "a.parquet")[1]] == [3, 5]
+
+    parquet.write_table(pa.table({"text": make_documents(500)}), tmp_path / "b.parquet")
+    content = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(content[:-100])
+    documents, flaws = read(tmp_path / "b.parquet")
+    assert [(flaw.kind, flaw.line) for flaw in flaws] == [("damaged", 1)]
+
+
+def test_damage_is_counted_by_prepare(tmp_path: Path) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", make_documents(60))
+    for name in ("a.jsonl.gz", "b.jsonl.zst", "c.parquet"):
+        (tmp_path / name).write_bytes(b"PAR1 and no more")
+    sources = [good, tmp_path / "?.*"]
+    report = prepare(tiny_config(sources, tmp_path / "out"), progress=False)
+    assert report.summary.flaws == {"damaged": 3}
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:1: "):
+        prepare(tiny_config(sources, tmp_path / "strict", on_error="stop"), progress=False)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from modtrain.common.errors import DataError
+from modtrain.data.config import TokenizerConfig
+from modtrain.data.prepare import tokenizer as tokenizer_module
+from modtrain.data.prepare.pipeline import prepare
+from modtrain.data.prepare.sources import expand_sources
+from modtrain.data.prepare.tokenizer import (
+    END_OF_DOCUMENT,
+    DocumentEncoder,
+    SplitChooser,
+    check_tokenizer,
+    split_text,
+    train_tokenizer,
+    training_texts,
+)
+from modtrain.data.prepare.units import plan_units
+from tests.data.data_cases import make_documents, tiny_config, write_jsonl
+
+NO_ONE = SplitChooser(0, 0.0)
+
+
+def test_training_is_deterministic_and_reaches_its_size() -> None:
+    documents = make_documents(300)
+    content = train_tokenizer(documents, 300)
+    assert content == train_tokenizer(documents, 300)
+    assert check_tokenizer(content, "t") == (300, 0)
+    assert content != train_tokenizer(documents[:50], 300)
+
+
+def test_any_text_comes_back_and_no_text_ends_a_document() -> None:
+    content = train_tokenizer(make_documents(50), 300)
+    text = f"  x\r\n\t{END_OF_DOCUMENT}é漢字\U0001f600\x00 "
+    (numbers,) = DocumentEncoder(content, "t").encode([text])
+    assert 0 not in numbers
+    assert Tokenizer.from_str(content.decode()).decode(numbers) == text
+
+
+@pytest.mark.parametrize("name", tokenizer_module.KNOWN_END_TOKENS)
+def test_end_tokens_of_published_tokenizers_are_known(name: str) -> None:
+    content = train_tokenizer(make_documents(5), 300).replace(
+        END_OF_DOCUMENT.encode(), name.encode()
+    )
+    assert check_tokenizer(content, "t")[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{}", "is not a tokenizer.json"),
+        (b"\xff", "is not a tokenizer.json"),
+        (
+            train_tokenizer(["a"], 300).replace(END_OF_DOCUMENT.encode(), b"<other>"),
+            "has no end-of-document token",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_serve_is_refused(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
+    path = tmp_path / "t.json"
+    path.write_bytes(content)
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(10))
+    config = tiny_config([corpus], tmp_path / "out", tokenizer=TokenizerConfig(path=str(path)))
+    with pytest.raises(DataError, match=f"t.json: {words}"):
+        prepare(config, progress=False)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(10))
+    tokenizer = TokenizerConfig(path=str(tmp_path / "none.json"))
+    with pytest.raises(DataError, match=r"none\.json: No such file"):
+        prepare(tiny_config([corpus], tmp_path / "out", tokenizer=tokenizer), progress=False)
+
+
+def test_truncation_padding_and_added_tokens_of_a_loaded_tokenizer_are_off() -> None:
+    tokenizer = Tokenizer.from_str(train_tokenizer(make_documents(50), 300).decode())
+    text = "the of and to in a is that"
+    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=100)
+    assert DocumentEncoder(tokenizer.to_str().encode(), "t").encode([text, "a"])[0] == expected
+
+
+def test_long_texts_give_the_same_tokens_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = train_tokenizer(make_documents(50), 300)
+    text = "\n\n".join(make_documents(30)) + "\n  indented\n\n\n x\n"
+    encoder = DocumentEncoder(content, "t")
+    whole = encoder.encode([text, "a"])
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", 100)
+    assert len(split_text(text)) > 20
+    assert "".join(split_text(text)) == text
+    assert encoder.encode([text, "a"]) == whole
+    assert split_text("x" * 1000) == ["x" * 1000]
+
+
+def test_every_source_gives_its_share_of_the_training_text(tmp_path: Path) -> None:
+    for name, letter in (("a", "A"), ("b", "B")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [letter * 100] * 1000)
+    units = plan_units(expand_sources([str(tmp_path / "*.jsonl")]), "text")
+    config = TokenizerConfig(train_bytes=5000)
+    text = "".join(training_texts(units, config, "text", NO_ONE))
+    assert len(text) == 5000
+    assert text.count("A") == text.count("B") == 2500
+    whole = "".join(training_texts(units, TokenizerConfig(), "text", NO_ONE))
+    assert len(whole) == 200_000
+
+
+def test_held_out_documents_train_no_tokenizer(tmp_path: Path) -> None:
+    documents = make_documents(100)
+    write_jsonl(tmp_path / "a.jsonl", documents)
+    units = plan_units(expand_sources([str(tmp_path / "*.jsonl")]), "text")
+    chooser = SplitChooser(0, 0.3)
+    texts = list(training_texts(units, TokenizerConfig(), "text", chooser))
+    assert texts == [text for text in documents if not chooser.is_valid(text.encode())]
+    assert 50 < len(texts) < 90
+
+
+def test_the_choice_depends_on_the_seed_and_the_text_alone() -> None:
+    contents = [str(number).encode() for number in range(2000)]
+    chosen = [SplitChooser(0, 0.1).is_valid(content) for content in contents]
+    assert 140 < sum(chosen) < 260
+    assert chosen == [SplitChooser(0, 0.1).is_valid(content) for content in contents]
+    other = [SplitChooser(1, 0.1).is_valid(content) for content in contents]
+    assert chosen != other
+    # A larger share keeps what a smaller one held out.
+    more = [SplitChooser(0, 0.2).is_valid(content) for content in contents]
+    assert all(later for earlier, later in zip(chosen, more, strict=True) if earlier)

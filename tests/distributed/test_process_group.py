@@ -1,0 +1,79 @@
+"""What ranks agree on, and that no rank waits for one that failed."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from modtrain.common.errors import DataError, RankError
+from modtrain.distributed.process_group import Ranks
+from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks
+
+
+def _tells() -> tuple[object, ...]:
+    ranks = Ranks()
+    total = torch.tensor(float(ranks.rank + 1))
+    dist.all_reduce(total)
+    return (
+        ranks.rank,
+        ranks.first(f"by {ranks.rank}"),
+        ranks.each(ranks.rank * 10),
+        ranks.any(ranks.rank == 1),
+        float(total),
+    )
+
+
+def test_ranks_are_told_alike() -> None:
+    assert on_ranks(_tells, 3) == [(rank, "by 0", [0, 10, 20], True, 6.0) for rank in range(3)]
+
+
+def test_one_process_agrees_with_itself() -> None:
+    ranks = Ranks()
+    assert (ranks.world_size, ranks.rank, ranks.group) == (1, 0, None)
+    assert ranks.first(3) == 3
+    assert ranks.each("x") == ["x"]
+    with pytest.raises(DataError), ranks.together():
+        raise DataError("gone")
+
+
+def _fails_on_one() -> str:
+    ranks = Ranks()
+    try:
+        with ranks.together():
+            if ranks.rank == 1:
+                raise DataError("the shard is gone")
+    except DataError:
+        return "own"
+    except RankError as error:
+        return str(error)
+    return "none"
+
+
+def test_an_error_on_one_rank_is_raised_on_all() -> None:
+    first, second, third = on_ranks(_fails_on_one, 3)
+    assert second == "own"
+    for said in (first, third):
+        assert said.startswith("rank 1 on ") and said.endswith("the shard is gone")
+
+
+def _dies() -> int:
+    if dist.get_rank() == 1:
+        os._exit(7)
+    return 1
+
+
+def test_the_harness_tells_a_dead_rank() -> None:
+    outcomes = outcomes_on_ranks(_dies, 2)
+    assert outcomes[0] == 1
+    assert isinstance(outcomes[1], RankFailedError) and "exit code 7" in str(outcomes[1])
+
+
+def _sleeps() -> None:
+    time.sleep(60 if dist.get_rank() == 1 else 0)
+
+
+def test_the_harness_does_not_wait_for_ever() -> None:
+    with pytest.raises(TimeoutError, match=r"ranks \[1\]"):
+        on_ranks(_sleeps, 2, timeout=3)

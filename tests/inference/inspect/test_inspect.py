@@ -1,0 +1,173 @@
+"""What is found out about each token, against slow loops and evaluations."""
+
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modtrain.common.errors import ConfigError
+from modtrain.evaluation.held_out import evaluate
+from modtrain.inference.config import DialConfig
+from modtrain.inference.inspect.inspect import choose_decision, text_windows
+from modtrain.inference.inspect.trace import trace
+from modtrain.models.depth.compute_budget import Dial
+from tests.helpers.model_cases import quick, random_tokens, small
+from tests.inference.inspect.inspect_cases import EVERY, KINDS, SEQ_LEN, model_of, router, traced
+
+
+@pytest.fixture(scope="module")
+def text() -> list[int]:
+    """Three windows and a half."""
+    return random_tokens(1, 3 * SEQ_LEN + 7, seed=5)[0].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_figure_of_a_token_is_that_of_a_slow_loop(kind, text):
+    model = model_of(kind)
+    for selection in model.config.causal_selections:
+        found = traced(model, text, selection)
+        assert found.token_N.tolist() == text
+        for start in range(0, len(text), SEQ_LEN):
+            window = text[start : start + SEQ_LEN]
+            with torch.no_grad():
+                output = model(torch.tensor([window]), selection=selection)
+            for place, logits_V in enumerate(output.logits_BSV[0].tolist()):
+                number = start + place
+                total = math.fsum(math.exp(logit) for logit in logits_V)
+                log_probs = [logit - math.log(total) for logit in logits_V]
+                entropy = -math.fsum(math.exp(log) * log for log in log_probs)
+                assert found.position_N[number] == place
+                assert found.entropy_N[number] == pytest.approx(entropy)
+                if number + 1 < len(text):
+                    loss = -log_probs[text[number + 1]]
+                    assert found.loss_N[number] == pytest.approx(loss)
+                entered = [bool(record.chosen_BS[0, place]) for record in output.routing]
+                assert [bool(r.chosen_N[number]) for r in found.routers] == entered
+                assert found.depths[number] == sum(entered)
+        assert math.isnan(found.loss_N[-1])
+        assert found.mean_loss == pytest.approx(math.fsum(found.loss_N[:-1]) / (len(text) - 1))
+        assert [r.label for r in found.routers] == model.config.routed_labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_capacity_and_load_are_those_of_an_evaluation(kind):
+    model = model_of(kind)
+    batches = [random_tokens(4, SEQ_LEN + 1, seed=8)]
+    windows = [(batch[:, :-1], batch[:, 1:]) for batch in batches]
+    found = evaluate(model, batches, nullcontext())
+    for selection, decision in found.decisions.items():
+        # One by one, so that the loads of unequally busy windows have to be weighed.
+        rows = [(i[n : n + 1], t[n : n + 1]) for i, t in windows for n in range(len(i))]
+        ours = trace(model, rows, selection, nullcontext())
+        assert ours.mean_loss == pytest.approx(decision.loss)
+        for r in ours.routers:
+            assert r.chosen_N.mean() == pytest.approx(decision.realised_capacity[r.label])
+        for mixture in ours.experts:
+            load = decision.expert_load[mixture.label]
+            # Under expert choice nobody is sent to a no-op expert.
+            assert load[len(mixture.share_E) :] == [0.0] * (len(load) - len(mixture.share_E))
+            assert mixture.share_E.tolist() == pytest.approx(load[: len(mixture.share_E)])
+            assert mixture.share_E.sum() == pytest.approx(1)
+
+
+def test_documents_and_capacities_are_those_of_an_evaluation():
+    model = model_of("mod")
+    batch = random_tokens(4, SEQ_LEN + 1, seed=8)
+    options = {"eos_id": int(batch[0, 5]), "capacities": [None, 0.5, None, 0.75]}
+    found = evaluate(model, [batch], nullcontext(), **options)
+    losses = {name: decision.loss for name, decision in found.decisions.items()}
+    for selection, loss in [*losses.items(), ("top_k", found.top_k_loss)]:
+        window = (batch[:, :-1], batch[:, 1:])
+        assert trace(
+            model, [window], selection, nullcontext(), **options
+        ).mean_loss == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("kind", ["mod", "both parts", "token choice", "staged"])
+def test_a_token_is_chosen_where_its_value_is_above_the_threshold(kind, text):
+    model = model_of(kind)
+    thresholds = set()
+    for selection in model.config.causal_selections:
+        for r in traced(model, text, selection).routers:
+            assert r.decides_by == ("predictor's logit" if selection == "predictor" else "score")
+            assert np.array_equal(r.chosen_N, r.value_N > r.threshold)
+            thresholds.add(r.threshold)
+    assert thresholds - {0.0}
+
+
+def test_routers_that_look_at_nothing_have_no_values(text):
+    for r in traced(model_of("fixed"), text, "causal").routers:
+        assert (r.value_N, r.threshold) == (None, None)
+        assert r.chosen_N.any()
+
+
+def test_later_tokens_change_nothing_of_earlier_ones_but_under_top_k():
+    model = model_of("mod")
+    one = random_tokens(1, SEQ_LEN, seed=1)[0].tolist()
+    two = one[:10] + random_tokens(1, SEQ_LEN, seed=2)[0].tolist()[10:]
+
+    def before(tokens, selection):
+        found = traced(model, tokens, selection)
+        return np.stack([r.chosen_N[:10] for r in found.routers]), found.entropy_N[:10]
+
+    for selection in EVERY:
+        assert all(
+            np.allclose(a, b)
+            for a, b in zip(before(one, selection), before(two, selection), strict=True)
+        )
+    assert not np.array_equal(before(one, "top_k")[0], before(two, "top_k")[0])
+
+
+def test_looking_leaves_the_model_and_the_random_state_alone(text):
+    model = model_of("mod").train()
+    state = torch.random.get_rng_state()
+    first = traced(model, text, "predictor")
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    again = traced(model, text, "predictor", batch_size=1)
+    assert np.allclose(first.loss_N, again.loss_N, equal_nan=True)
+    with pytest.raises(ValueError, match="no text"):
+        trace(model, [], "predictor", nullcontext())
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 4))
+@quick(40)
+def test_windows_hold_the_text_once_and_ask_for_what_comes_next(tokens, seq_len, batch_size):
+    windows = list(text_windows(tokens, seq_len, batch_size))
+    inputs = [number for side, _ in windows for number in side.flatten().tolist()]
+    targets = [number for _, side in windows for number in side.flatten().tolist()]
+    assert inputs == tokens
+    assert targets == [*tokens[1:], -100]
+    assert all(side.shape[0] <= batch_size and side.shape[1] <= seq_len for side, _ in windows)
+    assert all(side.shape[1] == seq_len for side, _ in windows[:-1])
+
+
+def test_the_first_causal_decision_is_taken_and_top_k_only_by_its_name():
+    config = small(**KINDS["mod"])
+    assert choose_decision(config, DialConfig()) == "predictor"
+    assert choose_decision(config, DialConfig("threshold")) == "threshold"
+    assert choose_decision(config, DialConfig("top_k")) == "top_k"
+    assert choose_decision(small(pattern="dense"), DialConfig()) == "causal"
+    for changes, wish, word in (
+        ({"pattern": "dense"}, DialConfig("top_k"), "use one of: causal"),
+        ({}, DialConfig("auxiliary"), "use one of: predictor, top_k"),
+        ({"router": router(causal=[])}, DialConfig(), "use top_k, which is not causal"),
+        ({}, DialConfig("top_k", capacity=0.5), "is not moved by capacity"),
+    ):
+        with pytest.raises(ConfigError, match=r"inference\.decision") as error:
+            choose_decision(small(**changes), wish)
+        assert word in str(error.value)
+
+
+def test_a_dial_moves_the_line_and_what_takes_part():
+    model = model_of("mod")
+    windows = [(random_tokens(2, 24), random_tokens(2, 24, 1))]
+    dial = Dial((0.3, math.inf, -math.inf)[: len(model.routers)])
+    moved = trace(model, windows, "predictor", nullcontext(), dial=dial).routers
+    for own, level in zip(moved, dial.levels, strict=True):
+        assert own.threshold == (level if math.isfinite(level) else None)
+        assert (own.chosen_N == (own.value_N > level)).all()

@@ -1,0 +1,226 @@
+"""Who is chosen among documents and padding, and what stays of the others.
+
+Shapes: B batch, S sequence, K places, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.depth.selection import expert_choice
+from modtrain.models.experts.config import ExpertsConfig
+from tests.helpers.model_cases import (
+    bits,
+    context_of,
+    lively,
+    normal,
+    quick,
+    random_tokens,
+    small,
+)
+from tests.models.depth.choice_cases import EXPERTS, TARGETS, context, masked, model_of, nearest
+
+
+def chosen_of(
+    scores_BS: Tensor,
+    count: int,
+    documents_BS: Tensor | None = None,
+    valid_BS: Tensor | None = None,
+) -> Tensor:
+    """Who is chosen (B, S), after a look at the places: each once, the chosen first, in order."""
+    index_BK, filled_BK, *_ = expert_choice(
+        scores_BS, count, context(scores_BS.shape[1], documents_BS, valid_BS)
+    )
+    assert index_BK.shape == (len(scores_BS), count)
+    filled_BK = torch.ones_like(index_BK, dtype=torch.bool) if filled_BK is None else filled_BK
+    for places, filled in zip(index_BK.tolist(), filled_BK.tolist(), strict=True):
+        assert len(set(places)) == count
+        assert filled == sorted(filled, reverse=True)
+        assert places[: sum(filled)] == sorted(places[: sum(filled)])
+    nobody_BS = torch.zeros_like(scores_BS, dtype=torch.bool)
+    return nobody_BS.scatter(1, index_BK, filled_BK)
+
+
+def expected_of(
+    scores: list[float], count: int, documents: list[int], valid: list[bool]
+) -> list[bool]:
+    """One sequence, from the sentences that say how many each document takes."""
+    length, total = len(scores), sum(valid)
+    share = max(1, nearest(Fraction(total * count, length))) if total else 0
+    chosen = [False] * length
+    for document in sorted(set(documents)):
+        own = [i for i in range(length) if documents[i] == document]
+        before = sum(valid[: own[0]])
+        until = sum(valid[: own[-1] + 1])
+        quota = 0
+        if total:
+            quota = nearest(Fraction(until * share, total)) - nearest(
+                Fraction(before * share, total)
+            )
+        ranked = sorted((i for i in own if valid[i]), key=scores.__getitem__, reverse=True)
+        assert quota <= len(ranked)
+        for i in ranked[:quota]:
+            chosen[i] = True
+    return chosen
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[Tensor, int, Tensor]:
+    """Scores (B, S), how many to choose, and numbers of documents (B, S) or (1, S)."""
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 24))
+    count = draw(st.integers(1, length))
+    rows = draw(st.sampled_from([1, batch]))
+    starts = st.lists(
+        st.lists(st.sampled_from([0, 0, 1, 3]), min_size=length, max_size=length),
+        min_size=rows,
+        max_size=rows,
+    )
+    documents_BS = torch.tensor(draw(starts)).cumsum(dim=1)
+    return normal(batch, length, seed=draw(st.integers(0, 99))), count, documents_BS
+
+
+# Expert choice among documents and padding.
+
+
+@quick(100)
+@given(scored())
+def test_documents_take_their_share_and_the_sequence_its_k(case):
+    scores_BS, count, documents_BS = case
+    batch, length = scores_BS.shape
+    chosen_BS = chosen_of(scores_BS, count, documents_BS)
+    assert chosen_BS.sum(dim=1).tolist() == [count] * batch
+    documents_BS = documents_BS.expand(batch, length)
+    for chosen, documents in zip(chosen_BS, documents_BS, strict=True):
+        for document in documents.unique():
+            start, *_, last = [*(documents == document).nonzero().flatten().tolist()] * 2
+            quota = [nearest(Fraction(edge * count, length)) for edge in (start, last + 1)]
+            assert chosen[documents == document].sum() == quota[1] - quota[0]
+
+
+@quick(80)
+@given(scored(), st.integers(0, 99))
+def test_a_documents_choice_knows_nothing_of_another_document(case, seed):
+    scores_BS, count, documents_BS = case
+    own_BS = documents_BS.expand_as(scores_BS)
+    changed_B1 = own_BS.gather(1, torch.full((len(own_BS), 1), seed % own_BS.shape[1]))
+    is_changed_BS = own_BS == changed_B1
+    other_BS = torch.where(is_changed_BS, 3 * normal(*own_BS.shape, seed=seed), scores_BS)
+    before_BS, after_BS = (
+        chosen_of(scores, count, documents_BS) for scores in (scores_BS, other_BS)
+    )
+    assert torch.equal(before_BS[~is_changed_BS], after_BS[~is_changed_BS])
+
+
+@quick(100)
+@given(scored(), st.sampled_from(["right", "left", "any"]), st.integers(0, 99), st.booleans())
+def test_padding_is_never_chosen_and_a_share_of_the_rest_is(case, side, seed, several):
+    scores_BS, count, documents_BS = case
+    batch, length = scores_BS.shape
+    valid_BS = masked(batch, length, seed, side)
+    # What padding scores may be anything.
+    scores_BS = torch.where(valid_BS, scores_BS, 10 + scores_BS)
+    chosen_BS = chosen_of(scores_BS, count, documents_BS if several else None, valid_BS)
+    assert not (chosen_BS & ~valid_BS).any()
+    for chosen, valid in zip(chosen_BS, valid_BS, strict=True):
+        total = int(valid.sum())
+        share = max(1, nearest(Fraction(total * count, length))) if total else 0
+        assert chosen.sum() == share
+
+
+@quick(100)
+@given(scored(), st.sampled_from(["none", "right", "left", "any"]), st.integers(0, 99))
+def test_expert_choice_takes_the_best_of_each_document(case, side, seed):
+    scores_BS, count, documents_BS = case
+    batch, length = scores_BS.shape
+    valid_BS = None if side == "none" else masked(batch, length, seed, side)
+    chosen_BS = chosen_of(scores_BS, count, documents_BS, valid_BS)
+    if valid_BS is None:
+        valid_BS = torch.ones(1, 1, dtype=torch.bool)
+    rows = zip(
+        scores_BS,
+        documents_BS.expand(batch, length),
+        valid_BS.expand(batch, length),
+        strict=True,
+    )
+    expected = [expected_of(s.tolist(), count, d.tolist(), v.tolist()) for s, d, v in rows]
+    assert chosen_BS.tolist() == expected
+
+
+@quick(60)
+@given(scored())
+def test_one_document_without_padding_is_the_sequence_itself(case):
+    scores_BS, count, _ = case
+    plain_BS = chosen_of(scores_BS, count)
+    for value in (0, 7):
+        one_BS = torch.full((1, scores_BS.shape[1]), value)
+        assert torch.equal(chosen_of(scores_BS, count, one_BS), plain_BS)
+    assert torch.equal(chosen_of(scores_BS, count, None, torch.ones_like(plain_BS)), plain_BS)
+
+
+# Fact 3 on every path: the others' bits.
+
+
+@quick(80)
+@given(
+    st.sampled_from(TARGETS),
+    st.sampled_from(["linear", "mlp", "random", "fixed", "oracle_norm", "attention"]),
+    st.sampled_from(["expert", "token", "auxiliary", "predictor", "threshold"]),
+    st.sampled_from(["none", "right", "left"]),
+    st.booleans(),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.sampled_from([None, "dropless", "expert choice", "integrated"]),
+    st.integers(0, 99),
+)
+@example("block", "linear", "token", "none", False, torch.float32, None, 0)
+@example("block", "linear", "predictor", "left", True, torch.bfloat16, "dropless", 0)
+def test_skipped_tokens_keep_their_bits_on_every_path(
+    target, score, decision, side, several, dtype, experts, seed
+):
+    learns = score not in ("random", "fixed")
+    router = {"target": target, "score": score}
+    if decision == "token":
+        router["choice"] = "token"
+    elif decision != "expert" and learns:
+        router["causal"] = [decision]
+    mixture = {} if experts is None else {"experts": ExpertsConfig(**EXPERTS[experts])}
+    config = small(
+        num_layers=1, pattern=[0.25], router=RouterConfig(**router, predictor_dim=8), **mixture
+    )
+    assume(not config.router.problems("router"))
+    selection = {"expert": "top_k"}.get(decision, decision) if learns else "causal"
+    valid_BS = None if side == "none" else masked(3, 20, seed, side)
+    at = context_of(
+        config,
+        torch.arange(20)[None],
+        selection=selection,
+        valid_BS=valid_BS,
+        documents_BS=torch.arange(20)[None] // 7 if several else None,
+    )
+    x_BSD = normal(3, 20, 16, seed=seed, dtype=dtype)
+    x_BSD[:, ::2, 0] = -0.0
+    x_BSD[:, 1::2, 0] = 0.0
+    x_BSD[:, :, 1] = 1e-30
+    for router in lively(config, seed, dtype).routers:
+        if router.keeps_state:
+            # The size of an update is never negative.
+            router.absorb(torch.tensor(4.0 if score == "oracle_norm" else 0.2))
+        out_BSD, (record,), *_ = router(x_BSD, at, None, normal(3, 20, seed=seed))
+        skipped_BS = ~record.chosen_BS
+        assert torch.equal(bits(out_BSD[skipped_BS]), bits(x_BSD[skipped_BS]))
+
+
+def test_a_layer_that_nobody_enters_still_says_what_its_experts_did():
+    """Records go by their place: without one, a later layer's would be taken for it."""
+    model = lively(model_of("dropless", pattern="every"))
+    with torch.no_grad():
+        model.routers[0].predictor.out.bias.fill_(-1e3)
+        output = model(random_tokens(2, 16), selection="predictor")
+    assert not output.routing[0].chosen_BS.any()
+    assert len(output.experts) == len(model.mixtures)
+    assert output.experts[0].executed_E.sum() == 0

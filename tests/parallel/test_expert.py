@@ -1,0 +1,524 @@
+"""Experts over ranks give what one process gives, and what travels for it.
+
+Shapes: B batch, S sequence, M rows, D model, E experts, R ranks that share them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modtrain.models.config import ModelConfig
+from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
+from modtrain.models.experts.layer import ExpertMLPs
+from modtrain.models.transformer import ModelOutput, Transformer
+from modtrain.parallel.config import LayerOptions
+from modtrain.parallel.expert import (
+    SpreadMLPs,
+    by_expert,
+    problems,
+    sent_bytes,
+    shard_experts,
+)
+from modtrain.parallel.fsdp import fsdp_ep
+from modtrain.parallel.meshes import Meshes, make_meshes
+from modtrain.training.config import OptimizerConfig
+from modtrain.training.module import adamw
+from tests.helpers.model_cases import lively, quick, random_tokens, small
+from tests.helpers.ranks import on_ranks, outcomes_on_ranks
+
+TOLERANCE = 1e-5
+MESHES = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)]  # data x expert
+BATCH, LENGTH, DIM = 4, 16, 16
+
+
+def meshes_of(data: int, expert: int) -> Meshes:
+    return make_meshes("fsdp_ep", data * expert, expert_parallel=expert)
+
+
+def model_of(variant: str, **changes: Any) -> ModelConfig:
+    values = {"num_layers": 2} | VARIANTS[variant]
+    experts = ExpertsConfig(**({"count": 4, "dim": 8} | values.pop("experts")))
+    router = RouterConfig(predictor_dim=8, **values.pop("router", {}))
+    config = small(experts=experts, router=router, **(values | changes))
+    assert config.problems() == []
+    return config
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "staged": {"experts": {"z_loss_weight": 0.01}},
+    "integrated": {
+        "pattern": "dense",
+        "activation": "gelu",
+        "experts": {"noop": 2, "shared": 1, "top_k": 1, "balance": "bias", "bias_rate": 0.1},
+    },
+    "limited": {"experts": {"noop": 1, "capacity_factor": 0.7, "balance": "none"}},
+    "expert choice": {"experts": {"choice": "expert", "noop": 1, "shared": 1}},
+    "narrow expert choice": {
+        "activation": "gelu",
+        "experts": {"choice": "expert", "top_k": 1, "capacity_factor": 0.6},
+    },
+    "all no-ops but one": {
+        "experts": {"noop": 9, "top_k": 1, "balance": "none", "every": 2},
+    },
+    "learned causally": {"router": {"causal": ["predictor"]}, "experts": {"noop": 1}},
+    "token choice of depth": {
+        "router": {"choice": "token", "causal": ["threshold"]},
+        "experts": {"top_k": 3, "balance": "bias"},
+    },
+}
+
+
+# The exchange alone.
+
+
+def _exchanged(counts_RE: list[list[int]], activation: str, mesh: DeviceMesh) -> float:
+    """The worst error of results and gradients against all experts in one place."""
+    rank = dist.get_rank()
+    counts_E = torch.tensor(counts_RE[rank])
+    rows = int(counts_E.sum())
+    torch.manual_seed(0)
+    whole = ExpertMLPs(len(counts_E), 6, 5, activation).double()
+    for weight in whole.parameters():
+        nn.init.normal_(weight)
+    apart = SpreadMLPs(whole, mesh)
+    torch.manual_seed(1 + rank)
+    # Behind them are rows of nobody.
+    x_MD = torch.randn(rows + rank, 6, dtype=torch.float64)
+    grad_MD = torch.randn_like(x_MD)
+    x_MD[rows:] = float("nan")
+    found = []
+    for mlps in (whole, apart):
+        leaf_MD = x_MD.clone().requires_grad_()
+        y_MD = mlps(leaf_MD, counts_E.cumsum(0).int())
+        y_MD.backward(grad_MD)
+        found.append([y_MD.detach(), leaf_MD.grad])
+    assert not any(tensor[rows:].any() for tensor in found[1])
+    for name, weight in whole.named_parameters():
+        dist.all_reduce(weight.grad)
+        found[0].append(weight.grad)
+        found[1].append(apart.get_parameter(name).grad.full_tensor())
+    return max(_distance(one, other) for one, other in zip(*found, strict=True))
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return float((one.detach() - other.detach()).abs().max()) if one.numel() else 0.0
+
+
+@st.composite
+def cases(draw: st.DrawFn, size: int) -> list[list[int]]:
+    """How many rows each rank has for each expert; often none."""
+    experts = size * draw(st.integers(1, 3))
+    rows = st.lists(st.sampled_from([0, 0, 1, 2, 5]), min_size=experts, max_size=experts)
+    return draw(st.lists(rows | st.just([0] * experts), min_size=size, max_size=size))
+
+
+def _all_exchanged(size: int) -> float:
+    """The worst of many cases, which are drawn alike on every rank."""
+    found = [0.0]
+    mesh = init_device_mesh("cpu", (size,))
+
+    @quick(40 // size)
+    @given(cases(size), st.sampled_from(["swiglu", "gelu"]))
+    @example([[0] * size] * size, "swiglu")
+    def examine(case: list[list[int]], activation: str) -> None:
+        found.append(_exchanged(case, activation, mesh))
+
+    examine()
+    return max(found)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_rows_go_to_their_experts_and_return(size):
+    assert max(on_ranks(_all_exchanged, size, size)) < 1e-12
+
+
+def test_received_rows_are_sorted_by_expert():
+    received_RL = torch.tensor([[2, 0, 1], [0, 0, 0], [1, 2, 1]])
+    rows = [(expert, rank) for rank in range(3) for expert in range(3)]
+    rows = [pair for pair in rows for _ in range(int(received_RL[pair[1], pair[0]]))]
+    place_N = by_expert(received_RL, len(rows)).tolist()
+    assert [rows[place_N.index(place)] for place in range(len(rows))] == sorted(rows)
+
+
+# Whole models.
+
+
+def objective(output: ModelOutput) -> Tensor:
+    return sum(output.auxiliary.values(), start=output.loss)
+
+
+def pair_of(config: ModelConfig, meshes: Meshes, **options: Any) -> list[Transformer]:
+    """One model as it is, and the same one sharded."""
+    models = [lively(config, dtype=torch.float32) for _ in range(2)]
+    for _ in range(2):
+        fsdp_ep(models[1], meshes, LayerOptions(**options))
+    return models
+
+
+def gradient_errors(whole: nn.Module, sharded: nn.Module) -> dict[str, float]:
+    errors = {}
+    pairs = zip(whole.named_parameters(), sharded.named_parameters(), strict=True)
+    for (name, expected), (other_name, actual) in pairs:
+        assert name == other_name
+        if expected.grad is None:
+            assert actual.grad is None, name
+        else:
+            errors[name] = _distance(expected.grad, actual.grad.full_tensor())
+    return errors
+
+
+def _steps(variant: str, data: int, expert: int) -> dict[str, float]:
+    """Two steps of one process on the whole batch and of the ranks on a share each."""
+    config = model_of(variant)
+    models = pair_of(config, meshes_of(data, expert))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    optimizers = [adamw(model, OptimizerConfig(lr=1e-3)) for model in models]
+    errors: Counter[str] = Counter()
+    for step in range(2):
+        shares = random_tokens(BATCH, LENGTH + 1, step).chunk(world)
+        # The balance loss is a product of means over a micro-batch, as under any data parallelism,
+        # and means over chosen tokens are not those of the whole where ranks choose more or fewer.
+        apart = config.experts.balance_kind == "loss" or config.router.choice == "token"
+        batches = shares if apart else [torch.cat(shares)]
+        expected = [models[0](batch[:, :-1], batch[:, 1:]) for batch in batches]
+        mean = sum(objective(output) for output in expected) / len(batches)
+        mean.backward()
+        output = models[1](shares[rank][:, :-1], shares[rank][:, 1:])
+        total = objective(output)
+        total.backward()
+        loss = total.detach() / world
+        dist.all_reduce(loss)
+        errors["loss"] = max(errors["loss"], _distance(mean, loss))
+        _same_choices(config, models[0], shares[rank], output, expected, len(batches) == 1)
+        for name, error in gradient_errors(*models).items():
+            errors[name] = max(errors[name], error)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if config.experts.balance_kind == "bias":
+            _absorb(models, expected[0], output)
+    for (name, one), other in zip(
+        models[0].state_dict().items(), models[1].state_dict().values(), strict=True
+    ):
+        full = other.full_tensor() if isinstance(other, DTensor) else other
+        errors[f"{name} after steps"] = _distance(one, full)
+    return dict(errors)
+
+
+def _same_choices(
+    config: ModelConfig,
+    whole: Transformer,
+    share: Tensor,
+    output: ModelOutput,
+    expected: list[ModelOutput],
+    is_whole: bool,
+) -> None:
+    """This rank's tokens chose in its share as they do in one process."""
+    with torch.no_grad():
+        alone = whole(share[:, :-1], share[:, 1:])
+    for ours, theirs in zip(output.routing, alone.routing, strict=True):
+        assert torch.equal(ours.chosen_BS, theirs.chosen_BS)
+    assert len(output.experts) == sum(config.has_experts(i) for i in range(config.num_layers))
+    for number, (ours, theirs) in enumerate(zip(output.experts, alone.experts, strict=True)):
+        assert torch.equal(ours.load_E, theirs.load_E)
+        assert torch.equal(ours.executed_E, theirs.executed_E)
+        executed_E = ours.executed_E.clone()
+        dist.all_reduce(executed_E)
+        if is_whole:
+            assert torch.equal(executed_E, expected[0].experts[number].executed_E)
+
+
+def _absorb(models: list[Transformer], expected: ModelOutput, output: ModelOutput) -> None:
+    observed = models[1].observe(output)
+    for value in observed:
+        dist.all_reduce(value)
+        value.div_(dist.get_world_size())
+    models[0].absorb(observed)
+    models[1].absorb(observed)
+
+
+QUICK = {
+    ("staged", (2, 2)),
+    ("integrated", (1, 2)),
+    ("integrated", (2, 2)),
+    ("limited", (1, 4)),
+    ("expert choice", (2, 1)),
+    ("expert choice", (2, 2)),
+    ("narrow expert choice", (1, 1)),
+    ("all no-ops but one", (1, 4)),
+    ("token choice of depth", (1, 2)),
+}
+MATRIX = [
+    pytest.param(
+        variant,
+        mesh,
+        marks=[] if (variant, mesh) in QUICK else pytest.mark.slow,
+        id=f"{variant}-{mesh}",
+    )
+    for variant in VARIANTS
+    for mesh in MESHES
+]
+
+
+@pytest.mark.parametrize(("variant", "mesh"), MATRIX)
+def test_ranks_step_as_one_process(variant, mesh):
+    for errors in on_ranks(_steps, mesh[0] * mesh[1], variant, *mesh):
+        worst = max(errors, key=errors.__getitem__)
+        assert errors[worst] < TOLERANCE, worst
+
+
+def _evaluated(data: int, expert: int) -> tuple[list[int], float]:
+    """Causal evaluation: how many tokens enter a layer differs between ranks."""
+    config = model_of("learned causally")
+    whole, sharded = pair_of(config, meshes_of(data, expert))
+    tokens_BS = random_tokens(BATCH, LENGTH, 5).chunk(data * expert)[dist.get_rank()]
+    with torch.no_grad():
+        expected = whole(tokens_BS, selection="predictor")
+        actual = sharded(tokens_BS, selection="predictor")
+    entered = [int(record.chosen_BS.sum()) for record in actual.routing]
+    assert entered == [int(record.chosen_BS.sum()) for record in expected.routing]
+    return entered, _distance(expected.require_logits(), actual.require_logits())
+
+
+def test_ranks_evaluate_causally():
+    found = on_ranks(_evaluated, 4, 1, 4)
+    assert len({tuple(entered) for entered, _ in found}) > 1
+    assert max(error for _, error in found) < TOLERANCE
+
+
+# What becomes of the parameters.
+
+
+def _placed() -> dict[str, tuple[Any, ...]]:
+    config = model_of("limited", activation="gelu")
+    plain = lively(config, dtype=torch.float32)
+    _, sharded = pair_of(config, meshes_of(2, 2))
+    found = {}
+    for (name, expected), (other_name, weight) in zip(
+        plain.state_dict().items(), sharded.state_dict().items(), strict=True
+    ):
+        assert name == other_name and torch.equal(expected, weight.full_tensor())
+        local = weight.to_local()
+        if ".inner." in name:
+            assert local.untyped_storage().nbytes() == local.nbytes
+        found[name] = (tuple(weight.placements), weight.device_mesh.mesh_dim_names, local.shape)
+    return found
+
+
+def test_experts_lie_on_both_axes_and_the_rest_on_all_ranks():
+    for found in on_ranks(_placed, 4):
+        placements, axes, shape = found["layers.1.module.mlp.inner.up"]
+        assert (placements, axes) == ((Shard(1), Shard(0)), ("expert_data", "expert"))
+        assert shape == (2, DIM // 2, 8)
+        placements, axes, shape = found["embedding.weight"]
+        assert placements == (Shard(0),) and len(axes) == 1 and shape == (12, DIM)
+
+
+def _spread_alone() -> int:
+    model = lively(model_of("limited"), dtype=torch.float32)
+    meshes = meshes_of(1, 2)
+    for _ in range(2):
+        shard_experts(model, meshes.whole["expert"], meshes.whole["expert_data"])
+    up = model.mixtures[0].inner.up
+    dist.barrier()  # none leaves while another still makes its groups
+    return int(up.to_local().untyped_storage().nbytes() / up.numel() / up.element_size() * 100)
+
+
+def test_a_rank_keeps_the_memory_of_its_own_experts_alone():
+    assert on_ranks(_spread_alone, 2) == [50, 50]
+
+
+def _refused() -> None:
+    meshes = meshes_of(1, 3)
+    dist.barrier()
+    fsdp_ep(Transformer(model_of("limited")), meshes, LayerOptions())
+
+
+def test_experts_that_cannot_be_split_are_told():
+    for outcome in outcomes_on_ranks(_refused, 3):
+        assert outcome.kind == "ConfigError"
+        assert "strategy.expert_parallel=3: does not divide model.experts.count=4" in outcome.said
+        assert "use one of 1, 2, or another number of experts" in outcome.said
+
+
+def test_problems_are_found_without_ranks():
+    model, dense = Transformer(model_of("limited")), Transformer(small())
+    assert problems(model, 4, 8) == problems(model, 1, 16) == []
+    (found,) = problems(model, 2, 3)
+    assert (found.key, found.value) == ("model.experts.dim", 8) and "d_model=16" in found.reason
+    assert [found.key for found in problems(model, 8, 3)] == [
+        "strategy.expert_parallel",
+        "model.experts.dim",
+    ]
+    assert "no experts" in problems(dense, 2)[0].reason
+
+
+# What travels.
+
+
+class Sent(TorchDispatchMode):
+    """Counts exchanges, and the bytes of those that leave this rank; keeps the sizes of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.bytes = 0
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.modtrain.exchange.default:
+            rows, _, sent, _, _ = args
+            self.calls += 1
+            if rows.is_floating_point():
+                self.dtypes.add(rows.dtype)
+                own = sent[dist.get_rank() % len(sent)]
+                self.bytes += (sum(sent) - own) * rows.shape[1] * rows.element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def _sent(variant: str, mode: str, precision: str, size: int) -> dict[str, Any]:
+    """One micro-batch of each rank, forward and backward."""
+    config = model_of(variant, pattern="dense")
+    whole, sharded = pair_of(
+        config, meshes_of(1, size), activation_checkpointing=mode, precision=precision
+    )
+    shares = random_tokens(BATCH, LENGTH + 1, 3).chunk(size)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    counts: list[list[int]] = []
+
+    def count(_module: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> None:
+        if inputs[1] is not None:
+            counts.append(inputs[1].diff(prepend=inputs[1].new_zeros(1)).tolist())
+        else:
+            counts.append([len(inputs[0]) // 4] * 4)
+
+    for mixture in whole.mixtures:
+        mixture.inner.register_forward_pre_hook(count)
+    own = shares[dist.get_rank()]
+    with autocast:
+        objectives = [objective(whole(share[:, :-1], share[:, 1:])) for share in shares]
+    (sum(objectives) / size).backward()
+    with Sent() as sent:
+        with autocast:
+            total = objective(sharded(own[:, :-1], own[:, 1:]))
+        total.backward()
+    errors = gradient_errors(whole, sharded)
+    return {
+        "calls": sent.calls,
+        "bytes": sent.bytes,
+        "dtypes": sent.dtypes,
+        "rows": counts,
+        "gradients": {n: p.grad.to_local().tolist() for n, p in sharded.named_parameters()},
+        "error": max(errors.values()),
+        "scale": max(float(p.grad.abs().max()) for p in whole.parameters()),
+        "loss error": _distance(objectives[dist.get_rank()], total),
+    }
+
+
+def test_static_rows_travel_as_the_formula_says():
+    layers, rows = 2, 4 * 2 * 5  # slots: ceil(0.7 * 2 * 16 / 5)
+    for found in on_ranks(_sent, 2, "limited", "none", "fp32", 2):
+        assert found["rows"][0] == [10] * 4 and sum(found["rows"][0]) == rows
+        assert found["bytes"] == layers * sent_bytes(rows, DIM, 4, 2)
+        assert found["calls"] == 4 * layers
+
+
+def test_dropless_rows_travel_as_they_were_counted():
+    size, layers = 4, 2
+    found = on_ranks(_sent, size, "staged", "none", "fp32", size)
+    # Layers' counts of every rank's share, share by share.
+    shares = [found[0]["rows"][rank * layers : (rank + 1) * layers] for rank in range(size)]
+    for rank in range(size):
+        leave = sum(sum(c) - c[rank] for c in shares[rank])
+        come = sum(c[rank] for other in range(size) if other != rank for c in shares[other])
+        # There, and its gradient back; what came goes back, and its gradient comes.
+        assert found[rank]["bytes"] == 2 * (leave + come) * DIM * 4
+        assert found[rank]["calls"] == 5 * layers
+    total = sum(one["bytes"] for one in found)
+    crossing = sum(sum(c) - c[rank] for rank in range(size) for c in shares[rank])
+    assert total == sent_bytes(crossing * size / (size - 1), DIM, 4, size)
+
+
+def _checkpointed(variant: str) -> dict[str, Any]:
+    modes = ("none", "selective", "full")
+    return {mode: _sent(variant, mode, "fp32", 2) for mode in modes}
+
+
+@pytest.mark.parametrize(("variant", "calls"), [("staged", (5, 5, 8)), ("limited", (4, 4, 6))])
+def test_checkpointed_layers_exchange_in_step(variant, calls):
+    """The same gradients to the bit; ``selective`` sends nothing twice."""
+    layers = 2
+    for found in on_ranks(_checkpointed, 2, variant):
+        assert [found[mode]["calls"] for mode in found] == [layers * number for number in calls]
+        for mode in found:
+            assert found[mode]["gradients"] == found["none"]["gradients"]
+
+
+@pytest.mark.parametrize("variant", ["integrated", "expert choice"])
+def test_bf16_travels_as_bf16(variant):
+    for found in on_ranks(_sent, 2, variant, "none", "bf16", 2):
+        assert found["dtypes"] == {torch.bfloat16}
+        assert found["loss error"] < 0.02
+        assert found["error"] < 0.02 * found["scale"]
+
+
+# Under the compiler, and on paper.
+
+
+def _compiled() -> float:
+    """A mixture in one graph, its exchange in it."""
+    config = model_of("expert choice", pattern="dense")
+    model = lively(config, dtype=torch.float32)
+    meshes = meshes_of(1, 2)
+    shard_experts(model, meshes.whole["expert"], meshes.whole["expert_data"])
+    inner = model.mixtures[0].inner
+    torch.manual_seed(dist.get_rank())
+    x_MD = torch.randn(16, DIM)
+    found = []
+    for call in (inner, torch.compile(inner, fullgraph=True, dynamic=False, backend="aot_eager")):
+        leaf_MD = x_MD.clone().requires_grad_()
+        y_MD = call(leaf_MD, None)
+        y_MD.square().sum().backward()
+        found.append([y_MD, leaf_MD.grad, *(p.grad.to_local() for p in inner.parameters())])
+        inner.zero_grad()
+    return max(_distance(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+def test_static_shapes_compile_into_one_graph():
+    assert max(on_ranks(_compiled, 2)) < TOLERANCE
+
+
+def _on_paper() -> list[tuple[int, ...]]:
+    dist.init_process_group("fake", rank=3, world_size=8, store=FakeStore())
+    mesh = init_device_mesh("cpu", (8,))
+    with FakeTensorMode():
+        whole = ExpertMLPs(16, 6, 5, "gelu")
+        apart = SpreadMLPs(whole, mesh)
+        x_MD = torch.empty(80, 6, requires_grad=True)
+        shapes = []
+        for offsets_E in (None, torch.empty(16, dtype=torch.int32)):
+            y_MD = apart(x_MD, offsets_E)
+            y_MD.sum().backward()
+            shapes += [tuple(y_MD.shape), tuple(apart.up.grad.to_local().shape)]
+    return shapes
+
+
+def test_shapes_are_known_without_numbers():
+    (shapes,) = on_ranks(_on_paper, 1, joins=False)
+    assert shapes == [(80, 6), (2, 6, 5)] * 2

@@ -1,0 +1,83 @@
+"""Ranks killed without warning, whenever it hurts: the run goes on to the very same bits.
+
+`make kills` kills a hundred times; the slow tests do it some thirty times.
+"""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from modtrain.training.metrics_log import read_metrics
+from tests.helpers.ranks import Fleet, on_ranks
+from tests.helpers.saved import assert_same_bits, newest_tensors
+from tests.training.faults.run_cases import EXPERTS, overrides, run_showing_evaluations
+
+STEPS = 24
+MOMENTS = ("step", "save", "evaluation", "first step")
+# Out of a hundred, how many kills a strategy gets.
+SHARES = {"ddp": 25, "fsdp": 35, "fsdp_tp": 15, "fsdp_ep": 10, "deepspeed_2": 15}
+DEFAULT_KILLS = 32
+
+
+def wait_for(moment: str, step: int, root: Path, mark: Path, fleet: Fleet) -> None:
+    """Return at that moment, or when the ranks are through."""
+    metrics, checkpoints = root / "metrics.jsonl", root / "checkpoints"
+
+    def is_now() -> bool:
+        if moment == "first step":
+            return (root / "config.yaml").exists()
+        if max((r["step"] for r in read_metrics(metrics)), default=0) < step:
+            return False
+        if moment == "save":
+            return any(checkpoints.glob(".writing-*"))
+        return moment == "step" or mark.exists()
+
+    while fleet.is_running() and not is_now():
+        time.sleep(0.001)
+
+
+def kill_once(lines: list[str], moment: str, step: int, draw: random.Random, root: Path) -> bool:
+    """Start the run and kill one rank or all of it; return whether it was still running."""
+    mark = root.with_name("evaluating")
+    with Fleet(run_showing_evaluations, 2, lines, str(mark), joins=False) as fleet:
+        wait_for(moment, step, root, mark, fleet)
+        # Preparing takes longer than any one step.
+        time.sleep(draw.uniform(0, 1.5 if moment == "first step" else 0.02))
+        victims = draw.choice([(0,), (1,), (0, 1)])
+        was_running = fleet.is_running()
+        fleet.signal(signal.SIGKILL, *victims)
+        # Whoever is left has to end without help.
+        fleet.outcomes(timeout=90)
+    mark.unlink(missing_ok=True)
+    return was_running
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("strategy", SHARES)
+def test_kills_at_any_moment_change_nothing(prepared, tmp_path, strategy, request):
+    kills = round((request.config.getoption("--kills") or DEFAULT_KILLS) * SHARES[strategy] / 100)
+    more = (f"strategy={strategy}", *(EXPERTS if strategy == "fsdp_ep" else ()))
+    # Whoever waits to meet a rank that was killed before it came gives up after the time-out.
+    more += ("eval.every=3", "checkpoint.every=1", "strategy.timeout=20")
+    whole = overrides(prepared, tmp_path, "whole", STEPS, *more)
+    mark = str(tmp_path / "evaluating")
+    assert on_ranks(run_showing_evaluations, 2, whole, mark, joins=False) == ["complete"] * 2
+    draw = random.Random(f"{strategy} {kills}")
+    cut, root = overrides(prepared, tmp_path, "cut", STEPS, *more), tmp_path / "cut"
+    killed = 0
+    for number in range(kills):
+        # The first one before anything is saved; then further and further.
+        moment = MOMENTS[(number - 1) % len(MOMENTS)]
+        step = round(number * (STEPS - 6) / kills)
+        killed += kill_once(cut, moment, step, draw, root)
+    assert killed == kills
+    assert on_ranks(run_showing_evaluations, 2, cut, mark, joins=False) == ["complete"] * 2
+    assert_same_bits(*(newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut")))
+    records = [r for r in read_metrics(root / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    expected = [r["loss"] for r in read_metrics(tmp_path / "whole/metrics.jsonl") if "loss" in r]
+    assert [r["loss"] for r in records] == expected

@@ -1,0 +1,314 @@
+"""What goes wrong on one rank: all ranks end, and say which one it was, where and why."""
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from modtrain.checkpoint import saver
+from modtrain.checkpoint.layout import Manifest
+from modtrain.cli.compose import compose
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.distributed.watchdog import Watch
+from modtrain.training import rank_consistency as alike
+from modtrain.training.metrics_log import read_metrics
+from modtrain.training.module import LanguageModule
+from modtrain.training.run import train
+from tests.helpers.ranks import RankFailedError, outcomes_on_ranks
+
+STRATEGIES = ["ddp", "fsdp"]
+# Seconds that a rank waits for another: all that the tests of a rank that is silent take.
+TIMEOUT = 4
+
+
+def overrides(prepared: Path, runs: Path, *more: str) -> list[str]:
+    return [
+        *("model=tiny", f"data.path={prepared}", f"runs_dir={runs}", "name=run"),
+        *("budget.steps=8", "batch.tokens=256", "batch.micro_batch_size=2"),
+        *("checkpoint.every=2", "eval.every=null", "eval.sequences=4", "eval.batch_size=2"),
+        *("log.every=1", "log.tensorboard=false", "log.progress=false"),
+        *("strategy.accelerator=cpu", f"strategy.timeout={TIMEOUT}", *more),
+    ]
+
+
+def raises() -> None:
+    raise ValueError("the disk spoke Latin")
+
+
+def dies() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs() -> None:
+    time.sleep(600)
+
+
+def runs_out_of_memory() -> None:
+    # A limit just above what there is, so that the next large tensor is one too many.
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+    torch.zeros(2**34)
+
+
+def faulty(lines: list[str], fault, step: int, rank: int) -> str:
+    """Train, with a fault on one rank at the beginning of a step."""
+    original = LanguageModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        if module.global_step == step and dist.get_rank() == rank:
+            fault()
+        return original(module, batch, batch_idx)
+
+    LanguageModule.training_step = training_step
+    return train(compose("train", lines)).status
+
+
+def ended(outcomes: list, rank: int) -> RankFailedError:
+    found = outcomes[rank]
+    assert isinstance(found, RankFailedError), found
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_raises_is_named_with_its_reason(prepared, tmp_path, strategy, rank):
+    lines = overrides(prepared, tmp_path, f"strategy={strategy}")
+    outcomes = outcomes_on_ranks(faulty, 2, lines, raises, 3, rank, joins=False, timeout=60)
+    own, other = ended(outcomes, rank), ended(outcomes, 1 - rank)
+    assert (own.kind, own.said) == ("ValueError", "the disk spoke Latin")
+    assert other.kind == "RankError"
+    assert other.said.startswith(f"rank {rank} on ")
+    assert other.said.endswith("failed: ValueError: the disk spoke Latin")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_that_dies_is_named(prepared, tmp_path, strategy):
+    lines = overrides(prepared, tmp_path, f"strategy={strategy}")
+    outcomes = outcomes_on_ranks(faulty, 2, lines, dies, 3, 1, joins=False, timeout=60)
+    assert "exit code -9" in ended(outcomes, 1).said
+    other = ended(outcomes, 0)
+    assert other.kind == "RankError"
+    assert "rank 1 on " in other.said and "has died" in other.said
+
+
+def test_a_dead_first_rank_ends_the_others(prepared, tmp_path):
+    lines = overrides(prepared, tmp_path, "strategy=ddp", "batch.tokens=384")
+    outcomes = outcomes_on_ranks(faulty, 3, lines, dies, 3, 0, joins=False, timeout=60)
+    for rank in (1, 2):
+        other = ended(outcomes, rank)
+        assert other.kind == "RankError"
+        assert "rank 0" in other.said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named_and_shows_where(prepared, tmp_path, rank):
+    lines = overrides(prepared, tmp_path, "strategy=ddp")
+    started = time.monotonic()
+    outcomes = outcomes_on_ranks(faulty, 2, lines, hangs, 3, rank, joins=False, timeout=90)
+    assert time.monotonic() - started < 60
+    other = ended(outcomes, 1 - rank)
+    assert other.kind == "RankError"
+    assert f"rank {rank} on " in other.said
+    assert "step 4" in other.said
+    assert "exit code 1" in ended(outcomes, rank).said
+    stacks = (tmp_path / f"run/logs/stacks-rank-{rank:05d}.txt").read_text()
+    assert "in hangs" in stacks
+
+
+def slow(lines: list[str], what: str) -> str:
+    """Train where the disk takes longer than a rank waits for another."""
+    owner, name = {"save": (saver, "write"), "restore": (Manifest, "check")}[what]
+    original = getattr(owner, name)
+
+    def late(*arguments, **named):
+        if named.get("contents", True):
+            time.sleep(1.5 * TIMEOUT)
+        return original(*arguments, **named)
+
+    setattr(owner, name, late)
+    return train(compose("train", lines)).status
+
+
+def slow_evaluation(lines: list[str]) -> str:
+    original = TokenDataModule.val_dataloader
+
+    def val_dataloader(data):
+        for batch in original(data):
+            time.sleep(TIMEOUT / 3)
+            yield batch
+
+    TokenDataModule.val_dataloader = val_dataloader
+    return train(compose("train", lines)).status
+
+
+def test_a_long_evaluation_is_not_stuck(prepared, tmp_path):
+    more = ["strategy=ddp", "budget.steps=1", "eval.sequences=12", "eval.batch_size=1"]
+    lines = overrides(prepared, tmp_path, *more)
+    assert outcomes_on_ranks(slow_evaluation, 2, lines, joins=False) == ["complete"] * 2
+    assert not list(tmp_path.glob("run/logs/stacks-*"))
+
+
+@pytest.mark.parametrize("what", ["save", "restore"])
+def test_a_slow_disk_is_not_stuck(prepared, tmp_path, what):
+    lines = overrides(prepared, tmp_path, "strategy=ddp", "checkpoint.every=4")
+    if what == "save":
+        # The last one alone, which is waited for.
+        lines.append("budget.steps=3")
+    else:
+        outcomes_on_ranks(not_a_number, 2, lines, 1, joins=False, timeout=60)
+    assert outcomes_on_ranks(slow, 2, lines, what, joins=False) == ["complete"] * 2
+    assert not list(tmp_path.glob("run/logs/stacks-*"))
+
+
+def test_what_has_its_time_is_not_stuck(tmp_path):
+    watch = Watch(dist.HashStore(), 0, 2, 0.3, tmp_path)
+    stacks = tmp_path / "stacks-rank-00000.txt"
+    try:
+        watch.tick("a save", patience=60)
+        time.sleep(1)
+        assert not stacks.exists()
+        # The next tick is no longer patient, nor is a rank for which another waits.
+        watch.tick("step 1")
+        time.sleep(1)
+        assert stacks.read_text().count("has not got on from step 1") == 1
+    finally:
+        watch.close()
+
+
+def test_a_patient_rank_ends_where_others_wait(tmp_path):
+    (own,) = outcomes_on_ranks(awaited, 1, str(tmp_path), joins=False, timeout=60)
+    assert "exit code 1" in ended([own], 0).said
+    stacks = (tmp_path / "stacks-rank-00001.txt").read_text()
+    assert "in awaited" in stacks
+
+
+def awaited(logs: str) -> None:
+    store = dist.HashStore()
+    watch = Watch(store, 1, 2, 0.3, Path(logs))
+    watch.tick("a save", patience=60)
+    store.add("posts", 1)
+    time.sleep(30)
+
+
+def test_out_of_memory_says_what_to_change(prepared, tmp_path):
+    lines = overrides(prepared, tmp_path, "strategy=ddp")
+    outcomes = outcomes_on_ranks(
+        faulty, 2, lines, runs_out_of_memory, 3, 1, joins=False, timeout=60
+    )
+    own, other = ended(outcomes, 1), ended(outcomes, 0)
+    assert own.kind == "TrainingError"
+    assert "batch.micro_batch_size" in own.said
+    assert other.said.startswith("rank 1 on ") and "out of memory" in other.said
+
+
+def not_a_number(lines: list[str], rank: int) -> str:
+    original = LanguageModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        loss = original(module, batch, batch_idx)
+        if module.global_step == 4 and dist.get_rank() == rank:
+            module.statistics.loss = module.statistics.loss + float("nan")
+            return loss * float("nan")
+        return loss
+
+    LanguageModule.training_step = training_step
+    return train(compose("train", lines)).status
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_nan_on_one_rank_stops_all_before_it_is_saved(prepared, tmp_path, strategy):
+    lines = overrides(prepared, tmp_path, f"strategy={strategy}", "log.every=100")
+    outcomes = outcomes_on_ranks(not_a_number, 2, lines, 1, joins=False, timeout=60)
+    for rank in (0, 1):
+        found = ended(outcomes, rank)
+        assert found.kind == "TrainingError"
+        assert "at step 5 on rank 1;" in found.said
+        assert found.said.count("step-000000004") == 1
+
+
+def differing(lines: list[list[str]]) -> str:
+    return train(compose("train", lines[int(os.environ["RANK"])])).status
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ("optimizer.lr=0.002", "optimizer.lr: 0.001 on rank 0, 0.002 here"),
+        ("budget.steps=9", "budget.steps: 8 on rank 0, 9 here"),
+        ("strategy=fsdp", "strategy.name: ddp on rank 0, fsdp here"),
+        ("name=other", "name: run on rank 0, other here"),
+    ],
+)
+def test_ranks_of_different_configurations_stop_before_anything_is_written(
+    prepared, tmp_path, more, key
+):
+    first = overrides(prepared, tmp_path, "strategy=ddp")
+    outcomes = outcomes_on_ranks(differing, 2, [first, [*first, more]], joins=False, timeout=60)
+    for rank in (0, 1):
+        found = ended(outcomes, rank)
+        assert found.kind == "RankError"
+        assert key in found.said
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def of_another_version(lines: list[str]) -> str:
+    if os.environ["RANK"] == "1":
+        alike.code_version = lambda: {"commit": "f00", "diff": ""}
+    else:
+        alike.code_version = lambda: {"commit": "ba4", "diff": ""}
+    return train(compose("train", lines)).status
+
+
+def test_ranks_of_different_code_stop(prepared, tmp_path):
+    lines = overrides(prepared, tmp_path, "strategy=ddp")
+    for outcome in outcomes_on_ranks(of_another_version, 2, lines, joins=False, timeout=60):
+        assert "code.commit: ba4 on rank 0, f00 here" in outcome.said
+
+
+def of_other_data(lines: list[str], other: str) -> str:
+    if os.environ["RANK"] == "1":
+        os.chdir(other)
+    return train(compose("train", lines)).status
+
+
+def test_ranks_that_read_different_data_stop(prepared, tmp_path):
+    """The same relative path leads elsewhere on another node."""
+    import shutil
+
+    for name in ("one", "two"):
+        shutil.copytree(prepared, tmp_path / name / "shards")
+    index = tmp_path / "two/shards/index.json"
+    index.write_text(index.read_text().replace('"fingerprint":"', '"fingerprint":"0'))
+    lines = overrides(prepared, tmp_path, "strategy=ddp", "data.path=shards")
+    os.chdir(tmp_path / "one")
+    outcomes = outcomes_on_ranks(of_other_data, 2, lines, str(tmp_path / "two"), joins=False)
+    for outcome in outcomes:
+        assert isinstance(outcome, RankFailedError)
+        assert "fingerprint" in outcome.said
+
+
+def apart(lines: list[str]) -> list[float]:
+    """Another clock and another host name on rank 1."""
+    if os.environ["RANK"] == "1":
+        import socket
+
+        original = time.time
+        time.time = lambda: original() - 1e6
+        socket.gethostname = lambda: "elsewhere"
+    train(compose("train", lines))
+    return []
+
+
+def test_clocks_and_hosts_that_differ_change_nothing(prepared, tmp_path):
+    lines = overrides(prepared, tmp_path, "strategy=ddp")
+    assert outcomes_on_ranks(apart, 2, lines, joins=False) == [[], []]
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r]
+    lines = overrides(prepared, tmp_path / "again", "strategy=ddp")
+    assert outcomes_on_ranks(faulty, 2, lines, hangs, 99, 0, joins=False) == ["complete"] * 2
+    again = [r["loss"] for r in read_metrics(tmp_path / "again/run/metrics.jsonl") if "loss" in r]
+    assert losses == again

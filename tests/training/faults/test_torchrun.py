@@ -1,0 +1,79 @@
+"""End to end, as users start it: torchrun, two nodes, the command line itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from modtrain.training.metrics_log import read_metrics
+from tests.helpers.ranks import free_port
+from tests.helpers.saved import assert_same_bits, newest_tensors
+from tests.training.faults.run_cases import overrides
+
+STEPS = 8
+
+
+def start(nodes: int, per_node: int, lines: list[str], cwd: Path) -> list[subprocess.Popen]:
+    """Start one torchrun a node; they meet at a port of this machine."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes)),
+        *("--nproc-per-node", str(per_node), "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", endpoint, "-m", "modtrain", "train", *lines),
+    ]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        )
+        for _ in range(nodes)
+    ]
+
+
+def finish(nodes: list[subprocess.Popen]) -> tuple[list[int], str]:
+    said = "".join(node.communicate(timeout=240)[0] for node in nodes)
+    return [node.returncode for node in nodes], said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_nodes_of_two_are_stopped_by_one_and_go_on(prepared, tmp_path):
+    more = ("strategy=hsdp", "strategy.shard_size=2")
+    whole = overrides(prepared, tmp_path, "whole", STEPS, *more)
+    codes, said = finish(start(2, 2, whole, tmp_path))
+    assert codes == [0, 0], said
+    assert said.count("is complete: 8 steps") == 1  # rank 0 speaks for all
+    cut = overrides(prepared, tmp_path, "cut", STEPS, *more)
+    nodes = start(2, 2, cut, tmp_path)
+    metrics = tmp_path / "cut/metrics.jsonl"
+    while max((r["step"] for r in read_metrics(metrics)), default=0) < 3:
+        assert all(node.poll() is None for node in nodes)
+        time.sleep(0.01)
+    nodes[1].send_signal(signal.SIGTERM)
+    codes, said = finish(nodes)
+    assert all(codes), said
+    assert not (tmp_path / "cut/COMPLETED").exists()
+    codes, said = finish(start(2, 2, cut, tmp_path))
+    assert codes == [0, 0], said
+    assert "goes on from step" in said
+    assert_same_bits(*(newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut")))
+    starts = json.loads((tmp_path / "cut/manifest.json").read_text())["starts"]
+    assert len(starts) == 2
+
+
+@pytest.mark.slow
+def test_a_wrong_configuration_is_told_once(prepared, tmp_path):
+    lines = overrides(prepared, tmp_path, "wrong", STEPS, "strategy=single", "optimizer.lr=-1")
+    (code,), said = finish(start(1, 2, lines, tmp_path))
+    assert code
+    assert said.count("optimizer.lr=-1") == 1
+    assert "choose strategy=ddp" in said
