@@ -15,6 +15,8 @@ DTYPES = ("fp32", "bf16")
 class CheckpointsConfig:
     """What to do with the checkpoints of a run.
 
+    run: the run's name below ``runs_dir``.
+    runs_dir: where runs live.
     action: ``list`` them; ``verify`` every byte; ``prune`` all but what is to be kept;
         ``consolidate`` the weights of one in a safetensors file.
     step: which one is consolidated; null takes the newest.

@@ -12,7 +12,10 @@ from modtrain.common.validation import at_least, not_empty
 class CancelConfig:
     """Whose jobs to end.
 
-    save: let a running job save a checkpoint first. wait: seconds that it has for that.
+    run: the run's name below ``runs_dir``.
+    runs_dir: where runs live.
+    save: let a running job save a checkpoint first.
+    wait: seconds that it has for that; then it is ended.
     """
 
     run: str | None = None

@@ -24,25 +24,29 @@ _OTHER_CLUSTER = re.compile(r"-M.*|--clusters?([= ].*)?")
 class ClusterConfig:
     """What differs from site to site; one file of the group ``cluster`` says it.
 
-    partition, account, qos, constraint, reservation: sbatch's options of these names; null leaves
-        them out.
-    gres: name of the GPUs' generic resource; null asks by ``--gpus-per-node``. gpu_type: the type
-        that is asked for. gpus_per_node: of a node; 0 is a cluster without.
+    partition, account, qos, constraint, reservation: the option of sbatch of this name; null leaves
+        it out.
+    gres: name of the GPUs' generic resource; null asks by ``--gpus-per-node``.
+    gpu_type: the type of GPU that is requested.
+    gpus_per_node: GPUs of a node; 0 is a cluster without.
     gpu_memory: GiB of a GPU, against which the plan is held; null: unknown.
-    cpus_per_process: CPUs of each process. memory_per_node: as sbatch's ``--mem`` takes it;
-        "0" is all of the node's.
+    cpus_per_process: CPUs of each process.
+    memory_per_node: as sbatch's ``--mem`` takes it; "0" is all of the node's.
     time: the limit of a job, in sbatch's words.
     lead: seconds before the limit at which a run is told to save. grace: seconds that a job has
         when it is preempted. A save that would take longer is not begun.
     restart: what brings a stopped run back: ``requeue``; ``resubmit``, where jobs may not be
         requeued; ``nothing``.
     launcher: ``srun``: a task for each process; ``torchrun``: a task for each node.
-    container: what runs modtrain: ``none``, ``apptainer`` or ``pyxis``; image: which one; mounts:
-        ``SOURCE[:TARGET]``, what it sees beside the working directory and the run's.
+    container: what runs modtrain: ``none``, ``apptainer`` or ``pyxis``.
+    image: the container's image.
+    mounts: ``SOURCE[:TARGET]``, what a container sees beside the working directory and the run's.
     python: interpreter with modtrain's packages; null: the one that submits, and in a container
         ``python3``.
-    modules: loaded first. source: files that are sourced before them. environment: variables,
-        such as proxies. network_interface: which NCCL and gloo use.
+    modules: modules that a job loads first.
+    source: files that are sourced before them.
+    environment: environment variables, such as proxies.
+    network_interface: the interface that NCCL and gloo use.
     scratch: directory on a node's own disk; null: the system's.
     options: more options of sbatch, one a line of the script.
     """
@@ -121,8 +125,11 @@ class ClusterConfig:
 class SubmitConfig:
     """A job: what modtrain is to do is told beside it, in the verb's own overrides.
 
-    nodes: how many. gpus_per_node: processes on each, one a GPU; null: the site's; without GPUs
-        ``processes_per_node`` says it. time: null takes the site's.
+    nodes: how many nodes.
+    gpus_per_node: GPUs of each node, with a process each; null: the site's.
+    processes_per_node: processes of each node without GPUs; null: one.
+    time: the limit, as Slurm writes it: ``30`` (minutes), ``12:00:00``, ``2-00:00:00``; null takes
+        the site's.
     chain: how many jobs, one after the other, for sites that do not requeue; each goes on where
         the last one stopped, and does nothing once the run is complete. "complete": as many as it
         takes, each submitted by the last one.

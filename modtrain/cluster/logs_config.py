@@ -13,8 +13,12 @@ from modtrain.common.validation import at_least, not_empty
 class LogsConfig:
     """Whose output to show.
 
-    follow: go on until the run's jobs are over. lines: how many of the last ones come first.
-    job: one of the run's jobs; null takes the newest that has begun.
+    run: the run's name below ``runs_dir``.
+    runs_dir: where runs live.
+    follow: continue until the run's jobs are over, over requeues and a chain.
+    lines: how many of the last lines come first.
+    job: one of the run's jobs, a task of an array as ``job='"123_4"'``; null takes the newest that
+        has begun.
     """
 
     run: str | None = None

@@ -11,8 +11,9 @@ from modtrain.common.errors import Problem
 class StatusConfig:
     """Which runs to tell of.
 
-    run: one of them, in detail, or a directory of runs; sweep: a sweep's table; null: all below
-    ``runs_dir``.
+    run: one of them, in detail, or a directory of runs; null: all below ``runs_dir``.
+    sweep: the sweep whose table is shown.
+    runs_dir: where runs live.
     """
 
     run: str | None = None

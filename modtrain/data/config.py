@@ -19,14 +19,14 @@ class DataConfig:
     """Which prepared directory is read, and how.
 
     path: directory that ``modtrain prepare`` wrote.
-    seq_len: tokens a sample is trained on; None takes that of the shards, else it must divide it.
+    seq_len: tokens a sample is trained on; null takes that of the shards, else it must divide it.
     seed: seed of the order of the samples.
     shuffle: whether the samples come in a pseudo-random order, a new one each epoch.
     num_workers: processes that read ahead; 0 reads in the training process.
     prefetch_factor: batches that each worker reads ahead.
     verify: what is checked of the shards before training: ``size``, ``sha256`` or ``none``.
     document_mask: neither attention nor the choice of tokens crosses documents.
-    eos_id: the token that ends a document, for document_mask; None takes that of the shards.
+    eos_id: the token that ends a document, for ``document_mask``; null takes that of the shards.
     """
 
     path: str = ""
@@ -89,7 +89,7 @@ def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:
 class TokenizerConfig:
     """The tokenizer of a prepared directory.
 
-    path: a ``tokenizer.json`` to use; None trains a byte-level BPE on the corpus.
+    path: a ``tokenizer.json`` to use; null trains a byte-level BPE on the corpus.
     vocab_size: tokens of the trained vocabulary, the end-of-document token included.
     train_bytes: bytes of text that it is trained on at most, spread over the whole corpus.
     """

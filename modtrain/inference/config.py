@@ -15,8 +15,12 @@ from modtrain.training.config import PRECISIONS
 class TrainedRunConfig:
     """Which run is looked at, and how it is computed.
 
-    run: the run's name below ``runs_dir``. step: which checkpoint; null takes the newest.
+    run: the run's name below ``runs_dir``.
+    runs_dir: where runs live.
+    step: which checkpoint; null takes the newest.
     data_path: another prepared directory than the run's own, made with the same tokenizer.
+    accelerator: ``auto`` takes CUDA, then MPS, then the CPU.
+    precision: ``auto`` takes bf16 mixed precision where CUDA has it, and fp32 elsewhere.
     """
 
     run: str | None = None
@@ -46,7 +50,7 @@ class DialConfig:
     shift: added to the level that what a router decides by has to exceed, for all routers alike, in
         its units: the predictor's logit (``predictor``), the score (``auxiliary``, where it is a
         logit, and ``threshold``). Above 0 fewer tokens take part. Not beside ``capacity``.
-    layer_cap: of the first n tokens of a sequence a router takes floor(layer_cap x n) at most.
+    layer_cap: of the first n tokens of a sequence a router takes ``floor(layer_cap * n)`` at most.
     step_cap: routed parts that a token enters at most, the first ones that want it.
     calibration_sequences: sequences of training text that ``capacity`` is calibrated on.
     """
@@ -99,8 +103,10 @@ class DialConfig:
 class EvalRunConfig(TrainedRunConfig):
     """What a run is evaluated on, and at which setting of the dial.
 
-    sequences: held-out sequences; null takes all. sweep: capacities; each router is moved to take
-    each of them in turn, and the curve of loss over FLOPs is told instead of the evaluation.
+    sequences: held-out sequences; null takes all.
+    batch_size: sequences at a time.
+    sweep: capacities; each router is moved to take
+    each of them in turn, and the curve of loss over FLOPs replaces the evaluation.
     """
 
     sequences: int | None = None

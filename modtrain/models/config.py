@@ -22,15 +22,23 @@ _MOST_LAYERS = 10_000
 class ModelConfig:
     """A pre-norm, Llama-shaped decoder with depth routing.
 
+    d_model: width of the residual stream.
+    num_layers: blocks.
+    num_heads: attention heads.
     vocab_size: rows of the embedding; null takes the tokenizer's size.
     num_kv_heads: heads of keys and values (grouped-query attention); null: ``num_heads``.
     head_dim: width of a head; null: ``d_model / num_heads``.
     d_ff: hidden width of the MLP; null: 4 d for gelu, 8/3 d rounded up to 64 for swiglu.
+    activation: of the MLP: ``swiglu`` or ``gelu``.
+    tie_embeddings: the head is the embedding.
+    qk_norm: normalise queries and keys.
     mixer: what moves features between tokens: ``attention``, ``convolution`` (causal, depthwise),
         or a list with one of them a layer.
     sliding_window: how many positions back attention sees, the token itself included; null: all.
     conv_width: how many tokens a convolution reaches over, the token itself included.
-    init_std: standard deviation of the initial weights; null: sqrt(2 / (5 d_model)) (see
+    rope_theta: base of the rotary positions.
+    norm_eps: epsilon of RMSNorm.
+    init_std: standard deviation of the initial weights; null: ``sqrt(2 / (5 d_model))`` (see
         `modtrain.models.init`).
     pattern: which blocks are routed: ``dense``, ``every``, ``every_other``, ``all_but_ends``;
         graded ``cosine``, ``u_shape``, ``ramp_down``, ``ramp_up`` (see

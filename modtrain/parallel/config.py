@@ -47,9 +47,11 @@ class StrategyConfig:
         count.
     world_size: how many processes the run is to have; null: as many as the launcher started. A
         launcher that started another number is an error; `modtrain plan` plans for this many.
-    shard_size: null: the processes of a node. tensor_parallel: null: the processes of a node.
-    expert_parallel: null: the most that both divides the processes and the experts.
-    context_parallel: null: the processes of a node.
+    shard_size: processes that hold one copy together; null: those of a node.
+    tensor_parallel: processes that share each layer's products; null: those of a node.
+    expert_parallel: processes that share the experts; null: the most that divides both the
+        processes and the experts.
+    context_parallel: processes that share each sequence; null: those of a node.
     offload: keep optimizer state, and with stage 3 parameters, in the CPU's memory.
     timeout: seconds after which a process that waits for another one gives up.
     """

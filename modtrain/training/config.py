@@ -93,7 +93,11 @@ class BatchConfig:
 class OptimizerConfig:
     """AdamW with decoupled weight decay (arXiv 1711.05101).
 
-    weight_decay holds for matrices; norms' gains, biases and router vectors have none.
+    name: ``adamw``.
+    lr: the highest learning rate.
+    beta1, beta2: decay of the first and of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: of matrices; norms' gains, biases and router vectors have none.
     grad_clip: largest global norm of the gradient, null for no clipping. Predictors are clipped
     by themselves, so that they cannot change the trunk's step.
     """
@@ -195,7 +199,12 @@ class CapacityScheduleConfig:
 
 @dataclass
 class EvalConfig:
-    """Held-out loss. every: steps between two; null: at the end only. sequences: null takes all."""
+    """Held-out losses in a run.
+
+    every: steps between two evaluations; null: at the end only.
+    sequences: held-out sequences; null takes all.
+    batch_size: sequences at a time.
+    """
 
     every: int | None = 200
     sequences: int | None = 256
@@ -208,11 +217,13 @@ class EvalConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to save: every so many steps, and always at the end and on a signal.
+    """When to save; a run also saves at its end and on a signal.
 
-    keep_last: how many of the newest stay. keep_every: a checkpoint whose step is a multiple of
-    this stays for good; null: none. background: train on while the disk writes; it takes a copy of
-    the rank's share of the state in the CPU's memory.
+    every: steps between two checkpoints.
+    keep_last: how many of the newest stay.
+    keep_every: a checkpoint whose step is a multiple of this stays for good; null: none.
+    background: train on while the disk writes; it takes a copy of the rank's share of the state in
+        the CPU's memory.
     """
 
     every: int = 200
@@ -232,7 +243,12 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """What is seen. every: steps between two records. tensorboard: event files beside them."""
+    """What a run records.
+
+    every: steps between two records.
+    tensorboard: event files beside ``metrics.jsonl``.
+    progress: a bar on a terminal, lines elsewhere.
+    """
 
     every: int = 10
     tensorboard: bool = True
@@ -248,6 +264,7 @@ class TrainConfig:
     """One training run.
 
     name: its directory under ``runs_dir``; the same name resumes the same run.
+    runs_dir: where runs live.
     seed: of the initial weights; the order of the data has ``data.seed``.
     precision: ``auto`` takes bf16 mixed precision where CUDA has it, and fp32 elsewhere.
     compile: ``torch.compile`` of the whole model, in one graph.

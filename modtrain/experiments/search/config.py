@@ -53,7 +53,7 @@ class SearchConfig(TrainConfig):
     trials: how many the study is to have in all, whoever makes them.
     directions: what is made small: ``causal_loss`` (held out), ``forward_flops`` (a token).
     pruner: ``median`` or ``halving`` ends a trial that does badly at an evaluation; ``none``.
-    search_seed: of what is drawn.
+    search_seed: seed of what Optuna draws.
     """
 
     study: str | None = None

@@ -15,8 +15,9 @@ from modtrain.inference.prompt_source import file_problems, output_problems, tex
 class SpeculateConfig:
     """Self-speculation: the model at a low capacity drafts, the model itself verifies.
 
-    tokens: drafted at once; null: none. capacity: of the routers while they draft, calibrated as
-    ``inference.capacity`` is; 0 leaves every routed part out.
+    tokens: how many tokens are drafted at once; null: none.
+    capacity: of the routers while they draft, calibrated as ``inference.capacity`` is; 0 leaves
+        every routed part out.
     """
 
     tokens: int | None = None
@@ -35,13 +36,18 @@ class SpeculateConfig:
 class GenerateConfig(TrainedRunConfig):
     """What a run is to continue, and how.
 
-    prompt: a text; file: one that holds it, ``-`` for standard input; input: JSON lines with a
-    ``prompt`` each. None of them: a document from its beginning.
-    output: where to write; null: standard output. samples: continuations of each prompt.
-    max_tokens: made of each. stop: texts that end a continuation, which they are left out of.
-    batch_size: sequences that run at once. prefill_chunk: tokens of a prompt that run at once.
-    echo: begin with the prompt. show_depth: colour or mark each token by the routed parts that it
-    entered.
+    prompt: the text to continue; without ``prompt``, ``file`` and ``input`` a document from its
+        beginning.
+    file: a file that holds the prompt, ``-`` for standard input.
+    input: a file of JSON lines with a ``prompt`` each, ``-`` for standard input.
+    output: the file to write; null: standard output.
+    samples: continuations of each prompt.
+    max_tokens: tokens of each continuation at most.
+    stop: texts that end a continuation, which they are left out of.
+    batch_size: sequences that run at once.
+    prefill_chunk: tokens of a prompt that run at once.
+    echo: begin with the prompt.
+    show_depth: colour or mark each token by the number of routed parts that it entered.
     """
 
     prompt: str | None = None

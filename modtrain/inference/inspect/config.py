@@ -14,9 +14,10 @@ from modtrain.inference.prompt_source import file_problems, output_problems, tex
 class InspectConfig(TrainedRunConfig):
     """What a run's routers are shown, and where the page goes.
 
-    text: shown as it is. file: a UTF-8 text file instead, ``-`` for standard input. Neither:
-    held-out text.
-    sequences: of the held-out text; null takes all. batch_size: windows computed at a time.
+    text: a text to show the model, as it is; without ``text`` and ``file``, held-out text.
+    file: a UTF-8 text file instead, ``-`` for standard input.
+    sequences: held-out sequences; null takes all.
+    batch_size: windows computed at a time.
     inference: the decision and how much is computed. As decision ``top_k`` is for models that look
         ahead, and the page then says that it is not causal.
     output: the page; null is ``inspect-<step>….html`` in the run's directory.

@@ -21,10 +21,12 @@ class SpikeConfig:
     action: ``none``: only NaN and infinity stop the run. ``stop``. ``skip``: no optimizer step is
         made; schedule and data go on. ``roll_back``: go back to the newest checkpoint, and on
         without the samples from there to the spike.
+    threshold: standard deviations above the running mean from which a step is a spike.
+    window: steps that mean and deviation are taken over.
     warmup: steps that are taken in before anything but NaN and infinity counts as a spike.
-    max_in_a_row: skip: one more, and the run stops.
-    max_rollbacks: roll_back: over the whole run; at the next spike it stops.
-    rollback_steps: roll_back: of how many steps the samples are left out, the spike's the last one;
+    max_in_a_row: of ``skip``: spikes one after another; at one more the run stops.
+    max_rollbacks: of ``roll_back``: how many over the whole run; at the next spike it stops.
+    rollback_steps: of ``roll_back``: of how many steps up to the spike the samples are left out;
         null: of all since the checkpoint.
 
     Threshold and window are those of OLMo's step-skipping optimizer (github.com/allenai/OLMo-core,
