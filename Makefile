@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # A file's tests stay in one process, which they share a model or a trained run in. One thread each:
 # processes beside one another and their ranks have more than enough of them.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations 30 --durations-min 1
 SAMPLE := prompt='My fellow citizens' echo=true max_tokens=60 sampling.top_p=0.9
 
-.PHONY: help install quickstart test test-slow kills lint format types imports bench docs lock clean
+.PHONY: help install quickstart test test-slow nightly kills lint format types imports bench docs lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -33,8 +33,11 @@ quickstart: $(STAMP)  ## a dense and a MoD model on real text, on the same FLOPs
 test: $(STAMP)  ## the quick tests
 	$(PYTEST)
 
-test-slow: $(STAMP)  ## the tests that take minutes
-	$(PYTEST) -m slow
+test-slow: $(STAMP)  ## the slower tests that CI runs as well
+	$(PYTEST) -m 'slow and not nightly'
+
+nightly: $(STAMP)  ## every test that CI leaves out (an hour)
+	$(PYTEST) -m nightly
 
 kills: $(STAMP)  ## a hundred kills -9 of ranks, each gone on from to the bit
 	$(BIN)/pytest tests/training/faults/test_kills.py -m slow --kills 100

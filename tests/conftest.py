@@ -24,6 +24,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, help="how often the tests of killed ranks kill")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to the nightly tier the cases of a test that its mark `on_commit` does not keep.
+
+    ``on_commit(3)`` keeps three of them, spread over the list; ``on_commit("power cut")`` those of
+    these names. Where some cases are marked slow and others not, those that are not are kept from.
+    """
+    tests: dict[tuple[Path, str], list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("on_commit"):
+            tests.setdefault((item.path, item.originalname), []).append(item)
+    for cases in tests.values():
+        kept = _kept_on_commit(cases)
+        for case in cases:
+            if case not in kept:
+                case.add_marker(pytest.mark.nightly)
+
+
+def _kept_on_commit(cases: list[pytest.Function]) -> list[pytest.Function]:
+    mark = cases[0].get_closest_marker("on_commit")
+    assert mark is not None
+    if isinstance(mark.args[0], str):
+        by_name = {case.callspec.id: case for case in cases}
+        return [by_name[name] for name in mark.args if name in by_name]
+    quick = [case for case in cases if case.get_closest_marker("slow") is None]
+    pool = quick or cases
+    count = min(mark.args[0], len(pool))
+    return [pool[number * len(pool) // count] for number in range(count)]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Write the table of the failures that were gone through, as Markdown."""
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]

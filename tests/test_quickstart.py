@@ -38,7 +38,7 @@ def steps(folder: Path, arm: str) -> list[int]:
     return [r["step"] for r in records if "loss" in r]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(2100)
 def test_make_quickstart(tmp_path):
     folder = tmp_path / "checkout"

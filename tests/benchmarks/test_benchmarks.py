@@ -51,6 +51,7 @@ def test_every_benchmark_is_run_here_and_by_make_bench():
     assert all(name in target for name in names)
 
 
+@pytest.mark.on_commit(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_ends_with_its_ratios(name):

@@ -44,6 +44,7 @@ def numbers(paper: Paper) -> dict[tuple[str, str], int]:
     return {key: traffic.number for key, traffic in paper.traffic.items()}
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS)
 def test_a_rank_of_1024_does_what_a_rank_of_128_does(setup):
@@ -52,6 +53,8 @@ def test_a_rank_of_1024_does_what_a_rank_of_128_does(setup):
     assert few.operators == many.operators > 500
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(3)
 @pytest.mark.parametrize(
     ("setup", "world_size", "lines"),
     [
@@ -95,6 +98,7 @@ def test_a_layer_is_gathered_twice_in_bf16_and_the_rest_once_in_fp32():
     assert paper.state["optimizer"] == 2 * paper.state["parameters"]
 
 
+@pytest.mark.slow
 def test_copies_are_summed_over_their_axis_by_the_piece():
     paper = traced("hsdp/8", 1024, _DENSE)
     reduced, summed = (
@@ -107,6 +111,7 @@ def test_copies_are_summed_over_their_axis_by_the_piece():
     assert paper.state == traced("hsdp/8", 16, _DENSE).state
 
 
+@pytest.mark.nightly
 def test_the_exchange_of_experts_sends_what_its_formula_says():
     lines = (*_DENSE, "model.experts.count=16", "model.experts.capacity_factor=1.5")
     paper = traced("fsdp_ep/4", 16, lines)
@@ -117,7 +122,7 @@ def test_the_exchange_of_experts_sends_what_its_formula_says():
     assert found.sent == 2 * sent_bytes(rows, model.d_model, 2, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("setup", ["fsdp", "fsdp_ep/4"])
 def test_the_last_rank_does_what_the_first_does(setup):
     first, last = traced(setup, 1024), traced(setup, 1024, rank=1023)
@@ -167,6 +172,7 @@ def test_meshes_take_work_and_memory_by_the_rank_at_most(strategy):
     assert more_blocks < 5 * blocks + 4 * 1024
 
 
+@pytest.mark.slow
 def test_a_save_is_told_in_entries_of_all_ranks():
     paper = traced("hsdp/8", 16)
     one, four = (save_cost(paper.items, world_size) for world_size in (16, 64))

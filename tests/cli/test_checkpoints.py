@@ -237,7 +237,7 @@ def peak_of_consolidating(path: str, output: str) -> int:
     return int(done.stdout) * 1024
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_consolidating_holds_one_tensor_at_a_time(tmp_path):
     each = 4 * 2**20
     small = {"state_dict": {"w": torch.ones(3)}}

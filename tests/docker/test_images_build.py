@@ -67,6 +67,7 @@ def frozen(environment: Path, python: Path) -> dict[str, str]:
     return {canonical(name): v for name, v in (line.split("==") for line in listed.split())}
 
 
+@pytest.mark.nightly
 def test_the_steps_make_an_environment_that_works_away_from_the_checkout(
     environment, python, tmp_path
 ):
@@ -79,6 +80,7 @@ def test_the_steps_make_an_environment_that_works_away_from_the_checkout(
     assert not list(tmp_path.glob(".cache/pip"))
 
 
+@pytest.mark.nightly
 def test_every_package_is_as_it_is_locked(environment, python):
     there = frozen(environment, python)
     assert there.pop("modtrain") == modtrain.__version__
@@ -183,6 +185,7 @@ def image(source, wheels, tmp_path_factory):
     shutil.rmtree(root)
 
 
+@pytest.mark.nightly
 def test_a_bare_debian_prepares_and_trains_as_no_root_and_keeps_no_tools(image):
     home = image.folder / "home/modtrain"
     make_corpus(home / "corpus")

@@ -174,11 +174,14 @@ def assert_variant(name: str, backend: str) -> None:
     assert_compiled_equals_eager(model, backend, **given)
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(2)
 @pytest.mark.parametrize("name", QUICK)
 def test_what_training_can_choose_by_is_one_graph_equal_to_eager(name):
     assert_variant(name, "aot_eager")
 
 
+@pytest.mark.on_commit(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in QUICK])
 def test_every_variant_is_one_graph_equal_to_eager(name):
@@ -221,17 +224,18 @@ def check_graphs(monkeypatch, schedule: list[tuple[float | None, ...]]) -> None:
             assert counter.frame_count == (len(schedule) if times else stage + 1)
 
 
+@pytest.mark.slow
 def test_each_stage_of_the_capacities_is_compiled_once(monkeypatch):
     check_graphs(monkeypatch, schedule(4))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_more_stages_than_the_compilers_own_limit_of_graphs(monkeypatch):
     assert torch._dynamo.config.recompile_limit < 10
     check_graphs(monkeypatch, schedule(10))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_more_models_in_a_process_than_the_compilers_own_limit_of_graphs(monkeypatch):
     for _ in range(torch._dynamo.config.recompile_limit // 2 + 1):
         with monkeypatch.context() as patch:
@@ -244,6 +248,7 @@ def test_a_step_is_one_graph_equal_to_eager(pattern):
     assert_compiled_equals_eager(model, "aot_eager")
 
 
+@pytest.mark.on_commit("every_other")
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_step_under_autocast_is_one_graph_equal_to_eager(pattern):
     model = Transformer(small(num_layers=2, pattern=pattern, init_std=0.2))
@@ -257,6 +262,7 @@ def test_a_window_and_normed_keys_compile_too():
     assert_compiled_equals_eager(model, "aot_eager")
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["dense", "every_other"])
 def test_inductors_step_equals_eager(pattern):
@@ -264,13 +270,14 @@ def test_inductors_step_equals_eager(pattern):
     assert_compiled_equals_eager(model, "inductor")
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INDUCTED)
 def test_inductors_step_of_a_variant_equals_eager(name):
     assert_variant(name, "inductor")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_inductors_random_scores_are_one_graph_that_draws_anew():
     """Its generator is not eager's: other tokens are chosen, as many of them."""
     config, _ = VARIANTS["random score"]

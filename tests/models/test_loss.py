@@ -273,6 +273,8 @@ def compiled_loss(backend: str, autocast: bool):
     return call, counter
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_it_is_one_graph_equal_to_eager(backend, autocast):

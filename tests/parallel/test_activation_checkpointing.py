@@ -266,6 +266,8 @@ def test_a_model_that_learns_nothing_runs_as_ever(mode):
     assert all(record.chosen_BS.sum() == LENGTH for record in records)
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_step_compiles_to_one_graph_equal_to_eager(mode, backend):
@@ -319,6 +321,7 @@ def test_a_transformer_learns_bitwise_the_same_in_every_mode(name):
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("name", TRANSFORMERS)

@@ -241,23 +241,27 @@ def _by_layout(runs):
     return [(layout, [run[1:] for run in runs if run[0] == layout]) for layout in _LAYOUTS]
 
 
+@pytest.mark.on_commit(4)
 @pytest.mark.parametrize(("layout", "case", "length", "with_documents"), _QUICK)
 def test_learns_as_in_one_process(layout, case, length, with_documents):
     _assert_learns_alike(layout, [(case, length, with_documents)])
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "runs"), _by_layout([r for r in _RUNS if r not in _QUICK]))
 def test_all_cases_learn_as_in_one_process(layout, runs):
     _assert_learns_alike(layout, runs)
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointed_layers_learn_alike(mode):
     options = LayerOptions(activation_checkpointing=mode)
     _assert_learns_alike("1x2", [("mod", 19, True), ("limited experts", 19, False)], options)
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])

@@ -276,6 +276,7 @@ MATRIX = [
 ]
 
 
+@pytest.mark.on_commit(9)
 @pytest.mark.parametrize(("variant", "mesh"), MATRIX)
 def test_ranks_step_as_one_process(variant, mesh):
     for errors in on_ranks(_steps, mesh[0] * mesh[1], variant, *mesh):

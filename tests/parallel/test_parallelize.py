@@ -194,6 +194,7 @@ def _assert_learns_alike(layout, cases, options=None, autocast=False, timeout=12
             _assert_alike(trace[case], wanted)
 
 
+@pytest.mark.on_commit(4)
 @pytest.mark.parametrize("layout", _LAYOUTS)
 def test_learns_as_in_one_process(layout):
     _assert_learns_alike(layout, list(_CASES))
@@ -256,6 +257,7 @@ def test_checkpointed_layers_learn_alike(layout, mode):
     _assert_learns_alike(layout, ["mod", "staged mode"], options)
 
 
+@pytest.mark.on_commit(2)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(

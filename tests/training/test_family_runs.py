@@ -133,11 +133,14 @@ def check_resumed(start, finished, monkeypatch, name: str) -> None:
     assert len(records(whole)) == STEPS
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(2)
 @pytest.mark.parametrize("name", QUICK)
 def test_a_stopped_run_ends_bitwise_as_the_one_never_stopped(start, finished, monkeypatch, name):
     check_resumed(start, finished, monkeypatch, name)
 
 
+@pytest.mark.on_commit(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in QUICK])
 def test_every_stopped_run_ends_bitwise_as_the_one_never_stopped(
@@ -251,6 +254,8 @@ def test_held_out_records_stand_by_each_decision(finished):
                     assert 0 <= record[f"held_out/layer_{layer}/{name}_{figure}"] <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     "name",
     ["random score", pytest.param("every decision, schedule", marks=pytest.mark.slow)],

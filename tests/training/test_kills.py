@@ -72,6 +72,7 @@ def check_kills(tiny, tmp_path, kills, *more):
     assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("compiled", [False, True])
@@ -83,7 +84,7 @@ def test_one_kill_changes_nothing(tiny, tmp_path):
     check_kills(tiny, tmp_path, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_at_any_moment_ends_unfinished_and_is_resumed(tiny, tmp_path, signum, code):
     arguments, metrics = overrides(tiny, tmp_path, "cut"), tmp_path / "cut/metrics.jsonl"

@@ -213,6 +213,7 @@ QUICK = (
 )
 
 
+@pytest.mark.on_commit(6)
 @pytest.mark.parametrize("name", some_slow(VARIANTS, QUICK))
 def test_a_step_waits_for_nothing(step, name):
     model = step(*VARIANTS[name]).model
@@ -244,6 +245,7 @@ ASKS = {
 }
 
 
+@pytest.mark.on_commit(3)
 @pytest.mark.parametrize("ask", some_slow(ASKS, ("item", "mask", "repeats", "list", "to the CPU")))
 def test_the_watch_sees_a_router_that_asks(step, monkeypatch, ask):
     original = LinearRouter.forward
@@ -271,6 +273,7 @@ def test_the_watch_sees_backward(step, monkeypatch):
         step()
 
 
+@pytest.mark.on_commit(3)
 @pytest.mark.parametrize(
     ("owner", "name"),
     [

@@ -75,6 +75,8 @@ def test_each_signal_leaves_its_own_time(signum, seconds, monkeypatch):
     assert stop.seconds_left is None
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("lead", ["0", "300"])
 def test_a_save_that_would_not_come_to_its_end_is_not_begun(lead, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("MODTRAIN_LEAD", lead)

@@ -112,6 +112,7 @@ class StopAt:
         monkeypatch.setattr(LanguageModule, "training_step", training_step)
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("step", [0, 5, 7])
 def test_a_signal_saves_the_step_and_the_next_start_ends_bitwise_equal(start, monkeypatch, step):
     whole = start("whole")
@@ -288,6 +289,7 @@ def test_no_checkpoint_is_written_after_a_bad_step(start, tmp_path):
     assert latest(tmp_path / "bad" / "checkpoints") is None
 
 
+@pytest.mark.slow
 def test_predictors_change_nothing_in_the_trunk_over_a_whole_run(start):
     """Clipping included: a common norm would couple them."""
     tight = "optimizer.grad_clip=0.01"
@@ -340,6 +342,7 @@ def test_bf16_mixed_precision_keeps_its_weights_in_fp32(start):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_the_memory_and_not_the_result(start):
     small = start("small", "batch.micro_batch_size=1").run
     large = start("large", "batch.micro_batch_size=4").run

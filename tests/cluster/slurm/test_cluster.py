@@ -50,6 +50,7 @@ def test_a_job_runs_on_nodes_of_their_own(cluster: Cluster, tmp_path):
     assert cluster.details(job)["ExitCode"] == "0:0"
 
 
+@pytest.mark.nightly
 def test_a_failed_job_is_told_from_a_complete_one(cluster: Cluster, tmp_path):
     job = cluster.sbatch("#!/bin/bash\necho no; exit 3", f"--output={tmp_path}/%j")
     assert cluster.wait(job) == "FAILED"
@@ -58,6 +59,7 @@ def test_a_failed_job_is_told_from_a_complete_one(cluster: Cluster, tmp_path):
     assert cluster.state(job) in ENDED
 
 
+@pytest.mark.nightly
 def test_a_node_without_power_is_gone_and_comes_back(cluster: Cluster, tmp_path):
     job = cluster.sbatch(script(tmp_path, 60), "--nodelist=node2,node3")
     cluster.wait(job, "RUNNING")
@@ -69,6 +71,7 @@ def test_a_node_without_power_is_gone_and_comes_back(cluster: Cluster, tmp_path)
     cluster.wait_for_nodes()
 
 
+@pytest.mark.nightly
 def test_daemons_die_and_come_back_while_a_job_goes_on(cluster: Cluster, tmp_path):
     job = cluster.sbatch(script(tmp_path, 4), "--nodelist=node1,node2")
     wait_for_step(cluster, job)
@@ -91,6 +94,7 @@ def test_a_job_of_high_priority_takes_the_nodes(cluster: Cluster, tmp_path):
     assert cluster.wait(low) == "FAILED"
 
 
+@pytest.mark.nightly
 def test_a_shared_file_system_is_full_frozen_or_gone_for_a_while(slurm_possible):
     with cluster_of(2, share_mb=16) as cluster:
         write = ("bash", "-c", f"echo here >{cluster.share}/file && cat {cluster.share}/file")

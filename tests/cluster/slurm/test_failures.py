@@ -117,6 +117,7 @@ def matrix(
 NAME = "test_a_disturbed_run_comes_to_the_same_end"
 
 
+@pytest.mark.on_commit("raises", "power, mid-step", "preempted mid-save", "time limit")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_disturbed_run_comes_to_the_same_end(case, matrix, record_property):

@@ -75,6 +75,7 @@ def test_what_waits_and_what_runs_is_told_with_slurms_reason(cluster, run, tmp_p
     assert f"{first}: cancelled" in text
 
 
+@pytest.mark.nightly
 def test_logs_follow_over_a_requeue_to_the_end(cluster, run, tmp_path):
     job = start(cluster, run)
     cluster.wait(job, "RUNNING")
@@ -104,6 +105,7 @@ def test_logs_follow_over_a_requeue_to_the_end(cluster, run, tmp_path):
         followed.wait()
 
 
+@pytest.mark.nightly
 def test_cancel_ends_a_chain_and_what_comes_back_by_itself(cluster, run, tmp_path):
     first = start(cluster, run)
     second = start(cluster, run, f"--dependency=afterany:{first}")
@@ -118,6 +120,7 @@ def test_cancel_ends_a_chain_and_what_comes_back_by_itself(cluster, run, tmp_pat
     assert "nothing to cancel" in modtrain(cluster, tmp_path, "cancel", "run=x")
 
 
+@pytest.mark.nightly
 def test_cancel_of_an_array_asks_every_task(cluster, run, tmp_path):
     job = start(cluster, run, "--array=0-2", "--output=logs/slurm-%A_%a.out")
     wait_for(lambda: sum("start" in p.read_text() for p in run.glob("logs/slurm-*.out")) == 3)
@@ -129,6 +132,7 @@ def test_cancel_of_an_array_asks_every_task(cluster, run, tmp_path):
     assert "told" in modtrain(cluster, tmp_path, "logs", "run=x", f'job="{job}_1"')
 
 
+@pytest.mark.nightly
 def test_a_job_that_does_not_save_is_killed(cluster, run, tmp_path):
     lines = STUBBORN.splitlines(keepends=True)
     deaf = [line if "trap" not in line else "trap '' USR1 TERM\n" for line in lines]

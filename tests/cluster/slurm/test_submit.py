@@ -72,6 +72,7 @@ def test_whatever_a_run_is_called_it_is_data(cluster, tmp_path, words):
     assert "nothing to train" in (run / f"logs/slurm-{job}.out").read_text()
 
 
+@pytest.mark.nightly
 def test_a_job_runs_the_code_that_was_there_when_it_was_submitted(cluster, tmp_path, words):
     own = tmp_path / "own/model"
     own.mkdir(parents=True)
@@ -82,6 +83,7 @@ def test_a_job_runs_the_code_that_was_there_when_it_was_submitted(cluster, tmp_p
     cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_a_chain_goes_on_where_the_last_job_stopped(cluster, tmp_path, words, launcher):
     # A job of this chain is told to stop as soon as it trains; the last one has no work left.
@@ -106,6 +108,7 @@ def test_a_chain_goes_on_where_the_last_job_stopped(cluster, tmp_path, words, la
 LONG = ["budget.steps=100000", "checkpoint.every=200", "eval.every=100000", "log.every=50"]
 
 
+@pytest.mark.nightly
 def test_who_ends_a_job_by_scancel_has_ended_it(cluster, tmp_path, words, monkeypatch):
     """It is asked to save, and does not come back by itself."""
     # What a site's file ends with is not the job's end, and a user's defaults are not its settings.
@@ -127,6 +130,7 @@ def test_who_ends_a_job_by_scancel_has_ended_it(cluster, tmp_path, words, monkey
     assert not (run / "failures.tsv").exists()
 
 
+@pytest.mark.nightly
 def test_what_may_not_be_requeued_is_submitted_again(cluster, tmp_path, words):
     # Nor is there an environment that comes in, and the tasks have the script's all the same.
     more = [
@@ -144,6 +148,7 @@ def test_what_may_not_be_requeued_is_submitted_again(cluster, tmp_path, words):
     assert (run / "COMPLETED").is_file()
 
 
+@pytest.mark.nightly
 def test_a_signal_to_one_task_of_an_array_is_its_own(cluster, tmp_path, words):
     """The task that starts last has the array's number."""
     more = '+array={one: ["seed=1"], two: ["seed=2"]}'
@@ -164,6 +169,7 @@ def submit_cancel(cluster: Cluster, cwd: Path, run: str) -> None:
     cluster.run(*command, cwd=cwd, env={"PYTHONPATH": str(ROOT)})
 
 
+@pytest.mark.nightly
 def test_the_jobs_of_a_chain_of_a_length_wait_for_one_another(cluster, tmp_path, words):
     numbers = submit(cluster, tmp_path, *words, "--chain", "2")
     assert len(numbers) == 2
@@ -179,6 +185,7 @@ def site_whose_modules_load(tmp_path: Path, when: str) -> list[str]:
     return [f"cluster.source=[{site}]", "cluster.modules=[cuda/13]"]
 
 
+@pytest.mark.nightly
 def test_a_node_that_cannot_be_prepared_is_told_and_tried_again(cluster, tmp_path, words):
     site = site_whose_modules_load(tmp_path, '-n "$SLURM_RESTART_COUNT"')
     (job,) = submit(cluster, tmp_path, *words, *site)
@@ -189,6 +196,7 @@ def test_a_node_that_cannot_be_prepared_is_told_and_tried_again(cluster, tmp_pat
     assert "cuda/13 could not be loaded on node" in (run / "failures.tsv").read_text()
 
 
+@pytest.mark.nightly
 def test_a_chain_ends_where_its_run_is_given_up(cluster, tmp_path, words):
     """Until somebody submits it again."""
     site = site_whose_modules_load(tmp_path, "-e loads")
@@ -212,6 +220,7 @@ def test_a_second_job_for_a_run_is_refused(cluster, tmp_path, words):
         submit(cluster, tmp_path, *words)
 
 
+@pytest.mark.nightly
 def test_an_array_trains_a_run_in_each_task_and_an_evaluation_follows(cluster, tmp_path, words):
     more = '+array={low: ["optimizer.lr=1e-4"], high: ["optimizer.lr=1e-3", "strategy=fsdp"]}'
     (job,) = submit(cluster, tmp_path, *words, more)
@@ -228,6 +237,7 @@ def test_an_array_trains_a_run_in_each_task_and_an_evaluation_follows(cluster, t
     assert "causal" in cluster.output(after)
 
 
+@pytest.mark.nightly
 def test_a_job_that_fails_thrice_alike_is_given_up(cluster, tmp_path, words):
     (tmp_path / "runs").mkdir()
     (job,) = submit(cluster, tmp_path, *words)
@@ -264,6 +274,7 @@ def test_what_slurm_would_not_take_is_told_at_once(cluster, tmp_path, words):
     assert not (tmp_path / "runs/x/jobs.jsonl").exists()
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("name", ["train.sbatch", "train_nodes.sbatch", "array.sbatch"])
 def test_a_template_works_by_hand(cluster, tmp_path, tiny, name):
     options = [
@@ -291,6 +302,7 @@ def test_a_template_works_by_hand(cluster, tmp_path, tiny, name):
     assert name == "array.sbatch" or jobs_of(tmp_path / "runs" / run) == [job]
 
 
+@pytest.mark.nightly
 def test_a_template_by_hand_submits_itself_again_with_its_arguments(cluster, tmp_path, tiny):
     options = ["--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1"]
     environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
@@ -311,6 +323,7 @@ def test_a_template_by_hand_submits_itself_again_with_its_arguments(cluster, tmp
     assert " name=hand model=tiny " in cluster.details(number)["Command"]
 
 
+@pytest.mark.nightly
 def test_preparing_and_comparing_by_hand(cluster, tmp_path, tiny):
     corpus = tmp_path / "texts"
     corpus.mkdir()
@@ -345,6 +358,7 @@ def test_preparing_and_comparing_by_hand(cluster, tmp_path, tiny):
     assert (tmp_path / "runs/two/b/COMPLETED").is_file()
 
 
+@pytest.mark.nightly
 def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
     options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={tmp_path}"]
     environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
@@ -359,6 +373,7 @@ def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
     assert "not started again" in cluster.output(job)
 
 
+@pytest.mark.nightly
 def test_nodes_to_look_around_on_are_held_and_usable(cluster, tmp_path):
     (job,) = submit(
         cluster, tmp_path, "debug", "cluster=cpu", "nodes=2", "processes_per_node=2", "time=30"

@@ -66,6 +66,7 @@ def await_running(cluster, run, before=None, seconds=60):
     cluster.wait(job_of(run), "RUNNING", timeout=seconds)
 
 
+@pytest.mark.nightly
 def test_jobs_that_are_stopped_come_back_and_end_as_if_undisturbed(cluster, tiny, tmp_path):
     """One is told to stop before it listens, one loses its node; both end to the bit."""
     alone = [o for o in tiny if not o.startswith("budget")]
@@ -103,6 +104,7 @@ def test_jobs_that_are_stopped_come_back_and_end_as_if_undisturbed(cluster, tiny
     assert {p.name for p in tmp_path.iterdir()} == {"runs"}
 
 
+@pytest.mark.nightly
 def test_what_fails_for_good_is_told_and_started_again_on_request(cluster, tiny, tmp_path):
     capacities = "model.capacity=0.25,0.5"
     sweep = Sweep(cluster, tiny, tmp_path, capacities, "optimizer.lr=1e30")
@@ -127,6 +129,7 @@ def test_what_fails_for_good_is_told_and_started_again_on_request(cluster, tiny,
     assert len((run.path / "failures.tsv").read_text().splitlines()) == 6
 
 
+@pytest.mark.nightly
 def test_a_cancelled_job_is_not_waited_for_and_a_new_value_is_added(cluster, tiny, tmp_path):
     sweep = Sweep(cluster, tiny, tmp_path, "model.capacity=0.25,0.5", "budget.steps=20000")
     sweep.start()

@@ -82,6 +82,7 @@ def test_decoded_shards_are_the_documents(
         assert len(whole) - len(decoded) < 16 * 20
 
 
+@pytest.mark.slow
 def test_the_output_is_the_same_for_any_workers_and_units(
     tmp_path: Path, small_units: Callable[[int], None]
 ) -> None:
@@ -132,6 +133,7 @@ class _Writes:
         return self.done
 
 
+@pytest.mark.slow
 def test_an_interrupted_prepare_goes_on_where_it_stopped(
     tmp_path: Path, small_units: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def overrides(tiny, tmp_path):
     return [*budget, "budget.flops=2e9", f"runs_dir={tmp_path}", "name=pair", arms]
 
 
+@pytest.mark.slow
 def test_arms_spend_the_same_flops_and_the_report_stands_once(tiny, tmp_path, capsys):
     comparison = compose_arms([*overrides(tiny, tmp_path), "timed_rounds=1"])
     directory = comparison.directory
@@ -61,6 +62,7 @@ def test_arms_spend_the_same_flops_and_the_report_stands_once(tiny, tmp_path, ca
     assert RunDirectory(directory / "routed").is_complete
 
 
+@pytest.mark.slow
 def test_a_report_is_made_anew_when_its_arms_change_and_needs_no_causal_loss(
     tiny, tmp_path, capsys
 ):
@@ -97,6 +99,7 @@ def test_a_difference_within_the_spread_of_the_seeds_is_not_told_apart():
     assert "over 3 seeds" in said[1]
 
 
+@pytest.mark.nightly
 def test_seeds_are_runs_of_their_own_and_a_row_can_be_trained_alone(tiny, tmp_path, capsys):
     shared = [*overrides(tiny, tmp_path), "seeds=[3, 5]", "timed_rounds=0"]
     with pytest.raises(TrainingError, match="no run"):
@@ -125,6 +128,7 @@ def test_an_arm_that_is_not_there_and_a_seed_twice_are_told(tiny, tmp_path):
     assert {p.key for p in error.value.problems} == {"only", "seeds"}
 
 
+@pytest.mark.nightly
 def test_a_report_of_other_seeds_is_not_shown_as_this_one(tiny, tmp_path):
     shared = [*overrides(tiny, tmp_path), "timed_rounds=0"]
     path = tmp_path / "pair/compare.json"

@@ -33,7 +33,7 @@ def test_every_arm_is_legal_builds_and_differs_from_the_others():
     assert all(seen.count(one) == 1 for one in seen)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_study_runs_at_a_small_size(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = [

@@ -115,6 +115,7 @@ def test_what_a_search_cannot_do_is_told(arguments, more, key):
     assert [problem.key for problem in error.value.problems] == [key]
 
 
+@pytest.mark.nightly
 def test_the_ends_of_the_space_are_tried_before_the_first_trial(arguments, capsys):
     space = ("space.model.capacity=interval(0.5,7)", "space.model.pattern=choice(every,zigzag)")
     assert cli.main(arguments(space=space)) == 2
@@ -126,6 +127,7 @@ def test_the_ends_of_the_space_are_tried_before_the_first_trial(arguments, capsy
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_search_makes_its_trials_once_and_tells_the_front(arguments, capsys):
     two = arguments("trials=2", "directions=[causal_loss,forward_flops]")
     assert cli.main(two) == 0
@@ -159,6 +161,7 @@ def test_a_search_makes_its_trials_once_and_tells_the_front(arguments, capsys):
         study(arguments("directions=[causal_loss,forward_flops]", space=SPACE[:1]))
 
 
+@pytest.mark.nightly
 def test_trials_that_are_ranked_together_have_the_same_settings(
     arguments, prepared, monkeypatch, capsys
 ):
@@ -188,6 +191,7 @@ def test_trials_that_are_ranked_together_have_the_same_settings(
     assert "2 complete; 0 to go" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_file_system_without_locks_is_named(arguments, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -198,6 +202,7 @@ def test_a_file_system_without_locks_is_named(arguments, monkeypatch, capsys):
     assert [p.name for p in Path("runs/q").iterdir()] == [".search.lock"]
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on_with_its_parameters(arguments):
     one = arguments("trials=1", steps=30)
     process = start(one)
@@ -230,6 +235,7 @@ def known_trials(arguments, losses):
         found.tell(trial, loss)
 
 
+@pytest.mark.nightly
 def test_a_trial_that_does_badly_is_pruned_and_keeps_its_directory(arguments, capsys):
     pruned = arguments("trials=6", "pruner=median", steps=6)
     Path("runs/q").mkdir(parents=True)
@@ -244,6 +250,7 @@ def test_a_trial_that_does_badly_is_pruned_and_keeps_its_directory(arguments, ca
     assert "trial_0005: pruned" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_a_failed_trial_counts_and_tells_why(arguments, capsys):
     bad = arguments("trials=1", space=("space.optimizer.lr=interval(1e29,1e30)",))
     assert cli.main(bad) == 1
@@ -263,7 +270,7 @@ def test_a_line_cut_short_by_a_power_cut_is_no_end_of_the_study(tmp_path):
     assert len(open_study(tmp_path, config).trials) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_workers_share_a_study_and_none_makes_too_many(arguments):
     five = arguments("trials=5")
     workers = [start(five) for _ in range(3)]

@@ -80,6 +80,7 @@ def test_jobs_are_those_that_hydra_makes():
     assert expand(parsed("name=a,b"))[1][0].key == "name"
 
 
+@pytest.mark.slow
 def test_the_mistakes_of_all_jobs_are_told_before_the_first_starts(arguments, capsys):
     axes = ("model.capacity=0.5,7", "model.pattern=every,zigzag", "optimizer.lr=-1")
     assert cli.main(arguments(*axes)) == 2
@@ -158,6 +159,7 @@ def session_rows(logdir):
     return columns, sorted(rows, key=lambda row: row[:2])
 
 
+@pytest.mark.slow
 def test_a_sweep_is_trained_once_and_grows(arguments, capsys, tmp_path):
     assert cli.main(arguments(CAPACITIES)) == 0
     jobs = jobs_of()
@@ -194,6 +196,7 @@ def test_a_sweep_is_trained_once_and_grows(arguments, capsys, tmp_path):
     assert cli.main(arguments(CAPACITIES, "log.every=1")) == 0
 
 
+@pytest.mark.slow
 def test_a_failed_job_ends_no_other_and_is_started_again_on_request(arguments, capsys):
     lrs = "optimizer.lr=1e30,1e-3"
     assert cli.main(arguments(lrs)) == 1
@@ -224,6 +227,8 @@ def test_a_failed_job_ends_no_other_and_is_started_again_on_request(arguments, c
     assert done[5] == f"{result['flops']:.3e}"
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("end", "kind"),
     [
@@ -273,6 +278,8 @@ def whole(arguments):
     return newest_tensors(Path("runs/whole"), STEPS)
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("signum", "code"),
     [
@@ -348,6 +355,7 @@ def is_running(process: str) -> bool:
         return False
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_joblib_trains_two_at_a_time(arguments, tmp_path, killed):

@@ -157,6 +157,7 @@ def test_drafts_of_the_same_model_are_all_taken():
     assert decoder.statistics.steps == 3
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling", [{}, {"temperature": 0.8, "top_k": 9}, {"repetition_penalty": 2.0}]

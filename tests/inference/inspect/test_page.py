@@ -190,6 +190,7 @@ def run(tiny, tmp_path_factory):
     return folder / "a"
 
 
+@pytest.mark.slow
 def test_a_run_is_inspected_on_held_out_text_a_text_and_a_file(run, tmp_path, capsys, undrawn):
     common = ["inspect", "run=a", f"runs_dir={run.parent}", "accelerator=cpu"]
     assert cli.main([*common, "sequences=2"]) == 0
@@ -279,6 +280,7 @@ def browser():
         browser.close()
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["staged", "integrated"])
 def test_a_browser_shows_all_of_it_legibly(browser, kind, tokenizer, tmp_path):

@@ -197,6 +197,8 @@ def as_one_process(root, kind, stage, steps, accumulate=1, atol=1e-6, **choices)
             assert torch.allclose(value, second[key], rtol=0, atol=10 * atol), key
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("stage", "kind"),
     [slow(1, "mod"), (2, "mod"), (3, "mod"), slow(1, "frozen"), (2, "frozen"), (3, "frozen")],
@@ -206,6 +208,7 @@ def test_two_ranks_are_as_one_process(tmp_path, stage, kind):
     as_one_process(tmp_path, kind, stage, 3, **choices)
 
 
+@pytest.mark.on_commit(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 # Scores that nothing trains come to nearly tie, and then rounding chooses another token.
@@ -226,6 +229,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.on_commit(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "choices"),
@@ -265,6 +269,7 @@ def test_resumed_is_never_stopped_and_goes_on_under_others(tmp_path):
                 assert torch.allclose(value, tensors_of(whole)[key], rtol=0, atol=1e-6), key
 
 
+@pytest.mark.on_commit(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("offload", [False, True])
@@ -274,6 +279,7 @@ def test_resumed_in_every_stage(tmp_path, stage, offload, precision):
     resumed(tmp_path, stage, accumulate=2, **choices)
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_with_a_frozen_router(tmp_path, stage):
@@ -320,6 +326,7 @@ def look(stage, kind):
     return looks.elements, looks.held, looks.wrong, looks.keys, looks.said
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("stage", "kind"), [slow(2, "mod"), slow(3, "mod"), slow(2, "frozen"), (3, "frozen")]
 )
@@ -345,6 +352,7 @@ def diverges(stage, steps, root):
 
 
 # At the next step, or at the save where it was the last.
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(("stage", "steps"), [slow(1, 4), (3, 4), slow(2, 2), slow(3, 2)])
 def test_without_a_guard_too_a_gradient_that_is_not_finite_stops_every_rank(tmp_path, stage, steps):
     (said,) = set(on_ranks(diverges, 2, stage, steps, tmp_path))

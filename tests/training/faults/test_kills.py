@@ -55,6 +55,7 @@ def kill_once(lines: list[str], moment: str, step: int, draw: random.Random, roo
     return was_running
 
 
+@pytest.mark.on_commit("fsdp")
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("strategy", SHARES)

@@ -74,6 +74,8 @@ def ended(outcomes: list, rank: int) -> RankFailedError:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_raises_is_named_with_its_reason(prepared, tmp_path, strategy, rank):
@@ -86,6 +88,8 @@ def test_a_rank_that_raises_is_named_with_its_reason(prepared, tmp_path, strateg
     assert other.said.endswith("failed: ValueError: the disk spoke Latin")
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_rank_that_dies_is_named(prepared, tmp_path, strategy):
     lines = overrides(prepared, tmp_path, f"strategy={strategy}")
@@ -96,6 +100,7 @@ def test_a_rank_that_dies_is_named(prepared, tmp_path, strategy):
     assert "rank 1 on " in other.said and "has died" in other.said
 
 
+@pytest.mark.slow
 def test_a_dead_first_rank_ends_the_others(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "strategy=ddp", "batch.tokens=384")
     outcomes = outcomes_on_ranks(faulty, 3, lines, dies, 3, 0, joins=False, timeout=60)
@@ -105,6 +110,8 @@ def test_a_dead_first_rank_ends_the_others(prepared, tmp_path):
         assert "rank 0" in other.said
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_named_and_shows_where(prepared, tmp_path, rank):
     lines = overrides(prepared, tmp_path, "strategy=ddp")
@@ -146,6 +153,7 @@ def slow_evaluation(lines: list[str]) -> str:
     return train(compose("train", lines)).status
 
 
+@pytest.mark.slow
 def test_a_long_evaluation_is_not_stuck(prepared, tmp_path):
     more = ["strategy=ddp", "budget.steps=1", "eval.sequences=12", "eval.batch_size=1"]
     lines = overrides(prepared, tmp_path, *more)
@@ -153,6 +161,8 @@ def test_a_long_evaluation_is_not_stuck(prepared, tmp_path):
     assert not list(tmp_path.glob("run/logs/stacks-*"))
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("what", ["save", "restore"])
 def test_a_slow_disk_is_not_stuck(prepared, tmp_path, what):
     lines = overrides(prepared, tmp_path, "strategy=ddp", "checkpoint.every=4")
@@ -195,6 +205,7 @@ def awaited(logs: str) -> None:
     time.sleep(30)
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_what_to_change(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "strategy=ddp")
     outcomes = outcomes_on_ranks(
@@ -220,6 +231,8 @@ def not_a_number(lines: list[str], rank: int) -> str:
     return train(compose("train", lines)).status
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_nan_on_one_rank_stops_all_before_it_is_saved(prepared, tmp_path, strategy):
     lines = overrides(prepared, tmp_path, f"strategy={strategy}", "log.every=100")
@@ -235,6 +248,8 @@ def differing(lines: list[list[str]]) -> str:
     return train(compose("train", lines[int(os.environ["RANK"])])).status
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("more", "key"),
     [
@@ -304,6 +319,7 @@ def apart(lines: list[str]) -> list[float]:
     return []
 
 
+@pytest.mark.nightly
 def test_clocks_and_hosts_that_differ_change_nothing(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "strategy=ddp")
     assert outcomes_on_ranks(apart, 2, lines, joins=False) == [[], []]

@@ -40,6 +40,7 @@ def some_slow(names, quick=QUICK):
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
+@pytest.mark.on_commit(3)
 @pytest.mark.parametrize("strategy", some_slow(STRATEGIES))
 def test_a_stopped_run_goes_on_to_the_same_bits(prepared, tmp_path, strategy):
     # The stop is between two records: the next one is of the steps before it, too.
@@ -54,6 +55,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(prepared, tmp_path, strategy):
     assert losses(tmp_path, "whole") == losses(tmp_path, "cut")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_in_the_setup_stops_all(prepared, tmp_path, rank):
     lines = overrides(prepared, tmp_path, "told", STEPS, "strategy=ddp")
@@ -82,6 +84,7 @@ JOURNEYS = {
 }
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("journey", some_slow(JOURNEYS, ("1-2-4", "through strategies")))
 def test_other_ranks_and_strategies_go_on_with_the_same_samples(prepared, tmp_path, journey):
     """The sample numbers of every step are noted on each rank, by what was trained on."""

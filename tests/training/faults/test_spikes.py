@@ -35,6 +35,8 @@ from tests.helpers.spiked_runs import (
 WORLDS = [("single", 1), slow("ddp", 2), ("fsdp", 2)]
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(("strategy", "world_size"), WORLDS)
 @pytest.mark.parametrize("factor", [1e3, slow(NAN)])
 def test_a_skipped_step_changes_no_bit_and_the_run_goes_on(
@@ -63,6 +65,7 @@ def test_a_skipped_step_changes_no_bit_and_the_run_goes_on(
     assert rest_of(run, STEPS)["progress"]["samples"] == STEPS * SEQUENCES
 
 
+@pytest.mark.nightly
 def test_a_record_is_the_mean_over_the_steps_that_were_made(prepared, tmp_path):
     """Also where a step is left out, and forgotten at a save, that was the first since a record."""
     bad = numbers_of(prepared, BAD)[:1]
@@ -91,6 +94,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.on_commit(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", OTHERS)
 @pytest.mark.parametrize("factor", [1e3, NAN])
@@ -115,6 +119,7 @@ def killed_at(lines: list[str], bad: list[int], step: int) -> str:
 
 
 # Killed before the skip's checkpoint, so that the skip comes again, and after it.
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("strategy", "world_size", "kills"), [("single", 1, [BAD]), slow("fsdp", 2, [BAD, 8])]
 )
@@ -153,6 +158,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert records(one, key) == records(other, key) != {}
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(2)
 @pytest.mark.parametrize(("strategy", "world_size"), WORLDS)
 @pytest.mark.parametrize(
     ("more", "first"),
@@ -209,6 +216,8 @@ def killed_in_a_roll_back(lines: list[str], bad: list[int], written: bool) -> st
     return train(compose("train", lines)).status
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), slow("fsdp", 2)])
 @pytest.mark.parametrize("written", [True, slow(False)])
 def test_a_kill_in_a_roll_back_loses_nothing(prepared, tmp_path, strategy, world_size, written):
@@ -253,7 +262,7 @@ def test_a_lost_list_of_what_is_left_out_is_told(prepared, tmp_path):
     assert "left out [[24, 28]]" in found.said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rolled_back_run_goes_on_at_another_world_size(prepared, tmp_path):
     bad = numbers_of(prepared, BAD)[:1]
     left_out(tmp_path / "without", (24, 28))

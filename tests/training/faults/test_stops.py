@@ -30,6 +30,7 @@ STOPS = {
 }
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("strategy", "action", "factor"),
     [
@@ -63,6 +64,7 @@ def test_deepspeed_stops(prepared, tmp_path, strategy, action, factor):
         assert (event["action"], event["step"], event["samples"]) == ("stop", BAD, bad)
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("strategy", "remedy"),
     [

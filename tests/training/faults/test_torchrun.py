@@ -70,7 +70,7 @@ def test_two_nodes_of_two_are_stopped_by_one_and_go_on(prepared, tmp_path):
     assert len(starts) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_wrong_configuration_is_told_once(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "wrong", STEPS, "strategy=single", "optimizer.lr=-1")
     (code,), said = finish(start(1, 2, lines, tmp_path))
