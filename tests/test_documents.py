@@ -20,7 +20,6 @@ ELSEWHERE = {
     "make quickstart": "tests/test_quickstart.py",
     "make test": ".ci/run",
     "make test-slow": ".ci/run",
-    "make nightly": "by hand, before a release and after a large change",
     "make lint": ".ci/run",
     "make types": ".ci/run",
     "make imports": ".ci/run",
