@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations 30 --durations-min 1
 SAMPLE := prompt='My fellow citizens' echo=true max_tokens=60 sampling.top_p=0.9
 
-.PHONY: help install quickstart test test-slow nightly kills lint format types imports bench docs lock clean
+.PHONY: help install quickstart test test-slow nightly kills parity parity-record lint format types imports bench docs lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,6 +41,12 @@ nightly: $(STAMP)  ## every test that CI leaves out (an hour)
 
 kills: $(STAMP)  ## a hundred kills -9 of ranks, each gone on from to the bit
 	$(BIN)/pytest tests/training/faults/test_kills.py -m slow --kills 100
+
+parity: $(STAMP)  ## results of small runs against recorded ones, bit by bit (about 2 minutes)
+	$(BIN)/python -m tests.parity
+
+parity-record: $(STAMP)  ## record the results on this machine, as of BASE=commit or of the checkout
+	$(BIN)/python -m tests.parity record $(if $(BASE),--base $(BASE))
 
 lint: $(STAMP)  ## ruff, lint and format
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Holds what the program computes to recorded values; see `tests.parity.__main__`."""

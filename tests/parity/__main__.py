@@ -1,0 +1,130 @@
+"""Check that the program computes what it computed: to the last bit on the same machine.
+
+`tests.parity.cases` are run by the command line. Metrics, weights, evaluations and generated texts
+are compared with those in ``recorded.json``: bit by bit with this machine's, or else with another
+machine's, floats within a tolerance. ``record`` writes what this machine computes; with ``--base
+COMMIT`` what that commit does, run by the commit's own copy of these files.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.parity.cases import CASES, PREPARE, TRAIN, Case
+from tests.parity.program import ROOT, Program, write_corpus
+from tests.parity.records import differences, fingerprint
+
+PROGRAM = ("modtrain", "conf")
+RECORDED = Path(__file__).with_name("recorded.json")
+# As far as results of two instruction sets were apart; a change of what is computed is not so near.
+TOLERANCE = 1e-4
+
+
+def results_of(program: Program, name: str, case: Case) -> dict[str, Any]:
+    """Train one case and return all that is compared of it."""
+    train = (f"name={name}", *TRAIN, *case.train)
+    if case.killed:
+        program.interrupt(name, 4, signal.SIGKILL, *TRAIN, *case.train)
+    program.run("train", *train, processes=case.processes)
+    results: dict[str, Any] = {
+        "metrics": program.metrics(name),
+        "weights": program.weights_digest(name),
+    }
+    for label, overrides in case.generate.items():
+        results[label] = program.generate(name, *overrides)
+    if case.evaluate is not None:
+        results["evaluation"] = program.evaluate(name, *case.evaluate)
+    return results
+
+
+def measure(names: list[str]) -> dict[str, Any]:
+    """Return the results of the cases ``names``, two of which run at a time."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        program = Program(Path(folder))
+        write_corpus(program.folder / "corpus", documents=60, longest=120)
+        program.run("prepare", *PREPARE)
+        jobs = {name: pool.submit(results_of, program, name, CASES[name]) for name in names}
+        return {name: job.result() for name, job in jobs.items()}
+
+
+def check(names: list[str], tolerance: float | None) -> list[str]:
+    """Return where the results differ from the recorded ones."""
+    machine, records = fingerprint(), json.loads(RECORDED.read_text())
+    if machine not in records and tolerance is None:
+        tolerance = TOLERANCE
+        print(f"nothing is recorded of this machine ({machine}), see `make parity-record`;")
+        print(f"compared with {next(iter(records))} within {tolerance}")
+    record = records.get(machine) or next(iter(records.values()))
+    known = {name: dict(record.get(name, {})) for name in names}
+    for case in known.values():
+        case.pop("commit", None)
+    return differences(known, measure(names), tolerance)
+
+
+def record(names: list[str]) -> None:
+    """Write this machine's results of the cases ``names`` to ``recorded.json``."""
+    records = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    # The last commit that changed the program, with a mark where it is changed beside.
+    commit = _git("log", "-1", "--format=%h", "--", *PROGRAM)
+    commit += " and changes" if _git("status", "--porcelain", "--", *PROGRAM) else ""
+    cases = records.get(fingerprint(), {})
+    cases |= {name: {"commit": commit, **found} for name, found in measure(names).items()}
+    records[fingerprint()] = {name: cases[name] for name in sorted(cases) if name in CASES}
+    RECORDED.write_text(_dump(records) + "\n")
+
+
+def record_from(base: str, names: list[str]) -> None:
+    """Write the results of the program as of the commit ``base``."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder) / "modtrain"
+        _git("worktree", "add", "--detach", str(checkout), base)
+        try:
+            theirs = checkout / RECORDED.relative_to(ROOT)
+            theirs.write_bytes(RECORDED.read_bytes())
+            command = [sys.executable, "-m", "tests.parity", "record", "--cases", *names]
+            subprocess.run(command, cwd=checkout, check=True)
+            RECORDED.write_bytes(theirs.read_bytes())
+        finally:
+            _git("worktree", "remove", "--force", str(checkout))
+
+
+def _dump(value: Any, indent: int = 0) -> str:
+    """Return JSON with a line for each list of numbers."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    pad = " " * (indent + 1)
+    lines = (f"{pad}{json.dumps(key)}: {_dump(value[key], indent + 1)}" for key in value)
+    return "{\n" + ",\n".join(lines) + "\n" + " " * indent + "}"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=-1).stdout.strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
+    parser.add_argument("action", choices=("check", "record"), nargs="?", default="check")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--base", metavar="COMMIT", help="record the program as of this commit")
+    parser.add_argument("--tolerance", type=float, help="compare floats alone, within this")
+    arguments = parser.parse_args()
+    if arguments.action == "record":
+        if arguments.base:
+            record_from(arguments.base, arguments.cases)
+        else:
+            record(arguments.cases)
+        return 0
+    found = check(arguments.cases, arguments.tolerance)
+    print("\n".join(found) or f"{len(arguments.cases)} cases: as recorded")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
