@@ -30,6 +30,7 @@ from modtrain.cluster.status_config import StatusConfig
 from modtrain.cluster.submit import Work
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.overrides import explain, misread, parse, plain, quoted
+from modtrain.common.renamed_keys import new_name, renamed_in_files
 from modtrain.data.config import PrepareConfig
 from modtrain.experiments.compare.config import CompareConfig, Comparison
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
@@ -116,7 +117,7 @@ class _Composer:
         try:
             base = self._raw([str(o.input_line) for o in groups])
         except (HydraException, OmegaConfBaseException) as error:
-            raise _together(self.verb, groups, error) from None
+            raise self._file_error(groups, error) from None
         problems, good = [], list(groups)
         for override in overrides:
             if override in groups:
@@ -145,6 +146,13 @@ class _Composer:
                     key = override.get_key_element()
                     problems.append(Problem(key, name, "does not exist", remedy))
         return problems
+
+    def _file_error(self, groups: list[Override], error: Exception) -> ConfigError:
+        """Return what is wrong with the files that ``groups`` choose."""
+        key = getattr(error.__context__, "full_key", None)
+        if self.own is not None and key is not None and new_name(key) is not None:
+            return ConfigError(renamed_in_files(self.own))
+        return _together(self.verb, groups, error)
 
     def _options(self, group: str) -> list[str]:
         if not group:

@@ -21,6 +21,7 @@ import yaml
 from modtrain.cluster.slurm import Job
 from modtrain.common.atomic_io import is_locked
 from modtrain.common.errors import ModtrainError
+from modtrain.common.renamed_keys import translate
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import derive
 
@@ -334,6 +335,7 @@ def _take_records(run: Run, path: Path) -> None:
 def _steps(path: Path) -> int | None:
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     content = yaml.load(path.read_text(), loader)  # noqa: S506
+    content = translate(content)
     if content["budget"]["steps"] is not None:
         return int(content["budget"]["steps"])
     return derive(_typed(TrainConfig, content)).steps

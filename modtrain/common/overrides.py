@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.common.errors import Problem
+from modtrain.common.renamed_keys import renamed_problem
 
 # What Hydra reads as it stands; it takes 1_2, 1e5 and null for something else.
 _PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z][A-Za-z0-9_./-]*|[1-9]\d*", re.I)
@@ -44,7 +45,10 @@ def parse(overrides: Sequence[str], sweeps: bool = False) -> tuple[list[Override
             reason = f"is not understood: {plain(error)}"
             problems.append(Problem(key, value, reason, _form_of(key, value)))
             continue
-        if is_sweep and not sweeps:
+        old_key = renamed_problem(override.key_or_group.replace("/", "."), value)
+        if old_key is not None:
+            problems.append(old_key)
+        elif is_sweep and not sweeps:
             remedy = "give one value; a list stands in brackets, a text with commas in quotes"
             problems.append(
                 Problem(override.get_key_element(), text, "names several values", remedy)

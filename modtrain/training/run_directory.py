@@ -12,7 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 import modtrain
 from modtrain.common.atomic_io import hold_lock, write_text
 from modtrain.common.errors import CheckpointError, OtherRunError
+from modtrain.common.renamed_keys import flatten, translate
 from modtrain.training.config import MUTABLE_KEYS, CheckpointConfig, TrainConfig
 
 VERSION_FILE = "VERSION.json"
@@ -118,7 +119,7 @@ class RunDirectory:
             CheckpointError: there is none, or it is not one of this version.
         """
         try:
-            return typed(OmegaConf.load(self.config))
+            return typed(OmegaConf.to_container(OmegaConf.load(self.config)))
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} holds no run: it has no config.yaml") from None
         except Exception as error:
@@ -132,7 +133,8 @@ class RunDirectory:
         """
         config = self.read_config().checkpoint
         starts = json.loads(self.manifest.read_text())["starts"] if self.manifest.is_file() else []
-        return replace(config, **starts[-1].get("checkpoint", {})) if starts else config
+        stored = {"checkpoint": starts[-1].get("checkpoint", {})} if starts else {}
+        return replace(config, **translate(stored).get("checkpoint", {}))
 
     def check_same(self, config: TrainConfig) -> None:
         """Raise unless ``config`` differs from the run's own only in what may change.
@@ -179,7 +181,9 @@ def typed(content: Any) -> TrainConfig:
         OmegaConfBaseException: ``content`` is not one of this version.
         TypeError: it is no configuration at all.
     """
-    loaded = OmegaConf.merge(OmegaConf.structured(TrainConfig), content)
+    if not isinstance(content, Mapping):
+        raise TypeError("it is not a run's configuration")
+    loaded = OmegaConf.merge(OmegaConf.structured(TrainConfig), translate(content))
     config = OmegaConf.to_object(loaded)
     if not isinstance(config, TrainConfig):
         raise TypeError("it is not a run's configuration")
@@ -204,17 +208,8 @@ def differences(
 
 def flat(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration's values by dotted key."""
-    found: dict[str, Any] = {}
-
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            found[prefix] = node
-
-    walk(OmegaConf.to_container(OmegaConf.structured(config)), "")
-    return found
+    content: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    return flatten(content)
 
 
 def package_versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.common.errors import Problem
 from modtrain.common.overrides import quoted
+from modtrain.common.renamed_keys import renamed_problem
 from modtrain.common.validation import at_least, one_of
 from modtrain.training.config import TrainConfig
 
@@ -122,6 +123,10 @@ def parse_space(space: Mapping[str, str]) -> tuple[list[Dimension], list[Problem
         remedy = "add space.model.capacity=interval(0.05,0.5)"
         problems.append(Problem("space", "", "is empty: there is nothing to search", remedy))
     for key, text in space.items():
+        old_key = renamed_problem(key, text, "space.")
+        if old_key is not None:
+            problems.append(old_key)
+            continue
         remedy = "write interval(0.1,1), int(interval(1,4)), tag(log,interval(1e-4,1e-2)),"
         remedy += " range(2,9,2) or choice(x,y)"
         try:

@@ -20,10 +20,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from modtrain.common.atomic_io import hold_lock, write_text
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
+from modtrain.common.renamed_keys import translate_flat
 from modtrain.distributed.launch import Launch
 from modtrain.experiments import hparams
 from modtrain.experiments.search.config import Dimension, Search, SearchConfig, parse_space
-from modtrain.experiments.search.study import open_study
+from modtrain.experiments.search.study import open_study, parameter_names
 from modtrain.experiments.sweep.hydra_multirun import say
 from modtrain.experiments.sweep.job_process import run_apart
 from modtrain.experiments.sweep.job_state import failure_text, pruned_mark, state_of
@@ -69,6 +70,7 @@ class _Searcher:
         with self._alone():
             self.study = open_study(self.directory, self.config, shared)
             hparams.write_experiment(self.directory, list(self.config.space))
+        self.names = parameter_names(self.study)
 
     def run(self) -> int:
         """Work until the study has its trials."""
@@ -138,7 +140,7 @@ class _Searcher:
 
     def _work(self, trial: optuna.Trial) -> None:
         """Train a trial's run to its end and tell the study what came of it."""
-        overrides = {d.key: suggest(trial, d) for d in self.dimensions}
+        overrides = {d.key: suggest(trial, d, self.names.get(d.key)) for d in self.dimensions}
         name, run = self._name(trial.number), self._run(trial.number)
         said = ",".join(f"{key}={value}" for key, value in overrides.items())
         with self._alone():
@@ -192,7 +194,7 @@ class _Searcher:
     def _described(self, trial: FrozenTrial) -> dict[str, Any]:
         return {
             "run": self._name(trial.number),
-            "parameters": dict(trial.params),
+            "parameters": translate_flat(trial.params),
             "values": dict(zip(self.config.directions, trial.values, strict=True)),
         }
 
@@ -209,15 +211,18 @@ class _Searcher:
             yield
 
 
-def suggest(trial: optuna.Trial, dimension: Dimension) -> str:
-    """Return the trial's value, drawn or as it was drawn before, as text for an override."""
-    d = dimension
+def suggest(trial: optuna.Trial, dimension: Dimension, name: str | None = None) -> str:
+    """Return the trial's value, drawn or as it was drawn before, as text for an override.
+
+    name: of the parameter in the study, where it is not the dimension's key.
+    """
+    d, name = dimension, name or dimension.key
     if d.values:
-        return str(trial.suggest_categorical(d.key, d.values))
+        return str(trial.suggest_categorical(name, d.values))
     if d.whole:
         step = int(d.step or 1)
-        return str(trial.suggest_int(d.key, int(d.low), int(d.high), step=step, log=d.log))
-    return repr(trial.suggest_float(d.key, d.low, d.high, step=d.step, log=d.log))
+        return str(trial.suggest_int(name, int(d.low), int(d.high), step=step, log=d.log))
+    return repr(trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log))
 
 
 def _values(run: RunDirectory, directions: Sequence[str]) -> list[float | None]:

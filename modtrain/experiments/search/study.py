@@ -15,6 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from modtrain.common.errors import CheckpointError, OtherRunError
+from modtrain.common.renamed_keys import new_name, translate_flat
 from modtrain.data.stream.index import read_summary
 from modtrain.experiments.search.config import SearchConfig
 from modtrain.training.config import MUTABLE_KEYS, TrainConfig
@@ -61,6 +62,8 @@ def open_study(
 def _hold_to(study: optuna.Study, directory: Path, now: dict[str, Any]) -> None:
     """Raise unless the study was begun with what is asked for ``now``; a new one is."""
     before = study.user_attrs
+    if "space" in before:
+        before["space"] = translate_flat(before["space"])
     changed = [
         f"  {key}: {before[key]} in the study, {value} now"
         for key, value in now.items()
@@ -91,6 +94,11 @@ def _refuse(directory: Path, changed: list[str]) -> None:
             "\n".join([f"{directory} holds another search:", *changed])
             + "\nremedy: take these back to go on with it, or give another study= for a new search"
         )
+
+
+def parameter_names(study: optuna.Study) -> dict[str, str]:
+    """Return the names under which the study knows keys that were renamed since it began."""
+    return {new: key for key in study.user_attrs["space"] if (new := new_name(key)) is not None}
 
 
 def _pruner(name: str) -> optuna.pruners.BasePruner:

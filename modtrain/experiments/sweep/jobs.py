@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import Problem
 from modtrain.common.overrides import quoted
+from modtrain.common.renamed_keys import translate_flat
 from modtrain.training.config import TrainConfig
 
 _LONGEST = 120
@@ -88,7 +89,15 @@ def read_jobs(directory: Path) -> dict[str, dict[str, str]]:
     if not path.is_file():
         return {}
     known = json.loads(path.read_text())["jobs"]
-    return {name: job["overrides"] for name, job in known.items()}
+    return {name: translate_flat(job["overrides"]) for name, job in known.items()}
+
+
+def stored_names(directory: Path) -> dict[frozenset[tuple[str, str]], str]:
+    """Return the names that the sweep's jobs have in its list, by what was swept.
+
+    A key that was renamed since the sweep began would otherwise give its jobs new directories.
+    """
+    return {frozenset(swept.items()): name for name, swept in read_jobs(directory).items()}
 
 
 def write_jobs(directory: Path, jobs: Sequence[Job]) -> None:

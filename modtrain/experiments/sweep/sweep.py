@@ -27,7 +27,13 @@ from modtrain.experiments.sweep.config import SweepConfig, split_sweep_options
 from modtrain.experiments.sweep.hydra_multirun import Multirun, say
 from modtrain.experiments.sweep.job_process import RUN_ME_AGAIN
 from modtrain.experiments.sweep.job_state import STATES, failure_text, state_of
-from modtrain.experiments.sweep.jobs import Job, expand, read_jobs, write_jobs
+from modtrain.experiments.sweep.jobs import (
+    Job,
+    expand,
+    read_jobs,
+    stored_names,
+    write_jobs,
+)
 from modtrain.experiments.sweep.slurm_array import launch_on_slurm
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
@@ -77,7 +83,7 @@ def sweep(
         slurm_job = _slurm_job(for_slurm, multirun, lambda own: compose_job(own, own_dir))
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
-    base, runs = _checked(jobs, compose, multirun, slurm_job, problems)
+    base, jobs, runs = _checked(jobs, compose, multirun, slurm_job, problems)
     this = _Sweep(base, jobs, runs, options)
     this.directory.mkdir(parents=True, exist_ok=True)
     with this.alone():
@@ -146,8 +152,8 @@ def _checked(
     multirun: Multirun,
     slurm_job: SubmitConfig | None,
     problems: list[Problem],
-) -> tuple[TrainConfig, dict[str, TrainConfig]]:
-    """Return what the jobs share and the configuration of each, as composed.
+) -> tuple[TrainConfig, list[Job], dict[str, TrainConfig]]:
+    """Return what the jobs share, the jobs under their final names, and each one's configuration.
 
     Raises:
         ConfigError: what is wrong, of all the jobs; what all of them share, once.
@@ -155,9 +161,16 @@ def _checked(
     wrong: dict[Problem, list[str]] = {}
     runs: dict[str, TrainConfig] = {}
     base: TrainConfig | None = None
-    for job in jobs:
+    stored: dict[frozenset[tuple[str, str]], str] | None = None
+    named = []
+    for made in jobs:
+        job = made
         try:
             base = compose(job.overrides)
+            if stored is None:
+                stored = stored_names(RunDirectory.of(base).path)
+            job = replace(job, name=stored.get(frozenset(job.swept.items()), job.name))
+            named.append(job)
             runs[job.name] = replace(base, name=f"{base.name}/{job.name}" if base.name else None)
             _check(runs[job.name], slurm_job)
         except ConfigError as error:
@@ -169,7 +182,7 @@ def _checked(
         problems += [replace(problem, key=key) for key in keys]
     raise_if_any(problems + multirun.problems())
     assert base is not None  # noqa: S101
-    return base, runs
+    return base, named, runs
 
 
 def _check(config: TrainConfig, slurm_job: SubmitConfig | None) -> None:
