@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from modtrain.distributed.watchdog import Watch
+from modtrain.distributed.watchdog import Watchdog
 
 # Plans of so many ranks are merged, and what they come to is scaled.
 _MERGED = 16
@@ -62,45 +62,45 @@ def _of_rank(item: WriteItem, rank: int) -> WriteItem:
     return replace(item, index=MetadataIndex(item.index.fqn, offsets), tensor_data=moved)
 
 
-class BoardCost(NamedTuple):
+class StoreCost(NamedTuple):
     """Requests of one rank to the store that all share.
 
-    beat: each time that it reports. failure: when a collective broke, to learn whose fault it was,
-    where all have said so by then.
+    heartbeat: for one. failure: when a collective broke, to learn which rank failed, where all have
+    published their failures by then.
     """
 
-    beat: int
+    heartbeat: int
     failure: int
 
 
-def board_cost(world_size: int) -> BoardCost:
-    """Return what the board costs one of ``world_size`` ranks."""
+def store_cost(world_size: int) -> StoreCost:
+    """Return what the watchdog's store costs one of ``world_size`` ranks."""
     store = _CountedStore()
-    # A beat comes as it starts, and the next one much later.
-    watch = Watch(store, 1, world_size, 600.0, None)  # type: ignore[arg-type]
-    watch.close()
-    beat = store.requests.total()
-    told = json.dumps([0, "failed", "host", "text"])
-    store.board.set("blame", told)
+    # One heartbeat comes at the start, and the next one much later.
+    watchdog = Watchdog(store, 1, world_size, 600.0, None)  # type: ignore[arg-type]
+    watchdog.close()
+    heartbeat = store.requests.total()
+    report = json.dumps([0, "failed", "host", "text"])
+    store.store.set("first_failure", report)
     for rank in range(world_size):
-        store.board.set(f"post/{rank}", told)
-        store.board.set(f"seen/{rank}", json.dumps(["host", "step 1", 0.0, 1]))
+        store.store.set(f"failure/{rank}", report)
+        store.store.set(f"heartbeat/{rank}", json.dumps(["host", "step 1", 0.0, 1]))
     store.requests.clear()
-    watch.explain(RuntimeError("a collective broke"))
-    return BoardCost(beat, store.requests.total())
+    watchdog.find_cause(RuntimeError("a collective broke"))
+    return StoreCost(heartbeat, store.requests.total())
 
 
 class _CountedStore:
     """A store that counts what it is asked."""
 
     def __init__(self) -> None:
-        self.board, self.requests = HashStore(), Counter[str]()
+        self.store, self.requests = HashStore(), Counter[str]()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self.board, name)
+        method = getattr(self.store, name)
 
-        def asked(*args: Any) -> Any:
+        def counted(*args: Any) -> Any:
             self.requests[name] += 1
             return method(*args)
 
-        return asked
+        return counted

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks._control import board_cost, save_cost
+from benchmarks._control import save_cost, store_cost
 from benchmarks._harness import finish, fix_threads
 from benchmarks._paper import Paper, Traffic, trace
 from benchmarks._traffic import Theory, theory
@@ -143,10 +143,10 @@ def print_growth(found: Sequence[Traced]) -> None:
 
 
 def print_control(found: Sequence[Traced], worlds: Sequence[int]) -> None:
-    """Print what saves and the board of failures cost."""
+    """Print what saves and the watchdog's store cost."""
     print(
         f"{'model':<14} {'strategy':<11} {'ranks':>5} {'entries of a save':>17}"
-        f" {'MiB told to rank 0':>18} {'MiB of metadata':>15}"
+        f" {'MiB sent to rank 0':>18} {'MiB of metadata':>15}"
     )
     for one in found:
         cost = save_cost(one.paper.items, one.world_size)
@@ -154,10 +154,10 @@ def print_control(found: Sequence[Traced], worlds: Sequence[int]) -> None:
             f"{one.model:<14} {one.setup:<11} {one.world_size:>5} {cost.entries:>17}"
             f" {cost.told / MIB:>18.1f} {cost.metadata / MIB:>15.1f}"
         )
-    print(f"\n{'ranks':>5}  requests of a rank to the store: a beat, and where a collective broke")
+    print(f"\n{'ranks':>5}  requests of a rank to the store: a heartbeat, and a broken collective")
     for world_size in sorted(worlds):
-        board = board_cost(world_size)
-        print(f"{world_size:>5} {board.beat:>7} {board.failure:>7}")
+        store = store_cost(world_size)
+        print(f"{world_size:>5} {store.heartbeat:>7} {store.failure:>7}")
 
 
 def _collectives(one: Traced) -> int:

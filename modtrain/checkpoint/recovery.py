@@ -153,11 +153,11 @@ def _step_if_whole(path: Path, contents: bool) -> int | None:
 
 
 def _is_first(ranks: Ranks | None) -> bool:
-    return ranks is None or ranks.is_first
+    return ranks is None or ranks.is_rank0
 
 
 def _together(ranks: Ranks | None) -> AbstractContextManager[None]:
-    return nullcontext() if ranks is None else ranks.together()
+    return nullcontext() if ranks is None else ranks.raise_on_all_ranks()
 
 
 def _candidate(path: Path) -> _Candidate:
@@ -175,7 +175,7 @@ def _checked(
     with _together(ranks):
         if _is_first(ranks):
             found = candidates()
-    found = found if ranks is None else ranks.first(found)
+    found = found if ranks is None else ranks.broadcast_from_rank0(found)
     for path, manifest, said in found:
         yield path, manifest, said or _wrong(path, manifest, ranks)
 
@@ -189,7 +189,7 @@ def _wrong(path: Path, manifest: Manifest | None, ranks: Ranks | None) -> str:
             manifest.check(path, rank, world_size)
     except CheckpointError as error:
         own = str(error)
-    told = [own] if ranks is None else ranks.each(own)
+    told = [own] if ranks is None else ranks.all_gather_object(own)
     return next((said for said in told if said), "")
 
 

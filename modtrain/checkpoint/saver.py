@@ -102,8 +102,8 @@ class Saver:
             RankError: it cannot begin on another rank.
         """
         self.wait()
-        with self.ranks.together():
-            if self.ranks.is_first:
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.is_rank0:
                 refuse_to_overwrite(path)
             rank, world_size = (self.ranks.rank, self.ranks.world_size) if dealt else (0, 1)
             parts = parts_of(tensors, rank, world_size)

@@ -112,7 +112,7 @@ def restore(
         RankError: another rank could not.
     """
     rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
-    with nullcontext() if ranks is None else ranks.together():
+    with nullcontext() if ranks is None else ranks.raise_on_all_ranks():
         restored = _restore(path, model, optimizer, rank, world_size)
     return restored  # noqa: RET504
 

@@ -1,4 +1,4 @@
-"""Where this process stands among those that torchrun or srun started. Imports nothing heavy."""
+"""The rank and world size that torchrun or srun gave this process. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from modtrain.common.errors import ConfigError, Problem
 
-# As torchrun sets them, and what srun calls the same.
+# torchrun's variables, and srun's that mean the same.
 _SRUN_NAMES = {
     "RANK": "SLURM_PROCID",
     "WORLD_SIZE": "SLURM_NTASKS",
@@ -18,7 +18,7 @@ _SRUN_NAMES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One process among ``world_size``, of which ``local_world_size`` are on each node."""
+    """One process of ``world_size``, with ``local_world_size`` processes on each node."""
 
     world_size: int = 1
     rank: int = 0
@@ -27,7 +27,7 @@ class Launch:
 
     @property
     def num_nodes(self) -> int:
-        """How many nodes there are."""
+        """The number of nodes."""
         return self.world_size // self.local_world_size
 
     @property
@@ -37,30 +37,30 @@ class Launch:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
-        """Read what the launcher told; without a launcher this process is alone.
+        """Read the launcher's variables; without a launcher there is one process.
 
         Raises:
-            ConfigError: the launcher told something that cannot be.
+            ConfigError: a variable has an impossible value.
         """
-        names = _names(environment)
+        names = _variable_names(environment)
         if names is None:
             return cls()
-        found = {name: _number(environment, there) for name, there in names.items()}
-        world_size, rank = found["WORLD_SIZE"], found["RANK"]
+        values = {name: _number(environment, source) for name, source in names.items()}
+        world_size, rank = values["WORLD_SIZE"], values["RANK"]
         local_world_size = _local_world_size(environment, world_size)
         if not 0 <= rank < world_size:
-            reason = f"is no rank of {world_size} processes"
+            reason = f"is not a rank of {world_size} processes"
             raise ConfigError([Problem(names["RANK"], rank, reason, _REMEDY)])
         if local_world_size < 1 or world_size % local_world_size:
             reason = f"does not divide the {world_size} processes: nodes must have equally many"
             raise ConfigError([Problem("LOCAL_WORLD_SIZE", local_world_size, reason, _REMEDY)])
-        return cls(world_size, rank, found["LOCAL_RANK"], local_world_size)
+        return cls(world_size, rank, values["LOCAL_RANK"], local_world_size)
 
     def export(self, environment: MutableMapping[str, str] = os.environ) -> None:
-        """Say it in torchrun's words, which every library understands; alone, say nothing.
+        """Set torchrun's variables, which every library reads. One process sets none.
 
         Raises:
-            ConfigError: there are several processes, and nobody said where they meet.
+            ConfigError: there are several processes, and no rendezvous address.
         """
         if self.world_size == 1:
             return
@@ -70,20 +70,19 @@ class Launch:
         environment["GROUP_RANK"] = str(self.node)
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
         if missing:
-            reason = f"is not set: {self.world_size} processes do not know where to meet"
+            reason = f"is not set: {self.world_size} processes need a rendezvous address"
             raise ConfigError([Problem(name, "", reason, _REMEDY) for name in missing])
 
 
 _REMEDY = "start with torchrun, or with srun from a script that sets MASTER_ADDR and MASTER_PORT"
 
 
-def _names(environment: Mapping[str, str]) -> dict[str, str] | None:
+def _variable_names(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """Return the launcher's variable for each of torchrun's, None without a launcher."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return {name: name for name in _SRUN_NAMES}
-    # A batch script has some of srun's variables as well, but is no step.
-    if "SLURM_STEP_ID" in environment and all(
-        there in environment for there in _SRUN_NAMES.values()
-    ):
+    # A batch script also has some of srun's variables, but is not a job step.
+    if "SLURM_STEP_ID" in environment and all(name in environment for name in _SRUN_NAMES.values()):
         return _SRUN_NAMES
     return None
 

@@ -1,7 +1,7 @@
-"""The processes of a run, and how they come to one answer.
+"""The processes of a run, and how they agree.
 
-What one rank alone decides, the others learn by waiting for ever: they enter the next collective,
-and it does not. So whatever may fail on one rank goes through here.
+A failure on one rank alone is a hang on the others: they enter the next collective, and it does
+not. So whatever may fail on one rank goes through `Ranks.raise_on_all_ranks`.
 """
 
 from __future__ import annotations
@@ -26,59 +26,59 @@ from modtrain.distributed.launch import Launch
 
 T = TypeVar("T")
 
-_joined = itertools.count()
+_store_numbers = itertools.count()
 
 
 class Ranks:
-    """The processes of a run. Where there is one, there is nothing to agree on.
+    """The processes of a run. With one process every method returns at once.
 
-    Agreement goes over a group of its own, gloo whatever the devices are: it must not come between
+    They communicate over a gloo group of their own, whatever the devices are: it does not mix with
     the collectives of training, and works where the device no longer does.
     """
 
     def __init__(self, timeout: timedelta | None = None, store: Store | None = None) -> None:
         """Make the group; collective.
 
-        timeout: how long a rank waits for the others. store: where the ranks met.
+        timeout: how long a rank waits for the others. store: of the rendezvous.
         """
         self.world_size, self.rank, self.store = 1, 0, store
         self.group: dist.ProcessGroup | None = None
-        self._asked: tuple[Tensor, Any] | None = None
+        self._in_flight: tuple[Tensor, Any] | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
             self.group = dist.new_group(backend="gloo", timeout=timeout)
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0, which writes what is written once."""
+    def is_rank0(self) -> bool:
+        """Whether this is rank 0, which writes the shared files."""
         return self.rank == 0
 
     def new_group(self, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
-        """Make one more gloo group of all ranks; collective. None where there is one process."""
+        """Make one more gloo group of all ranks; collective. None with one process."""
         if self.group is None:
             return None
         group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
         return group
 
-    def first(self, value: T) -> T:
-        """Return what rank 0 gave, on every rank. Plain, small things alone."""
+    def broadcast_from_rank0(self, value: T) -> T:
+        """Return rank 0's value on every rank. For small picklable values."""
         if self.group is None:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def each(self, value: T) -> list[T]:
-        """Return what every rank gave, in the order of ranks. Plain, small things alone."""
+    def all_gather_object(self, value: T) -> list[T]:
+        """Return every rank's value, in the order of ranks. For small picklable values."""
         if self.group is None:
             return [value]
-        # Each is overwritten, its own with an equal one.
+        # Every entry is overwritten.
         values = [value] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
     def any(self, value: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Whether ``value`` is true on any rank."""
         return bool(self._max(int(value)))
 
     def _max(self, value: int) -> int:
@@ -96,74 +96,75 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total
 
-    def any_before(self, value: bool) -> bool:
-        """Whether it was so on any rank at the last call; alone, whether it is so now.
+    def any_at_last_call(self, value: bool) -> bool:
+        """Whether ``value`` of the previous call was true on any rank; with one process, of this.
 
-        The answer to this call's question travels while the ranks compute, so nobody waits.
+        The reduction of this call's value runs while the ranks compute, so no rank waits for it.
         """
         if self.group is None:
             return value
-        before = self._asked
+        previous = self._in_flight
         flag = torch.tensor(int(value))
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        self._asked = (flag, work)
-        if before is None:
+        self._in_flight = (flag, work)
+        if previous is None:
             return False
-        told, work = before
+        flag, work = previous
         work.wait()
-        return bool(told)
+        return bool(flag)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """End the block on all ranks or on none: an error on one of them is raised on every one.
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """End the block on all ranks or on none: an error on one rank is raised on every rank.
 
-        The block must not hold a collective: a rank that fails before it would not take part.
+        The block must not contain a collective: a rank that fails before it would not take part.
 
         Raises:
-            RankError: another rank's error, which it names with its host.
-            Exception: this rank's own error, as it is.
+            RankError: another rank's error, with its rank and host.
+            Exception: this rank's own error, unchanged.
         """
         own: Exception | None = None
         try:
             yield
         except Exception as error:
             own = error
-        # One number as a rule; who said what only where somebody did.
+        # Usually one number; the texts are gathered only after an error.
         if not self.any(own is not None):
             return
-        told = self.each("" if own is None else f"{here()}: {said(own)}")
+        text = "" if own is None else f"{host_and_pid()}: {format_error(own)}"
+        texts = self.all_gather_object(text)
         if own is not None:
             raise own
-        failed = {rank: text for rank, text in enumerate(told) if text}
-        rank, text = next(iter(failed.items()))
-        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        failures = {rank: text for rank, text in enumerate(texts) if text}
+        rank, text = next(iter(failures.items()))
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise RankError(f"rank {rank}{more} on {text}")
 
 
 @contextmanager
-def joined(
+def init_ranks(
     launch: Launch, device_type: str, timeout: timedelta, needs_group: bool
 ) -> Iterator[Ranks]:
-    """Join the processes of ``launch`` for the length of the block; collective.
+    """Initialize torch.distributed for ``launch`` for the length of the block; collective.
 
-    device_type: where tensors of training are; agreement goes over gloo anyway.
-    needs_group: also a process that is alone gets a group, for strategies that ask for one.
+    device_type: where training's tensors are; `Ranks` communicates over gloo anyway.
+    needs_group: make a group for one process too, for strategies that need one.
 
     Raises:
-        RankError: not all came in time.
+        RankError: not all processes arrived in time.
     """
     if launch.world_size == 1 and not needs_group:
         yield Ranks()
         return
     # Every gloo group has a socket to each other process.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
     on_cuda = device_type == "cuda"
     if on_cuda:
         torch.cuda.set_device(launch.local_rank)
     try:
-        store = _meet(launch, timeout)
+        store = _rendezvous_store(launch, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
             store=PrefixStore("groups", store),
@@ -173,10 +174,10 @@ def joined(
             device_id=torch.device("cuda", launch.local_rank) if on_cuda else None,
         )
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankError(
             f"rank {launch.rank} of {launch.world_size} on {socket.gethostname()} did not meet the"
-            f" others at {where} within {timeout.total_seconds():.0f} s: {error}"
+            f" others at {address} within {timeout.total_seconds():.0f} s: {error}"
         ) from error
     try:
         yield Ranks(timeout, store)
@@ -184,21 +185,21 @@ def joined(
         dist.destroy_process_group()
 
 
-def _meet(launch: Launch, timeout: timedelta) -> Store:
+def _rendezvous_store(launch: Launch, timeout: timedelta) -> Store:
     """Return the store through which the processes find each other."""
     if launch.world_size == 1:
         return HashStore()
-    found = rendezvous("env://", rank=launch.rank, world_size=launch.world_size, timeout=timeout)
-    store: Store = next(found)[0]
-    # A launcher's store outlives a group, with what the last one left there.
-    return PrefixStore(f"run{next(_joined)}", store)
+    results = rendezvous("env://", rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    store: Store = next(results)[0]
+    # A launcher's store outlives a group, and keeps its keys.
+    return PrefixStore(f"run{next(_store_numbers)}", store)
 
 
-def here() -> str:
-    """Name this process to other ranks' readers: its host and number."""
+def host_and_pid() -> str:
+    """Name this process in messages that other ranks show: host and process id."""
     return f"{socket.gethostname()}, process {os.getpid()}"
 
 
-def said(error: BaseException) -> str:
-    """Return an error's text, with its kind where a user would not expect it."""
+def format_error(error: BaseException) -> str:
+    """Return an error's text, with its type unless it is one of modtrain's own."""
     return str(error) if isinstance(error, ModtrainError) else f"{type(error).__name__}: {error}"

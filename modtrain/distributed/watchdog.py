@@ -1,8 +1,8 @@
-"""Who failed, when ranks wait for one another: a board that all can read, and a watch on each rank.
+"""Which rank failed or hangs: a watchdog thread on each rank, and a store that all ranks read.
 
-A rank that fails says why on the board before it ends. The others find out by a collective that
-breaks or does not return; they look at the board, and name the rank, its host and its reason. A
-rank that hangs is told apart by its silence; its own watch, a thread, writes where it stands.
+A rank that fails publishes its reason before it ends. The others notice by a collective that breaks
+or does not return; they read the store, and name the rank, its host and its reason. A rank that
+hangs stops sending heartbeats; its own watchdog writes the stacks of its threads.
 """
 
 from __future__ import annotations
@@ -23,179 +23,186 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from modtrain.common.errors import CheckpointError, RankError, TrainingError
-from modtrain.distributed.process_group import Ranks, here, said
+from modtrain.distributed.process_group import Ranks, format_error, host_and_pid
 
-# Seconds that what waits for disks or the compiler may take: as long as ranks wait in a save.
-PATIENCE = 1800.0
-# How long a rank whose collective broke waits for the others to say why.
+# Seconds that disks or the compiler may take: as long as ranks wait in a save.
+SLOW_TIMEOUT = 1800.0
+# Seconds that a rank waits for the others' reports after its collective broke.
 _GRACE = 5.0
-_BROKEN = (
+_BROKEN_COLLECTIVE = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket"),
     *("Timed out waiting", "timed out", "Connection refused", "recv", "gloo", "NCCL"),
 )
 
 
-class Watch:
-    """One rank's thread that sees whether its main thread gets on."""
+class Watchdog:
+    """A thread that watches whether this rank's main thread makes progress."""
 
     def __init__(
         self, store: Store, rank: int, world_size: int, timeout: float, logs: Path | None
     ) -> None:
-        """Start watching.
+        """Start the thread.
 
-        store: the board; not one that the main thread waits at. timeout: seconds without a
-        `tick` after which a rank counts as stuck. logs: where the stacks of a stuck rank go.
+        store: a connection that the main thread does not wait on. timeout: seconds without a
+        `heartbeat` after which a rank counts as stuck. logs: where a stuck rank's stacks go.
         """
         self.store, self.rank, self.world_size = store, rank, world_size
         self.timeout, self.logs = timeout, logs
-        self._where, self._ticked = "start", time.monotonic()
-        self._patience, self._told = timeout, False
-        # Where rank 0 is, whose process has the board if no launcher has it.
-        self._first = ""
+        self._where, self._last_heartbeat = "start", time.monotonic()
+        self._patience, self._is_dumped = timeout, False
+        # Rank 0's host: its process serves the store if the launcher does not.
+        self._rank0_host = ""
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
-    def tick(self, where: str, patience: float = 0.0) -> None:
-        """Say that the main thread got to ``where``. Cheap: no rank hears of it yet.
+    def heartbeat(self, where: str, timeout: float = 0.0) -> None:
+        """Note that the main thread reached ``where``. Local and cheap.
 
-        patience: seconds that what begins there may well take, where that is more than the timeout.
-        The others' own waiting ends at theirs all the same.
+        timeout: seconds that what begins there may take, if that is more than the usual timeout.
+        Ranks that wait for this one still give up after theirs.
         """
-        self._where, self._ticked, self._told = where, time.monotonic(), False
-        self._patience = max(self.timeout, patience)
+        self._where, self._last_heartbeat, self._is_dumped = where, time.monotonic(), False
+        self._patience = max(self.timeout, timeout)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop the thread."""
         self._end.set()
         self._thread.join()
 
-    def post(self, kind: str, text: str) -> None:
-        """Put up what became of this rank: ``failed``, ``waits`` or ``stuck``.
+    def publish_failure(self, kind: str, text: str) -> None:
+        """Publish what happened to this rank: ``failed``, ``waits`` or ``stuck``.
 
-        The first one to blame has a key of its own, so that nobody has to read all posts.
+        The first rank that failed or is stuck has a key of its own, so that a reader needs one
+        request, not one a rank.
         """
-        told = json.dumps([self.rank, kind, here(), text])
+        report = json.dumps([self.rank, kind, host_and_pid(), text])
         with suppress(Exception):
-            # The board is gone where rank 0 is.
+            # The store is gone when rank 0 is.
             if kind != "waits":
-                self.store.compare_set("blame", "", told)
-            self.store.set(f"post/{self.rank}", told)
-            self.store.add("posts", 1)
+                self.store.compare_set("first_failure", "", report)
+            self.store.set(f"failure/{self.rank}", report)
+            self.store.add("num_failures", 1)
 
-    def fail(self, text: str) -> None:
-        """Say why this rank ends; the one that has the board stays until the others know."""
-        self.post("failed", text)
+    def publish_own_error(self, text: str) -> None:
+        """Publish why this rank ends; the one that serves the store waits for the others."""
+        self.publish_failure("failed", text)
         if self.rank == 0:
             deadline = time.monotonic() + _GRACE
             with suppress(Exception):
-                while time.monotonic() < deadline and self._num_posts() < self.world_size:
-                    time.sleep(self._pause)
+                while time.monotonic() < deadline and self._num_failures() < self.world_size:
+                    time.sleep(self._poll_interval)
 
-    def explain(self, error: BaseException) -> RankError | None:
-        """Return why a collective broke here, as far as the ranks say.
+    def find_cause(self, error: BaseException) -> RankError | None:
+        """Return why a collective broke on this rank, as far as the ranks report.
 
-        None: nobody else failed, so the error is this rank's own.
+        None: no other rank failed, so the error is this rank's own.
         """
-        self.post("waits", str(error))
+        self.publish_failure("waits", str(error))
         try:
-            blamed, before = self._blame(), {}
-            if blamed is None:
-                before = self._beats()
-                blamed = self._wait_for_blame()
-            if blamed is not None:
-                rank, kind, host, text = blamed
+            failure, reports = self._first_failure(), {}
+            if failure is None:
+                reports = self._heartbeats()
+                failure = self._wait_for_first_failure()
+            if failure is not None:
+                rank, kind, host, text = failure
                 if rank == self.rank:
                     return None
-                verb = "failed" if kind == "failed" else "does not get on"
+                verb = "failed" if kind == "failed" else "makes no progress"
                 return RankError(f"rank {rank} on {host} {verb}: {text}")
-            everybody = range(self.world_size)
-            silent = [rank for rank in everybody if not self.store.check([f"post/{rank}"])]
-            return RankError(self._silent(silent, before)) if silent else None
+            ranks = range(self.world_size)
+            silent = [rank for rank in ranks if not self.store.check([f"failure/{rank}"])]
+            return RankError(self._describe_silent(silent, reports)) if silent else None
         except Exception:
-            where = f"rank 0{f' on {self._first}' if self._first else ''}"
-            return RankError(f"{where} has died, or is not to be reached: it keeps the board")
+            rank0 = f"rank 0{f' on {self._rank0_host}' if self._rank0_host else ''}"
+            return RankError(
+                f"{rank0} has died or is unreachable, and with it the store that says who failed"
+            )
 
-    def _wait_for_blame(self) -> tuple[int, str, str, str] | None:
-        """Return who is to blame, kind, host and text; None when all wait, or it is late."""
-        # A rank is alive that reports meanwhile.
-        deadline = time.monotonic() + max(_GRACE, 3 * self._beat)
+    def _wait_for_first_failure(self) -> tuple[int, str, str, str] | None:
+        """Return rank, kind, host and text; None when all ranks wait, or after a timeout."""
+        # A rank that is alive reports within this time.
+        deadline = time.monotonic() + max(_GRACE, 3 * self._report_interval)
         while time.monotonic() < deadline:
-            if (blamed := self._blame()) is not None:
-                return blamed
-            if self._num_posts() >= self.world_size:
+            if (failure := self._first_failure()) is not None:
+                return failure
+            if self._num_failures() >= self.world_size:
                 break
-            time.sleep(self._pause)
+            time.sleep(self._poll_interval)
         return None
 
-    def _blame(self) -> tuple[int, str, str, str] | None:
-        if not self.store.check(["blame"]):
+    def _first_failure(self) -> tuple[int, str, str, str] | None:
+        if not self.store.check(["first_failure"]):
             return None
-        rank, kind, host, text = json.loads(self.store.get("blame"))
+        rank, kind, host, text = json.loads(self.store.get("first_failure"))
         return rank, kind, host, text
 
-    def _num_posts(self) -> int:
-        return int(self.store.add("posts", 0))
+    def _num_failures(self) -> int:
+        return int(self.store.add("num_failures", 0))
 
-    def _beats(self) -> dict[int, Any]:
-        """Return the last report of every rank that has made one."""
-        found = {}
+    def _heartbeats(self) -> dict[int, Any]:
+        """Return the last heartbeat of every rank that has sent one."""
+        reports = {}
         for rank in range(self.world_size):
-            if self.store.check([f"seen/{rank}"]):
-                found[rank] = json.loads(self.store.get(f"seen/{rank}"))
-        return found
+            if self.store.check([f"heartbeat/{rank}"]):
+                reports[rank] = json.loads(self.store.get(f"heartbeat/{rank}"))
+        return reports
 
-    def _silent(self, ranks: list[int], before: dict[int, Any]) -> str:
-        """Say of ranks that do not answer when they were last seen."""
-        now = self._beats()
+    def _describe_silent(self, ranks: list[int], before: dict[int, Any]) -> str:
+        """Describe ranks that report no failure by their heartbeats ``before`` and now."""
+        now = self._heartbeats()
         lines = []
         for rank in ranks:
             if rank not in now:
-                lines.append(f"rank {rank} is not to be reached")
+                lines.append(f"rank {rank} is unreachable")
                 continue
-            host, where, idle, beat = now[rank]
-            is_alive = rank in before and beat != before[rank][3]
+            host, where, idle, number = now[rank]
+            is_alive = rank in before and number != before[rank][3]
             state = f"has been at {where} for {idle:.0f} s" if is_alive else "has died"
             lines.append(f"rank {rank} on {host} {state}; its last report was from {where}")
         return "; ".join(lines) + ". Its own output, or its stacks in logs/, may say why"
 
     @property
-    def _beat(self) -> float:
+    def _report_interval(self) -> float:
         return min(10.0, max(0.2, self.timeout / 8))
 
     @property
-    def _pause(self) -> float:
-        """Seconds between two looks; all ranks look at one store."""
+    def _poll_interval(self) -> float:
+        """Seconds between two requests; all ranks ask one store."""
         return max(0.05, self.world_size / 1000)
 
     def _run(self) -> None:
-        beats, host = 0, here()
-        while beats == 0 or not self._end.wait(self._beat):
-            beats += 1
-            idle = time.monotonic() - self._ticked
+        number, host = 0, host_and_pid()
+        while number == 0 or not self._end.wait(self._report_interval):
+            number += 1
+            idle = time.monotonic() - self._last_heartbeat
             with suppress(Exception):
-                report = [host, self._where, round(idle, 1), beats]
-                self.store.set(f"seen/{self.rank}", json.dumps(report))
-                if self.store.check(["seen/0"]):
-                    self._first = json.loads(self.store.get("seen/0"))[0]
+                report = [host, self._where, round(idle, 1), number]
+                self.store.set(f"heartbeat/{self.rank}", json.dumps(report))
+                if self.store.check(["heartbeat/0"]):
+                    self._rank0_host = json.loads(self.store.get("heartbeat/0"))[0]
                 if idle > self.timeout:
-                    self._stuck(idle)
+                    self._handle_stuck(idle)
 
-    def _stuck(self, idle: float) -> None:
-        """Write the stacks; end where others wait for this rank, which may be for ever."""
-        is_awaited = self._num_posts() > 0 and not self.store.check([f"post/{self.rank}"])
-        if not self._told and (is_awaited or idle > self._patience):
-            self._told = True
-            self._dump(idle)
+    def _handle_stuck(self, idle: float) -> None:
+        """Write the stacks; end the process where others wait for it, which may be for ever."""
+        is_awaited = self._num_failures() > 0 and not self.store.check([f"failure/{self.rank}"])
+        if not self._is_dumped and (is_awaited or idle > self._patience):
+            self._is_dumped = True
+            self._dump_stacks(idle)
         if is_awaited:
-            self.post("stuck", f"at {self._where} for {idle:.0f} s, in {self._main_frame()}")
+            text = f"at {self._where} for {idle:.0f} s, in {self._main_frame()}"
+            self.publish_failure("stuck", text)
             if self.rank == 0:
-                # The board goes with this process: the others are reading it.
+                # The store ends with this process, and the others are reading it.
                 time.sleep(_GRACE)
             os._exit(1)
 
-    def _dump(self, idle: float) -> None:
-        text = f"rank {self.rank} has not got on from {self._where} for {idle:.0f} s; its threads:"
+    def _dump_stacks(self, idle: float) -> None:
+        text = (
+            f"rank {self.rank} has made no progress since {self._where} for {idle:.0f} s;"
+            " its threads:"
+        )
         print(text, file=sys.stderr, flush=True)  # noqa: T201
         faulthandler.dump_traceback(all_threads=True)
         if self.logs is not None:
@@ -212,56 +219,58 @@ class Watch:
 
 
 @contextmanager
-def watching(ranks: Ranks, timeout: float, logs: Path | None) -> Iterator[Watch | None]:
-    """Watch this rank for the length of the block; None where it is alone.
+def run_watchdog(ranks: Ranks, timeout: float, logs: Path | None) -> Iterator[Watchdog | None]:
+    """Watch this rank for the length of the block; None with one process.
 
-    An error inside is told to the others; where one comes from another rank, that is named.
+    An error inside is published to the other ranks. One that comes from another rank names it.
 
     Raises:
         RankError: a collective broke because of another rank.
-        TrainingError: memory ran out.
-        BaseException: this rank's own error, as it is.
+        TrainingError: out of memory.
+        BaseException: this rank's own error, unchanged.
     """
-    watch = None
+    watchdog = None
     if ranks.store is not None and ranks.world_size > 1:
-        # Of its own: the main thread may be waiting at the other one.
-        board = ranks.store.clone()  # type: ignore[attr-defined]
-        watch = Watch(board, ranks.rank, ranks.world_size, timeout, logs)
+        # A connection of its own: the main thread may be waiting on the other one.
+        store = ranks.store.clone()  # type: ignore[attr-defined]
+        watchdog = Watchdog(store, ranks.rank, ranks.world_size, timeout, logs)
     try:
-        yield watch
+        yield watchdog
     except BaseException as error:
         own = _out_of_memory(error) or error
-        if watch is not None:
-            if _is_broken_collective(error) and (cause := watch.explain(error)) is not None:
+        if watchdog is not None:
+            if _is_broken_collective(error) and (cause := watchdog.find_cause(error)) is not None:
                 raise cause from error
             if not isinstance(error, RankError):
-                watch.fail(said(own))
+                watchdog.publish_own_error(format_error(own))
         if own is not error:
             raise own from error
         raise
     finally:
-        if watch is not None:
-            watch.close()
+        if watchdog is not None:
+            watchdog.close()
 
 
 def _is_broken_collective(error: BaseException | None) -> bool:
-    """Whether a collective broke, or it is why something else did."""
+    """Whether ``error`` or a cause of it is a broken collective."""
     if error is None:
         return False
-    broke = isinstance(error, dist.DistError)
+    is_broken = isinstance(error, dist.DistError)
     if isinstance(error, RuntimeError | CheckpointError):
-        broke = broke or any(word in str(error) for word in _BROKEN)
-    return broke or _is_broken_collective(error.__cause__)
+        is_broken = is_broken or any(text in str(error) for text in _BROKEN_COLLECTIVE)
+    return is_broken or _is_broken_collective(error.__cause__)
 
 
 def _out_of_memory(error: BaseException) -> TrainingError | None:
+    """Return what tells the user about an out-of-memory error; None for another error."""
     is_own = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
     if not is_own and "can't allocate memory" not in str(error):
         return None
     return TrainingError(
-        f"out of memory: {first}\n"
+        f"out of memory: {first_line}\n"
         "remedy: set strategy.activation_checkpointing=full, or strategy=fsdp on more processes; or"
-        " lower batch.micro_batch_size, which changes no result but to rounding (a model that"
-        " learns from a micro-batch as a whole does not go on with another: docs/reference/runs.md)"
+        " lower batch.micro_batch_size, which changes results by rounding only (a model whose"
+        " layers depend on the whole micro-batch cannot resume with another:"
+        " docs/reference/runs.md)"
     )

@@ -23,8 +23,8 @@ def check_alike(config: TrainConfig, data_fingerprint: str, ranks: Ranks) -> Non
         RankError: names a rank, its host, and what differs with both values.
     """
     here = facts(config, data_fingerprint)
-    first = ranks.first(here)
-    with ranks.together():
+    first = ranks.broadcast_from_rank0(here)
+    with ranks.raise_on_all_ranks():
         differing = [
             f"  {key}: {_shown(first.get(key))} on rank 0, {_shown(here.get(key))} here"
             for key in sorted(first.keys() | here.keys())

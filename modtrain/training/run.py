@@ -20,13 +20,13 @@ from modtrain.checkpoint.saver import Saver
 from modtrain.common.errors import CheckpointError, ModtrainError, RankError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
-from modtrain.distributed.process_group import Ranks, joined
-from modtrain.distributed.watchdog import PATIENCE, Watch, watching
+from modtrain.distributed.process_group import Ranks, init_ranks
+from modtrain.distributed.watchdog import SLOW_TIMEOUT, Watchdog, run_watchdog
 from modtrain.parallel.strategies.base import make_strategy
 from modtrain.training.callbacks.checkpoints import CheckpointCallback
 from modtrain.training.callbacks.evaluation import HeldOutCallback
 from modtrain.training.callbacks.finite import FiniteLossGuard
-from modtrain.training.callbacks.heartbeat import WatchCallback
+from modtrain.training.callbacks.heartbeat import HeartbeatCallback
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.callbacks.progress import ProgressCallback
 from modtrain.training.callbacks.spike_guard import SpikeGuard
@@ -71,12 +71,12 @@ def train(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> Outcome:
     needs_group = config.strategy.name != "single"
     logs = RunDirectory.of(config).logs
     with (
-        joined(launch, accelerator, timeout, needs_group) as ranks,
-        watching(ranks, config.strategy.timeout, logs) as watch,
+        init_ranks(launch, accelerator, timeout, needs_group) as ranks,
+        run_watchdog(ranks, config.strategy.timeout, logs) as watchdog,
     ):
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             config, plan = resolve(config, launch=launch)
-        return _Run(config, plan, launch, ranks, watch, callbacks).train()
+        return _Run(config, plan, launch, ranks, watchdog, callbacks).train()
 
 
 class _Run:
@@ -88,13 +88,13 @@ class _Run:
         plan: TrainingPlan,
         launch: Launch,
         ranks: Ranks,
-        watch: Watch | None,
+        watchdog: Watchdog | None,
         more_callbacks: Sequence[L.Callback],
     ) -> None:
         self.config, self.plan, self.more_callbacks = config, plan, more_callbacks
-        self.launch, self.ranks, self.watch = launch, ranks, watch
+        self.launch, self.ranks, self.watchdog = launch, ranks, watchdog
         self.directory = RunDirectory.of(config)
-        self.console = Console(soft_wrap=True, quiet=not ranks.is_first)
+        self.console = Console(soft_wrap=True, quiet=not ranks.is_rank0)
         self.data = TokenDataModule(
             config.data,
             micro_batch_size=config.batch.micro_batch_size,
@@ -107,14 +107,14 @@ class _Run:
     def train(self) -> Outcome:
         """Train what is left of it."""
         run, ranks = self.directory, self.ranks
-        if ranks.first(run.is_complete):
-            with ranks.together():
+        if ranks.broadcast_from_rank0(run.is_complete):
+            with ranks.raise_on_all_ranks():
                 run.check_same(self.config)
             self.console.print(f"{run.path} is complete: nothing to train")
             return Outcome("already complete", run)
         with ExitStack() as held:
-            with ranks.together():
-                if ranks.is_first:
+            with ranks.raise_on_all_ranks():
+                if ranks.is_rank0:
                     held.enter_context(run.locked())
             return self._train_locked()
 
@@ -128,8 +128,8 @@ class _Run:
             reached = self._go_on(trace)
         if reached < plan.steps:
             return self._stopped()
-        with ranks.together():
-            if ranks.is_first:
+        with ranks.raise_on_all_ranks():
+            if ranks.is_rank0:
                 run.complete(_result(plan, run))
         self.console.print(f"{run.path} is complete: {plan.steps} steps, {plan.flops:.3g} FLOPs")
         return Outcome("complete", run)
@@ -139,8 +139,8 @@ class _Run:
         config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
         # The last fit may have left its model in a cycle of references.
         gc.collect()
-        if self.watch is not None:
-            self.watch.tick("the choice of a checkpoint", PATIENCE)
+        if self.watchdog is not None:
+            self.watchdog.heartbeat("the choice of a checkpoint", SLOW_TIMEOUT)
         found = recover(run.checkpoints, ranks)
         start_step, path = found if found is not None else (0, None)
         rolled_back = trace.go_on(start_step, plan.sequences_per_step, config.spike)
@@ -149,7 +149,7 @@ class _Run:
             self.console.print(said)
         if start_step:
             self.console.print(f"{run.path} goes on from step {start_step} of {plan.steps}")
-        log = MetricsLog(run, plan, start_step, config.log.tensorboard, ranks.is_first)
+        log = MetricsLog(run, plan, start_step, config.log.tensorboard, ranks.is_rank0)
         try:
             if rolled_back:
                 log.write(start_step, {"spike/rollbacks": trace.rollbacks})
@@ -164,14 +164,14 @@ class _Run:
 
     def _start(self) -> None:
         """Write down that the run starts, once all ranks are of one mind."""
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             fingerprint = self.data.index.summary.fingerprint
         check_alike(self.config, fingerprint, self.ranks)
-        with self.ranks.together():
-            if self.ranks.is_first:
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.is_rank0:
                 device = resolve_accelerator(self.config.strategy.accelerator)
                 self.directory.start(self.config, fingerprint, device)
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             self.directory.check_seen()
 
     def _fit(self, log: MetricsLog, start_step: int, path: Path | None, trace: SpikeTrace) -> int:
@@ -206,22 +206,22 @@ class _Run:
         callbacks: list[L.Callback] = [
             guard,
             metrics,
-            HeldOutCallback(log, clock, config.eval.every, ranks, self.watch),
+            HeldOutCallback(log, clock, config.eval.every, ranks, self.watchdog),
         ]
-        if config.log.progress and ranks.is_first:
+        if config.log.progress and ranks.is_rank0:
             callbacks.append(ProgressCallback(metrics, str(config.name)))
         callbacks.append(CheckpointCallback(run, config.checkpoint, clock, saver))
-        if self.watch is not None:
-            callbacks.append(WatchCallback(self.watch))
+        if self.watchdog is not None:
+            callbacks.append(HeartbeatCallback(self.watchdog))
         return [*self.more_callbacks, *callbacks]
 
     def _stopped(self) -> Outcome:
         run = self.directory
         newest = whole_checkpoints(run.checkpoints)[-1:]
-        told = [signum for signum in self.ranks.each(STOP.signum) if signum is not None]
-        if STOP.signum is None and told:
-            # It came to another rank.
-            STOP.signum = told[0]
+        signums = self.ranks.all_gather_object(STOP.signum)
+        if STOP.signum is None:
+            # Another rank received it.
+            STOP.signum = next((signum for signum in signums if signum is not None), None)
         at = f"step {newest[0][0]} is saved" if newest else "nothing is saved yet"
         self.console.print(f"stopped by {STOP.name}: {at}; the same command goes on from there")
         return Outcome("stopped", run, STOP.exit_code)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from benchmarks._control import board_cost, save_cost
+from benchmarks._control import save_cost, store_cost
 from benchmarks._paper import ALL, Paper, fake_group, trace
 from benchmarks._traffic import theory
 from benchmarks.scale import overrides
@@ -183,6 +183,6 @@ def test_a_save_is_told_in_entries_of_all_ranks():
 
 
 def test_a_beat_costs_the_board_the_same_on_any_number_of_ranks():
-    few, many = board_cost(8), board_cost(1024)
-    assert few.beat == many.beat <= 3
+    few, many = store_cost(8), store_cost(1024)
+    assert few.heartbeat == many.heartbeat <= 3
     assert many.failure >= 1

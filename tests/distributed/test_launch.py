@@ -60,7 +60,7 @@ def test_a_launcher_that_tells_nonsense_is_an_error(changed, key):
 
 
 def test_processes_that_do_not_know_where_to_meet_are_an_error():
-    with pytest.raises(ConfigError, match="do not know where to meet"):
+    with pytest.raises(ConfigError, match="need a rendezvous address"):
         Launch(2, 0, 0, 2).export({"MASTER_PORT": "1"})
 
 

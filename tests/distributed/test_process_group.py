@@ -18,8 +18,8 @@ def _tells() -> tuple[object, ...]:
     dist.all_reduce(total)
     return (
         ranks.rank,
-        ranks.first(f"by {ranks.rank}"),
-        ranks.each(ranks.rank * 10),
+        ranks.broadcast_from_rank0(f"by {ranks.rank}"),
+        ranks.all_gather_object(ranks.rank * 10),
         ranks.any(ranks.rank == 1),
         float(total),
     )
@@ -32,16 +32,16 @@ def test_ranks_are_told_alike() -> None:
 def test_one_process_agrees_with_itself() -> None:
     ranks = Ranks()
     assert (ranks.world_size, ranks.rank, ranks.group) == (1, 0, None)
-    assert ranks.first(3) == 3
-    assert ranks.each("x") == ["x"]
-    with pytest.raises(DataError), ranks.together():
+    assert ranks.broadcast_from_rank0(3) == 3
+    assert ranks.all_gather_object("x") == ["x"]
+    with pytest.raises(DataError), ranks.raise_on_all_ranks():
         raise DataError("gone")
 
 
 def _fails_on_one() -> str:
     ranks = Ranks()
     try:
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if ranks.rank == 1:
                 raise DataError("the shard is gone")
     except DataError:

@@ -196,7 +196,7 @@ def restore(path: Path, engine: Any, model: nn.Module, ranks: Ranks) -> Restored
         CheckpointError: a tensor is missing or has another shape, or the steps differ.
         RankError: another rank could not.
     """
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         manifest, rest, reader = Manifest.read(path), read_rest(path), TensorReader(path)
         put(engine, model, reader)
         same = manifest.world_size == ranks.world_size

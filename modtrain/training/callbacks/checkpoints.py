@@ -34,7 +34,7 @@ class CheckpointCallback(StepCallback):
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Save where it is due; after a stop signal save and end."""
         # Every rank has to come to one answer, or some would save and others train on.
-        stop = self.saver.ranks.any_before(STOP.requested)
+        stop = self.saver.ranks.any_at_last_call(STOP.requested)
         if not stop and not is_due(step, self.config.every, module.plan.steps):
             self.saver.poll()
             return
@@ -57,7 +57,7 @@ class CheckpointCallback(StepCallback):
         # A rank that was not told knows of no end.
         if not self.saver.ranks.any(late):
             return True
-        if self.saver.ranks.is_first:
+        if self.saver.ranks.is_rank0:
             log.warning(
                 "step %d is not saved: a save takes %.0f s, and %s s are left. What came after the"
                 " last checkpoint is made again; a longer cluster.lead or cluster.grace, or"

@@ -13,7 +13,7 @@ from torch import Tensor
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.documents import document_numbers_if_apart
 from modtrain.distributed.process_group import Ranks
-from modtrain.distributed.watchdog import Watch
+from modtrain.distributed.watchdog import Watchdog
 from modtrain.evaluation.held_out import HeldOut, evaluate
 from modtrain.evaluation.routing_metrics import chosen_picture
 from modtrain.training.callbacks.metrics import StepClock
@@ -29,7 +29,7 @@ CAUSAL_FLOPS = "held_out/causal_flops_per_token"
 class HeldOutCallback(StepCallback):
     """Records the causal loss, and beside it the top-k loss, which is not causal.
 
-    watch: of this rank, which hears of each batch, for a large split may take long.
+    watchdog: gets a heartbeat for each batch, because a large split may take long.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class HeldOutCallback(StepCallback):
         clock: StepClock,
         every: int | None,
         ranks: Ranks,
-        watch: Watch | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.metrics_log, self.clock, self.every = metrics_log, clock, every
-        self.ranks, self.watch = ranks, watch
+        self.ranks, self.watchdog = ranks, watchdog
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Evaluate where it is due."""
@@ -51,7 +51,7 @@ class HeldOutCallback(StepCallback):
         with self.clock, _eager(module):
             found = evaluate(
                 module.model,
-                self._watched(data.val_dataloader(), step),
+                self._with_heartbeats(data.val_dataloader(), step),
                 trainer.precision_plugin.forward_context(),
                 eos_id=module.config.data.eos_id,
                 capacities=module.plan.capacities_at(step - 1),
@@ -59,15 +59,15 @@ class HeldOutCallback(StepCallback):
             )
             self.metrics_log.write(step, held_out_metrics(found))
             self._draw(trainer, module, step)
-        if self.watch is not None:
-            # What comes now, such as a save, has its own time.
-            self.watch.tick(f"the end of the evaluation after step {step}")
+        if self.watchdog is not None:
+            # What follows, such as a save, has its own timeout.
+            self.watchdog.heartbeat(f"the end of the evaluation after step {step}")
 
-    def _watched(self, batches: Iterable[Tensor], step: int) -> Iterator[Tensor]:
-        """Tell the watch of each batch."""
+    def _with_heartbeats(self, batches: Iterable[Tensor], step: int) -> Iterator[Tensor]:
+        """Send a heartbeat for each batch."""
         for number, batch in enumerate(batches, 1):
-            if self.watch is not None:
-                self.watch.tick(f"batch {number} of the evaluation after step {step}")
+            if self.watchdog is not None:
+                self.watchdog.heartbeat(f"batch {number} of the evaluation after step {step}")
             yield batch
 
     def _total(self, module: LanguageModule, counts: bool) -> Callable[[Tensor], Tensor]:

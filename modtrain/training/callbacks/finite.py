@@ -53,7 +53,7 @@ class FiniteLossGuard(Guard):
         ranks = self.saver.ranks
         if not ranks.any(own[1] >= 0):
             return
-        found = ranks.each(own)
+        found = ranks.all_gather_object(own)
         first = min(step for _, step in found if step >= 0)
         here = [str(rank) for rank, (step, _) in enumerate(found) if step == first]
         on_ranks = f" on rank {', '.join(here)}" if here and ranks.world_size > 1 else ""

@@ -1,4 +1,4 @@
-"""Tells the rank's watch that the main thread gets on."""
+"""Sends the watchdog a heartbeat whenever the main thread makes progress."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from typing import Any
 
 import lightning as L
 
-from modtrain.distributed.watchdog import PATIENCE, Watch
+from modtrain.distributed.watchdog import SLOW_TIMEOUT, Watchdog
 from modtrain.training.module import LanguageModule
 
 
-class WatchCallback(L.Callback):
-    """Ticks before and after each micro-batch, and before what waits for disks or the compiler."""
+class HeartbeatCallback(L.Callback):
+    """Heartbeats around each micro-batch, and before slow work of disks or the compiler."""
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch, self._first_step = watch, 0
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.watchdog, self._first_step = watchdog, 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give a checkpoint its time to be read."""
+        """Allow for the time that loading a checkpoint takes."""
         del trainer, pl_module, stage
-        self.watch.tick("the setting up", PATIENCE)
+        self.watchdog.heartbeat("the setup", SLOW_TIMEOUT)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note which step is the first."""
+        """Note the first step."""
         del pl_module
         self._first_step = trainer.global_step
-        self.watch.tick("the start of training")
+        self.watchdog.heartbeat("the start of training")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Say which step begins, or goes on."""
+        """Report the step that this micro-batch belongs to."""
         del batch, batch_idx
         step = trainer.global_step
-        patience = PATIENCE if self._compiles(pl_module, step) else 0.0
-        self.watch.tick(f"step {step + 1}", patience)
+        timeout = SLOW_TIMEOUT if self._may_compile(pl_module, step) else 0.0
+        self.watchdog.heartbeat(f"step {step + 1}", timeout)
 
     def on_train_batch_end(
         self,
@@ -44,19 +44,19 @@ class WatchCallback(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Say that it is over, and what comes between steps with it."""
+        """Report the end of a micro-batch and of what the callbacks before did after it."""
         del pl_module, outputs, batch, batch_idx
-        self.watch.tick(f"the end of step {trainer.global_step}")
+        self.watchdog.heartbeat(f"the end of step {trainer.global_step}")
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Give a save its time: it may wait for the one before, and for the disk."""
+        """Allow for the time of a save: it may wait for the save before, and for the disk."""
         del pl_module, checkpoint
-        self.watch.tick(f"the save of step {trainer.global_step}", PATIENCE)
+        self.watchdog.heartbeat(f"the save of step {trainer.global_step}", SLOW_TIMEOUT)
 
-    def _compiles(self, module: L.LightningModule, step: int) -> bool:
-        """Whether the compiler may have to work in step ``step``, counted from 0."""
+    def _may_compile(self, module: L.LightningModule, step: int) -> bool:
+        """Whether step ``step``, counted from 0, may compile."""
         if not isinstance(module, LanguageModule) or not module.config.compile:
             return False
         return step in (self._first_step, *(stage.first for stage in module.plan.stages))

@@ -85,7 +85,7 @@ class SpikeGuard(Guard):
     def _who(self, spike: Spike) -> str:
         """Name the ranks whose own loss is no number, if there are others."""
         ranks = self.saver.ranks
-        bad = [not math.isfinite(loss) for loss in ranks.each(spike.own_loss)]
+        bad = [not math.isfinite(loss) for loss in ranks.all_gather_object(spike.own_loss)]
         if not any(bad) or all(bad):
             return ""
         return f" on rank {', '.join(str(rank) for rank, is_bad in enumerate(bad) if is_bad)}"

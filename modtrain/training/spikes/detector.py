@@ -245,10 +245,10 @@ class SpikeTrace:
         self.run, self.ranks = run, ranks
         self.events, self._path = run.path / "events.jsonl", run.path / "left_out.json"
         found: dict[str, Any] = {}
-        with ranks.together():
-            if ranks.is_first:
+        with ranks.raise_on_all_ranks():
+            if ranks.is_rank0:
                 found = self._read()
-        found = ranks.first(found)
+        found = ranks.broadcast_from_rank0(found)
         self.left_out: list[tuple[int, int]] = [(first, stop) for first, stop in found["left_out"]]
         self.rollbacks: int = found["rollbacks"]
         # A spike that ended the fit, with its samples: the run is to go back.
@@ -276,8 +276,8 @@ class SpikeTrace:
 
     def _drop_skips(self, start_step: int) -> None:
         """Drop the skips after ``start_step``: they come again, or they do not."""
-        with self.ranks.together():
-            if self.ranks.is_first and self.events.is_file():
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.is_rank0 and self.events.is_file():
                 kept = [
                     event
                     for event in read_metrics(self.events)
@@ -294,8 +294,8 @@ class SpikeTrace:
         }
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         event = {"time": time, "action": action, **figures, "samples": samples, **more}
-        with self.ranks.together():
-            if self.ranks.is_first:
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.is_rank0:
                 with self.events.open("a") as file:
                     file.write(json.dumps(event) + "\n")
                     file.flush()
@@ -322,8 +322,8 @@ class SpikeTrace:
         # One within the new one is a part of it: none begins or ends inside.
         apart = [other for other in self.left_out if not start <= other[0] <= end]
         left_out, rollbacks = sorted([*apart, stretch]), self.rollbacks + 1
-        with self.ranks.together():
-            if self.ranks.is_first:
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.is_rank0:
                 content = {"left_out": left_out, "rollbacks": rollbacks}
                 write_json(self._path, content, self.run.path)
                 sync(self.run.path)

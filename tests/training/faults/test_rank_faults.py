@@ -14,7 +14,7 @@ from modtrain.checkpoint import saver
 from modtrain.checkpoint.layout import Manifest
 from modtrain.cli.compose import compose
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.distributed.watchdog import Watch
+from modtrain.distributed.watchdog import Watchdog
 from modtrain.training import rank_consistency as alike
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.module import LanguageModule
@@ -176,18 +176,18 @@ def test_a_slow_disk_is_not_stuck(prepared, tmp_path, what):
 
 
 def test_what_has_its_time_is_not_stuck(tmp_path):
-    watch = Watch(dist.HashStore(), 0, 2, 0.3, tmp_path)
+    watchdog = Watchdog(dist.HashStore(), 0, 2, 0.3, tmp_path)
     stacks = tmp_path / "stacks-rank-00000.txt"
     try:
-        watch.tick("a save", patience=60)
+        watchdog.heartbeat("a save", timeout=60)
         time.sleep(1)
         assert not stacks.exists()
-        # The next tick is no longer patient, nor is a rank for which another waits.
-        watch.tick("step 1")
+        # The next heartbeat has the usual timeout again, as has a rank that another waits for.
+        watchdog.heartbeat("step 1")
         time.sleep(1)
-        assert stacks.read_text().count("has not got on from step 1") == 1
+        assert stacks.read_text().count("has made no progress since step 1") == 1
     finally:
-        watch.close()
+        watchdog.close()
 
 
 def test_a_patient_rank_ends_where_others_wait(tmp_path):
@@ -199,9 +199,9 @@ def test_a_patient_rank_ends_where_others_wait(tmp_path):
 
 def awaited(logs: str) -> None:
     store = dist.HashStore()
-    watch = Watch(store, 1, 2, 0.3, Path(logs))
-    watch.tick("a save", patience=60)
-    store.add("posts", 1)
+    watchdog = Watchdog(store, 1, 2, 0.3, Path(logs))
+    watchdog.heartbeat("a save", timeout=60)
+    store.add("num_failures", 1)
     time.sleep(30)
 
 
