@@ -95,6 +95,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def empty_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stay out of the checkout, whose data/ may hold anything or nothing."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def no_stop_request() -> Iterator[None]:
     """Let a run in this process begin as if alone in it, and leave no handler behind."""
     before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}

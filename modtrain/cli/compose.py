@@ -93,7 +93,7 @@ def compose(
     typed = OmegaConf.to_object(config)
     if problems:
         # What else is wrong belongs into the same message.
-        problems += _own_problems(typed, {problem.key for problem in problems})
+        problems += _own_problems(verb, typed, {problem.key for problem in problems})
     raise_if_any(problems)
     return typed
 
@@ -191,11 +191,15 @@ def _together(verb: str, overrides: list[Override], error: Exception) -> ConfigE
     return ConfigError([Problem(names or verb, "", plain(error), remedy)])
 
 
-def _own_problems(config: Any, known: set[str]) -> list[Problem]:
+def _own_problems(verb: str, config: Any, known: set[str]) -> list[Problem]:
     """Return what the typed parts find wrong, but for keys that are told already."""
-    found: list[Problem] = config.problems()
-    if isinstance(config, TrainConfig) and "data.path" not in known:
-        found += config.data.shard_problems("data")
+    if verb == "plan":
+        # It has no run to name, and need not fit the data that is there.
+        found = config.problems(needs_name=False)
+    else:
+        found = config.problems()
+        if isinstance(config, TrainConfig) and "data.path" not in known:
+            found += config.data.shard_problems("data")
     return [problem for problem in found if problem.key not in known]
 
 

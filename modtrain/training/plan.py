@@ -119,7 +119,8 @@ def resolve(
 
     Returns the configuration with ``model.vocab_size`` and ``data.seq_len`` set, with
     ``data.document_mask`` also ``data.eos_id``, and its plan.
-    ``needs_data=False`` goes on without prepared data where the configuration says enough.
+    ``needs_data=False`` goes on without prepared data where the configuration says enough, and
+    where it does not fit the prepared data: `data_mismatches` says what does not.
     launch: the processes that there are; None: as many as the configuration plans for.
 
     Raises:
@@ -127,12 +128,12 @@ def resolve(
     """
     found = config.problems(needs_name=needs_data)
     summary = _summary(config.data.path)
-    if summary is not None or needs_data:
-        found += config.data.shard_problems("data")
+    if needs_data:
+        found += data_mismatches(config)
         if summary is None:
             raise_if_any(found)
-    found += _vocabulary_problems(config, summary)
-    seq_len, length_problems = _sequence_length(config, summary)
+    found += _missing_vocabulary(config, summary)
+    seq_len, length_problems = _sequence_length(config, summary, needs_data)
     found += length_problems
     launch = expected_launch(config.strategy, Launch()) if launch is None else launch
     sizes = _ALONE
@@ -251,33 +252,27 @@ def _summary(path: str) -> IndexSummary | None:
         return None
 
 
-def _vocabulary_problems(config: TrainConfig, summary: IndexSummary | None) -> list[Problem]:
-    size = config.model.vocab_size
-    if summary is None:
-        if size is not None:
-            return []
-        return [
-            Problem(
-                "model.vocab_size",
-                "null",
-                f"comes from the tokenizer, but there is no prepared data in {config.data.path}",
-                "run modtrain prepare first, or set model.vocab_size",
-            )
-        ]
-    if size is None or size >= summary.vocab_size:
+def data_mismatches(config: TrainConfig) -> list[Problem]:
+    """Find why a run could not read the prepared data at ``data.path``, which may be missing."""
+    found = config.data.shard_problems("data")
+    summary, size = _summary(config.data.path), config.model.vocab_size
+    if summary is not None and size is not None and size < summary.vocab_size:
+        reason = f"is smaller than the tokenizer's {summary.vocab_size}"
+        remedy = f"set it to {summary.vocab_size} or more, or to null"
+        found.append(Problem("model.vocab_size", size, reason, remedy))
+    return found
+
+
+def _missing_vocabulary(config: TrainConfig, summary: IndexSummary | None) -> list[Problem]:
+    if summary is not None or config.model.vocab_size is not None:
         return []
-    return [
-        Problem(
-            "model.vocab_size",
-            size,
-            f"is smaller than the tokenizer's {summary.vocab_size}",
-            f"set it to {summary.vocab_size} or more, or to null",
-        )
-    ]
+    reason = f"comes from the tokenizer, but there is no prepared data in {config.data.path}"
+    remedy = "run modtrain prepare first, or set model.vocab_size"
+    return [Problem("model.vocab_size", "null", reason, remedy)]
 
 
 def _sequence_length(
-    config: TrainConfig, summary: IndexSummary | None
+    config: TrainConfig, summary: IndexSummary | None, needs_data: bool
 ) -> tuple[int, list[Problem]]:
     length = config.data.seq_len
     if summary is None:
@@ -289,8 +284,9 @@ def _sequence_length(
         ]
     if length is None:
         return summary.seq_len, []
-    # A length that does not fit the shards is told by the data's own problems.
-    return (length if length > 0 and summary.seq_len % length == 0 else 0), []
+    # A run with a length that does not fit the shards is refused by the data's own problems.
+    is_read = length > 0 and summary.seq_len % length == 0
+    return (length if is_read or not needs_data else 0), []
 
 
 def _end_of_document(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
+from modtrain.data.stream.index import INDEX_NAME
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.flops import (
     CONVENTIONS,
@@ -16,12 +19,15 @@ from modtrain.models.flops import (
 from modtrain.parallel.config import Sizes
 from modtrain.training.config import TrainConfig
 from modtrain.training.memory import gibibytes, state_bytes
-from modtrain.training.plan import TrainingPlan, resolve
+from modtrain.training.plan import TrainingPlan, data_mismatches, resolve
 from modtrain.training.schedules import lr_factor
 
 
 def show(config: TrainConfig) -> None:
     """Print parameters, FLOPs, steps, schedule and memory of the run.
+
+    Where it does not fit the prepared data that is there, it is planned as configured, with a
+    warning on stderr.
 
     Raises:
         ConfigError: everything that is wrong with it, at once.
@@ -36,6 +42,16 @@ def show(config: TrainConfig) -> None:
     console.print("FLOP conventions:")
     for line in CONVENTIONS:
         console.print(f"  - {line}")
+    _warn_of_mismatches(config)
+
+
+def _warn_of_mismatches(config: TrainConfig) -> None:
+    path = config.data.path
+    problems = data_mismatches(config) if (Path(path) / INDEX_NAME).exists() else []
+    if problems:
+        head = f"warning: the prepared data in {path} does not fit this plan; train would refuse it"
+        text = "\n".join([f"{head}:", *(f"  - {problem}" for problem in problems)])
+        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 def _parts(config: TrainConfig, plan: TrainingPlan) -> Table:

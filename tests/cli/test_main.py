@@ -18,6 +18,8 @@ from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError
 from tests.conftest import make_corpus, modtrain_command, run_modtrain
 
+pytestmark = pytest.mark.usefixtures("empty_cwd")
+
 
 def errors(*overrides, verb="train"):
     with pytest.raises(ConfigError) as error:
@@ -253,6 +255,46 @@ def test_plan_prints_parts_conventions_and_schedule(capsys):
         assert said in shown
     for said in ("steps", "tokens", "cosine", "AdamW moments", "causal attention is counted whole"):
         assert said in shown
+
+
+def test_a_plan_that_does_not_fit_the_prepared_data_is_made_with_a_warning(prepared, capsys):
+    """For other values than those of the data, as if there were none; train refuses them."""
+    words = ["model=mod_60m", "model.vocab_size=299", "budget.flops=6e18"]
+    words += ["data.seq_len=2048", "data.document_mask=true", "data.eos_id=7"]
+    assert cli.main(["plan", *words]) == 0
+    without = capsys.readouterr()
+    assert without.err == ""
+    words.append(f"data.path={prepared}")
+    assert cli.main(["plan", *words]) == 0
+    beside = capsys.readouterr()
+    assert beside.out == without.out
+    assert f"warning: the prepared data in {prepared}" in beside.err
+    told = ("data.seq_len=2048", "length 64", "data.eos_id=7", "model.vocab_size=299", "300")
+    assert all(said in beside.err for said in told)
+    assert beside.err.count("remedy:") == 3
+    assert cli.main(["train", "name=x", *words]) == 2
+    refused = capsys.readouterr().err
+    assert all(said in refused for said in told)
+    # What is left open comes from the data.
+    assert cli.main(["plan", "model=tiny", f"data.path={prepared}", "budget.steps=12"]) == 0
+    fitting = capsys.readouterr()
+    assert "sequences of 64 tokens" in fitting.out
+    assert fitting.err == ""
+
+
+def test_an_index_that_cannot_be_read_is_warned_of_too(prepared, tmp_path, capsys):
+    (tmp_path / "old").mkdir()
+    index = json.loads((prepared / "index.json").read_text()) | {"version": 0}
+    (tmp_path / "old/index.json").write_text(json.dumps(index))
+    words = ["model=mod_60m", "data.seq_len=2048", "data.path=old", "budget.flops=6e18"]
+    assert cli.main(["plan", *words]) == 0
+    assert "data.path=old" in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_plan_is_told_without_what_it_does_not_need(prepared, capsys):
+    words = ["data.seq_len=2048", f"data.path={prepared}", "budget.steps=1", "budget.stesp=1"]
+    assert cli.main(["plan", *words]) == 2
+    assert capsys.readouterr().err.count("remedy:") == 1
 
 
 def test_doctor_says_what_is_here(capsys):

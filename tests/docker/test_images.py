@@ -301,6 +301,7 @@ def test_every_command_parses(monkeypatch):
     assert {need for found in needs for need in found.split(",")} <= set(doctor.NEEDS)
 
 
+@pytest.mark.usefixtures("empty_cwd")
 def test_what_runs_by_itself_can_be_planned(prepared):
     from modtrain.training.plan import resolve
 
