@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations 30 --durations-min 1
 SAMPLE := prompt='My fellow citizens' echo=true max_tokens=60 sampling.top_p=0.9
 
-.PHONY: help install quickstart test test-slow nightly kills parity parity-record lint format types imports bench docs lock clean
+.PHONY: help install quickstart test test-slow nightly kills parity parity-record lint format types imports bench docs figures lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -68,6 +68,9 @@ bench: $(STAMP)  ## every benchmark, one after the other
 docs: $(STAMP)  ## the documents as a site in build/docs; a warning or a link to nowhere stops it
 	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
 	$(BIN)/pytest -q tests/test_documents.py
+
+figures: $(STAMP)  ## train the small runs that the documents' pictures show, and draw them anew
+	$(BIN)/python docs/figures/recorded.py
 
 lock: $(STAMP)  ## pin what is installed now
 	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt

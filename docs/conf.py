@@ -12,7 +12,13 @@ author = "the modtrain authors"
 copyright = f"2026, {author}"
 release = __version__
 
-extensions = ["myst_parser", "sphinx_copybutton", "sphinx_design", "config_reference"]
+extensions = [
+    "myst_parser",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "config_reference",
+    "drawn_figures",
+]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["figures", "extensions"]
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist"]
