@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What every job script here has in common; it is sourced, and docs/how-to/run-on-slurm.md explains it.
+# What every job script here has in common; it is sourced, and docs/concepts/slurm-jobs.md explains it.
 #
 # What a script may set before (all have a default):
 #   code           directory that holds modtrain/ and slurm/: a checkout, or what `modtrain submit` froze

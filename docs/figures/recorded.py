@@ -28,6 +28,7 @@ from playwright.sync_api import Page, sync_playwright
 from rich.console import Console
 from rich.terminal_theme import DIMMED_MONOKAI, SVG_EXPORT_THEME, TerminalTheme
 from rich.text import Text
+from schematics import routed_block
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build/figures"
@@ -71,10 +72,15 @@ def sweep() -> None:
     sweep_chart(results, IMAGES)
 
 
+def readme() -> None:
+    """The figure of README.md, which is also seen where no site is built."""
+    routed_block().save(IMAGES, "routed-block")
+
+
 def plan() -> None:
     """What `modtrain plan` prints, as a terminal shows it."""
     command = "plan", "model=mod_220m", "data.seq_len=2048", "model.vocab_size=32000"
-    words = [*command, "budget.flops=6e18"]
+    words = [*command, "batch.tokens=262144", "budget.flops=6e18"]
     size = {"COLUMNS": "76", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
     printed = _run(*words, environment=size)
     themes = {"light": _light_terminal(), "dark": DIMMED_MONOKAI}
@@ -177,7 +183,15 @@ def _run(*words: str, environment: dict[str, str] | None = None) -> str:
 
 if __name__ == "__main__":
     matplotlib.use("svg")
-    wanted = sys.argv[1:] or ["train", "compare", "sweep", "plan", "inspect", "tensorboard"]
+    wanted = sys.argv[1:] or [
+        "train",
+        "compare",
+        "sweep",
+        "readme",
+        "plan",
+        "inspect",
+        "tensorboard",
+    ]
     for name in wanted:
         print(name, flush=True)
         globals()[name]()

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 _WARM = ["pytest", "hypothesis", "lightning.pytorch.strategies", "modtrain.training.run"]
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(_WARM)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(_WARM)
 
 TIMEOUT = 120.0
 _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -97,10 +97,10 @@ class Fleet:
         self.children: list[Any] = []
         self.pipes: dict[Connection, int] = {}
         for rank in range(world_size):
-            ours, theirs = _CONTEXT.Pipe(duplex=False)
+            ours, theirs = CONTEXT.Pipe(duplex=False)
             environment = _environment(rank, world_size, nodes, port)
             # No daemon, which must not have workers of its own.
-            child = _CONTEXT.Process(
+            child = CONTEXT.Process(
                 target=_child, args=(theirs, function, arguments, environment, joins)
             )
             child.start()
