@@ -33,8 +33,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modtrain.parallel.expert
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.parts import parts_of
-from modtrain.checkpoint.saver import Saver
 from modtrain.cli.compose import compose
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks
@@ -95,10 +95,10 @@ def trace(world_size: int, rank: int, seq_len: int, overrides: Sequence[str]) ->
     local = math.gcd(world_size, _NODE)
     launch = Launch(world_size, rank, rank % local, local)
     # Before there is a group: nobody saves here, and nobody has to agree.
-    saver = Saver(Ranks())
+    checkpointer = Checkpointer(Ranks.create())
     with fake_group(launch), tempfile.TemporaryDirectory() as folder:
         config, plan = _resolved(launch, seq_len, Path(folder), overrides)
-        strategy = make_strategy(strategy_options(config, plan), "cpu", saver)
+        strategy = make_strategy(strategy_options(config, plan), "cpu", checkpointer)
         if not isinstance(strategy, Sharded):
             raise TypeError(f"strategy={config.strategy.name} does not cut parameters")
         paper = Paper(config, plan)

@@ -35,8 +35,8 @@ from benchmarks._harness import (
     print_times,
     ratio,
 )
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import checkpoint_path, verify
-from modtrain.checkpoint.saver import Saver
 from modtrain.checkpoint.state import named_state, restore
 from modtrain.distributed.process_group import Ranks
 from modtrain.models.config import ModelConfig
@@ -109,7 +109,7 @@ class _Bench:
         self.tokens_BS = torch.randint(options.vocab, (1, options.seq_len))
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self.numbers = count(1)
-        self.saver = Saver(Ranks())
+        self.checkpointer = Checkpointer(Ranks.create())
         self._steps(1)
         self.kept = self._save(blocking=True)
         self.files = [file for file in self.kept.iterdir() if file.is_file()]
@@ -132,7 +132,7 @@ class _Bench:
         for _ in range(number):
             loss = self.model(self.tokens_BS, self.tokens_BS).loss
             loss.backward()
-            self.saver.copied()
+            self.checkpointer.wait_for_copy()
             self.optimizer.step()
             self.optimizer.zero_grad()
         return time.perf_counter() - start
@@ -140,8 +140,10 @@ class _Bench:
     def _save(self, blocking: bool) -> Path:
         step = next(self.numbers)
         path = checkpoint_path(self.root, step)
-        tensors, rest = named_state(self.model, self.optimizer)
-        self.saver.save(path, tensors, rest, step, blocking=blocking, later=not blocking)
+        tensors, extra_state = named_state(self.model, self.optimizer)
+        self.checkpointer.save(
+            path, tensors, extra_state, step, blocking=blocking, async_copy=not blocking
+        )
         return path
 
     def _steps_saving(self) -> float:
@@ -149,9 +151,9 @@ class _Bench:
         path = self._save(blocking=False)
         self._steps(self.options.steps)
         passed = time.perf_counter() - start
-        if self.saver.poll():
+        if self.checkpointer.poll():
             print("a save outlasted the steps beside it: give more --steps")
-        self.saver.wait()
+        self.checkpointer.wait()
         shutil.rmtree(path)
         return passed
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there at all, written and read by any number of ranks.
+"""Checkpoints on disk: whole or absent, written and read by any number of ranks.
 
 A checkpoint is a directory ``step-<n>``:
 
@@ -7,25 +7,26 @@ A checkpoint is a directory ``step-<n>``:
 - ``manifest.json``: step, and size and SHA-256 of each file; written last
 
 It is written under another name, flushed to disk, and renamed; its path is never written again.
-Files of others stay data: nothing is unpickled beyond a list of harmless classes.
+Checkpoints from elsewhere are only data: nothing but a list of harmless classes is unpickled.
 
-Training on any number of ranks, one included::
+Training on any number of ranks, including one::
 
-    saver = Saver(ranks, keep_last=2, keep_every=None)         # collective
-    found = recover(root, ranks)                               # (step, path) or None, on all alike
+    checkpointer = Checkpointer(ranks, keep_last=2, keep_every=None)
+    found = checkpointer.recover(root)                         # (step, path) or None
     if found:
-        restored = restore(found[1], model, optimizer, ranks)  # in place, whatever the layout
-        # restored.rest, restored.rank_state (None on another world size), restored.world_size
+        restored = checkpointer.restore(found[1], model, optimizer)  # in place, any layout
+        # restored.extra_state, .rank_state (None for another world size), .world_size
     ...
     tensors, named = named_state(model, optimizer)             # plain tensors or DTensors, by key
-    saver.save(checkpoint_path(root, step), tensors, {**named, **rest}, step, rank_state)
-    saver.poll()                                               # each step: tells of a failed save
-    saver.copied()                                             # after save(…, later=True)
-    saver.close()                                              # at the end, or ``with Saver(…)``
+    path = checkpoint_path(root, step)
+    checkpointer.save(path, tensors, {**named, **more}, step, rank_state)
+    checkpointer.poll()                                        # each step: raises a failed save
+    checkpointer.wait_for_copy()                               # after save(…, async_copy=True)
+    checkpointer.close()                                       # at the end
 
-Every rank calls `Saver`'s methods, `recover` and `restore` alike; what fails on one rank is raised
-on all. ``model`` may be wrapped (DistributedDataParallel, FSDP2, torch.compile); ``optimizer`` is a
-torch AdamW over its parameters, fresh or not. Who keeps state otherwise, as DeepSpeed does, gives
-whole tensors under the same keys, each on one rank, with ``save(…, dealt=False)``, and takes them
-from a `TensorReader`, a mapping that reads a tensor when it is asked for.
+Every rank calls the methods of `Checkpointer` alike; what fails on one rank is raised on all.
+``model`` may be wrapped (DistributedDataParallel, FSDP2, torch.compile); ``optimizer`` is a torch
+AdamW over its parameters, new or used. State of another form, such as DeepSpeed's, is passed as
+whole tensors under the same keys, each on one rank, with ``save(…, deduplicate=False)``, and
+restored with ``load(path, fill)`` from a `TensorReader`, a mapping that reads a tensor on access.
 """

@@ -1,4 +1,4 @@
-"""Typed configuration of what is done with a run's checkpoints."""
+"""Typed configuration of ``modtrain checkpoints``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class CheckpointsConfig:
 
     run: the run's name below ``runs_dir``.
     runs_dir: where runs live.
-    action: ``list`` them; ``verify`` every byte; ``prune`` all but what is to be kept;
-        ``consolidate`` the weights of one in a safetensors file.
-    step: which one is consolidated; null takes the newest.
-    keep_last, keep_every: of pruning, as ``checkpoint.keep_last`` and ``checkpoint.keep_every``;
+    action: ``list`` them; ``verify`` every byte; ``prune`` all but those to keep; ``consolidate``
+        the weights of one to a safetensors file.
+    step: the checkpoint to consolidate; null takes the newest.
+    keep_last, keep_every: for pruning, as ``checkpoint.keep_last`` and ``checkpoint.keep_every``;
         null takes the run's own.
-    output: the file that is written; null is ``model-<step>.safetensors`` in the run's directory.
-    dtype: of the weights in it; as trained they are fp32.
+    output: the file to write; null is ``model-<step>.safetensors`` in the run's directory.
+    dtype: of the weights in the file; training keeps them in fp32.
     """
 
     run: str | None = None
@@ -46,16 +46,18 @@ class CheckpointsConfig:
         ]
 
     def _unused(self) -> list[Problem]:
-        """Find what the action does not look at."""
+        """Find keys that the action does not use."""
         uses = {
             "prune": ("keep_last", "keep_every"),
             "consolidate": ("step", "output"),
         }
-        found = []
+        problems = []
         for action, names in uses.items():
             for name in names:
                 value = getattr(self, name)
                 if value is not None and self.action != action and self.action in ACTIONS:
                     reason = f"has no meaning for action={self.action}"
-                    found.append(Problem(name, value, reason, f"leave it out, or action={action}"))
-        return found
+                    problems.append(
+                        Problem(name, value, reason, f"leave it out, or action={action}")
+                    )
+        return problems

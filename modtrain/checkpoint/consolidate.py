@@ -1,4 +1,4 @@
-"""A model's weights as one safetensors file, out of a checkpoint of any number of ranks."""
+"""Convert a checkpoint of any number of ranks to one safetensors file of the model's weights."""
 
 from __future__ import annotations
 
@@ -36,20 +36,19 @@ def consolidate(
     metadata: Mapping[str, str] | None = None,
     tied: Mapping[str, str] | None = None,
 ) -> int:
-    """Write the weights of the checkpoint ``path`` to ``output``, and return its bytes.
+    """Write the weights of the checkpoint ``path`` to ``output``; return the file's size in bytes.
 
-    In one process, without a process group; of the weights one tensor is in memory at a time. The
-    file is there whole or not at all.
+    In one process, without a process group; one tensor is in memory at a time. The file is written
+    whole or not at all.
 
-    dtype: of floating-point tensors; None leaves them as they were trained. metadata: texts to
-    store. tied: names that are left out, each with the one that stands for it; they are told in
-    the metadata as ``tied``.
+    dtype: of floating-point tensors; None keeps the saved one. metadata: texts to store. tied: tied
+    names to leave out, each with the name that is stored; the metadata has them as ``tied``.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or holds no weights.
+        CheckpointError: the checkpoint cannot be read.
     """
     reader, tied = TensorReader(path), dict(tied or {})
-    # From the widest on, so that each lies at a multiple of its width.
+    # The widest dtype first, so that each tensor is aligned to its element size.
     keys = sorted(
         (k for k in reader if k.startswith(MODEL) and k.removeprefix(MODEL) not in tied),
         key=lambda key: (-_dtype(reader, key, dtype).itemsize, key),
@@ -85,9 +84,9 @@ def _header(
     return len(text).to_bytes(8, "little") + text
 
 
-def _dtype(reader: TensorReader, key: str, wish: torch.dtype | None) -> torch.dtype:
-    own = reader.dtypes[key]
-    return wish if wish is not None and own.is_floating_point else own
+def _dtype(reader: TensorReader, key: str, requested: torch.dtype | None) -> torch.dtype:
+    saved = reader.dtypes[key]
+    return requested if requested is not None and saved.is_floating_point else saved
 
 
 def _write_tensor(file: BinaryIO, reader: TensorReader, key: str, dtype: torch.dtype) -> None:

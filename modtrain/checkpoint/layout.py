@@ -1,4 +1,4 @@
-"""Where checkpoints lie, and the manifest that says what is in one."""
+"""Names of checkpoint directories and files, and the manifest of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from modtrain.common.atomic_io import digest, file_sha256
 from modtrain.common.errors import CheckpointError
 
 FORMAT = 3
-PREFIX, ASIDE = "step-", ".writing-"
-MANIFEST, REST = "manifest.json", "state.pt"
+STEP_PREFIX, TEMPORARY_PREFIX = "step-", ".writing-"
+MANIFEST, EXTRA_STATE = "manifest.json", "state.pt"
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """Return where the checkpoint of ``step`` lies under ``root``."""
-    return root / f"{PREFIX}{step:09d}"
+    """Return the directory of the checkpoint of ``step`` under ``root``."""
+    return root / f"{STEP_PREFIX}{step:09d}"
 
 
-def aside_of(path: Path) -> Path:
-    """Return where the checkpoint ``path`` is written before it is renamed."""
-    return path.with_name(ASIDE + path.name)
+def temporary_path(path: Path) -> Path:
+    """Return the directory in which the checkpoint ``path`` is written before it is renamed."""
+    return path.with_name(TEMPORARY_PREFIX + path.name)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a whole checkpoint holds.
+    """The files of a whole checkpoint.
 
-    files: name → ``bytes`` and ``sha256``. world_size: of the ranks that wrote it.
+    files: name → ``bytes`` and ``sha256``. world_size: how many ranks wrote it.
     """
 
     step: int
@@ -42,21 +42,21 @@ class Manifest:
         return sum(int(entry["bytes"]) for entry in self.files.values())
 
     def write(self, folder: Path) -> None:
-        """Write it into ``folder``."""
+        """Write the manifest into ``folder``."""
         content = {"format": FORMAT, **vars(self), "files": dict(sorted(self.files.items()))}
         content["digest"] = digest(content)
         (folder / MANIFEST).write_text(json.dumps(content, indent=1))
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read that of the checkpoint ``path``.
+        """Read the manifest of the checkpoint ``path``.
 
         Raises:
             CheckpointError: there is none, it is of another format, or names files elsewhere.
         """
         try:
             content = json.loads((path / MANIFEST).read_text())
-            told = content.pop("digest", None)
+            saved_digest = content.pop("digest", None)
             version, world_size = content["format"], int(content.get("world_size", 1))
             files = {
                 str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
@@ -67,15 +67,15 @@ class Manifest:
             raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
         if version != FORMAT:
             raise CheckpointError(f"{path} has format {version}; this modtrain reads {FORMAT}")
-        if told != digest(content):
-            raise CheckpointError(f"{path / MANIFEST} is altered: it does not match its own digest")
+        if saved_digest != digest(content):
+            raise CheckpointError(f"{path / MANIFEST} was altered: its digest does not match")
         for name in files:
             if not is_plain_name(name):
                 raise CheckpointError(f"{path} names a file outside of it: {name}")
         return manifest
 
     def check(self, path: Path, rank: int = 0, world_size: int = 1, contents: bool = True) -> None:
-        """Compare the files of ``path`` that fall to ``rank``: every ``world_size``-th.
+        """Compare ``rank``'s share of the files of ``path``: every ``world_size``-th.
 
         contents: also compare checksums, which reads every byte.
 
@@ -89,7 +89,7 @@ class Manifest:
                     raise CheckpointError(f"{path} lacks its file {name}")
                 if file.stat().st_size != expected["bytes"]:
                     size = expected["bytes"]
-                    raise CheckpointError(f"{file} is cut short or grown: not {size} bytes")
+                    raise CheckpointError(f"{file} has another size than {size} bytes")
                 if contents and file_sha256(file) != expected["sha256"]:
                     raise CheckpointError(f"{file} does not match its checksum")
             except OSError as error:
@@ -97,7 +97,7 @@ class Manifest:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether ``name`` is that of a file in the directory itself."""
+    """Whether ``name`` names a file in the directory itself."""
     return Path(name).name == name and name not in ("", ".", "..")
 
 

@@ -1,4 +1,4 @@
-"""Which part of which tensor a rank writes, and the copy that it is written from."""
+"""Which part of which tensor a rank writes, and the host copies that are written."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a tensor that this rank writes.
+    """A rectangular part of a tensor that this rank writes.
 
-    item: where it lies in the whole one, as torch.distributed.checkpoint knows it. tensor: its
-    values, local and plain.
+    item: its place in the whole tensor, for torch.distributed.checkpoint. tensor: its values, local
+    and plain.
     """
 
     item: WriteItem
@@ -32,17 +32,17 @@ class Part:
 
 
 def parts_of(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[Part]:
-    """Return what falls to ``rank``: each element of each tensor falls to one rank alone.
+    """Return the parts that ``rank`` writes; each element of each tensor belongs to one rank.
 
-    What several ranks hold alike is dealt out among them from the largest on. So under data
-    parallelism a rank copies and writes its share, not the whole. Every rank must give the same
-    names and shapes, plain tensors that are the same everywhere, or DTensors.
+    Replicated tensors are distributed over the ranks that have them, the largest first, so under
+    data parallelism a rank copies and writes its share only. Every rank must pass the same names
+    and shapes: plain tensors that are the same everywhere, or DTensors.
 
     Raises:
-        ValueError: a DTensor that is not reduced yet.
+        ValueError: a DTensor has a partial placement.
     """
     order = sorted(tensors, key=lambda key: (-tensors[key].numel(), key))
-    found = []
+    parts = []
     for number, key in enumerate(order):
         tensor = tensors[key].detach()
         part = (
@@ -53,17 +53,17 @@ def parts_of(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[
             else None
         )
         if part is not None:
-            found.append(part)
-    return found
+            parts.append(part)
+    return parts
 
 
-def own_part(key: str, tensor: Tensor) -> Part:
-    """Return a tensor that no other rank has, under a name of its own."""
+def unsharded_part(key: str, tensor: Tensor) -> Part:
+    """Return the part of a tensor that no other rank has, with a unique key."""
     return _whole(key, tensor)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """A text that is the same where names, shapes and dtypes are."""
+    """Return a digest of names, shapes and dtypes."""
     lines = sorted(f"{key} {tuple(t.shape)} {t.dtype}" for key, t in tensors.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -105,7 +105,7 @@ def _part(
 
 
 class Staging:
-    """Host memory that parts are copied to, kept from save to save."""
+    """Host memory that parts are copied to, reused from save to save."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -113,8 +113,8 @@ class Staging:
     def copy(self, parts: list[Part], ready: torch.Event | None = None) -> list[Part]:
         """Return ``parts`` with copies in host memory, which the next call overwrites.
 
-        ready: when the device has the values, as `ready_event` gives it. The copies are enqueued
-        beside what the device computes meanwhile, and waited for once.
+        ready: the event after which the values are final, from `ready_event`. The copies run on
+        a stream of their own beside other work of the device.
         """
         self._buffers = copies = {part.item.index.fqn: self._buffer(part) for part in parts}
 
@@ -136,14 +136,14 @@ class Staging:
         known, tensor = self._buffers.get(part.item.index.fqn), part.tensor
         if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
             return known
-        # To other memory CUDA would not copy beside the host.
+        # CUDA copies asynchronously to pinned memory only.
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 def ready_event(parts: list[Part]) -> torch.Event | None:
-    """Mark what CUDA has been asked to compute so far; None where no part is there.
+    """Return a CUDA event after the work enqueued so far; None if no part is on CUDA.
 
-    For the thread that copies has a stream of its own.
+    The thread that copies waits for it on a stream of its own.
     """
     device = device_of(parts)
     if device is None or device.type != "cuda":
@@ -154,5 +154,5 @@ def ready_event(parts: list[Part]) -> torch.Event | None:
 
 
 def device_of(parts: list[Part]) -> torch.device | None:
-    """Return the device that parts are on; None where all are on the host."""
+    """Return the device of the parts; None if all are on the host."""
     return next((part.tensor.device for part in parts if not part.tensor.is_cpu), None)

@@ -1,4 +1,4 @@
-"""What each rank has for itself, such as random states: a small nest, as one tensor of bytes."""
+"""State of one rank alone, such as random states: nested plain values as one tensor of bytes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from modtrain.checkpoint.parts import Part, own_part
-from modtrain.checkpoint.reading import TensorReader, told
+from modtrain.checkpoint.parts import Part, unsharded_part
+from modtrain.checkpoint.reading import TensorReader, translate_load_errors
 
 
 def _key(rank: int) -> str:
@@ -16,14 +16,14 @@ def _key(rank: int) -> str:
 
 
 def rank_part(state: Any, rank: int) -> Part:
-    """Return ``state``, tensors on the CPU and plain values, as ``rank``'s part of a checkpoint."""
+    """Return ``state``, CPU tensors and plain values, as ``rank``'s part of a checkpoint."""
     stream = io.BytesIO()
     torch.save(state, stream)
-    return own_part(_key(rank), torch.frombuffer(stream.getbuffer(), dtype=torch.uint8))
+    return unsharded_part(_key(rank), torch.frombuffer(stream.getbuffer(), dtype=torch.uint8))
 
 
 def read_rank_state(reader: TensorReader, rank: int) -> Any:
-    """Return what ``rank`` saved; None if it saved nothing.
+    """Return the state that ``rank`` saved, None if it saved none.
 
     Raises:
         CheckpointError: it is more than plain data.
@@ -31,6 +31,6 @@ def read_rank_state(reader: TensorReader, rank: int) -> Any:
     if _key(rank) not in reader:
         return None
     content = reader.read(_key(rank))
-    with told(reader.path):
+    with translate_load_errors(reader.path):
         stream = io.BytesIO(content.numpy().tobytes())
         return torch.load(stream, weights_only=True, map_location="cpu")

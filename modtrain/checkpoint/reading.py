@@ -1,7 +1,8 @@
-"""Tensors of a checkpoint read by torch.distributed.checkpoint, where nothing is believed.
+"""Tensors of a checkpoint read by torch.distributed.checkpoint, without trusting the files.
 
-Torch's reader unpickles its metadata freely, and what the metadata calls bytes as well. Here the
-metadata is built of a list of harmless classes, and holds tensors of files of the checkpoint alone.
+Torch's reader unpickles its metadata without restrictions, and entries of kind "bytes" too. Here
+the metadata may contain a list of harmless classes only, and name tensors in files of the
+checkpoint only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 
-from modtrain.checkpoint.layout import REST, is_plain_name
+from modtrain.checkpoint.layout import EXTRA_STATE, is_plain_name
 from modtrain.common.errors import CheckpointError
 
 _SAFE_GLOBALS = {
@@ -42,50 +43,50 @@ _SAFE_GLOBALS = {
 
 
 class TensorReader(Mapping[str, Tensor]):
-    """The tensors of one checkpoint by key, each read when it is asked for, whole, on the CPU.
+    """The tensors of one checkpoint by key; each is read on access, whole, to the CPU.
 
     sizes, dtypes: of the tensors, by key; known without reading them.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read what there is.
+        """Read the metadata.
 
         Raises:
-            CheckpointError: the metadata cannot be read or holds more than plain data.
+            CheckpointError: the metadata cannot be read or contains more than plain data.
         """
         self.path = path
         self._reader = _SafeReader(path)
         self.sizes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        with told(path):
+        with translate_load_errors(path):
             for key, entry in self._reader.read_metadata().state_dict_metadata.items():
                 if not isinstance(entry, TensorStorageMetadata):
-                    raise pickle.UnpicklingError(f"{key} is no tensor")
+                    raise pickle.UnpicklingError(f"{key} is not a tensor")
                 self.sizes[key], self.dtypes[key] = entry.size, entry.properties.dtype
 
     def into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill ``tensors``, plain ones or DTensors, in place; of each the part that is here.
+        """Fill ``tensors``, plain tensors or the local parts of DTensors, in place.
 
-        Every rank reads for itself: it says nothing to the others.
+        Not collective: every rank reads for itself.
 
         Raises:
-            CheckpointError: one is not there, has another shape, or cannot be read.
+            CheckpointError: one is missing, has another shape, or cannot be read.
         """
         self._check(tensors)
-        with told(self.path), warnings.catch_warnings(), torch.no_grad():
+        with translate_load_errors(self.path), warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load_sharded(
                 dict(tensors), storage_reader=self._reader, planner=_TensorPlanner(), no_dist=True
             )
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the whole tensor ``key`` on the CPU, as ``dtype`` or as it was."""
+        """Return the whole tensor ``key`` on the CPU, as ``dtype`` or in its saved dtype."""
         tensor = self.empty(key, dtype)
         self.into({key: tensor})
         return tensor
 
     def empty(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a tensor on the CPU that ``key`` fits in.
+        """Return an uninitialized CPU tensor for ``key``.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -111,57 +112,59 @@ class TensorReader(Mapping[str, Tensor]):
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         missing = [key for key in tensors if key not in self.sizes]
         if missing:
-            raise CheckpointError(f"{self.path} lacks {listed(missing)}")
+            raise CheckpointError(f"{self.path} lacks {format_names(missing)}")
         for key, tensor in tensors.items():
             if tensor.shape != self.sizes[key]:
                 raise CheckpointError(
-                    f"{self.path} holds {key} of shape {tuple(self.sizes[key])};"
-                    f" here it is {tuple(tensor.shape)}: the model is another one"
+                    f"{self.path} has {key} of shape {tuple(self.sizes[key])};"
+                    f" this model has {tuple(tensor.shape)}: it is another model"
                 )
 
 
-def read_rest(path: Path) -> Any:
-    """Return what of the checkpoint ``path`` is not tensors.
+def read_extra_state(path: Path) -> Any:
+    """Return what the checkpoint ``path`` contains beside tensors.
 
     Raises:
-        CheckpointError: it cannot be read, or is more than plain data.
+        CheckpointError: it cannot be read, or contains more than plain data.
     """
-    with told(path):
-        return torch.load(path / REST, weights_only=True, map_location="cpu")
+    with translate_load_errors(path):
+        return torch.load(path / EXTRA_STATE, weights_only=True, map_location="cpu")
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turn what reading ``path`` may raise into a `CheckpointError`."""
+def translate_load_errors(path: Path) -> Iterator[None]:
+    """Turn any error of reading ``path`` into a `CheckpointError`."""
     try:
         yield
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than plain data; not loaded: {error}") from None
+        raise CheckpointError(
+            f"{path} contains more than plain data; not loaded: {error}"
+        ) from None
     except CheckpointException as error:
-        raise CheckpointError(f"{path} cannot be read: {cause(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {describe_failure(error)}") from error
     except Exception as error:
-        # Metadata that is not torch's may fail in any way.
-        said = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} cannot be read: {said}") from error
+        # Forged or damaged metadata may fail in any way.
+        text = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} cannot be read: {text}") from error
 
 
-def cause(error: BaseException) -> str:
-    """What lies behind torch's CheckpointException, which is no Exception and a screen long."""
+def describe_failure(error: BaseException) -> str:
+    """Return an error's text; of torch's long CheckpointException the causes by rank."""
     if isinstance(error, CheckpointException):
         return "; ".join(f"rank {r}: {wrapped[0]}" for r, wrapped in error.failures.items())
     return str(error)
 
 
-def listed(names: list[str], most: int = 5) -> str:
-    """``names`` as a text, the first of them where there are many."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def format_names(names: list[str], limit: int = 5) -> str:
+    """Return ``names`` as text, the first ``limit`` of them."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 class _SafeUnpickler(pickle.Unpickler):
-    """Builds torch's own metadata classes and dtypes, nothing else."""
+    """Unpickles torch's own metadata classes and dtypes, nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _SAFE_GLOBALS:
@@ -192,14 +195,16 @@ def _check_metadata(metadata: Any) -> None:
         raise pickle.UnpicklingError("the metadata is of another type")
     for info in (metadata.storage_data or {}).values():
         if not is_plain_name(info.relative_path) or getattr(info, "transform_descriptors", None):
-            raise pickle.UnpicklingError(f"it names {info.relative_path}, a file of others")
+            raise pickle.UnpicklingError(
+                f"it names {info.relative_path}, which is outside the checkpoint"
+            )
 
 
 class _TensorPlanner(DefaultLoadPlanner):
-    """Torch's unpickles freely what is called bytes."""
+    """Refuses entries of kind "bytes", which torch's planner unpickles without restrictions."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:  # noqa: ARG002
-        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor")

@@ -1,7 +1,7 @@
-"""Which checkpoint to go on from: the newest whole one, on which all ranks agree.
+"""Which checkpoint to resume from: the newest whole one, on which all ranks agree.
 
-Rank 0 lists and tells the others, each rank reads its share of the files, and what one of them
-finds wrong all of them hear. Only rank 0 renames and removes.
+Rank 0 lists the checkpoints, each rank reads its share of the files, and damage that one rank finds
+is known to all. Only rank 0 renames and removes.
 """
 
 from __future__ import annotations
@@ -9,49 +9,48 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-from modtrain.checkpoint.layout import ASIDE, PREFIX, Manifest, verify
+from modtrain.checkpoint.layout import STEP_PREFIX, TEMPORARY_PREFIX, Manifest, verify
 from modtrain.common.errors import CheckpointError
-from modtrain.distributed.process_group import Ranks
+from modtrain.distributed.process_group import ONE_PROCESS, Ranks
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-# What rank 0 tells of a candidate: its path, its manifest, or what is wrong with that.
+# Path, manifest, and the damage, empty if there is none; the manifest is None if it is damaged.
 _Candidate = tuple[Path, Manifest | None, str]
 
 
 def whole_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """List (step, path) of the checkpoints under ``root`` that look whole, oldest first.
 
-    What counts is the manifest inside, not the name. Sizes are compared, contents are not.
+    The step is the manifest's, not the name's. Sizes of files are compared, contents are not.
     """
-    paths = root.glob(f"{PREFIX}*") if root.is_dir() else ()
+    paths = root.glob(f"{STEP_PREFIX}*") if root.is_dir() else ()
     steps = ((_step_if_whole(path, contents=False), path) for path in paths)
     return sorted((step, path) for step, path in steps if step is not None)
 
 
-def latest(root: Path, ranks: Ranks | None = None) -> tuple[int, Path] | None:
-    """Return (step, path) of the newest checkpoint whose every byte is right, None without one.
+def latest(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
+    """Return (step, path) of the newest checkpoint with no damaged byte, None without one.
 
-    ranks: share the reading and get the same answer; collective. None: this process alone.
+    Collective over ``ranks``, which share the reading and get the same result.
     """
 
     def newest_first() -> list[_Candidate]:
         return [_candidate(path) for _, path in reversed(whole_checkpoints(root))]
 
-    for path, manifest, said in _checked(newest_first, ranks):
-        if manifest is not None and not said:
+    for path, manifest, damage in _checked(newest_first, ranks):
+        if manifest is not None and not damage:
             return manifest.step, path
-        if _is_first(ranks):
-            log.warning("passing over a checkpoint: %s", said)
+        if ranks.is_rank0:
+            log.warning("skipping a checkpoint: %s", damage)
     return None
 
 
-def chosen(root: Path, step: int | None) -> tuple[int, Path]:
+def find_checkpoint(root: Path, step: int | None) -> tuple[int, Path]:
     """Return (step, path) of the whole checkpoint of ``step``, or of the newest one for None.
 
     Raises:
@@ -60,84 +59,83 @@ def chosen(root: Path, step: int | None) -> tuple[int, Path]:
     if step is None:
         newest = latest(root)
         if newest is None:
-            raise CheckpointError(f"{root} holds no whole checkpoint: train first")
+            raise CheckpointError(f"{root} has no whole checkpoint: train first")
         return newest
-    steps = dict(whole_checkpoints(root))
-    if step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"{root} has no checkpoint of step={step}; there are: {there}")
-    verify(steps[step])
-    return step, steps[step]
+    paths = dict(whole_checkpoints(root))
+    if step not in paths:
+        steps = ", ".join(map(str, paths)) or "none"
+        raise CheckpointError(f"{root} has no checkpoint of step={step}; there are: {steps}")
+    verify(paths[step])
+    return step, paths[step]
 
 
-def with_chosen(root: Path, step: int | None, use: Callable[[int, Path], T]) -> T:
-    """Return what ``use`` makes of (step, path) of the checkpoint that is `chosen`.
+def with_checkpoint(root: Path, step: int | None, use: Callable[[int, Path], T]) -> T:
+    """Return ``use(step, path)`` of the checkpoint that `find_checkpoint` returns.
 
-    A run that trains may remove it meanwhile: then the choice is made again.
+    A run in training may remove it meanwhile: then another one is looked for.
 
     Raises:
-        CheckpointError: as `chosen` does.
+        CheckpointError: as `find_checkpoint` does.
     """
     while True:
-        found, path = chosen(root, step)
+        found_step, path = find_checkpoint(root, step)
         try:
-            return use(found, path)
+            return use(found_step, path)
         except (CheckpointError, OSError):
             if path.exists():
                 raise
 
 
-def recover(root: Path, ranks: Ranks | None = None) -> tuple[int, Path] | None:
-    """Make ``root`` fit to go on from: return what `latest` would, with nothing in the way.
+def recover(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
+    """Return the checkpoint to resume from, as `latest` does, and clean up ``root``.
 
-    What an interrupted save or removal left is removed. Damaged checkpoints newer than the one
-    returned are kept under the name ``damaged-…``, so that their steps can be saved again.
-
-    ranks: share the reading and get the same answer; collective. None: this process alone.
+    The remains of an interrupted save or removal are removed. Damaged checkpoints newer than the
+    returned one are renamed to ``damaged-…``, so that their steps can be saved again. Collective
+    over ``ranks``, which share the reading and get the same result.
 
     Raises:
-        CheckpointError, RankError: there are some, and none is whole; or a damaged one cannot be
-            moved away. On every rank.
+        CheckpointError, RankError: on every rank: there are checkpoints and none is whole, or a
+            damaged one cannot be renamed.
     """
 
     def newest_first() -> list[_Candidate]:
-        for path in root.glob(f"{ASIDE}*"):
+        for path in root.glob(f"{TEMPORARY_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
-        return [_candidate(path) for path in sorted(root.glob(f"{PREFIX}*"), reverse=True)]
+        return [_candidate(path) for path in sorted(root.glob(f"{STEP_PREFIX}*"), reverse=True)]
 
-    wrong: list[tuple[Path, str]] = []
-    for path, manifest, said in _checked(newest_first, ranks):
-        if manifest is not None and not said:
-            with _together(ranks):
-                if _is_first(ranks):
-                    for damaged, why in wrong:
-                        _put_away(damaged, why)
+    damaged: list[tuple[Path, str]] = []
+    for path, manifest, damage in _checked(newest_first, ranks):
+        if manifest is not None and not damage:
+            with ranks.raise_on_all_ranks():
+                if ranks.is_rank0:
+                    for damaged_path, reason in damaged:
+                        _quarantine(damaged_path, reason)
             return manifest.step, path
-        wrong.append((path, said))
-    if wrong:
-        # All of them: rather a disk, a node or a version of modtrain than as many flipped bits.
-        reasons = "".join(f"\n  {said}" for _, said in wrong)
+        damaged.append((path, damage))
+    if damaged:
+        # All of them: more likely a disk, a node or a version of modtrain than flipped bits.
+        reasons = "".join(f"\n  {reason}" for _, reason in damaged)
         raise CheckpointError(
             f"none of the checkpoints under {root} can be used:{reasons}\n"
-            "remedy: mend what keeps them from being read; or, to begin anew, move them away"
+            "remedy: repair what keeps them from being read; to start over, move them elsewhere"
         )
     return None
 
 
 def prune(root: Path, keep_last: int, keep_every: int | None, contents: bool = False) -> list[Path]:
-    """Remove whole checkpoints but the newest ``keep_last`` and multiples of ``keep_every``.
+    """Remove whole checkpoints except the newest ``keep_last`` and multiples of ``keep_every``.
 
     contents: read what is kept; a damaged one does not count, and another is kept in its place.
 
     Returns the removed ones.
     """
-    kept, removed = 0, []
+    num_kept, removed = 0, []
     for step, path in reversed(whole_checkpoints(root)):
-        if kept < keep_last:
-            kept += not contents or _step_if_whole(path, contents=True) is not None
+        if num_kept < keep_last:
+            num_kept += not contents or _step_if_whole(path, contents=True) is not None
         elif keep_every is None or step % keep_every:
-            # Renamed first: a removal cut short must not leave a directory that looks whole.
-            doomed = path.with_name(ASIDE + "removed-" + path.name)
+            # Renamed first: an interrupted removal must not leave a directory that looks whole.
+            doomed = path.with_name(TEMPORARY_PREFIX + "removed-" + path.name)
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
             removed.append(path)
@@ -148,16 +146,8 @@ def _step_if_whole(path: Path, contents: bool) -> int | None:
     try:
         return verify(path, contents)
     except CheckpointError as error:
-        log.warning("passing over a checkpoint: %s", error)
+        log.warning("skipping a checkpoint: %s", error)
         return None
-
-
-def _is_first(ranks: Ranks | None) -> bool:
-    return ranks is None or ranks.is_rank0
-
-
-def _together(ranks: Ranks | None) -> AbstractContextManager[None]:
-    return nullcontext() if ranks is None else ranks.raise_on_all_ranks()
 
 
 def _candidate(path: Path) -> _Candidate:
@@ -167,35 +157,31 @@ def _candidate(path: Path) -> _Candidate:
         return path, None, str(error)
 
 
-def _checked(
-    candidates: Callable[[], list[_Candidate]], ranks: Ranks | None
-) -> Iterator[_Candidate]:
-    """Go through rank 0's candidates with what is wrong with each, the same on every rank."""
-    found: list[_Candidate] = []
-    with _together(ranks):
-        if _is_first(ranks):
-            found = candidates()
-    found = found if ranks is None else ranks.broadcast_from_rank0(found)
-    for path, manifest, said in found:
-        yield path, manifest, said or _wrong(path, manifest, ranks)
+def _checked(list_candidates: Callable[[], list[_Candidate]], ranks: Ranks) -> Iterator[_Candidate]:
+    """Iterate over rank 0's candidates with the damage of each, the same on every rank."""
+    candidates: list[_Candidate] = []
+    with ranks.raise_on_all_ranks():
+        if ranks.is_rank0:
+            candidates = list_candidates()
+    for path, manifest, damage in ranks.broadcast_from_rank0(candidates):
+        yield path, manifest, damage or _damage(path, manifest, ranks)
 
 
-def _wrong(path: Path, manifest: Manifest | None, ranks: Ranks | None) -> str:
-    """Return what any rank finds wrong with its share, or nothing."""
+def _damage(path: Path, manifest: Manifest | None, ranks: Ranks) -> str:
+    """Return the first damage that any rank finds in its share of the files, or nothing."""
     own = ""
-    rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
     try:
         if manifest is not None:
-            manifest.check(path, rank, world_size)
+            manifest.check(path, ranks.rank, ranks.world_size)
     except CheckpointError as error:
         own = str(error)
-    told = [own] if ranks is None else ranks.all_gather_object(own)
-    return next((said for said in told if said), "")
+    return next((damage for damage in ranks.all_gather_object(own) if damage), "")
 
 
-def _put_away(path: Path, said: str) -> None:
+def _quarantine(path: Path, reason: str) -> None:
+    """Rename a damaged checkpoint, so that its step can be saved again."""
     kept = path.with_name(f"damaged-{path.name}")
     while kept.exists():
         kept = kept.with_name(kept.name + "-again")
     path.rename(kept)
-    log.warning("%s; kept as %s", said, kept.name)
+    log.warning("%s; kept as %s", reason, kept.name)

@@ -1,4 +1,4 @@
-"""A model's and its optimizer's state by name, whatever the layout, and back in place.
+"""The state of a model and its optimizer by name, independent of the parallel layout.
 
 Tensors are plain or DTensors. Their keys are made of the names that the bare model gives its
 parameters: ``state_dict.<name>``, and ``optimizer.<name>.<exp_avg, exp_avg_sq or step>``. So a
@@ -7,8 +7,7 @@ checkpoint of one strategy fits the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from torch.optim import Adam, Optimizer
 
 from modtrain.checkpoint.layout import Manifest
 from modtrain.checkpoint.rank_state import read_rank_state
-from modtrain.checkpoint.reading import TensorReader, listed, read_rest
+from modtrain.checkpoint.reading import TensorReader, format_names, read_extra_state
 from modtrain.common.errors import CheckpointError
-from modtrain.distributed.process_group import Ranks
+from modtrain.distributed.process_group import ONE_PROCESS, Ranks
 
 MODEL, OPTIMIZER = "state_dict.", "optimizer."
 GROUPS, TIED = "optimizer_groups", "tied"
@@ -31,16 +30,16 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and kept buffers as ``state_dict.<name>``, each once: views, not copies.
+    """Return parameters and persistent buffers as ``state_dict.<name>``: views, each once.
 
-    Names of wrappers (DistributedDataParallel, torch.compile, activation checkpointing) are left
-    out. Of a tied pair the name that comes first stands; `tied_names` has the other.
+    Names of wrappers (DistributedDataParallel, torch.compile, activation checkpointing) are
+    removed. Of tied parameters the first name counts; `tied_names` has the others.
     """
     return {MODEL + name: value for name, value in _named(model)[0].items()}
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Return the names that `model_tensors` leaves out, each with the one that stands for it."""
+    """Return the tied names that `model_tensors` leaves out, each with the name it uses."""
     return _named(model)[1]
 
 
@@ -73,63 +72,74 @@ def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
 def named_state(
     model: nn.Module, optimizer: Optimizer | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return all tensors for `Saver.save`, and what belongs into its ``rest``."""
+    """Return all tensors for `Checkpointer.save`, and their entries of its ``extra_state``."""
     tensors = model_tensors(model)
-    rest: dict[str, Any] = {TIED: tied_names(model)}
+    extra_state: dict[str, Any] = {TIED: tied_names(model)}
     if optimizer is not None:
         tensors |= optimizer_tensors(model, optimizer)
-        rest[GROUPS] = optimizer_groups(model, optimizer)
-    return tensors, rest
+        extra_state[GROUPS] = optimizer_groups(model, optimizer)
+    return tensors, extra_state
 
 
 @dataclass(frozen=True)
-class Restored:
-    """What a checkpoint held beside the tensors that were restored in place.
+class RestoredState:
+    """What a checkpoint contained beside the tensors that were restored in place.
 
-    rest: as it was saved. rank_state: this rank's; None where another number of ranks saved it,
-    ``world_size``, or none was saved.
+    extra_state: as it was saved. rank_state: this rank's; None if none was saved, or another number
+    of ranks, ``world_size``, saved it.
     """
 
     step: int
-    rest: Any
+    extra_state: Any
     rank_state: Any
     world_size: int
 
 
+Fill = Callable[[TensorReader, Mapping[str, Any]], None]
+"""Puts the tensors of a reader into a model; gets the checkpoint's extra state too."""
+
+
 def restore(
-    path: Path, model: nn.Module, optimizer: Optimizer | None = None, ranks: Ranks | None = None
-) -> Restored:
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    ranks: Ranks = ONE_PROCESS,
+) -> RestoredState:
     """Put the state of the checkpoint ``path`` into ``model`` and ``optimizer``, in place.
 
-    Each rank reads the parts that it holds. Both may be laid out otherwise than when it was saved.
-    What an optimizer keeps is allocated as the parameters are; it takes no step. Bytes are not
-    checked against the manifest: `recover` has done it.
-
-    ranks: fail together; collective. None: this process alone.
+    Each rank reads the parts that it owns. Both may be laid out otherwise than when it was saved.
+    Optimizer state is allocated like the parameters; no step is made. Bytes are not checked against
+    the manifest: `recover` has done it. Collective over ``ranks``.
 
     Raises:
         CheckpointError: names are missing or left over, shapes differ, or it cannot be read.
-        RankError: another rank could not.
+        RankError: another rank failed.
     """
-    rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
-    with nullcontext() if ranks is None else ranks.raise_on_all_ranks():
-        restored = _restore(path, model, optimizer, rank, world_size)
+
+    def fill(reader: TensorReader, extra_state: Mapping[str, Any]) -> None:
+        if optimizer is not None:
+            _allocate(path, model, optimizer, extra_state.get(GROUPS))
+        tensors, _ = named_state(model, optimizer)
+        _fill(reader, model, tensors, (MODEL,) if optimizer is None else (MODEL, OPTIMIZER))
+
+    return load(path, fill, ranks)
+
+
+def load(path: Path, fill: Fill, ranks: Ranks = ONE_PROCESS) -> RestoredState:
+    """Let ``fill`` restore the tensors of the checkpoint ``path``; return the rest; collective.
+
+    Raises:
+        CheckpointError: ``fill`` raised it, or the checkpoint cannot be read.
+        RankError: another rank failed.
+    """
+    with ranks.raise_on_all_ranks():
+        manifest, extra_state = Manifest.read(path), read_extra_state(path)
+        reader = TensorReader(path)
+        fill(reader, extra_state if isinstance(extra_state, Mapping) else {})
+        is_same_size = manifest.world_size == ranks.world_size
+        rank_state = read_rank_state(reader, ranks.rank) if is_same_size else None
+        restored = RestoredState(manifest.step, extra_state, rank_state, manifest.world_size)
     return restored  # noqa: RET504
-
-
-def _restore(
-    path: Path, model: nn.Module, optimizer: Optimizer | None, rank: int, world_size: int
-) -> Restored:
-    manifest, rest, reader = Manifest.read(path), read_rest(path), TensorReader(path)
-    if optimizer is not None:
-        _allocate(path, model, optimizer, rest.get(GROUPS) if isinstance(rest, Mapping) else None)
-    tensors, _ = named_state(model, optimizer)
-    prefixes = (MODEL,) if optimizer is None else (MODEL, OPTIMIZER)
-    saved = (key for key in reader if key.startswith(prefixes))
-    _check_names(path, tensors, saved, {MODEL + name for name in tied_names(model)})
-    reader.into(tensors)
-    own = read_rank_state(reader, rank) if manifest.world_size == world_size else None
-    return Restored(manifest.step, rest, own, manifest.world_size)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -138,26 +148,29 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: names are missing or left over, shapes differ, or it cannot be read.
     """
-    reader = TensorReader(path)
-    tensors = model_tensors(model)
-    saved = (key for key in reader if key.startswith(MODEL))
-    _check_names(path, tensors, saved, {MODEL + name for name in tied_names(model)})
+    _fill(TensorReader(path), model, model_tensors(model), (MODEL,))
+
+
+def _fill(
+    reader: TensorReader, model: nn.Module, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]
+) -> None:
+    """Fill ``tensors``, which must have the keys that the checkpoint has under ``prefixes``."""
+    saved = {key for key in reader if key.startswith(prefixes)}
+    tied = {MODEL + name for name in tied_names(model)}
+    missing, left_over = sorted(tensors.keys() - saved), sorted(saved - tensors.keys() - tied)
+    reasons = [f"lacks {format_names(missing)}"] if missing else []
+    if left_over:
+        reasons.append(f"contains {format_names(left_over)}, which this model does not have")
+    if reasons:
+        text = f"{reader.path} {' and '.join(reasons)}: it is of another model or optimizer"
+        raise CheckpointError(text)
     reader.into(tensors)
-
-
-def _check_names(path: Path, wanted: Iterable[str], saved: Iterable[str], tied: set[str]) -> None:
-    wanted, saved = set(wanted), set(saved)
-    missing, left = sorted(wanted - saved), sorted(saved - wanted - tied)
-    said = [f"lacks {listed(missing)}"] if missing else []
-    said += [f"holds {listed(left)}, which the model here does not have"] if left else []
-    if said:
-        raise CheckpointError(f"{path} {' and '.join(said)}: it is of another model or optimizer")
 
 
 def _named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     while isinstance(model, DistributedDataParallel):
         model = model.module
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[int, str] = {}
     for full, value in model.state_dict(keep_vars=True).items():
@@ -167,8 +180,8 @@ def _named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if id(value) in seen:
             tied[name] = seen[id(value)]
         else:
-            seen[id(value)], found[name] = name, value
-    return found, tied
+            seen[id(value)], tensors[name] = name, value
+    return tensors, tied
 
 
 def _plain_name(name: str) -> str:
@@ -193,7 +206,7 @@ def _owned(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
 def _allocate(
     path: Path, model: nn.Module, optimizer: Optimizer, saved: list[dict[str, Any]] | None
 ) -> None:
-    """Take over hyperparameters, and make room for the state that the saved parameters had."""
+    """Set the saved hyperparameters, and allocate the state that the saved parameters had."""
     stateless: set[str] = set()
     if saved is not None:
         _apply_groups(path, model, optimizer, saved)
@@ -214,22 +227,22 @@ def _apply_groups(
     names = _names_of(model)
     unknown = [name for name, _ in _owned(model, optimizer) if name not in origin_of]
     if unknown:
-        raise CheckpointError(f"{path} has no optimizer's state of {listed(unknown)}")
+        raise CheckpointError(f"{path} has no optimizer state of {format_names(unknown)}")
     for group in optimizer.param_groups:
         origins = [origin_of[names[id(p)]] for p in group["params"]]
-        for key in group.keys() - {"params", *_HOW}:
+        for key in group.keys() - {"params", *_IMPLEMENTATION_KEYS}:
             values = [origin[key] for origin in origins if key in origin]
             if any(value != values[0] for value in values):
                 raise CheckpointError(
                     f"{path} was saved with other groups of parameters: {key} is {values[0]} for"
-                    " some of a group here, and not for others"
+                    " some parameters of a group of this optimizer, and not for others"
                 )
             if values:
                 group[key] = values[0]
 
 
-# How a step is computed is this process's affair: it depends on the device.
-_HOW = ("fused", "foreach", "capturable", "differentiable")
+# Implementation choices, which depend on the device, not on the checkpoint.
+_IMPLEMENTATION_KEYS = ("fused", "foreach", "capturable", "differentiable")
 
 
 def _fresh(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""One checkpoint written by all ranks: aside, flushed, then renamed by rank 0."""
+"""One checkpoint written by all ranks: to a temporary directory, which rank 0 then renames."""
 
 from __future__ import annotations
 
@@ -21,62 +21,67 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
-from modtrain.checkpoint.crew import Crew
-from modtrain.checkpoint.layout import MANIFEST, REST, Manifest, aside_of
+from modtrain.checkpoint.layout import EXTRA_STATE, MANIFEST, Manifest, temporary_path
 from modtrain.checkpoint.parts import Part
-from modtrain.checkpoint.reading import cause
+from modtrain.checkpoint.reading import describe_failure
 from modtrain.common.atomic_io import sync
 from modtrain.common.errors import CheckpointError
+from modtrain.distributed.process_group import Ranks
 
 Files = dict[str, dict[str, Any]]
 
 
 def write(
-    path: Path, parts: Callable[[], list[Part]], rest: Any, step: int, crew: Crew, digest: str
+    path: Path,
+    parts: Callable[[], list[Part]],
+    extra_state: Any,
+    step: int,
+    ranks: Ranks,
+    digest: str,
 ) -> None:
     """Write the checkpoint ``path``; collective.
 
-    parts: called once, gives what this rank writes; those of all ranks make up every tensor.
-    rest: everything that is not tensors, of which rank 0's is written. digest: of what the tensors
-    are, for it must be the same on every rank.
+    parts: called once, returns what this rank writes; those of all ranks make up every tensor.
+    extra_state: everything else, of which rank 0's is written. digest: of the tensors' names and
+    shapes; it must be the same on every rank.
 
     Raises:
-        CheckpointError: on every rank, where one of them could not write its part. Nothing is left
-            of it, and what was there before is untouched.
+        CheckpointError: on every rank, if one could not write its part. Nothing is left of it, and
+            earlier checkpoints are untouched.
     """
-    aside = aside_of(path)
+    temporary = temporary_path(path)
     try:
-        crew.first(lambda: _make(path, aside))
-        files = _write_parts(aside, parts, crew)
-        told = crew.gather((socket.gethostname(), digest, files))
-        crew.first(lambda: _commit(path, aside, rest, step, told or [], crew.world_size))
+        ranks.run_on_rank0(lambda: _make_directory(path, temporary))
+        files = _write_parts(temporary, parts, ranks)
+        reports = ranks.gather_object((socket.gethostname(), digest, files)) or []
+        ranks.run_on_rank0(lambda: _commit(path, temporary, extra_state, step, reports))
     except (CheckpointException, Exception) as error:
-        if crew.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
+        if ranks.is_rank0:
+            shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{path} could not be written: {cause(error)}. What was saved before is untouched."
-            " Make room or mend the disk; the same command goes on from there"
+            f"{path} could not be written: {describe_failure(error)}. Earlier checkpoints are"
+            " untouched. Free space or repair the disk, then rerun to resume"
         ) from error
 
 
 def refuse_to_overwrite(path: Path) -> None:
-    """Raise CheckpointError where ``path`` exists."""
+    """Raise CheckpointError if ``path`` exists."""
     if path.exists():
         raise CheckpointError(f"{path} exists: a checkpoint is never written twice")
 
 
-def _make(path: Path, aside: Path) -> None:
+def _make_directory(path: Path, temporary: Path) -> None:
     refuse_to_overwrite(path)
-    shutil.rmtree(aside, ignore_errors=True)
-    # Not its parents: a directory that vanished, such as a lost mount, is not to be made anew.
-    aside.mkdir()
+    shutil.rmtree(temporary, ignore_errors=True)
+    # Not its parents: a directory that vanished, such as a lost mount, must not be made anew.
+    temporary.mkdir()
 
 
-def _write_parts(aside: Path, parts: Callable[[], list[Part]], crew: Crew) -> Files:
+def _write_parts(temporary: Path, parts: Callable[[], list[Part]], ranks: Ranks) -> Files:
     """Write this rank's tensors; return size and checksum of each file that it wrote."""
-    writer = FileSystemWriter(aside)
+    writer = FileSystemWriter(temporary)
     writer.fs = files = _HashingFiles()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -84,52 +89,56 @@ def _write_parts(aside: Path, parts: Callable[[], list[Part]], crew: Crew) -> Fi
             {},
             storage_writer=writer,
             planner=_PartsPlanner(parts),
-            process_group=crew.group,
-            no_dist=crew.group is None,
+            process_group=ranks.group,
+            no_dist=ranks.group is None,
         )
     return files.written
 
 
 def _commit(
-    path: Path, aside: Path, rest: Any, step: int, told: list[tuple[str, str, Files]], ranks: int
+    path: Path,
+    temporary: Path,
+    extra_state: Any,
+    step: int,
+    reports: list[tuple[str, str, Files]],
 ) -> None:
-    """Check that everything is there, add what rank 0 writes, and rename."""
+    """Check that every rank's files are there, add rank 0's own, and rename the directory."""
     files: Files = {}
-    for rank, (host, digest, own) in enumerate(told):
-        if digest != told[0][1]:
+    for rank, (host, digest, rank_files) in enumerate(reports):
+        if digest != reports[0][1]:
             raise CheckpointError(
                 f"rank {rank} on {host} would save other tensors than rank 0: start all ranks"
                 " with one configuration and one version of the code"
             )
-        for name, entry in own.items():
-            file = aside / name
+        for name, entry in rank_files.items():
+            file = temporary / name
             if not file.is_file() or file.stat().st_size != entry["bytes"]:
                 raise CheckpointError(
-                    f"{file}, written by rank {rank} on {host}, is not seen by rank 0:"
+                    f"{file}, written by rank {rank} on {host}, is not visible on rank 0:"
                     " checkpoints need a file system that all nodes share"
                 )
-        files |= own
+        files |= rank_files
     own_files = _HashingFiles()
-    with own_files.create_stream(aside / REST, "wb") as stream:
-        torch.save(rest, stream)
-    Manifest(step, files | own_files.written, ranks).write(aside)
-    for file in (aside / REST, aside / MANIFEST, aside):
+    with own_files.create_stream(temporary / EXTRA_STATE, "wb") as stream:
+        torch.save(extra_state, stream)
+    Manifest(step, files | own_files.written, len(reports)).write(temporary)
+    for file in (temporary / EXTRA_STATE, temporary / MANIFEST, temporary):
         sync(file)
-    aside.rename(path)
+    temporary.rename(path)
     sync(path.parent)
 
 
 class _PartsPlanner(DefaultSavePlanner):
-    """Writes what `parts_of` dealt out, where torch's would plan for itself."""
+    """Writes the parts that `parts_of` assigned; torch's planner would assign its own."""
 
     def __init__(self, parts: Callable[[], list[Part]]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._give = parts
+        self._get_parts = parts
         self._parts: dict[MetadataIndex, Part] = {}
 
     def create_local_plan(self) -> SavePlan:
-        # Here, for what fails in a rank's plan torch tells to all.
-        self._parts = {part.item.index: part for part in self._give()}
+        # Called here because torch raises an error in one rank's plan on all ranks.
+        self._parts = {part.item.index: part for part in self._get_parts()}
         self.plan = SavePlan([part.item for part in self._parts.values()])
         return self.plan
 
@@ -138,7 +147,7 @@ class _PartsPlanner(DefaultSavePlanner):
 
 
 class _HashingFiles(FileSystem):
-    """Files whose checksum is known when they are written: nobody reads them again for it."""
+    """Files whose checksum is computed while they are written, without reading them again."""
 
     def __init__(self) -> None:
         self.written: Files = {}
@@ -150,7 +159,7 @@ class _HashingFiles(FileSystem):
             try:
                 yield stream
             except Exception as error:
-                # torch.save hides it behind one of its own.
+                # torch.save raises its own error instead.
                 raise stream.failure or error from error
         self.written[Path(path).name] = {
             "bytes": stream.size,
@@ -162,7 +171,7 @@ class _HashingFiles(FileSystem):
         self.written[Path(new_path).name] = self.written.pop(Path(path).name)
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """Rank 0 has made it. Where it is gone, a new one would hide that."""
+        """Make nothing: rank 0 has made the directory, and a lost one must not be made anew."""
 
 
 class _HashingStream:
@@ -186,7 +195,7 @@ class _HashingStream:
         self.file.flush()
 
     def fileno(self) -> int:
-        # Torch asks for it to fsync, and does not flush before.
+        # Torch calls it to fsync, and does not flush before.
         self.file.flush()
         return self.file.fileno()
 

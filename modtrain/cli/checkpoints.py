@@ -13,9 +13,9 @@ from rich.table import Table
 
 from modtrain.checkpoint.config import CheckpointsConfig
 from modtrain.checkpoint.consolidate import consolidate
-from modtrain.checkpoint.layout import PREFIX, Manifest, verify
-from modtrain.checkpoint.reading import read_rest
-from modtrain.checkpoint.recovery import prune, whole_checkpoints, with_chosen
+from modtrain.checkpoint.layout import STEP_PREFIX, Manifest, verify
+from modtrain.checkpoint.reading import read_extra_state
+from modtrain.checkpoint.recovery import prune, whole_checkpoints, with_checkpoint
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import CheckpointError, raise_if_any
 from modtrain.training.config import TrainConfig
@@ -51,7 +51,7 @@ def _list(run: RunDirectory, console: Console, contents: bool) -> None:
     for heading in headings:
         table.add_column(heading, justify="right")
     damaged = []
-    for path in sorted(run.checkpoints.glob(f"{PREFIX}*")):
+    for path in sorted(run.checkpoints.glob(f"{STEP_PREFIX}*")):
         try:
             verify(path, contents)
             table.add_row(*_described(path), "yes")
@@ -60,7 +60,7 @@ def _list(run: RunDirectory, console: Console, contents: bool) -> None:
                 # A run that trains has pruned it meanwhile.
                 continue
             damaged.append(str(error))
-            table.add_row(path.name.removeprefix(PREFIX), "", "", "", "", "no")
+            table.add_row(path.name.removeprefix(STEP_PREFIX), "", "", "", "", "no")
     console.print(table)
     if contents and damaged:
         raise CheckpointError("\n".join(["damaged checkpoints:", *damaged]))
@@ -69,8 +69,10 @@ def _list(run: RunDirectory, console: Console, contents: bool) -> None:
 
 
 def _described(path: Path) -> tuple[str, str, str, str, str]:
-    manifest, rest = Manifest.read(path), read_rest(path)
-    progress: dict[str, Any] = rest.get("progress", {}) if isinstance(rest, dict) else {}
+    manifest, extra_state = Manifest.read(path), read_extra_state(path)
+    progress: dict[str, Any] = (
+        extra_state.get("progress", {}) if isinstance(extra_state, dict) else {}
+    )
     tokens, flops = progress.get("tokens"), progress.get("flops")
     return (
         str(manifest.step),
@@ -110,5 +112,5 @@ def _consolidate(
         told = {**metadata, "step": str(step)}
         return step, output, consolidate(path, output, _DTYPES[config.dtype], told, tied)
 
-    step, output, size = with_chosen(run.checkpoints, config.step, write)
+    step, output, size = with_checkpoint(run.checkpoints, config.step, write)
     console.print(f"wrote {output}: the weights of step {step}, {size:,} bytes")

@@ -10,10 +10,10 @@ import itertools
 import os
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from modtrain.common.errors import ModtrainError, RankError
+from modtrain.common.errors import CheckpointError, ModtrainError, RankError
 from modtrain.distributed.launch import Launch
 
 T = TypeVar("T")
@@ -30,35 +30,38 @@ _store_numbers = itertools.count()
 
 
 class Ranks:
-    """The processes of a run. With one process every method returns at once.
+    """The processes of a run, over a gloo group; without a group it is this process alone.
 
-    They communicate over a gloo group of their own, whatever the devices are: it does not mix with
-    the collectives of training, and works where the device no longer does.
+    The group is gloo whatever the devices are, and used by nothing else: it does not mix with the
+    collectives of training, and works where the device no longer does. With one process every
+    method returns at once.
     """
 
-    def __init__(self, timeout: timedelta | None = None, store: Store | None = None) -> None:
-        """Make the group; collective.
+    def __init__(self, group: dist.ProcessGroup | None = None, store: Store | None = None) -> None:
+        """Use ``group``. store: of the rendezvous."""
+        self.group, self.store = group, store
+        self.world_size = 1 if group is None else group.size()
+        self.rank = 0 if group is None else group.rank()
+        self._in_flight: tuple[Tensor, Any] | None = None
+
+    @classmethod
+    def create(cls, timeout: timedelta | None = None, store: Store | None = None) -> Ranks:
+        """Make a new group of all processes; collective.
 
         timeout: how long a rank waits for the others. store: of the rendezvous.
         """
-        self.world_size, self.rank, self.store = 1, 0, store
-        self.group: dist.ProcessGroup | None = None
-        self._in_flight: tuple[Tensor, Any] | None = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
-            self.group = dist.new_group(backend="gloo", timeout=timeout)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls(store=store)
+        return cls(dist.new_group(backend="gloo", timeout=timeout), store)
+
+    def duplicate(self, timeout: timedelta | None = None) -> Ranks:
+        """Return the same ranks over a group of their own, for another thread; collective."""
+        return self if self.group is None else Ranks.create(timeout)
 
     @property
     def is_rank0(self) -> bool:
         """Whether this is rank 0, which writes the shared files."""
         return self.rank == 0
-
-    def new_group(self, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
-        """Make one more gloo group of all ranks; collective. None with one process."""
-        if self.group is None:
-            return None
-        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
-        return group
 
     def broadcast_from_rank0(self, value: T) -> T:
         """Return rank 0's value on every rank. For small picklable values."""
@@ -77,16 +80,45 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gather_object(self, value: T) -> list[T] | None:
+        """Return every rank's value on rank 0, None on the others."""
+        if self.group is None:
+            return [value]
+        values: list[T] | None = [value] * self.world_size if self.is_rank0 else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values
+
+    def run_on_rank0(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0 and return its result on every rank.
+
+        Raises:
+            Exception: on rank 0 its own error. On the others one with the same text:
+                CheckpointError for a CheckpointError, RankError for another one.
+        """
+        result, error = None, None
+        if self.is_rank0:
+            try:
+                result = work()
+            except Exception as raised:
+                error = raised
+        # The error as text: not every exception can be pickled.
+        text, is_checkpoint_error = error and str(error), isinstance(error, CheckpointError)
+        result, text, is_checkpoint_error = self.broadcast_from_rank0(
+            (result, text, is_checkpoint_error)
+        )
+        if error is not None:
+            raise error
+        if text is not None:
+            raise CheckpointError(text) if is_checkpoint_error else RankError(f"rank 0: {text}")
+        return cast(T, result)
+
     def any(self, value: bool) -> bool:
         """Whether ``value`` is true on any rank."""
-        return bool(self._max(int(value)))
-
-    def _max(self, value: int) -> int:
         if self.group is None:
             return value
-        number = torch.tensor(value)
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
-        return int(number)
+        flag = torch.tensor(int(value))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over ranks of a tensor on the CPU, the same on every rank."""
@@ -141,6 +173,9 @@ class Ranks:
         raise RankError(f"rank {rank}{more} on {text}")
 
 
+ONE_PROCESS = Ranks()
+
+
 @contextmanager
 def init_ranks(
     launch: Launch, device_type: str, timeout: timedelta, needs_group: bool
@@ -154,7 +189,7 @@ def init_ranks(
         RankError: not all processes arrived in time.
     """
     if launch.world_size == 1 and not needs_group:
-        yield Ranks()
+        yield ONE_PROCESS
         return
     # Every gloo group has a socket to each other process.
     _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -180,7 +215,7 @@ def init_ranks(
             f" others at {address} within {timeout.total_seconds():.0f} s: {error}"
         ) from error
     try:
-        yield Ranks(timeout, store)
+        yield Ranks.create(timeout, store)
     finally:
         dist.destroy_process_group()
 

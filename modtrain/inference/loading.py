@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from modtrain.checkpoint.recovery import with_chosen
+from modtrain.checkpoint.recovery import with_checkpoint
 from modtrain.checkpoint.state import load_weights
 from modtrain.common.errors import DataError
 from modtrain.data.stream.datamodule import TokenDataModule
@@ -88,7 +88,7 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
     """
     run = RunDirectory(Path(config.runs_dir) / str(config.run))
     trained = run.read_config()
-    step, model = with_chosen(
+    step, model = with_checkpoint(
         run.checkpoints, config.step, lambda step, path: (step, load_model(trained, path))
     )
     device = torch.device(resolve_accelerator(config.accelerator))

@@ -81,11 +81,6 @@ class LanguageModule(L.LightningModule):
             self._own_2 = own_2 if self._own_2 is None else self._own_2 + own_2
         return total
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let a checkpoint be copied to its end before the weights move."""
-        del optimizer
-        self._strategy.saver.copied()
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Let the running states of routers and experts follow the step that was made."""
         super().optimizer_step(*args, **kwargs)

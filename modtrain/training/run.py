@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.recovery import recover, whole_checkpoints
-from modtrain.checkpoint.saver import Saver
 from modtrain.common.errors import CheckpointError, ModtrainError, RankError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
@@ -179,13 +179,13 @@ class _Run:
         config, plan = self.config, self.plan
         accelerator = resolve_accelerator(config.strategy.accelerator)
         saving = config.checkpoint
-        with _closed(Saver(self.ranks, saving.keep_last, saving.keep_every)) as saver:
-            strategy = make_strategy(strategy_options(config, plan), accelerator, saver)
+        with _closed(Checkpointer(self.ranks, saving.keep_last, saving.keep_every)) as checkpointer:
+            strategy = make_strategy(strategy_options(config, plan), accelerator, checkpointer)
             # What is drawn in training is drawn for other sequences on each data-parallel rank.
             L.seed_everything((config.seed + strategy.data_rank) % 2**32, verbose=False)
             module = LanguageModule(config, plan)
             self.data.start_step = start_step
-            callbacks = self._callbacks(log, saver, trace)
+            callbacks = self._callbacks(log, checkpointer, trace)
             trainer = make_trainer(config, plan, strategy, self.launch, callbacks)
             # A SIGTERM after Lightning's handlers are set and before ours are again would end the
             # process with exit code 0. No step is lost by it, for none was made; but the run is
@@ -194,15 +194,17 @@ class _Run:
                 trainer.fit(module, datamodule=self.data, ckpt_path=path)
             return trainer.global_step
 
-    def _callbacks(self, log: MetricsLog, saver: Saver, trace: SpikeTrace) -> list[L.Callback]:
+    def _callbacks(
+        self, log: MetricsLog, checkpointer: Checkpointer, trace: SpikeTrace
+    ) -> list[L.Callback]:
         config, run, ranks = self.config, self.directory, self.ranks
         clock = StepClock()
         metrics = MetricsCallback(log, clock, config.log.every, config.precision, ranks)
         due = [config.log.every, config.checkpoint.every, config.eval.every or config.log.every]
         # In order: nothing may be recorded, judged or saved after a step that went wrong.
-        guard: StepCallback = FiniteLossGuard(run, self.data, due, saver)
+        guard: StepCallback = FiniteLossGuard(run, self.data, due, checkpointer, ranks)
         if config.spike.action != "none":
-            guard = SpikeGuard(trace, self.data, due, saver, log, self.console.print)
+            guard = SpikeGuard(trace, self.data, due, checkpointer, log, self.console.print, ranks)
         callbacks: list[L.Callback] = [
             guard,
             metrics,
@@ -210,7 +212,7 @@ class _Run:
         ]
         if config.log.progress and ranks.is_rank0:
             callbacks.append(ProgressCallback(metrics, str(config.name)))
-        callbacks.append(CheckpointCallback(run, config.checkpoint, clock, saver))
+        callbacks.append(CheckpointCallback(run, config.checkpoint, clock, checkpointer, ranks))
         if self.watchdog is not None:
             callbacks.append(HeartbeatCallback(self.watchdog))
         return [*self.more_callbacks, *callbacks]
@@ -228,16 +230,16 @@ class _Run:
 
 
 @contextmanager
-def _closed(saver: Saver) -> Iterator[Saver]:
+def _closed(checkpointer: Checkpointer) -> Iterator[Checkpointer]:
     """Let a save in flight come to its end, unless another rank is gone with which it is made."""
     try:
-        yield saver
+        yield checkpointer
     except ModtrainError as error:
         if not isinstance(error, RankError):
             with suppress(CheckpointError):
-                saver.close()
+                checkpointer.close()
         raise
-    saver.close()
+    checkpointer.close()
 
 
 def _result(plan: TrainingPlan, run: RunDirectory) -> dict[str, Any]:

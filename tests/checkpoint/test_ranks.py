@@ -20,11 +20,11 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import Manifest, checkpoint_path
 from modtrain.checkpoint.parts import parts_of
 from modtrain.checkpoint.reading import TensorReader
 from modtrain.checkpoint.recovery import latest, recover
-from modtrain.checkpoint.saver import Saver
 from modtrain.checkpoint.state import load_weights, model_tensors, named_state, restore
 from modtrain.common.errors import CheckpointError, ModtrainError
 from modtrain.distributed.process_group import Ranks
@@ -107,27 +107,27 @@ def full_state(model, optimizer) -> dict[str, list]:
 
 def saves(root: str, name: str) -> tuple[dict[str, list], list[float]]:
     """Train 3 steps, save beside 2 more, and return the state at 3 and the losses after it."""
-    ranks = Ranks()
+    ranks = Ranks.create()
     model, optimizer = made(name)
     train(model, optimizer, 3)
     optimizer.param_groups[0]["lr"] = 0.007
-    saver = Saver(ranks)
+    checkpointer = Checkpointer(ranks)
     state = full_state(model, optimizer)
-    tensors, rest = named_state(model, optimizer)
+    tensors, extra_state = named_state(model, optimizer)
     own = {"rank": ranks.rank, "random": torch.arange(ranks.rank + 1)}
     path = checkpoint_path(Path(root), 3)
-    saver.save(path, tensors, {**rest, "progress": {"tokens": 72}}, 3, own)
+    checkpointer.save(path, tensors, {**extra_state, "progress": {"tokens": 72}}, 3, own)
     losses = train(model, optimizer, 2)
-    saver.close()
+    checkpointer.close()
     return state, losses
 
 
 def restores(root: str, name: str) -> tuple:
-    ranks = Ranks()
+    ranks = Ranks.create()
     model, optimizer = made(name, seed=1)
     step, path = recover(Path(root), ranks)
     restored = restore(path, model, optimizer, ranks)
-    assert (step, restored.step, restored.rest["progress"]) == (3, 3, {"tokens": 72})
+    assert (step, restored.step, restored.extra_state["progress"]) == (3, 3, {"tokens": 72})
     state = full_state(model, optimizer)
     rates = [group["lr"] for group in optimizer.param_groups]
     own = restored.rank_state
@@ -188,14 +188,14 @@ def test_each_rank_writes_its_share_and_nothing_twice(name, world):
 
 def spread(axis: int) -> bool:
     """Tensor-parallel pieces beside plain tensors, saved on this mesh, read on one turned round."""
-    ranks = Ranks()
+    ranks = Ranks.create()
     root = Path(os.environ["ROOT"])
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     value = torch.arange(5 * 9.0).view(5, 9)
     saved = distribute_tensor(value, mesh, [Replicate(), Shard(axis)])
-    with Saver(ranks) as saver:
+    with Checkpointer(ranks) as checkpointer:
         path = checkpoint_path(root, axis)
-        saver.save(path, {"state_dict.w": saved, "state_dict.b": torch.ones(3)}, {}, axis)
+        checkpointer.save(path, {"state_dict.w": saved, "state_dict.b": torch.ones(3)}, {}, axis)
     into = distribute_tensor(torch.zeros(5, 9), mesh, [Shard(1 - axis), Replicate()])
     TensorReader(path).into({"state_dict.w": into})
     return torch.equal(into.full_tensor(), value)
@@ -215,11 +215,11 @@ def _spread_at(root: str, axis: int) -> bool:
 
 
 def each_its_own(root: str) -> list[str]:
-    ranks = Ranks()
+    ranks = Ranks.create()
     path = checkpoint_path(Path(root), 1)
     own = {f"state_dict.{n}": torch.full((3,), float(n)) for n in range(7) if n % 2 == ranks.rank}
-    with Saver(ranks) as saver:
-        saver.save(path, own, {}, 1, dealt=False)
+    with Checkpointer(ranks) as checkpointer:
+        checkpointer.save(path, own, {}, 1, deduplicate=False)
     reader = TensorReader(path)
     return [f"{key} {value.tolist()}" for key, value in sorted(reader.items())]
 
@@ -231,14 +231,14 @@ def test_ranks_may_give_other_keys_each(tmp_path):
 
 def polls(root: str) -> int:
     """Count polls of a save that rank 0 ends later than the other."""
-    from modtrain.checkpoint import saver as module
+    from modtrain.checkpoint import checkpointer as module
 
     if dist.get_rank() == 0:
         module.prune = lambda *_: time.sleep(0.5)
-    saver = Saver(Ranks(), keep_last=1)
-    small(saver, Path(root), 1)
+    checkpointer = Checkpointer(Ranks.create(), keep_last=1)
+    small(checkpointer, Path(root), 1)
     count = 0
-    while saver.poll():
+    while checkpointer.poll():
         count += 1
         time.sleep(0.01)
     return count
@@ -265,13 +265,13 @@ def tensor_parallel(seed: int) -> nn.Module:
 
 
 def saves_2d(root: str) -> None:
-    with Saver(Ranks()) as saver:
-        tensors, rest = named_state(tensor_parallel(3))
-        saver.save(checkpoint_path(Path(root), 1), tensors, rest, 1)
+    with Checkpointer(Ranks.create()) as checkpointer:
+        tensors, extra_state = named_state(tensor_parallel(3))
+        checkpointer.save(checkpoint_path(Path(root), 1), tensors, extra_state, 1)
 
 
 def restores_2d(root: str) -> dict[str, list]:
-    ranks, model = Ranks(), tensor_parallel(4)
+    ranks, model = Ranks.create(), tensor_parallel(4)
     restore(checkpoint_path(Path(root), 1), model, ranks=ranks)
     return {key: whole(value).tolist() for key, value in model.state_dict().items()}
 
@@ -288,18 +288,20 @@ def test_tensor_parallel_pieces_that_are_sharded_again(tmp_path):
 # What goes wrong --------------------------------------------------------------------------------
 
 
-def small(saver: Saver, root: Path, step: int, size: int = 10, **options) -> Path:
+def small(checkpointer: Checkpointer, root: Path, step: int, size: int = 10, **options) -> Path:
     path = checkpoint_path(root, step)
-    saver.save(path, {"w": torch.arange(float(size)), "v": torch.ones(size)}, {}, step, **options)
+    checkpointer.save(
+        path, {"w": torch.arange(float(size)), "v": torch.ones(size)}, {}, step, **options
+    )
     return path
 
 
 def fails_on_one(root: str, how: str) -> tuple[str, list[str], tuple[int, str]]:
     """Save 1 well, let 2 fail on rank 1, save 3 well."""
-    ranks, folder = Ranks(), Path(root)
-    saver = Saver(ranks)
-    small(saver, folder, 1)
-    saver.wait()
+    ranks, folder = Ranks.create(), Path(root)
+    checkpointer = Checkpointer(ranks)
+    small(checkpointer, folder, 1)
+    checkpointer.wait()
     fsync = os.fsync
 
     def full(_descriptor: int) -> None:
@@ -308,20 +310,20 @@ def fails_on_one(root: str, how: str) -> tuple[str, list[str], tuple[int, str]]:
     if ranks.rank == 1 and how == "disk":
         os.fsync = full
     if ranks.rank == 1 and how == "memory":
-        saver._staging.copy = lambda *_: torch.empty(2**60)
+        checkpointer._staging.copy = lambda *_: torch.empty(2**60)
     size = 12 if ranks.rank == 1 and how == "tensors" else 10
-    small(saver, folder, 2, size)
+    small(checkpointer, folder, 2, size)
     try:
-        while saver.poll():
+        while checkpointer.poll():
             time.sleep(0.01)
         said = ""
     except CheckpointError as error:
         said = str(error)
     os.fsync = fsync
-    vars(saver._staging).pop("copy", None)
+    vars(checkpointer._staging).pop("copy", None)
     names = sorted(path.name for path in folder.iterdir())
-    small(saver, folder, 3)
-    saver.close()
+    small(checkpointer, folder, 3)
+    checkpointer.close()
     return said, names, recover(folder, ranks)
 
 
@@ -342,16 +344,16 @@ def test_what_fails_on_one_rank_fails_on_all_and_the_next_save_works(tmp_path, h
 
 
 def dies_in_a_save(root: str) -> str:
-    ranks, folder = Ranks(), Path(root)
-    saver = Saver(ranks, timeout=timedelta(seconds=2))
-    small(saver, folder, 1, blocking=True)
+    ranks, folder = Ranks.create(), Path(root)
+    checkpointer = Checkpointer(ranks, timeout=timedelta(seconds=2))
+    small(checkpointer, folder, 1, blocking=True)
     if ranks.rank == 1:
         from modtrain.checkpoint import writing
 
         writing._HashingStream.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    small(saver, folder, 2)
+    small(checkpointer, folder, 2)
     try:
-        saver.wait()
+        checkpointer.wait()
     except CheckpointError as error:
         return str(error)
     return "saved"
@@ -372,16 +374,16 @@ def recovers(root: str) -> tuple:
     """What is found, and which files this rank read."""
     from modtrain.checkpoint import layout
 
-    ranks, read = Ranks(), []
+    ranks, read = Ranks.create(), []
     sha = layout.file_sha256
     layout.file_sha256 = lambda file: (read.append(f"{file.parent.name}/{file.name}"), sha(file))[1]
     return latest(Path(root), ranks), recover(Path(root), ranks), read
 
 
 def saved_by_two(root: str, *steps: int) -> None:
-    with Saver(Ranks()) as saver:
+    with Checkpointer(Ranks.create()) as checkpointer:
         for step in steps:
-            small(saver, Path(root), step)
+            small(checkpointer, Path(root), step)
 
 
 def test_each_rank_reads_its_share_of_the_files(tmp_path):
@@ -413,7 +415,7 @@ def test_damage_that_one_rank_finds_is_told_to_all(tmp_path, file):
 
 def sees_another_disk(root: str) -> tuple | None:
     """Rank 1's directory is its own: an empty one of the same name."""
-    ranks = Ranks()
+    ranks = Ranks.create()
     if ranks.rank == 1:
         exists = Path.is_file
         Path.is_file = lambda self: "step-000000002" not in str(self) and exists(self)
@@ -426,7 +428,7 @@ def test_a_directory_that_one_rank_does_not_see_is_passed_over_by_all(tmp_path):
 
 
 def restores_another_model(root: str) -> str:
-    ranks = Ranks()
+    ranks = Ranks.create()
     model = Net()
     if ranks.rank == 1:
         model.extra = nn.Linear(2, 2)
@@ -445,7 +447,7 @@ def test_names_that_are_missing_or_left_over_are_told(tmp_path):
     path = checkpoint_path(tmp_path, 3)
     model = Net()
     model.layers = model.layers[:1]
-    with pytest.raises(CheckpointError, match=r"holds state_dict\.layers\.1\.0\.bias, .* not have"):
+    with pytest.raises(CheckpointError, match=r"contains state_dict\.layers\.1\.0\.b.* not have"):
         restore(path, model)
     model = Net()
     model.layers[1][0] = nn.Linear(WIDTH, HIDDEN + 1)
@@ -468,10 +470,10 @@ def test_a_parameter_that_never_had_a_gradient_has_no_state_and_gets_none(tmp_pa
     model, optimizer = made("single")
     model.layers[1].requires_grad_(False)
     train(model, optimizer, 1)
-    tensors, rest = named_state(model, optimizer)
+    tensors, extra_state = named_state(model, optimizer)
     path = checkpoint_path(tmp_path, 1)
-    with Saver(Ranks()) as saver:
-        saver.save(path, tensors, rest, 1)
+    with Checkpointer(Ranks.create()) as checkpointer:
+        checkpointer.save(path, tensors, extra_state, 1)
     again, fresh = made("single", seed=1)
     train(again, fresh, 1)
     restore(path, again, fresh)

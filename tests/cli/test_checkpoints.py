@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.config import CheckpointsConfig
 from modtrain.checkpoint.consolidate import consolidate
 from modtrain.checkpoint.layout import Manifest, checkpoint_path
 from modtrain.checkpoint.reading import TensorReader
-from modtrain.checkpoint.recovery import latest, prune, whole_checkpoints, with_chosen
-from modtrain.checkpoint.saver import Saver
+from modtrain.checkpoint.recovery import latest, prune, whole_checkpoints, with_checkpoint
 from modtrain.checkpoint.state import named_state
 from modtrain.cli.checkpoints import run_checkpoints
 from modtrain.cli.compose import compose
@@ -44,7 +44,7 @@ CONFIG = TrainConfig(name="r", model=MODEL, checkpoint=CheckpointConfig(keep_las
 
 def saves(root: str, *steps: int) -> None:
     """Save the model, sharded where there are several ranks."""
-    ranks, run = Ranks(), RunDirectory(Path(root) / "r")
+    ranks, run = Ranks.create(), RunDirectory(Path(root) / "r")
     model = Transformer(MODEL, seed=3)
     if ranks.world_size > 1:
         mesh = init_device_mesh("cpu", (ranks.world_size,))
@@ -54,12 +54,12 @@ def saves(root: str, *steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    with Saver(ranks) as saver:
+    with Checkpointer(ranks) as checkpointer:
         for step in steps:
             optimizer.step()
-            tensors, rest = named_state(model, optimizer)
-            rest["progress"] = {"step": step, "tokens": step * 1000, "flops": step * 1e9}
-            saver.save(checkpoint_path(run.checkpoints, step), tensors, rest, step)
+            tensors, extra_state = named_state(model, optimizer)
+            extra_state["progress"] = {"step": step, "tokens": step * 1000, "flops": step * 1e9}
+            checkpointer.save(checkpoint_path(run.checkpoints, step), tensors, extra_state, step)
 
 
 @pytest.fixture
@@ -148,13 +148,13 @@ def test_what_is_pruned_while_it_is_read_is_chosen_anew(run):
             saves(str(run.path.parent), 3)
         return Manifest.read(path).step
 
-    assert with_chosen(run.checkpoints, None, use) == 3
+    assert with_checkpoint(run.checkpoints, None, use) == 3
     assert read == [2, 3]
     with pytest.raises(CheckpointError, match="no checkpoint of step=2"):
-        with_chosen(run.checkpoints, 2, use)
+        with_checkpoint(run.checkpoints, 2, use)
     hurt(run, 3)
     with pytest.raises(CheckpointError, match="does not match"):
-        with_chosen(run.checkpoints, 3, use)
+        with_checkpoint(run.checkpoints, 3, use)
 
 
 @pytest.mark.parametrize("world", [1, 2])

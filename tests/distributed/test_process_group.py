@@ -13,7 +13,7 @@ from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks
 
 
 def _tells() -> tuple[object, ...]:
-    ranks = Ranks()
+    ranks = Ranks.create()
     total = torch.tensor(float(ranks.rank + 1))
     dist.all_reduce(total)
     return (
@@ -30,7 +30,7 @@ def test_ranks_are_told_alike() -> None:
 
 
 def test_one_process_agrees_with_itself() -> None:
-    ranks = Ranks()
+    ranks = Ranks.create()
     assert (ranks.world_size, ranks.rank, ranks.group) == (1, 0, None)
     assert ranks.broadcast_from_rank0(3) == 3
     assert ranks.all_gather_object("x") == ["x"]
@@ -39,7 +39,7 @@ def test_one_process_agrees_with_itself() -> None:
 
 
 def _fails_on_one() -> str:
-    ranks = Ranks()
+    ranks = Ranks.create()
     try:
         with ranks.raise_on_all_ranks():
             if ranks.rank == 1:

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from modtrain.checkpoint.crew import Crew
 from modtrain.checkpoint.layout import verify
 from modtrain.checkpoint.parts import digest_of, parts_of
-from modtrain.checkpoint.reading import TensorReader, read_rest
+from modtrain.checkpoint.reading import TensorReader, read_extra_state
 from modtrain.checkpoint.writing import write
+from modtrain.distributed.process_group import ONE_PROCESS
 
 _TENSOR = "__tensor__"
 
@@ -24,26 +24,26 @@ def save(path: Path, state: dict[str, Any], step: int) -> None:
             disk does not take it.
     """
     tensors: dict[str, Tensor] = {}
-    rest = _split(state, "", tensors)
+    extra_state = _split(state, "", tensors)
     parts = parts_of(tensors, 0, 1)
-    write(path, lambda: parts, rest, step, Crew(), digest_of(tensors))
+    write(path, lambda: parts, extra_state, step, ONE_PROCESS, digest_of(tensors))
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read the checkpoint ``path`` whole, after checking it against its manifest.
 
-    What a `Saver` wrote by key comes back in a dictionary for each first part of the keys:
+    What a `Checkpointer` wrote by key comes back in a dictionary for each first part of the keys:
     ``{"state_dict": {"embedding.weight": …}, …}``.
 
     Raises:
         CheckpointError: it is damaged or incomplete, or holds what is not plain data.
     """
     verify(path)
-    rest = read_rest(path)
+    extra_state = read_extra_state(path)
     reader = TensorReader(path)
     tensors = {key: reader.empty(key) for key in reader}
     reader.into(tensors)
-    joined: dict[str, Any] = _join(rest, tensors)
+    joined: dict[str, Any] = _join(extra_state, tensors)
     # What is left has no place in the nest.
     for key, tensor in tensors.items():
         first, _, name = key.partition(".")

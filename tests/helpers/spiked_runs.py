@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from modtrain.checkpoint.layout import checkpoint_path
-from modtrain.checkpoint.reading import read_rest
+from modtrain.checkpoint.reading import read_extra_state
 from modtrain.cli.compose import compose
 from modtrain.data.config import DataConfig
 from modtrain.data.stream.datamodule import TokenDataModule
@@ -111,4 +111,4 @@ def events(run: Path) -> list[dict]:
 
 
 def rest_of(run: Path, step: int) -> dict:
-    return read_rest(checkpoint_path(run / "checkpoints", step))
+    return read_extra_state(checkpoint_path(run / "checkpoints", step))

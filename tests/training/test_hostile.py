@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import Manifest, checkpoint_path, verify
 from modtrain.checkpoint.rank_state import read_rank_state
 from modtrain.checkpoint.reading import TensorReader
 from modtrain.checkpoint.recovery import latest, recover, whole_checkpoints
-from modtrain.checkpoint.saver import Saver
 from modtrain.checkpoint.state import load_weights, model_tensors, restore
 from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import CheckpointError, DataError
@@ -50,8 +50,8 @@ def path(tmp_path) -> Path:
     root.mkdir()
     found = checkpoint_path(root, 1)
     model = torch.nn.Linear(2, 2, bias=False)
-    with Saver(Ranks()) as saver:
-        saver.save(found, model_tensors(model), {"n": 1}, 1, {"random": 5})
+    with Checkpointer(Ranks.create()) as checkpointer:
+        checkpointer.save(found, model_tensors(model), {"n": 1}, 1, {"random": 5})
     return found
 
 
@@ -105,9 +105,9 @@ def in_another_file(path, mark):
 def in_a_rank_state(path, mark):
     content = torch.frombuffer(bytearray(torch_pickle(Hostile(mark))), dtype=torch.uint8)
     shutil.rmtree(path)
-    with Saver(Ranks()) as saver:
+    with Checkpointer(Ranks.create()) as checkpointer:
         tensors = {"state_dict.weight": torch.ones(2, 2), "ranks.0.state": content}
-        saver.save(path, tensors, {}, 1)
+        checkpointer.save(path, tensors, {}, 1)
 
 
 PLANTED = [in_metadata, in_the_rest, in_a_shard, as_bytes, in_another_file, in_a_rank_state]
@@ -140,7 +140,7 @@ def test_a_file_of_others_is_not_read_even_if_harmless(path):
             (path.parent / "outside").write_bytes(content)
             info.relative_path, info.offset = "../outside", 0
     planted(path, ".metadata", pickle.dumps(changed))
-    with pytest.raises(CheckpointError, match="a file of others"):
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
         load_weights(path, torch.nn.Linear(2, 2, bias=False))
 
 

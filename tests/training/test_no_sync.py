@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from modtrain.checkpoint.saver import Saver
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.cli.compose import compose
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks
@@ -144,14 +144,14 @@ def step(tiny, tmp_path: Path):
         L.seed_everything(0, verbose=False)
         module = LanguageModule(config, plan)
         watch, records = Watch(), Records()
-        ranks = Ranks()
-        saver = Saver(ranks)
-        guard = FiniteLossGuard(None, None, [STEPS], saver)
+        ranks = Ranks.create()
+        checkpointer = Checkpointer(ranks)
+        guard = FiniteLossGuard(None, None, [STEPS], checkpointer, ranks)
         metrics = MetricsCallback(records, StepClock(), STEPS, "fp32", ranks)
         callbacks = [watch, guard, metrics, watch.closing]
         precision = resolve_precision(config.precision, "cpu")
         config = replace(config, precision=precision)
-        strategy = make_strategy(strategy_options(config, plan), "cpu", saver)
+        strategy = make_strategy(strategy_options(config, plan), "cpu", checkpointer)
         trainer = make_trainer(config, plan, strategy, Launch(), callbacks)
         vocabulary = config.model.vocabulary
         batches = [torch.randint(vocabulary, (2, plan.seq_len + 1)) for _ in range(2 * STEPS)]

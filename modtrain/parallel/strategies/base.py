@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
@@ -23,9 +24,10 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from modtrain.checkpoint.saver import Saver
-from modtrain.checkpoint.state import Restored, named_state, restore
+from modtrain.checkpoint.checkpointer import Checkpointer
+from modtrain.checkpoint.state import RestoredState, named_state
 from modtrain.models.transformer import ModelOutput, Transformer
 from modtrain.parallel import activation_checkpointing, fsdp
 from modtrain.parallel.config import StrategyOptions
@@ -38,20 +40,36 @@ Forward = Callable[..., ModelOutput]
 class TrainingStrategy(Strategy):
     """What a run needs of its strategy beside what Lightning does. A mixin: it stands first.
 
-    options: of the run. saver: writes its checkpoints.
+    options: of the run. checkpointer: writes its checkpoints.
     """
 
     options: StrategyOptions
-    saver: Saver
+    checkpointer: Checkpointer
 
-    def attach(self, options: StrategyOptions, saver: Saver) -> None:
+    def attach(self, options: StrategyOptions, checkpointer: Checkpointer) -> None:
         """Set what the strategy works with."""
-        self.options, self.saver = options, saver
+        self.options, self.checkpointer = options, checkpointer
 
     @property
     def data_rank(self) -> int:
         """Return this rank's number among those that read different data."""
-        return self.saver.ranks.rank
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: L.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Make a step, once the copy of a save in flight is complete."""
+
+        def wait_after_backward() -> Any:
+            loss = closure()
+            self.checkpointer.wait_for_copy()
+            return loss
+
+        return super().optimizer_step(optimizer, wait_after_backward, model, **kwargs)
 
     @abstractmethod
     def cut(self, model: Transformer) -> Forward:
@@ -109,15 +127,15 @@ class TrainingStrategy(Strategy):
         """
         rank_state = checkpoint.pop("rank_state")
         tensors, named = self.named_state()
-        self.saver.save(
+        self.checkpointer.save(
             Path(filepath),
             tensors,
             {**checkpoint, **named},
             int(checkpoint["global_step"]),
             rank_state,
             blocking=(storage_options or {}).get("blocking", True),
-            # Copied while the next step computes: see `LanguageModule.on_before_optimizer_step`.
-            later=True,
+            # Copied while the next step computes, until `optimizer_step` changes the weights.
+            async_copy=True,
         )
 
     def load_checkpoint(
@@ -126,16 +144,16 @@ class TrainingStrategy(Strategy):
         """Restore model and optimizer in place; return the rest. Always plain data."""
         del weights_only
         restored = self.restore(Path(checkpoint_path))
-        _recount(restored.rest, self.options.accumulate)
-        return {**restored.rest, "rank_state": restored.rank_state}
+        _recount(restored.extra_state, self.options.accumulate)
+        return {**restored.extra_state, "rank_state": restored.rank_state}
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors of model and optimizer by name, and what is said of them beside."""
         return named_state(self._transformer, self.optimizers[0])
 
-    def restore(self, path: Path) -> Restored:
+    def restore(self, path: Path) -> RestoredState:
         """Put model and optimizer back into place; return what else was saved."""
-        return restore(path, self._transformer, self.optimizers[0], self.saver.ranks)
+        return self.checkpointer.restore(path, self._transformer, self.optimizers[0])
 
     @property
     def _transformer(self) -> Transformer:
@@ -233,7 +251,9 @@ def compiled(model: nn.Module, num_stages: int = 1) -> Any:
     return torch.compile(model, fullgraph=True, dynamic=False, **options)
 
 
-def make_strategy(options: StrategyOptions, device_type: str, saver: Saver) -> TrainingStrategy:
+def make_strategy(
+    options: StrategyOptions, device_type: str, checkpointer: Checkpointer
+) -> TrainingStrategy:
     """Make the strategy that ``options.config`` names; collective.
 
     Raises:
@@ -261,5 +281,5 @@ def make_strategy(options: StrategyOptions, device_type: str, saver: Saver) -> T
             sizes.context,
         )
         strategy = Sharded(meshes, timeout)
-    strategy.attach(options, saver)
+    strategy.attach(options, checkpointer)
     return strategy

@@ -29,14 +29,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from modtrain.checkpoint.state import Restored, optimizer_groups, tied_names
+from modtrain.checkpoint.state import RestoredState, optimizer_groups, tied_names
 from modtrain.common.errors import ConfigError, Problem, TrainingError
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.fsdp import prepare_layers
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 from modtrain.parallel.strategies.deepspeed_state import (
     clip_gradients,
-    restore,
+    publish,
+    put,
     take_groups,
     tensors,
 )
@@ -195,14 +196,14 @@ class ZeRO(TrainingStrategy, DDPStrategy):
         self._check_overflow()
         rank_state = checkpoint.pop("rank_state")
         shares, named = self.named_state()
-        self.saver.save(
+        self.checkpointer.save(
             Path(filepath),
             shares,
             {**checkpoint, **named},
             int(checkpoint["global_step"]),
             rank_state,
             blocking=(storage_options or {}).get("blocking", True),
-            dealt=False,
+            deduplicate=False,
         )
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -218,10 +219,13 @@ class ZeRO(TrainingStrategy, DDPStrategy):
         ]
         return found, {"tied": tied_names(self._transformer), "optimizer_groups": groups}
 
-    def restore(self, path: Path) -> Restored:
+    def restore(self, path: Path) -> RestoredState:
         """Put the state of the checkpoint ``path`` into the engine; return what else was saved."""
-        restored = restore(path, self.engine, self._transformer, self.saver.ranks)
-        take_groups(self.engine.optimizer.param_groups, self._groups, restored.rest)
+        restored = self.checkpointer.load(
+            path, lambda reader, _: put(self.engine, self._transformer, reader)
+        )
+        publish(self.engine)
+        take_groups(self.engine.optimizer.param_groups, self._groups, restored.extra_state)
         return restored
 
     @property

@@ -10,19 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from modtrain.checkpoint.layout import Manifest
-from modtrain.checkpoint.rank_state import read_rank_state
-from modtrain.checkpoint.reading import TensorReader, read_rest
-from modtrain.checkpoint.state import MODEL, OPTIMIZER, Restored
+from modtrain.checkpoint.state import MODEL, OPTIMIZER
 from modtrain.common.errors import CheckpointError
-from modtrain.distributed.process_group import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -185,24 +180,6 @@ def _gathered(engine: Any, parameter: Any, moment: str | None, owner: int) -> Te
     # Bits, each from one rank: as numbers -0.0 + 0.0 were 0.0, and NaNs what they like.
     dist.reduce(whole.view(torch.int32), dst=owner)
     return whole.view(shape).cpu() if dist.get_rank() == owner else None
-
-
-def restore(path: Path, engine: Any, model: nn.Module, ranks: Ranks) -> Restored:
-    """Put the state of the checkpoint ``path`` into the engine; collective.
-
-    It may be of any strategy on any number of ranks. Each rank reads one tensor after the other.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape, or the steps differ.
-        RankError: another rank could not.
-    """
-    with ranks.raise_on_all_ranks():
-        manifest, rest, reader = Manifest.read(path), read_rest(path), TensorReader(path)
-        put(engine, model, reader)
-        same = manifest.world_size == ranks.world_size
-        own = read_rank_state(reader, ranks.rank) if same else None
-    publish(engine)
-    return Restored(manifest.step, rest, own, manifest.world_size)
 
 
 @torch.no_grad()

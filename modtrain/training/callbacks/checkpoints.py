@@ -6,8 +6,9 @@ import logging
 
 import lightning as L
 
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import checkpoint_path
-from modtrain.checkpoint.saver import Saver
+from modtrain.distributed.process_group import Ranks
 from modtrain.training.callbacks.metrics import StepClock
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.config import CheckpointConfig
@@ -22,9 +23,15 @@ class CheckpointCallback(StepCallback):
     """Writes checkpoints, and removes old ones only when a newer one is safe on disk."""
 
     def __init__(
-        self, run: RunDirectory, config: CheckpointConfig, clock: StepClock, saver: Saver
+        self,
+        run: RunDirectory,
+        config: CheckpointConfig,
+        clock: StepClock,
+        checkpointer: Checkpointer,
+        ranks: Ranks,
     ) -> None:
-        self.run, self.config, self.clock, self.saver = run, config, clock, saver
+        self.run, self.config, self.clock = run, config, clock
+        self.checkpointer, self.ranks = checkpointer, ranks
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals back: Lightning has set handlers that would end the run unsaved."""
@@ -34,9 +41,9 @@ class CheckpointCallback(StepCallback):
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Save where it is due; after a stop signal save and end."""
         # Every rank has to come to one answer, or some would save and others train on.
-        stop = self.saver.ranks.any_at_last_call(STOP.requested)
+        stop = self.ranks.any_at_last_call(STOP.requested)
         if not stop and not is_due(step, self.config.every, module.plan.steps):
-            self.saver.poll()
+            self.checkpointer.poll()
             return
         if stop and step < module.plan.steps and not self._has_time(step):
             trainer.should_stop = True
@@ -52,12 +59,12 @@ class CheckpointCallback(StepCallback):
 
     def _has_time(self, step: int) -> bool:
         """Whether a save comes to its end before the process does, as far as is known."""
-        left, takes = STOP.seconds_left, self.saver.longest
+        left, takes = STOP.seconds_left, self.checkpointer.longest_save
         late = left is not None and takes > left
         # A rank that was not told knows of no end.
-        if not self.saver.ranks.any(late):
+        if not self.ranks.any(late):
             return True
-        if self.saver.ranks.is_rank0:
+        if self.ranks.is_rank0:
             log.warning(
                 "step %d is not saved: a save takes %.0f s, and %s s are left. What came after the"
                 " last checkpoint is made again; a longer cluster.lead or cluster.grace, or"

@@ -6,8 +6,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from modtrain.checkpoint.saver import Saver
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.distributed.process_group import Ranks
 from modtrain.training.callbacks.guard import Guard, overflowed
 from modtrain.training.module import LanguageModule
 from modtrain.training.run_directory import RunDirectory
@@ -20,9 +21,14 @@ class FiniteLossGuard(Guard):
     """
 
     def __init__(
-        self, run: RunDirectory, data: TokenDataModule, intervals: list[int], saver: Saver
+        self,
+        run: RunDirectory,
+        data: TokenDataModule,
+        intervals: list[int],
+        checkpointer: Checkpointer,
+        ranks: Ranks,
     ) -> None:
-        super().__init__(run, data, intervals, saver)
+        super().__init__(run, data, intervals, checkpointer, ranks)
         # The first step whose loss here is bad, and the first with a bad loss or gradient.
         self._first_bad_2: Tensor | None = None
 
@@ -50,7 +56,7 @@ class FiniteLossGuard(Guard):
         own = [-1, -1] if self._first_bad_2 is None else self._first_bad_2.tolist()
         # Where one rank's loss is bad, its gradient spoils all the others' as well: they stop
         # together, and say where it began.
-        ranks = self.saver.ranks
+        ranks = self.ranks
         if not ranks.any(own[1] >= 0):
             return
         found = ranks.all_gather_object(own)

@@ -8,10 +8,10 @@ from typing import Any
 
 import lightning as L
 
-from modtrain.checkpoint.recovery import latest
-from modtrain.checkpoint.saver import Saver
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.common.errors import CheckpointError, TrainingError
 from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.distributed.process_group import Ranks
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.module import LanguageModule
 from modtrain.training.run_directory import RunDirectory
@@ -25,10 +25,16 @@ class Guard(StepCallback):
     """
 
     def __init__(
-        self, run: RunDirectory, data: TokenDataModule, intervals: list[int], saver: Saver
+        self,
+        run: RunDirectory,
+        data: TokenDataModule,
+        intervals: list[int],
+        checkpointer: Checkpointer,
+        ranks: Ranks,
     ) -> None:
-        """intervals: of what is due, the records' first."""
-        self.run, self.data, self.intervals, self.saver = run, data, intervals, saver
+        """intervals: steps between two records, checkpoints and so on, the records' first."""
+        self.run, self.data, self.intervals = run, data, intervals
+        self.checkpointer, self.ranks = checkpointer, ranks
         self._module: LanguageModule | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -64,8 +70,8 @@ class Guard(StepCallback):
         and is no NaN or infinity.
         """
         with suppress(CheckpointError):
-            self.saver.wait()
-        good = latest(self.run.checkpoints, self.saver.ranks)
+            self.checkpointer.wait()
+        good = self.checkpointer.latest(self.run.checkpoints)
         shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
         config = self.module.config
         return TrainingError(

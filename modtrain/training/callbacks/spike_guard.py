@@ -8,9 +8,10 @@ from contextlib import suppress
 
 import lightning as L
 
-from modtrain.checkpoint.saver import Saver
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.common.errors import CheckpointError
 from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.distributed.process_group import Ranks
 from modtrain.training.callbacks.guard import Guard
 from modtrain.training.callbacks.step import is_due
 from modtrain.training.metrics_log import MetricsLog
@@ -29,15 +30,16 @@ class SpikeGuard(Guard):
         trace: SpikeTrace,
         data: TokenDataModule,
         intervals: list[int],
-        saver: Saver,
+        checkpointer: Checkpointer,
         metrics_log: MetricsLog,
         say: Callable[[str], None],
+        ranks: Ranks,
     ) -> None:
         """Stand before what is not to happen after a spike.
 
         intervals: of what is due, the records' first. say: tells the user, once for all ranks.
         """
-        super().__init__(trace.run, data, intervals, saver)
+        super().__init__(trace.run, data, intervals, checkpointer, ranks)
         self.trace, self.metrics_log, self.say = trace, metrics_log, say
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
@@ -72,7 +74,7 @@ class SpikeGuard(Guard):
         config = judge.config
         if config.action == "roll_back" and self.trace.rollbacks < config.max_rollbacks:
             with suppress(CheckpointError):
-                self.saver.wait()
+                self.checkpointer.wait()
             raise RollBackError(spike, samples)
         self.trace.write("stop", spike, samples)
         why = ""
@@ -84,8 +86,7 @@ class SpikeGuard(Guard):
 
     def _who(self, spike: Spike) -> str:
         """Name the ranks whose own loss is no number, if there are others."""
-        ranks = self.saver.ranks
-        bad = [not math.isfinite(loss) for loss in ranks.all_gather_object(spike.own_loss)]
+        bad = [not math.isfinite(loss) for loss in self.ranks.all_gather_object(spike.own_loss)]
         if not any(bad) or all(bad):
             return ""
         return f" on rank {', '.join(str(rank) for rank, is_bad in enumerate(bad) if is_bad)}"

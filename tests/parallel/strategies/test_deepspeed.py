@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import checkpoint_path
-from modtrain.checkpoint.saver import Saver
 from modtrain.common.errors import CheckpointError, ConfigError, TrainingError
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks
@@ -115,7 +115,7 @@ class Watched(LanguageModule):
 
 def run(name, kind, steps, path=None, given=None, **choices):
     """Train from the checkpoint ``given``, or the start, to ``steps``; save there as ``path``."""
-    ranks = Ranks()
+    ranks = Ranks.create()
     torch.manual_seed(0)
     model = small(num_layers=2, capacity=0.5, **MODELS[kind])
     if choices.pop("partitions_all", False):
@@ -141,8 +141,8 @@ def run(name, kind, steps, path=None, given=None, **choices):
     count = ranks.world_size * accumulate
     numbers = range(ranks.rank, steps * count, ranks.world_size)
     launch = Launch(ranks.world_size, ranks.rank, ranks.rank, ranks.world_size)
-    with Saver(ranks) as saver:
-        strategy = make_strategy(strategy_options(config, plan), "cpu", saver)
+    with Checkpointer(ranks) as checkpointer:
+        strategy = make_strategy(strategy_options(config, plan), "cpu", checkpointer)
         trainer = make_trainer(config, plan, strategy, launch, callbacks)
         rest = Rest(numbers, start * accumulate)
         loader = DataLoader(Micro(), sampler=rest, batch_size=None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modtrain.checkpoint import saver
+from modtrain.checkpoint import checkpointer
 from modtrain.checkpoint.layout import Manifest
 from modtrain.cli.compose import compose
 from modtrain.data.stream.datamodule import TokenDataModule
@@ -129,7 +129,7 @@ def test_a_rank_that_hangs_is_named_and_shows_where(prepared, tmp_path, rank):
 
 def slow(lines: list[str], what: str) -> str:
     """Train where the disk takes longer than a rank waits for another."""
-    owner, name = {"save": (saver, "write"), "restore": (Manifest, "check")}[what]
+    owner, name = {"save": (checkpointer, "write"), "restore": (Manifest, "check")}[what]
     original = getattr(owner, name)
 
     def late(*arguments, **named):

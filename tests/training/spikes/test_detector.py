@@ -309,7 +309,7 @@ def a_spike(number):
 )
 def test_roll_backs_take_out_what_was_read_since(tmp_path_factory, rolls):
     """Each in turn, from any checkpoint: against a stream from which the samples are deleted."""
-    trace = SpikeTrace(RunDirectory(tmp_path_factory.mktemp("run")), Ranks())
+    trace = SpikeTrace(RunDirectory(tmp_path_factory.mktemp("run")), Ranks.create())
     stream = list(range(1000))
     for count, (to_step, steps, most) in enumerate(rolls, 1):
         last = to_step + steps
@@ -320,13 +320,13 @@ def test_roll_backs_take_out_what_was_read_since(tmp_path_factory, rolls):
         del stream[4 * first : 4 * last]
         found = stream_positions(np.arange(200), trace.left_out)
         assert found.tolist() == stream[:200]
-        again = SpikeTrace(trace.run, Ranks())
+        again = SpikeTrace(trace.run, Ranks.create())
         assert (again.left_out, again.rollbacks) == (trace.left_out, count)
         assert again.go_on(to_step, 4, SpikeConfig("roll_back")) == []
 
 
 def test_events_stay_but_for_skips_that_come_again(tmp_path):
-    trace = SpikeTrace(RunDirectory(tmp_path), Ranks())
+    trace = SpikeTrace(RunDirectory(tmp_path), Ranks.create())
     for action, number in (("skip", 3), ("skip", 8), ("stop", 9), ("roll_back", 9)):
         trace.write(action, a_spike(number), [7])
     trace.go_on(5, 4, SpikeConfig("skip"))
@@ -341,7 +341,7 @@ def test_events_stay_but_for_skips_that_come_again(tmp_path):
 def test_a_damaged_list_is_told(tmp_path, content):
     (tmp_path / "left_out.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"left_out\.json cannot be read"):
-        SpikeTrace(RunDirectory(tmp_path), Ranks())
+        SpikeTrace(RunDirectory(tmp_path), Ranks.create())
 
 
 def test_a_checkpoint_and_the_list_have_to_agree_as_far_as_it_read():

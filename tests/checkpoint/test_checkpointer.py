@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from modtrain.checkpoint import writing
+from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import Manifest, checkpoint_path, verify
 from modtrain.checkpoint.parts import Staging
 from modtrain.checkpoint.reading import TensorReader
 from modtrain.checkpoint.recovery import recover, whole_checkpoints
-from modtrain.checkpoint.saver import Saver
 from modtrain.common.errors import CheckpointError
 from modtrain.distributed.process_group import Ranks
 
@@ -32,21 +32,21 @@ def gate(monkeypatch):
     opened.set()
 
 
-def put(saver, root, step, value, **options):
+def put(checkpointer, root, step, value, **options):
     path = checkpoint_path(root, step)
-    saver.save(path, {"w": value}, {"step": step}, step, **options)
+    checkpointer.save(path, {"w": value}, {"step": step}, step, **options)
     return path
 
 
 def test_a_save_holds_what_was_there_when_it_was_asked_for(tmp_path, gate):
-    saver, value = Saver(Ranks()), torch.ones(4)
-    path = put(saver, tmp_path, 1, value)
+    checkpointer, value = Checkpointer(Ranks.create()), torch.ones(4)
+    path = put(checkpointer, tmp_path, 1, value)
     value.zero_()
-    assert saver.poll()
+    assert checkpointer.poll()
     assert not whole_checkpoints(tmp_path)
     gate.set()
-    saver.wait()
-    assert not saver.poll()
+    checkpointer.wait()
+    assert not checkpointer.poll()
     assert TensorReader(path)["w"].tolist() == [1, 1, 1, 1]
 
 
@@ -58,72 +58,72 @@ def test_a_later_copy_is_waited_for(tmp_path, monkeypatch):
         return copy(*arguments)
 
     monkeypatch.setattr(Staging, "copy", wait)
-    saver, value = Saver(Ranks()), torch.ones(4)
-    path = put(saver, tmp_path, 1, value, later=True)
+    checkpointer, value = Checkpointer(Ranks.create()), torch.ones(4)
+    path = put(checkpointer, tmp_path, 1, value, async_copy=True)
     threading.Timer(0.2, lambda: (value.mul_(3), opened.set())).start()
-    saver.copied()
+    checkpointer.wait_for_copy()
     value.zero_()
-    saver.close()
+    checkpointer.close()
     assert TensorReader(path)["w"].tolist() == [3, 3, 3, 3]
-    saver.copied()  # nothing to wait for
+    checkpointer.wait_for_copy()  # nothing to wait for
 
 
 def test_a_second_save_waits_for_the_first_and_uses_its_memory(tmp_path):
-    saver, value = Saver(Ranks()), torch.ones(4)
-    first = put(saver, tmp_path, 1, value)
-    buffer = saver._staging._buffers["w"]
-    second = put(saver, tmp_path, 2, value + 1)
+    checkpointer, value = Checkpointer(Ranks.create()), torch.ones(4)
+    first = put(checkpointer, tmp_path, 1, value)
+    buffer = checkpointer._staging._buffers["w"]
+    second = put(checkpointer, tmp_path, 2, value + 1)
     assert verify(first) == 1
-    assert saver._staging._buffers["w"] is buffer
-    saver.close()
+    assert checkpointer._staging._buffers["w"] is buffer
+    checkpointer.close()
     assert [TensorReader(path)["w"][0].item() for path in (first, second)] == [1, 2]
 
 
 def test_a_blocking_save_is_on_disk_and_takes_no_copy(tmp_path):
-    saver = Saver(Ranks())
-    path = put(saver, tmp_path, 1, torch.ones(4)[::2], blocking=True)
+    checkpointer = Checkpointer(Ranks.create())
+    path = put(checkpointer, tmp_path, 1, torch.ones(4)[::2], blocking=True)
     assert verify(path) == 1
-    assert saver._staging._buffers == {}
+    assert checkpointer._staging._buffers == {}
     assert TensorReader(path)["w"].tolist() == [1, 1]
 
 
 def test_old_ones_go_when_the_new_one_is_there(tmp_path, gate):
     gate.set()
-    saver = Saver(Ranks(), keep_last=1, keep_every=2)
+    checkpointer = Checkpointer(Ranks.create(), keep_last=1, keep_every=2)
     for step in (1, 2, 3):
-        put(saver, tmp_path, step, torch.ones(1), blocking=True)
+        put(checkpointer, tmp_path, step, torch.ones(1), blocking=True)
     gate.clear()
-    put(saver, tmp_path, 5, torch.ones(1))
+    put(checkpointer, tmp_path, 5, torch.ones(1))
     assert [step for step, _ in whole_checkpoints(tmp_path)] == [2, 3]
     gate.set()
-    saver.wait()
+    checkpointer.wait()
     assert [step for step, _ in whole_checkpoints(tmp_path)] == [2, 5]
 
 
 def test_a_failed_save_prunes_nothing_and_is_told_once(tmp_path, monkeypatch):
     for step in (0, 1):
-        put(Saver(Ranks()), tmp_path, step, torch.ones(1), blocking=True)
-    saver = Saver(Ranks(), keep_last=1)
+        put(Checkpointer(Ranks.create()), tmp_path, step, torch.ones(1), blocking=True)
+    checkpointer = Checkpointer(Ranks.create(), keep_last=1)
 
     def fail(_descriptor):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    put(saver, tmp_path, 2, torch.ones(1))
+    put(checkpointer, tmp_path, 2, torch.ones(1))
     with pytest.raises(CheckpointError, match="Input/output error"):
-        put(saver, tmp_path, 3, torch.ones(1))
+        put(checkpointer, tmp_path, 3, torch.ones(1))
     monkeypatch.undo()
-    saver.wait()
+    checkpointer.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000000", "step-000000001"]
-    put(saver, tmp_path, 3, torch.ones(1), blocking=True)
+    put(checkpointer, tmp_path, 3, torch.ones(1), blocking=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000003"]
 
 
 def test_a_path_is_never_written_twice(tmp_path):
-    saver = Saver(Ranks())
-    put(saver, tmp_path, 1, torch.ones(1))
+    checkpointer = Checkpointer(Ranks.create())
+    put(checkpointer, tmp_path, 1, torch.ones(1))
     with pytest.raises(CheckpointError, match="never written twice"):
-        put(saver, tmp_path, 1, torch.zeros(1))
+        put(checkpointer, tmp_path, 1, torch.zeros(1))
     assert verify(checkpoint_path(tmp_path, 1)) == 1
 
 
@@ -140,38 +140,38 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_fails_the_save_alone(small_disk):
-    saver = Saver(Ranks(), keep_last=1)
-    kept = put(saver, small_disk, 1, torch.ones(1000), blocking=True)
+    checkpointer = Checkpointer(Ranks.create(), keep_last=1)
+    kept = put(checkpointer, small_disk, 1, torch.ones(1000), blocking=True)
     disk = os.statvfs(small_disk)
     left = disk.f_bavail * disk.f_frsize
     for count in (left, left // 4 - 2 * 1024):  # in the tensors; in what comes after them
-        put(saver, small_disk, 2, torch.ones(count))
+        put(checkpointer, small_disk, 2, torch.ones(count))
         with pytest.raises(CheckpointError, match="No space left on device"):
-            saver.wait()
+            checkpointer.wait()
         assert [path.name for path in small_disk.iterdir()] == [kept.name]
         assert recover(small_disk) == (1, kept)
-    put(saver, small_disk, 2, torch.ones(1000), blocking=True)
+    put(checkpointer, small_disk, 2, torch.ones(1000), blocking=True)
 
 
 def test_a_disk_that_became_read_only_fails_the_save_alone(small_disk):
-    saver = Saver(Ranks())
-    kept = put(saver, small_disk, 1, torch.ones(10), blocking=True)
+    checkpointer = Checkpointer(Ranks.create())
+    kept = put(checkpointer, small_disk, 1, torch.ones(10), blocking=True)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    put(saver, small_disk, 2, torch.ones(10))
+    put(checkpointer, small_disk, 2, torch.ones(10))
     with pytest.raises(CheckpointError, match="Read-only file system"):
-        saver.close()
+        checkpointer.close()
     assert recover(small_disk) == (1, kept)
 
 
 def test_a_directory_that_vanished_is_told_and_not_made_anew(tmp_path):
     root = tmp_path / "checkpoints"
     root.mkdir()
-    saver = Saver(Ranks())
-    put(saver, root, 1, torch.ones(10), blocking=True)
+    checkpointer = Checkpointer(Ranks.create())
+    put(checkpointer, root, 1, torch.ones(10), blocking=True)
     shutil.rmtree(root)
-    put(saver, root, 2, torch.ones(10))
+    put(checkpointer, root, 2, torch.ones(10))
     with pytest.raises(CheckpointError, match="No such file or directory"):
-        saver.wait()
+        checkpointer.wait()
     assert not root.exists()
     assert recover(root) is None
 
@@ -184,23 +184,23 @@ def test_a_directory_that_vanishes_midway_is_told(tmp_path, monkeypatch):
         return write(self, content)
 
     monkeypatch.setattr(writing._HashingStream, "write", vanish)
-    saver = Saver(Ranks())
-    put(saver, tmp_path, 1, torch.ones(10))
+    checkpointer = Checkpointer(Ranks.create())
+    put(checkpointer, tmp_path, 1, torch.ones(10))
     with pytest.raises(CheckpointError, match=r"could not be written|not seen by rank 0"):
-        saver.wait()
+        checkpointer.wait()
     assert recover(tmp_path) is None
 
 
 def test_an_error_in_training_does_not_wait_for_the_disk(tmp_path, gate):
-    with pytest.raises(ZeroDivisionError), Saver(Ranks()) as saver:
-        put(saver, tmp_path, 1, torch.ones(1))
+    with pytest.raises(ZeroDivisionError), Checkpointer(Ranks.create()) as checkpointer:
+        put(checkpointer, tmp_path, 1, torch.ones(1))
         raise ZeroDivisionError
     assert not whole_checkpoints(tmp_path)
 
 
 def test_checksums_are_those_of_the_files(tmp_path):
-    with Saver(Ranks()) as saver:
-        path = put(saver, tmp_path, 1, torch.randn(1000), rank_state={"n": 1})
+    with Checkpointer(Ranks.create()) as checkpointer:
+        path = put(checkpointer, tmp_path, 1, torch.randn(1000), rank_state={"n": 1})
     manifest = Manifest.read(path)
     assert manifest.files.keys() == {".metadata", "__0_0.distcp", "state.pt"}
     assert verify(path) == 1
