@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.parity.cases import CASES, PREPARE, TRAIN, Case
-from tests.parity.program import ROOT, Program, write_corpus
-from tests.parity.records import differences, fingerprint
+from tests.parity.program import ROOT, Program, checkout, git, write_corpus
+from tests.parity.records import differences, dump, fingerprint
 
 PROGRAM = ("modtrain", "conf")
 RECORDED = Path(__file__).with_name("recorded.json")
@@ -60,8 +60,8 @@ def check(names: list[str], tolerance: float | None) -> list[str]:
         tolerance = TOLERANCE
         print(f"nothing is recorded of this machine ({machine}), see `make parity-record`;")
         print(f"compared with {next(iter(records))} within {tolerance}")
-    record = records.get(machine) or next(iter(records.values()))
-    known = {name: dict(record.get(name, {})) for name in names}
+    recorded = records.get(machine) or next(iter(records.values()))
+    known = {name: dict(recorded.get(name, {})) for name in names}
     for case in known.values():
         case.pop("commit", None)
     return differences(known, measure(names), tolerance)
@@ -71,47 +71,32 @@ def record(names: list[str]) -> None:
     """Write this machine's results of the cases ``names`` to ``recorded.json``."""
     records = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     # The last commit that changed the program, with a mark where it is changed beside.
-    commit = _git("log", "-1", "--format=%h", "--", *PROGRAM)
-    commit += " and changes" if _git("status", "--porcelain", "--", *PROGRAM) else ""
+    commit = git("log", "-1", "--format=%h", "--", *PROGRAM)
+    commit += " and changes" if git("status", "--porcelain", "--", *PROGRAM) else ""
     cases = records.get(fingerprint(), {})
     cases |= {name: {"commit": commit, **found} for name, found in measure(names).items()}
     records[fingerprint()] = {name: cases[name] for name in sorted(cases) if name in CASES}
-    RECORDED.write_text(_dump(records) + "\n")
+    RECORDED.write_text(dump(records) + "\n")
 
 
 def record_from(base: str, names: list[str]) -> None:
     """Write the results of the program as of the commit ``base``."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkout = Path(folder) / "modtrain"
-        _git("worktree", "add", "--detach", str(checkout), base)
-        try:
-            theirs = checkout / RECORDED.relative_to(ROOT)
-            theirs.write_bytes(RECORDED.read_bytes())
-            command = [sys.executable, "-m", "tests.parity", "record", "--cases", *names]
-            subprocess.run(command, cwd=checkout, check=True)
-            RECORDED.write_bytes(theirs.read_bytes())
-        finally:
-            _git("worktree", "remove", "--force", str(checkout))
-
-
-def _dump(value: Any, indent: int = 0) -> str:
-    """Return JSON with a line for each list of numbers."""
-    if not isinstance(value, dict) or not value:
-        return json.dumps(value)
-    pad = " " * (indent + 1)
-    lines = (f"{pad}{json.dumps(key)}: {_dump(value[key], indent + 1)}" for key in value)
-    return "{\n" + ",\n".join(lines) + "\n" + " " * indent + "}"
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=-1).stdout.strip()
+    with checkout(base) as root:
+        theirs = root / RECORDED.relative_to(ROOT)
+        theirs.write_bytes(RECORDED.read_bytes())
+        # Cases that it has not yet are left out, unless they are asked for by name.
+        chosen = [] if names == list(CASES) else ["--cases", *names]
+        command = [sys.executable, "-m", "tests.parity", "record", *chosen]
+        subprocess.run(command, cwd=root, check=True)
+        RECORDED.write_bytes(theirs.read_bytes())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
     parser.add_argument("action", choices=("check", "record"), nargs="?", default="check")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument(
+        "--cases", nargs="+", metavar="NAME", choices=list(CASES), default=list(CASES)
+    )
     parser.add_argument("--base", metavar="COMMIT", help="record the program as of this commit")
     parser.add_argument("--tolerance", type=float, help="compare floats alone, within this")
     arguments = parser.parse_args()

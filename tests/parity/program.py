@@ -9,7 +9,10 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,24 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parents[2]
 _WORDS = ["the", "a", "tree", "river", "stone", "walks", "sings", "under", "old", "quiet", "and"]
 _TIMEOUT = 600
+
+
+def git(*arguments: str) -> str:
+    """Return what git prints in this checkout."""
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=-1).stdout.strip()
+
+
+@contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """Check ``commit`` out in a temporary git worktree."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "modtrain"
+        git("worktree", "add", "--detach", str(root), commit)
+        try:
+            yield root
+        finally:
+            git("worktree", "remove", "--force", str(root))
 
 
 def write_corpus(folder: Path, documents: int, longest: int) -> None:

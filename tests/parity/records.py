@@ -1,5 +1,6 @@
 """Recorded values: which machine they are of, and where others differ from them."""
 
+import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,15 @@ def fingerprint() -> str:
         processor = " ".join(fields[name] for name in names if name in fields) or processor
     vectors = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()}, {processor}, {vectors}, torch {torch.__version__}"
+
+
+def dump(value: Any, indent: int = 0) -> str:
+    """Return JSON with a line for each list of numbers."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    pad = " " * (indent + 1)
+    lines = (f"{pad}{json.dumps(key)}: {dump(value[key], indent + 1)}" for key in value)
+    return "{\n" + ",\n".join(lines) + "\n" + " " * indent + "}"
 
 
 def differences(recorded: Any, found: Any, tolerance: float | None, where: str = "") -> list[str]:

@@ -1,0 +1,28 @@
+"""Runs of earlier versions: evaluated, continued from and resumed by this one."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.compatibility.runs import FOLDER, TRAIN, results_of
+from tests.parity.__main__ import TOLERANCE
+from tests.parity.program import Program
+from tests.parity.records import differences, fingerprint
+
+COMMITS = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", TRAIN)
+@pytest.mark.parametrize("commit", COMMITS)
+def test_a_run_of_an_earlier_version_loads(commit: str, name: str, tmp_path: Path):
+    with tarfile.open(FOLDER / f"{commit}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    expected = json.loads((FOLDER / f"{commit}.json").read_text())
+    tolerance = None if expected["machine"] == fingerprint() else TOLERANCE
+    found = results_of(Program(tmp_path), name)
+    assert differences(expected["runs"][name], found, tolerance) == []
