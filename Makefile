@@ -5,10 +5,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # A file's tests stay in one process, which they share a model or a trained run in. One thread each:
 # processes beside one another and their ranks have more than enough of them.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations 30 --durations-min 1
+TIERS  := -n logical --maxprocesses 4 --dist loadfile --durations 30 --durations-min 1
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(TIERS)
+# Of `make compat`: the version of torch, in an environment of its own.
+TORCH  ?= 2.14.1
+COMPAT := .venv-torch-$(TORCH)
 SAMPLE := prompt='My fellow citizens' echo=true max_tokens=60 sampling.top_p=0.9
 
-.PHONY: help install quickstart test test-slow nightly kills parity parity-record lint format types imports bench docs figures lock clean
+.PHONY: help install quickstart test test-slow nightly compat kills parity parity-record lint format types imports bench docs figures lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -38,6 +42,13 @@ test-slow: $(STAMP)  ## the slower tests that CI runs as well
 
 nightly: $(STAMP)  ## every test that CI leaves out (an hour)
 	$(PYTEST) -m nightly
+
+compat:  ## the commit tier on another torch: make compat TORCH=2.14.1
+	$(PYTHON) -m venv $(COMPAT)
+	sed '/^torch==/d; /^triton==/d' constraints.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(COMPAT)/bin/pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt -e '.[corpus,dev]'
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/pytest $(TIERS) -m 'not nightly'
 
 kills: $(STAMP)  ## a hundred kills -9 of ranks, each gone on from to the bit
 	$(BIN)/pytest tests/training/faults/test_kills.py -m slow --kills 100
