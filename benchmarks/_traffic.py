@@ -138,7 +138,7 @@ def _padded(shape: tuple[int, ...], size: int) -> float:
 
 def _running_states(model: ModelConfig) -> int:
     """Numbers that thresholds, biases and quantiles learn from a step."""
-    states = len(model.routed_parts) if model.is_routed and model.router.keeps_threshold else 0
+    states = len(model.routed_parts) if model.is_routed and model.router.has_threshold else 0
     for layer in range(model.num_layers):
         if model.has_experts(layer) and model.experts.choice == "expert":
             states += model.experts.count or 0

@@ -16,7 +16,9 @@ import yaml
 
 from modtrain.common.errors import Problem
 
-RENAMED_KEYS: dict[str, str] = {}
+RENAMED_KEYS: dict[str, str] = {
+    "model.router.room": "model.router.capacity_factor",
+}
 """Old dotted key to new dotted key. The name of a section covers all keys below it.
 
 An old key must not be a key of any verb's configuration today.

@@ -1,1 +1,1 @@
-"""What is measured of a model on held-out tokens."""
+"""Metrics of a model on held-out tokens."""

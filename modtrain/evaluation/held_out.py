@@ -1,4 +1,4 @@
-"""Loss on held-out text: causally, which counts, and as trained beside it where that looks ahead.
+"""Loss on held-out text: by causal decisions, and as trained beside it where that is not causal.
 
 Shapes: B batch, S sequence, T = S + 1, E experts.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modtrain.data.stream.documents import document_numbers_if_apart
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import Selection
 from modtrain.models.flops import Load, forward_flops, realised_flops
 from modtrain.models.sequence import RoutingRecord
@@ -24,9 +24,9 @@ from modtrain.models.transformer import ModelOutput, Transformer
 
 @dataclass
 class Agreement:
-    """How a causal decision does against top-k, over the held-out tokens.
+    """Agreement of a causal decision with top-k, over the held-out tokens.
 
-    Four of five tokens and more are skipped, so accuracy alone says little.
+    Most tokens are skipped (7 of 8 at the default capacity), so accuracy alone says little.
     """
 
     accuracy: float
@@ -36,12 +36,11 @@ class Agreement:
 
 @dataclass
 class Decision:
-    """What a model comes to under one way to choose; the loss in nats a token.
+    """The result of a model under one selection; the loss in nats per token.
 
-    flops: executed forward FLOPs a token. realised_capacity: share of tokens that took part, by
-    router. agreement: of a causal decision with top-k, by router; empty where training has no
-    top-k. Caps of a dial are left out of it. expert_load: share of the choices that fell on each
-    expert, no-op experts last, by layer.
+    flops: executed forward FLOPs per token. realised_capacity: share of routed tokens, by router.
+    agreement: of a causal decision with top-k, by router, without caps; empty if training has no
+    top-k. expert_load: share of the choices of each expert, no-op experts last, by layer.
     """
 
     loss: float
@@ -53,12 +52,12 @@ class Decision:
 
 @dataclass
 class HeldOut:
-    """Means over the held-out tokens; losses in nats a token.
+    """Means over the held-out tokens; losses in nats per token.
 
-    trained_flops: executed forward FLOPs a token as trained, by the formula.
-    decisions: by each causal decision that was asked for; the first is what the model is judged by.
-    top_k: as trained and 'not causal', never moved by a dial; None where training does not look
-        ahead, or nobody asked.
+    trained_flops: executed forward FLOPs per token as trained, by the formula.
+    decisions: by causal decision; the first one gives the reported loss.
+    top_k: as trained, 'not causal', and never changed by a compute budget; None if training is
+        causal, or it was not requested.
     """
 
     tokens: int
@@ -68,12 +67,12 @@ class HeldOut:
 
     @property
     def causal(self) -> Decision | None:
-        """The decision that the model is judged by; None where it has none."""
+        """The causal decision whose loss is reported; None if there is none."""
         return next(iter(self.decisions.values()), None)
 
     @property
     def causal_loss(self) -> float | None:
-        """The loss under that decision."""
+        """The loss by that decision."""
         return None if self.causal is None else self.causal.loss
 
     @property
@@ -91,67 +90,69 @@ def evaluate(
     capacities: Sequence[float | None] | None = None,
     selections: Sequence[Selection] | None = None,
     as_trained: bool = True,
-    dials: Mapping[Selection, Dial] | None = None,
+    budgets: Mapping[Selection, ComputeBudget] | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> HeldOut:
     """Evaluate ``model`` on batches (B, S + 1) of token ids, as trained and causally.
 
     precision: the context to compute in, such as a strategy's forward context.
-    eos_id: the end of documents, where the model is to keep them apart.
-    capacities: one a layer, where training is at other ones than the configuration's.
-    selections: causal decisions; None: all that the model has. as_trained: False leaves out what is
-    not causal, and with it each decision's agreement.
-    dials: how much a causal decision is to compute, where not as trained.
-    total: sums over ranks that evaluate other batches, equally many each; None: there is one.
+    eos_id: the end-of-document token, if documents are masked from each other.
+    capacities: one per layer, if training is not at the configuration's capacities.
+    selections: causal decisions; None: all of the model's. as_trained: False leaves out the
+    selection of training where it is not causal, and with it each decision's agreement.
+    budgets: compute budgets by causal decision; as trained without one.
+    total: sums over ranks that evaluate other batches, equally many each; None: one process.
 
     Raises:
         ValueError: there is no batch.
     """
-    config, dials = model.config, dials or {}
+    config, budgets = model.config, budgets or {}
     selections = config.causal_selections if selections is None else selections
-    ways = [*selections]
+    evaluated = [*selections]
     if config.looks_ahead and as_trained:
-        ways.append(config.training_selection)
-    tallies = {way: _Tally(model, way, selections, dials) for way in ways}
-    with evaluating(model) as device, precision:
+        evaluated.append(config.training_selection)
+    accumulators = {
+        selection: _Accumulator(model, selection, selections, budgets) for selection in evaluated
+    }
+    with evaluation_mode(model) as device, precision:
         for batch in batches:
             batch_BT = batch.to(device)
             inputs_BS, targets_BS = batch_BT[:, :-1], batch_BT[:, 1:]
             documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
-            for selection, tally in tallies.items():
-                tally.add(
+            for selection, accumulator in accumulators.items():
+                accumulator.add(
                     model(
                         inputs_BS,
                         targets_BS,
                         selection,
                         capacities=capacities,
                         documents_BS=documents_BS,
-                        dial=dials.get(selection),
+                        budget=budgets.get(selection),
                     ),
                     targets_BS,
                 )
     if total is not None:
-        for tally in tallies.values():
-            tally.gather(total)
-    first = next(iter(tallies.values()), None)
+        for accumulator in accumulators.values():
+            accumulator.gather(total)
+    first = next(iter(accumulators.values()), None)
     if first is None or first.tokens == 0:
-        raise ValueError("there are no held-out batches, or nothing to evaluate by")
-    trained = tallies.get(config.training_selection)
+        raise ValueError("there are no held-out batches, or no selection to evaluate")
+    trained = accumulators.get(config.training_selection)
     flops = forward_flops(config, first.seq_len, capacities).total / first.seq_len
-    found = HeldOut(first.tokens, flops)
+    result = HeldOut(first.tokens, flops)
     for selection in selections:
-        found.decisions[selection] = tallies[selection].decision(trained)
+        result.decisions[selection] = accumulators[selection].decision(trained)
     if trained is not None:
-        found.top_k = replace(trained.decision(None), flops=flops)
-    return found
+        result.top_k = replace(trained.decision(None), flops=flops)
+    return result
 
 
 @contextmanager
-def evaluating(model: Transformer) -> Iterator[torch.device]:
-    """Compute without gradients, as when generating. Gives the model's device.
+def evaluation_mode(model: Transformer) -> Iterator[torch.device]:
+    """Set evaluation mode without gradients, and yield the model's device.
 
-    Routers that draw at random as in training do so from the global state: they draw the same in
-    each such context, and the state is given back, as the model's mode is.
+    Random routers draw from the global generator in training's selection. Its state is seeded here
+    and restored at the end, as the model's mode is, so they draw the same in each such context.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -165,23 +166,23 @@ def evaluating(model: Transformer) -> Iterator[torch.device]:
         model.train(was_training)
 
 
-class _Tally:
-    """Running sums of one way to choose, on the host."""
+class _Accumulator:
+    """Running sums of one selection, on the host."""
 
     def __init__(
         self,
         model: Transformer,
         selection: Selection,
         compared: Sequence[Selection],
-        dials: Mapping[Selection, Dial],
+        budgets: Mapping[Selection, ComputeBudget],
     ) -> None:
         self.model, self.config, self.selection = model, model.config, selection
-        self.compared, self.dials = compared, dials
+        self.compared, self.budgets = compared, budgets
         self.routers, self.mixtures = model.routers, model.mixtures
         self.tokens = self.sequences = self.seq_len = 0
         self.loss = 0.0
         self.chosen_R, self.squares_R = (_zeros(len(self.routers)) for _ in range(2))
-        # Of each causal decision and router: how often it said no or yes where top-k did.
+        # By causal decision and router: counts of (skip, route) against top-k.
         self.confusion: dict[str, Tensor] = {}
         experts = self.config.experts
         self.executed_M = _zeros(len(self.mixtures))
@@ -208,19 +209,19 @@ class _Tally:
             self._compare(output.routing)
 
     def gather(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Take in what the other ranks have counted."""
+        """Replace the sums by those over all ranks."""
         counts_3 = torch.tensor([self.tokens, self.sequences, self.loss], dtype=torch.float64)
         confusion = [self.confusion[name] for name in self.confusion]
         parts = [counts_3, self.chosen_R, self.squares_R, self.executed_M, self.load_ME, *confusion]
         flat = total(torch.cat([part.flatten() for part in parts]))
         pieces = torch.split(flat, [part.numel() for part in parts])
-        found = [piece.view(part.shape) for part, piece in zip(parts, pieces, strict=True)]
-        tokens, sequences, self.loss = found[0].tolist()
+        totals = [piece.view(part.shape) for part, piece in zip(parts, pieces, strict=True)]
+        tokens, sequences, self.loss = totals[0].tolist()
         self.tokens, self.sequences = round(tokens), round(sequences)
-        self.chosen_R, self.squares_R, self.executed_M, self.load_ME = found[1:5]
-        self.confusion = dict(zip(self.confusion, found[5:], strict=True))
+        self.chosen_R, self.squares_R, self.executed_M, self.load_ME = totals[1:5]
+        self.confusion = dict(zip(self.confusion, totals[5:], strict=True))
 
-    def decision(self, trained: _Tally | None) -> Decision:
+    def decision(self, trained: _Accumulator | None) -> Decision:
         labels = self.config.routed_labels
         cost = realised_flops(self.config, self.seq_len, self._loads(), self.selection)
         flops = cost.total / self.seq_len
@@ -239,28 +240,29 @@ class _Tally:
         )
 
     def _compare(self, records: tuple[RoutingRecord, ...]) -> None:
-        """Count where each causal decision agrees with the choice that was made."""
+        """Count where each causal decision agrees with the actual choice."""
         for selection in self.compared:
             cells_R4 = self.confusion.setdefault(selection, _zeros(len(self.routers), 4))
-            levels = self.dials.get(selection, Dial()).levels
+            thresholds = self.budgets.get(selection, ComputeBudget()).thresholds
             for i, (router, record) in enumerate(zip(self.routers, records, strict=True)):
-                value_BS = router.value(selection, record.scores_BS, record.predictor_BS)
-                level = router.level(selection) if levels is None else levels[i]
-                guess_BS = value_BS > level
-                cell_BS = guess_BS.long() * 2 + record.chosen_BS.long()
+                value_BS = router.decision_values(selection, record.scores_BS, record.predictor_BS)
+                threshold = (
+                    router.decision_threshold(selection) if thresholds is None else thresholds[i]
+                )
+                cell_BS = (value_BS > threshold).long() * 2 + record.chosen_BS.long()
                 cells_R4[i] += torch.bincount(cell_BS.flatten(), minlength=4).cpu().double()
 
     def _loads(self) -> list[Load]:
-        """What each layer processed of a mean sequence."""
+        """The mean load of each layer per sequence."""
         parts = self.config.routed_parts
         count_R2 = torch.stack([self.chosen_R, self.squares_R], dim=1) / self.sequences
         counts = dict(zip(parts, map(tuple, count_R2.tolist()), strict=True))
         slots = dict(
             zip(self.config.expert_labels, (self.executed_M / self.sequences).tolist(), strict=True)
         )
-        everyone = (float(self.seq_len), float(self.seq_len**2))
+        all_tokens = (float(self.seq_len), float(self.seq_len**2))
         return [
-            _load(self.config, layer, counts, everyone, slots.get(f"layer_{layer:02d}", 0.0))
+            _load(self.config, layer, counts, all_tokens, slots.get(f"layer_{layer:02d}", 0.0))
             for layer in range(self.config.num_layers)
         ]
 
@@ -269,22 +271,22 @@ def _load(
     config: ModelConfig,
     layer: int,
     counts: dict[tuple[int, str], tuple[float, ...]],
-    everyone: tuple[float, ...],
+    all_tokens: tuple[float, ...],
     slots: float,
 ) -> Load:
-    block = counts.get((layer, "block"), everyone)
-    mixed = counts.get((layer, "attention"), block)
-    fed = counts.get((layer, "mlp"), block)
-    return Load(mixed[0], mixed[1], fed[0], slots if config.has_experts(layer) else 0.0)
+    block = counts.get((layer, "block"), all_tokens)
+    mixer = counts.get((layer, "attention"), block)
+    mlp = counts.get((layer, "mlp"), block)
+    return Load(mixer[0], mixer[1], mlp[0], slots if config.has_experts(layer) else 0.0)
 
 
 def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
-def _agreement(true_no: float, missed: float, false_yes: float, true_yes: float) -> Agreement:
-    total = true_no + missed + false_yes + true_yes
-    recall = true_yes / max(1.0, true_yes + missed)
-    rejection = true_no / max(1.0, true_no + false_yes)
-    f1 = 2 * true_yes / max(1.0, 2 * true_yes + missed + false_yes)
-    return Agreement((true_no + true_yes) / total, f1, (recall + rejection) / 2)
+def _agreement(tn: float, fn: float, fp: float, tp: float) -> Agreement:
+    """Scores of true and false negatives and positives."""
+    recall = tp / max(1.0, tp + fn)
+    specificity = tn / max(1.0, tn + fp)
+    f1 = 2 * tp / max(1.0, 2 * tp + fn + fp)
+    return Agreement((tn + tp) / (tn + fn + fp + tp), f1, (recall + specificity) / 2)

@@ -18,11 +18,11 @@ from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.validation import key_of
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.documents import document_numbers_if_apart
-from modtrain.evaluation.held_out import evaluating
-from modtrain.inference.config import DialConfig
+from modtrain.evaluation.held_out import evaluation_mode
+from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.loading import LoadedRun
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import Selection
 from modtrain.models.transformer import Transformer
 
@@ -31,16 +31,16 @@ Precision = Callable[[], AbstractContextManager[Any]]
 _TOLERANCE = 0.01
 
 
-def make_dial(
+def make_budget(
     model: Transformer,
     selection: Selection,
-    config: DialConfig,
+    config: ComputeBudgetConfig,
     batches: Iterable[Tensor] = (),
     precision: Precision = nullcontext,
     *,
     eos_id: int | None = None,
     prefix: str = "inference",
-) -> Dial | None:
+) -> ComputeBudget | None:
     """Return the dial that ``config`` asks for under ``selection``; None where it asks for nothing.
 
     batches: text (B, S + 1) of the training split, read where ``config.capacity`` is to be
@@ -51,31 +51,33 @@ def make_dial(
     Raises:
         ConfigError: the model cannot be moved so.
     """
-    raise_if_any(dial_problems(config, model.config, prefix))
+    raise_if_any(budget_problems(config, model.config, prefix))
     if not config.asked:
         return None
-    levels = None
+    thresholds = None
     if config.capacity is not None:
-        caps = Dial(None, config.layer_cap, config.step_cap)
+        caps = ComputeBudget(None, config.layer_cap, config.step_cap)
         calibration = Calibration(model, selection, batches, precision, eos_id=eos_id, caps=caps)
-        return calibration.dial(config.capacity)
+        return calibration.budget(config.capacity)
     if config.shift:
-        levels = tuple(float(router.level(selection)) + config.shift for router in model.routers)
-    return Dial(levels, config.layer_cap, config.step_cap)
+        thresholds = tuple(
+            float(router.decision_threshold(selection)) + config.shift for router in model.routers
+        )
+    return ComputeBudget(thresholds, config.layer_cap, config.step_cap)
 
 
-def dial_of_run(
+def budget_of_run(
     loaded: LoadedRun,
     selection: Selection,
-    config: DialConfig,
+    config: ComputeBudgetConfig,
     batch_size: int,
     prefix: str = "inference",
-) -> Dial | None:
+) -> ComputeBudget | None:
     """The same for a trained run, calibrated on its own training text."""
     batches = []
     if config.capacity is not None:
         batches = training_text(loaded, config.calibration_sequences, batch_size)
-    return make_dial(
+    return make_budget(
         loaded.model,
         selection,
         config,
@@ -97,8 +99,11 @@ def training_text(loaded: LoadedRun, sequences: int, batch_size: int) -> list[Te
     return [data.train_data.__getitems__(numbers[at : at + batch_size]) for at in starts]
 
 
-def chosen_decisions(
-    config: DialConfig, model: ModelConfig, prefix: str = "inference", as_trained: bool = False
+def resolve_decisions(
+    config: ComputeBudgetConfig,
+    model: ModelConfig,
+    prefix: str = "inference",
+    as_trained: bool = False,
 ) -> list[Selection]:
     """Return the causal decisions to look at; all that the model has where none is named.
 
@@ -120,7 +125,7 @@ def chosen_decisions(
     raise ConfigError([Problem(key_of(prefix, "decision"), config.decision, reason, remedy)])
 
 
-def dial_problems(config: DialConfig, model: ModelConfig, prefix: str) -> list[Problem]:
+def budget_problems(config: ComputeBudgetConfig, model: ModelConfig, prefix: str) -> list[Problem]:
     """Everything that ``config`` asks for and ``model`` does not have."""
     reason = None
     if not model.is_routed:
@@ -159,7 +164,7 @@ class Calibration:
         precision: Precision = nullcontext,
         *,
         eos_id: int | None = None,
-        caps: Dial | None = None,
+        caps: ComputeBudget | None = None,
     ) -> None:
         """Prepare for ``model`` under ``selection``; nothing is computed yet.
 
@@ -168,16 +173,16 @@ class Calibration:
         """
         self.model, self.selection, self.precision = model, selection, precision
         self.batches, self.eos_id = batches, eos_id
-        self.caps = caps or Dial()
+        self.caps = caps or ComputeBudget()
         self._as_trained: list[Tensor] | None = None
 
-    def dial(self, share: float) -> Dial:
+    def budget(self, share: float) -> ComputeBudget:
         """Return the dial at which each router takes ``share`` of the tokens.
 
         Raises:
             ValueError: there is no text.
         """
-        return self.caps._replace(levels=self._levels(share))
+        return self.caps._replace(thresholds=self._levels(share))
 
     def _levels(self, share: float) -> tuple[float, ...]:
         routers = len(self.model.routers)
@@ -188,36 +193,42 @@ class Calibration:
         if self._as_trained is None:
             self._as_trained = self._values(self.caps)
         values = self._as_trained
-        levels = tuple(level_of(value_N, share) for value_N in values)
+        thresholds = tuple(threshold_for_share(value_N, share) for value_N in values)
         for _ in range(routers - 1):
-            values = self._values(self.caps._replace(levels=levels))
-            if all(map(_is_near, values, levels, [share] * routers)):
+            values = self._values(self.caps._replace(thresholds=thresholds))
+            if all(map(_is_near, values, thresholds, [share] * routers)):
                 break
-            levels = tuple(level_of(value_N, share) for value_N in values)
-        return levels
+            thresholds = tuple(threshold_for_share(value_N, share) for value_N in values)
+        return thresholds
 
-    def _values(self, dial: Dial) -> list[Tensor]:
-        """What each router decides by (N,) under ``dial``."""
+    def _values(self, budget: ComputeBudget) -> list[Tensor]:
+        """What each router decides by (N,) under ``budget``."""
         kept: list[list[Tensor]] = [[] for _ in self.model.routers]
-        with evaluating(self.model) as device:
+        with evaluation_mode(self.model) as device:
             for batch in self.batches:
                 inputs_BS, targets_BS = batch[:, :-1].to(device), batch[:, 1:].to(device)
                 documents_BS = document_numbers_if_apart(inputs_BS, self.eos_id)
                 with self.precision():
                     # With targets the logits are never there as a whole.
                     output = self.model(
-                        inputs_BS, targets_BS, self.selection, documents_BS=documents_BS, dial=dial
+                        inputs_BS,
+                        targets_BS,
+                        self.selection,
+                        documents_BS=documents_BS,
+                        budget=budget,
                     )
                 records = zip(kept, self.model.routers, output.routing, strict=True)
                 for values, router, record in records:
-                    value_BS = router.value(self.selection, record.scores_BS, record.predictor_BS)
+                    value_BS = router.decision_values(
+                        self.selection, record.scores_BS, record.predictor_BS
+                    )
                     values.append(value_BS.flatten().cpu())
         if not all(kept):
             raise ValueError("there is no text to calibrate on")
         return [torch.cat(values) for values in kept]
 
 
-def level_of(value_N: Tensor, share: float) -> float:
+def threshold_for_share(value_N: Tensor, share: float) -> float:
     """Return the level that ``share`` of the values lie above, one of them at least.
 
     It is the middle between the last value above and the first one below. Where these are equal,

@@ -40,7 +40,7 @@ class TrainedRunConfig:
 
 
 @dataclass
-class DialConfig:
+class ComputeBudgetConfig:
     """By which causal decision, and how much, a trained model is to compute.
 
     decision: one of the model's causal decisions; null takes the first, in an evaluation all.
@@ -111,7 +111,7 @@ class EvalRunConfig(TrainedRunConfig):
 
     sequences: int | None = None
     batch_size: int = 16
-    inference: DialConfig = field(default_factory=DialConfig)
+    inference: ComputeBudgetConfig = field(default_factory=ComputeBudgetConfig)
     sweep: list[float] | None = None
 
     def problems(self, prefix: str = "") -> list[Problem]:

@@ -1,4 +1,4 @@
-"""A transformer block, written as the update it would add to the residual stream."""
+"""A transformer block as an update of the residual stream."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from modtrain.models.sequence import Output, SequenceContext, as_output
 
 
 class Block(nn.Module):
-    """Attention (or another mixer), then an MLP (or experts), each with its own norm before it.
+    """Attention (or another mixer), then an MLP (or experts), each pre-norm.
 
-    Like every sequence module here it returns its update f(x), not x + f(x): whoever calls it adds
-    the residual, so that a router can weigh the update alone and no residual is added twice.
+    Like every sequence module it returns the update f(x), not x + f(x): the caller adds the
+    residual, so that a router can gate the update and no residual is added twice.
     """
 
     def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:

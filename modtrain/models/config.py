@@ -1,4 +1,4 @@
-"""The shape of a model, as typed configuration. Imports nothing heavy: mistakes show at once."""
+"""Configuration of a model's architecture. Imports no torch, so that errors show at once."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from modtrain.models.experts.config import ExpertsConfig
 
 ACTIVATIONS = ("swiglu", "gelu")
 MIXERS = ("attention", "convolution")
-# More is a mistake, and would fill the memory before anything could say so.
-_MOST_LAYERS = 10_000
+# More is a mistake, and would exhaust the memory before any check.
+_MAX_LAYERS = 10_000
 
 
 @dataclass
 class ModelConfig:
-    """A pre-norm, Llama-shaped decoder with depth routing.
+    """A pre-norm, Llama-style decoder with depth routing.
 
     d_model: width of the residual stream.
-    num_layers: blocks.
-    num_heads: attention heads.
-    vocab_size: rows of the embedding; null takes the tokenizer's size.
+    num_layers: number of blocks.
+    num_heads: number of attention heads.
+    vocab_size: rows of the embedding; null: the tokenizer's size.
     num_kv_heads: heads of keys and values (grouped-query attention); null: ``num_heads``.
     head_dim: width of a head; null: ``d_model / num_heads``.
     d_ff: hidden width of the MLP; null: 4 d for gelu, 8/3 d rounded up to 64 for swiglu.
     activation: of the MLP: ``swiglu`` or ``gelu``.
-    tie_embeddings: the head is the embedding.
+    tie_embeddings: the output head shares the embedding's weights.
     qk_norm: normalise queries and keys.
-    mixer: what moves features between tokens: ``attention``, ``convolution`` (causal, depthwise),
-        or a list with one of them a layer.
-    sliding_window: how many positions back attention sees, the token itself included; null: all.
-    conv_width: how many tokens a convolution reaches over, the token itself included.
+    mixer: mixes features between tokens: ``attention``, ``convolution`` (causal, depthwise), or a
+        list with one of them per layer.
+    sliding_window: number of positions that a token attends to, itself included; null: all.
+    conv_width: number of tokens under a convolution, the token itself included.
     rope_theta: base of the rotary positions.
     norm_eps: epsilon of RMSNorm.
     init_std: standard deviation of the initial weights; null: ``sqrt(2 / (5 d_model))`` (see
@@ -43,11 +43,10 @@ class ModelConfig:
     pattern: which blocks are routed: ``dense``, ``every``, ``every_other``, ``all_but_ends``;
         graded ``cosine``, ``u_shape``, ``ramp_down``, ``ramp_up`` (see
         `modtrain.models.depth.pattern`);
-        or a list with one capacity a layer in which 1 is a dense block, ``[1, 0.125]`` or
+        or a list with one capacity per layer in which 1 is a dense block, ``[1, 0.125]`` or
         ``"[1, .125]*6"``.
-    capacity: the share of tokens that takes part in a routed block, in (0, 1]; the lowest one of a
-        graded pattern.
-    loss_chunk: tokens whose logits are in memory at once in training; null: as many as make some 32
+    capacity: the share of tokens routed through a block, in (0, 1]; the lowest of a graded pattern.
+    loss_chunk: number of tokens whose logits are in memory at once in training; null: about 32
         million logits.
     """
 
@@ -99,14 +98,14 @@ class ModelConfig:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding. Raises ValueError while they are not known."""
+        """Rows of the embedding. Raises ValueError if ``vocab_size`` is not resolved."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not set; resolve it from the tokenizer first")
         return self.vocab_size
 
     @property
     def capacities(self) -> list[float | None]:
-        """The capacity of each layer; None where the layer is dense."""
+        """The capacity of each layer; None for a dense layer."""
         return layer_capacities(self.pattern, self.capacity, self.num_layers)
 
     @property
@@ -115,27 +114,28 @@ class ModelConfig:
         return any(capacity is not None for capacity in self.capacities)
 
     @property
-    def joins_sequences(self) -> bool:
-        """Whether training makes something of a batch as a whole, so that its size matters.
+    def depends_on_micro_batch(self) -> bool:
+        """Whether training depends on how sequences are grouped into micro-batches.
 
-        The balance loss multiplies means over it, and token choice learns its threshold from it.
+        The balance loss multiplies means over a micro-batch, and token choice takes its threshold's
+        quantile over it.
         """
         is_balanced = bool(self.expert_labels) and self.experts.balance_kind == "loss"
         return is_balanced or (self.is_routed and self.router.choice == "token")
 
     @property
     def mixers(self) -> list[str]:
-        """The mixer of each layer. Raises ValueError where the list is not one a layer."""
+        """The mixer of each layer. Raises ValueError if a list does not have one per layer."""
         if isinstance(self.mixer, str):
             return [self.mixer] * self.num_layers
         names = list(self.mixer)
         if len(names) != self.num_layers:
-            raise ValueError(f"names {len(names)} layers, but there are {self.num_layers}")
+            raise ValueError(f"has {len(names)} layers, but num_layers={self.num_layers}")
         return names
 
     @property
     def routed_parts(self) -> list[tuple[int, str]]:
-        """Layer and part (``block``, ``attention``, ``mlp``) of each router, in running order."""
+        """Layer and part (``block``, ``attention``, ``mlp``) of each router, in forward order."""
         target = self.router.target
         parts = ("attention", "mlp") if target == "both" else (target,)
         return [
@@ -165,14 +165,14 @@ class ModelConfig:
 
     @property
     def training_selection(self) -> Selection:
-        """How tokens are chosen in training."""
+        """The selection in training."""
         return "token" if self.is_routed and self.router.choice == "token" else "top_k"
 
     @property
     def causal_selections(self) -> list[Selection]:
-        """The causal decisions that the model has; the first one is what it is judged by.
+        """The model's causal decisions; reported losses use the first one.
 
-        Empty where nothing was trained that could decide without the future.
+        Empty if no causal decision was trained.
         """
         if self.is_routed and self.router.needs_causal:
             return list(self.router.causal_routers)  # type: ignore[arg-type]
@@ -180,46 +180,46 @@ class ModelConfig:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether what training chooses by looks at later tokens."""
+        """Whether the selection in training depends on later tokens."""
         by_experts = self.experts.count is not None and self.experts.choice == "expert"
         router = self.router
         by_depth = self.is_routed and router.needs_causal and router.choice == "expert"
         return by_experts or by_depth
 
     def problems(self, prefix: str = "model") -> list[Problem]:
-        """Everything wrong with the model's shape, in the order of the fields."""
+        """Everything wrong with the architecture, in the order of the fields."""
         sizes = ("d_model", "num_layers", "num_heads", "vocab_size", "num_kv_heads", "head_dim")
-        found = at_least(
+        problems = at_least(
             self, prefix, 1, *sizes, "d_ff", "sliding_window", "conv_width", "loss_chunk"
         )
-        if self.num_layers > _MOST_LAYERS:
-            reason, remedy = "is more than any model has", f"use {_MOST_LAYERS} at most"
-            found.append(Problem(f"{prefix}.num_layers", self.num_layers, reason, remedy))
-            return found
-        sized = not found
+        if self.num_layers > _MAX_LAYERS:
+            reason, remedy = f"is above {_MAX_LAYERS}", f"use {_MAX_LAYERS} at most"
+            problems.append(Problem(f"{prefix}.num_layers", self.num_layers, reason, remedy))
+            return problems
+        sized = not problems
         if sized:
-            found += self._head_problems(prefix)
-        found += above_zero(self, prefix, "rope_theta", "norm_eps", "init_std")
-        found += one_of(self, prefix, "activation", ACTIVATIONS)
-        found += pattern_problems(self.pattern, self.capacity, self.num_layers, prefix)
-        found += self._mixer_problems(prefix)
-        found += self.router.problems(f"{prefix}.router")
+            problems += self._head_problems(prefix)
+        problems += above_zero(self, prefix, "rope_theta", "norm_eps", "init_std")
+        problems += one_of(self, prefix, "activation", ACTIVATIONS)
+        problems += pattern_problems(self.pattern, self.capacity, self.num_layers, prefix)
+        problems += self._mixer_problems(prefix)
+        problems += self.router.problems(f"{prefix}.router")
         if sized and self.activation in ACTIVATIONS:
-            found += self.experts.problems(f"{prefix}.experts", self.ff_width, self.num_layers)
-        return found or self._signal_problems(prefix)
+            problems += self.experts.problems(f"{prefix}.experts", self.ff_width, self.num_layers)
+        return problems or self._attention_score_problems(prefix)
 
     def _mixer_problems(self, prefix: str) -> list[Problem]:
         if isinstance(self.mixer, str):
             return one_of(self, prefix, "mixer", MIXERS)
-        key, remedy = f"{prefix}.mixer", f"name one of {', '.join(MIXERS)}, or one for each layer"
+        key, remedy = f"{prefix}.mixer", f"use one of {', '.join(MIXERS)}, or a list of them"
         try:
             names = self.mixers
         except (TypeError, ValueError) as error:
             return [Problem(key, self.mixer, str(error), remedy)]
         return [Problem(key, name, "is not known", remedy) for name in names if name not in MIXERS]
 
-    def _signal_problems(self, prefix: str) -> list[Problem]:
-        """Find routed layers that the attention of the layer before has nothing to tell."""
+    def _attention_score_problems(self, prefix: str) -> list[Problem]:
+        """Find routed layers without attention over all tokens in the layer before."""
         if self.router.score != "attention":
             return []
         attends = [
@@ -231,8 +231,8 @@ class ModelConfig:
             Problem(
                 f"{prefix}.router.score",
                 self.router.score,
-                f"takes the attention of the layer before, but before layer {layer} there is no"
-                " layer in which all the tokens attend",
+                f"needs attention over all tokens in the layer before, and layer {layer} has no"
+                " such layer before it",
                 f"use {prefix}.pattern=every_other, or a learned score",
             )
             for layer in routed
@@ -240,13 +240,13 @@ class ModelConfig:
         ][:1]
 
     def _head_problems(self, prefix: str) -> list[Problem]:
-        found = []
+        problems = []
         if self.head_dim is None and self.d_model % self.num_heads:
-            # Heads of even width alone: RoPE turns pairs. No model has more heads than the bound.
+            # Only even widths: RoPE rotates pairs. No model has more heads than the bound.
             good = [h for h in range(1, min(self.d_model, 4096) + 1) if self.d_model % (2 * h) == 0]
             near = sorted(good, key=lambda h: abs(h - self.num_heads))[:3]
             remedy = f"use {', '.join(map(str, sorted(near)))}, or set " if near else "set "
-            found.append(
+            problems.append(
                 Problem(
                     f"{prefix}.num_heads",
                     self.num_heads,
@@ -255,16 +255,16 @@ class ModelConfig:
                 )
             )
         elif self.head_width % 2:
-            found.append(
+            problems.append(
                 Problem(
                     f"{prefix}.{'head_dim' if self.head_dim else 'num_heads'}",
                     self.head_dim or self.num_heads,
-                    f"gives heads of odd width {self.head_width}; RoPE turns pairs",
+                    f"gives heads of odd width {self.head_width}; RoPE rotates pairs",
                     "choose an even head width",
                 )
             )
         if self.num_heads % self.kv_heads:
-            found.append(
+            problems.append(
                 Problem(
                     f"{prefix}.num_kv_heads",
                     self.kv_heads,
@@ -272,4 +272,4 @@ class ModelConfig:
                     f"use a divisor of {self.num_heads}",
                 )
             )
-        return found
+        return problems

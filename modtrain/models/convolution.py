@@ -1,6 +1,6 @@
-"""A gated causal depthwise convolution in attention's place.
+"""A gated causal depthwise convolution in place of attention.
 
-Shapes: B batch, S sequence, D model, W width of the convolution, R = W - 1 tokens before.
+Shapes: B batch, S sequence, D model, W width of the convolution, R = W - 1 preceding tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from modtrain.models.sequence import SequenceContext
 
 
 class Convolution(nn.Module):
-    """Pre-norm; each feature mixes with the same feature of the W - 1 tokens before it.
+    """Pre-norm; each feature mixes with the same feature of the W - 1 preceding tokens.
 
-    A multiplicative gate makes the mixing depend on the content, as in Hyena's short filters
-    (arXiv 2302.10866). Like attention it runs among the tokens that it is given: routed, it reaches
-    over the chosen ones.
+    A multiplicative gate makes the mixing depend on content, as in Hyena's short filters
+    (arXiv 2302.10866). Like attention it runs among the given tokens: in a routed block, the chosen
+    ones.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -43,57 +43,57 @@ class Convolution(nn.Module):
     def mix(self, value_BSD: Tensor, taps_WD: Tensor, context: SequenceContext) -> Tensor:
         """Return the mixed values (B, S, D).
 
-        A method, so that ranks that have shares of a sequence can ask for what stands before them.
+        A method, which context parallelism overrides to fetch preceding tokens of other ranks.
         """
-        return mixed(with_before(value_BSD, context, len(taps_WD) - 1), taps_WD)
+        return apply_taps(with_left_context(value_BSD, context, len(taps_WD) - 1), taps_WD)
 
     def weights(self) -> Tensor:
-        """Return the taps (W, D), to compute with."""
+        """Return the taps (W, D); a method, which parallelism overrides."""
         return self.taps
 
 
-class Before(NamedTuple):
-    """The tokens with the W - 1 before them, zeros where there are none: T = W - 1 + S."""
+class LeftContext(NamedTuple):
+    """The tokens after the W - 1 tokens before them, zero-padded: T = W - 1 + S."""
 
     value_BTD: Tensor
     documents_BT: Tensor | None
     valid_BT: Tensor | None
 
 
-def mixed(before: Before, taps_WD: Tensor) -> Tensor:
-    """Return the sum over taps (B, S, D); a token takes nothing from padding or other documents."""
+def apply_taps(tokens: LeftContext, taps_WD: Tensor) -> Tensor:
+    """Return the sum over taps (B, S, D), without padding and other documents."""
     reach = len(taps_WD) - 1
-    length = before.value_BTD.shape[1] - reach
-    mixed_BSD = before.value_BTD[:, reach:] * taps_WD[0]
-    for back in range(1, reach + 1):
-        there = slice(reach - back, reach - back + length)
-        before_BSD = before.value_BTD[:, there]
-        sees_BS: Tensor | None = None
-        if before.documents_BT is not None:
-            sees_BS = before.documents_BT[:, there] == before.documents_BT[:, reach:]
-        if before.valid_BT is not None:
-            valid_BS = before.valid_BT[:, there]
-            sees_BS = valid_BS if sees_BS is None else sees_BS & valid_BS
-        if sees_BS is not None:
-            before_BSD = before_BSD.where(sees_BS.unsqueeze(-1), 0)
-        mixed_BSD = mixed_BSD + before_BSD * taps_WD[back]
+    length = tokens.value_BTD.shape[1] - reach
+    mixed_BSD = tokens.value_BTD[:, reach:] * taps_WD[0]
+    for offset in range(1, reach + 1):
+        shifted = slice(reach - offset, reach - offset + length)
+        shifted_BSD = tokens.value_BTD[:, shifted]
+        mask_BS: Tensor | None = None
+        if tokens.documents_BT is not None:
+            mask_BS = tokens.documents_BT[:, shifted] == tokens.documents_BT[:, reach:]
+        if tokens.valid_BT is not None:
+            valid_BS = tokens.valid_BT[:, shifted]
+            mask_BS = valid_BS if mask_BS is None else mask_BS & valid_BS
+        if mask_BS is not None:
+            shifted_BSD = shifted_BSD.where(mask_BS.unsqueeze(-1), 0)
+        mixed_BSD = mixed_BSD + shifted_BSD * taps_WD[offset]
     return mixed_BSD
 
 
-def with_before(value_BSD: Tensor, context: SequenceContext, reach: int) -> Before:
-    """Return the values of these tokens and of the ``reach`` before them."""
+def with_left_context(value_BSD: Tensor, context: SequenceContext, reach: int) -> LeftContext:
+    """Return the values of these tokens and of the ``reach`` tokens before them."""
     documents_BS, valid_BS, cache = context.documents_BS, context.valid_BS, context.cache
     if cache is None:
-        return Before(
+        return LeftContext(
             F.pad(value_BSD, (0, 0, reach, 0)),
             None if documents_BS is None else F.pad(documents_BS, (reach, 0), value=-1),
             None if valid_BS is None else F.pad(valid_BS, (reach, 0), value=False),
         )
-    stored_BRD, own_BR = cache.latest(reach, value_BSD)
+    stored_BRD, stored_documents_BR = cache.latest(reach, value_BSD)
     cache.append((value_BSD,), context.positions_BS, documents_BS)
-    # New tokens that hold nobody stand behind the others, where no token looks.
-    return Before(
+    # Padding comes after all valid tokens, so no token reads it.
+    return LeftContext(
         torch.cat([stored_BRD, value_BSD], dim=1),
-        None if documents_BS is None else torch.cat([own_BR, documents_BS], dim=1),
+        None if documents_BS is None else torch.cat([stored_documents_BR, documents_BS], dim=1),
         None,
     )

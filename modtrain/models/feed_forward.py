@@ -11,7 +11,7 @@ from modtrain.models.sequence import SequenceContext
 
 
 class MLP(nn.Module):
-    """Each token by itself through a wider hidden layer."""
+    """A position-wise MLP with one hidden layer."""
 
     def __init__(self, d_model: int, width: int, activation: str) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A block's MLP with its norm, as a sequence module."""
+    """A block's pre-norm MLP as a sequence module."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class FeedForward(nn.Module):
         self.inner = MLP(config.d_model, config.ff_width, config.activation)
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
-        """Return the update (B, S, D); no token looks at another."""
+        """Return the update (B, S, D); tokens do not interact."""
         del context
         out: Tensor = self.inner(self.norm(x_BSD))
         return out

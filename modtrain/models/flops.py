@@ -1,7 +1,7 @@
-"""What a model costs: parameters and floating-point operations by part, as executed.
+"""The cost of a model: parameters and executed floating-point operations by part.
 
-A multiplication with its addition counts as 2. `CONVENTIONS` says what is in and what is out; every
-count in the project comes from here.
+A multiply-add counts as 2. `CONVENTIONS` defines what is counted; every count in the project comes
+from here.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from modtrain.models.depth.config import Selection
 from modtrain.models.depth.pattern import num_chosen
 
 CONVENTIONS = (
-    "matrix products only, 2 FLOPs a multiply-add: norms, RoPE, softmax, activations, a"
+    "matrix products only, 2 FLOPs per multiply-add: norms, RoPE, softmax, activations, a"
     " convolution's taps, top-k, gather and scatter are left out",
-    "causal attention is counted whole: S x S products for S tokens, also under a sliding window",
+    "causal attention is counted in full: S x S products for S tokens, also under a sliding window",
     "the output head is counted, the embedding look-up is not",
-    "what is routed counts its k = max(1, round(capacity x S)) tokens (token choice: the room it"
-    " keeps for them), its router and its predictor all S",
-    "experts count the tokens that they compute, padding up to a fixed room included; token choice"
-    " among no-op experts counts the balanced load, as on devices with grouped products",
+    "a routed part counts its k = max(1, round(capacity x S)) tokens (token choice: its slots), its"
+    " router and its predictor all S",
+    "experts count the tokens that they compute, padding up to a fixed capacity included; token"
+    " choice among no-op experts counts the balanced load, as on devices with grouped products",
     "backward = 2 x forward, for every part",
-    "dense-equivalent: the same model in which no token passes by anything: nothing routed, no"
-    " no-op experts, each token with its top_k experts and no padding",
+    "dense-equivalent: the same model without skipping: nothing routed, no no-op experts, each"
+    " token with its top_k experts and no padding",
 )
 TRAINING_OVER_FORWARD = 3
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A count by part; the unit (FLOPs a sequence, parameters, …) is that of who made it."""
+    """A count by part; the function that returns it defines the unit (FLOPs, parameters)."""
 
     mixer_projections: int = 0
     attention_products: int = 0
@@ -54,16 +54,16 @@ class Cost:
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """The counts by part's name."""
+        """The counts by name of the part."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 class Load(NamedTuple):
-    """What one layer processes of a sequence.
+    """The tokens that one layer processes of a sequence.
 
-    mixer_tokens: tokens in the mixer. mixer_squares: their number squared, or the mean square where
-    it varies between sequences. mlp_tokens: tokens in the MLP or before the experts. expert_slots:
-    pairs of token and expert that are computed; 0 where the layer has no experts.
+    mixer_tokens: tokens in the mixer. mixer_squares: their number squared, or the mean square if it
+    varies between sequences. mlp_tokens: tokens in the MLP or before the experts. expert_slots:
+    computed pairs of token and expert; 0 if the layer has no experts.
     """
 
     mixer_tokens: float
@@ -77,10 +77,10 @@ def forward_flops(
 ) -> Cost:
     """Executed FLOPs of a forward pass over one sequence of ``seq_len`` tokens, as in training.
 
-    capacities: one a layer, in place of the configuration's, where they follow a schedule.
+    capacities: one per layer, in place of the configuration's, for a capacity schedule.
     """
-    found = config.capacities if capacities is None else list(capacities)
-    loads = [training_load(config, i, capacity, seq_len) for i, capacity in enumerate(found)]
+    capacities = config.capacities if capacities is None else capacities
+    loads = [training_load(config, i, capacity, seq_len) for i, capacity in enumerate(capacities)]
     return realised_flops(config, seq_len, loads)
 
 
@@ -90,10 +90,10 @@ def realised_flops(
     loads: Sequence[Load],
     selection: Selection | None = None,
 ) -> Cost:
-    """Executed FLOPs a sequence where each layer processed its ``loads``.
+    """Executed FLOPs per sequence if each layer processed its entry of ``loads``.
 
-    selection: how tokens were chosen; None: as in training. Where a predictor decides and nothing
-    is multiplied by the score, a costly score is not computed.
+    selection: how tokens were selected; None: as in training. If a predictor decides and there is
+    no gate, a costly score is not computed.
     """
     total = Cost(head=2 * seq_len * config.d_model * config.vocabulary)
     capacities = config.capacities
@@ -105,7 +105,7 @@ def realised_flops(
 
 
 def dense_equivalent_flops(config: ModelConfig, seq_len: int) -> Cost:
-    """FLOPs of a forward pass over one sequence if no token passed by anything."""
+    """FLOPs of a forward pass over one sequence if no token skipped anything."""
     total = Cost(head=2 * seq_len * config.d_model * config.vocabulary)
     for layer in range(config.num_layers):
         slots = seq_len * config.experts.top_k if config.has_experts(layer) else 0
@@ -117,27 +117,26 @@ def dense_equivalent_flops(config: ModelConfig, seq_len: int) -> Cost:
 def training_flops_per_token(
     config: ModelConfig, seq_len: int, capacities: Sequence[float | None] | None = None
 ) -> float:
-    """Executed FLOPs of forward and backward, a token of the sequence."""
+    """Executed FLOPs of forward and backward, per token of the sequence."""
     return TRAINING_OVER_FORWARD * forward_flops(config, seq_len, capacities).total / seq_len
 
 
 def training_load(config: ModelConfig, layer: int, capacity: float | None, seq_len: int) -> Load:
-    """What ``layer`` processes of a sequence in training, at this capacity (None: not routed)."""
-    count = seq_len
-    wanted = count
+    """The load of ``layer`` per sequence in training, at this capacity (None: not routed)."""
+    slots = chosen = seq_len
     if capacity is not None:
-        count = wanted = num_chosen(capacity, seq_len)
+        slots = chosen = num_chosen(capacity, seq_len)
         if config.router.choice == "token":
-            count = config.router.places(count, seq_len)
+            slots = config.router.num_slots(chosen, seq_len)
     target = config.router.target
-    mixed = seq_len if target == "mlp" else count
-    fed, sent = (seq_len, seq_len) if target == "attention" else (count, wanted)
-    slots = 0.0
+    mixer_tokens = seq_len if target == "mlp" else slots
+    mlp_tokens, mlp_chosen = (seq_len, seq_len) if target == "attention" else (slots, chosen)
+    expert_slots = 0.0
     if config.has_experts(layer):
-        # Places that hold nobody are sent to no expert, but a fixed room is computed whole.
-        is_dropless = config.experts.slots(fed) is None
-        slots = config.experts.computed_slots(sent if is_dropless else fed)
-    return Load(mixed, mixed * mixed, fed, slots)
+        # Padding slots are sent to no expert, but a fixed capacity is computed in full.
+        is_dropless = config.experts.slots(mlp_tokens) is None
+        expert_slots = config.experts.computed_slots(mlp_chosen if is_dropless else mlp_tokens)
+    return Load(mixer_tokens, mixer_tokens * mixer_tokens, mlp_tokens, expert_slots)
 
 
 def parameters(config: ModelConfig) -> Cost:
@@ -185,7 +184,7 @@ def _mlp_flops(config: ModelConfig, layer: int, load: Load) -> Cost:
 def _routing_flops(
     config: ModelConfig, layer: int, seq_len: int, selection: Selection | None
 ) -> Cost:
-    """FLOPs of a routed layer's routers and predictors, all of them together."""
+    """FLOPs of all routers and predictors of a routed layer."""
     router, d = config.router, config.d_model
     parts = 2 if router.target == "both" else 1
     width = router.predictor_dim if "predictor" in router.causal_routers else 0
@@ -196,19 +195,19 @@ def _routing_flops(
     if not router.needs_scores(selection or config.training_selection):
         return cost
     if router.score == "attention":
-        # Made once, whoever reads it.
+        # Computed once for all routers that use it.
         query_dim = config.num_heads * config.head_width
         return cost + Cost(router=2 * seq_len * seq_len * query_dim)
     if router.score != "oracle_norm":
         return cost
     slots = config.experts.computed_slots(seq_len) if config.has_experts(layer) else 0
-    whole = Load(seq_len, seq_len * seq_len, seq_len, slots)
-    asked = Cost()
+    all_tokens = Load(seq_len, seq_len * seq_len, seq_len, slots)
+    update = Cost()
     if router.target != "mlp":
-        asked += _mixer_flops(config, layer, whole)
+        update += _mixer_flops(config, layer, all_tokens)
     if router.target != "attention":
-        asked += _mlp_flops(config, layer, whole)
-    return cost + Cost(router=asked.total)
+        update += _mlp_flops(config, layer, all_tokens)
+    return cost + Cost(router=update.total)
 
 
 def _mixer_parameters(config: ModelConfig, layer: int) -> Cost:

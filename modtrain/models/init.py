@@ -1,18 +1,18 @@
-"""Initial weights: reproducible parameter by parameter, and scaled with depth.
+"""Initial weights: reproducible per parameter, and scaled with depth.
 
-- Linear weights and the embedding: normal, standard deviation ``init_std``; where that is not
-  given ``sqrt(2 / (5 d_model))`` (arXiv 1910.05895, section 2.2): a constant that suits one width
-  leaves narrower models on a plateau for hundreds of steps.
-- The projections that write to the residual stream (the mixer's and the MLP's or experts' last):
+- Linear weights and the embedding: normal, standard deviation ``init_std``, by default
+  ``sqrt(2 / (5 d_model))`` (arXiv 1910.05895, section 2.2): a constant that suits one width leaves
+  narrower models on a plateau for hundreds of steps.
+- Projections that write to the residual stream (the last of mixers, MLPs and experts):
   ``init_std / sqrt(2 · num_layers)``, so that the stream's variance at the last block does not
   depend on depth (GPT-2's rule).
 - Depth routers' weights: normal, ``1 / sqrt(fan in)``, so that scores have the scale of their
   input. A convolution's taps: normal, ``1 / sqrt(conv_width)``, so that it keeps its input's scale.
 - Gains and scales 1, biases 0.
 
-Each parameter draws from a generator of its own, seeded by (seed, name): adding a router or a
-predictor moves no other parameter, and a dense and a routed model of one seed start from the same
-trunk. Torch's global random state is neither used nor changed.
+Each parameter has its own generator, seeded by (seed, name): adding a router or a predictor changes
+no other parameter, and a dense and a routed model of one seed start from the same trunk. Torch's
+global random state is neither used nor changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 from modtrain.models.config import ModelConfig
 
 _RESIDUAL_WRITERS = ("attention.out.weight", "down.weight", "mlp.down")
-# Names of wrappers, which a dense model of the same seed may not have.
+# Names of wrapper modules, left out so that a dense model of the same seed has the same names.
 _WRAPPERS = (".module.", ".inner.")
 
 

@@ -16,5 +16,5 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``, in any shape."""
+        """Normalise the last dimension of ``x`` of any shape."""
         return F.rms_norm(x, (x.shape[-1],), self.gain, self.eps)

@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, D model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from modtrain.models.attention import Attention
 from modtrain.models.block import Block
 from modtrain.models.cache.cache import Cache, CacheView
-from modtrain.models.cache.packing import Packed, packed
+from modtrain.models.cache.packing import PackedTokens, pack
 from modtrain.models.config import ModelConfig
 from modtrain.models.convolution import Convolution
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import Selection
 from modtrain.models.depth.layer import (
     MixtureOfDepths,
@@ -41,13 +41,13 @@ from modtrain.models.sequence import (
 
 
 class ModelOutput(NamedTuple):
-    """What a forward pass gives.
+    """The result of a forward pass.
 
-    logits_BSV: the next token's logits; None where targets were given.
-    loss: mean cross-entropy in nats a token; None without targets.
-    auxiliary: further losses to minimise beside it, by name, with their weights.
-    routing: one record a depth router, in the order of `Transformer.routers`.
-    experts: one record a mixture of experts, in the order of `Transformer.mixtures`.
+    logits_BSV: the next token's logits; None if targets were given.
+    loss: mean cross-entropy in nats per token; None without targets.
+    auxiliary: further losses to add to it, by name, already weighted.
+    routing: one record per depth router, in the order of `Transformer.routers`.
+    experts: one record per mixture of experts, in the order of `Transformer.mixtures`.
     """
 
     logits_BSV: Tensor | None
@@ -57,21 +57,20 @@ class ModelOutput(NamedTuple):
     experts: tuple[ExpertRecord, ...]
 
     def require_logits(self) -> Tensor:
-        """Return the logits (B, S, V). Raises ValueError where a loss was asked for instead."""
+        """Return the logits (B, S, V). Raises ValueError if targets were given."""
         if self.logits_BSV is None:
-            raise ValueError("a forward pass for a loss has no logits")
+            raise ValueError("a forward pass with targets returns a loss and no logits")
         return self.logits_BSV
 
 
 class Transformer(nn.Module):
-    """A causal decoder whose blocks are routed as ``config.pattern`` says."""
+    """A causal decoder whose blocks are routed according to ``config.pattern``."""
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.capacities = tuple(config.capacities)
-        # torch's layers draw weights as they are made, which `initialise` replaces: whoever draws
-        # from the global state next is not to notice.
+        # Layers draw initial weights from the global generator when built. `initialise` replaces
+        # them, so the generator's state is restored.
         with torch.random.fork_rng(devices=[]):
             self.embedding = nn.Embedding(config.vocabulary, config.d_model)
             self.layers = nn.ModuleList(_layer(config, i) for i in range(config.num_layers))
@@ -100,37 +99,38 @@ class Transformer(nn.Module):
         capacities: Sequence[float | None] | None = None,
         documents_BS: Tensor | None = None,
         valid_BS: Tensor | None = None,
-        dial: Dial | None = None,
+        budget: ComputeBudget | None = None,
     ) -> ModelOutput:
         """Run the model.
 
-        tokens_BS: token ids. targets_BS: the ids that come next, for the loss; -100 is left out.
-        selection: who takes part in what is routed; None: as in training. `Selection` says which
-        choices are causal.
-        capacities: one a layer, in place of the configuration's, where they follow a schedule.
-        documents_BS: numbers of the documents, rising along each sequence: nothing then passes
-        between documents, but that the room of token choice and of limited experts, and a cap
-        on a layer, are the sequence's. valid_BS: False for padding. dial: how much causal
-        decisions are to compute.
+        tokens_BS: token ids. targets_BS: ids of the next tokens, for the loss; -100 is ignored.
+        selection: how routers select tokens; None: as in training. See `Selection` for which are
+        causal.
+        capacities: one per layer, in place of the configuration's, for a capacity schedule; None
+        for dense layers.
+        documents_BS: document numbers, rising along each sequence. No information then passes
+        between documents, except that the capacities of token choice and of experts, and a layer
+        cap, apply to the whole sequence.
+        valid_BS: False for padding. budget: limits on causal decisions.
         """
         selection = selection or self.config.training_selection
-        self._check(dial)
+        self._check(budget)
         context = self._context(tokens_BS, selection, documents_BS, valid_BS)
-        context = context._replace(dial=dial)
+        context = context._replace(budget=budget)
         x_BSD = self.embedding(tokens_BS)
         routing: tuple[RoutingRecord, ...] = ()
         experts: tuple[ExpertRecord, ...] = ()
-        received_BS = None
-        for layer, capacity in zip(self.layers, capacities or self.capacities, strict=True):
-            found = layer(x_BSD, context, capacity, received_BS)
-            x_BSD, received_BS = found.value_BSD, found.received_BS
-            routing, experts = routing + found.routing, experts + found.experts
-            context = context.after(found.routing)
+        for layer, capacity in zip(self.layers, self._capacities(capacities), strict=True):
+            output = layer(x_BSD, context._replace(capacity=capacity))
+            x_BSD = output.value_BSD
+            routing, experts = routing + output.routing, experts + output.experts
+            context = context.count_entered(output.routing)
+            context = context._replace(received_BS=output.received_BS)
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return ModelOutput(self.head(x_BSD), None, {}, routing, experts)
         loss = self.token_loss(x_BSD, self.head.weight, targets_BS)
-        # Under a causal decision that decision would be its own target: no loss to learn from.
+        # A causal decision would be its own target: there is no auxiliary loss.
         trains = selection == self.config.training_selection
         auxiliary = self._auxiliary(routing, experts) if trains else {}
         return ModelOutput(None, loss, auxiliary, routing, experts)
@@ -143,92 +143,89 @@ class Transformer(nn.Module):
         selection: Selection | None = None,
         *,
         rows: list[int] | None = None,
-        dial: Dial | None = None,
+        budget: ComputeBudget | None = None,
+        capacities: Sequence[float | None] | None = None,
         documents_NS: Tensor | None = None,
         valid_NS: Tensor | None = None,
         last_only: bool = False,
     ) -> ModelOutput:
-        """Run the next tokens of sequences whose earlier ones ``cache`` holds, and remember them.
+        """Run the next tokens of sequences whose earlier tokens are in ``cache``, and store them.
 
-        The same logits as those of all the tokens at once. Each routed part is computed for the
-        sequences that take part in it, and not at all where none does.
+        The logits equal those of running all tokens at once. A routed part is computed only for
+        the sequences with tokens that enter it, and skipped if there are none.
 
-        tokens_NS: the next tokens of the cache's sequences ``rows``, each named once; None: of all.
-        selection: a causal decision; None: the first that the model has. documents_NS: numbers of
-        the documents, which go on rising from call to call. valid_NS: False for padding, on
-        whichever side. last_only: logits (N, 1, V) of each sequence's last token alone.
+        tokens_NS: the next tokens of the cache's sequences ``rows``, without duplicates; None: all.
+        selection: a causal decision; None: the model's first one. capacities: see `forward`.
+        documents_NS: document numbers, which keep rising from call to call. valid_NS: False for
+        padding, on either side. last_only: return logits (N, 1, V) of each sequence's last token
+        only.
 
-        Returns logits and the routing; records of experts are left out.
+        Returns logits and routing records, without those of experts.
 
         Raises:
             ValueError: the model has no such decision, or ``rows`` does not fit.
         """
         rows = list(range(cache.batch)) if rows is None else rows
-        are_there = len(rows) > 0 and all(0 <= row < cache.batch for row in rows)
-        if not are_there or len(rows) != len(tokens_NS) or len(set(rows)) != len(rows):
+        exist = len(rows) > 0 and all(0 <= row < cache.batch for row in rows)
+        if not exist or len(rows) != len(tokens_NS) or len(set(rows)) != len(rows):
             raise ValueError(
                 f"{len(tokens_NS)} sequences of tokens for the rows {rows} of {cache.batch}"
             )
-        self._check(dial)
-        counts_taken = len(cache.taken) == len(self.config.routed_parts)
-        if dial is not None and dial.layer_cap is not None and not counts_taken:
-            raise ValueError("a layer_cap asks for a cache made with counts_taken=True")
-        tokens = packed(tokens_NS, valid_NS, documents_NS)
-        context = self._cached_context(tokens, cache, self._causal(selection), rows, dial)
+        self._check(budget)
+        tracks_routed = len(cache.routed) == len(self.config.routed_parts)
+        if budget is not None and budget.layer_cap is not None and not tracks_routed:
+            raise ValueError("layer_cap needs a cache made with tracks_routed=True")
+        tokens = pack(tokens_NS, valid_NS, documents_NS)
+        context = self._cached_context(tokens, cache, self._causal(selection), rows, budget)
         x_NSD = self.embedding(tokens.tokens_NS)
         routing: tuple[RoutingRecord, ...] = ()
-        for layer, store in zip(self.layers, cache.layers, strict=True):
+        for layer, store, capacity in zip(
+            self.layers, cache.layers, self._capacities(capacities), strict=True
+        ):
             view = CacheView(store, rows, tokens.counts)
-            found = layer(x_NSD, context._replace(cache=view))
-            x_NSD, routing = found.value_BSD, routing + found.routing
-            context = context.after(found.routing)
+            output = layer(x_NSD, context._replace(cache=view, capacity=capacity))
+            x_NSD, routing = output.value_BSD, routing + output.routing
+            context = context.count_entered(output.routing)
         cache.advance(rows, tokens.counts)
-        x_NSD = tokens.last(x_NSD) if last_only else tokens.unpacked(x_NSD)
-        routing = tuple(
-            record._replace(
-                scores_BS=tokens.unpacked(record.scores_BS),
-                chosen_BS=tokens.unpacked(record.chosen_BS),
-                predictor_BS=None
-                if record.predictor_BS is None
-                else tokens.unpacked(record.predictor_BS),
-                valid_BS=valid_NS,
-            )
-            for record in routing
-        )
+        x_NSD = tokens.last(x_NSD) if last_only else tokens.unpack(x_NSD)
+        routing = tuple(tokens.unpack_record(record, valid_NS) for record in routing)
         return ModelOutput(self.head(self.norm(x_NSD)), None, {}, routing, ())
 
     def token_loss(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the head's logits, in nats a token.
+        """Return the mean cross-entropy of the head's logits, in nats per token.
 
-        A method, so that ranks that have the same tokens can share them out.
+        A method, which tensor and context parallelism override to divide the tokens among ranks.
         """
         return next_token_loss(x_BSD, weight_VD, targets_BS, self.config.loss_chunk)
 
-    def asking(self, tokens_BS: Tensor) -> Tensor | None:
-        """Return the places of the tokens whose queries attention is to answer; None: of all.
+    def local_query_indices(self, tokens_BS: Tensor) -> Tensor | None:
+        """Return the indices of the tokens whose queries this process computes; None: all.
 
-        A method, so that ranks can have shares of a sequence.
+        A method, which context parallelism overrides.
         """
         del tokens_BS
         return None
 
-    def observe(self, output: ModelOutput) -> list[Tensor]:
-        """Return what the running states of routers and experts are to learn from a batch."""
-        found: list[Tensor | None] = [
-            *(r.observe(record) for r, record in zip(self.routers, output.routing, strict=True)),
-            *(m.observe(record) for m, record in zip(self.mixtures, output.experts, strict=True)),
-        ]
-        return [observed for observed in found if observed is not None]
+    def batch_stats(self, output: ModelOutput) -> list[Tensor]:
+        """Return a batch's statistics for the running states of routers and experts."""
+        modules: list[Any] = [*self.routers, *self.mixtures]
+        records = (*output.routing, *output.experts)
+        stats = [m.batch_stats(record) for m, record in zip(modules, records, strict=True)]
+        return [value for value in stats if value is not None]
 
-    def absorb(self, observed: Sequence[Tensor]) -> None:
-        """Move the running states: thresholds, biases. Once an optimizer step.
+    def update_running_stats(self, stats: Sequence[Tensor]) -> None:
+        """Update thresholds and biases. Call it once per optimizer step.
 
-        observed: what `observe` returned, averaged over micro-batches and ranks.
+        stats: the result of `batch_stats`, averaged over micro-batches and ranks.
         """
         modules: list[MixtureOfDepths | Experts] = [*self.routers, *self.mixtures]
-        keepers = [module for module in modules if module.keeps_state]
-        for module, value in zip(keepers, observed, strict=True):
-            module.absorb(value)
+        stateful = [module for module in modules if module.has_running_stats]
+        for module, value in zip(stateful, stats, strict=True):
+            module.update_running_stats(value)
+
+    def _capacities(self, capacities: Sequence[float | None] | None) -> Sequence[float | None]:
+        """One capacity per layer; None: the layer's own."""
+        return [None] * len(self.layers) if capacities is None else capacities
 
     def _context(
         self,
@@ -249,18 +246,18 @@ class Transformer(nn.Module):
             window=self.config.sliding_window,
             documents_BS=documents_BS,
             valid_BS=valid_BS,
-            asking_N=self.asking(tokens_BS),
+            query_index_N=self.local_query_indices(tokens_BS),
         )
 
-    def _check(self, dial: Dial | None) -> None:
-        if dial is None or dial.levels is None:
+    def _check(self, budget: ComputeBudget | None) -> None:
+        if budget is None or budget.thresholds is None:
             return
         routers = len(self.config.routed_parts)
-        if len(dial.levels) != routers:
-            raise ValueError(f"{len(dial.levels)} levels for {routers} routers")
+        if len(budget.thresholds) != routers:
+            raise ValueError(f"{len(budget.thresholds)} thresholds for {routers} routers")
 
     def _causal(self, selection: Selection | None) -> Selection:
-        """Return the causal decision to go by. Raises ValueError where there is none."""
+        """Return the causal decision to use. Raises ValueError if there is none."""
         config, known = self.config, self.config.causal_selections
         chosen = next(iter(known), None) if selection is None else selection
         if chosen is None or chosen not in known:
@@ -271,22 +268,22 @@ class Transformer(nn.Module):
         is_oracle = config.is_routed and config.router.score == "oracle_norm"
         if is_oracle and config.router.needs_scores(chosen):
             raise ValueError(
-                "router.score=oracle_norm is made of the whole sequence; decide by a predictor,"
-                " with router.gate=none"
+                "router.score=oracle_norm needs the whole sequence; use a predictor, with"
+                " router.gate=none"
             )
         return chosen
 
     def _cached_context(
         self,
-        tokens: Packed,
+        tokens: PackedTokens,
         cache: Cache,
         selection: Selection,
         rows: list[int],
-        dial: Dial | None,
+        budget: ComputeBudget | None,
     ) -> SequenceContext:
         device = tokens.tokens_NS.device
-        seen_N1 = torch.tensor([cache.seen[row] for row in rows], device=device).unsqueeze(1)
-        positions_NS = seen_N1 + torch.arange(tokens.tokens_NS.shape[1], device=device)
+        start_N1 = torch.tensor([cache.seen[row] for row in rows], device=device).unsqueeze(1)
+        positions_NS = start_N1 + torch.arange(tokens.tokens_NS.shape[1], device=device)
         cos_NSW, sin_NSW = rotary(positions_NS, self.config.head_width, self.config.rope_theta)
         return SequenceContext(
             positions_NS,
@@ -296,29 +293,31 @@ class Transformer(nn.Module):
             self.config.sliding_window,
             tokens.documents_NS,
             tokens.valid_NS,
-            taken=tuple(CacheView(store, rows, tokens.counts) for store in cache.taken),
-            dial=dial,
+            routed=tuple(CacheView(store, rows, tokens.counts) for store in cache.routed),
+            budget=budget,
         )
 
     def _auxiliary(
         self, routing: tuple[RoutingRecord, ...], experts: tuple[ExpertRecord, ...]
     ) -> dict[str, Tensor]:
         router, mixture = self.config.router, self.config.experts
-        found = {"predictor": (1.0, predictor_loss(routing))}
+        weighted = {"predictor": (1.0, predictor_loss(routing))}
         if "auxiliary" in router.causal_routers:
-            found["auxiliary"] = (router.auxiliary_weight, auxiliary_loss(routing))
+            weighted["auxiliary"] = (router.auxiliary_weight, auxiliary_loss(routing))
         for name, weight in (
             ("balance_loss", mixture.balance_weight),
             ("z_loss", mixture.z_loss_weight),
         ):
             losses = [getattr(r, name) for r in experts if getattr(r, name) is not None]
             mean = torch.stack(losses).mean() if losses else None
-            found[name.removesuffix("_loss")] = (weight, mean)
-        return {name: weight * loss for name, (weight, loss) in found.items() if loss is not None}
+            weighted[name.removesuffix("_loss")] = (weight, mean)
+        return {
+            name: weight * loss for name, (weight, loss) in weighted.items() if loss is not None
+        }
 
 
 def is_predictor(name: str) -> bool:
-    """Whether the parameter of this name belongs to a predictor, which trains beside the trunk."""
+    """Whether the parameter of this name belongs to a predictor, which is trained separately."""
     return ".predictor." in name
 
 
@@ -332,7 +331,7 @@ def _layer(config: ModelConfig, index: int) -> nn.Module:
     def routed(module: nn.Module, part: str) -> MixtureOfDepths:
         number = config.routed_parts.index((index, part))
         return MixtureOfDepths(
-            module, config.router, capacity, config.d_model, config.norm_eps, number
+            module, config.d_model, capacity, config.router, eps=config.norm_eps, number=number
         )
 
     target = config.router.target
@@ -347,5 +346,5 @@ def _layer(config: ModelConfig, index: int) -> nn.Module:
 def _mixer(config: ModelConfig, index: int) -> nn.Module:
     if config.mixers[index] == "convolution":
         return Convolution(config)
-    follows = index + 1 < config.num_layers and config.capacities[index + 1] is not None
-    return Attention(config, tells_received=follows and config.router.score == "attention")
+    next_is_routed = index + 1 < config.num_layers and config.capacities[index + 1] is not None
+    return Attention(config, returns_received=next_is_routed and config.router.score == "attention")

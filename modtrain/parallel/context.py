@@ -14,8 +14,8 @@ norms, products and loss. What goes by the whole sequence is gathered:
 A sequence of S tokens is cut into 2 n pieces of h = ceil(S / 2n), zeros standing behind the last
 token, and rank r has the pieces r and 2 n - 1 - r: an early and a late one, whose queries together
 see as many keys on every rank. The context of a module is that of its whole sequence; only its
-features, and the rows of `visible_BSS`, are of the share. Those are L S numbers for each sequence
-that differs in documents or padding, once for all layers that every token enters.
+features, and the rows of `attention_mask_BSS`, are of the share. Those are L S numbers for each
+sequence that differs in documents or padding, once for all layers that every token enters.
 
 What is gathered may be used by each rank in another way, so its gradients are summed. The token
 loss is a sum over the ranks' tokens, and its gradient counts n times, for the mean over all ranks
@@ -47,10 +47,10 @@ from modtrain.common.errors import raise_if_any
 from modtrain.distributed.collectives import Group, as_multiplied, lengthened
 from modtrain.models.attention import Attention, attend
 from modtrain.models.block import Block
-from modtrain.models.convolution import Before, Convolution, mixed
+from modtrain.models.convolution import Convolution, LeftContext, apply_taps
 from modtrain.models.depth.config import TRAINING_SELECTIONS, Selection
 from modtrain.models.depth.layer import MixtureOfDepths, Residual
-from modtrain.models.depth.selection import Places
+from modtrain.models.depth.selection import TokenSlots
 from modtrain.models.experts.layer import Experts, Rows
 from modtrain.models.feed_forward import FeedForward
 from modtrain.models.loss import IGNORED
@@ -173,18 +173,18 @@ class _SharedTransformer(Transformer):
 
     def _context(self, tokens_BS: Tensor, *others: Any) -> SequenceContext:
         context = super()._context(tokens_BS, *others)
-        sees_BLS = context.visible_BSS
+        sees_BLS = context.attention_mask_BSS
         if sees_BLS is None:
             return context
         # What is added to attention's scores: of a mask each layer would make, and keep, its own.
         bias = as_multiplied(self.embedding.weight.new_zeros(()))
-        return context._replace(visible_BSS=torch.where(sees_BLS, bias, float("-inf")))
+        return context._replace(attention_mask_BSS=torch.where(sees_BLS, bias, float("-inf")))
 
     def extend(self, *_args: Any, **_others: Any) -> ModelOutput:
         """Refuse: what a cache holds is of whole sequences. Raises TypeError."""
         raise TypeError("a model whose sequences are shared out over ranks has no cache")
 
-    def asking(self, tokens_BS: Tensor) -> Tensor:
+    def local_query_indices(self, tokens_BS: Tensor) -> Tensor:
         """Return the places (L) of this rank's tokens."""
         return self.shares.places(tokens_BS.shape[1], tokens_BS.device)
 
@@ -223,7 +223,7 @@ class _SharedAttention(Attention):
         """Return what each query of the share attends to (B, L, H, W)."""
         q_BLHW, k_BLGW, v_BLGW = map(as_multiplied, (q_BSHW, k_BSGW, v_BSGW))
         k, v = self.shares.padded(torch.cat([k_BLGW, v_BLGW], dim=2)).chunk(2, dim=2)
-        length, sees_BLS = context.positions_BS.shape[1], context.visible_BSS
+        length, sees_BLS = context.positions_BS.shape[1], context.attention_mask_BSS
         if sees_BLS is None:
             raise ValueError("the context does not tell what the queries of this share see")
         early, late, piece = self.shares.firsts(length)
@@ -254,12 +254,12 @@ class _SharedConvolution(Convolution):
             x_BTD = F.pad(x_BTD.expand(batch, *x_BTD.shape[1:]), sides, value=fill)
             return torch.cat([x_BTD.narrow(1, first, reach + piece) for first in (early, late)])
 
-        before = Before(
+        before = LeftContext(
             windows(self.shares.padded(value_BSD), 0),
             None if context.documents_BS is None else windows(context.documents_BS, -1),
             None if context.valid_BS is None else windows(context.valid_BS, False),
         )
-        return torch.cat(mixed(before, taps_WD).chunk(2), dim=1)
+        return torch.cat(apply_taps(before, taps_WD).chunk(2), dim=1)
 
 
 class _SharedDepths(MixtureOfDepths):
@@ -267,15 +267,13 @@ class _SharedDepths(MixtureOfDepths):
 
     shares: Shares
 
-    def _scores(
-        self, x_BSD: Tensor, context: SequenceContext, count: int, received_BS: Tensor | None
-    ) -> Tensor:
+    def _scores(self, x_BSD: Tensor, context: SequenceContext, count: int) -> Tensor:
         length = context.positions_BS.shape[1]
         if self.config.score in ("random", "fixed"):
             # They go by the shape alone, and are the same on all ranks of the group.
             shape_BS0 = x_BSD.new_empty(x_BSD.shape[0], length, 0)
-            return super()._scores(shape_BS0, context, count, received_BS)
-        return self.shares.whole(super()._scores(x_BSD, context, count, received_BS), length)
+            return super()._scores(shape_BS0, context, count)
+        return self.shares.whole(super()._scores(x_BSD, context, count), length)
 
     def _predicted(self, x_BSD: Tensor, context: SequenceContext) -> Tensor | None:
         found_BL = super()._predicted(x_BSD, context)
@@ -283,9 +281,9 @@ class _SharedDepths(MixtureOfDepths):
         return None if found_BL is None else self.shares.whole(found_BL, length)
 
     def _route(
-        self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, places: Places
+        self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, places: TokenSlots
     ) -> Output:
-        shares, index_BK, filled_BK = self.shares, places.index_BK, places.filled_BK
+        shares, index_BK, slot_mask_BK = self.shares, places.index_BK, places.slot_mask_BK
         (batch, share, dim), count = x_BSD.shape, index_BK.shape[1]
         place_BK, is_held_BK = shares.held(index_BK, scores_BS.shape[1])
         is_held_BK1 = is_held_BK.unsqueeze(-1)
@@ -295,12 +293,12 @@ class _SharedDepths(MixtureOfDepths):
         # One rank has the token, the others add zero.
         held_BKD = x_ND.index_select(0, row_N).view(batch, count, dim).where(is_held_BK1, 0)
         chosen_BJD = shares.sum(held_BKD)
-        asking_J = shares.places(count, x_BSD.device)
+        query_index_J = shares.places(count, x_BSD.device)
         found = self._update(
             chosen_BJD,
-            context.gather(index_BK, filled_BK, asking_J),
+            context.gather(index_BK, slot_mask_BK, query_index_J),
             scores_BS.gather(1, shares.own(index_BK)),
-            None if filled_BK is None else shares.own(filled_BK, False),
+            None if slot_mask_BK is None else shares.own(slot_mask_BK, False),
         )
         # Minus zero for who is not here: it changes no bit.
         update_BKD = shares.whole(found.value_BSD, count).where(is_held_BK1, -0.0)
@@ -347,9 +345,9 @@ class _SharedExperts(Experts):
 
     def _counted(self, rows: Rows) -> Rows:
         """Count the choices of all ranks."""
-        counts = self.shares.group.summed(torch.cat([rows.load_R, rows.taken_E]))
-        load_R, taken_E = torch.split(counts, [len(rows.load_R), len(rows.taken_E)])
-        return rows._replace(load_R=load_R, taken_E=taken_E)
+        counts = self.shares.group.summed(torch.cat([rows.load_R, rows.executed_E]))
+        load_R, executed_E = torch.split(counts, [len(rows.load_R), len(rows.executed_E)])
+        return rows._replace(load_R=load_R, executed_E=executed_E)
 
     def _by_places(self, rows: Rows, normed_BLD: Tensor, length: int, dtype: torch.dtype) -> Tensor:
         """Compute some of each expert's places, of whichever tokens; all have the same number."""

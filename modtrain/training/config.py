@@ -33,7 +33,7 @@ MUTABLE_KEYS = (
 
 What is done about loss spikes may: a run that stopped at one can go on in another way. The size of
 a micro-batch may not where the model makes something of one as a whole (`ModelConfig`'s
-``joins_sequences``).
+``depends_on_micro_batch``).
 """
 
 

@@ -70,7 +70,7 @@ class LanguageModule(L.LightningModule):
         if self.judge is not None and self._before is None:
             self._before = replace(self.statistics, auxiliary=dict(self.statistics.auxiliary))
         self.statistics.add(output)
-        observed = self.model.observe(output)
+        observed = self.model.batch_stats(output)
         sums = self._observed or [torch.zeros_like(value) for value in observed]
         self._observed = [one + other for one, other in zip(sums, observed, strict=True)]
         if output.loss is None:
@@ -97,7 +97,7 @@ class LanguageModule(L.LightningModule):
             parts = (*self.model.routers, *self.model.mixtures)
             buffers = [buffer for part in parts for buffer in part.buffers(recurse=False)]
             with unless(self._left_out, buffers):
-                self.model.absorb(means)
+                self.model.update_running_stats(means)
             self._observed = []
 
     def take_statistics(self) -> StepStatistics:

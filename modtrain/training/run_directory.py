@@ -143,7 +143,7 @@ class RunDirectory:
             OtherRunError: names each key that differs, with both values.
         """
         free: Sequence[str] = MUTABLE_KEYS
-        if config.model.joins_sequences:
+        if config.model.depends_on_micro_batch:
             free = [key for key in free if key != "batch.micro_batch_size"]
         changed = differences(self.read_config(), config, "the run", free)
         if changed:

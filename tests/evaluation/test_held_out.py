@@ -7,7 +7,7 @@ from torch import nn
 
 from modtrain.evaluation.held_out import evaluate
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.flops import dense_equivalent_flops, forward_flops
 from modtrain.models.transformer import Transformer
@@ -121,7 +121,7 @@ def test_what_is_asked_for_is_what_is_computed(batches, monkeypatch):
     seen, forward = [], model.forward
 
     def counted(*arguments, **named):
-        seen.append((arguments[2], named["dial"]))
+        seen.append((arguments[2], named["budget"]))
         return forward(*arguments, **named)
 
     monkeypatch.setattr(model, "forward", counted)
@@ -138,22 +138,22 @@ def test_what_is_asked_for_is_what_is_computed(batches, monkeypatch):
 def test_a_dial_moves_its_decision_and_nothing_else(batches):
     model = build(causal=("predictor", "auxiliary"))
     plain = evaluate(model, batches, nullcontext())
-    levels = (0.4, -0.3)
-    dial = Dial(levels, 0.5, 1)
-    moved = evaluate(model, batches, nullcontext(), dials={"predictor": dial})
+    thresholds = (0.4, -0.3)
+    budget = ComputeBudget(thresholds, 0.5, 1)
+    moved = evaluate(model, batches, nullcontext(), budgets={"predictor": budget})
     assert moved.top_k == plain.top_k
     assert moved.decisions["auxiliary"] == plain.decisions["auxiliary"]
     every = torch.cat(batches)
     inputs, targets = every[:, :-1], every[:, 1:]
     with torch.no_grad():
         trained = model(inputs, targets)
-        output = model(inputs, targets, selection="predictor", dial=dial)
+        output = model(inputs, targets, selection="predictor", budget=budget)
     found = moved.decisions["predictor"]
     assert found.loss == pytest.approx(float(output.loss))
     shares = [float(record.chosen_BS.double().mean()) for record in output.routing]
     assert list(found.realised_capacity.values()) == pytest.approx(shares)
     for level, record, scores in zip(
-        levels, trained.routing, found.agreement.values(), strict=True
+        thresholds, trained.routing, found.agreement.values(), strict=True
     ):
         same = (record.predictor_BS > level) == record.chosen_BS
         assert scores.accuracy == pytest.approx(float(same.double().mean()))

@@ -150,7 +150,7 @@ def settle(model: Transformer, length: int, batches: int = 3) -> Transformer:
     for seed in range(batches):
         with torch.no_grad():
             output = model(random_tokens(4, length, 100 + seed))
-            model.absorb(model.observe(output))
+            model.update_running_stats(model.batch_stats(output))
     return model
 
 

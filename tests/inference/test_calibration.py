@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 
 from modtrain.common.errors import ConfigError
 from modtrain.evaluation.held_out import evaluate
-from modtrain.inference.calibration import Calibration, chosen_decisions, level_of, make_dial
-from modtrain.inference.config import DialConfig, EvalRunConfig
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.inference.calibration import (
+    Calibration,
+    make_budget,
+    resolve_decisions,
+    threshold_for_share,
+)
+from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import RouterConfig
 from tests.helpers.model_cases import VOCAB, bits, lively, quick, random_tokens, settle, small
 
@@ -36,12 +41,12 @@ def text(sequences=8, seed=0):
     return [tokens[:3], tokens[3:]]
 
 
-def realised(model, batches, selection, dial, **more):
+def realised(model, batches, selection, budget, **more):
     found = evaluate(
         *(model, batches, nullcontext()),
         selections=[selection],
         as_trained=False,
-        dials={} if dial is None else {selection: dial},
+        budgets={} if budget is None else {selection: budget},
         **more,
     )
     return list(found.decisions[selection].realised_capacity.values())
@@ -52,7 +57,7 @@ def count_passes(monkeypatch, model):
     seen, forward = [], model.forward
 
     def counted(*arguments, **named):
-        seen.append(named.get("dial"))
+        seen.append(named.get("budget"))
         return forward(*arguments, **named)
 
     monkeypatch.setattr(model, "forward", counted)
@@ -69,70 +74,74 @@ def test_a_level_takes_as_many_as_equal_values_allow(values, share, dtype):
     value_N = torch.tensor(values, dtype=dtype)
     wanted = max(1, round(share * len(values)))
     possible = {int((value_N > value).sum()) for value in value_N} | {len(values)}
-    found = int((value_N > level_of(value_N, share)).sum())
+    found = int((value_N > threshold_for_share(value_N, share)).sum())
     assert found in possible
     assert abs(found - wanted) == min(abs(count - wanted) for count in possible)
 
 
 def test_a_level_lies_in_the_middle_and_between_neighbours_takes_the_upper_one():
-    assert level_of(torch.tensor([4.0, 1.0, 2.0, 3.0]), 0.5) == 2.5
+    assert threshold_for_share(torch.tensor([4.0, 1.0, 2.0, 3.0]), 0.5) == 2.5
     low = torch.tensor(1.0)
     for _ in range(2):
         # The middle rounds to the one whose last bit is 0.
         high = torch.nextafter(low, torch.tensor(2.0))
         pair, low = torch.stack([low, high]), high
-        assert int((pair > level_of(pair, 0.5)).sum()) == 1
-    assert level_of(torch.tensor([4.0, 1.0]), 1e-9) == 2.5
+        assert int((pair > threshold_for_share(pair, 0.5)).sum()) == 1
+    assert threshold_for_share(torch.tensor([4.0, 1.0]), 1e-9) == 2.5
 
 
 @pytest.mark.parametrize("share", [0.001, 0.0625, 0.3, 0.7, 0.97, 1.0])
 @pytest.mark.parametrize("selection", EVERY)
 def test_each_router_takes_the_wanted_share_of_the_text_it_was_calibrated_on(selection, share):
     model, batches = build(), text()
-    dial = make_dial(model, selection, DialConfig(capacity=share), batches)
+    budget = make_budget(model, selection, ComputeBudgetConfig(capacity=share), batches)
     tokens = 8 * SEQ_LEN
     wanted = max(1.0, share * tokens)
-    for found in realised(model, batches, selection, dial):
+    for found in realised(model, batches, selection, budget):
         assert abs(found * tokens - wanted) <= max(0.5, 0.01 * wanted) + 1e-6
 
 
 @pytest.mark.parametrize("target", ["attention", "mlp", "both"])
 def test_parts_routed_apart_are_calibrated_in_running_order(target):
     model, batches = build(target=target), text()
-    dial = make_dial(model, "predictor", DialConfig(capacity=0.4), batches)
-    assert len(dial.levels) == (6 if target == "both" else 3)
-    assert realised(model, batches, "predictor", dial) == pytest.approx(
-        [0.4] * len(dial.levels), abs=0.006
+    budget = make_budget(model, "predictor", ComputeBudgetConfig(capacity=0.4), batches)
+    assert len(budget.thresholds) == (6 if target == "both" else 3)
+    assert realised(model, batches, "predictor", budget) == pytest.approx(
+        [0.4] * len(budget.thresholds), abs=0.006
     )
 
 
 def test_documents_are_kept_apart_as_in_the_evaluation():
-    model, batches, wish = build(), text(), DialConfig(capacity=0.3)
+    model, batches, wish = build(), text(), ComputeBudgetConfig(capacity=0.3)
     more = {"eos_id": int(batches[0][0, 5])}
-    dial = make_dial(model, "threshold", wish, batches, **more)
-    assert realised(model, batches, "threshold", dial, **more) == pytest.approx([0.3] * 3, abs=0.01)
-    assert dial != make_dial(model, "threshold", wish, batches)
+    budget = make_budget(model, "threshold", wish, batches, **more)
+    assert realised(model, batches, "threshold", budget, **more) == pytest.approx(
+        [0.3] * 3, abs=0.01
+    )
+    assert budget != make_budget(model, "threshold", wish, batches)
 
 
 @pytest.mark.parametrize("selection", EVERY)
 def test_on_other_text_the_share_is_near(selection):
     model = build()
-    dial = make_dial(model, selection, DialConfig(capacity=0.3), text(40))
-    assert realised(model, text(40, seed=1), selection, dial) == pytest.approx([0.3] * 3, abs=0.06)
+    budget = make_budget(model, selection, ComputeBudgetConfig(capacity=0.3), text(40))
+    assert realised(model, text(40, seed=1), selection, budget) == pytest.approx(
+        [0.3] * 3, abs=0.06
+    )
 
 
 def test_passes_are_as_many_as_routers_at_most_and_the_first_serves_every_share(monkeypatch):
     model, batches = build(), text()
     calibration = Calibration(model, "predictor", batches)
-    first = calibration.dial(0.2)
+    first = calibration.budget(0.2)
     seen = count_passes(monkeypatch, model)
-    calibration.dial(0.6)
+    calibration.budget(0.6)
     assert 0 < len(seen) <= 2 * len(batches)
     seen.clear()
-    assert calibration.dial(1.0).levels == (-math.inf,) * 3
+    assert calibration.budget(1.0).thresholds == (-math.inf,) * 3
     assert seen == []
     seen.clear()
-    assert Calibration(model, "predictor", batches).dial(0.2) == first
+    assert Calibration(model, "predictor", batches).budget(0.2) == first
     assert len(seen) <= 3 * len(batches)
 
 
@@ -140,8 +149,8 @@ def test_what_was_asked_for_before_makes_no_difference():
     # Of so many tokens a near share would end at once if it began from where the last one ended.
     model, batches = build(), text(40)
     calibration = Calibration(model, "predictor", batches)
-    calibration.dial(0.201)
-    assert calibration.dial(0.2) == Calibration(model, "predictor", batches).dial(0.2)
+    calibration.budget(0.201)
+    assert calibration.budget(0.2) == Calibration(model, "predictor", batches).budget(0.2)
 
 
 def test_it_ends_once_the_shares_are_near(monkeypatch):
@@ -151,7 +160,7 @@ def test_it_ends_once_the_shares_are_near(monkeypatch):
         router.module.attention.out.weight.data.zero_()
         router.module.mlp.inner.down.weight.data.zero_()
     seen = count_passes(monkeypatch, model)
-    make_dial(model, "predictor", DialConfig(capacity=0.2), batches)
+    make_budget(model, "predictor", ComputeBudgetConfig(capacity=0.2), batches)
     assert len(seen) == 2 * len(batches)
 
 
@@ -159,44 +168,53 @@ def test_it_ends_once_the_shares_are_near(monkeypatch):
 def test_routers_that_look_at_no_token_take_the_share_itself(score, monkeypatch):
     model = build(score=score, causal=None)
     seen = count_passes(monkeypatch, model)
-    dial = make_dial(model, "causal", DialConfig(capacity=0.5))
-    assert (dial, seen) == (Dial((0.5,) * 3), [])
-    assert realised(model, text(), "causal", dial) == pytest.approx([0.5] * 3, abs=0.2)
+    budget = make_budget(model, "causal", ComputeBudgetConfig(capacity=0.5))
+    assert (budget, seen) == (ComputeBudget((0.5,) * 3), [])
+    assert realised(model, text(), "causal", budget) == pytest.approx([0.5] * 3, abs=0.2)
     if score == "fixed":
-        assert realised(model, text(), "causal", dial) == [0.5] * 3
+        assert realised(model, text(), "causal", budget) == [0.5] * 3
 
 
 def test_a_capacity_is_what_routers_want_and_caps_come_off_it():
     model, batches = build(), text()
-    wish = DialConfig(capacity=0.5, layer_cap=0.3, step_cap=2)
-    dial = make_dial(model, "predictor", wish, batches)
-    assert (dial.layer_cap, dial.step_cap) == (0.3, 2)
-    values = Calibration(model, "predictor", batches, caps=dial)._values(dial)
-    for value_N, level in zip(values, dial.levels, strict=True):
+    wish = ComputeBudgetConfig(capacity=0.5, layer_cap=0.3, step_cap=2)
+    budget = make_budget(model, "predictor", wish, batches)
+    assert (budget.layer_cap, budget.step_cap) == (0.3, 2)
+    values = Calibration(model, "predictor", batches, caps=budget)._values(budget)
+    for value_N, level in zip(values, budget.thresholds, strict=True):
         assert float((value_N > level).double().mean()) == pytest.approx(0.5, abs=0.006)
-    assert all(share <= 0.3 for share in realised(model, batches, "predictor", dial))
+    assert all(share <= 0.3 for share in realised(model, batches, "predictor", budget))
 
 
 @pytest.mark.parametrize("selection", EVERY)
 def test_a_neutral_dial_changes_no_bit(selection):
     model, tokens = build(dtype=torch.float32), random_tokens(3, SEQ_LEN)
     before = model(tokens, selection=selection)
-    assert make_dial(model, selection, DialConfig(decision=selection)) is None
-    barely = DialConfig(shift=1e-30) if selection == "predictor" else DialConfig(step_cap=3)
-    for wish in (DialConfig(layer_cap=1.0, step_cap=3), barely):
-        dial = make_dial(model, selection, wish)
-        after = model(tokens, selection=selection, dial=dial)
+    assert make_budget(model, selection, ComputeBudgetConfig(decision=selection)) is None
+    barely = (
+        ComputeBudgetConfig(shift=1e-30)
+        if selection == "predictor"
+        else ComputeBudgetConfig(step_cap=3)
+    )
+    for wish in (ComputeBudgetConfig(layer_cap=1.0, step_cap=3), barely):
+        budget = make_budget(model, selection, wish)
+        after = model(tokens, selection=selection, budget=budget)
         assert torch.equal(bits(before.logits_BSV), bits(after.logits_BSV))
 
 
 @pytest.mark.parametrize("selection", EVERY)
 def test_a_shift_is_added_to_the_trained_level(selection):
     model = build()
-    trained = [float(router.level(selection)) for router in model.routers]
-    dial = make_dial(model, selection, DialConfig(shift=0.25))
-    assert dial.levels == tuple(level + 0.25 for level in trained)
+    trained = [float(router.decision_threshold(selection)) for router in model.routers]
+    budget = make_budget(model, selection, ComputeBudgetConfig(shift=0.25))
+    assert budget.thresholds == tuple(level + 0.25 for level in trained)
     shares = [
-        realised(model, text(), selection, make_dial(model, selection, DialConfig(shift=shift)))[0]
+        realised(
+            model,
+            text(),
+            selection,
+            make_budget(model, selection, ComputeBudgetConfig(shift=shift)),
+        )[0]
         for shift in (-1.5, -0.3, 0.3, 1.5)
     ]
     assert shares == sorted(shares, reverse=True)
@@ -215,25 +233,25 @@ def test_a_shift_is_added_to_the_trained_level(selection):
 def test_what_the_model_does_not_have_is_refused(model, wish, key, said):
     routed = build(**model)
     with pytest.raises(ConfigError, match=said) as error:
-        make_dial(routed, "predictor", DialConfig(**wish), prefix="draft")
+        make_budget(routed, "predictor", ComputeBudgetConfig(**wish), prefix="draft")
     assert [problem.key for problem in error.value.problems] == [f"draft.{key}"]
 
 
 def test_calibration_needs_text_and_leaves_the_mode():
     model = build().train()
     with pytest.raises(ValueError, match="no text"):
-        make_dial(model, "predictor", DialConfig(capacity=0.5))
-    make_dial(model, "predictor", DialConfig(capacity=0.5), text())
+        make_budget(model, "predictor", ComputeBudgetConfig(capacity=0.5))
+    make_budget(model, "predictor", ComputeBudgetConfig(capacity=0.5), text())
     assert model.training
 
 
 def test_decisions_are_all_or_the_one_named():
     config = build().config
-    assert chosen_decisions(DialConfig(), config) == EVERY
-    assert chosen_decisions(DialConfig(decision="threshold"), config) == ["threshold"]
+    assert resolve_decisions(ComputeBudgetConfig(), config) == EVERY
+    assert resolve_decisions(ComputeBudgetConfig(decision="threshold"), config) == ["threshold"]
     for wrong in ("top_k", "causal"):
         with pytest.raises(ConfigError, match="use one of: predictor, auxiliary, threshold"):
-            chosen_decisions(DialConfig(decision=wrong), config)
+            resolve_decisions(ComputeBudgetConfig(decision=wrong), config)
 
 
 @pytest.mark.parametrize(
@@ -251,5 +269,5 @@ def test_decisions_are_all_or_the_one_named():
     ],
 )
 def test_every_setting_out_of_range_is_told_with_its_key(wish, keys):
-    found = EvalRunConfig(run="a", inference=DialConfig(**wish)).problems()
+    found = EvalRunConfig(run="a", inference=ComputeBudgetConfig(**wish)).problems()
     assert [problem.key for problem in found] == [f"inference.{key}" for key in keys]

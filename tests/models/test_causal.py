@@ -17,7 +17,7 @@ from torch import Tensor
 from modtrain.data.stream.documents import document_numbers
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import CAUSAL_ROUTERS, RouterConfig
-from modtrain.models.depth.router import scattered
+from modtrain.models.depth.router import hash_positions
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import Transformer, is_predictor
 from tests.helpers.model_cases import (
@@ -153,7 +153,7 @@ def test_token_choice_does_not_look_ahead_in_training_either(case, monkeypatch):
     model = model_of(case)
     for router in model.routers:
         # Room for all: where it runs out, the lowest scores give way to later ones.
-        monkeypatch.setattr(router.config, "room", 10.0)
+        monkeypatch.setattr(router.config, "capacity_factor", 10.0)
     for seed in range(2):
         assert (moved(model, config.training_selection, seed).tril(-1) < 1e-9).all()
 
@@ -323,8 +323,8 @@ def test_fixed_positions_are_those_of_training():
 @quick(20)
 @given(st.sampled_from([0.05, 0.125, 1 / 3, 0.5, 1.0]), st.integers(0, 20))
 def test_scattered_positions_are_independent_draws(share, salt):
-    chosen_S = scattered(torch.arange(20_000)[None], share, salt)[0].double()
-    other_S = scattered(torch.arange(20_000)[None], share, salt + 1)[0].double()
+    chosen_S = hash_positions(torch.arange(20_000)[None], share, salt)[0].double()
+    other_S = hash_positions(torch.arange(20_000)[None], share, salt + 1)[0].double()
     deviation = math.sqrt(share * (1 - share) / 20_000)
     assert abs(chosen_S.mean() - share) <= 4 * deviation
     for pair_S in (chosen_S[1:] * chosen_S[:-1], chosen_S * other_S):

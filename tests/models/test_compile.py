@@ -75,7 +75,7 @@ VARIANTS = QUICK | {
     "tanh gate": (routed(gate="tanh", gate_scale=True), {}),
     "no gate": (routed(gate="none"), {}),
     "scaled": (routed(score="fixed", gate_scale=True), {}),
-    "token choice, both parts": (routed(choice="token", target="both", room=1), {}),
+    "token choice, both parts": (routed(choice="token", target="both", capacity_factor=1), {}),
     "token choice, documents": (routed(choice="token"), documents()),
     "token choice, padding": (routed(choice="token"), padding()),
     "padding": (routed(causal=["threshold"]), padding()),
@@ -135,7 +135,7 @@ def step(model: Transformer, call, autocast: bool = False, **kwargs) -> Step:
     for record in output.experts:
         decided += [record.load_E, record.executed_E, record.dropped]
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    return Step(losses.detach(), decided, gradients, model.observe(output))
+    return Step(losses.detach(), decided, gradients, model.batch_stats(output))
 
 
 def assert_same(found: Step, expected: Step, rtol: float) -> None:
@@ -164,7 +164,7 @@ def assert_compiled_equals_eager(
     for _ in range(2):
         expected = step(model, model, autocast, **kwargs)
         assert_same(step(model, call, autocast, **kwargs), expected, rtol)
-        model.absorb(expected.observed)
+        model.update_running_stats(expected.observed)
     assert counter.frame_count == 1
 
 

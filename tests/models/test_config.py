@@ -186,7 +186,7 @@ def test_the_prefix_leads_every_key():
                 ({"target": "layer"}, "target"),
                 ({"score": "norm"}, "score"),
                 ({"choice": "tokens"}, "choice"),
-                ({"room": 0.5}, "room"),
+                ({"capacity_factor": 0.5}, "capacity_factor"),
                 ({"auxiliary_weight": 0.0}, "auxiliary_weight"),
                 ({"threshold_decay": 1.5}, "threshold_decay"),
                 ({"threshold_decay": 1.0}, "threshold_decay"),
@@ -346,7 +346,7 @@ LIST_TEXTS = st.text("[],.*+ 0123456789e-naif", max_size=30)
             hidden_dim=INTEGERS,
             gate=st.none() | st.sampled_from(["raw", "none"]) | st.text(),
             choice=st.sampled_from(["expert", "token"]) | st.text(),
-            room=FLOATS,
+            capacity_factor=FLOATS,
             causal=st.none()
             | st.lists(st.sampled_from(["predictor", "threshold"]) | st.text(), max_size=3),
             auxiliary_weight=FLOATS,

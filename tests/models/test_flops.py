@@ -139,7 +139,7 @@ def test_no_op_experts_of_a_balanced_load_cost_their_share_less():
         RouterConfig(score="oracle_norm"),
         RouterConfig(score="oracle_norm", target="both"),
         RouterConfig(choice="token"),
-        RouterConfig(choice="token", room=2.0, score="mlp", target="attention"),
+        RouterConfig(choice="token", capacity_factor=2.0, score="mlp", target="attention"),
     ],
     ids=str,
 )
@@ -155,7 +155,7 @@ def test_measured_flops_of_every_score_and_choice_are_the_formulas(router):
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 def test_places_that_hold_nobody_are_sent_to_no_expert(capacity_factor):
     """In the first step token choice takes just k tokens, in a room for half as many again."""
-    router = RouterConfig(choice="token", room=1.5)
+    router = RouterConfig(choice="token", capacity_factor=1.5)
     experts = ExpertsConfig(count=4, capacity_factor=capacity_factor)
     config = small(pattern="every", capacity=0.5, router=router, experts=experts)
     measured, formula = measure(config, 2, 24), forward_flops(config, 24)

@@ -84,7 +84,9 @@ def test_padding_changes_nothing_among_valid_tokens(target, mixer, several, side
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("target", ["block", "mlp"])
-@pytest.mark.parametrize("router", [{}, {"choice": "token", "room": 4.0}], ids=["expert", "token"])
+@pytest.mark.parametrize(
+    "router", [{}, {"choice": "token", "capacity_factor": 4.0}], ids=["expert", "token"]
+)
 def test_padding_changes_nothing_among_experts(router, target, experts, side):
     config = model_of(experts, router={"target": target, **router})
     assert_padding_is_nothing(config, side)
@@ -98,7 +100,7 @@ def test_padding_changes_nothing_among_experts(router, target, experts, side):
         {"score": "mlp", "causal": ["auxiliary", "threshold"]},
         {"score": "oracle_norm", "causal": ["threshold"]},
         {"score": "attention"},
-        {"choice": "token", "room": 4.0, "target": "both"},
+        {"choice": "token", "capacity_factor": 4.0, "target": "both"},
     ],
     ids=str,
 )
@@ -125,7 +127,7 @@ def test_padding_has_no_part_in_losses_and_quantiles(experts, side):
     assert actual.auxiliary.keys() == expected.auxiliary.keys()
     for name, loss in expected.auxiliary.items():
         torch.testing.assert_close(actual.auxiliary[name], loss, msg=name)
-    for one, two in zip(model.observe(actual), model.observe(expected), strict=True):
+    for one, two in zip(model.batch_stats(actual), model.batch_stats(expected), strict=True):
         torch.testing.assert_close(one, two)
     totals = [sum(found.auxiliary.values(), found.loss) for found in (actual, expected)]
     parameters = dict(model.named_parameters())
@@ -149,7 +151,7 @@ def document_cases() -> dict[str, tuple[ModelConfig, list[str | None]]]:
     cases["attention score"] = model_of(router={"score": "attention"})
     cases["oracle"] = model_of(router={"score": "oracle_norm", "gate": "raw"})
     cases["thresholds"] = model_of(router={"causal": ["auxiliary", "threshold"]})
-    cases["token choice"] = model_of(router={"choice": "token", "room": 4.0})
+    cases["token choice"] = model_of(router={"choice": "token", "capacity_factor": 4.0})
     cases["experts"] = model_of("integrated", router={"target": "mlp"})
     cases["expert choice"] = model_of("expert choice", router={"target": "attention"})
     cases["staged expert choice"] = model_of("expert choice", capacity=0.5)

@@ -307,7 +307,7 @@ def transformer_step(name: str, mode: str, backend: str | None = None) -> dict[s
     output = call(tokens_BS[:, :-1], tokens_BS[:, 1:])
     losses = {"loss": output.loss, **output.auxiliary}
     torch.stack(list(losses.values())).sum().backward()
-    model.absorb(model.observe(output))
+    model.update_running_stats(model.batch_stats(output))
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return losses | gradients | {name: b + 0 for name, b in model.named_buffers()}
 

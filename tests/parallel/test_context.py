@@ -15,7 +15,7 @@ from modtrain.distributed.collectives import Group
 from modtrain.distributed.launch import Launch
 from modtrain.evaluation.held_out import evaluate
 from modtrain.models.cache.cache import Cache
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.loss import IGNORED
@@ -133,7 +133,7 @@ def _learns(model, batches, mean, precision=None):
             (sum(output.auxiliary.values(), start=output.loss) / len(own)).backward()
             loss += output.loss.detach() / len(own)
             trace.auxiliary.append({k: float(v.detach()) for k, v in output.auxiliary.items()})
-            observed = model.observe(output)
+            observed = model.batch_stats(output)
             seen += torch.cat([torch.zeros(1), *(value.flatten() for value in observed)])
             trace.chosen.append([record.chosen_BS.tolist() for record in output.routing])
             trace.loads.append(
@@ -153,7 +153,9 @@ def _learns(model, batches, mean, precision=None):
         optimizer.step()
         optimizer.zero_grad()
         pieces = mean(seen / len(own))[1:].split([value.numel() for value in observed])
-        model.absorb([piece.view_as(v) for piece, v in zip(pieces, observed, strict=True)])
+        model.update_running_stats(
+            [piece.view_as(v) for piece, v in zip(pieces, observed, strict=True)]
+        )
     trace.state = _whole(model.state_dict())
     return trace
 
@@ -368,18 +370,18 @@ def _evaluates(case, context):
         return x / meshes.context.size()
 
     batches = _evaluation_batches()[meshes.data_rank :: meshes.data_size]
-    found = evaluate(model, batches, contextlib.nullcontext(), total=total, dials=_DIALS)
+    found = evaluate(model, batches, contextlib.nullcontext(), total=total, budgets=_BUDGETS)
     assert all(isinstance(value, DTensor) for value in model.parameters())
     return found
 
 
-_DIALS = {"predictor": Dial(step_cap=1, layer_cap=0.4)}
+_BUDGETS = {"predictor": ComputeBudget(step_cap=1, layer_cap=0.4)}
 
 
 @pytest.mark.parametrize(("case", "layout"), [("mod", "2x2"), ("parts routed apart", "1x2")])
 def test_evaluates_as_in_one_process(case, layout):
     whole = settle(Transformer(_CASES[case]), 19)
-    wanted = evaluate(whole, _evaluation_batches(), contextlib.nullcontext(), dials=_DIALS)
+    wanted = evaluate(whole, _evaluation_batches(), contextlib.nullcontext(), budgets=_BUDGETS)
     shares = [s for d in wanted.decisions.values() for s in d.realised_capacity.values()]
     assert len(set(shares)) > 3, "as many tokens take part everywhere"
     world_size, context = _LAYOUTS[layout]

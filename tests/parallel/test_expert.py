@@ -245,12 +245,12 @@ def _same_choices(
 
 
 def _absorb(models: list[Transformer], expected: ModelOutput, output: ModelOutput) -> None:
-    observed = models[1].observe(output)
+    observed = models[1].batch_stats(output)
     for value in observed:
         dist.all_reduce(value)
         value.div_(dist.get_world_size())
-    models[0].absorb(observed)
-    models[1].absorb(observed)
+    models[0].update_running_stats(observed)
+    models[1].update_running_stats(observed)
 
 
 QUICK = {

@@ -88,7 +88,7 @@ def _step(model, optimizer, batches, trace, mean, gather, precision):
         total = output.loss + sum(output.auxiliary.values())
         (total / len(batches)).backward()
         loss += total.detach() / len(batches)
-        observed = model.observe(output)
+        observed = model.batch_stats(output)
         seen += torch.cat([torch.zeros(1), *(value.flatten() for value in observed)])
         chosen.append([record.chosen_BS.tolist() for record in output.routing])
     trace.losses.append(float(mean(loss)))
@@ -100,7 +100,9 @@ def _step(model, optimizer, batches, trace, mean, gather, precision):
     optimizer.step()
     optimizer.zero_grad()
     pieces = mean(seen / len(batches))[1:].split([value.numel() for value in observed])
-    model.absorb([piece.view_as(v) for piece, v in zip(pieces, observed, strict=True)])
+    model.update_running_stats(
+        [piece.view_as(v) for piece, v in zip(pieces, observed, strict=True)]
+    )
 
 
 def _optimizer(model):

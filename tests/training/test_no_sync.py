@@ -218,7 +218,7 @@ QUICK = (
 def test_a_step_waits_for_nothing(step, name):
     model = step(*VARIANTS[name]).model
     # Absorbing was watched too: it happened.
-    parts = [part for part in (*model.routers, *model.mixtures) if part.keeps_state]
+    parts = [part for part in (*model.routers, *model.mixtures) if part.has_running_stats]
     states = [buffer for part in parts for buffer in part.buffers(recurse=False)]
     assert any(state.any() for state in states) == bool(states)
 
@@ -277,8 +277,8 @@ def test_the_watch_sees_backward(step, monkeypatch):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (Transformer, "observe"),
-        (MixtureOfDepths, "absorb"),
+        (Transformer, "batch_stats"),
+        (MixtureOfDepths, "update_running_stats"),
         (torch.optim.AdamW, "step"),
         (LanguageModule, "configure_gradient_clipping"),
         (FiniteLossGuard, "on_step_end"),
@@ -288,11 +288,11 @@ def test_the_watch_sees_backward(step, monkeypatch):
 def test_the_watch_sees_every_part_of_a_step(step, monkeypatch, owner, name):
     original = getattr(owner, name)
 
-    def asking(*args: Any, **kwargs: Any) -> Any:
+    def local_query_indices(*args: Any, **kwargs: Any) -> Any:
         torch.zeros(()).item()
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, asking)
+    monkeypatch.setattr(owner, name, local_query_indices)
     with pytest.raises(WaitedError):
         step("model.router.causal=[threshold]")
 

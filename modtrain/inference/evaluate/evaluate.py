@@ -14,12 +14,12 @@ from modtrain.data.stream.index import read_summary
 from modtrain.evaluation.held_out import Decision, HeldOut, evaluate
 from modtrain.inference.calibration import (
     Calibration,
-    chosen_decisions,
-    dial_of_run,
-    dial_problems,
+    budget_of_run,
+    budget_problems,
+    resolve_decisions,
     training_text,
 )
-from modtrain.inference.config import DialConfig, EvalRunConfig
+from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
 from modtrain.inference.evaluate.table import (
     draw_sweep,
     evaluation_points,
@@ -27,7 +27,7 @@ from modtrain.inference.evaluate.table import (
     write_points,
 )
 from modtrain.inference.loading import LoadedRun, load_run
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import Selection
 from modtrain.models.flops import dense_equivalent_flops
 
@@ -47,19 +47,19 @@ def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
     """
     raise_if_any(config.problems())
     loaded = load_run(config)
-    raise_if_any(dial_problems(config.inference, loaded.trained.model, "inference"))
+    raise_if_any(budget_problems(config.inference, loaded.trained.model, "inference"))
     return _evaluation(config, loaded) if config.sweep is None else _sweep(config, loaded)
 
 
 def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
     wish = config.inference
-    selections = chosen_decisions(wish, loaded.trained.model)
-    dials: dict[Selection, Dial] = {}
+    selections = resolve_decisions(wish, loaded.trained.model)
+    budgets: dict[Selection, ComputeBudget] = {}
     for selection in selections:
-        dial = dial_of_run(loaded, selection, wish, config.batch_size)
-        if dial is not None:
-            dials[selection] = dial
-    found = _held_out(config, loaded, selections, dials)
+        budget = budget_of_run(loaded, selection, wish, config.batch_size)
+        if budget is not None:
+            budgets[selection] = budget
+    found = _held_out(config, loaded, selections, budgets)
     figures = {**_head(config, loaded, found), **_figures(found, _tokens_per_byte(loaded))}
     write_text(
         loaded.directory.path / f"eval-{loaded.step:09d}{wish.suffix}.json",
@@ -79,13 +79,13 @@ def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
         training_text(loaded, wish.calibration_sequences, config.batch_size),
         loaded.autocast,
         eos_id=loaded.trained.data.eos_id,
-        caps=Dial(None, wish.layer_cap, wish.step_cap),
+        caps=ComputeBudget(None, wish.layer_cap, wish.step_cap),
     )
     trained = _held_out(config, loaded, [selection], {}, as_trained=False)
     points = []
     for capacity in sorted(config.sweep or []):
-        dials = {selection: calibration.dial(capacity)}
-        moved = _held_out(config, loaded, [selection], dials, as_trained=False)
+        budgets = {selection: calibration.budget(capacity)}
+        moved = _held_out(config, loaded, [selection], budgets, as_trained=False)
         points.append({"capacity": capacity, **_decision(moved.decisions[selection], rate)})
     figures = {
         **_head(config, loaded, trained),
@@ -102,8 +102,8 @@ def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
 
 def _swept(config: EvalRunConfig, loaded: LoadedRun) -> Selection:
     """Return the decision that is swept. Raises ConfigError where there is nothing to move."""
-    known = chosen_decisions(config.inference, loaded.trained.model)
-    problems = dial_problems(DialConfig(capacity=1.0), loaded.trained.model, "")
+    known = resolve_decisions(config.inference, loaded.trained.model)
+    problems = budget_problems(ComputeBudgetConfig(capacity=1.0), loaded.trained.model, "")
     raise_if_any(
         [Problem("sweep", config.sweep, problem.reason, problem.remedy) for problem in problems]
     )
@@ -114,7 +114,7 @@ def _held_out(
     config: EvalRunConfig,
     loaded: LoadedRun,
     selections: list[Selection],
-    dials: Mapping[Selection, Dial],
+    budgets: Mapping[Selection, ComputeBudget],
     as_trained: bool = True,
 ) -> HeldOut:
     return evaluate(
@@ -125,21 +125,21 @@ def _held_out(
         capacities=loaded.capacities,
         selections=selections,
         as_trained=as_trained,
-        dials=dials,
+        budgets=budgets,
     )
 
 
 def _head(config: EvalRunConfig, loaded: LoadedRun, held_out: HeldOut) -> dict[str, Any]:
     wish, seq_len = config.inference, loaded.seq_len
-    dial: dict[str, float] = dict(wish.asked)
+    budget: dict[str, float] = dict(wish.asked)
     if wish.capacity is not None or config.sweep is not None:
-        dial["calibration_sequences"] = wish.calibration_sequences
+        budget["calibration_sequences"] = wish.calibration_sequences
     dense = dense_equivalent_flops(loaded.trained.model, seq_len).total / seq_len
     return {
         "run": config.run,
         "step": loaded.step,
         "tokens": held_out.tokens,
-        "dial": dial or None,
+        "budget": budget or None,
         "trained_flops": held_out.trained_flops,
         "dense_equivalent_flops": dense,
     }

@@ -41,7 +41,7 @@ def show(figures: dict[str, Any]) -> None:
     for name, way in ways.items():
         if way["realised_capacity"]:
             against = f" against {_TOP_K}" if way.get("agreement_with_top_k_not_causal") else ""
-            if against and {"layer_cap", "step_cap"} & (figures["dial"] or {}).keys():
+            if against and {"layer_cap", "step_cap"} & (figures["budget"] or {}).keys():
                 against += ", before caps"
             _print(console, f"routers: {name}{against}", _routers(way))
         if way["expert_load"]:
@@ -135,8 +135,8 @@ def _ways(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _told(figures: dict[str, Any]) -> str:
     """Say how the dial stands, where it was moved."""
-    dial = figures["dial"] or {}
-    return "".join(f", {name}={value:g}" for name, value in dial.items())
+    budget = figures["budget"] or {}
+    return "".join(f", {name}={value:g}" for name, value in budget.items())
 
 
 def _summary(figures: dict[str, Any]) -> Table:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from modtrain.common.errors import Problem
 from modtrain.common.validation import at_least, key_of, shares
-from modtrain.inference.config import DialConfig, TrainedRunConfig
+from modtrain.inference.config import ComputeBudgetConfig, TrainedRunConfig
 from modtrain.inference.generate.sampling_config import SamplingConfig
 from modtrain.inference.prompt_source import file_problems, output_problems, text_problems
 
@@ -62,7 +62,7 @@ class GenerateConfig(TrainedRunConfig):
     echo: bool = False
     show_depth: bool = False
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    inference: DialConfig = field(default_factory=DialConfig)
+    inference: ComputeBudgetConfig = field(default_factory=ComputeBudgetConfig)
     speculate: SpeculateConfig = field(default_factory=SpeculateConfig)
 
     def problems(self, prefix: str = "") -> list[Problem]:

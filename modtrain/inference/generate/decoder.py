@@ -18,7 +18,7 @@ from modtrain.inference.generate.sampling import Dice, distribution
 from modtrain.inference.generate.sampling_config import SamplingConfig
 from modtrain.inference.generate.speculation import Drafter, Drafts, padded, verify
 from modtrain.models.cache.cache import Cache
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import Selection
 from modtrain.models.transformer import ModelOutput, Transformer
 
@@ -53,20 +53,20 @@ class DecoderConfig:
     batch_size: sequences at once. prefill_chunk: tokens of a prompt at once. end_id: the token that
     ends a document and is not given; None: none does. apart: documents do not see each other.
     with_depth: tell each token's depth, for which the last one is run as well. drafts: tokens that
-    are drafted at once, at ``draft_dial``; 0: none.
+    are drafted at once, at ``draft_budget``; 0: none.
     """
 
     selection: Selection
     max_tokens: int
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    dial: Dial | None = None
+    budget: ComputeBudget | None = None
     batch_size: int = 1
     prefill_chunk: int = 2048
     end_id: int | None = None
     apart: bool = False
     with_depth: bool = False
     drafts: int = 0
-    draft_dial: Dial | None = None
+    draft_budget: ComputeBudget | None = None
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Decoder:
         self._active: dict[int, _Sequence] = {}
         self._dice = Dice.of(config.sampling.seed, len(prompts))
         self._device = next(model.parameters()).device
-        self._cache = self._new_cache(batch, config.dial)
+        self._cache = self._new_cache(batch, config.budget)
         self._drafter = self._new_drafter(batch) if config.drafts else None
         self._seen_RV: Tensor | None = None
         if config.sampling.repetition_penalty != 1:
@@ -153,23 +153,23 @@ class Decoder:
             if sequence.number == number:
                 self._release(row)
 
-    def _new_cache(self, batch: int, dial: Dial | None) -> Cache:
+    def _new_cache(self, batch: int, budget: ComputeBudget | None) -> Cache:
         config = self._config
         return Cache(
             self._model.config,
             batch,
             # One more than the drafts: what was drawn last may be in the cache as well.
             margin=config.drafts + 1 if config.drafts else 0,
-            counts_taken=dial is not None and dial.layer_cap is not None,
+            tracks_routed=budget is not None and budget.layer_cap is not None,
         )
 
     def _new_drafter(self, batch: int) -> Drafter:
         config = self._config
 
         def extend(tokens_NS: Tensor, cache: Cache, **how: Any) -> ModelOutput:
-            return self._extend(tokens_NS, cache, dial=config.draft_dial, **how)
+            return self._extend(tokens_NS, cache, budget=config.draft_budget, **how)
 
-        cache = self._new_cache(batch, config.draft_dial)
+        cache = self._new_cache(batch, config.draft_budget)
         return Drafter(extend, cache, self._device, config.drafts, config.sampling, self._dice)
 
     def _extend(
@@ -178,7 +178,7 @@ class Decoder:
         cache: Cache,
         *,
         rows: list[int],
-        dial: Dial | None,
+        budget: ComputeBudget | None,
         valid_NS: Tensor | None = None,
         last_only: bool = False,
     ) -> ModelOutput:
@@ -190,7 +190,7 @@ class Decoder:
             cache,
             self._config.selection,
             rows=rows,
-            dial=dial,
+            budget=budget,
             documents_NS=documents_NS,
             valid_NS=valid_NS,
             last_only=last_only,
@@ -282,9 +282,9 @@ class Decoder:
     def _run(
         self, tokens_NS: Tensor, rows: list[int], valid_NS: Tensor | None, last_only: bool
     ) -> ModelOutput:
-        dial = self._config.dial
+        budget = self._config.budget
         return self._extend(
-            tokens_NS, self._cache, rows=rows, dial=dial, valid_NS=valid_NS, last_only=last_only
+            tokens_NS, self._cache, rows=rows, budget=budget, valid_NS=valid_NS, last_only=last_only
         )
 
     def _go_on(

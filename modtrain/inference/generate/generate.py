@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from modtrain.common.errors import DataError, Problem, raise_if_any
 from modtrain.data.prepare.tokenizer import DocumentEncoder, check_tokenizer
-from modtrain.inference.calibration import chosen_decisions, dial_of_run
-from modtrain.inference.config import DialConfig
+from modtrain.inference.calibration import budget_of_run, resolve_decisions
+from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.generate.config import GenerateConfig
 from modtrain.inference.generate.continuations import (
     OWN_KEYS,
@@ -30,7 +30,7 @@ from modtrain.inference.generate.text import TextStream
 from modtrain.inference.loading import LoadedRun, load_run
 from modtrain.inference.prompt_source import is_unicode, read_text
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import Selection
 
 
@@ -70,7 +70,7 @@ def decoder_config(config: GenerateConfig, loaded: LoadedRun, end_id: int) -> De
     Raises:
         ConfigError: the model has no causal decision, or nothing to draft with.
     """
-    decisions = chosen_decisions(config.inference, loaded.trained.model)
+    decisions = resolve_decisions(config.inference, loaded.trained.model)
     problems = _model_problems(config, loaded.trained.model, decisions)
     raise_if_any(problems)
     selection = decisions[0]
@@ -78,14 +78,14 @@ def decoder_config(config: GenerateConfig, loaded: LoadedRun, end_id: int) -> De
         selection,
         config.max_tokens,
         config.sampling,
-        _dial(loaded, selection, config.inference, config.batch_size),
+        _budget(loaded, selection, config.inference, config.batch_size),
         config.batch_size,
         config.prefill_chunk,
         end_id,
         loaded.trained.data.eos_id is not None,
         config.show_depth,
         config.speculate.tokens or 0,
-        _draft_dial(loaded, selection, config) if config.speculate.tokens else None,
+        _draft_budget(loaded, selection, config) if config.speculate.tokens else None,
     )
 
 
@@ -108,24 +108,26 @@ def _model_problems(
     return []
 
 
-def _dial(
-    loaded: LoadedRun, selection: Selection, wish: DialConfig, batch_size: int
-) -> Dial | None:
-    dial = dial_of_run(loaded, selection, wish, batch_size)
-    if loaded.trained.model.router.needs_causal or (dial is not None and dial.levels is not None):
-        return dial
+def _budget(
+    loaded: LoadedRun, selection: Selection, wish: ComputeBudgetConfig, batch_size: int
+) -> ComputeBudget | None:
+    budget = budget_of_run(loaded, selection, wish, batch_size)
+    if loaded.trained.model.router.needs_causal or (
+        budget is not None and budget.thresholds is not None
+    ):
+        return budget
     # Shares, which a checkpoint from the middle of a schedule has other ones of.
-    return (dial or Dial())._replace(levels=loaded.shares)
+    return (budget or ComputeBudget())._replace(thresholds=loaded.shares)
 
 
-def _draft_dial(loaded: LoadedRun, selection: Selection, config: GenerateConfig) -> Dial:
+def _draft_budget(loaded: LoadedRun, selection: Selection, config: GenerateConfig) -> ComputeBudget:
     capacity = config.speculate.capacity
     if capacity == 0:
-        return Dial(step_cap=0)
+        return ComputeBudget(step_cap=0)
     # What drafts compute is capped as everything is.
     wish = replace(config.inference, capacity=capacity, shift=0.0)
-    dial = dial_of_run(loaded, selection, wish, config.batch_size, "speculate")
-    return dial or Dial()
+    budget = budget_of_run(loaded, selection, wish, config.batch_size, "speculate")
+    return budget or ComputeBudget()
 
 
 class _Vocabulary:

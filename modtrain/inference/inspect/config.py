@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from modtrain.common.errors import Problem
 from modtrain.common.validation import at_least, key_of
-from modtrain.inference.config import DialConfig, TrainedRunConfig
+from modtrain.inference.config import ComputeBudgetConfig, TrainedRunConfig
 from modtrain.inference.prompt_source import file_problems, output_problems, text_problems
 
 
@@ -28,7 +28,7 @@ class InspectConfig(TrainedRunConfig):
     file: str | None = None
     sequences: int | None = 16
     batch_size: int = 4
-    inference: DialConfig = field(default_factory=DialConfig)
+    inference: ComputeBudgetConfig = field(default_factory=ComputeBudgetConfig)
     output: str | None = None
     tokens_shown: int = 2000
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.prepare.tokenizer import DocumentEncoder
-from modtrain.inference.calibration import chosen_decisions, dial_of_run
-from modtrain.inference.config import DialConfig
+from modtrain.inference.calibration import budget_of_run, resolve_decisions
+from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.inspect.config import InspectConfig
 from modtrain.inference.inspect.page import Subject, render
 from modtrain.inference.inspect.trace import trace
@@ -37,7 +37,7 @@ def inspect_run(config: InspectConfig) -> Path:
     raise_if_any(config.problems())
     loaded = load_run(config)
     selection = choose_decision(loaded.trained.model, config.inference)
-    dial = dial_of_run(loaded, selection, config.inference, config.batch_size)
+    budget = budget_of_run(loaded, selection, config.inference, config.batch_size)
     source, windows = _windows(config, loaded)
     found = trace(
         loaded.model,
@@ -46,7 +46,7 @@ def inspect_run(config: InspectConfig) -> Path:
         loaded.autocast(),
         eos_id=loaded.trained.data.eos_id,
         capacities=loaded.capacities,
-        dial=dial,
+        budget=budget,
     )
     texts = TokenTexts(Tokenizer.from_file(str(loaded.tokenizer)))
     model = loaded.trained.model
@@ -56,7 +56,7 @@ def inspect_run(config: InspectConfig) -> Path:
         source=source,
         seq_len=loaded.seq_len,
         selection=selection,
-        dial=", ".join(f"{name} {value}" for name, value in config.inference.asked.items()),
+        budget=", ".join(f"{name} {value}" for name, value in config.inference.asked.items()),
         is_causal=selection in model.causal_selections,
         num_layers=model.num_layers,
         capacities=list(loaded.shares),
@@ -69,13 +69,13 @@ def inspect_run(config: InspectConfig) -> Path:
     return path
 
 
-def choose_decision(model: ModelConfig, wish: DialConfig) -> Selection:
+def choose_decision(model: ModelConfig, wish: ComputeBudgetConfig) -> Selection:
     """Return the decision to look at; also as trained, where it is named.
 
     Raises:
         ConfigError: the model does not have it, or what it chooses by in training is to be moved.
     """
-    found = chosen_decisions(wish, model, as_trained=True)
+    found = resolve_decisions(wish, model, as_trained=True)
     key, remedy = "inference.decision", f"use {model.training_selection}, which is not causal"
     if not found:
         reason = "has no default: the model was trained without a causal decision"

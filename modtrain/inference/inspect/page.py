@@ -39,7 +39,7 @@ class Subject:
     source: str
     seq_len: int
     selection: str
-    dial: str
+    budget: str
     is_causal: bool
     num_layers: int
     capacities: list[float]

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modtrain.data.stream.documents import document_numbers_if_apart
-from modtrain.evaluation.held_out import evaluating
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.evaluation.held_out import evaluation_mode
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import TRAINING_SELECTIONS, Selection
 from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.loss import IGNORED
@@ -91,7 +91,7 @@ def trace(
     *,
     eos_id: int | None = None,
     capacities: Sequence[float | None] | None = None,
-    dial: Dial | None = None,
+    budget: ComputeBudget | None = None,
 ) -> Trace:
     """Run ``model`` over windows of (inputs, targets), each (B, S) and of any B and S.
 
@@ -101,8 +101,8 @@ def trace(
     Raises:
         ValueError: there is no window.
     """
-    tape = _Tape(model, selection, dial)
-    with evaluating(model) as device, precision:
+    tape = _Tape(model, selection, budget)
+    with evaluation_mode(model) as device, precision:
         for window in windows:
             inputs_BS, targets_BS = (side.to(device) for side in window)
             documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
@@ -111,23 +111,28 @@ def trace(
                 selection=selection,
                 capacities=capacities,
                 documents_BS=documents_BS,
-                dial=dial,
+                budget=budget,
             )
             tape.add(inputs_BS, targets_BS, output)
     return tape.trace()
 
 
 def deciding_values(
-    router: MixtureOfDepths, selection: Selection, record: RoutingRecord, dial: Dial | None = None
+    router: MixtureOfDepths,
+    selection: Selection,
+    record: RoutingRecord,
+    budget: ComputeBudget | None = None,
 ) -> tuple[str, Tensor | None, float | None]:
     """Return what the router decides by: its name, the values (B, S), the threshold if any."""
     if not router.config.needs_causal:
         return f"nothing of the token ({router.config.score})", None, None
     if selection in TRAINING_SELECTIONS:
         return "score", record.scores_BS, None
-    moved = None if dial is None or dial.levels is None else dial.levels[router.number]
-    level = float(router.level(selection)) if moved is None else moved
-    value_BS = router.value(selection, record.scores_BS, record.predictor_BS)
+    moved = (
+        None if budget is None or budget.thresholds is None else budget.thresholds[router.number]
+    )
+    level = float(router.decision_threshold(selection)) if moved is None else moved
+    value_BS = router.decision_values(selection, record.scores_BS, record.predictor_BS)
     name = "predictor's logit" if selection == "predictor" else "score"
     # Everybody takes part at a level of minus infinity, and there is no line to draw.
     return name, value_BS, level if math.isfinite(level) else None
@@ -146,8 +151,10 @@ def prediction_quality(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Te
 class _Tape:
     """What is kept of each forward pass, on the host."""
 
-    def __init__(self, model: Transformer, selection: Selection, dial: Dial | None) -> None:
-        self.model, self.selection, self.dial = model, selection, dial
+    def __init__(
+        self, model: Transformer, selection: Selection, budget: ComputeBudget | None
+    ) -> None:
+        self.model, self.selection, self.budget = model, selection, budget
         self.columns: dict[str, list[Tensor]] = {}
         self.decisions: list[tuple[str, float | None]] = []
         self.choices: list[Tensor] = []
@@ -162,7 +169,7 @@ class _Tape:
             self._keep("loss", loss_S, torch.float64)
             self._keep("entropy", entropy_S, torch.float64)
         found = [
-            deciding_values(router, self.selection, record, self.dial)
+            deciding_values(router, self.selection, record, self.budget)
             for router, record in zip(self.model.routers, output.routing, strict=True)
         ]
         self.decisions = [(name, threshold) for name, _, threshold in found]

@@ -1,7 +1,7 @@
-"""What a model keeps of the tokens that it has seen, so that the next ones can be run alone.
+"""The state of a model's mixers from earlier tokens, for decoding token by token.
 
-Each mixer has a `Store`: keys and values of attention, inputs of a convolution. Behind a depth
-router it holds the tokens that took part and no others, so its rows are of different lengths.
+Each mixer has a `RaggedStore`: keys and values of attention, inputs of a convolution. In a routed
+layer it holds only the tokens that were routed, so its rows differ in length.
 
 Shapes: N sequences of the batch, L entries in use, K new tokens.
 """
@@ -14,140 +14,141 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modtrain.models.cache.ragged_store import Entries, Store
+from modtrain.models.cache.ragged_store import Entries, RaggedStore
 from modtrain.models.config import ModelConfig
 
 
 class CacheView(NamedTuple):
-    """The store of a mixer, and the rows of it that the batch stands for.
+    """The store of a mixer, and the rows of it that a batch uses.
 
-    counts: how many of the new tokens of each sequence there are; the first ones.
+    counts: number of valid new tokens of each sequence, which come first.
     """
 
-    store: Store
+    store: RaggedStore
     rows: list[int]
     counts: list[int]
 
-    def of(self, rows: list[int], counts: list[int]) -> CacheView:
-        """Return the view of the sequences ``rows`` of the batch, so many new tokens of each."""
+    def select_rows(self, rows: list[int], counts: list[int]) -> CacheView:
+        """Return the view of the batch's sequences ``rows``, with ``counts`` new tokens each."""
         return CacheView(self.store, [self.rows[row] for row in rows], counts)
 
     def append(
         self, fields: tuple[Tensor, ...], positions_NK: Tensor, documents_NK: Tensor | None
     ) -> None:
-        """Add the new tokens; positions and documents may be those of one sequence for all."""
+        """Add the new tokens; positions and documents may have one row for all sequences."""
         self.store.append(self.rows, self.counts, fields, positions_NK, documents_NK)
 
     def is_whole(self) -> bool:
-        """Whether the batch is all of the store, in order, or one row: what needs no copy."""
-        return len(self.rows) == 1 or self.store.is_all(self.rows)
+        """Whether reading needs no copy: the batch is all rows in order, or one row."""
+        return len(self.rows) == 1 or self.store.is_all_rows(self.rows)
 
     def is_empty(self) -> bool:
-        """Whether nothing is stored of any of these sequences."""
+        """Whether nothing is stored for these sequences."""
         return not any(self.store.lengths[row] for row in self.rows)
 
     def entries(self) -> Entries:
-        """What is stored of these sequences."""
+        """The stored entries of these sequences."""
         return self.store.entries(self.rows)
 
     def positions(self) -> Tensor:
-        """Where their tokens stand in the text (N, L)."""
+        """The entries' positions in the text (N, L)."""
         return self.store.positions(self.rows)
 
     def documents(self) -> Tensor:
-        """The numbers of their documents (N, L)."""
+        """The entries' document numbers (N, L)."""
         return self.store.documents(self.rows)
 
     def latest(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the newest ``count`` entries of a store with one field, and their documents.
 
-        Where there are fewer, the field (N, count, …) has zeros in front, the documents
-        (N, count) have -1. like: a field of new tokens (N, K, …).
+        If there are fewer, the field (N, count, …) is padded with zeros in front, and the documents
+        (N, count) with -1. like: a field of new tokens (N, K, …).
         """
         rows = len(self.rows)
         if count == 0 or self.is_empty():
-            nothing = like.new_zeros(rows, count, *like.shape[2:])
-            return nothing, torch.full((rows, count), -1, device=like.device)
-        entries, own_NL = self.entries(), self.documents()
+            zeros = like.new_zeros(rows, count, *like.shape[2:])
+            return zeros, torch.full((rows, count), -1, device=like.device)
+        entries, documents_NL = self.entries(), self.documents()
         length_N1 = torch.tensor(entries.lengths, device=like.device).unsqueeze(1)
-        place_NR = length_N1 - count + torch.arange(count, device=like.device)
+        index_NR = length_N1 - count + torch.arange(count, device=like.device)
         row_N1 = torch.arange(rows, device=like.device).unsqueeze(1)
-        found = entries.fields[0][row_N1, place_NR.clamp(min=0)]
-        is_there = place_NR >= 0
-        shape = (*is_there.shape, *(1 for _ in like.shape[2:]))
-        documents_NR = own_NL.gather(1, place_NR.clamp(min=0))
-        return found.where(is_there.view(shape), 0), documents_NR.where(is_there, -1)
+        values = entries.fields[0][row_N1, index_NR.clamp(min=0)]
+        exists_NR = index_NR >= 0
+        shape = (*exists_NR.shape, *(1 for _ in like.shape[2:]))
+        documents_NR = documents_NL.gather(1, index_NR.clamp(min=0))
+        return values.where(exists_NR.view(shape), 0), documents_NR.where(exists_NR, -1)
 
 
 class Cache:
-    """What a model has seen of a batch of sequences.
+    """The cached state of a model for a batch of sequences.
 
-    Rows differ in length; each goes on, stops or is cut back by itself.
+    Rows differ in length; each is extended and truncated independently.
 
-    margin: by how many tokens `truncate` may go back where a layer forgets what it no longer
-    looks at; without sliding windows and convolutions it may go back to any place.
-    counts_taken: also keep which tokens took part in each router, which a cap on them asks for.
+    seen: number of tokens of each sequence in the cache. routed: one store per router.
+    margin: by how many tokens `truncate` may go back if a layer drops entries outside its window;
+    without sliding windows and convolutions it may go back to any length.
+    tracks_routed: also store which tokens each router took, needed for a layer cap.
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, margin: int = 0, counts_taken: bool = False
+        self, config: ModelConfig, batch: int, margin: int = 0, tracks_routed: bool = False
     ) -> None:
         self.batch, self.margin = batch, margin
         self.seen = [0] * batch
-        # What lay behind a window then may be gone, however far back the sequence is now.
-        self._furthest = [0] * batch
+        # The longest length so far: entries outside the window then may be dropped already.
+        self._max_seen = [0] * batch
         self.layers = [
-            Store(batch, last=config.conv_width - 1, margin=margin)
+            RaggedStore(batch, last=config.conv_width - 1, margin=margin)
             if mixer == "convolution"
-            else Store(batch, window=config.sliding_window, margin=margin)
+            else RaggedStore(batch, window=config.sliding_window, margin=margin)
             for mixer in config.mixers
         ]
-        routers = len(config.routed_parts) if counts_taken else 0
-        self.taken = [Store(batch) for _ in range(routers)]
+        routers = len(config.routed_parts) if tracks_routed else 0
+        self.routed = [RaggedStore(batch) for _ in range(routers)]
 
     def reset(self, row: int) -> None:
-        """Forget a sequence, whose row another one may take."""
-        self.seen[row] = self._furthest[row] = 0
-        for store in (*self.layers, *self.taken):
+        """Clear a row for another sequence."""
+        self.seen[row] = self._max_seen[row] = 0
+        for store in (*self.layers, *self.routed):
             store.truncate([row], [0])
 
     def advance(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Count the new tokens of these sequences."""
         for row, count in zip(rows, counts, strict=True):
             self.seen[row] += count
-            self._furthest[row] = max(self._furthest[row], self.seen[row])
+            self._max_seen[row] = max(self._max_seen[row], self.seen[row])
 
     def truncate(self, seen: Sequence[int], rows: Sequence[int] | None = None) -> None:
-        """Go back to where the sequences ``rows`` (None: all) had ``seen`` tokens each.
+        """Truncate the sequences ``rows`` (None: all) to their first ``seen`` tokens.
 
         Raises:
-            ValueError: that is further on, or further back than ``margin`` from where the
-                sequence ever was, and forgotten. Nothing is changed then.
+            ValueError: a sequence is shorter, or was longer by more than ``margin`` and layers drop
+                entries. Nothing is changed then.
         """
         rows = range(self.batch) if rows is None else rows
         for row, count in zip(rows, seen, strict=True):
-            forgotten = self._furthest[row] - self.margin if self._forgets() else 0
-            if not max(0, forgotten) <= count <= self.seen[row]:
+            shortest = self._max_seen[row] - self.margin if self._drops_entries() else 0
+            if not max(0, shortest) <= count <= self.seen[row]:
                 raise ValueError(
-                    f"sequence {row} has {self.seen[row]} tokens: no way back to {count}"
-                    f" with a margin of {self.margin} from {self._furthest[row]}"
+                    f"sequence {row} has {self.seen[row]} tokens: cannot truncate to {count}"
+                    f" with a margin of {self.margin} from {self._max_seen[row]}"
                 )
         for row, count in zip(rows, seen, strict=True):
             self.seen[row] = count
-        for store in (*self.layers, *self.taken):
+        for store in (*self.layers, *self.routed):
             store.truncate(rows, seen)
 
     def allocated_bytes(self) -> int:
-        """Memory held."""
-        return sum(store.allocated_bytes() for store in (*self.layers, *self.taken))
+        """Allocated memory."""
+        return sum(store.allocated_bytes() for store in (*self.layers, *self.routed))
 
     def used_bytes(self) -> int:
-        """Memory of what is stored."""
-        return sum(store.used_bytes() for store in (*self.layers, *self.taken))
+        """Memory of the stored entries."""
+        return sum(store.used_bytes() for store in (*self.layers, *self.routed))
 
     def stored(self) -> list[list[int]]:
-        """Entries in use by layer and sequence."""
+        """Number of stored entries by layer and sequence."""
         return [list(store.lengths) for store in self.layers]
 
-    def _forgets(self) -> bool:
+    def _drops_entries(self) -> bool:
         return any(s.window is not None or s.last is not None for s in self.layers)

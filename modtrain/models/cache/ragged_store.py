@@ -1,8 +1,8 @@
-"""Ragged rows of entries, of which each may go on, be cut back and forget by itself.
+"""Ragged rows of entries, each appended to, truncated and shifted independently.
 
-Lengths are numbers on the host: what runs next depends on them.
+Lengths are kept on the host, because control flow depends on them.
 
-Shapes: B rows of the store, N rows of a batch, C places, L entries in use, K new tokens.
+Shapes: B rows of the store, N rows of a batch, C allocated entries, L entries in use, K new tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A store grows by a 32nd and a page at least. Copying then costs as much as 32 of its entries a
-# token, little beside attention, which reads all of them; and little is held that is not used.
+# A store grows by a 32nd, and at least a page. Copying then costs 32 entries per token, little
+# compared with attention, which reads all of them; and little memory is unused.
 _PAGE = 16
 _GROWTH = 32
 
@@ -22,20 +22,20 @@ _GROWTH = 32
 class Entries(NamedTuple):
     """Entries of some sequences, oldest first.
 
-    fields: tensors (N, L, …). lengths: how many entries of each sequence count; what is behind them
-    is finite and means nothing.
+    fields: tensors (N, L, …). lengths: number of valid entries of each sequence; values behind them
+    are finite but meaningless.
     """
 
     fields: tuple[Tensor, ...]
     lengths: list[int]
 
 
-class Store:
-    """Ragged rows of entries, one row a sequence, in the order of their positions.
+class RaggedStore:
+    """Ragged rows of entries, one row per sequence, in the order of their positions.
 
-    window: how many positions back the next token looks; None: all. last: how many entries back.
-    margin: by how many tokens `truncate` may go back; so much more is kept of what the window or
-    the last entries leave behind.
+    window: how many positions back the next token reads; None: all. last: how many entries back.
+    margin: by how many tokens `truncate` may go back; that many more are kept than the window or
+    the last entries need.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class Store:
         self.batch, self.window, self.last, self.margin = batch, window, last, margin
         self.lengths = [0] * batch
         self._fields: tuple[Tensor, ...] = ()
-        # Allocated on the device of the first entries; documents as soon as there are any.
+        # Allocated on the device of the first entries; documents when there are any.
         self._positions_BC = torch.zeros(batch, 0, dtype=torch.long)
         self._documents_BC: Tensor | None = None
 
     @property
-    def places(self) -> int:
-        """Entries of a row that there is memory for."""
+    def allocated_length(self) -> int:
+        """Entries per row that memory is allocated for."""
         return self._positions_BC.shape[1]
 
     def append(
@@ -73,7 +73,7 @@ class Store:
         starts = [self.lengths[row] for row in rows]
         length = positions_NK.shape[1]
         is_full = min(counts) == length
-        if is_full and self.is_all(rows) and min(starts) == max(starts):
+        if is_full and self.is_all_rows(rows) and min(starts) == max(starts):
             for buffer, values in zip(self._buffers(), new, strict=True):
                 buffer[:, starts[0] : starts[0] + length].copy_(values)
         else:
@@ -88,82 +88,83 @@ class Store:
         counts: Sequence[int] | None,
         new: list[Tensor],
     ) -> None:
-        """Write new tokens (N, K, …) where each row goes on; None: all K of each count."""
+        """Write new tokens (N, K, …) at the end of each row; ``counts`` None: all K of each."""
         device, length = new[-1].device, new[-1].shape[1]
         row_N1 = torch.tensor(list(rows), device=device).unsqueeze(1)
-        place_NK = torch.tensor(starts, device=device).unsqueeze(1)
+        index_NK = torch.tensor(starts, device=device).unsqueeze(1)
         if length > 1:
-            place_NK = place_NK + torch.arange(length, device=device)
-        target = (row_N1.expand_as(place_NK), place_NK)
+            index_NK = index_NK + torch.arange(length, device=device)
+        target = (row_N1.expand_as(index_NK), index_NK)
         if counts is not None:
             count_N1 = torch.tensor(list(counts), device=device).unsqueeze(1)
-            is_own_NK = torch.arange(length, device=device) < count_N1
-            target = (target[0][is_own_NK], place_NK[is_own_NK])
-            new = [values[is_own_NK] for values in new]
+            is_valid_NK = torch.arange(length, device=device) < count_N1
+            target = (target[0][is_valid_NK], index_NK[is_valid_NK])
+            new = [values[is_valid_NK] for values in new]
         for buffer, values in zip(self._buffers(), new, strict=True):
             buffer.index_put_(target, values.to(buffer.dtype))
 
     def entries(self, rows: Sequence[int]) -> Entries:
-        """Return what there is of these rows. Views where they are one row, or all."""
+        """Return the entries of these rows; views if it is one row, or all in order."""
         return Entries(
-            tuple(self._of(rows, field) for field in self._fields),
+            tuple(self._select(rows, field) for field in self._fields),
             [self.lengths[row] for row in rows],
         )
 
     def positions(self, rows: Sequence[int]) -> Tensor:
-        """Where the token of each entry of these rows stands in the text (N, L)."""
-        return self._of(rows, self._positions_BC)
+        """The position in the text of each entry of these rows (N, L)."""
+        return self._select(rows, self._positions_BC)
 
     def documents(self, rows: Sequence[int]) -> Tensor:
-        """The number of its document (N, L)."""
+        """The document number of each entry (N, L)."""
         if self._documents_BC is None:
             return torch.zeros_like(self.positions(rows))
-        return self._of(rows, self._documents_BC)
+        return self._select(rows, self._documents_BC)
 
-    def _of(self, rows: Sequence[int], buffer: Tensor) -> Tensor:
+    def _select(self, rows: Sequence[int], buffer: Tensor) -> Tensor:
         narrowed = buffer[:, : max([1, *(self.lengths[row] for row in rows)])]
         if len(rows) == 1:
             return narrowed[rows[0] : rows[0] + 1]
-        if self.is_all(rows):
+        if self.is_all_rows(rows):
             return narrowed
         index_N = torch.tensor(list(rows), device=buffer.device)
-        return _turned(_turned(narrowed).index_select(0, index_N))
+        return _heads_first(_heads_first(narrowed).index_select(0, index_N))
 
     def truncate(self, rows: Sequence[int], seen: Sequence[int]) -> None:
-        """Forget the entries of row ``rows[i]`` from position ``seen[i]`` on."""
-        if not self.places:
+        """Drop the entries of row ``rows[i]`` at position ``seen[i]`` and later."""
+        if not self.allocated_length:
             return
-        kept = [self.lengths[row] for row in rows]
-        longest = max(kept)
+        lengths = [self.lengths[row] for row in rows]
+        longest = max(lengths)
         device = self._positions_BC.device
         rows_N = torch.tensor(list(rows), device=device)
         seen_N1, length_N1 = (
-            torch.tensor(list(numbers), device=device).unsqueeze(1) for numbers in (seen, kept)
+            torch.tensor(list(numbers), device=device).unsqueeze(1) for numbers in (seen, lengths)
         )
         positions_NL = self._positions_BC[rows_N, :longest]
-        counts_NL = torch.arange(longest, device=device) < length_N1
-        left = ((positions_NL < seen_N1) & counts_NL).sum(1).tolist()
-        # Zeros: what is no number would stay none when a weight of zero multiplies it.
-        tail = slice(min(left), longest)
-        left_N1 = torch.tensor(left, device=device).unsqueeze(1)
-        gone_NT = torch.arange(longest, device=device)[tail] >= left_N1
+        is_used_NL = torch.arange(longest, device=device) < length_N1
+        kept = ((positions_NL < seen_N1) & is_used_NL).sum(1).tolist()
+        # Zero them: NaN or inf would survive multiplication by an attention weight of zero.
+        tail = slice(min(kept), longest)
+        kept_N1 = torch.tensor(kept, device=device).unsqueeze(1)
+        dropped_NT = torch.arange(longest, device=device)[tail] >= kept_N1
         for field in self._fields:
-            own = field[rows_N, tail]
-            mask = gone_NT.view(*gone_NT.shape, *(1 for _ in own.shape[2:]))
-            field[rows_N, tail] = own.masked_fill(mask, 0)
-        for row, count in zip(rows, left, strict=True):
+            values = field[rows_N, tail]
+            mask = dropped_NT.view(*dropped_NT.shape, *(1 for _ in values.shape[2:]))
+            field[rows_N, tail] = values.masked_fill(mask, 0)
+        for row, count in zip(rows, kept, strict=True):
             self.lengths[row] = count
 
     def allocated_bytes(self) -> int:
-        """Memory held, the places not in use included."""
+        """Allocated memory, unused entries included."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers())
 
     def used_bytes(self) -> int:
-        """Memory of the entries that there are."""
-        return self.allocated_bytes() * sum(self.lengths) // max(1, self.batch * self.places)
+        """Memory of the entries in use."""
+        entries = max(1, self.batch * self.allocated_length)
+        return self.allocated_bytes() * sum(self.lengths) // entries
 
-    def is_all(self, rows: Sequence[int]) -> bool:
-        """Whether ``rows`` are all of them, and in order."""
+    def is_all_rows(self, rows: Sequence[int]) -> bool:
+        """Whether ``rows`` are all rows, in order."""
         return len(rows) == self.batch and all(row == i for i, row in enumerate(rows))
 
     def _buffers(self) -> tuple[Tensor, ...]:
@@ -177,38 +178,38 @@ class Store:
         fields: tuple[Tensor, ...],
         device: torch.device,
     ) -> None:
-        """Make room for so many more entries: drop what nobody will look at, else grow."""
+        """Reserve memory for ``counts`` more entries: drop those outside the window, else grow."""
 
         def missing() -> int:
-            wanted = (self.lengths[row] + n for row, n in zip(rows, counts, strict=True))
-            return max(wanted) - self.places
+            needed = (self.lengths[row] + n for row, n in zip(rows, counts, strict=True))
+            return max(needed) - self.allocated_length
 
-        if not self.places:
-            places = _pages(missing())
-            self._fields = tuple(_zeros(field, self.batch, places) for field in fields)
-            self._positions_BC = torch.zeros(self.batch, places, dtype=torch.long, device=device)
+        if not self.allocated_length:
+            length = _pages(missing())
+            self._fields = tuple(_zeros(field, self.batch, length) for field in fields)
+            self._positions_BC = torch.zeros(self.batch, length, dtype=torch.long, device=device)
         was_full = missing() > 0
         if was_full:
-            self._drop_unseen()
-        # A store that is nearly full would be shifted again at each of the next tokens.
-        if was_full and missing() + max(self.places // _GROWTH, _PAGE // 2) > 0:
-            # Zeros, not whatever lay there: a weight of zero times NaN is NaN.
-            self._move(self.places + _pages(max(missing(), self.places // _GROWTH)))
+            self._drop_out_of_window()
+        # A store that is still nearly full would be shifted again at each of the next tokens.
+        length = self.allocated_length
+        if was_full and missing() + max(length // _GROWTH, _PAGE // 2) > 0:
+            self._move(length + _pages(max(missing(), length // _GROWTH)))
 
-    def _drop_unseen(self) -> None:
-        """Shift out the entries that are behind every coming token's window."""
-        gone = self._unseen()
-        if not any(gone):
+    def _drop_out_of_window(self) -> None:
+        """Shift out the entries that no later token reads."""
+        dropped = self._num_out_of_window()
+        if not any(dropped):
             return
-        device = self._positions_BC.device
-        gone_B1 = torch.tensor(gone, device=device).unsqueeze(1)
-        place_BC = torch.arange(self.places, device=device) + gone_B1
-        # The rows' ends now repeat the last place, which is finite and behind the length.
-        self._move(self.places, place_BC.clamp(max=self.places - 1))
-        self.lengths = [length - n for length, n in zip(self.lengths, gone, strict=True)]
+        device, length = self._positions_BC.device, self.allocated_length
+        dropped_B1 = torch.tensor(dropped, device=device).unsqueeze(1)
+        index_BC = torch.arange(length, device=device) + dropped_B1
+        # The end of a row repeats its last entry, which is finite and behind the row's length.
+        self._move(length, index_BC.clamp(max=length - 1))
+        self.lengths = [length - n for length, n in zip(self.lengths, dropped, strict=True)]
 
-    def _unseen(self) -> list[int]:
-        """How many of the oldest entries of each row no coming token looks at."""
+    def _num_out_of_window(self) -> list[int]:
+        """Number of oldest entries of each row that no later token reads."""
         if self.last is not None:
             kept = self.last + self.margin
             return [max(0, length - kept) for length in self.lengths]
@@ -216,17 +217,17 @@ class Store:
             return [0] * self.batch
         device = self._positions_BC.device
         length_B1 = torch.tensor(self.lengths, device=device).unsqueeze(1)
-        counts_BC = torch.arange(self.places, device=device) < length_B1
-        newest_B1 = self._positions_BC.where(counts_BC, -1).amax(1, keepdim=True)
+        is_used_BC = torch.arange(self.allocated_length, device=device) < length_B1
+        newest_B1 = self._positions_BC.where(is_used_BC, -1).amax(1, keepdim=True)
         oldest_B1 = newest_B1 + 2 - self.window - self.margin
-        gone: list[int] = ((self._positions_BC < oldest_B1) & counts_BC).sum(1).tolist()
-        return gone
+        counts: list[int] = ((self._positions_BC < oldest_B1) & is_used_BC).sum(1).tolist()
+        return counts
 
-    def _move(self, places: int, source_BC: Tensor | None = None) -> None:
-        """Take new memory of ``places`` places: the old ones, or those of ``source_BC``."""
+    def _move(self, length: int, source_BC: Tensor | None = None) -> None:
+        """Reallocate to ``length`` entries: copy the old ones, or those at ``source_BC``."""
 
         def move(old: Tensor) -> Tensor:
-            new = _zeros(old, self.batch, places)
+            new = _zeros(old, self.batch, length)
             if source_BC is None:
                 new[:, : old.shape[1]] = old
             else:
@@ -240,18 +241,21 @@ class Store:
             self._documents_BC = move(self._documents_BC)
 
 
-def _turned(x: Tensor) -> Tensor:
-    """Turn (N, L, G, W) into (N, G, L, W), or back; others stay as they are.
+def _heads_first(x: Tensor) -> Tensor:
+    """Transpose (N, L, G, W) to (N, G, L, W), or back; other shapes are returned unchanged.
 
-    So entries of a head lie in a row in memory, which attention reads half as fast again.
+    The entries of a head are then contiguous, and attention reads them 1.5 times as fast.
     """
     return x.transpose(1, 2) if x.dim() == 4 else x
 
 
-def _zeros(like: Tensor, batch: int, places: int) -> Tensor:
-    """Zeros (B, C, …) of the kind of ``like``, in the order in memory of `_turned`."""
-    shape = _turned(like[:1, :1].expand(batch, places, *like.shape[2:])).shape
-    return _turned(like.new_zeros(shape))
+def _zeros(like: Tensor, batch: int, length: int) -> Tensor:
+    """Zeros (B, C, …) of ``like``'s dtype and device, in the memory layout of `_heads_first`.
+
+    Not uninitialised memory: an attention weight of zero times NaN is NaN.
+    """
+    shape = _heads_first(like[:1, :1].expand(batch, length, *like.shape[2:])).shape
+    return _heads_first(like.new_zeros(shape))
 
 
 def _pages(entries: int) -> int:

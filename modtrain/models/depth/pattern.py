@@ -14,7 +14,7 @@ def _cosine(layer: int, last: int) -> float:
 
 
 def _u_shape(layer: int, last: int) -> float:
-    # Of an even number of layers the middle two are the bottom, so that some are at the capacity.
+    # With an even number of layers the middle two are the lowest, exactly at the capacity.
     bottom = last % 2
     return ((2 * layer - last) ** 2 - bottom) / (last**2 - bottom) if last > 1 else 1.0
 
@@ -35,7 +35,7 @@ _GRADED: dict[str, Callable[[int, int], float]] = {
     "ramp_up": _ramp_up,
 }
 PATTERNS = ("dense", "every", "every_other", "all_but_ends", *_GRADED)
-# At most four digits of repetition: a typing error is not to fill the memory.
+# At most four digits of repetition: a typing error must not exhaust the memory.
 _LIST_TERM = re.compile(r"\s*\[([^\[\]]*)\]\s*(?:\*\s*(\d{1,4}))?\s*")
 
 
@@ -50,15 +50,14 @@ def layer_capacities(
     """Return the capacity of each layer, None for a dense one.
 
     ``every_other`` routes the layers 1, 3, 5, … counted from 0, so that the first block, which
-    builds the features that routers score, is whole. ``all_but_ends`` leaves the first and the last
-    layer dense. The graded patterns lie between 1 and ``capacity``, their lowest: ``cosine`` falls
-    along half a cosine (after the progressive ratio decay of p-MoD, arXiv 2412.04449),
-    ``ramp_down`` falls and ``ramp_up`` rises in a straight line, ``u_shape`` is a parabola with 1
-    at both ends; a single layer is at ``capacity``. In these and in a list a 1 stands for a dense
-    layer.
+    builds the features that routers score, is dense. ``all_but_ends`` leaves the first and the last
+    layer dense. The graded patterns lie between 1 and ``capacity``: ``cosine`` falls along half a
+    cosine (after the progressive ratio decay of p-MoD, arXiv 2412.04449), ``ramp_down`` falls and
+    ``ramp_up`` rises linearly, ``u_shape`` is a parabola with 1 at both ends; a single layer is at
+    ``capacity``. In these and in a list a 1 is a dense layer.
 
     Raises:
-        ValueError: the pattern is neither a known name nor a list.
+        ValueError: the pattern is neither a known name nor a list of numbers.
     """
     if pattern == "dense":
         return [None] * num_layers
@@ -77,9 +76,9 @@ def pattern_problems(
     pattern: object, capacity: float, num_layers: int, prefix: str
 ) -> list[Problem]:
     """Everything wrong with a pattern and its capacity."""
-    found = []
+    problems = []
     if not 0 < capacity <= 1:
-        found.append(
+        problems.append(
             Problem(
                 f"{prefix}.capacity",
                 capacity,
@@ -92,41 +91,38 @@ def pattern_problems(
         if pattern in _GRADED and capacity == 1:
             reason = f"routes nothing: it grades between 1 and {prefix}.capacity=1"
             remedy = f"lower {prefix}.capacity, or use the pattern every"
-            return [*found, Problem(key, pattern, reason, remedy)]
-        return found + _too_few_layers(pattern, num_layers, key)
+            return [*problems, Problem(key, pattern, reason, remedy)]
+        return problems + _too_few_layers(pattern, num_layers, key)
     try:
         values = _as_list(pattern)
     except ValueError as error:
         names = ", ".join(PATTERNS)
         example = f"[1, .125]*{num_layers // 2}" + (" + [1]" if num_layers % 2 else "")
         remedy = f"use one of: {names}; or a list of capacities such as '{example}'"
-        return [*found, Problem(key, pattern, str(error), remedy)]
+        return [*problems, Problem(key, pattern, str(error), remedy)]
     if len(values) != num_layers:
-        found.append(
+        problems.append(
             Problem(
                 key,
                 pattern,
                 f"names {len(values)} layers, but {prefix}.num_layers={num_layers}",
-                "give one capacity a layer; '[1, .125]*6' repeats a list",
+                "give one capacity per layer; '[1, .125]*6' repeats a list",
             )
         )
     bad = [value for value in values if not 0 < value <= 1]
     if bad:
-        found.append(
-            Problem(
-                key, pattern, f"holds {bad[0]}, not in (0, 1]", "1 is a dense layer, 0.125 k=S/8"
-            )
-        )
-    return found
+        reason, remedy = f"has {bad[0]}, not in (0, 1]", "1 is a dense layer, 0.125 k=S/8"
+        problems.append(Problem(key, pattern, reason, remedy))
+    return problems
 
 
 def _too_few_layers(pattern: str, num_layers: int, key: str) -> list[Problem]:
-    """Find a pattern whose dense ends are all the layers that there are."""
+    """Check for a pattern that leaves no layer between its dense ends."""
     if pattern not in ("all_but_ends", "u_shape") or num_layers not in (1, 2):
         return []
     if any(share is not None for share in layer_capacities(pattern, 0.5, num_layers)):
         return []
-    reason = f"routes nothing: with num_layers={num_layers} there is none between the dense ends"
+    reason = f"routes nothing: num_layers={num_layers} leaves no layer between the dense ends"
     return [Problem(key, pattern, reason, "use 3 layers or more, or the pattern every")]
 
 
@@ -134,7 +130,7 @@ def _values(graded: Callable[[int, int], float], capacity: float, num_layers: in
     last = num_layers - 1
     if last < 1:
         return [capacity] * num_layers
-    # In this form the ends are exactly 1 and exactly the capacity.
+    # In this form the ends are exactly 1 and the capacity.
     return [capacity + (1 - capacity) * graded(layer, last) for layer in range(num_layers)]
 
 
@@ -145,11 +141,11 @@ def _as_list(pattern: object) -> list[float]:
         raise ValueError("is neither a pattern's name nor a list")
     for value in pattern:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"holds {value!r}, which is not a number")
+            raise ValueError(f"has {value!r}, which is not a number")
     try:
         return [float(value) for value in pattern]
     except OverflowError:
-        raise ValueError("holds a number too large for a float") from None
+        raise ValueError("has a number too large for a float") from None
 
 
 def _parse(text: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""Scores by which a routed layer chooses its tokens, gates, and a causal prediction of the choice.
+"""Routers that score tokens, gates on their updates, and causal predictors of the choice.
 
 Shapes: B batch, S sequence, D model, K chosen.
 """
@@ -14,28 +14,31 @@ from torch import Tensor, nn
 from modtrain.models.depth.config import RouterConfig
 
 
-def widened(x: Tensor) -> Tensor:
+def to_fp32_or_wider(x: Tensor) -> Tensor:
     """Return ``x`` in float32 or wider: scores in bfloat16 would often tie."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class LinearRouter(nn.Module):
-    """One scalar a token, r = w·x, with no squashing (arXiv 2404.02258, section 3.4)."""
+    """One scalar per token, r = w·x, without an activation (arXiv 2404.02258, section 3.4).
+
+    Weights begin normal with standard deviation 1 / sqrt(d_model): at zero no update would pass.
+    """
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(d_model))
+        self.weight = nn.Parameter(torch.empty(d_model).normal_(std=d_model**-0.5))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return the scores (B, S), in float32 or wider."""
         with torch.autocast(x_BSD.device.type, enabled=False):
-            return widened(x_BSD) @ widened(self.weight)
+            return to_fp32_or_wider(x_BSD) @ to_fp32_or_wider(self.weight)
 
 
 class TokenMLP(nn.Module):
-    """Two layers from a token to one number; what the MLP router and the predictor are made of.
+    """Two layers from a token to one number; base of the MLP router and the predictor.
 
-    The input is scaled to root mean square 1, for the residual stream grows with depth.
+    The input is scaled to root mean square 1, because the residual stream grows with depth.
     """
 
     def __init__(self, d_model: int, hidden_dim: int, eps: float) -> None:
@@ -45,14 +48,14 @@ class TokenMLP(nn.Module):
         self.out = nn.Linear(hidden_dim, 1)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """Return one number a token (B, S), in float32 or wider."""
+        """Return one number per token (B, S), in float32 or wider."""
         x = F.rms_norm(x_BSD, (x_BSD.shape[-1],), eps=self.eps)
         out: Tensor = self.out(F.gelu(self.hidden(x))).squeeze(-1)
-        return widened(out)
+        return to_fp32_or_wider(out)
 
 
 class MLPRouter(TokenMLP):
-    """A two-layer router, computed in float32 under autocast too, lest scores tie."""
+    """A two-layer router, in float32 under autocast too: in bfloat16 many scores would tie."""
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return the scores (B, S)."""
@@ -61,18 +64,18 @@ class MLPRouter(TokenMLP):
 
 
 class Predictor(TokenMLP):
-    """Guesses from a token alone whether top-k will choose it (arXiv 2404.02258, section 3.5).
+    """Predicts from a token alone whether top-k will choose it (arXiv 2404.02258, section 3.5).
 
-    It reads a detached input, so it leaves the gradients of everything else as they are.
+    Its input is detached, so it has no effect on other gradients.
     """
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """Return the logits (B, S) of being chosen, without a gradient to ``x_BSD``."""
+        """Return the logits (B, S) that a token is chosen, without a gradient to ``x_BSD``."""
         return super().forward(x_BSD.detach())
 
 
 class RandomRouter(nn.Module):
-    """A control: Gaussian scores from the global generator, new ones at each call."""
+    """A control: Gaussian scores from the global generator, drawn anew at each call."""
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return the scores (B, S)."""
@@ -80,22 +83,22 @@ class RandomRouter(nn.Module):
         return torch.randn(x_BSD.shape[:2], dtype=wide, device=x_BSD.device)
 
 
-def evenly_spaced(x_BSD: Tensor, count: int) -> Tensor:
+def evenly_spaced_scores(x_BSD: Tensor, count: int) -> Tensor:
     """Score ``count`` evenly spaced positions 1 and the others 0 (B, S): a control.
 
     With count = S / j these are the positions j - 1, 2j - 1, …
     """
     batch, length, _ = x_BSD.shape
-    place_S = torch.arange(length + 1, device=x_BSD.device) * count // length
+    cumulative_S = torch.arange(length + 1, device=x_BSD.device) * count // length
     wide = torch.promote_types(x_BSD.dtype, torch.float32)
-    return place_S.diff().to(wide).expand(batch, -1)
+    return cumulative_S.diff().to(wide).expand(batch, -1)
 
 
-def scattered(positions_BS: Tensor, share: float, salt: int) -> Tensor:
-    """Choose this share of the positions at random (B, S): what the control goes by when causal.
+def hash_positions(positions_BS: Tensor, share: float, salt: int) -> Tensor:
+    """Choose this share of the positions pseudo-randomly (B, S): the random control when causal.
 
-    A hash of position and ``salt`` draws, so that a token is chosen alike in a whole sequence, in
-    pieces of it, and on every device.
+    A hash of position and ``salt`` decides, so the choice is the same for a whole sequence, for
+    chunks of it, and on every device.
     """
     # Multiply and shift in 32 bits, after Wellons' "lowbias32" (https://nullprogram.com, 2018).
     hashed = (positions_BS + (salt + 1) * 0x9E3779B1) & 0xFFFFFFFF
@@ -104,50 +107,50 @@ def scattered(positions_BS: Tensor, share: float, salt: int) -> Tensor:
     return (hashed ^ (hashed >> 16)) < int(share * 2**32)
 
 
-def so_many(count_BS: Tensor, share: float) -> Tensor:
+def floor_share(count_BS: Tensor, share: float) -> Tensor:
     """Return floor(share x count), exactly: 3 x (1 / 3) is less than 1 in floating point."""
     fraction = Fraction(share).limit_denominator(10**6)
     return count_BS * fraction.numerator // fraction.denominator
 
 
-def every_so_many(positions_BS: Tensor, share: float) -> Tensor:
-    """Choose this share of the positions, evenly spaced (B, S), whatever the sequence's length.
+def evenly_spaced_positions(positions_BS: Tensor, share: float) -> Tensor:
+    """Choose this share of the positions, evenly spaced (B, S), for any sequence length.
 
-    Where share x S is whole, these are the positions of `evenly_spaced`.
+    If share x S is an integer, these are the positions of `evenly_spaced_scores`.
     """
-    return so_many(positions_BS + 1, share) > so_many(positions_BS, share)
+    return floor_share(positions_BS + 1, share) > floor_share(positions_BS, share)
 
 
 class Gate(nn.Module):
-    """What a chosen token's update is multiplied by; it is what puts a router on the gradient."""
+    """The factor on a chosen token's update; it puts the router on the gradient path."""
 
     def __init__(self, config: RouterConfig, eps: float) -> None:
         super().__init__()
         self.kind, self.eps = config.gate_kind, eps
-        # The other scores do not grow with the stream.
+        # Only linear scores grow with the residual stream.
         self.normalises = config.score == "linear"
         self.scale = nn.Parameter(torch.ones(1)) if config.gate_scale else None
 
     def forward(self, scores_BK: Tensor, x_BKD: Tensor) -> Tensor | None:
-        """Return the factors (B, K) of tokens with these scores and features; None for 1."""
+        """Return the factors (B, K) for tokens with these scores and features; None for 1."""
         factor_BK: Tensor | None = None
         if self.kind == "raw":
             factor_BK = scores_BK
         elif self.kind == "sigmoid":
             factor_BK = scores_BK.sigmoid()
         elif self.kind == "tanh" and self.normalises:
-            mean_square_BK = widened(x_BKD).square().mean(dim=-1)
+            mean_square_BK = to_fp32_or_wider(x_BKD).square().mean(dim=-1)
             factor_BK = (scores_BK * torch.rsqrt(mean_square_BK + self.eps)).tanh()
         elif self.kind == "tanh":
             factor_BK = scores_BK.tanh()
         if self.scale is None:
             return factor_BK
-        scale = widened(self.scale)
+        scale = to_fp32_or_wider(self.scale)
         return scale.expand_as(scores_BK) if factor_BK is None else factor_BK * scale
 
 
 def make_router(config: RouterConfig, d_model: int, eps: float) -> nn.Module | None:
-    """Make the module that scores; None for scores that come from elsewhere."""
+    """Build the module that scores tokens; None for scores that need no module."""
     if config.score == "linear":
         return LinearRouter(d_model)
     if config.score == "mlp":

@@ -1,6 +1,6 @@
-"""Who takes part: from scores to the places that a routed layer computes.
+"""Token selection: from scores to the slots that a routed layer computes.
 
-Shapes: B batch, S sequence, K places.
+Shapes: B batch, S sequence, K slots.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 from modtrain.models.sequence import SequenceContext
 
 
-class Places(NamedTuple):
+class TokenSlots(NamedTuple):
     """The tokens that a layer computes.
 
-    index_BK: their positions; the chosen come first, in ascending order, which keeps plain causal
-    attention among them valid. filled_BK: False for places that hold nobody; None: all are filled.
-    rows: the sequences of the batch that the places are of, and ``counts`` how many of them are
-    filled; None: all, in order.
+    index_BK: their positions; chosen tokens first, in ascending order, so that plain causal
+    attention among them is valid. slot_mask_BK: False for padding slots; None: no padding.
+    rows: the sequences of the batch that the slots belong to, and ``counts`` how many slots of
+    each are filled; None: all sequences, in order.
     """
 
     index_BK: Tensor
-    filled_BK: Tensor | None = None
+    slot_mask_BK: Tensor | None = None
     rows: list[int] | None = None
     counts: list[int] | None = None
 
@@ -34,26 +34,26 @@ def top_k(scores_BS: Tensor, count: int) -> Tensor:
     return index_BK.sort(dim=1).values
 
 
-def expert_choice(scores_BS: Tensor, count: int, context: SequenceContext) -> Places:
-    """Choose the ``count`` best of each sequence, or of each document its share of them.
+def expert_choice(scores_BS: Tensor, count: int, context: SequenceContext) -> TokenSlots:
+    """Choose the top ``count`` tokens of each sequence, or of each document its share of them.
 
-    A document from the a-th to before the b-th token takes round(b k / S) - round(a k / S) tokens,
-    so that a sequence of documents takes k as well. A sequence with padding takes its share of k,
-    at least 1, from the valid tokens.
+    A document of the tokens a to b - 1 takes round(b k / S) - round(a k / S) tokens, so that a
+    sequence of documents takes k in total. A sequence with padding takes its share of k, at least
+    1, from the valid tokens.
     """
     if context.documents_BS is None and context.valid_BS is None:
-        return Places(top_k(scores_BS, count))
-    chosen_BS = best_of_documents(scores_BS, count, context.documents_BS, context.valid_BS)
-    index_BK = first_places(chosen_BS, count)
+        return TokenSlots(top_k(scores_BS, count))
+    chosen_BS = top_k_of_documents(scores_BS, count, context.documents_BS, context.valid_BS)
+    index_BK = chosen_first(chosen_BS, count)
     if context.valid_BS is None:
-        return Places(index_BK)
-    return Places(index_BK, chosen_BS.gather(1, index_BK))
+        return TokenSlots(index_BK)
+    return TokenSlots(index_BK, chosen_BS.gather(1, index_BK))
 
 
-def best_of_documents(
+def top_k_of_documents(
     scores_BS: Tensor, count: int, documents_BS: Tensor | None, valid_BS: Tensor | None
 ) -> Tensor:
-    """Return who is among the best of its document (B, S); ``expert_choice`` says how many."""
+    """Return which tokens (B, S) are among the top of their document; see `expert_choice`."""
     scores_BS = scores_BS.detach()
     batch, length = scores_BS.shape
     device = scores_BS.device
@@ -64,102 +64,105 @@ def best_of_documents(
         valid_BS = torch.ones(1, 1, dtype=torch.bool, device=device)
     valid_BS = valid_BS.expand(batch, length)
     scores_BS = scores_BS.masked_fill(~valid_BS, float("-inf"))
-    # By document, and within it by falling score: a document keeps its place in the sequence.
+    # By document, and within it by descending score; a document keeps its range of positions.
     by_score_BS = scores_BS.argsort(dim=1, descending=True, stable=True)
     by_document_BS = documents_BS.gather(1, by_score_BS).argsort(dim=1, stable=True)
     order_BS = by_score_BS.gather(1, by_document_BS)
-    place_S = torch.arange(length, device=device)
+    position_S = torch.arange(length, device=device)
     is_first_BS = torch.ones_like(valid_BS)
     is_first_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
-    start_BS = torch.where(is_first_BS, place_S, 0).cummax(dim=1).values
+    start_BS = torch.where(is_first_BS, position_S, 0).cummax(dim=1).values
     is_last_BS = torch.ones_like(valid_BS)
     is_last_BS[:, :-1] = is_first_BS[:, 1:]
-    last_BS = torch.where(is_last_BS, place_S, length).flip(1).cummin(dim=1).values.flip(1)
-    # How many valid tokens there are up to each, and how many of these are to be chosen.
-    seen_BS = valid_BS.long().cumsum(dim=1)
-    total_B1 = seen_BS[:, -1:]
+    last_BS = torch.where(is_last_BS, position_S, length).flip(1).cummin(dim=1).values.flip(1)
+    # Number of valid tokens up to each position, and how many of these to choose.
+    num_valid_BS = valid_BS.long().cumsum(dim=1)
+    total_B1 = num_valid_BS[:, -1:]
     share_B1 = _share_of_valid(count, valid_BS)
-    quota_BS = (2 * seen_BS * share_B1 + total_B1) // (2 * total_B1).clamp(min=1)
+    quota_BS = (2 * num_valid_BS * share_B1 + total_B1) // (2 * total_B1).clamp(min=1)
     before_BS = torch.where(start_BS > 0, quota_BS.gather(1, (start_BS - 1).clamp(min=0)), 0)
-    own_BS = quota_BS.gather(1, last_BS) - before_BS
-    taken_BS = place_S - start_BS < own_BS
-    return torch.zeros_like(valid_BS).scatter(1, order_BS, taken_BS)
+    document_quota_BS = quota_BS.gather(1, last_BS) - before_BS
+    chosen_BS = position_S - start_BS < document_quota_BS
+    return torch.zeros_like(valid_BS).scatter(1, order_BS, chosen_BS)
 
 
 def _share_of_valid(count: int, valid_BS: Tensor) -> Tensor:
-    """Return the tokens (B, 1) to choose of each sequence: count n / S of n valid, 1 at least."""
+    """Return how many tokens (B, 1) to choose per sequence: count n / S of n valid, at least 1."""
     length = valid_BS.shape[1]
     total_B1 = valid_BS.sum(dim=1, keepdim=True)
     return ((2 * total_B1 * count + length) // (2 * length)).clamp(min=1)
 
 
-def first_places(chosen_BS: Tensor, count: int) -> Tensor:
-    """Return ``count`` indices (B, K): the chosen in order, then others to make up the number."""
+def chosen_first(chosen_BS: Tensor, count: int) -> Tensor:
+    """Return ``count`` indices (B, K): the chosen tokens in order, then others as padding."""
     return torch.argsort(chosen_BS.logical_not().byte(), dim=1, stable=True)[:, :count]
 
 
 def token_choice(
     scores_BS: Tensor,
     count: int,
-    places: int,
+    num_slots: int,
     threshold: Tensor,
     has_threshold: Tensor,
     valid_BS: Tensor | None = None,
 ) -> Tensor:
-    """Choose the tokens above ``threshold``, the best ``places`` of a sequence at most.
+    """Choose the tokens above ``threshold``, at most the top ``num_slots`` of a sequence.
 
-    Before there is a threshold, the ``count`` best, or their share of the valid tokens.
+    Before there is a threshold, the top ``count``, or the valid tokens' share of them.
 
-    Returns who is chosen (B, S).
+    Returns the chosen tokens (B, S).
     """
     scores_BS = scores_BS.detach()
     share_B1 = torch.full_like(scores_BS[:, :1], count, dtype=torch.long)
     if valid_BS is not None:
         scores_BS = scores_BS.masked_fill(~valid_BS, float("-inf"))
         share_B1 = _share_of_valid(count, valid_BS.expand_as(scores_BS))
-    best = scores_BS.topk(places, dim=1)
-    rank_K = torch.arange(places, device=scores_BS.device)
+    best = scores_BS.topk(num_slots, dim=1)
+    rank_K = torch.arange(num_slots, device=scores_BS.device)
     above_BK = torch.where(has_threshold, best.values > threshold, rank_K < share_B1)
     above_BK = above_BK & (best.values > float("-inf"))
     return torch.zeros_like(scores_BS, dtype=torch.bool).scatter(1, best.indices, above_BK)
 
 
-def places_of(chosen_BS: Tensor, counts: list[int]) -> Places | None:
-    """Return the places of the sequences in which anybody is chosen; None where nobody is.
+def filled_slots(chosen_BS: Tensor, counts: list[int]) -> TokenSlots | None:
+    """Return the slots of the sequences with chosen tokens; None if there are none.
 
-    counts: how many are chosen of each sequence.
+    counts: number of chosen tokens of each sequence.
     """
     rows = [row for row, count in enumerate(counts) if count]
     if not rows:
         return None
     if len(rows) < len(counts):
         chosen_BS = chosen_BS[torch.tensor(rows, device=chosen_BS.device)]
-    own = [counts[row] for row in rows]
+    row_counts = [counts[row] for row in rows]
     if chosen_BS.shape[1] == 1:
-        return Places(chosen_BS.new_zeros(chosen_BS.shape, dtype=torch.long), None, rows, own)
-    index_BK = first_places(chosen_BS, max(own))
-    filled_BK = None if min(own) == max(own) else chosen_BS.gather(1, index_BK)
-    return Places(index_BK, filled_BK, rows, own)
+        return TokenSlots(
+            chosen_BS.new_zeros(chosen_BS.shape, dtype=torch.long), None, rows, row_counts
+        )
+    num_slots = max(row_counts)
+    index_BK = chosen_first(chosen_BS, num_slots)
+    slot_mask_BK = None if min(row_counts) == num_slots else chosen_BS.gather(1, index_BK)
+    return TokenSlots(index_BK, slot_mask_BK, rows, row_counts)
 
 
-def within(wanted_BS: Tensor, allowed_BS: Tensor, taken_B1: Tensor | int) -> Tensor:
-    """Choose the wanted tokens (B, S) as long as they are allowed, the earlier ones first.
+def apply_cumulative_cap(wanted_BS: Tensor, allowed_BS: Tensor, before_B1: Tensor | int) -> Tensor:
+    """Keep the wanted tokens (B, S) while the cap allows it, earlier tokens first.
 
-    allowed_BS: how many may be chosen up to each token, rising; what was chosen before the first
-    one, ``taken_B1``, included.
+    allowed_BS: how many may be chosen up to each token, non-decreasing, including the
+    ``before_B1`` tokens that were chosen before the first one.
     """
-    # N_t = min(N_(t-1) + w_t, a_t), written without the recursion.
-    wished_BS = wanted_BS.long().cumsum(dim=1)
-    slack_BS = (allowed_BS - wished_BS).cummin(dim=1).values
-    total_BS = wished_BS + torch.minimum(slack_BS, torch.zeros_like(slack_BS) + taken_B1)
-    before_BS = torch.cat([torch.zeros_like(total_BS[:, :1]) + taken_B1, total_BS[:, :-1]], dim=1)
-    return total_BS > before_BS
+    # N_t = min(N_(t-1) + w_t, a_t), without the recursion.
+    num_wanted_BS = wanted_BS.long().cumsum(dim=1)
+    slack_BS = (allowed_BS - num_wanted_BS).cummin(dim=1).values
+    total_BS = num_wanted_BS + torch.minimum(slack_BS, torch.zeros_like(slack_BS) + before_B1)
+    first_B1 = torch.zeros_like(total_BS[:, :1]) + before_B1
+    return total_BS > torch.cat([first_B1, total_BS[:, :-1]], dim=1)
 
 
 def quantile(scores_BS: Tensor, count: int, valid_BS: Tensor | None) -> Tensor:
-    """Return the score that ``count`` of S tokens lie above, over the whole batch, as a scalar.
+    """Return the score that ``count`` of S tokens exceed, over the whole batch, as a scalar.
 
-    It is the middle between the last score above and the first one below.
+    It is the midpoint between the lowest score above and the highest score below.
     """
     flat_N = scores_BS.detach().flatten()
     batch, length = scores_BS.shape

@@ -1,4 +1,4 @@
-"""Mixtures of experts as typed configuration."""
+"""Configuration of mixtures of experts."""
 
 from __future__ import annotations
 
@@ -16,28 +16,26 @@ BALANCES = ("loss", "bias", "none")
 class ExpertsConfig:
     """A mixture of experts in place of a block's MLP.
 
-    count: experts that compute; null: a plain MLP.
-    top_k: experts that a token goes to, of all, no-op experts included; also what an average token
-        gets under expert choice.
-    dim: hidden width of an expert; null: ``d_ff / (top_k + shared)``, so that a token meets as many
-        multiplications as in the MLP. More and narrower experts are what is called fine-grained.
-    shared: experts of the same width that every token goes to (arXiv 2401.06066).
-    noop: experts that do nothing, cost nothing and are sent nothing (integrated MoDE,
+    count: number of computing experts; null: a plain MLP.
+    top_k: experts per token, no-op experts included; under expert choice the average per token.
+    dim: hidden width of an expert; null: ``d_ff / (top_k + shared)``, so that a token costs as many
+        multiplications as in the MLP. More and narrower experts are called fine-grained.
+    shared: experts of the same width that process every token (arXiv 2401.06066).
+    noop: no-op experts, which compute nothing and are sent nothing (integrated MoDE,
         arXiv 2404.02258, section 3.6; for token choice arXiv 2601.15370).
-    choice: ``token``: a token picks its experts. ``expert``: an expert picks its tokens of each
-        sequence (arXiv 2202.09368), which looks at later ones; sampling goes by running quantiles.
-    capacity_factor: how many tokens of a sequence an expert takes, over its even share. Token
-        choice: null is dropless; else the later tokens of the sequence are dropped, in training
-        alone. Expert choice: null is 1; of a sequence with padding an expert takes fewer, in
-        proportion.
-    balance: of token choice. ``loss``: an auxiliary loss (arXiv 2101.03961, section 2.2). ``bias``:
-        a bias on the choice that follows the load (arXiv 2408.15664). ``none``. null: loss for
-        token choice, none for expert choice, whose load is even by construction.
+    choice: ``token``: a token chooses its experts. ``expert``: an expert chooses its tokens of each
+        sequence (arXiv 2202.09368), which is not causal; sampling uses running quantiles.
+    capacity_factor: tokens of a sequence that an expert takes, over its even share. Token choice:
+        null is dropless; else the later tokens of the sequence are dropped, only in training.
+        Expert choice: null is 1; of a sequence with padding an expert takes proportionally fewer.
+    balance: load balancing of token choice. ``loss``: an auxiliary loss (arXiv 2101.03961, section
+        2.2). ``bias``: a bias on the choice that follows the load (arXiv 2408.15664). ``none``.
+        null: loss for token choice, none for expert choice, whose load is even by construction.
     balance_weight: of that loss in the objective.
-    bias_rate: by how much a step moves the bias.
+    bias_rate: change of the bias per step.
     z_loss_weight: of the router's z-loss (arXiv 2202.08906, section 3.3); 0 for none.
-    every: which blocks have experts: each ``every``-th, the last one included.
-    threshold_decay: of expert choice's running quantiles, a step.
+    every: every ``every``-th block has experts, the last one included.
+    threshold_decay: of expert choice's running quantiles, per step.
     """
 
     count: int | None = None
@@ -56,19 +54,19 @@ class ExpertsConfig:
 
     @property
     def balance_kind(self) -> str:
-        """How the load is balanced, with null resolved."""
+        """The load balancing, null resolved."""
         if self.balance is not None:
             return self.balance
         return "loss" if self.choice == "token" else "none"
 
     def width(self, ff_width: int) -> int:
-        """Hidden width of one expert, where the MLP's would be ``ff_width``."""
+        """Hidden width of one expert, if the MLP's is ``ff_width``."""
         return ff_width // (self.top_k + self.shared) if self.dim is None else self.dim
 
     def slots(self, tokens: int) -> int | None:
-        """Tokens that an expert computes of a training sequence of ``tokens``; None: any number.
+        """Tokens that an expert computes of a training sequence of ``tokens``; None: unlimited.
 
-        No token goes to an expert twice, so a capacity above ``tokens`` is cut to that.
+        No token goes to an expert twice, so the capacity is at most ``tokens``.
         """
         if self.count is None:
             raise ValueError("there are no experts: experts.count is null")
@@ -76,14 +74,14 @@ class ExpertsConfig:
             return None
         factor = 1.0 if self.capacity_factor is None else self.capacity_factor
         even = factor * self.top_k * tokens / (self.count + self.noop)
-        wanted = round(even) if self.choice == "expert" else math.ceil(even)
-        return min(tokens, max(1, wanted))
+        capacity = round(even) if self.choice == "expert" else math.ceil(even)
+        return min(tokens, max(1, capacity))
 
     def computed_slots(self, tokens: int) -> float:
         """Pairs of an expert and a token computed for one training sequence of ``tokens``.
 
-        Exact where experts have a capacity, slots that stay empty included; without one it is what
-        an even load over all experts, no-ops among them, comes to. Shared experts are not counted.
+        Exact if experts have a capacity, padding slots included; without one it assumes an even
+        load over all experts, no-op experts included. Shared experts are not counted.
         """
         slots = self.slots(tokens)
         count = self.count or 0
@@ -93,7 +91,7 @@ class ExpertsConfig:
 
     def problems(self, prefix: str, ff_width: int, num_layers: int) -> list[Problem]:
         """Everything wrong with the experts; ``ff_width`` is the hidden width of the MLP."""
-        found = [
+        problems = [
             *at_least(self, prefix, 1, "count", "top_k", "dim", "every"),
             *at_least(self, prefix, 0, "shared", "noop", "balance_weight", "z_loss_weight"),
             *one_of(self, prefix, "choice", EXPERT_CHOICES),
@@ -101,12 +99,12 @@ class ExpertsConfig:
             *above_zero(self, prefix, "capacity_factor", "bias_rate"),
             *decays(self, prefix, "threshold_decay"),
         ]
-        if found:
-            return found
+        if problems:
+            return problems
         if self.count is None:
             return self._unused(prefix)
         if self.every > num_layers:
-            found.append(
+            problems.append(
                 Problem(
                     f"{prefix}.every",
                     self.every,
@@ -115,30 +113,30 @@ class ExpertsConfig:
                 )
             )
         if self.top_k > self.count + self.noop:
-            found.append(
+            problems.append(
                 Problem(
                     f"{prefix}.top_k",
                     self.top_k,
-                    f"is more than the {self.count + self.noop} experts there are",
+                    f"is more than the {self.count + self.noop} experts, no-op ones included",
                     f"use {self.count + self.noop} at most",
                 )
             )
         parts = self.top_k + self.shared
         if self.dim is None and ff_width % parts:
-            found.append(
+            problems.append(
                 Problem(
                     f"{prefix}.dim",
                     "null",
-                    f"comes from the MLP's width {ff_width}, which {parts} = top_k + shared"
+                    f"is derived from the MLP's width {ff_width}, which {parts} = top_k + shared"
                     " does not divide",
                     f"set {prefix}.dim, or a d_ff that is a multiple of {parts}",
                 )
             )
-        return found + self._choice_problems(prefix)
+        return problems + self._choice_problems(prefix)
 
     def _unused(self, prefix: str) -> list[Problem]:
-        """Find what is set in vain: without a count there are no experts."""
-        reason = f"has no use: {prefix}.count is null, so there are no experts"
+        """Find settings without effect: without a count there are no experts."""
+        reason = f"has no effect: {prefix}.count is null, so there are no experts"
         remedy = f"set {prefix}.count"
         return [
             Problem(f"{prefix}.{f.name}", getattr(self, f.name), reason, remedy)
@@ -148,9 +146,9 @@ class ExpertsConfig:
 
     def _choice_problems(self, prefix: str) -> list[Problem]:
         if self.choice == "token" and self.count == 1 and self.noop == 0:
-            reason = "leaves a token nothing to choose"
+            reason = "leaves a token no choice"
             return [Problem(f"{prefix}.count", self.count, reason, "use 2 or more, or a no-op")]
         if self.choice == "expert" and self.balance_kind != "none":
-            reason = "has nothing to do: under expert choice the load is even by construction"
+            reason = "has no effect: under expert choice the load is even by construction"
             return [Problem(f"{prefix}.balance", self.balance, reason, "use none or null")]
         return []

@@ -1,11 +1,11 @@
 """Mixtures of experts in place of an MLP, with no-op experts: integrated MoDE.
 
-Rows, one for each pair of a token and an expert that takes it, are gathered by expert, go through
-the experts' matrices together, and are added up by token. Nothing is read on the host.
+Rows, one for each pair of a token and an expert, are gathered by expert, multiplied by the experts'
+matrices together, and summed by token. Nothing is read on the host.
 
-Shapes: B batch, S sequence, T = B S tokens, D model, W width of an expert, K experts a token,
-E experts that compute, R = E + no-ops what the router chooses from, C tokens that an expert takes
-of a sequence, N pairs of token and choice, M rows.
+Shapes: B batch, S sequence, T = B S tokens, D model, W width of an expert, K experts per token,
+E computing experts, R = E + no-ops the router's choices, C capacity: tokens of a sequence per
+expert, N pairs of token and choice, M rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import TRAINING_SELECTIONS
-from modtrain.models.depth.selection import best_of_documents, first_places
+from modtrain.models.depth.selection import chosen_first, top_k_of_documents
 from modtrain.models.experts.grouped import grouped_matmul
 from modtrain.models.feed_forward import MLP
 from modtrain.models.norm import RMSNorm
@@ -26,7 +26,7 @@ from modtrain.models.sequence import ExpertRecord, Output, SequenceContext
 
 
 class ExpertRouter(nn.Module):
-    """One logit a token and expert, no-op experts last."""
+    """One logit per token and expert, no-op experts last."""
 
     def __init__(self, d_model: int, choices: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ExpertRouter(nn.Module):
 
 
 class ExpertMLPs(nn.Module):
-    """The experts' matrices: E MLPs of one shape, each for its own rows."""
+    """The experts' weights: E MLPs of one shape, each applied to its own rows."""
 
     def __init__(self, count: int, d_model: int, width: int, activation: str) -> None:
         super().__init__()
@@ -51,9 +51,9 @@ class ExpertMLPs(nn.Module):
         self.down = nn.Parameter(torch.zeros(count, width, d_model))
 
     def forward(self, x_MD: Tensor, offsets_E: Tensor | None) -> Tensor:
-        """Send each row (M, D) through its expert; rows behind the last offset come back zero.
+        """Apply its expert to each row (M, D); rows after the last offset become zero.
 
-        offsets_E: cumulative ends of the experts' rows; None where all have the same number.
+        offsets_E: cumulative ends of the experts' rows; None: all have the same number.
         """
 
         def multiply(rows: Tensor, weight: Tensor) -> Tensor:
@@ -68,44 +68,48 @@ class ExpertMLPs(nn.Module):
         return multiply(hidden_MW, down)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return up (E, D, W), gate (E, D, W) or None, and down (E, W, D), to compute with."""
+        """Return up (E, D, W), gate (E, D, W) or None, and down (E, W, D).
+
+        A method, which parallelism overrides.
+        """
         return self.up, self.gate, self.down
 
 
 class Rows(NamedTuple):
-    """What the experts compute, sorted by expert, and what was decided.
+    """The rows that experts compute, sorted by expert, and statistics of the choice.
 
-    token_M: the token of each row. weight_M: what the row's result is multiplied by; 0 where the
-    row holds nobody. offsets_E: cumulative ends of the experts' rows, behind which nothing is
-    computed; None where all have the same number. load_R, taken_E: choices of each expert, rows
-    that each one computes, in numbers. quantile_E: see `ExpertRecord`.
+    token_M: the token of each row. weight_M: factor on the row's result; 0 for padding rows.
+    offsets_E: cumulative ends of the experts' rows, after which nothing is computed; None: all
+    have the same number. load_R: number of choices of each expert. executed_E: number of rows that
+    each expert computes. quantile_E: see `ExpertRecord`.
     """
 
     token_M: Tensor
     weight_M: Tensor
     offsets_E: Tensor | None
     load_R: Tensor
-    taken_E: Tensor
+    executed_E: Tensor
     quantile_E: Tensor | None = None
 
 
 class Experts(nn.Module):
     """A mixture of SwiGLU or GELU MLPs as a sequence module, its norm included.
 
-    Token choice: a token goes to the K experts with the largest logits. Their softmax over the K
-    weighs what they give; with K = 1 it is the softmax over all R, for it would be 1 otherwise
-    and the router would learn nothing. No-op experts take part in choice and softmax and give zero.
+    Token choice: a token goes to the K experts with the largest logits. Their outputs are weighted
+    by a softmax over these K; with K = 1 over all R, because otherwise the weight would be 1 and
+    the router would not learn. No-op experts are part of choice and softmax, and output zero.
 
     Expert choice (arXiv 2202.09368): in training an expert takes the C tokens of a sequence with
-    the largest softmax over all R, which weighs what it gives; causally, those above its running
-    quantile. No-op experts take part in the softmax and in the even share that C is made of.
+    the largest softmax over all R, which is also its weight; causally, the tokens above its running
+    quantile. No-op experts are part of the softmax and of the even share that defines C.
 
-    Padding goes nowhere, uses no room, counts nowhere and gets no update from the routed experts.
-    Of a sequence with V valid tokens of S, expert choice takes C V / S, at least one, so that the
-    share is everywhere the one that the quantile is of. Token choice's capacity stays C.
+    Padding goes to no expert, uses no capacity, is not counted, and gets no update from the routed
+    experts. Of a sequence with V valid tokens of S, expert choice takes C V / S, at least one, so
+    that the share agrees with the quantile. Token choice's capacity stays C.
 
-    With ``balance: bias`` the buffer ``bias`` steers token choice alone, never the weights
-    (arXiv 2408.15664). It and the quantiles move in `absorb` only: forward may run twice.
+    With ``balance: bias`` the buffer ``bias`` is added for the choice, not for the weights
+    (arXiv 2408.15664). Bias and quantiles change in `update_running_stats` only, because a forward
+    pass may run twice.
     """
 
     bias: Tensor
@@ -113,7 +117,7 @@ class Experts(nn.Module):
     quantile_weight: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        """Make the experts of one layer. Raises ValueError where ``config`` has none."""
+        """Build the experts of one layer. Raises ValueError if ``config`` has none."""
         super().__init__()
         experts = config.experts
         if experts.count is None:
@@ -137,13 +141,13 @@ class Experts(nn.Module):
         valid_BS = context.valid_BS
         if valid_BS is not None:
             valid_BS = valid_BS.expand(x_BSD.shape[:2])
-            # What padding holds may be anything, and NaN times zero is NaN.
+            # Padding may have any values, and NaN times zero is NaN.
             x_BSD = torch.where(valid_BS.unsqueeze(-1), x_BSD, 0)
         normed_BSD = self.norm(x_BSD)
         normed_TD = normed_BSD.flatten(0, 1)
         logits_TR = self.expert_router(normed_TD)
-        # One reduction for all that is made of the softmax: of a softmax beside a logsumexp torch
-        # 2.13's inductor makes a wrong gradient on the CPU.
+        # One logsumexp for every use of the softmax: torch 2.13's inductor computes a wrong
+        # gradient on the CPU for a softmax beside a logsumexp.
         normaliser_T1 = logits_TR.logsumexp(-1, keepdim=True)
         slots = (
             self.config.slots(x_BSD.shape[1]) if context.selection in TRAINING_SELECTIONS else None
@@ -158,26 +162,29 @@ class Experts(nn.Module):
         return Output(update_BSD, experts=(record,))
 
     @property
-    def keeps_state(self) -> bool:
-        """Whether `observe` and `absorb` have anything to do."""
+    def has_running_stats(self) -> bool:
+        """Whether `batch_stats` and `update_running_stats` have anything to do."""
         return self.config.choice == "expert" or self.config.balance_kind == "bias"
 
-    def observe(self, record: ExpertRecord) -> Tensor | None:
-        """Return what of a record `absorb` learns from; to be averaged over a step's batches."""
+    def batch_stats(self, record: ExpertRecord) -> Tensor | None:
+        """Return the record's quantiles or load for `update_running_stats`; None if unused.
+
+        To be averaged over a step's micro-batches and ranks.
+        """
         if self.config.choice == "expert":
             return record.quantile_E
         return record.load_E if self.config.balance_kind == "bias" else None
 
     @torch.no_grad()
-    def absorb(self, observed: Tensor) -> None:
+    def update_running_stats(self, stats: Tensor) -> None:
         """Move the bias against the load, or the running quantiles towards the batch's."""
         if self.config.choice == "expert":
             rate = 1 - self.config.threshold_decay
-            self.quantile_sum.lerp_(observed.to(self.quantile_sum.dtype), rate)
+            self.quantile_sum.lerp_(stats.to(self.quantile_sum.dtype), rate)
             self.quantile_weight.lerp_(torch.ones_like(self.quantile_weight), rate)
         elif self.config.balance_kind == "bias":
-            above_R = observed.mean() - observed
-            self.bias.add_(above_R.sign().to(self.bias.dtype), alpha=self.config.bias_rate)
+            below_mean_R = stats.mean() - stats
+            self.bias.add_(below_mean_R.sign().to(self.bias.dtype), alpha=self.config.bias_rate)
 
     def _rows(
         self,
@@ -188,7 +195,7 @@ class Experts(nn.Module):
         documents_BS: Tensor | None,
         slots: int | None,
     ) -> Rows:
-        """Send the tokens to experts; ``slots``: how many an expert takes, None: any number."""
+        """Assign tokens to experts; ``slots``: the capacity of an expert, None: unlimited."""
         batch, length = shape
         if valid_BS is None:
             valid_BS = torch.ones(batch, length, dtype=torch.bool, device=logits_TR.device)
@@ -197,40 +204,40 @@ class Experts(nn.Module):
             if slots is None:
                 return self._above_quantile(probability_TE, valid_BS.flatten())
             probability_BSE = probability_TE.view(batch, length, -1)
-            return largest_rows(probability_BSE, valid_BS, documents_BS, self.choices, slots)
+            return expert_choice_rows(probability_BSE, valid_BS, documents_BS, self.choices, slots)
         choice_TK, weight_TK = self._choose(logits_TR, normaliser_T1)
         choice_TK = torch.where(valid_BS.view(-1, 1), choice_TK, self.choices)
         if slots is None:
-            return sorted_rows(choice_TK, weight_TK, self.count, self.choices)
-        return limited_rows(choice_TK, weight_TK, self.count, self.choices, batch, slots)
+            return dropless_rows(choice_TK, weight_TK, self.count, self.choices)
+        return capacity_rows(choice_TK, weight_TK, self.count, self.choices, batch, slots)
 
     def _update(self, rows: Rows, normed_TD: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what the experts add to each token (T, D)."""
+        """Return the experts' update of each token (T, D)."""
         y_MD = self.inner(normed_TD.index_select(0, rows.token_M), rows.offsets_E)
         y_MD = y_MD.to(dtype) * rows.weight_M.to(dtype).unsqueeze(-1)
         return torch.zeros_like(normed_TD, dtype=dtype).index_add_(0, rows.token_M, y_MD)
 
     def _choose(self, logits_TR: Tensor, normaliser_T1: Tensor) -> tuple[Tensor, Tensor]:
         """Return the K choices of each token and their weights."""
-        steer_TR = logits_TR.detach()
+        biased_TR = logits_TR.detach()
         if self.config.balance_kind == "bias":
-            steer_TR = steer_TR + self.bias
-        choice_TK = steer_TR.topk(self.config.top_k, dim=-1).indices
+            biased_TR = biased_TR + self.bias
+        choice_TK = biased_TR.topk(self.config.top_k, dim=-1).indices
         if self.config.top_k == 1:
             return choice_TK, (logits_TR.gather(1, choice_TK) - normaliser_T1).exp()
-        # Probabilities over their sum are the softmax of these logits alone, without the 0 / 0 of
-        # choices that the bias made against all odds.
+        # Equals the probabilities over their sum, without 0 / 0 if the bias chose experts whose
+        # probabilities underflow.
         return choice_TK, logits_TR.gather(1, choice_TK).softmax(-1)
 
     def _above_quantile(self, probability_TE: Tensor, valid_T: Tensor) -> Rows:
-        """Expert choice without the future; before the first quantile, above an even share."""
-        observed = self.quantile_weight > 0
-        quantile_E = self.quantile_sum / torch.where(observed, self.quantile_weight, 1)
-        quantile_E = torch.where(observed, quantile_E, 1 / self.choices)
-        taken_TE = (probability_TE > quantile_E) & valid_T.unsqueeze(-1)
+        """Causal expert choice; before the first quantile, above an even share."""
+        is_known = self.quantile_weight > 0
+        quantile_E = self.quantile_sum / torch.where(is_known, self.quantile_weight, 1)
+        quantile_E = torch.where(is_known, quantile_E, 1 / self.choices)
+        chosen_TE = (probability_TE > quantile_E) & valid_T.unsqueeze(-1)
         expert_E = torch.arange(self.count, device=valid_T.device)
-        choice_TE = torch.where(taken_TE, expert_E, self.choices)
-        return sorted_rows(choice_TE, probability_TE, self.count, self.choices)
+        choice_TE = torch.where(chosen_TE, expert_E, self.choices)
+        return dropless_rows(choice_TE, probability_TE, self.count, self.choices)
 
     def _record(
         self, rows: Rows, logits_TR: Tensor, normaliser_T1: Tensor, valid_BS: Tensor | None
@@ -239,7 +246,7 @@ class Experts(nn.Module):
         load_R = rows.load_R.to(wide)
         load_R = load_R / load_R.sum().clamp(min=1)
         computing = rows.load_R[: self.count].sum()
-        dropped = (computing - rows.taken_E.sum()).to(wide) / computing.clamp(min=1)
+        dropped = (computing - rows.executed_E.sum()).to(wide) / computing.clamp(min=1)
         valid_T = None if valid_BS is None else valid_BS.flatten().to(wide)
         balance_loss = z_loss = None
         if self.config.balance_kind == "loss":
@@ -248,12 +255,12 @@ class Experts(nn.Module):
         if self.config.z_loss_weight > 0:
             z_loss = _mean(normaliser_T1.square(), valid_T).squeeze(0)
         return ExpertRecord(
-            load_R, rows.taken_E.to(wide), dropped, rows.quantile_E, balance_loss, z_loss
+            load_R, rows.executed_E.to(wide), dropped, rows.quantile_E, balance_loss, z_loss
         )
 
 
-def sorted_rows(choice_TK: Tensor, weight_TK: Tensor, experts: int, choices: int) -> Rows:
-    """A row for every pair; those of no-ops and of nobody (``choices``) stand behind the others."""
+def dropless_rows(choice_TK: Tensor, weight_TK: Tensor, experts: int, choices: int) -> Rows:
+    """One row for every pair; those of no-op experts and padding (``choices``) come last."""
     choice_N, order_N = choice_TK.flatten().sort(stable=True)
     number_R = torch.arange(choices, device=choice_N.device)
     ends_R = torch.searchsorted(choice_N, number_R, right=True)
@@ -263,17 +270,17 @@ def sorted_rows(choice_TK: Tensor, weight_TK: Tensor, experts: int, choices: int
     return Rows(token_N, weight_N, ends_R[:experts].int(), load_R, load_R[:experts])
 
 
-def limited_rows(
+def capacity_rows(
     choice_TK: Tensor, weight_TK: Tensor, experts: int, choices: int, batch: int, slots: int
 ) -> Rows:
-    """C rows for each expert and sequence, the earlier tokens first; the rest is dropped."""
+    """C rows for each expert and sequence, earlier tokens first; the rest are dropped."""
     tokens, top_k = choice_TK.shape
     device = choice_TK.device
     sequence_N = torch.arange(batch, device=device).repeat_interleave(tokens // batch * top_k)
     key_N, order_N = (choice_TK.flatten() * batch + sequence_N).sort(stable=True)
     rank_N = torch.arange(tokens * top_k, device=device) - torch.searchsorted(key_N, key_N)
     fits_N = (rank_N < slots) & (key_N < experts * batch)
-    # Keys run over experts and, within them, sequences, as the slots do.
+    # Keys and slots are ordered by expert, then by sequence.
     end = experts * batch * slots
     slot_N = torch.where(fits_N, key_N * slots + rank_N, end)
     token_M = slot_N.new_zeros(end + 1).scatter(0, slot_N, order_N // top_k)
@@ -282,12 +289,12 @@ def limited_rows(
     number_R = torch.arange(choices, device=device)
     ends_R = torch.searchsorted(key_N, (number_R + 1) * batch)
     expert_N = torch.where(fits_N, key_N // batch, experts)
-    taken_E = (expert_N == number_R[:experts, None]).sum(1)
+    executed_E = (expert_N == number_R[:experts, None]).sum(1)
     load_R = ends_R.diff(prepend=ends_R.new_zeros(1))
-    return Rows(token_M[:end], weight_M[:end], None, load_R, taken_E)
+    return Rows(token_M[:end], weight_M[:end], None, load_R, executed_E)
 
 
-def largest_rows(
+def expert_choice_rows(
     probability_BSE: Tensor,
     valid_BS: Tensor,
     documents_BS: Tensor | None,
@@ -296,43 +303,43 @@ def largest_rows(
 ) -> Rows:
     """C rows for each expert and sequence, with its largest probabilities, and their quantile.
 
-    With documents each has its share of the C, and an expert chooses within them one by one.
+    With documents, each document has its share of C, and an expert chooses within it.
 
-    The quantile lies midway between the smallest probability that would be taken, were the whole
-    batch one sequence, and the largest that would not be.
+    The quantile is the midpoint between the smallest probability that would be chosen if the whole
+    batch were one sequence, and the largest that would not.
     """
     batch, length, experts = probability_BSE.shape
     device = valid_BS.device
     valid_BS1 = valid_BS.unsqueeze(-1)
     valid_B = valid_BS.sum(1)
-    # C V / S rounded in integers: halves upwards.
-    room_B = (2 * slots * valid_B + length) // (2 * length)
-    room_B = torch.minimum(room_B.clamp(min=1), valid_B)
+    # C V / S in integer arithmetic, halves rounded up.
+    capacity_B = (2 * slots * valid_B + length) // (2 * length)
+    capacity_B = torch.minimum(capacity_B.clamp(min=1), valid_B)
     if documents_BS is None:
         score_BSE = torch.where(valid_BS1, probability_BSE, -1)
         weight_BCE, index_BCE = score_BSE.topk(slots, dim=1)
-        holds_BC = torch.arange(slots, device=device) < room_B.unsqueeze(-1)
-        holds_BCE = holds_BC.unsqueeze(-1)
+        is_filled_BC = torch.arange(slots, device=device) < capacity_B.unsqueeze(-1)
+        is_filled_BCE = is_filled_BC.unsqueeze(-1)
     else:
-        # An expert of a sequence is like a router of a sequence.
-        each_XS = probability_BSE.transpose(1, 2).flatten(0, 1)
-        own_XS, known_XS = (
-            mask_BS.expand(batch, length).repeat_interleave(experts, dim=0)
-            for mask_BS in (documents_BS, valid_BS)
+        # X: every pair of a sequence and an expert, which chooses like a depth router.
+        score_XS = probability_BSE.transpose(1, 2).flatten(0, 1)
+        documents_XS, valid_XS = (
+            x_BS.expand(batch, length).repeat_interleave(experts, dim=0)
+            for x_BS in (documents_BS, valid_BS)
         )
-        chosen_XS = best_of_documents(each_XS, slots, own_XS, known_XS)
-        index_XC = first_places(chosen_XS, slots)
+        chosen_XS = top_k_of_documents(score_XS, slots, documents_XS, valid_XS)
+        index_XC = chosen_first(chosen_XS, slots)
         index_BCE = index_XC.view(batch, experts, slots).transpose(1, 2)
-        holds_BCE = chosen_XS.gather(1, index_XC).view(batch, experts, slots).transpose(1, 2)
+        is_filled_BCE = chosen_XS.gather(1, index_XC).view(batch, experts, slots).transpose(1, 2)
         weight_BCE = probability_BSE.gather(1, index_BCE)
-    weight_BCE = torch.where(holds_BCE, weight_BCE, 0)
+    weight_BCE = torch.where(is_filled_BCE, weight_BCE, 0)
     token_BCE = index_BCE + torch.arange(0, batch * length, length, device=device)[:, None, None]
-    taken = room_B.sum()
-    load_R = torch.cat([taken.expand(experts), taken.new_zeros(choices - experts)])
+    num_chosen = capacity_B.sum()
+    load_R = torch.cat([num_chosen.expand(experts), num_chosen.new_zeros(choices - experts)])
 
     score_TE = torch.where(valid_BS1, probability_BSE.detach(), 0).flatten(0, 1)
     ranked_TE = F.pad(score_TE.sort(dim=0, descending=True).values, (0, 0, 0, 1))
-    edge = torch.stack([(taken - 1).clamp(min=0), taken])
+    edge = torch.stack([(num_chosen - 1).clamp(min=0), num_chosen])
     quantile_E = ranked_TE.index_select(0, edge).mean(0)
     return Rows(
         token_BCE.permute(2, 0, 1).flatten(),
@@ -345,7 +352,7 @@ def largest_rows(
 
 
 def _mean(values_TX: Tensor, valid_T: Tensor | None) -> Tensor:
-    """Mean over the tokens that are valid."""
+    """Mean over the valid tokens."""
     if valid_T is None:
         return values_TX.mean(0)
     return (values_TX * valid_T.unsqueeze(-1)).sum(0) / valid_T.sum().clamp(min=1)

@@ -12,8 +12,8 @@ from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import read_summary
-from modtrain.inference.calibration import dial_of_run, training_text
-from modtrain.inference.config import DialConfig, EvalRunConfig
+from modtrain.inference.calibration import budget_of_run, training_text
+from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
 from modtrain.inference.evaluate.evaluate import evaluate_run
 from modtrain.inference.evaluate.table import show
 from modtrain.inference.loading import load_run
@@ -21,7 +21,7 @@ from modtrain.models.flops import Load, dense_equivalent_flops, realised_flops
 from modtrain.models.transformer import Transformer
 
 EVERY = ["predictor", "auxiliary", "threshold"]
-HEAD = ["run", "step", "tokens", "dial", "trained_flops", "dense_equivalent_flops"]
+HEAD = ["run", "step", "tokens", "budget", "trained_flops", "dense_equivalent_flops"]
 WAY = ["loss", "perplexity", "bits_per_byte", "flops", "realised_capacity", "expert_load"]
 AGAINST = ["gap_to_top_k_not_causal", "agreement_with_top_k_not_causal"]
 SWEPT = [0.5, 0.03, 0.2, 1.0]
@@ -66,13 +66,13 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def slowly(loaded, selection, dial, sequences=6):
+def slowly(loaded, selection, budget, sequences=6):
     """Loss, executed FLOPs a token and shares, a sequence and a token at a time."""
     config, shares = loaded.trained.model, []
     loss = flops = 0.0
     for batch_BT in loaded.held_out(sequences, 1):
         inputs, targets = batch_BT[:, :-1], batch_BT[0, 1:]
-        output = loaded.model(inputs, selection=selection, dial=dial)
+        output = loaded.model(inputs, selection=selection, budget=budget)
         for logits, target in zip(output.logits_BSV[0].double(), targets, strict=True):
             loss -= float(logits[target] - logits.exp().sum().log())
         counts = [int(record.chosen_BS.sum()) for record in output.routing]
@@ -92,7 +92,7 @@ def slowly(loaded, selection, dial, sequences=6):
     ids=str,
 )
 def test_figures_are_those_of_a_slow_loop(routed, wish):
-    wish = DialConfig(calibration_sequences=8, **wish)
+    wish = ComputeBudgetConfig(calibration_sequences=8, **wish)
     figures = evaluate_run(request(routed, inference=wish))
     loaded = load_run(request(routed))
     valid = read_summary(loaded.data_path).splits["valid"]
@@ -100,8 +100,8 @@ def test_figures_are_those_of_a_slow_loop(routed, wish):
     ways = {**figures["decisions"], "top_k": figures["top_k_not_causal"]}
     with torch.no_grad():
         for name, found in ways.items():
-            dial = None if name == "top_k" else dial_of_run(loaded, name, wish, 4)
-            loss, flops, shares = slowly(loaded, name, dial)
+            budget = None if name == "top_k" else budget_of_run(loaded, name, wish, 4)
+            loss, flops, shares = slowly(loaded, name, budget)
             assert found["loss"] == pytest.approx(loss, rel=1e-5)
             assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
             bits = loss / math.log(2) * valid.num_tokens / valid.num_bytes
@@ -128,17 +128,19 @@ def test_the_file_has_the_keys_that_are_documented_and_a_dial_another_file(route
         *(*HEAD, "causal_loss", "causal_flops", "perplexity", "bits_per_byte"),
         *("decisions", "top_k_not_causal"),
     }
-    assert plain["dial"] is None
+    assert plain["budget"] is None
     assert set(plain["top_k_not_causal"]) == set(WAY)
     for found in plain["decisions"].values():
         assert set(found) == {*WAY, *AGAINST}
         for scores in found["agreement_with_top_k_not_causal"].values():
             assert set(scores) == {"accuracy", "f1", "balanced_accuracy"}
-    wish = DialConfig(decision="threshold", capacity=0.4, layer_cap=0.9, calibration_sequences=4)
+    wish = ComputeBudgetConfig(
+        decision="threshold", capacity=0.4, layer_cap=0.9, calibration_sequences=4
+    )
     moved = evaluate_run(request(routed, inference=wish))
     named = routed.path / "eval-000000006-threshold-capacity_0.4-layer_cap_0.9.json"
     assert json.loads(named.read_text()) == moved
-    assert moved["dial"] == {"capacity": 0.4, "layer_cap": 0.9, "calibration_sequences": 4}
+    assert moved["budget"] == {"capacity": 0.4, "layer_cap": 0.9, "calibration_sequences": 4}
     assert list(moved["decisions"]) == ["threshold"]
     assert moved["decisions"]["threshold"] != plain["decisions"]["threshold"]
     assert moved["top_k_not_causal"] == plain["top_k_not_causal"]
@@ -149,7 +151,7 @@ def test_the_file_has_the_keys_that_are_documented_and_a_dial_another_file(route
 
 
 def test_the_agreement_of_a_moved_decision_is_that_of_the_moved_level(routed):
-    everybody = evaluate_run(request(routed, inference=DialConfig(capacity=1.0)))
+    everybody = evaluate_run(request(routed, inference=ComputeBudgetConfig(capacity=1.0)))
     for found in everybody["decisions"].values():
         assert set(found["realised_capacity"].values()) == {1.0}
         for scores in found["agreement_with_top_k_not_causal"].values():
@@ -159,7 +161,7 @@ def test_the_agreement_of_a_moved_decision_is_that_of_the_moved_level(routed):
 
 def test_whatever_is_not_causal_says_so(routed, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    figures = evaluate_run(request(routed, inference=DialConfig(capacity=0.5)))
+    figures = evaluate_run(request(routed, inference=ComputeBudgetConfig(capacity=0.5)))
     show(figures)
     lines = [line for line in capsys.readouterr().out.splitlines() if "top-k" in line.lower()]
     assert len(lines) == 7
@@ -177,7 +179,7 @@ def test_whatever_is_not_causal_says_so(routed, capsys, monkeypatch):
 
 
 def test_the_table_says_how_the_dial_stands(routed, capsys):
-    show(evaluate_run(request(routed, inference=DialConfig(shift=0.5, step_cap=1))))
+    show(evaluate_run(request(routed, inference=ComputeBudgetConfig(shift=0.5, step_cap=1))))
     first, _ = capsys.readouterr().out.split("\n", 1)
     assert first == "held-out text, step 6, 384 tokens, shift=0.5, step_cap=1"
     show(evaluate_run(request(routed)))
@@ -228,7 +230,7 @@ def test_calibration_reads_what_the_run_was_trained_on_first(routed):
 
 
 def test_a_calibrated_capacity_is_near_on_held_out_text(routed):
-    wish = DialConfig(capacity=0.3)
+    wish = ComputeBudgetConfig(capacity=0.3)
     figures = evaluate_run(request(routed, inference=wish, sequences=None))
     for found in figures["decisions"].values():
         for share in found["realised_capacity"].values():
@@ -237,21 +239,21 @@ def test_a_calibrated_capacity_is_near_on_held_out_text(routed):
 
 @pytest.fixture(scope="module")
 def swept(routed):
-    wish = DialConfig(calibration_sequences=8)
+    wish = ComputeBudgetConfig(calibration_sequences=8)
     return evaluate_run(request(routed, sweep=SWEPT, inference=wish))
 
 
 def test_a_sweep_has_a_point_a_capacity_that_is_the_evaluation_there(routed, swept):
     assert set(swept) == {*HEAD, "decision", "points", "as_trained"}
     assert swept["decision"] == "predictor"
-    assert swept["dial"] == {"calibration_sequences": 8}
+    assert swept["budget"] == {"calibration_sequences": 8}
     assert [point["capacity"] for point in swept["points"]] == sorted(SWEPT)
     for point in swept["points"]:
         assert set(point) == {"capacity", *WAY}
     flops = [point["flops"] for point in swept["points"]]
     assert all(below < above for below, above in pairwise(flops))
     for chosen, at in ((0.2, swept["points"][1]), (None, swept["as_trained"])):
-        wish = DialConfig(capacity=chosen, decision="predictor", calibration_sequences=8)
+        wish = ComputeBudgetConfig(capacity=chosen, decision="predictor", calibration_sequences=8)
         alone = evaluate_run(request(routed, inference=wish))["decisions"]["predictor"]
         assert {key: at[key] for key in WAY} == {key: alone[key] for key in WAY}
 
@@ -280,7 +282,7 @@ def test_a_sweep_is_written_drawn_and_recorded(routed, swept, capsys, monkeypatc
 
 
 def test_a_sweep_under_caps_or_of_another_decision_has_a_file_of_its_own(routed):
-    wish = DialConfig(decision="auxiliary", layer_cap=0.5, calibration_sequences=4)
+    wish = ComputeBudgetConfig(decision="auxiliary", layer_cap=0.5, calibration_sequences=4)
     found = evaluate_run(request(routed, sweep=[1.0], inference=wish))
     name = "sweep-000000006-auxiliary-layer_cap_0.5"
     assert json.loads((routed.path / f"{name}.json").read_text()) == found
@@ -296,7 +298,7 @@ def test_a_sweep_makes_no_needless_pass(routed, monkeypatch):
         return forward(model, *arguments, **named)
 
     monkeypatch.setattr(Transformer, "forward", counted)
-    wish = DialConfig(decision="threshold", calibration_sequences=8)
+    wish = ComputeBudgetConfig(decision="threshold", calibration_sequences=8)
     evaluate_run(request(routed, sweep=[1.0], inference=wish))
     # Two batches of held-out text for the point and for the model as trained.
     assert seen == ["threshold"] * 4
@@ -314,8 +316,8 @@ def test_a_model_without_routers_is_evaluated_but_not_moved(dense, capsys):
     assert "top-k" not in capsys.readouterr().out
     for changes, key in (
         ({"sweep": [0.5]}, "sweep"),
-        ({"inference": DialConfig(capacity=0.5)}, "inference.capacity"),
-        ({"inference": DialConfig(step_cap=1)}, "inference.step_cap"),
+        ({"inference": ComputeBudgetConfig(capacity=0.5)}, "inference.capacity"),
+        ({"inference": ComputeBudgetConfig(step_cap=1)}, "inference.step_cap"),
     ):
         with pytest.raises(ConfigError, match="the model has none") as error:
             evaluate_run(request(dense, **changes))
@@ -352,7 +354,9 @@ def test_without_a_causal_decision_top_k_alone_is_told_and_nothing_is_swept(star
 def test_a_decision_that_the_model_does_not_have_is_refused(routed):
     for changes in ({}, {"sweep": [0.5]}):
         with pytest.raises(ConfigError, match="use one of: predictor, auxiliary, threshold"):
-            evaluate_run(request(routed, inference=DialConfig(decision="top_k"), **changes))
+            evaluate_run(
+                request(routed, inference=ComputeBudgetConfig(decision="top_k"), **changes)
+            )
 
 
 @pytest.mark.parametrize(
@@ -367,11 +371,11 @@ def test_a_decision_that_the_model_does_not_have_is_refused(routed):
     ],
 )
 def test_every_mistake_in_a_sweep_is_told(sweep, wish, keys):
-    found = EvalRunConfig(run="a", sweep=sweep, inference=DialConfig(**wish)).problems()
+    found = EvalRunConfig(run="a", sweep=sweep, inference=ComputeBudgetConfig(**wish)).problems()
     assert [problem.key for problem in found] == keys
 
 
 def test_the_command_line_knows_the_dial_and_the_sweep():
     config = compose("eval", ["run=a", "sweep=[0.03, 1]", "inference.step_cap=0"])
-    assert (config.sweep, config.inference) == ([0.03, 1.0], DialConfig(step_cap=0))
+    assert (config.sweep, config.inference) == ([0.03, 1.0], ComputeBudgetConfig(step_cap=0))
     assert config.problems() == []

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, End, Token
 from modtrain.inference.generate.sampling import Dice, distribution, draw
 from modtrain.inference.generate.sampling_config import SamplingConfig
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from tests.helpers.model_cases import (
@@ -56,7 +56,7 @@ def slowly(model, config: DecoderConfig, prompt: list[int], number: int):
             documents = documents.cumsum(1) - documents
         with torch.no_grad():
             return model(
-                tokens, selection=config.selection, documents_BS=documents, dial=config.dial
+                tokens, selection=config.selection, documents_BS=documents, budget=config.budget
             )
 
     while len(text) < len(prompt) + config.max_tokens:
@@ -101,7 +101,9 @@ def settings(draw_):
         "with_depth": draw_(st.booleans()),
         "end_id": draw_(st.sampled_from([None, END])),
         "apart": draw_(st.booleans()),
-        "dial": draw_(st.sampled_from([None, Dial(layer_cap=0.4), Dial(step_cap=1)])),
+        "budget": draw_(
+            st.sampled_from([None, ComputeBudget(layer_cap=0.4), ComputeBudget(step_cap=1)])
+        ),
     }
 
 
@@ -141,7 +143,9 @@ def test_greedy_self_speculation_changes_nothing(name, choices, drafts, prompts)
     choices |= {"apart": False, "sampling": SamplingConfig(greedy=True, repetition_penalty=1.2)}
     selection = model.config.causal_selections[0]
     plain = DecoderConfig(selection, **choices)
-    drafted = DecoderConfig(selection, **choices, drafts=drafts, draft_dial=Dial(step_cap=0))
+    drafted = DecoderConfig(
+        selection, **choices, drafts=drafts, draft_budget=ComputeBudget(step_cap=0)
+    )
     decoder = Decoder(model, drafted, prompts)
     assert collected(decoder.run()) == collected(Decoder(model, plain, prompts).run())
     counts = decoder.statistics
@@ -170,7 +174,7 @@ def test_self_speculation_leaves_the_distribution_as_it_is(sampling):
     prompt, count = [2, 1, 4], 6000
     settings = SamplingConfig(seed=11, **sampling)
     drafted = DecoderConfig(
-        "predictor", 3, settings, batch_size=500, drafts=2, draft_dial=Dial(step_cap=0)
+        "predictor", 3, settings, batch_size=500, drafts=2, draft_budget=ComputeBudget(step_cap=0)
     )
     decoder = Decoder(model, drafted, [prompt] * count)
     found = collected(decoder.run())

@@ -222,11 +222,11 @@ def test_content_free_routers_keep_their_schedule(start):
     )
     config = asked(run, "step=4")
     loaded = load_run(config)
-    dial = decoder_config(config, loaded, 0).dial
-    assert dial.levels == tuple(
+    budget = decoder_config(config, loaded, 0).budget
+    assert budget.thresholds == tuple(
         loaded.capacities[layer] for layer, _ in loaded.model.config.routed_parts
     )
-    assert dial.levels != tuple(
+    assert budget.thresholds != tuple(
         loaded.model.config.capacities[layer] for layer, _ in loaded.model.config.routed_parts
     )
 

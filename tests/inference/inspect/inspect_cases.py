@@ -117,7 +117,7 @@ def subject(model, selection, **changes) -> Subject:
         "source": "<script>source.txt",
         "seq_len": SEQ_LEN,
         "selection": selection,
-        "dial": "",
+        "budget": "",
         "is_causal": selection != "top_k",
         "num_layers": model.config.num_layers,
         "capacities": [0.25] * len(model.routers),

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from modtrain.common.errors import ConfigError
 from modtrain.evaluation.held_out import evaluate
-from modtrain.inference.config import DialConfig
+from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.inspect.inspect import choose_decision, text_windows
 from modtrain.inference.inspect.trace import trace
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from tests.helpers.model_cases import quick, random_tokens, small
 from tests.inference.inspect.inspect_cases import EVERY, KINDS, SEQ_LEN, model_of, router, traced
 
@@ -148,15 +148,15 @@ def test_windows_hold_the_text_once_and_ask_for_what_comes_next(tokens, seq_len,
 
 def test_the_first_causal_decision_is_taken_and_top_k_only_by_its_name():
     config = small(**KINDS["mod"])
-    assert choose_decision(config, DialConfig()) == "predictor"
-    assert choose_decision(config, DialConfig("threshold")) == "threshold"
-    assert choose_decision(config, DialConfig("top_k")) == "top_k"
-    assert choose_decision(small(pattern="dense"), DialConfig()) == "causal"
+    assert choose_decision(config, ComputeBudgetConfig()) == "predictor"
+    assert choose_decision(config, ComputeBudgetConfig("threshold")) == "threshold"
+    assert choose_decision(config, ComputeBudgetConfig("top_k")) == "top_k"
+    assert choose_decision(small(pattern="dense"), ComputeBudgetConfig()) == "causal"
     for changes, wish, word in (
-        ({"pattern": "dense"}, DialConfig("top_k"), "use one of: causal"),
-        ({}, DialConfig("auxiliary"), "use one of: predictor, top_k"),
-        ({"router": router(causal=[])}, DialConfig(), "use top_k, which is not causal"),
-        ({}, DialConfig("top_k", capacity=0.5), "is not moved by capacity"),
+        ({"pattern": "dense"}, ComputeBudgetConfig("top_k"), "use one of: causal"),
+        ({}, ComputeBudgetConfig("auxiliary"), "use one of: predictor, top_k"),
+        ({"router": router(causal=[])}, ComputeBudgetConfig(), "use top_k, which is not causal"),
+        ({}, ComputeBudgetConfig("top_k", capacity=0.5), "is not moved by capacity"),
     ):
         with pytest.raises(ConfigError, match=r"inference\.decision") as error:
             choose_decision(small(**changes), wish)
@@ -166,8 +166,8 @@ def test_the_first_causal_decision_is_taken_and_top_k_only_by_its_name():
 def test_a_dial_moves_the_line_and_what_takes_part():
     model = model_of("mod")
     windows = [(random_tokens(2, 24), random_tokens(2, 24, 1))]
-    dial = Dial((0.3, math.inf, -math.inf)[: len(model.routers)])
-    moved = trace(model, windows, "predictor", nullcontext(), dial=dial).routers
-    for own, level in zip(moved, dial.levels, strict=True):
+    budget = ComputeBudget((0.3, math.inf, -math.inf)[: len(model.routers)])
+    moved = trace(model, windows, "predictor", nullcontext(), budget=budget).routers
+    for own, level in zip(moved, budget.thresholds, strict=True):
         assert own.threshold == (level if math.isfinite(level) else None)
         assert (own.chosen_N == (own.value_N > level)).all()

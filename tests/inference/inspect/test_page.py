@@ -12,7 +12,7 @@ from playwright.sync_api import sync_playwright
 from modtrain.cli import main as cli
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError, DataError
-from modtrain.inference.config import DialConfig, EvalRunConfig
+from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
 from modtrain.inference.evaluate.evaluate import evaluate_run
 from modtrain.inference.inspect import figures as inspect_figures
 from modtrain.inference.inspect.config import InspectConfig
@@ -233,7 +233,11 @@ def test_mistakes_of_an_inspection_are_told(run, tmp_path, capsys, undrawn):
     latin.write_bytes(b"caf\xe9 noir")
     empty.touch()
     for changes, error, word in (
-        ({"inference": DialConfig("auxiliary")}, ConfigError, "use one of: predictor, top_k"),
+        (
+            {"inference": ComputeBudgetConfig("auxiliary")},
+            ConfigError,
+            "use one of: predictor, top_k",
+        ),
         ({"text": ""}, ConfigError, "is empty"),
         ({"file": str(tmp_path / "none")}, ConfigError, "is no file"),
         ({"file": str(latin)}, DataError, "is not UTF-8"),

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modtrain.models.cache.cache import Cache
-from modtrain.models.cache.ragged_store import Store
+from modtrain.models.cache.ragged_store import RaggedStore
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import RouterConfig, Selection
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import ModelOutput, Transformer
@@ -92,22 +92,22 @@ def cases(draw: st.DrawFn) -> tuple[ModelConfig, int, int, list[int], int]:
 
 
 @st.composite
-def dials(draw: st.DrawFn, config: ModelConfig) -> Dial | None:
+def budgets(draw: st.DrawFn, config: ModelConfig) -> ComputeBudget | None:
     """A dial with any of its three, each router's level its own."""
     if draw(st.booleans()):
         return None
     routers, free = len(config.routed_parts), not config.router.needs_causal
-    levels = st.floats(0.1, 0.9) if free else st.floats(-1, 1)
-    each = st.lists(levels, min_size=routers, max_size=routers).map(tuple)
-    return Dial(
+    thresholds = st.floats(0.1, 0.9) if free else st.floats(-1, 1)
+    each = st.lists(thresholds, min_size=routers, max_size=routers).map(tuple)
+    return ComputeBudget(
         draw(st.none() | each),
         draw(st.sampled_from([None, 0.0, 0.1, 0.3, 1 / 3, 0.6, 1.0])),
         draw(st.sampled_from([None, 0, 1, 2])),
     )
 
 
-def counts_taken(dial: Dial | None) -> bool:
-    return dial is not None and dial.layer_cap is not None
+def tracks_routed(budget: ComputeBudget | None) -> bool:
+    return budget is not None and budget.layer_cap is not None
 
 
 def alone(
@@ -115,12 +115,12 @@ def alone(
     tokens_L: Tensor,
     selection: Selection,
     documents_L: Tensor | None = None,
-    dial: Dial | None = None,
+    budget: ComputeBudget | None = None,
 ) -> ModelOutput:
     """One sequence, all at once, without a cache."""
     documents = None if documents_L is None else documents_L[None]
     with torch.no_grad():
-        return model(tokens_L[None], selection=selection, documents_BS=documents, dial=dial)
+        return model(tokens_L[None], selection=selection, documents_BS=documents, budget=budget)
 
 
 @dataclass
@@ -284,8 +284,8 @@ class Run:
 def run_of(model: Transformer, *lengths: int, margin: int = 0, **settings: Any) -> Run:
     """A run of random texts of these lengths, at its start."""
     texts = [random_tokens(1, length, i)[0] for i, length in enumerate(lengths)]
-    settings = {"selection": model.config.causal_selections[0], "dial": None} | settings
-    cache = Cache(model.config, len(texts), margin, counts_taken(settings["dial"]))
+    settings = {"selection": model.config.causal_selections[0], "budget": None} | settings
+    cache = Cache(model.config, len(texts), margin, tracks_routed(settings["budget"]))
     return Run(model, texts, None, cache, settings, [Told() for _ in texts])
 
 
@@ -306,9 +306,9 @@ def runs(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Run:
     documents = None
     if draw(st.booleans()):
         documents = [(text < VOCAB // 6).long().cumsum(0) for text in texts]
-    dial, margin = draw(dials(config)), draw(st.sampled_from([0, 4]))
-    settings = {"selection": draw(st.sampled_from(config.causal_selections)), "dial": dial}
-    cache = Cache(config, batch, margin, counts_taken(dial))
+    budget, margin = draw(budgets(config)), draw(st.sampled_from([0, 4]))
+    settings = {"selection": draw(st.sampled_from(config.causal_selections)), "budget": budget}
+    cache = Cache(config, batch, margin, tracks_routed(budget))
     run = Run(model, texts, documents, cache, settings, [Told() for _ in texts])
     run.finish(draw, margin)
     return run
@@ -338,13 +338,13 @@ class SlowStore:
         return [e for e in entries if window is None or next_position - e[0] < window]
 
 
-def append(store: Store, slow: SlowStore, rows, counts, seen, width: int, data) -> None:
+def append(store: RaggedStore, slow: SlowStore, rows, counts, seen, width: int, data) -> None:
     """Some of the next ``width`` tokens of each row take part, the counts say how many."""
     positions_NK = torch.zeros(len(rows), width, dtype=torch.long)
     for number, row in enumerate(rows):
         later = torch.arange(seen[row], seen[row] + 2 * width)
-        places = sorted(data.draw(st.permutations(range(2 * width)))[:width])
-        positions_NK[number] = later[torch.tensor(places, dtype=torch.long)]
+        allocated_length = sorted(data.draw(st.permutations(range(2 * width)))[:width])
+        positions_NK[number] = later[torch.tensor(allocated_length, dtype=torch.long)]
     documents_NK = positions_NK // 7 if data.draw(st.booleans()) else None
     field_NK = normal(len(rows), width, seed=len(slow.rows[0]))
     # Behind the counts stands nobody.
@@ -359,7 +359,7 @@ def append(store: Store, slow: SlowStore, rows, counts, seen, width: int, data) 
         seen[row] += 2 * width
 
 
-def kept(store: Store, row: int) -> list[tuple[int, int, float]]:
+def kept(store: RaggedStore, row: int) -> list[tuple[int, int, float]]:
     if not store.lengths[row]:
         return []
     (field_NL1,), (length,) = store.entries([row])

@@ -10,24 +10,24 @@ from torch import Tensor
 
 from modtrain.models import attention
 from modtrain.models.cache.cache import Cache
-from modtrain.models.cache.ragged_store import Store
+from modtrain.models.cache.ragged_store import RaggedStore
 from modtrain.models.depth import layer as depth
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import RouterConfig
-from modtrain.models.depth.selection import within
+from modtrain.models.depth.selection import apply_cumulative_cap
 from tests.helpers.model_cases import VOCAB, quick, random_tokens, small
 from tests.models.cache.cache_cases import (
     EXPERTS,
     alone,
     assert_each_alone,
+    budgets,
     cached_configs,
     cases,
-    counts_taken,
-    dials,
     padded,
     ready,
     run_of,
     runs,
+    tracks_routed,
 )
 
 
@@ -40,16 +40,16 @@ def test_pieces_equal_the_whole(case, eos, data):
     documents = None if eos is None else (tokens == eos).long().cumsum(1)
     selection = data.draw(st.sampled_from(config.causal_selections))
     routers = len(model.routers)
-    dial = data.draw(
+    budget = data.draw(
         st.sampled_from([
             None,
-            Dial(layer_cap=0.3),
-            Dial(step_cap=1),
-            Dial(tuple(0.2 for _ in range(routers)), 0.5, 2),
+            ComputeBudget(layer_cap=0.3),
+            ComputeBudget(step_cap=1),
+            ComputeBudget(tuple(0.2 for _ in range(routers)), 0.5, 2),
         ])
     )  # fmt: skip
-    whole = model(tokens, selection=selection, documents_BS=documents, dial=dial)
-    cache = Cache(config, batch, counts_taken=dial is not None and dial.layer_cap is not None)
+    whole = model(tokens, selection=selection, documents_BS=documents, budget=budget)
+    cache = Cache(config, batch, tracks_routed=budget is not None and budget.layer_cap is not None)
     logits, chosen, start = [], [], 0
     for part in parts:
         piece = slice(start, start + part)
@@ -57,7 +57,7 @@ def test_pieces_equal_the_whole(case, eos, data):
             tokens[:, piece],
             cache,
             selection,
-            dial=dial,
+            budget=budget,
             documents_NS=None if documents is None else documents[:, piece],
         )
         logits.append(found.logits_BSV)
@@ -97,7 +97,7 @@ def test_all_rows_come_in_any_order(changes):
 @given(cached_configs(), st.data())
 def test_what_padding_holds_changes_nothing(config, data):
     model = ready(config, 24)
-    batch, dial = 3, data.draw(dials(config))
+    batch, budget = 3, data.draw(budgets(config))
     valids = [
         padded(data.draw, data.draw(st.lists(st.integers(0, 6), min_size=batch, max_size=batch)))
         for _ in range(3)
@@ -106,13 +106,13 @@ def test_what_padding_holds_changes_nothing(config, data):
 
     def told(fill: int):
         torch.manual_seed(0)
-        cache, found = Cache(config, batch, counts_taken=counts_taken(dial)), []
+        cache, found = Cache(config, batch, tracks_routed=tracks_routed(budget)), []
         for tokens_NS, valid_NS in zip(own, valids, strict=True):
             filler_NS = random_tokens(*tokens_NS.shape, fill)
             output = model.extend(
                 tokens_NS.where(valid_NS, filler_NS),
                 cache,
-                dial=dial,
+                budget=budget,
                 valid_NS=valid_NS,
                 documents_NS=torch.ones_like(tokens_NS).where(valid_NS, filler_NS),
             )
@@ -126,17 +126,17 @@ def test_what_padding_holds_changes_nothing(config, data):
 @quick(20)
 @given(cached_configs(), st.booleans(), st.data())
 def test_last_only_is_the_last_of_all(config, is_ragged, data):
-    model, dial = ready(config, 24), data.draw(dials(config))
+    model, budget = ready(config, 24), data.draw(budgets(config))
     tokens_NS = random_tokens(3, 9)
     counts = data.draw(st.lists(st.integers(1, 9), min_size=3, max_size=3))
     valid_NS = padded(data.draw, [*counts, 1][:3])[:, :9] if is_ragged else None
     if valid_NS is not None:
         tokens_NS = tokens_NS[:, : valid_NS.shape[1]]
         valid_NS[:, -1] |= ~valid_NS.any(1)
-    caches = [Cache(config, 3, counts_taken=counts_taken(dial)) for _ in range(2)]
+    caches = [Cache(config, 3, tracks_routed=tracks_routed(budget)) for _ in range(2)]
     for _ in range(2):
         every, last = (
-            model.extend(tokens_NS, cache, dial=dial, valid_NS=valid_NS, last_only=only)
+            model.extend(tokens_NS, cache, budget=budget, valid_NS=valid_NS, last_only=only)
             for cache, only in zip(caches, (False, True), strict=True)
         )
         place_N = torch.full((3,), tokens_NS.shape[1] - 1)
@@ -151,11 +151,11 @@ def test_last_only_is_the_last_of_all(config, is_ragged, data):
 # Nobody knows of later tokens, nor of other sequences.
 
 
-def moved(model, dial, row: int, place: int) -> Tensor:
+def moved(model, budget, row: int, place: int) -> Tensor:
     """How far the logits (N, L) move when token ``place`` of sequence ``row`` changes."""
     found = []
     for change in (0, 1):
-        run = run_of(model, 12, 12, 12, dial=dial)
+        run = run_of(model, 12, 12, 12, budget=budget)
         run.texts[row][place] = (run.texts[row][place] + change) % VOCAB
         for counts in ((3, 5, 4), (6, 4, 5), (3, 3, 3)):
             run.step(*counts)
@@ -166,7 +166,7 @@ def moved(model, dial, row: int, place: int) -> Tensor:
 @quick(25)
 @given(cached_configs(), st.integers(0, 2), st.integers(0, 11), st.data())
 def test_no_token_knows_of_later_ones_nor_of_other_sequences(config, row, place, data):
-    moved_NL = moved(ready(config, 24), data.draw(dials(config)), row, place)
+    moved_NL = moved(ready(config, 24), data.draw(budgets(config)), row, place)
     assert (moved_NL[row, :place] < 1e-9).all()
     moved_NL[row] = 0
     assert (moved_NL < 1e-9).all()
@@ -178,22 +178,22 @@ def test_what_would_look_ahead_or_aside_is_found_out(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(attention, "_sees_entries", lambda *_: None)
         assert moved(model, None, 1, 8)[1, 5:8].min() > 1e-3
-    true_entries = Store.entries
+    true_entries = RaggedStore.entries
 
     def rolled(store, rows):
         entries = true_entries(store, rows)
         return entries._replace(fields=tuple(x.roll(1, 0) for x in entries.fields))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "entries", rolled)
+        patch.setattr(RaggedStore, "entries", rolled)
         assert moved(model, None, 1, 8)[2].max() > 1e-3
     model = ready(small(num_layers=2, pattern="every", capacity=0.5), 24)
     with monkeypatch.context() as patch:
         # A cap that keeps the last one that wants it.
         last = lambda wanted, *_: wanted & (wanted.flip(1).cumsum(1).flip(1) <= 1)  # noqa: E731
-        patch.setattr(depth, "within", last)
-        dial = Dial(layer_cap=0.4)
-        assert any(moved(model, dial, 1, t)[1, :t].max() > 1e-3 for t in range(6, 12))
+        patch.setattr(depth, "apply_cumulative_cap", last)
+        budget = ComputeBudget(layer_cap=0.4)
+        assert any(moved(model, budget, 1, t)[1, :t].max() > 1e-3 for t in range(6, 12))
 
 
 def test_a_model_of_bfloat16_by_autocast_stays_near_float32():
@@ -236,9 +236,11 @@ def test_within_takes_the_earlier_ones(steps, data):
     first = data.draw(st.integers(0, 4))
     allowed = [first + sum(rise for _, rise in steps[: i + 1]) for i in range(len(steps))]
     taken = data.draw(st.integers(0, first))
-    found = within(torch.tensor([wanted]), torch.tensor([allowed]), torch.tensor([[taken]]))
+    found = apply_cumulative_cap(
+        torch.tensor([wanted]), torch.tensor([allowed]), torch.tensor([[taken]])
+    )
     assert found[0].tolist() == slow_within(wanted, allowed, taken)
-    found = within(torch.tensor([wanted]), torch.tensor([allowed]), taken)
+    found = apply_cumulative_cap(torch.tensor([wanted]), torch.tensor([allowed]), taken)
     assert found[0].tolist() == slow_within(wanted, allowed, taken)
 
 
@@ -254,8 +256,8 @@ def test_caps_are_hard_at_every_token(cap, target, score, data):
     config = small(num_layers=2, router=RouterConfig(target=target, score=score), pattern="every")
     model = ready(config, 24)
     free = not config.router.needs_causal
-    eager = Dial(tuple(0.8 if free else -0.5 for _ in model.routers), layer_cap=cap)
-    run = run_of(model, 20, 15, dial=eager, margin=3)
+    eager = ComputeBudget(tuple(0.8 if free else -0.5 for _ in model.routers), layer_cap=cap)
+    run = run_of(model, 20, 15, budget=eager, margin=3)
     run.finish(data.draw, 3)
     fraction = Fraction(cap).limit_denominator(1000)
     for text, told in zip(run.texts, run.told, strict=True):
@@ -266,12 +268,14 @@ def test_caps_are_hard_at_every_token(cap, target, score, data):
         ):
             assert own == record.chosen_BS[0].tolist()
         # The first router's wishes do not depend on its cap.
-        free_dial = eager._replace(layer_cap=None)
-        wanted = alone(model, text, run.settings["selection"], dial=free_dial).routing[0].chosen_BS
+        free_budget = eager._replace(layer_cap=None)
+        wanted = (
+            alone(model, text, run.settings["selection"], budget=free_budget).routing[0].chosen_BS
+        )
         assert taking[0].tolist() == slow_within(wanted[0].tolist(), allowed, 0)
         for own in taking:
             assert all(n <= limit for n, limit in zip(own.cumsum(0).tolist(), allowed, strict=True))
-    for number, store in enumerate(run.cache.taken):
+    for number, store in enumerate(run.cache.routed):
         for row, told in enumerate(run.told):
             expected = told.taking()[number].nonzero()[:, 0]
             assert torch.equal(store.positions([row])[0, : store.lengths[row]], expected)
@@ -283,7 +287,7 @@ def test_a_step_cap_counts_parts(target, step_cap):
     config = small(num_layers=3, pattern="every", router=RouterConfig(target=target))
     model = ready(config, 24)
     routers = len(model.routers)
-    run = run_of(model, 9, 9, dial=Dial((-99.0,) * routers, step_cap=step_cap))
+    run = run_of(model, 9, 9, budget=ComputeBudget((-99.0,) * routers, step_cap=step_cap))
     for counts in ((4, 2), (1, 1), (4, 6)):
         run.step(*counts)
     for told in run.told:
@@ -299,8 +303,8 @@ def test_levels_move_each_router_by_its_own_number(target, score):
     routers = len(model.routers)
     yes, no = (1.0, 0.0) if score != "linear" else (-99.0, 99.0)
     for number in range(routers):
-        levels = tuple(yes if i == number else no for i in range(routers))
-        run = run_of(model, 7, dial=Dial(levels))
+        thresholds = tuple(yes if i == number else no for i in range(routers))
+        run = run_of(model, 7, budget=ComputeBudget(thresholds))
         for count in (4, 3):
             run.step(count)
         expected = torch.arange(routers)[:, None].expand(-1, 7) == number
@@ -311,7 +315,7 @@ def test_levels_move_each_router_by_its_own_number(target, score):
 def test_routers_without_content_take_the_dial_s_share(share):
     for score in ("fixed", "random"):
         config = small(num_layers=2, pattern="every", router=RouterConfig(score=score))
-        run = run_of(ready(config, 24), 600, dial=Dial((share, 0.4)))
+        run = run_of(ready(config, 24), 600, budget=ComputeBudget((share, 0.4)))
         for count in (1, 599):
             run.step(count)
         taking = run.told[0].taking().float().mean(1)
@@ -321,18 +325,22 @@ def test_routers_without_content_take_the_dial_s_share(share):
 
 def test_a_cap_that_the_cache_does_not_count_for_is_refused():
     config = small()
-    with pytest.raises(ValueError, match="counts_taken"):
-        ready(config, 24).extend(random_tokens(1, 3), Cache(config, 1), dial=Dial(layer_cap=0.5))
+    with pytest.raises(ValueError, match="tracks_routed"):
+        ready(config, 24).extend(
+            random_tokens(1, 3), Cache(config, 1), budget=ComputeBudget(layer_cap=0.5)
+        )
 
 
 @pytest.mark.parametrize("before", [None, 1.0])
 def test_a_cap_set_later_counts_what_took_part_before(before):
     config = small(num_layers=2)
     model, every = ready(config, 24), (-99.0,)
-    cache = Cache(config, 1, counts_taken=True)
+    cache = Cache(config, 1, tracks_routed=True)
     tokens = random_tokens(1, 20)
-    model.extend(tokens[:, :6], cache, dial=Dial(every, before))
-    later = model.extend(tokens[:, 6:], cache, dial=Dial(every, 0.5)).routing[0].chosen_BS[0]
+    model.extend(tokens[:, :6], cache, budget=ComputeBudget(every, before))
+    later = (
+        model.extend(tokens[:, 6:], cache, budget=ComputeBudget(every, 0.5)).routing[0].chosen_BS[0]
+    )
     # Six took part; from the fourteenth token on there is room for one at every second.
     assert later.nonzero()[:, 0].tolist() == [7, 9, 11, 13]
 
@@ -395,8 +403,8 @@ def test_rows_that_there_are_not_are_refused(rows):
 
 def test_levels_are_one_a_router():
     model, tokens = ready(small(), 24), random_tokens(1, 3)
-    for levels in ((0.0,), (0.0, 0.0, 0.0)):
+    for thresholds in ((0.0,), (0.0, 0.0, 0.0)):
         with pytest.raises(ValueError, match="levels for 2 routers"):
-            model(tokens, selection="predictor", dial=Dial(levels))
+            model(tokens, selection="predictor", budget=ComputeBudget(thresholds))
         with pytest.raises(ValueError, match="levels for 2 routers"):
-            model.extend(tokens, Cache(model.config, 1), dial=Dial(levels))
+            model.extend(tokens, Cache(model.config, 1), budget=ComputeBudget(thresholds))

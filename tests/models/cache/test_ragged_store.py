@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modtrain.models.cache.cache import Cache, CacheView
-from modtrain.models.cache.ragged_store import Store
-from modtrain.models.depth.compute_budget import Dial
+from modtrain.models.cache.ragged_store import RaggedStore
+from modtrain.models.depth.compute_budget import ComputeBudget
 from tests.helpers.model_cases import normal, quick, random_tokens, small
 from tests.models.cache.cache_cases import (
     Run,
@@ -21,15 +21,15 @@ from tests.models.cache.cache_cases import (
     Told,
     append,
     assert_each_alone,
+    budgets,
     cached_configs,
-    counts_taken,
-    dials,
     kept,
     padded,
     ragged,
     ready,
     run_of,
     runs,
+    tracks_routed,
 )
 
 # What is computed and kept is what took part, and no more.
@@ -71,19 +71,19 @@ def test_a_store_holds_the_tokens_that_took_part(run):
 @quick(25)
 @given(cached_configs(), st.data())
 def test_only_those_who_take_part_are_run(config, data):
-    model, dial = ready(config, 24), data.draw(dials(config))
+    model, budget = ready(config, 24), data.draw(budgets(config))
     calls = []
     for number, router in enumerate(model.routers):
         router.module.register_forward_pre_hook(
             lambda _, args, number=number: calls.append((number, *args[0].shape[:2]))
         )
-    cache = Cache(config, 4, counts_taken=counts_taken(dial))
+    cache = Cache(config, 4, tracks_routed=tracks_routed(budget))
     for seed in range(4):
         counts = data.draw(st.lists(st.integers(0, 3), min_size=4, max_size=4))
         valid_NS = padded(data.draw, counts)
         tokens_NS = random_tokens(*valid_NS.shape, seed)
         calls.clear()
-        found = model.extend(tokens_NS, cache, dial=dial, valid_NS=valid_NS)
+        found = model.extend(tokens_NS, cache, budget=budget, valid_NS=valid_NS)
         taking = [record.chosen_BS.sum(1) for record in found.routing]
         assert calls == [
             (number, int((count_N > 0).sum()), int(count_N.max()))
@@ -101,7 +101,7 @@ def test_only_those_who_take_part_are_run(config, data):
 )
 def test_a_store_equals_lists(batch, kind, margin, data):
     window, last = kind
-    store, slow = Store(batch, window, last, margin), SlowStore(batch)
+    store, slow = RaggedStore(batch, window, last, margin), SlowStore(batch)
     seen, furthest = [0] * batch, [0] * batch
     for _ in range(data.draw(st.integers(1, 12))):
         rows = sorted(data.draw(st.permutations(range(batch)))[: data.draw(st.integers(1, batch))])
@@ -137,14 +137,16 @@ def test_a_store_equals_lists(batch, kind, margin, data):
                 assert torch.equal(x_NL[number, :length], y_BL[row, :length])
         # A number and its position, and its document where there was any.
         item = 8 * (2 + bool(store.documents(all_of_them).any()))
-        assert store.allocated_bytes() in (batch * store.places * size for size in (item, 24))
+        assert store.allocated_bytes() in (
+            batch * store.allocated_length * size for size in (item, 24)
+        )
         assert store.used_bytes() in (sum(store.lengths) * size for size in (item, 24))
 
 
 @quick(40)
 @given(st.integers(0, 4), st.lists(st.integers(0, 6), min_size=3, max_size=3), st.data())
 def test_latest_are_the_last_ones_with_nothing_in_front(count, lengths, data):
-    store = Store(3, last=6)
+    store = RaggedStore(3, last=6)
     rows = sorted(data.draw(st.permutations(range(3)))[: data.draw(st.integers(1, 3))])
     positions_NK = torch.arange(6).expand(3, 6)
     field_NK1 = normal(3, 6, 1)
@@ -161,7 +163,7 @@ def test_latest_are_the_last_ones_with_nothing_in_front(count, lengths, data):
             assert found[number, count - back] == (field_NK1[row, place] if is_there else 0)
 
 
-def appended(store: Store, count: int, most: int | None = None) -> int:
+def appended(store: RaggedStore, count: int, most: int | None = None) -> int:
     """Append tokens one by one; how often all was moved to new memory."""
     moves, memory = 0, 0
     field_N11 = torch.zeros(1, 1, 1)
@@ -169,7 +171,7 @@ def appended(store: Store, count: int, most: int | None = None) -> int:
         store.append([0], [1], (field_N11,), torch.tensor([[position]]), None)
         now = store.positions([0]).untyped_storage().data_ptr()
         moves, memory = moves + (now != memory), now
-        assert most is None or store.places <= most
+        assert most is None or store.allocated_length <= most
     return moves
 
 
@@ -188,10 +190,10 @@ def appended(store: Store, count: int, most: int | None = None) -> int:
 )
 def test_memory_is_bounded_and_seldom_moved(window, last, margin):
     """Every token moves a constant share of the store, at most."""
-    store = Store(1, window, last, margin)
+    store = RaggedStore(1, window, last, margin)
     if window is None and last is None:
         assert appended(store, 10_000) < 150
-        assert store.places < 10_000 * 33 / 32 + 32
+        assert store.allocated_length < 10_000 * 33 / 32 + 32
         return
     looked_at = (window or last) + margin
     assert appended(store, 3000, looked_at * 33 // 32 + 32) < 3000 / 4
@@ -201,7 +203,7 @@ def test_memory_is_bounded_and_seldom_moved(window, last, margin):
 @pytest.mark.parametrize(("window", "last"), [(20, None), (None, 19)])
 def test_rows_at_different_places_stay_bounded_and_keep_what_they_look_at(window, last):
     """The last row waits while the others go on."""
-    store = Store(4, window, last, margin=5)
+    store = RaggedStore(4, window, last, margin=5)
     seen = [0, 0, 0, 30]
     store.append([3], [30], (torch.zeros(1, 30, 1),), torch.arange(30)[None], None)
     for step in range(1200):
@@ -211,7 +213,7 @@ def test_rows_at_different_places_stay_bounded_and_keep_what_they_look_at(window
         store.append(rows, [1] * len(rows), (field_NK1,), positions_NK, None)
         for row in rows:
             seen[row] += 1
-        assert store.places <= 25 * 9 // 8 + 64
+        assert store.allocated_length <= 25 * 9 // 8 + 64
         assert store.entries(range(4)).fields[0].isfinite().all()
     for row in range(4):
         assert [p for p, _, _ in kept(store, row)][-24:] == list(range(seen[row] - 24, seen[row]))
@@ -219,17 +221,17 @@ def test_rows_at_different_places_stay_bounded_and_keep_what_they_look_at(window
 
 def test_bytes_are_those_of_the_stores():
     config = small(num_kv_heads=1, mixer=["attention", "convolution", "attention", "attention"])
-    run = run_of(ready(config, 24, dtype=torch.float32), 40, 9, dial=Dial(layer_cap=0.5))
+    run = run_of(ready(config, 24, dtype=torch.float32), 40, 9, budget=ComputeBudget(layer_cap=0.5))
     assert run.cache.allocated_bytes() == run.cache.used_bytes() == 0
     run.step(40, 9)
     # Keys and values of a head of 8, or 16 features, and where the token stands.
     sizes = [4 * 16 + 8] * 4
-    stored, taken = run.cache.stored(), [store.lengths for store in run.cache.taken]
+    stored, taken = run.cache.stored(), [store.lengths for store in run.cache.routed]
     assert stored[0] == stored[2] == [40, 9]
     used = sum(size * sum(n) for size, n in zip(sizes, stored, strict=True))
     assert run.cache.used_bytes() == used + 8 * sum(sum(n) for n in taken)
-    buffers = [*((s, 72) for s in run.cache.layers), *((s, 8) for s in run.cache.taken)]
-    assert run.cache.allocated_bytes() == sum(2 * s.places * size for s, size in buffers)
+    buffers = [*((s, 72) for s in run.cache.layers), *((s, 8) for s in run.cache.routed)]
+    assert run.cache.allocated_bytes() == sum(2 * s.allocated_length * size for s, size in buffers)
     assert min(sum(n) for n in taken) > 0
 
 
@@ -240,9 +242,9 @@ def test_bytes_are_those_of_the_stores():
 @given(cached_configs(), st.data())
 def test_going_back_undoes_what_came_behind(config, data):
     """To any place within the margin, by rows, with tokens that go on otherwise."""
-    model, dial = ready(config, 24), data.draw(dials(config))
+    model, budget = ready(config, 24), data.draw(budgets(config))
     margin = 9
-    run = run_of(model, 20, 20, 20, margin=margin, dial=dial)
+    run = run_of(model, 20, 20, 20, margin=margin, budget=budget)
     start = data.draw(st.lists(st.integers(1, 10), min_size=3, max_size=3))
     more = data.draw(st.lists(st.integers(0, margin), min_size=3, max_size=3))
     run.step(*start)
@@ -308,7 +310,7 @@ def test_a_way_back_that_there_is_not_is_refused():
         run = run_of(ready(small(**changes), 24), 10, 10, margin=margin)
         run.step(10, 10)
         for wrong in (bad, 11):
-            with pytest.raises(ValueError, match=f"no way back to {wrong}"):
+            with pytest.raises(ValueError, match=f"cannot truncate to {wrong}"):
                 run.cache.truncate([wrong], [1])
         run.cache.truncate([good], [1])
         assert run.cache.seen == [10, good]
@@ -317,7 +319,7 @@ def test_a_way_back_that_there_is_not_is_refused():
 def test_a_refused_way_back_changes_nothing():
     run = run_of(ready(small(), 24), 10, 10)
     run.step(10, 10)
-    with pytest.raises(ValueError, match="no way back"):
+    with pytest.raises(ValueError, match="cannot truncate"):
         run.cache.truncate([3, 11])
     assert run.cache.seen == [10, 10]
 
@@ -325,15 +327,15 @@ def test_a_refused_way_back_changes_nothing():
 def test_there_is_no_way_back_beyond_the_start():
     run = run_of(ready(small(), 24), 4)
     run.step(4)
-    with pytest.raises(ValueError, match="no way back"):
+    with pytest.raises(ValueError, match="cannot truncate"):
         run.cache.truncate([-1])
 
 
 @quick(20)
 @given(cached_configs(), st.data())
 def test_a_row_that_is_reset_is_new(config, data):
-    model, dial = ready(config, 24), data.draw(dials(config))
-    run = run_of(model, 12, 12, dial=dial)
+    model, budget = ready(config, 24), data.draw(budgets(config))
+    run = run_of(model, 12, 12, budget=budget)
     run.step(7, 5)
     run.cache.reset(0)
     run.told[0], run.texts[0] = Told(), random_tokens(1, 12, 9)[0]
@@ -364,7 +366,7 @@ def clean(run: Run, row: int) -> None:
 def test_what_is_no_number_never_reaches_another_sequence(config, value, data):
     config.tie_embeddings = False
     model = poisoned(config, value)
-    run = run_of(model, 14, 14, 14, dial=data.draw(dials(config)))
+    run = run_of(model, 14, 14, 14, budget=data.draw(budgets(config)))
     for row in range(3):
         clean(run, row)
     run.texts[1][data.draw(st.integers(0, 9))] = POISON

@@ -34,17 +34,19 @@ def chosen_of(
     valid_BS: Tensor | None = None,
 ) -> Tensor:
     """Who is chosen (B, S), after a look at the places: each once, the chosen first, in order."""
-    index_BK, filled_BK, *_ = expert_choice(
+    index_BK, slot_mask_BK, *_ = expert_choice(
         scores_BS, count, context(scores_BS.shape[1], documents_BS, valid_BS)
     )
     assert index_BK.shape == (len(scores_BS), count)
-    filled_BK = torch.ones_like(index_BK, dtype=torch.bool) if filled_BK is None else filled_BK
-    for places, filled in zip(index_BK.tolist(), filled_BK.tolist(), strict=True):
-        assert len(set(places)) == count
+    slot_mask_BK = (
+        torch.ones_like(index_BK, dtype=torch.bool) if slot_mask_BK is None else slot_mask_BK
+    )
+    for num_slots, filled in zip(index_BK.tolist(), slot_mask_BK.tolist(), strict=True):
+        assert len(set(num_slots)) == count
         assert filled == sorted(filled, reverse=True)
-        assert places[: sum(filled)] == sorted(places[: sum(filled)])
+        assert num_slots[: sum(filled)] == sorted(num_slots[: sum(filled)])
     nobody_BS = torch.zeros_like(scores_BS, dtype=torch.bool)
-    return nobody_BS.scatter(1, index_BK, filled_BK)
+    return nobody_BS.scatter(1, index_BK, slot_mask_BK)
 
 
 def expected_of(
@@ -207,10 +209,11 @@ def test_skipped_tokens_keep_their_bits_on_every_path(
     x_BSD[:, 1::2, 0] = 0.0
     x_BSD[:, :, 1] = 1e-30
     for router in lively(config, seed, dtype).routers:
-        if router.keeps_state:
+        if router.has_running_stats:
             # The size of an update is never negative.
-            router.absorb(torch.tensor(4.0 if score == "oracle_norm" else 0.2))
-        out_BSD, (record,), *_ = router(x_BSD, at, None, normal(3, 20, seed=seed))
+            router.update_running_stats(torch.tensor(4.0 if score == "oracle_norm" else 0.2))
+        at = at._replace(received_BS=normal(3, 20, seed=seed))
+        out_BSD, (record,), *_ = router(x_BSD, at)
         skipped_BS = ~record.chosen_BS
         assert torch.equal(bits(out_BSD[skipped_BS]), bits(x_BSD[skipped_BS]))
 

@@ -18,7 +18,7 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import SCORES, RouterConfig
 from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.depth.pattern import num_chosen
-from modtrain.models.depth.router import RandomRouter, evenly_spaced
+from modtrain.models.depth.router import RandomRouter, evenly_spaced_scores
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.sequence import SequenceContext, as_output
 from modtrain.models.transformer import Transformer
@@ -80,7 +80,7 @@ def test_evenly_spaced_scores_choose_exactly_k_at_even_gaps(length, capacity):
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_a_jth_of_the_tokens_is_every_jth(every, count):
     length = every * count
-    scores_BS = evenly_spaced(normal(3, length, 4), num_chosen(1 / every, length))
+    scores_BS = evenly_spaced_scores(normal(3, length, 4), num_chosen(1 / every, length))
     expected_S = [float(place % every == every - 1) for place in range(length)]
     assert scores_BS.tolist() == [expected_S] * 3
 
@@ -300,7 +300,7 @@ def routed_once(
         lambda _module, _inputs, found: seen.append(as_output(found).value_BSD)
     )
     torch.manual_seed(0)
-    out_BSD, (record,), *_ = layer(x_BSD, context, None, received_BS)
+    out_BSD, (record,), *_ = layer(x_BSD, context._replace(received_BS=received_BS))
     handle.remove()
     return out_BSD, record.chosen_BS, record.scores_BS, seen[-1].flatten(0, 1)
 

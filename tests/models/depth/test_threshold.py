@@ -42,13 +42,13 @@ from tests.models.depth.choice_cases import (
 
 
 def slow_token_choice(
-    scores: list[float], count: int, places: int, threshold: float | None
+    scores: list[float], count: int, num_slots: int, threshold: float | None
 ) -> list[bool]:
     ranked = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
     ranked = [i for i in ranked if scores[i] > -math.inf]
     members = ranked[:count]
     if threshold is not None:
-        members = [i for i in ranked if scores[i] > threshold][:places]
+        members = [i for i in ranked if scores[i] > threshold][:num_slots]
     return [i in members for i in range(len(scores))]
 
 
@@ -56,7 +56,7 @@ def slow_token_choice(
 @given(st.data(), st.integers(1, 20), st.integers(0, 99), st.booleans())
 def test_token_choice_takes_what_is_above_the_threshold_up_to_its_places(data, length, seed, first):
     count = data.draw(st.integers(1, length))
-    places = data.draw(st.integers(count, length))
+    num_slots = data.draw(st.integers(count, length))
     scores_BS = normal(3, length, seed=seed)
     if data.draw(st.booleans()):
         scores_BS = scores_BS.masked_fill(~masked(3, length, seed, "any"), -math.inf)
@@ -65,12 +65,12 @@ def test_token_choice_takes_what_is_above_the_threshold_up_to_its_places(data, l
     chosen_BS = token_choice(
         scores_BS,
         count,
-        places,
+        num_slots,
         torch.tensor(threshold, dtype=torch.float64),
         torch.tensor(not first),
     )
     known = None if first else threshold
-    expected = [slow_token_choice(row, count, places, known) for row in scores_BS.tolist()]
+    expected = [slow_token_choice(row, count, num_slots, known) for row in scores_BS.tolist()]
     assert chosen_BS.tolist() == expected
 
 
@@ -93,14 +93,16 @@ def token_layer(target: str = "block", **changes) -> tuple[MixtureOfDepths, Mode
 @example("block", "attention", 9.0, 1.25, 12, False)
 @example("block", "attention", -9.0, 1.0, 18, False)
 def test_a_layer_of_token_choice_equals_the_reference(
-    target, mixer, threshold, room, length, several
+    target, mixer, threshold, capacity_factor, length, several
 ):
     """The output and every gradient: those above the threshold see one another alone."""
-    layer, config = token_layer(target, mixer=mixer, router={"room": room, "gate": "sigmoid"})
+    layer, config = token_layer(
+        target, mixer=mixer, router={"capacity_factor": capacity_factor, "gate": "sigmoid"}
+    )
     if threshold is not None:
-        layer.absorb(torch.tensor(threshold, dtype=torch.float64))
+        layer.update_running_stats(torch.tensor(threshold, dtype=torch.float64))
     count = num_chosen(0.25, length)
-    places = min(length, math.ceil(room * count))
+    num_slots = min(length, math.ceil(capacity_factor * count))
     x_BSD = normal(3, length, 16, seed=length).requires_grad_()
     documents_S = torch.arange(length) // 5 if several else torch.zeros(length).long()
     found = layer(
@@ -118,7 +120,7 @@ def test_a_layer_of_token_choice_equals_the_reference(
     rows = []
     for x_SD, chosen_S in zip(x_BSD, record.chosen_BS, strict=True):
         scores = reference.score(p, "", config, x_SD).tolist()
-        expected = slow_token_choice(scores, count, places, threshold)
+        expected = slow_token_choice(scores, count, num_slots, threshold)
         assert chosen_S.tolist() == expected
         rows.append(reference.routed_layer(p, "", config, x_SD, sequence, expected, target))
     expected_BSD = torch.stack(rows)
@@ -141,7 +143,7 @@ def test_a_layer_of_token_choice_equals_the_reference(
 def test_token_choice_computes_the_same_number_of_places_whoever_is_chosen(threshold):
     layer, config = token_layer()
     if threshold is not None:
-        layer.absorb(torch.tensor(threshold, dtype=torch.float64))
+        layer.update_running_stats(torch.tensor(threshold, dtype=torch.float64))
     shapes = []
     layer.module.register_forward_pre_hook(lambda _module, found: shapes.append(found[0].shape))
     layer(normal(3, 24, 16), context_of(config, torch.arange(24)[None], selection="token"))
@@ -185,7 +187,7 @@ def test_the_threshold_is_a_mean_of_the_past_without_a_pull_to_zero(values, deca
     layer, _ = token_layer(router={"threshold_decay": decay})
     assert layer.threshold() == 0
     for value in values:
-        layer.absorb(torch.tensor(value, dtype=torch.float64))
+        layer.update_running_stats(torch.tensor(value, dtype=torch.float64))
     weights = [decay ** (len(values) - 1 - i) for i in range(len(values))]
     mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
     np.testing.assert_allclose(float(layer.threshold()), mean, rtol=1e-9, atol=1e-9)
@@ -197,10 +199,10 @@ def test_each_running_state_learns_from_its_own_record(experts):
     model = lively(model_of(experts, router=router, pattern="every"))
     output = model(random_tokens(2, 16))
     before = [bits(buffer).clone() for buffer in model.buffers()]
-    observed = model.observe(output)
+    observed = model.batch_stats(output)
     assert len(observed) == 4 + (0 if experts is None else 2)
     assert all(torch.equal(bits(b), one) for b, one in zip(model.buffers(), before, strict=True))
-    model.absorb(observed)
+    model.update_running_stats(observed)
     for router, record in zip(model.routers, output.routing, strict=True):
         torch.testing.assert_close(router.threshold(), record.quantile)
     for mixture, record in zip(model.mixtures, output.experts, strict=True):
@@ -232,11 +234,11 @@ def test_the_share_chosen_keeps_to_the_capacity_while_scores_wander(capacity):
                 record = layer(x_BSD, at).routing[0]
             shares[selection].append(float(record.chosen_BS.double().mean()))
             if selection == "token":
-                observed = layer.observe(record)
+                observed = layer.batch_stats(record)
         if step == 10:
             old = layer.threshold()
         shares["old"].append(float((record.scores_BS > old).double().mean()))
-        layer.absorb(observed)
+        layer.update_running_stats(observed)
     off = {name: abs(sum(found[10:]) / 50 - capacity) for name, found in shares.items()}
     assert off["token"] < 0.03
     assert off["threshold"] < 0.04

@@ -188,7 +188,7 @@ def test_the_bias_evens_the_load(noop):
     even = 1 / (4 + noop)
     assert before.max() > 1.5 * even
     for _ in range(150):
-        layer.absorb(layer.observe(layer(x_BSD, context_of(64)).experts[0]))
+        layer.update_running_stats(layer.batch_stats(layer(x_BSD, context_of(64)).experts[0]))
     after = layer(x_BSD, context_of(64)).experts[0].load_E
     assert (after - even).abs().max() < 0.1 * even
 
@@ -200,7 +200,7 @@ def test_expert_choice_learns_the_quantile_of_what_it_takes():
     x_BSD = normal(3, 20, DIM)
     for _ in range(3):
         trained = layer(x_BSD, context_of(20)).experts[0]
-        layer.absorb(layer.observe(trained))
+        layer.update_running_stats(layer.batch_stats(trained))
     assert_close(layer.quantile_sum / layer.quantile_weight, trained.quantile_E, "quantile")
     assert layer.quantile_weight.item() == pytest.approx(1 - 0.9**3)
     causal = layer(x_BSD, context_of(20, "threshold")).experts[0]
@@ -223,7 +223,7 @@ def test_forward_leaves_the_buffers_alone(variant):
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     record = layer(normal(1, 9, DIM), context_of(9)).experts[0]
     assert all(torch.equal(before[name], buffer) for name, buffer in layer.named_buffers())
-    assert (layer.observe(record) is None) == (not before)
+    assert (layer.batch_stats(record) is None) == (not before)
 
 
 @quick(40)
