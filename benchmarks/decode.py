@@ -35,9 +35,9 @@ from benchmarks._harness import (
     ratio,
 )
 from benchmarks._llama import as_llama
+from modtrain.inference.generate.config import SamplingConfig
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Token
-from modtrain.inference.generate.sampling import Dice, distribution, draw
-from modtrain.inference.generate.sampling_config import SamplingConfig
+from modtrain.inference.generate.sampling import PerSequenceRNG, distribution, draw
 from modtrain.models.cache.cache import Cache
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
@@ -165,12 +165,12 @@ class _Decoding:
     def run(self, tokens: int) -> float:
         """Make so many tokens of each sequence. Returns the seconds."""
         batch = len(self.last_B1)
-        dice, token_B1 = Dice.of(1, batch), self.last_B1
+        rng, token_B1 = PerSequenceRNG.from_seed(1, batch), self.last_B1
         start = time.perf_counter()
         for _ in range(tokens):
             output = self.model.extend(token_B1, self.cache, last_only=True)
             chance_BV = distribution(output.require_logits()[:, -1], SamplingConfig())
-            token_B1 = draw(chance_BV, dice.uniform(range(batch))).unsqueeze(1)
+            token_B1 = draw(chance_BV, rng.uniform(range(batch))).unsqueeze(1)
             for place, record in enumerate(output.routing):
                 self.chosen_R[place] += int(record.chosen_BS.sum())
             self.tokens += batch

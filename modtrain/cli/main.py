@@ -134,7 +134,7 @@ def _eval(overrides: list[str], config_dir: str | None) -> int:
 
     config = compose("eval", overrides, config_dir)
     from modtrain.inference.evaluate.evaluate import evaluate_run
-    from modtrain.inference.evaluate.table import show
+    from modtrain.inference.evaluate.reporting import show
 
     show(evaluate_run(config))
     return 0

@@ -1,1 +1,1 @@
-"""Held-out evaluation of trained models."""
+"""Evaluation, generation and inspection with trained models."""

@@ -1,4 +1,4 @@
-"""From a wish, such as a share of the tokens, to levels that a model's routers go by.
+"""Thresholds of a model's routers from a requested share of tokens, by calibration on text.
 
 Shapes: B batch, S sequence, T = S + 1, N all tokens of a text.
 """
@@ -27,7 +27,7 @@ from modtrain.models.depth.config import Selection
 from modtrain.models.transformer import Transformer
 
 Precision = Callable[[], AbstractContextManager[Any]]
-# A share within a hundredth of what is wanted, or half a token of the text, is near enough.
+# A share within a hundredth of the target, or half a token of the text, is close enough.
 _TOLERANCE = 0.01
 
 
@@ -41,18 +41,18 @@ def make_budget(
     eos_id: int | None = None,
     prefix: str = "inference",
 ) -> ComputeBudget | None:
-    """Return the dial that ``config`` asks for under ``selection``; None where it asks for nothing.
+    """Return the compute budget of ``config`` for ``selection``; None if it changes nothing.
 
-    batches: text (B, S + 1) of the training split, read where ``config.capacity`` is to be
+    batches: text (B, S + 1) of the training split, read if ``config.capacity`` is to be
     calibrated; see `Calibration`. precision: makes the context to compute in.
-    eos_id: the end of documents, where the model is to keep them apart. prefix: of the keys in
-    errors.
+    eos_id: the end-of-document token, if documents are masked from each other. prefix: of the
+    keys in errors.
 
     Raises:
-        ConfigError: the model cannot be moved so.
+        ConfigError: the model does not support the budget.
     """
     raise_if_any(budget_problems(config, model.config, prefix))
-    if not config.asked:
+    if not config.overrides:
         return None
     thresholds = None
     if config.capacity is not None:
@@ -73,7 +73,7 @@ def budget_of_run(
     batch_size: int,
     prefix: str = "inference",
 ) -> ComputeBudget | None:
-    """The same for a trained run, calibrated on its own training text."""
+    """Return the compute budget for a trained run, calibrated on its own training text."""
     batches = []
     if config.capacity is not None:
         batches = training_text(loaded, config.calibration_sequences, batch_size)
@@ -89,7 +89,7 @@ def budget_of_run(
 
 
 def training_text(loaded: LoadedRun, sequences: int, batch_size: int) -> list[Tensor]:
-    """Return the first ``sequences`` that the run was trained on, in batches (B, S + 1)."""
+    """Return the first ``sequences`` of the run's training stream, in batches (B, S + 1)."""
     data = TokenDataModule(
         loaded.trained.data, micro_batch_size=1, accumulate=1, num_steps=1, eval_batch_size=1
     )
@@ -105,12 +105,12 @@ def resolve_decisions(
     prefix: str = "inference",
     as_trained: bool = False,
 ) -> list[Selection]:
-    """Return the causal decisions to look at; all that the model has where none is named.
+    """Return the causal decision that ``config`` names; without a name, all of the model's.
 
-    as_trained: what a model that looks ahead chooses by in training may be named too.
+    as_trained: also accept the selection of training where it is not causal.
 
     Raises:
-        ConfigError: the model does not have the one that is named.
+        ConfigError: the model does not have the decision.
     """
     known = model.causal_selections
     if config.decision is None:
@@ -120,40 +120,40 @@ def resolve_decisions(
     for selection in known:
         if selection == config.decision:
             return [selection]
-    remedy = f"use one of: {', '.join(known)}" if known else "evaluate it without"
+    remedy = f"use one of: {', '.join(known)}" if known else "leave it out"
     reason = f"is not a {'' if as_trained else 'causal '}decision of this model"
     raise ConfigError([Problem(key_of(prefix, "decision"), config.decision, reason, remedy)])
 
 
 def budget_problems(config: ComputeBudgetConfig, model: ModelConfig, prefix: str) -> list[Problem]:
-    """Everything that ``config`` asks for and ``model`` does not have."""
+    """Find settings of ``config`` that ``model`` does not support."""
     reason = None
     if not model.is_routed:
-        reason = "moves depth routers, and the model has none"
+        reason = "changes depth routers, and the model has none"
     elif not model.causal_selections:
-        reason = "moves causal decisions, and the model was trained without"
+        reason = "changes causal decisions, and the model was trained without any"
     if reason is not None:
         return [
             Problem(key_of(prefix, name), value, reason, "leave it out")
-            for name, value in config.asked.items()
+            for name, value in config.overrides.items()
         ]
-    if "shift" in config.asked and not model.router.needs_causal:
-        reason = f"moves a level, and router.score={model.router.score} has none"
-        remedy = f"give {key_of(prefix, 'capacity')} instead"
+    if "shift" in config.overrides and not model.router.needs_causal:
+        reason = f"changes a threshold, and router.score={model.router.score} has none"
+        remedy = f"set {key_of(prefix, 'capacity')} instead"
         return [Problem(key_of(prefix, "shift"), config.shift, reason, remedy)]
     return []
 
 
 class Calibration:
-    """Finds the levels at which every router takes a wanted share of a text.
+    """Finds the thresholds at which every router takes a given share of a text.
 
-    A router's level is the quantile of what it decides by. That depends on the choices of the
-    routers before it: each pass over the text therefore settles one more of them, and as many
-    passes as there are routers settle all. It ends before where a pass finds every share within a
-    hundredth of the wanted one, or half a token of the text. Of values that are equal all or none
-    are taken, whatever is nearer.
+    A router's threshold is a quantile of its decision values, which depend on the choices of the
+    routers before it. Each pass over the text fixes one more router, so as many passes as there are
+    routers fix all. It ends early if every share is within a hundredth of the target, or half a
+    token of the text. Equal values are taken all or not at all, whichever is nearer.
 
-    The same text gives the same levels. The first pass, at the trained levels, serves every share.
+    The same text gives the same thresholds. The first pass, at the trained thresholds, serves every
+    share.
     """
 
     def __init__(
@@ -168,8 +168,8 @@ class Calibration:
     ) -> None:
         """Prepare for ``model`` under ``selection``; nothing is computed yet.
 
-        batches: text (B, S + 1), gone through several times. caps: in force as shares are
-        measured; a share is of the tokens that a router wants, before a cap turns some away.
+        batches: text (B, S + 1), iterated several times. caps: in effect during calibration; a
+        share is of the tokens above a router's threshold, before caps.
         """
         self.model, self.selection, self.precision = model, selection, precision
         self.batches, self.eos_id = batches, eos_id
@@ -177,14 +177,14 @@ class Calibration:
         self._as_trained: list[Tensor] | None = None
 
     def budget(self, share: float) -> ComputeBudget:
-        """Return the dial at which each router takes ``share`` of the tokens.
+        """Return the compute budget at which each router takes ``share`` of the tokens.
 
         Raises:
             ValueError: there is no text.
         """
-        return self.caps._replace(thresholds=self._levels(share))
+        return self.caps._replace(thresholds=self._thresholds(share))
 
-    def _levels(self, share: float) -> tuple[float, ...]:
+    def _thresholds(self, share: float) -> tuple[float, ...]:
         routers = len(self.model.routers)
         if not self.model.config.router.needs_causal:
             return (share,) * routers
@@ -196,20 +196,20 @@ class Calibration:
         thresholds = tuple(threshold_for_share(value_N, share) for value_N in values)
         for _ in range(routers - 1):
             values = self._values(self.caps._replace(thresholds=thresholds))
-            if all(map(_is_near, values, thresholds, [share] * routers)):
+            if all(map(_is_close, values, thresholds, [share] * routers)):
                 break
             thresholds = tuple(threshold_for_share(value_N, share) for value_N in values)
         return thresholds
 
     def _values(self, budget: ComputeBudget) -> list[Tensor]:
-        """What each router decides by (N,) under ``budget``."""
-        kept: list[list[Tensor]] = [[] for _ in self.model.routers]
+        """The decision values (N,) of each router under ``budget``."""
+        collected: list[list[Tensor]] = [[] for _ in self.model.routers]
         with evaluation_mode(self.model) as device:
             for batch in self.batches:
                 inputs_BS, targets_BS = batch[:, :-1].to(device), batch[:, 1:].to(device)
                 documents_BS = document_numbers_if_apart(inputs_BS, self.eos_id)
                 with self.precision():
-                    # With targets the logits are never there as a whole.
+                    # With targets, the logits are computed in chunks.
                     output = self.model(
                         inputs_BS,
                         targets_BS,
@@ -217,41 +217,41 @@ class Calibration:
                         documents_BS=documents_BS,
                         budget=budget,
                     )
-                records = zip(kept, self.model.routers, output.routing, strict=True)
+                records = zip(collected, self.model.routers, output.routing, strict=True)
                 for values, router, record in records:
                     value_BS = router.decision_values(
                         self.selection, record.scores_BS, record.predictor_BS
                     )
                     values.append(value_BS.flatten().cpu())
-        if not all(kept):
+        if not all(collected):
             raise ValueError("there is no text to calibrate on")
-        return [torch.cat(values) for values in kept]
+        return [torch.cat(values) for values in collected]
 
 
 def threshold_for_share(value_N: Tensor, share: float) -> float:
-    """Return the level that ``share`` of the values lie above, one of them at least.
+    """Return the threshold that ``share`` of the values exceed, and at least one of them.
 
-    It is the middle between the last value above and the first one below. Where these are equal,
-    the nearest place at which values differ.
+    It is the midpoint between the lowest value above and the highest value below. If these are
+    equal, it is between the nearest values that differ.
     """
     total = len(value_N)
-    wanted = max(1, round(share * total))
+    count = max(1, round(share * total))
     ranked_N = value_N.sort(descending=True).values
-    if wanted < total and ranked_N[wanted - 1] == ranked_N[wanted]:
-        above = int((ranked_N > ranked_N[wanted]).sum())
-        with_equals = int((ranked_N >= ranked_N[wanted]).sum())
-        wanted = above if wanted - above <= with_equals - wanted else with_equals
-    if wanted == 0:
+    if count < total and ranked_N[count - 1] == ranked_N[count]:
+        without_ties = int((ranked_N > ranked_N[count]).sum())
+        with_ties = int((ranked_N >= ranked_N[count]).sum())
+        count = without_ties if count - without_ties <= with_ties - count else with_ties
+    if count == 0:
         return float(ranked_N[0])
-    if wanted == total:
+    if count == total:
         return -math.inf
-    last, first = ranked_N[wanted - 1], ranked_N[wanted]
-    # Between neighbours in floating point there is no middle.
-    middle = first + (last - first) / 2
-    return float(middle if middle < last else first)
+    above, below = ranked_N[count - 1], ranked_N[count]
+    # Adjacent floating-point numbers have no midpoint.
+    middle = below + (above - below) / 2
+    return float(middle if middle < above else below)
 
 
-def _is_near(value_N: Tensor, level: float, share: float) -> bool:
-    found = int((value_N > level).sum())
-    wanted = max(1.0, share * len(value_N))
-    return abs(found - wanted) <= max(0.5, _TOLERANCE * wanted)
+def _is_close(value_N: Tensor, threshold: float, share: float) -> bool:
+    count = int((value_N > threshold).sum())
+    target = max(1.0, share * len(value_N))
+    return abs(count - target) <= max(0.5, _TOLERANCE * target)

@@ -1,4 +1,4 @@
-"""Typed configuration of an evaluation, and of whatever else looks at a trained run."""
+"""Configuration of an evaluation, and of what all verbs on trained runs share."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from modtrain.training.config import PRECISIONS
 
 @dataclass
 class TrainedRunConfig:
-    """Which run is looked at, and how it is computed.
+    """Which trained run to load, and how to compute it.
 
     run: the run's name below ``runs_dir``.
-    runs_dir: where runs live.
-    step: which checkpoint; null takes the newest.
-    data_path: another prepared directory than the run's own, made with the same tokenizer.
+    runs_dir: directory of the runs.
+    step: step of the checkpoint; null: the newest.
+    data_path: a prepared directory in place of the run's own, made with the same tokenizer.
     accelerator: ``auto`` takes CUDA, then MPS, then the CPU.
     precision: ``auto`` takes bf16 mixed precision where CUDA has it, and fp32 elsewhere.
     """
@@ -31,7 +31,7 @@ class TrainedRunConfig:
     precision: str = "auto"
 
     def problems(self, prefix: str = "") -> list[Problem]:
-        """Everything wrong with the choice of the run."""
+        """Everything wrong with these settings."""
         return [
             *not_empty(self, prefix, "run", "add run=my_run"),
             *one_of(self, prefix, "accelerator", ACCELERATORS),
@@ -41,18 +41,18 @@ class TrainedRunConfig:
 
 @dataclass
 class ComputeBudgetConfig:
-    """By which causal decision, and how much, a trained model is to compute.
+    """The causal decision of a trained model, and how much it computes.
 
-    decision: one of the model's causal decisions; null takes the first, in an evaluation all.
-    capacity: share of the tokens, in (0, 1], that each router is to take: its level is put at the
-        quantile of what it decides by, over text of the training split. Routers that look at no
-        token take the share itself.
-    shift: added to the level that what a router decides by has to exceed, for all routers alike, in
-        its units: the predictor's logit (``predictor``), the score (``auxiliary``, where it is a
-        logit, and ``threshold``). Above 0 fewer tokens take part. Not beside ``capacity``.
-    layer_cap: of the first n tokens of a sequence a router takes ``floor(layer_cap * n)`` at most.
-    step_cap: routed parts that a token enters at most, the first ones that want it.
-    calibration_sequences: sequences of training text that ``capacity`` is calibrated on.
+    decision: one of the model's causal decisions; null: the first, in an evaluation all.
+    capacity: share of the tokens, in (0, 1], that each router takes: its threshold is set to a
+        quantile of its decision values over text of the training split. Routers that ignore content
+        take the share itself.
+    shift: added to the threshold of all routers, in the units of the decision: the predictor's
+        logit (``predictor``), the score (``auxiliary``, where it is a logit, and ``threshold``).
+        Above 0 fewer tokens are routed. Cannot be combined with ``capacity``.
+    layer_cap: of the first n tokens of a sequence a router takes at most ``floor(layer_cap * n)``.
+    step_cap: maximum number of routed parts that a token enters, earlier layers first.
+    calibration_sequences: sequences of training text to calibrate ``capacity`` on.
     """
 
     decision: str | None = None
@@ -63,50 +63,50 @@ class ComputeBudgetConfig:
     calibration_sequences: int = 64
 
     @property
-    def asked(self) -> dict[str, float]:
-        """What differs from the model as trained, by key; empty where nothing does."""
-        found = {
+    def overrides(self) -> dict[str, float]:
+        """The settings that differ from the model as trained, by key."""
+        settings = {
             "capacity": self.capacity,
             "shift": self.shift or None,
             "layer_cap": self.layer_cap,
             "step_cap": self.step_cap,
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in settings.items() if value is not None}
 
     @property
     def suffix(self) -> str:
-        """What of a file's name tells its content from that of the model as trained."""
-        parts = [f"{name}_{value}" for name, value in self.asked.items()]
+        """The part of a result's file name that names the decision and the overrides."""
+        parts = [f"{name}_{value}" for name, value in self.overrides.items()]
         return "".join(f"-{part}" for part in [self.decision, *parts] if part)
 
     def problems(self, prefix: str = "inference") -> list[Problem]:
-        """Everything wrong with the request, but for what only the model can tell."""
+        """Everything wrong with the settings, except for what depends on the model."""
         remedy = "give a share above 0, up to 1"
-        found = [
+        problems = [
             Problem(key_of(prefix, name), value, "is not a share in (0, 1]", remedy)
             for name, value in (("capacity", self.capacity), ("layer_cap", self.layer_cap))
             if value is not None and not 0 < value <= 1
         ]
-        found += at_least(self, prefix, 0, "step_cap")
-        found += at_least(self, prefix, 1, "calibration_sequences")
+        problems += at_least(self, prefix, 0, "step_cap")
+        problems += at_least(self, prefix, 1, "calibration_sequences")
         if not math.isfinite(self.shift):
             reason, remedy = "is not finite", "give a number; capacity=1 takes every token"
-            found.append(Problem(key_of(prefix, "shift"), self.shift, reason, remedy))
+            problems.append(Problem(key_of(prefix, "shift"), self.shift, reason, remedy))
         elif self.shift and self.capacity is not None:
-            reason = f"moves the levels that {key_of(prefix, 'capacity')} calibrates"
+            reason = f"changes the thresholds that {key_of(prefix, 'capacity')} calibrates"
             remedy = "leave one of the two out"
-            found.append(Problem(key_of(prefix, "shift"), self.shift, reason, remedy))
-        return found
+            problems.append(Problem(key_of(prefix, "shift"), self.shift, reason, remedy))
+        return problems
 
 
 @dataclass
 class EvalRunConfig(TrainedRunConfig):
-    """What a run is evaluated on, and at which setting of the dial.
+    """What a run is evaluated on, and at which compute budget.
 
-    sequences: held-out sequences; null takes all.
+    sequences: number of held-out sequences; null: all.
     batch_size: sequences at a time.
-    sweep: capacities; each router is moved to take
-    each of them in turn, and the curve of loss over FLOPs replaces the evaluation.
+    sweep: capacities to calibrate the routers to, in turn; the result is the curve of loss over
+        FLOPs instead of an evaluation.
     """
 
     sequences: int | None = None
@@ -115,7 +115,7 @@ class EvalRunConfig(TrainedRunConfig):
     sweep: list[float] | None = None
 
     def problems(self, prefix: str = "") -> list[Problem]:
-        """Everything wrong with the request."""
+        """Everything wrong with the settings."""
         return [
             *super().problems(prefix),
             *at_least(self, prefix, 1, "sequences", "batch_size"),
@@ -127,16 +127,16 @@ class EvalRunConfig(TrainedRunConfig):
         if self.sweep is None:
             return []
         key, remedy = key_of(prefix, "sweep"), "give capacities such as [0.0625, 0.125, 0.25, 1]"
-        reasons = [f"holds {share}, not in (0, 1]" for share in self.sweep if not 0 < share <= 1]
+        reasons = [f"has {share}, not in (0, 1]" for share in self.sweep if not 0 < share <= 1]
         if not self.sweep:
             reasons.append("is empty")
         if len(set(self.sweep)) != len(self.sweep):
             reasons.append("names a capacity twice")
-        found = [Problem(key, self.sweep, reason, remedy) for reason in reasons]
+        problems = [Problem(key, self.sweep, reason, remedy) for reason in reasons]
         for name in ("capacity", "shift"):
-            if name in self.inference.asked:
+            if name in self.inference.overrides:
                 inner = key_of(key_of(prefix, "inference"), name)
-                reason = f"stands beside {key}, which sets each point's own"
-                value = self.inference.asked[name]
-                found.append(Problem(inner, value, reason, "leave one of the two out"))
-        return found
+                reason = f"cannot be combined with {key}, which sets it for each point"
+                value = self.inference.overrides[name]
+                problems.append(Problem(inner, value, reason, "leave one of the two out"))
+        return problems

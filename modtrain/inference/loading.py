@@ -1,4 +1,4 @@
-"""A trained run's model and its held-out text, as evaluation and inspection need them."""
+"""Loading a trained run: its model, configuration and held-out text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from modtrain.training.run_directory import RunDirectory
 class LoadedRun:
     """A run at one of its checkpoints; the model is on its device and in evaluation mode.
 
-    data_path: the prepared directory to take held-out text from, of the run's tokenizer.
+    data_path: the prepared directory with the held-out text, made with the run's tokenizer.
     precision: ``fp32`` or ``bf16``.
     """
 
@@ -43,18 +43,12 @@ class LoadedRun:
 
     @property
     def capacities(self) -> tuple[float | None, ...]:
-        """One a layer; in the middle of a schedule other ones than at its end."""
+        """The capacity of each layer at this checkpoint, which a schedule changes."""
         return derive(self.trained).capacities_at(max(0, self.step - 1))
 
     @property
-    def shares(self) -> tuple[float, ...]:
-        """The same, one a router."""
-        parts = self.trained.model.routed_parts
-        return tuple(self.capacities[layer] or 1.0 for layer, _ in parts)
-
-    @property
     def seq_len(self) -> int:
-        """Tokens of a sequence."""
+        """Tokens per sequence."""
         return self.trained.data.seq_len or read_summary(self.trained.data.path).seq_len
 
     @property
@@ -63,12 +57,12 @@ class LoadedRun:
         return Path(self.trained.data.path, TOKENIZER_NAME)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context to compute in."""
+        """Return the autocast context of the precision."""
         enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def held_out(self, sequences: int | None, batch_size: int) -> DataLoader[Tensor]:
-        """Batches (B, S + 1) of the first ``sequences`` held-out ones; None takes all."""
+        """Batches (B, S + 1) of the first ``sequences`` held-out sequences; None: all."""
         data = TokenDataModule(
             replace(self.trained.data, path=self.data_path),
             micro_batch_size=1,
@@ -84,7 +78,7 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
     """Load the run that ``config`` names.
 
     Raises:
-        ConfigError, CheckpointError, DataError: what cannot be loaded, with the remedy.
+        ConfigError, CheckpointError, DataError: the run cannot be loaded, with the remedy.
     """
     run = RunDirectory(Path(config.runs_dir) / str(config.run))
     trained = run.read_config()
@@ -106,15 +100,15 @@ def load_model(config: TrainConfig, path: Path) -> Transformer:
 
 
 def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data_path: str) -> None:
-    """Raise where the numbers of tokens would mean other text than in training."""
-    known = json.loads(run.manifest.read_text())["data_fingerprint"]
-    if read_summary(trained.data.path).fingerprint != known:
+    """Raise DataError if token ids would not mean the same text as in training."""
+    recorded = json.loads(run.manifest.read_text())["data_fingerprint"]
+    training_data, data = read_summary(trained.data.path), read_summary(data_path)
+    if training_data.fingerprint != recorded:
         raise DataError(
-            f"{trained.data.path} holds other data now than {run.path} was trained on:"
-            " prepare that again, for its tokenizer is the run's"
+            f"{trained.data.path} has other data now than {run.path} was trained on: prepare the"
+            " same data again; its tokenizer is the run's"
         )
-    ours, theirs = read_summary(trained.data.path), read_summary(data_path)
-    if ours.tokenizer_sha256 != theirs.tokenizer_sha256:
+    if training_data.tokenizer_sha256 != data.tokenizer_sha256:
         raise DataError(
             f"{data_path} was made with another tokenizer than {trained.data.path}: prepare it"
             f" with tokenizer.path={Path(trained.data.path, TOKENIZER_NAME)}"

@@ -1,4 +1,4 @@
-"""What each token says: its bytes, and how they look on a page."""
+"""Tokens as printable text: their bytes, and how to display them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tokenizers import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACES = re.compile(r"^ +$|  +")
-# What errors="surrogateescape" makes of bytes that are no UTF-8.
+# Code points that errors="surrogateescape" gives to bytes that are not UTF-8.
 _ESCAPED = 0xDC00
 _NAMED = {"\n": "↵\n", "\r": "␍", "\t": "⇥"}
 
-# How many of a token's bytes end a character, and which one.
+# The number of a token's bytes that end a character, and that character.
 _Ending = tuple[int, str]
 
 
@@ -25,9 +25,9 @@ _Ending = tuple[int, str]
 class Piece:
     """A token as text.
 
-    shown: printable; white space that would not be seen is marked. A byte that is only part of a
-        character stands as ⟨e2⟩, the last one as ⟨ac €⟩.
-    characters: those that the token has a part of, in print.
+    shown: printable; invisible white space is marked. A byte that is part of a character is shown
+        as ⟨e2⟩, the last byte as ⟨ac €⟩.
+    characters: the printable characters that the token is a part of.
     """
 
     shown: str
@@ -35,7 +35,7 @@ class Piece:
 
 
 class TokenTexts:
-    """Token numbers → pieces of text, for byte-level tokenizers and those with byte fallback."""
+    """Token ids to pieces of text, for byte-level tokenizers and those with byte fallback."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -45,7 +45,7 @@ class TokenTexts:
         self._added = {number: token.content for number, token in added.items()}
 
     def bytes_of(self, number: int) -> bytes:
-        """Return the bytes that a token stands for; empty where the vocabulary has no such one."""
+        """Return the bytes of a token; empty if the vocabulary does not have it."""
         if number in self._added:
             return self._added[number].encode()
         token = self._tokenizer.id_to_token(number)
@@ -57,7 +57,7 @@ class TokenTexts:
         return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
 
     def pieces(self, numbers: Sequence[int]) -> list[Piece]:
-        """Return each token's piece; characters are put together over neighbouring tokens."""
+        """Return each token's piece; characters are joined across neighbouring tokens."""
         known = {number: self.bytes_of(number) for number in set(numbers)}
         contents = [known[number] for number in numbers]
         shared, ended = _shared_characters(contents)
@@ -71,7 +71,7 @@ class TokenTexts:
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """Return the bytes of a byte-level token; of an added one, which is plain text, its UTF-8."""
+    """Return the bytes of a byte-level token, or the UTF-8 of an added token in plain text."""
     known = byte_alphabet()
     if all(character in known for character in token):
         return bytes(known[character] for character in token)
@@ -80,17 +80,17 @@ def byte_level_bytes(token: str) -> bytes:
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes with (GPT-2's ``bytes_to_unicode``)."""
+    """The characters that represent bytes in byte-level BPE (GPT-2's ``bytes_to_unicode``)."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 def visible(text: str) -> str:
-    """Return ``text`` with nothing in it that would not be seen, or would change what is around."""
+    """Return ``text`` with markers for invisible characters and formatting controls."""
     text = _SPACES.sub(lambda spaces: "·" * len(spaces[0]), text)
     text = "".join(map(_visible, text))
-    # A mark without its letter would sit on the token before.
+    # A combining mark without its letter would attach to the token before.
     return f"◌{text}" if text and unicodedata.category(text[0]).startswith("M") else text
 
 
@@ -102,13 +102,13 @@ def _visible(character: str) -> str:
     number = ord(character)
     if 0x80 <= number - _ESCAPED <= 0xFF:
         return f"⟨{number - _ESCAPED:02x}⟩"
-    # Controls, formats such as a change of direction, unassigned, separators.
+    # Controls, formats such as direction changes, unassigned code points, separators.
     hidden = unicodedata.category(character)[0] in "CZ"
     return f"⟨U+{number:04X}⟩" if hidden else character
 
 
 def _shown(content: bytes, num_bytes: int, character: str) -> str:
-    """Return a token in print; its first ``num_bytes`` end a ``character`` begun before it."""
+    """Return a token as text; its first ``num_bytes`` end a ``character`` begun before it."""
     rest = visible(content[num_bytes:].decode(errors="surrogateescape"))
     if not num_bytes:
         return rest
@@ -117,9 +117,9 @@ def _shown(content: bytes, num_bytes: int, character: str) -> str:
 
 
 def _shared_characters(contents: Sequence[bytes]) -> tuple[dict[int, str], dict[int, _Ending]]:
-    """Find the characters made of several tokens.
+    """Find the characters that span several tokens.
 
-    Returns, by the place of a token: those that it has a part of; the one that ends in it.
+    Returns, by index of a token: the characters it is a part of; the one that ends in it.
     """
     owner = [place for place, content in enumerate(contents) for _ in content]
     shared: dict[int, str] = {}

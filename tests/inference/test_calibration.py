@@ -112,13 +112,13 @@ def test_parts_routed_apart_are_calibrated_in_running_order(target):
 
 
 def test_documents_are_kept_apart_as_in_the_evaluation():
-    model, batches, wish = build(), text(), ComputeBudgetConfig(capacity=0.3)
+    model, batches, settings = build(), text(), ComputeBudgetConfig(capacity=0.3)
     more = {"eos_id": int(batches[0][0, 5])}
-    budget = make_budget(model, "threshold", wish, batches, **more)
+    budget = make_budget(model, "threshold", settings, batches, **more)
     assert realised(model, batches, "threshold", budget, **more) == pytest.approx(
         [0.3] * 3, abs=0.01
     )
-    assert budget != make_budget(model, "threshold", wish, batches)
+    assert budget != make_budget(model, "threshold", settings, batches)
 
 
 @pytest.mark.parametrize("selection", EVERY)
@@ -177,8 +177,8 @@ def test_routers_that_look_at_no_token_take_the_share_itself(score, monkeypatch)
 
 def test_a_capacity_is_what_routers_want_and_caps_come_off_it():
     model, batches = build(), text()
-    wish = ComputeBudgetConfig(capacity=0.5, layer_cap=0.3, step_cap=2)
-    budget = make_budget(model, "predictor", wish, batches)
+    settings = ComputeBudgetConfig(capacity=0.5, layer_cap=0.3, step_cap=2)
+    budget = make_budget(model, "predictor", settings, batches)
     assert (budget.layer_cap, budget.step_cap) == (0.3, 2)
     values = Calibration(model, "predictor", batches, caps=budget)._values(budget)
     for value_N, level in zip(values, budget.thresholds, strict=True):
@@ -196,8 +196,8 @@ def test_a_neutral_dial_changes_no_bit(selection):
         if selection == "predictor"
         else ComputeBudgetConfig(step_cap=3)
     )
-    for wish in (ComputeBudgetConfig(layer_cap=1.0, step_cap=3), barely):
-        budget = make_budget(model, selection, wish)
+    for settings in (ComputeBudgetConfig(layer_cap=1.0, step_cap=3), barely):
+        budget = make_budget(model, selection, settings)
         after = model(tokens, selection=selection, budget=budget)
         assert torch.equal(bits(before.logits_BSV), bits(after.logits_BSV))
 
@@ -222,7 +222,7 @@ def test_a_shift_is_added_to_the_trained_level(selection):
 
 
 @pytest.mark.parametrize(
-    ("model", "wish", "key", "said"),
+    ("model", "settings", "key", "said"),
     [
         ({"pattern": "dense"}, {"capacity": 0.5}, "capacity", "has none"),
         ({"pattern": "dense"}, {"step_cap": 0}, "step_cap", "has none"),
@@ -230,10 +230,10 @@ def test_a_shift_is_added_to_the_trained_level(selection):
         ({"score": "fixed", "causal": None}, {"shift": 0.5}, "shift", "router.score=fixed"),
     ],
 )
-def test_what_the_model_does_not_have_is_refused(model, wish, key, said):
+def test_what_the_model_does_not_have_is_refused(model, settings, key, said):
     routed = build(**model)
     with pytest.raises(ConfigError, match=said) as error:
-        make_budget(routed, "predictor", ComputeBudgetConfig(**wish), prefix="draft")
+        make_budget(routed, "predictor", ComputeBudgetConfig(**settings), prefix="draft")
     assert [problem.key for problem in error.value.problems] == [f"draft.{key}"]
 
 
@@ -255,7 +255,7 @@ def test_decisions_are_all_or_the_one_named():
 
 
 @pytest.mark.parametrize(
-    ("wish", "keys"),
+    ("settings", "keys"),
     [
         ({}, []),
         ({"capacity": 1.0, "layer_cap": 0.01, "step_cap": 0}, []),
@@ -268,6 +268,6 @@ def test_decisions_are_all_or_the_one_named():
         ({"capacity": 0.5, "shift": -1.0}, ["shift"]),
     ],
 )
-def test_every_setting_out_of_range_is_told_with_its_key(wish, keys):
-    found = EvalRunConfig(run="a", inference=ComputeBudgetConfig(**wish)).problems()
+def test_every_setting_out_of_range_is_told_with_its_key(settings, keys):
+    found = EvalRunConfig(run="a", inference=ComputeBudgetConfig(**settings)).problems()
     assert [problem.key for problem in found] == [f"inference.{key}" for key in keys]

@@ -1,4 +1,4 @@
-"""Evaluate a run's checkpoint on held-out text: causally, as trained beside it, along the dial."""
+"""Evaluate a run's checkpoint on held-out text, or sweep its loss over compute budgets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modtrain.inference.calibration import (
     training_text,
 )
 from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
-from modtrain.inference.evaluate.table import (
+from modtrain.inference.evaluate.reporting import (
     draw_sweep,
     evaluation_points,
     sweep_points,
@@ -33,17 +33,17 @@ from modtrain.models.flops import dense_equivalent_flops
 
 
 def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
-    """Evaluate the run, or sweep it where ``config.sweep`` says so, and write the figures.
+    """Evaluate the run, or sweep its capacities if ``config.sweep`` is set, and write the results.
 
     They go to ``eval-<step>.json`` or ``sweep-<step>.json`` in the run's directory and to its
-    ``tensorboard/``; a sweep's curve to a PNG as well. A setting of the dial is part of the names.
+    ``tensorboard/``; a sweep's curve also to a PNG. Budget settings are part of the names.
     docs/concepts/method.md explains the keys.
 
     Returns:
-        The figures as plain data.
+        The results as plain data.
 
     Raises:
-        ConfigError, CheckpointError, DataError: what cannot be evaluated, with the remedy.
+        ConfigError, CheckpointError, DataError: the run cannot be evaluated, with the remedy.
     """
     raise_if_any(config.problems())
     loaded = load_run(config)
@@ -52,56 +52,57 @@ def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
 
 
 def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
-    wish = config.inference
-    selections = resolve_decisions(wish, loaded.trained.model)
+    settings = config.inference
+    selections = resolve_decisions(settings, loaded.trained.model)
     budgets: dict[Selection, ComputeBudget] = {}
     for selection in selections:
-        budget = budget_of_run(loaded, selection, wish, config.batch_size)
+        budget = budget_of_run(loaded, selection, settings, config.batch_size)
         if budget is not None:
             budgets[selection] = budget
-    found = _held_out(config, loaded, selections, budgets)
-    figures = {**_head(config, loaded, found), **_figures(found, _tokens_per_byte(loaded))}
+    held_out = _held_out(config, loaded, selections, budgets)
+    results = {**_header(config, loaded, held_out), **_losses(held_out, _tokens_per_byte(loaded))}
     write_text(
-        loaded.directory.path / f"eval-{loaded.step:09d}{wish.suffix}.json",
-        json.dumps(figures, indent=1),
+        loaded.directory.path / f"eval-{loaded.step:09d}{settings.suffix}.json",
+        json.dumps(results, indent=1),
     )
-    events = loaded.directory.tensorboard / f"eval{wish.suffix}"
-    write_points(events, loaded.step, evaluation_points(figures))
-    return figures
+    events = loaded.directory.tensorboard / f"eval{settings.suffix}"
+    write_points(events, loaded.step, evaluation_points(results))
+    return results
 
 
 def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
-    """Follow the loss over FLOPs, each capacity calibrated as ``inference.capacity`` is."""
-    wish, selection, rate = config.inference, _swept(config, loaded), _tokens_per_byte(loaded)
+    """Compute the loss over FLOPs, each capacity calibrated like ``inference.capacity``."""
+    settings, selection = config.inference, _swept_decision(config, loaded)
+    rate = _tokens_per_byte(loaded)
     calibration = Calibration(
         loaded.model,
         selection,
-        training_text(loaded, wish.calibration_sequences, config.batch_size),
+        training_text(loaded, settings.calibration_sequences, config.batch_size),
         loaded.autocast,
         eos_id=loaded.trained.data.eos_id,
-        caps=ComputeBudget(None, wish.layer_cap, wish.step_cap),
+        caps=ComputeBudget(None, settings.layer_cap, settings.step_cap),
     )
     trained = _held_out(config, loaded, [selection], {}, as_trained=False)
     points = []
     for capacity in sorted(config.sweep or []):
         budgets = {selection: calibration.budget(capacity)}
-        moved = _held_out(config, loaded, [selection], budgets, as_trained=False)
-        points.append({"capacity": capacity, **_decision(moved.decisions[selection], rate)})
-    figures = {
-        **_head(config, loaded, trained),
+        calibrated = _held_out(config, loaded, [selection], budgets, as_trained=False)
+        points.append({"capacity": capacity, **_decision(calibrated.decisions[selection], rate)})
+    results = {
+        **_header(config, loaded, trained),
         "decision": selection,
         "points": points,
         "as_trained": _decision(trained.decisions[selection], rate),
     }
-    name = f"sweep-{loaded.step:09d}{wish.suffix}"
-    write_text(loaded.directory.path / f"{name}.json", json.dumps(figures, indent=1))
-    draw_sweep(figures, loaded.directory.path / f"{name}.png")
-    write_points(loaded.directory.tensorboard / name, loaded.step, sweep_points(figures))
-    return figures
+    name = f"sweep-{loaded.step:09d}{settings.suffix}"
+    write_text(loaded.directory.path / f"{name}.json", json.dumps(results, indent=1))
+    draw_sweep(results, loaded.directory.path / f"{name}.png")
+    write_points(loaded.directory.tensorboard / name, loaded.step, sweep_points(results))
+    return results
 
 
-def _swept(config: EvalRunConfig, loaded: LoadedRun) -> Selection:
-    """Return the decision that is swept. Raises ConfigError where there is nothing to move."""
+def _swept_decision(config: EvalRunConfig, loaded: LoadedRun) -> Selection:
+    """Return the decision to sweep. Raises ConfigError if its capacity cannot be changed."""
     known = resolve_decisions(config.inference, loaded.trained.model)
     problems = budget_problems(ComputeBudgetConfig(capacity=1.0), loaded.trained.model, "")
     raise_if_any(
@@ -129,11 +130,11 @@ def _held_out(
     )
 
 
-def _head(config: EvalRunConfig, loaded: LoadedRun, held_out: HeldOut) -> dict[str, Any]:
-    wish, seq_len = config.inference, loaded.seq_len
-    budget: dict[str, float] = dict(wish.asked)
-    if wish.capacity is not None or config.sweep is not None:
-        budget["calibration_sequences"] = wish.calibration_sequences
+def _header(config: EvalRunConfig, loaded: LoadedRun, held_out: HeldOut) -> dict[str, Any]:
+    settings, seq_len = config.inference, loaded.seq_len
+    budget: dict[str, float] = dict(settings.overrides)
+    if settings.capacity is not None or config.sweep is not None:
+        budget["calibration_sequences"] = settings.calibration_sequences
     dense = dense_equivalent_flops(loaded.trained.model, seq_len).total / seq_len
     return {
         "run": config.run,
@@ -145,8 +146,8 @@ def _head(config: EvalRunConfig, loaded: LoadedRun, held_out: HeldOut) -> dict[s
     }
 
 
-def _figures(held_out: HeldOut, tokens_per_byte: float) -> dict[str, Any]:
-    """The losses by decision; the first one's stand on top as well."""
+def _losses(held_out: HeldOut, tokens_per_byte: float) -> dict[str, Any]:
+    """The losses by decision; those of the first one are also at the top level."""
     top_k = None
     if held_out.top_k is not None:
         top_k = _decision(held_out.top_k, tokens_per_byte)

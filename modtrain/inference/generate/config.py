@@ -1,23 +1,70 @@
-"""Typed configuration of generation."""
+"""Configuration of generation: prompts, sampling, self-speculation."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import at_least, key_of, shares
+from modtrain.common.validation import above_zero, at_least, key_of, shares
 from modtrain.inference.config import ComputeBudgetConfig, TrainedRunConfig
-from modtrain.inference.generate.sampling_config import SamplingConfig
-from modtrain.inference.prompt_source import file_problems, output_problems, text_problems
+from modtrain.inference.text_io import file_problems, output_problems, text_problems
+
+
+@dataclass
+class SamplingConfig:
+    """How a next token is sampled; the settings apply in this order.
+
+    The conventions are those of Hugging Face's ``generate``.
+
+    repetition_penalty: logits of tokens that occur in the text are divided by it if positive,
+        multiplied if negative (arXiv 1909.05858, section 4.1); 1: none.
+    greedy: take the most likely token; the settings below have no effect then.
+    temperature: divisor of the logits.
+    top_k: only tokens whose logit is not below the k-th largest; null: all.
+    top_p: the fewest tokens, most likely first, whose probabilities sum to this much
+        (arXiv 1904.09751); null: all.
+    min_p: only tokens with at least this share of the largest probability (arXiv 2407.01082);
+        null: all.
+    seed: of the random numbers; any integer.
+    """
+
+    repetition_penalty: float = 1.0
+    greedy: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+
+    def problems(self, prefix: str = "") -> list[Problem]:
+        """Everything wrong with the settings."""
+        problems = [
+            *above_zero(self, prefix, "repetition_penalty"),
+            *at_least(self, prefix, 1, "top_k"),
+            *(shares(self, prefix, "min_p") if self.min_p is not None else []),
+        ]
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            greedy = key_of(prefix, "greedy")
+            remedy = f"give a positive number, or {greedy}=true for the most likely token"
+            key = key_of(prefix, "temperature")
+            problems.append(Problem(key, self.temperature, "is not above 0", remedy))
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            key, remedy = (
+                key_of(prefix, "top_p"),
+                "give a number above 0, up to 1, or null",
+            )
+            problems.append(Problem(key, self.top_p, "is not in (0, 1]", remedy))
+        return problems
 
 
 @dataclass
 class SpeculateConfig:
-    """Self-speculation: the model at a low capacity drafts, the model itself verifies.
+    """Self-speculation: the model at a low capacity drafts, the full model verifies.
 
-    tokens: how many tokens are drafted at once; null: none.
-    capacity: of the routers while they draft, calibrated as ``inference.capacity`` is; 0 leaves
-        every routed part out.
+    tokens: number of tokens to draft at once; null: none.
+    capacity: of the routers when drafting, calibrated like ``inference.capacity``; 0 skips every
+        routed part.
     """
 
     tokens: int | None = None
@@ -25,27 +72,26 @@ class SpeculateConfig:
 
     def problems(self, prefix: str = "") -> list[Problem]:
         """Everything wrong with the settings."""
-        found = [*at_least(self, prefix, 1, "tokens"), *shares(self, prefix, "capacity")]
+        problems = [*at_least(self, prefix, 1, "tokens"), *shares(self, prefix, "capacity")]
         if self.capacity and self.tokens is None:
-            reason, remedy = "has no use without drafts", f"set {key_of(prefix, 'tokens')}"
-            found.append(Problem(key_of(prefix, "capacity"), self.capacity, reason, remedy))
-        return found
+            reason, remedy = "has no effect without drafts", f"set {key_of(prefix, 'tokens')}"
+            problems.append(Problem(key_of(prefix, "capacity"), self.capacity, reason, remedy))
+        return problems
 
 
 @dataclass
 class GenerateConfig(TrainedRunConfig):
-    """What a run is to continue, and how.
+    """Prompts to continue with a trained run, and how.
 
-    prompt: the text to continue; without ``prompt``, ``file`` and ``input`` a document from its
-        beginning.
-    file: a file that holds the prompt, ``-`` for standard input.
+    prompt: the text to continue; without ``prompt``, ``file`` and ``input`` a new document begins.
+    file: a file with the prompt, ``-`` for standard input.
     input: a file of JSON lines with a ``prompt`` each, ``-`` for standard input.
     output: the file to write; null: standard output.
-    samples: continuations of each prompt.
-    max_tokens: tokens of each continuation at most.
-    stop: texts that end a continuation, which they are left out of.
-    batch_size: sequences that run at once.
-    prefill_chunk: tokens of a prompt that run at once.
+    samples: number of continuations of each prompt.
+    max_tokens: maximum number of tokens of each continuation.
+    stop: strings that end a continuation, and are left out of it.
+    batch_size: number of sequences to run at once.
+    prefill_chunk: number of tokens of a prompt to run at once.
     echo: begin with the prompt.
     show_depth: colour or mark each token by the number of routed parts that it entered.
     """
@@ -66,8 +112,8 @@ class GenerateConfig(TrainedRunConfig):
     speculate: SpeculateConfig = field(default_factory=SpeculateConfig)
 
     def problems(self, prefix: str = "") -> list[Problem]:
-        """Everything wrong with the request."""
-        found = [
+        """Everything wrong with the settings."""
+        problems = [
             *super().problems(prefix),
             *at_least(self, prefix, 1, "samples", "max_tokens", "batch_size", "prefill_chunk"),
             *self.sampling.problems(key_of(prefix, "sampling")),
@@ -75,19 +121,19 @@ class GenerateConfig(TrainedRunConfig):
             *self.speculate.problems(key_of(prefix, "speculate")),
         ]
         if "" in self.stop:
-            reason, remedy = "holds an empty text, which would stop everything", "leave it out"
-            found.append(Problem(key_of(prefix, "stop"), self.stop, reason, remedy))
-        return found + self._source_problems(prefix)
+            reason, remedy = "has an empty string, which would stop everything", "leave it out"
+            problems.append(Problem(key_of(prefix, "stop"), self.stop, reason, remedy))
+        return problems + self._source_problems(prefix)
 
     def _source_problems(self, prefix: str) -> list[Problem]:
-        named = [name for name in ("prompt", "file", "input") if getattr(self, name) is not None]
-        found = [
+        given = [name for name in ("prompt", "file", "input") if getattr(self, name) is not None]
+        reason = f"cannot be combined: {' and '.join(given)} are given"
+        problems = [
             Problem(key_of(prefix, name), getattr(self, name), reason, "give one of them")
-            for reason in (f"stands beside {' and '.join(named)}",)
-            for name in named[1:]
+            for name in given[1:]
         ]
         return [
-            *found,
+            *problems,
             *text_problems(self, prefix, "prompt"),
             *file_problems(self, prefix, "file", "input"),
             *output_problems(self, prefix),

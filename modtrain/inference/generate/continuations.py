@@ -1,4 +1,4 @@
-"""Continuations as they come, and how they are written."""
+"""Continuations in progress, and writers for them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rich.console import Console
 
 from modtrain.common.atomic_io import written_aside
 from modtrain.inference.generate.decoder import End, Finish, Token
-from modtrain.inference.generate.text import Piece, TextStream, marked, styled
+from modtrain.inference.generate.text_stream import Piece, TextStream, color_by_depth, mark_depth
 
 
 @dataclass
 class Continuation:
-    """What has come of one continuation.
+    """The state of one continuation.
 
-    request: what was asked for, its prompt under ``prompt``. prompt: turns the prompt's tokens into
-    text where it is to be given; None where not. pieces: text that came and was not taken yet.
-    depths: of the tokens, the prompt's included. finish: why it ended; None while it goes on.
+    request: the user's request, with its prompt under ``prompt``. prompt: decodes the prompt's
+    tokens if they are to be written; else None. pieces: text that was not popped yet. depths: of
+    the tokens, the prompt's included. finish: why it ended; None while it is running.
     """
 
     request: dict[str, Any]
@@ -35,8 +35,8 @@ class Continuation:
     depths: list[int] = field(default_factory=list)
     finish: Finish | None = None
 
-    def hear(self, event: Token | End) -> bool:
-        """Take in what came. Returns whether a stop string has ended it just now."""
+    def push(self, event: Token | End) -> bool:
+        """Process an event. Returns whether it completed a stop string."""
         if isinstance(event, End):
             self._end_prompt()
             self.pieces += self.stream.finish()
@@ -60,92 +60,93 @@ class Continuation:
             self.pieces += self.prompt.finish()
             self.prompt = None
 
-    def take(self) -> list[Piece]:
-        """Return the text that came since the last call."""
-        taken, self.pieces = self.pieces, []
-        return taken
+    def pop_pieces(self) -> list[Piece]:
+        """Return the text since the last call."""
+        pieces, self.pieces = self.pieces, []
+        return pieces
 
 
 class Writer(Protocol):
-    """Writes continuations in their order, each as early as that allows."""
+    """Writes continuations in order, as early as possible."""
 
     def write(self) -> None:
-        """Write what can be written by now."""
+        """Write what is available."""
 
 
 class PlainWriter:
-    """One text after another; the first one that goes on is written as it comes.
+    """One text after another; the first unfinished one is streamed.
 
     On a terminal depths are colours, elsewhere subscript digits, and control characters are made
-    visible. Several texts have their number between them.
+    visible. Several texts are numbered.
     """
 
-    def __init__(self, out: TextIO, continuations: Sequence[Continuation], most: int) -> None:
-        self._out, self._continuations, self._most = out, continuations, most
+    def __init__(self, out: TextIO, continuations: Sequence[Continuation], max_depth: int) -> None:
+        self._out, self._continuations, self._max_depth = out, continuations, max_depth
         self._console = Console(file=out, highlight=False, markup=False, soft_wrap=True)
-        self._place = 0
-        self._has_head = False
+        self._index = 0
+        self._has_heading = False
 
     def write(self) -> None:
-        """Write what can be written by now."""
-        while self._place < len(self._continuations):
-            current = self._continuations[self._place]
-            pieces = current.take()
+        """Write what is available."""
+        while self._index < len(self._continuations):
+            current = self._continuations[self._index]
+            pieces = current.pop_pieces()
             if pieces or current.finish is not None:
-                self._head()
-                self._put(pieces)
+                self._write_heading()
+                self._write_pieces(pieces)
             if current.finish is None:
                 break
-            self._put([("\n", None)])
-            self._place += 1
-            self._has_head = False
+            self._write_pieces([("\n", None)])
+            self._index += 1
+            self._has_heading = False
         self._out.flush()
 
-    def _head(self) -> None:
-        if len(self._continuations) > 1 and not self._has_head:
-            self._put([(f"--- {self._place + 1} of {len(self._continuations)}\n", None)])
-        self._has_head = True
+    def _write_heading(self) -> None:
+        if len(self._continuations) > 1 and not self._has_heading:
+            heading = f"--- {self._index + 1} of {len(self._continuations)}\n"
+            self._write_pieces([(heading, None)])
+        self._has_heading = True
 
-    def _put(self, pieces: list[Piece]) -> None:
+    def _write_pieces(self, pieces: list[Piece]) -> None:
         if self._console.is_terminal:
-            self._console.print(styled(pieces, self._most), end="")
+            self._console.print(color_by_depth(pieces, self._max_depth), end="")
         else:
-            self._out.write(marked(pieces))
+            self._out.write(mark_depth(pieces))
 
 
-# What a line of JSON has beside the request.
-OWN_KEYS = ("completion", "num_tokens", "finish", "depth", "sample")
+# The keys of an output line besides the request's.
+OUTPUT_KEYS = ("completion", "num_tokens", "finish", "depth", "sample")
 
 
 class JSONLinesWriter:
-    """A line of JSON for each continuation: the request, and what came of it."""
+    """A line of JSON for each continuation: the request and the result."""
 
     def __init__(self, out: TextIO, continuations: Sequence[Continuation], depth: bool) -> None:
         self._out, self._continuations, self._depth = out, continuations, depth
-        self._place = 0
+        self._index = 0
 
     def write(self) -> None:
-        """Write what can be written by now."""
-        while self._place < len(self._continuations):
-            current = self._continuations[self._place]
+        """Write what is available."""
+        while self._index < len(self._continuations):
+            current = self._continuations[self._index]
             if current.finish is None:
                 break
             record = {
                 **current.request,
-                "completion": "".join(text for text, _ in current.take()),
+                "completion": "".join(text for text, _ in current.pop_pieces()),
                 "num_tokens": current.num_tokens,
                 "finish": current.finish,
             }
             if self._depth:
                 record["depth"] = current.depths
             self._out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._place += 1
+            self._index += 1
         self._out.flush()
 
 
 @contextmanager
 def output(path: str | None) -> Iterator[TextIO]:
-    """Open what continuations are written to; a file is there once it is whole."""
+    """Open the output; a file appears when it is complete."""
     if path is None:
         yield sys.stdout
         return

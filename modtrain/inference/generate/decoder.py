@@ -1,4 +1,4 @@
-"""Token after token: sequences that begin, go on and end in a running batch.
+"""Decoding token by token, with continuous batching: sequences join and leave a running batch.
 
 Shapes: N sequences of a step, S new tokens, T tokens of a step, V vocabulary.
 """
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from modtrain.data.stream.documents import document_numbers
-from modtrain.inference.generate.sampling import Dice, distribution
-from modtrain.inference.generate.sampling_config import SamplingConfig
-from modtrain.inference.generate.speculation import Drafter, Drafts, padded, verify
+from modtrain.inference.generate.config import SamplingConfig
+from modtrain.inference.generate.sampling import PerSequenceRNG, distribution
+from modtrain.inference.generate.speculation import Drafter, Drafts, pad_texts, verify
 from modtrain.models.cache.cache import Cache
 from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import Selection
@@ -28,8 +28,8 @@ Finish = Literal["length", "end", "stop"]
 class Token(NamedTuple):
     """A token of the text of sequence ``number``.
 
-    depth: routed parts that it entered; None where that was not asked for. is_prompt: it was given,
-    not made.
+    depth: routed parts that it entered; None if not requested. is_prompt: whether it is part of the
+    prompt.
     """
 
     number: int
@@ -39,7 +39,7 @@ class Token(NamedTuple):
 
 
 class End(NamedTuple):
-    """The end of sequence ``number``: by its length, the end of its document, or a stop."""
+    """The end of sequence ``number``: by length, by the end of its document, or stopped."""
 
     number: int
     reason: Finish
@@ -47,13 +47,15 @@ class End(NamedTuple):
 
 @dataclass
 class DecoderConfig:
-    """How sequences are decoded.
+    """Settings of a decoder.
 
-    selection: the causal decision. dial: how much is computed. max_tokens: made of each sequence.
-    batch_size: sequences at once. prefill_chunk: tokens of a prompt at once. end_id: the token that
-    ends a document and is not given; None: none does. apart: documents do not see each other.
-    with_depth: tell each token's depth, for which the last one is run as well. drafts: tokens that
-    are drafted at once, at ``draft_budget``; 0: none.
+    selection: the causal decision. max_tokens: maximum of generated tokens per sequence. budget:
+    the compute budget; None: as trained. batch_size: sequences at once. prefill_chunk: tokens of a
+    prompt at once. end_id: the end-of-document token, which is not returned; None: none.
+    mask_documents: documents do not attend to each other. with_depth: return each token's depth,
+    for which the last token is run as well. drafts: number of tokens to draft at once, at
+    ``draft_budget``; 0: no speculation. capacities: one per layer, for a checkpoint from the middle
+    of a capacity schedule; None: the configuration's.
     """
 
     selection: Selection
@@ -63,24 +65,25 @@ class DecoderConfig:
     batch_size: int = 1
     prefill_chunk: int = 2048
     end_id: int | None = None
-    apart: bool = False
+    mask_documents: bool = False
     with_depth: bool = False
     drafts: int = 0
     draft_budget: ComputeBudget | None = None
+    capacities: Sequence[float | None] | None = None
 
 
 @dataclass
 class Statistics:
-    """What a job took.
+    """Counts of a decoder's work.
 
-    prompt_tokens, made_tokens: of all sequences. steps: how often a sequence went on by a pass of
-    the whole model. drafted, accepted: tokens of self-speculation, and those of them that the text
-    has. chosen_R: tokens of these passes that took part, by router, of ``stepped_tokens``, drafts
-    that were dropped included. cache_bytes: the largest memory of the caches.
+    prompt_tokens, generated_tokens: of all sequences. steps: passes of the whole model, counted per
+    sequence. drafted, accepted: tokens of self-speculation, and those of them that were kept.
+    chosen_R: routed tokens of these passes by router, of ``stepped_tokens``, rejected drafts
+    included. cache_bytes: peak memory of the caches.
     """
 
     prompt_tokens: int = 0
-    made_tokens: int = 0
+    generated_tokens: int = 0
     steps: int = 0
     stepped_tokens: int = 0
     drafted: int = 0
@@ -93,37 +96,37 @@ class Statistics:
 class _Sequence:
     """A sequence in the batch.
 
-    text: its tokens, the last of which is not in the cache yet. made: how many of them were made.
-    is_last: the text is complete, and only the depth of its last token is missing.
+    text: its tokens, the last of which is not in the cache yet. num_generated: how many of them
+    were generated. is_complete: only the depth of the last token is missing.
     """
 
     number: int
     row: int
     text: list[int]
-    made: int = 0
-    is_last: bool = False
+    num_generated: int = 0
+    is_complete: bool = False
 
 
 class Decoder:
-    """Continues sequences. Each one comes out as it would alone, whatever runs beside it."""
+    """Continues sequences. The result of each does not depend on the others in the batch."""
 
     def __init__(
         self, model: Transformer, config: DecoderConfig, prompts: Sequence[Sequence[int]]
     ) -> None:
-        """Take a model and the prompts' tokens, at least one token each.
+        """Prepare to continue the prompts, which have at least one token each.
 
         Raises:
             ValueError: a prompt is empty.
         """
         if not all(len(prompt) for prompt in prompts):
-            raise ValueError("a prompt is empty: begin with the end of a document")
+            raise ValueError("a prompt is empty: begin with the end-of-document token")
         self._model, self._config = model, config
         self._prompts = prompts
         self._waiting = deque(range(len(prompts)))
         batch = max(1, min(config.batch_size, len(prompts)))
         self._free = list(range(batch))
         self._active: dict[int, _Sequence] = {}
-        self._dice = Dice.of(config.sampling.seed, len(prompts))
+        self._rng = PerSequenceRNG.from_seed(config.sampling.seed, len(prompts))
         self._device = next(model.parameters()).device
         self._cache = self._new_cache(batch, config.budget)
         self._drafter = self._new_drafter(batch) if config.drafts else None
@@ -136,18 +139,18 @@ class Decoder:
         self.statistics = Statistics(chosen_R=[0] * len(model.routers))
 
     def run(self) -> Iterator[Token | End]:
-        """Yield the tokens of all sequences as they come, mixed, each sequence's in order."""
+        """Yield the tokens of all sequences as they are generated, each sequence's in order."""
         while self._waiting or self._active:
             with torch.inference_mode():
                 rows = self._admit()
                 events = [*self._prefill(rows), *self._step(rows or list(self._active))]
             for event in events:
-                # Whoever reads may stop a sequence of which more has come already.
+                # The caller may stop a sequence with more events in this step.
                 if event.number not in self._stopped:
                     yield event
 
     def stop(self, number: int) -> None:
-        """End a sequence from outside, such as at a stop string; no more of it comes."""
+        """End a sequence from outside, such as at a stop string; it yields no more events."""
         self._stopped.add(number)
         for row, sequence in list(self._active.items()):
             if sequence.number == number:
@@ -158,7 +161,7 @@ class Decoder:
         return Cache(
             self._model.config,
             batch,
-            # One more than the drafts: what was drawn last may be in the cache as well.
+            # One more than the drafts: the last drawn token may be in the cache as well.
             margin=config.drafts + 1 if config.drafts else 0,
             tracks_routed=budget is not None and budget.layer_cap is not None,
         )
@@ -166,11 +169,11 @@ class Decoder:
     def _new_drafter(self, batch: int) -> Drafter:
         config = self._config
 
-        def extend(tokens_NS: Tensor, cache: Cache, **how: Any) -> ModelOutput:
-            return self._extend(tokens_NS, cache, budget=config.draft_budget, **how)
+        def extend(tokens_NS: Tensor, cache: Cache, **options: Any) -> ModelOutput:
+            return self._extend(tokens_NS, cache, budget=config.draft_budget, **options)
 
         cache = self._new_cache(batch, config.draft_budget)
-        return Drafter(extend, cache, self._device, config.drafts, config.sampling, self._dice)
+        return Drafter(extend, cache, self._device, config.drafts, config.sampling, self._rng)
 
     def _extend(
         self,
@@ -183,7 +186,7 @@ class Decoder:
         last_only: bool = False,
     ) -> ModelOutput:
         documents_NS = None
-        if self._config.apart and self._config.end_id is not None:
+        if self._config.mask_documents and self._config.end_id is not None:
             documents_NS = self._document_numbers(tokens_NS, cache, rows, self._config.end_id)
         return self._model.extend(
             tokens_NS,
@@ -191,6 +194,7 @@ class Decoder:
             self._config.selection,
             rows=rows,
             budget=budget,
+            capacities=self._config.capacities,
             documents_NS=documents_NS,
             valid_NS=valid_NS,
             last_only=last_only,
@@ -199,14 +203,14 @@ class Decoder:
     def _document_numbers(
         self, tokens_NS: Tensor, cache: Cache, rows: list[int], end_id: int
     ) -> Tensor:
-        """Number documents by the ends before each token, those in the cache included."""
+        """Number documents by the end tokens before each token, those in the cache included."""
         texts = [self._active[row].text[: cache.seen[row]] for row in rows]
         before = [text.count(end_id) for text in texts]
         before_N1 = torch.tensor(before, device=tokens_NS.device).unsqueeze(1)
         return before_N1 + document_numbers(tokens_NS, end_id)
 
     def _admit(self) -> list[int]:
-        """Give waiting sequences the rows that are free, and return these."""
+        """Assign free rows to waiting sequences, and return these rows."""
         rows: list[int] = []
         while self._free and self._waiting:
             row, number = self._free.pop(0), self._waiting.popleft()
@@ -222,38 +226,39 @@ class Decoder:
         return rows
 
     def _prefill(self, rows: list[int]) -> list[Token | End]:
-        """Run all of new prompts but what their first step runs: the last chunk at most."""
+        """Run new prompts except for the part that their first step runs: the last chunk."""
         events: list[Token | End] = []
         chunk = self._config.prefill_chunk
         last = chunk if self._drafter is None else 1
-        while left := [row for row in rows if len(self._unread(row)) > last]:
-            parts = [self._unread(row)[: min(chunk, len(self._unread(row)) - last)] for row in left]
-            tokens_NS, valid_NS = padded(parts, self._device)
-            output = self._run(tokens_NS, left, valid_NS, last_only=True)
+        while unfinished := [row for row in rows if len(self._uncached(row)) > last]:
+            uncached = [self._uncached(row) for row in unfinished]
+            parts = [tokens[: min(chunk, len(tokens) - last)] for tokens in uncached]
+            tokens_NS, valid_NS = pad_texts(parts, self._device)
+            output = self._run(tokens_NS, unfinished, valid_NS, last_only=True)
             if self._drafter is not None:
-                self._drafter.feed(tokens_NS, left, valid_NS)
+                self._drafter.prefill(tokens_NS, unfinished, valid_NS)
             if self._config.with_depth:
                 depths = self._depths(output, tokens_NS)
                 events += [
                     Token(self._active[row].number, token, depth, is_prompt=True)
-                    for row, part, own in zip(left, parts, depths, strict=True)
-                    for token, depth in zip(part, own, strict=False)
+                    for row, part, row_depths in zip(unfinished, parts, depths, strict=True)
+                    for token, depth in zip(part, row_depths, strict=False)
                 ]
         return events
 
-    def _unread(self, row: int) -> list[int]:
-        """Return the tokens of a sequence that the cache lacks."""
+    def _uncached(self, row: int) -> list[int]:
+        """Return the tokens of a sequence that are not in the cache."""
         return self._active[row].text[self._cache.seen[row] :]
 
     def _step(self, rows: list[int]) -> list[Token | End]:
-        """Run what is unread of these sequences, with drafts behind it, and draw what follows."""
+        """Run the uncached tokens of these sequences and drafts after them; sample what follows."""
         if not rows:
             return []
         sequences = [self._active[row] for row in rows]
         numbers = [s.number for s in sequences]
         seen_NV = None if self._seen_RV is None else self._seen_RV[rows]
-        unread = [self._unread(row) for row in rows]
-        tokens_NT, valid_NT = padded(unread, self._device)
+        uncached = [self._uncached(row) for row in rows]
+        tokens_NT, valid_NT = pad_texts(uncached, self._device)
         drafts = None
         if self._drafter is not None:
             drafts = self._drafter.propose([s.text for s in sequences], rows, numbers, seen_NV)
@@ -261,22 +266,21 @@ class Decoder:
         output = self._run(tokens_NT, rows, valid_NT, last_only=drafts is None)
         probability_NTV = self._probabilities(output, drafts, seen_NV)
         if drafts is None and self._config.sampling.greedy:
-            taken, next_N = [0] * len(rows), probability_NTV[:, 0].argmax(dim=-1)
+            accepted, next_N = [0] * len(rows), probability_NTV[:, 0].argmax(dim=-1)
         else:
-            taken, next_N = verify(probability_NTV, drafts, self._dice, numbers)
+            accepted, next_N = verify(probability_NTV, drafts, self._rng, numbers)
         drafted: list[list[int]] = [[] for _ in rows]
         if drafts is not None:
-            drafted = [
-                own[:count] for own, count in zip(drafts.tokens_NG.tolist(), taken, strict=True)
-            ]
-        self._tally(output, tokens_NT, valid_NT)
+            tokens = drafts.tokens_NG.tolist()
+            drafted = [row[:count] for row, count in zip(tokens, accepted, strict=True)]
+        self._update_statistics(output, tokens_NT, valid_NT)
         depths = self._depths(output, tokens_NT) if self._config.with_depth else [None] * len(rows)
         events = [
             event
             for i, token in enumerate(next_N.tolist())
-            for event in self._go_on(sequences[i], unread[i], [*drafted[i], token], depths[i])
+            for event in self._append(sequences[i], uncached[i], [*drafted[i], token], depths[i])
         ]
-        self._settle(rows)
+        self._roll_back_drafts(rows)
         return events
 
     def _run(
@@ -287,37 +291,37 @@ class Decoder:
             tokens_NS, self._cache, rows=rows, budget=budget, valid_NS=valid_NS, last_only=last_only
         )
 
-    def _go_on(
-        self, sequence: _Sequence, unread: list[int], new: list[int], depths: list[int] | None
+    def _append(
+        self, sequence: _Sequence, uncached: list[int], new: list[int], depths: list[int] | None
     ) -> Iterator[Token | End]:
-        """Add new tokens. Run in this step were those unread, and all of ``new`` but the last."""
+        """Append ``new`` tokens; this step ran the ``uncached`` ones and all new but the last."""
         number, text, counts = sequence.number, sequence.text, self.statistics
-        if not sequence.is_last:
+        if not sequence.is_complete:
             counts.steps += 1
             counts.drafted += self._config.drafts
         if depths is not None:
-            for token, depth in zip(unread, depths, strict=False):
-                yield Token(number, token, depth, is_prompt=sequence.made == 0)
-            depths = depths[len(unread) :]
-        reason: Finish | None = "length" if sequence.is_last else None
-        for place, token in enumerate(new, start=1):
-            if reason is not None or sequence.is_last:
+            for token, depth in zip(uncached, depths, strict=False):
+                yield Token(number, token, depth, is_prompt=sequence.num_generated == 0)
+            depths = depths[len(uncached) :]
+        reason: Finish | None = "length" if sequence.is_complete else None
+        for count, token in enumerate(new, start=1):
+            if reason is not None or sequence.is_complete:
                 break
             if token == self._config.end_id:
                 reason = "end"
                 break
             text.append(token)
-            sequence.made += 1
-            is_run = place < len(new)
-            counts.made_tokens += 1
-            counts.accepted += is_run
+            sequence.num_generated += 1
+            is_draft = count < len(new)
+            counts.generated_tokens += 1
+            counts.accepted += is_draft
             if depths is None:
                 yield Token(number, token)
-            elif is_run:
-                yield Token(number, token, depths[place - 1])
-            if sequence.made == self._config.max_tokens:
-                sequence.is_last = depths is not None and not is_run
-                reason = None if sequence.is_last else "length"
+            elif is_draft:
+                yield Token(number, token, depths[count - 1])
+            if sequence.num_generated == self._config.max_tokens:
+                sequence.is_complete = depths is not None and not is_draft
+                reason = None if sequence.is_complete else "length"
         if reason is not None:
             self._release(sequence.row)
             yield End(number, reason)
@@ -325,25 +329,25 @@ class Decoder:
     def _probabilities(
         self, output: ModelOutput, drafts: Drafts | None, seen_NV: Tensor | None
     ) -> Tensor:
-        """Return the distribution behind each token of the step (N, T, V)."""
-        found = []
+        """Return the distribution after each token of the step (N, T, V)."""
+        distributions = []
         logits_NTV = output.require_logits()
-        for place in range(logits_NTV.shape[1]):
-            if place and drafts is not None and seen_NV is not None:
-                token_N1 = drafts.tokens_NG[:, place - 1 : place]
+        for index in range(logits_NTV.shape[1]):
+            if index and drafts is not None and seen_NV is not None:
+                token_N1 = drafts.tokens_NG[:, index - 1 : index]
                 seen_NV = seen_NV.scatter(1, token_N1, True)
-            found.append(distribution(logits_NTV[:, place], self._config.sampling, seen_NV))
-        return torch.stack(found, dim=1)
+            distributions.append(distribution(logits_NTV[:, index], self._config.sampling, seen_NV))
+        return torch.stack(distributions, dim=1)
 
-    def _settle(self, rows: list[int]) -> None:
-        """Forget what was run but not taken, and note what the texts have now."""
-        left = [self._active[row] for row in rows if row in self._active]
-        if self._drafter is not None and left:
-            own, seen = [s.row for s in left], [len(s.text) - 1 for s in left]
-            self._cache.truncate(seen, own)
-            self._drafter.keep(own, seen)
+    def _roll_back_drafts(self, rows: list[int]) -> None:
+        """Remove rejected drafts from the caches, and record the tokens that the texts have now."""
+        active = [self._active[row] for row in rows if row in self._active]
+        if self._drafter is not None and active:
+            active_rows, seen = [s.row for s in active], [len(s.text) - 1 for s in active]
+            self._cache.truncate(seen, active_rows)
+            self._drafter.truncate(active_rows, seen)
         if self._seen_RV is not None:
-            for s in left:
+            for s in active:
                 self._seen_RV[s.row, s.text[-1 - self._config.drafts :]] = True
 
     @staticmethod
@@ -352,23 +356,20 @@ class Decoder:
         depth_NS = torch.zeros_like(tokens_NS)
         for record in output.routing:
             depth_NS += record.chosen_BS
-        found: list[list[int]] = depth_NS.tolist()
-        return found
+        depths: list[list[int]] = depth_NS.tolist()
+        return depths
 
-    def _tally(
-        self,
-        output: ModelOutput,
-        tokens_NT: Tensor,
-        valid_NT: Tensor | None,
+    def _update_statistics(
+        self, output: ModelOutput, tokens_NT: Tensor, valid_NT: Tensor | None
     ) -> None:
         counts = self.statistics
-        held = self._cache.allocated_bytes()
+        allocated = self._cache.allocated_bytes()
         if self._drafter is not None:
-            held += self._drafter.allocated_bytes()
-        counts.cache_bytes = max(counts.cache_bytes, held)
+            allocated += self._drafter.allocated_bytes()
+        counts.cache_bytes = max(counts.cache_bytes, allocated)
         counts.stepped_tokens += tokens_NT.numel() if valid_NT is None else int(valid_NT.sum())
-        for place, record in enumerate(output.routing):
-            counts.chosen_R[place] += int(record.chosen_BS.sum())
+        for index, record in enumerate(output.routing):
+            counts.chosen_R[index] += int(record.chosen_BS.sum())
 
     def _release(self, row: int) -> None:
         self._active.pop(row)

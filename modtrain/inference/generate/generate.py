@@ -1,4 +1,4 @@
-"""Continue texts with a trained run: streaming to a terminal, or JSON lines in bulk."""
+"""Continue texts with a trained run: streamed to a terminal, or as JSON lines in bulk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from tokenizers import Tokenizer
 from modtrain.common.errors import DataError, Problem, raise_if_any
 from modtrain.data.prepare.tokenizer import DocumentEncoder, check_tokenizer
 from modtrain.inference.calibration import budget_of_run, resolve_decisions
-from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.generate.config import GenerateConfig
 from modtrain.inference.generate.continuations import (
-    OWN_KEYS,
+    OUTPUT_KEYS,
     Continuation,
     JSONLinesWriter,
     PlainWriter,
@@ -26,19 +25,19 @@ from modtrain.inference.generate.continuations import (
     output,
 )
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Statistics
-from modtrain.inference.generate.text import TextStream
+from modtrain.inference.generate.text_stream import TextStream
 from modtrain.inference.loading import LoadedRun, load_run
-from modtrain.inference.prompt_source import is_unicode, read_text
+from modtrain.inference.text_io import is_unicode, read_text
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import Selection
 
 
 def generate(config: GenerateConfig) -> None:
-    """Continue the prompts of ``config``, and say on standard error what it took.
+    """Continue the prompts of ``config``, and print statistics on standard error.
 
     Raises:
-        ConfigError, CheckpointError, DataError: what cannot be continued, with the remedy.
+        ConfigError, CheckpointError, DataError: generation is not possible, with the remedy.
     """
     raise_if_any(config.problems())
     requests = list(_requests(config))
@@ -57,81 +56,69 @@ def generate(config: GenerateConfig) -> None:
         if config.input is not None:
             writer = JSONLinesWriter(out, continuations, config.show_depth)
         for event in decoder.run():
-            if continuations[event.number].hear(event):
+            if continuations[event.number].push(event):
                 decoder.stop(event.number)
             writer.write()
     labels = loaded.trained.model.routed_labels
-    _say(decoder.statistics, labels, time.perf_counter() - start)
+    _print_statistics(decoder.statistics, labels, time.perf_counter() - start)
 
 
 def decoder_config(config: GenerateConfig, loaded: LoadedRun, end_id: int) -> DecoderConfig:
-    """Return how the run's model is to decode.
+    """Return the settings to decode the run's model with.
 
     Raises:
-        ConfigError: the model has no causal decision, or nothing to draft with.
+        ConfigError: the model has no causal decision, or no routers to draft without.
     """
     decisions = resolve_decisions(config.inference, loaded.trained.model)
-    problems = _model_problems(config, loaded.trained.model, decisions)
-    raise_if_any(problems)
+    raise_if_any(_model_problems(config, loaded.trained.model, decisions))
     selection = decisions[0]
     return DecoderConfig(
         selection,
-        config.max_tokens,
-        config.sampling,
-        _budget(loaded, selection, config.inference, config.batch_size),
-        config.batch_size,
-        config.prefill_chunk,
-        end_id,
-        loaded.trained.data.eos_id is not None,
-        config.show_depth,
-        config.speculate.tokens or 0,
-        _draft_budget(loaded, selection, config) if config.speculate.tokens else None,
+        max_tokens=config.max_tokens,
+        sampling=config.sampling,
+        budget=budget_of_run(loaded, selection, config.inference, config.batch_size),
+        batch_size=config.batch_size,
+        prefill_chunk=config.prefill_chunk,
+        end_id=end_id,
+        mask_documents=loaded.trained.data.eos_id is not None,
+        with_depth=config.show_depth,
+        drafts=config.speculate.tokens or 0,
+        draft_budget=_draft_budget(loaded, selection, config) if config.speculate.tokens else None,
+        capacities=loaded.capacities,
     )
 
 
 def _model_problems(
     config: GenerateConfig, model: ModelConfig, decisions: list[Selection]
 ) -> list[Problem]:
-    """Find what is asked for and the model cannot do."""
+    """Find settings that the model does not support."""
     remedy = "leave it out"
     if not model.is_routed:
         reason = "needs depth routers, and the model has none"
-        asked = {"speculate.tokens": config.speculate.tokens, "show_depth": config.show_depth}
-        return [Problem(key, value, reason, remedy) for key, value in asked.items() if value]
+        settings = {"speculate.tokens": config.speculate.tokens, "show_depth": config.show_depth}
+        return [Problem(key, value, reason, remedy) for key, value in settings.items() if value]
     if not decisions:
-        reason = "was trained without router.causal: nothing tells who takes part"
+        reason = "was trained without router.causal: there is no causal decision to route by"
         return [Problem("run", config.run, reason, "train with router.causal=[predictor]")]
     if model.router.score == "oracle_norm" and model.router.needs_scores(decisions[0]):
-        reason = "has router.score=oracle_norm, which is made of the whole sequence"
+        reason = "has router.score=oracle_norm, which needs the whole sequence"
         remedy = "train with router.gate=none, and decide by a predictor"
         return [Problem("run", config.run, reason, remedy)]
     return []
-
-
-def _budget(
-    loaded: LoadedRun, selection: Selection, wish: ComputeBudgetConfig, batch_size: int
-) -> ComputeBudget | None:
-    budget = budget_of_run(loaded, selection, wish, batch_size)
-    if loaded.trained.model.router.needs_causal or (
-        budget is not None and budget.thresholds is not None
-    ):
-        return budget
-    # Shares, which a checkpoint from the middle of a schedule has other ones of.
-    return (budget or ComputeBudget())._replace(thresholds=loaded.shares)
 
 
 def _draft_budget(loaded: LoadedRun, selection: Selection, config: GenerateConfig) -> ComputeBudget:
     capacity = config.speculate.capacity
     if capacity == 0:
         return ComputeBudget(step_cap=0)
-    # What drafts compute is capped as everything is.
-    wish = replace(config.inference, capacity=capacity, shift=0.0)
-    budget = budget_of_run(loaded, selection, wish, config.batch_size, "speculate")
+    # The caps of the full model apply to drafts as well.
+    settings = replace(config.inference, capacity=capacity, shift=0.0)
+    budget = budget_of_run(loaded, selection, settings, config.batch_size, "speculate")
     return budget or ComputeBudget()
 
 
 class _Vocabulary:
-    """The run's tokenizer both ways."""
+    """The run's tokenizer, for encoding and decoding."""
 
     def __init__(self, path: Path) -> None:
         content = path.read_bytes()
@@ -140,24 +127,25 @@ class _Vocabulary:
         self._encoder = DocumentEncoder(content, str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Return a prompt's tokens; nothing is what begins a document."""
+        """Return a prompt's tokens; for an empty prompt the token before a new document."""
         return self._encoder.encode([text])[0] or [self.end_id]
 
 
 def _continuation(
     config: GenerateConfig, request: dict[str, Any], vocabulary: _Vocabulary, prompt: list[int]
 ) -> Continuation:
-    found = Continuation(request, TextStream(vocabulary.tokenizer, config.stop, before=prompt))
+    stream = TextStream(vocabulary.tokenizer, config.stop, before=prompt)
+    continuation = Continuation(request, stream)
     if config.echo and config.show_depth:
-        found.prompt = TextStream(vocabulary.tokenizer)
+        continuation.prompt = TextStream(vocabulary.tokenizer)
     elif config.echo:
-        found.pieces = [(request["prompt"], None)]
-    return found
+        continuation.pieces = [(request["prompt"], None)]
+    return continuation
 
 
 def _requests(config: GenerateConfig) -> Iterator[dict[str, Any]]:
     if config.input is not None:
-        # Not splitlines: JSON may have other ends of lines within its texts.
+        # Not splitlines: JSON strings may contain other line separators.
         lines = read_text(config.input).split("\n")
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -177,36 +165,36 @@ def _request(line: str, where: str) -> dict[str, Any]:
     try:
         request = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: is no JSON ({error})") from None
+        raise DataError(f"{where}: is not JSON ({error})") from None
     if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
-        raise DataError(f'{where}: has no text under "prompt"')
+        raise DataError(f'{where}: has no string under "prompt"')
     if not is_unicode(request["prompt"]):
         raise DataError(f"{where}: its prompt is not valid Unicode")
-    taken = [key for key in OWN_KEYS if key in request]
-    if taken:
-        raise DataError(f"{where}: has {', '.join(taken)}, which is to be written: rename it")
+    reserved = [key for key in OUTPUT_KEYS if key in request]
+    if reserved:
+        raise DataError(f"{where}: has {', '.join(reserved)}, reserved for the output: rename it")
     return request
 
 
-def _say(statistics: Statistics, labels: list[str], seconds: float) -> None:
-    """Say on standard error what it took: standard output is the text's."""
+def _print_statistics(statistics: Statistics, labels: list[str], seconds: float) -> None:
+    """Print counts and speed on standard error, since standard output is for the text."""
     console = Console(stderr=True, highlight=False)
-    made = statistics.made_tokens
+    generated = statistics.generated_tokens
     lines = [
-        f"{made:,} tokens behind {statistics.prompt_tokens:,} of prompts in {seconds:.1f} s"
-        f" ({made / seconds:,.1f} a second), cache {statistics.cache_bytes / 1e6:,.1f} MB"
+        f"{generated:,} tokens after {statistics.prompt_tokens:,} of prompts in {seconds:.1f} s"
+        f" ({generated / seconds:,.1f} per second), cache {statistics.cache_bytes / 1e6:,.1f} MB"
     ]
     if labels and statistics.stepped_tokens:
         shares = (
             f"{label} {count / statistics.stepped_tokens:.1%}"
             for label, count in zip(labels, statistics.chosen_R, strict=True)
         )
-        lines.append(f"took part: {', '.join(shares)}")
+        lines.append(f"routed: {', '.join(shares)}")
     if statistics.drafted:
         share = statistics.accepted / statistics.drafted
         lines.append(
-            f"{share:.1%} of {statistics.drafted:,} drafts were right:"
-            f" {made / max(1, statistics.steps):.2f} tokens for each pass of the whole model"
+            f"{share:.1%} of {statistics.drafted:,} drafts accepted:"
+            f" {generated / max(1, statistics.steps):.2f} tokens per pass of the full model"
         )
     for line in lines:
         console.print(line, markup=False)

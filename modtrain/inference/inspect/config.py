@@ -1,4 +1,4 @@
-"""Typed configuration of an inspection."""
+"""Configuration of an inspection."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from modtrain.common.errors import Problem
 from modtrain.common.validation import at_least, key_of
 from modtrain.inference.config import ComputeBudgetConfig, TrainedRunConfig
-from modtrain.inference.prompt_source import file_problems, output_problems, text_problems
+from modtrain.inference.text_io import file_problems, output_problems, text_problems
 
 
 @dataclass
@@ -33,7 +33,7 @@ class InspectConfig(TrainedRunConfig):
     tokens_shown: int = 2000
 
     def problems(self, prefix: str = "") -> list[Problem]:
-        """Everything wrong with the request."""
+        """Everything wrong with the settings."""
         return [
             *super().problems(prefix),
             *at_least(self, prefix, 1, "sequences", "batch_size", "tokens_shown"),
@@ -44,7 +44,7 @@ class InspectConfig(TrainedRunConfig):
 
     def _text_problems(self, prefix: str) -> list[Problem]:
         if self.text is not None and self.file is not None:
-            reason = "is given beside text: which of the two is meant?"
+            reason = f"cannot be combined with {key_of(prefix, 'text')}"
             return [Problem(key_of(prefix, "file"), self.file, reason, "leave one of them out")]
         if self.text == "":
             reason = "is empty"

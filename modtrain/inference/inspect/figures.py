@@ -1,4 +1,4 @@
-"""The figures of an inspection, each as SVG for light and for dark pages.
+"""The figures of an inspection, each as SVG in a light and a dark theme.
 
 Shapes: N all tokens of the text.
 """
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from modtrain.inference.inspect.trace import RouterTrace, Trace
 
 Numbers = NDArray[Any]
-# Of a figure, in inches: a phone's width, so that its letters are not scaled down there.
+# Size of a figure in inches: a phone's width, so that its text is not scaled down there.
 _WIDTH, _HEIGHT = 3.9, 2.6
 # Tokens in a strip, strips in a figure.
 _STRIP, _STRIPS = 128, 2
@@ -34,7 +34,7 @@ _STRIP, _STRIPS = 128, 2
 class Theme:
     """Colours of a page.
 
-    line: of curves. levels: for depth 1, 2, …; the further from the page's ground, the deeper.
+    line: of curves. levels: for depth 1, 2, …; contrast with the background grows with depth.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Theme:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure: SVG as data URIs for light and dark pages, in CSS pixels, and words for it."""
+    """One figure: SVG data URIs for light and dark pages, size in CSS pixels, title, alt text."""
 
     light: str
     dark: str
@@ -70,7 +70,7 @@ class Bins:
 def themes(num_levels: int) -> list[Theme]:
     """The light and the dark theme, with ``num_levels`` colours of viridis each."""
     share = np.arange(1, num_levels + 1) / max(1, num_levels)
-    # Levels begin off the ground's end of the map: the first one is to be told from no level.
+    # Start away from the background's end of the colour map: level 1 must differ from none.
     light, dark = (_viridis(values) for values in (1 - 0.85 * share, 0.15 + 0.85 * share))
     lines = _viridis([0.35, 0.7])
     return [
@@ -80,7 +80,7 @@ def themes(num_levels: int) -> list[Theme]:
 
 
 def ink_on(color: str) -> str:
-    """Black or white, whichever has the greater contrast (WCAG 2.1) on ``color``: 4.5 or more."""
+    """Black or white, whichever contrasts more with ``color`` (WCAG 2.1): at least 4.5."""
     return "#000000" if luminance(color) > 0.179 else "#ffffff"
 
 
@@ -92,20 +92,20 @@ def luminance(color: str) -> float:
 
 
 def even_edges(x_N: Numbers, most: int) -> Numbers:
-    """Edges of bins of equal width, as many as there are values but ``most`` at most."""
+    """Edges of bins of equal width: one per distinct value, at most ``most``."""
     low, high = float(x_N.min()), float(x_N.max())
     num_bins = max(1, min(most, len(np.unique(x_N))))
     return np.linspace(low, high if high > low else low + 1, num_bins + 1)
 
 
 def quantile_edges(x_N: Numbers, most: int) -> Numbers:
-    """Edges of bins with about equally many values; equal values share a bin."""
+    """Edges of bins with about equal counts; equal values share a bin."""
     edges = np.unique(np.quantile(x_N, np.linspace(0, 1, most + 1)))
     return edges if len(edges) > 1 else np.array([edges[0], edges[0] + 1])
 
 
 def binned(x_N: Numbers, y_N: Numbers, edges: Numbers) -> Bins:
-    """Mean of y by bin of x, without empty bins; a bin holds its lower edge, the last one both."""
+    """Mean of y by bin of x, without empty bins; bins include the lower edge, the last one both."""
     place_N = np.clip(np.searchsorted(edges, x_N, side="right") - 1, 0, len(edges) - 2)
     count = np.bincount(place_N, minlength=len(edges) - 1)
     filled = count > 0
@@ -121,25 +121,25 @@ def binned(x_N: Numbers, y_N: Numbers, edges: Numbers) -> Bins:
 
 
 def frequencies(token_N: Numbers) -> Numbers:
-    """How often each token occurs in the text, by token (N,)."""
+    """The number of occurrences of each token in the text (N,)."""
     _, inverse_N, count = np.unique(token_N, return_inverse=True, return_counts=True)
-    found: Numbers = count[inverse_N]
-    return found
+    count_N: Numbers = count[inverse_N]
+    return count_N
 
 
 def depth_figures(trace: Trace, both: Sequence[Theme]) -> list[Drawing]:
     """Mean depth against position, frequency, loss and entropy."""
     depth_N, known_N = trace.depths, ~np.isnan(trace.loss_N)
-    often_N = frequencies(trace.token_N)
-    found = [
+    count_N = frequencies(trace.token_N)
+    figures = [
         _depth_against("position in the window", trace.position_N, depth_N, even_edges, both),
-        _depth_against("occurrences in the text", often_N, depth_N, quantile_edges, both, log=True),
+        _depth_against("occurrences in the text", count_N, depth_N, quantile_edges, both, log=True),
         _depth_against("entropy (nats)", trace.entropy_N, depth_N, quantile_edges, both),
     ]
     if known_N.any():
         loss = (trace.loss_N[known_N], depth_N[known_N])
-        found.insert(2, _depth_against("loss (nats)", *loss, quantile_edges, both))
-    return found
+        figures.insert(2, _depth_against("loss (nats)", *loss, quantile_edges, both))
+    return figures
 
 
 def _depth_against(
@@ -180,7 +180,7 @@ def strips_figures(
     """Which routed part (down) each of the first ``most`` tokens (across) entered, in strips."""
     count = min(most, len(trace.token_N))
     chosen_RN = np.stack([router.chosen_N[:count] for router in trace.routers])
-    # A token's colour is its depth, as in the text; a part that it passed by has none.
+    # A token's colour is its depth, as in the text; parts that it skipped have none.
     level_RN = chosen_RN * trace.depths[:count]
     size = _STRIP * _STRIPS
     return [
@@ -226,7 +226,7 @@ def _strips(level_RN: Numbers, start: int, names: Sequence[str], both: Sequence[
 def router_figure(
     name: str, router: RouterTrace, value_N: Numbers, both: Sequence[Theme]
 ) -> Drawing:
-    """Histogram of what the router decides by, chosen and skipped apart, and its threshold."""
+    """Histograms of the router's decision values for chosen and skipped tokens, and threshold."""
     chosen_N = router.chosen_N
     edges, chosen, skipped = histograms(value_N, chosen_N, router.threshold)
 
@@ -251,15 +251,15 @@ def router_figure(
 def histograms(
     value_N: Numbers, chosen_N: Numbers, threshold: float | None
 ) -> tuple[Numbers, Numbers, Numbers]:
-    """Return edges, and how many chosen and skipped ones lie between; the threshold is an edge."""
+    """Return edges and the counts of chosen and skipped tokens; the threshold is an edge."""
     low, high = np.quantile(value_N, [0.001, 0.999])
     fixed = low if threshold is None else threshold
     low, high = min(low, fixed), max(high, fixed)
     step = (high - low) / 40 or 1.0
-    # A hair less: rounding must not add a bin. One on either side at least, for the few beyond.
+    # Slightly less: rounding must not add a bin. At least one on either side, for outliers.
     below, above = (max(1, math.ceil(w / step - 1e-6)) for w in (fixed - low, high - fixed))
     edges = fixed + step * np.arange(0 if threshold is None else -below, above + 1)
-    # The few beyond belong to the outermost bins: no value is to be missing.
+    # Outliers are counted in the outermost bins.
     clipped_N = np.clip(value_N, edges[0], edges[-1])
     chosen, skipped = (np.histogram(clipped_N[side], edges)[0] for side in (chosen_N, ~chosen_N))
     return edges, chosen, skipped
@@ -273,15 +273,15 @@ def drawing(
     height: float = _HEIGHT,
     left: float = 0.58,
 ) -> Drawing:
-    """Draw for both themes. height, and the margin for labels at the left, in inches."""
+    """Draw in both themes. height, and left margin for labels, in inches."""
     first, second = both
     light = _svg(draw, first, height, left)
     if "<image" in light:
         dark = _svg(draw, second, height, left)
     else:
-        # Drawing takes long, and only the colours differ.
-        own = dict(zip(_inks(first), _inks(second), strict=True))
-        dark = re.sub("|".join(own), lambda found: own[found[0]], light)
+        # Drawing is slow, and only the colours differ.
+        colors = dict(zip(_inks(first), _inks(second), strict=True))
+        dark = re.sub("|".join(colors), lambda match: colors[match[0]], light)
     return Drawing(_uri(light), _uri(dark), round(_WIDTH * 96), round(height * 96), title, alt)
 
 
@@ -297,7 +297,7 @@ def _svg(draw: Callable[[Figure, Theme], None], theme: Theme, height: float, lef
         )
         draw(figure, theme)
         content = io.StringIO()
-        # The time would make two pages of the same run differ.
+        # Without the time, two pages of the same run are equal.
         figure.savefig(content, format="svg", transparent=True, dpi=200, metadata={"Date": None})
     return content.getvalue()
 
@@ -307,12 +307,12 @@ def _uri(svg: str) -> str:
 
 
 def _inks(theme: Theme) -> list[str]:
-    """Every colour that figures without an image use."""
+    """All colours of figures without an image."""
     return [theme.text, theme.faint, theme.line]
 
 
 def _some(rows: int) -> list[int]:
-    """Rows to label: as many as there is room for."""
+    """Rows to label, at most 12."""
     return list(range(0, rows, -(-rows // 12)))
 
 

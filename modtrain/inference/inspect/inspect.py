@@ -1,4 +1,4 @@
-"""Show what a trained run's routers do with a text, as one HTML page.
+"""Show the routing decisions of a trained run on a text, as one HTML page.
 
 Shapes: B batch, S sequence, T = S + 1.
 """
@@ -21,7 +21,7 @@ from modtrain.inference.inspect.config import InspectConfig
 from modtrain.inference.inspect.page import Subject, render
 from modtrain.inference.inspect.trace import trace
 from modtrain.inference.loading import LoadedRun, load_run
-from modtrain.inference.prompt_source import read_text
+from modtrain.inference.text_io import read_text
 from modtrain.inference.token_text import TokenTexts
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import Selection
@@ -29,17 +29,17 @@ from modtrain.models.loss import IGNORED
 
 
 def inspect_run(config: InspectConfig) -> Path:
-    """Run the model over the text and write the page. Returns where it is.
+    """Run the model over the text and write the page. Returns its path.
 
     Raises:
-        ConfigError, CheckpointError, DataError: what cannot be inspected, with the remedy.
+        ConfigError, CheckpointError, DataError: the run cannot be inspected, with the remedy.
     """
     raise_if_any(config.problems())
     loaded = load_run(config)
     selection = choose_decision(loaded.trained.model, config.inference)
     budget = budget_of_run(loaded, selection, config.inference, config.batch_size)
     source, windows = _windows(config, loaded)
-    found = trace(
+    recorded = trace(
         loaded.model,
         windows,
         selection,
@@ -56,42 +56,43 @@ def inspect_run(config: InspectConfig) -> Path:
         source=source,
         seq_len=loaded.seq_len,
         selection=selection,
-        budget=", ".join(f"{name} {value}" for name, value in config.inference.asked.items()),
+        budget=", ".join(f"{name} {value}" for name, value in config.inference.overrides.items()),
         is_causal=selection in model.causal_selections,
         num_layers=model.num_layers,
-        capacities=list(loaded.shares),
+        capacities=[loaded.capacities[layer] or 1.0 for layer, _ in model.routed_parts],
     )
     name = f"inspect-{loaded.step:09d}{config.inference.suffix}.html"
     default = loaded.directory.path / name
     path = default if config.output is None else Path(config.output)
-    pieces = texts.pieces(found.token_N.tolist())
-    write_text(path, render(subject, found, pieces, config.tokens_shown))
+    pieces = texts.pieces(recorded.token_N.tolist())
+    write_text(path, render(subject, recorded, pieces, config.tokens_shown))
     return path
 
 
-def choose_decision(model: ModelConfig, wish: ComputeBudgetConfig) -> Selection:
-    """Return the decision to look at; also as trained, where it is named.
+def choose_decision(model: ModelConfig, settings: ComputeBudgetConfig) -> Selection:
+    """Return the decision to inspect; also the selection of training, if it is named.
 
     Raises:
-        ConfigError: the model does not have it, or what it chooses by in training is to be moved.
+        ConfigError: the model does not have it, or a compute budget is given for the selection of
+            training.
     """
-    found = resolve_decisions(wish, model, as_trained=True)
+    selections = resolve_decisions(settings, model, as_trained=True)
     key, remedy = "inference.decision", f"use {model.training_selection}, which is not causal"
-    if not found:
+    if not selections:
         reason = "has no default: the model was trained without a causal decision"
         raise ConfigError([Problem(key, "null", reason, remedy)])
-    if found[0] not in model.causal_selections and wish.asked:
-        reason = f"is not moved by {', '.join(wish.asked)}"
-        raise ConfigError([Problem(key, found[0], reason, "leave that out")])
-    return found[0]
+    if selections[0] not in model.causal_selections and settings.overrides:
+        reason = f"is not changed by {', '.join(settings.overrides)}"
+        raise ConfigError([Problem(key, selections[0], reason, "leave that out")])
+    return selections[0]
 
 
 def text_windows(
     token_N: Sequence[int], seq_len: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut a text into (inputs, targets) of ``seq_len``, the last one shorter.
+    """Split a text into windows (inputs, targets) of ``seq_len``, the last one shorter.
 
-    The last token of a window is asked for the first one of the next; that of the text for nothing.
+    The target of a window's last token is the next window's first; that of the text is ignored.
     """
     inputs_N = torch.tensor(token_N, dtype=torch.int64)
     targets_N = torch.cat([inputs_N[1:], torch.tensor([IGNORED])])
@@ -106,7 +107,7 @@ def text_windows(
 def _windows(
     config: InspectConfig, loaded: LoadedRun
 ) -> tuple[str, Iterable[tuple[Tensor, Tensor]]]:
-    """Return the text's name and its windows."""
+    """Return the name of the text and its windows."""
     if config.text is None and config.file is None:
         batches = loaded.held_out(config.sequences, config.batch_size)
         return "held-out text", ((batch_BT[:, :-1], batch_BT[:, 1:]) for batch_BT in batches)

@@ -1,4 +1,4 @@
-"""An inspection as one HTML page that needs nothing beside itself."""
+"""An inspection as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _TOKENS_IN_STRIPS = 768
 
 @dataclass(frozen=True)
 class Subject:
-    """What was looked at: run, checkpoint, text, and who decided.
+    """The inspected run, checkpoint and text, and the decision.
 
-    dial: what of the model's compute was moved; empty: nothing.
-    capacities: share of the tokens that each router was trained to take, in running order.
+    budget: the compute budget's settings; empty: as trained.
+    capacities: share of the tokens that each router was trained to take, in forward order.
     """
 
     run: str
@@ -46,7 +46,7 @@ class Subject:
 
 
 class TokenRow(NamedTuple):
-    """One token of the text, in print."""
+    """One token of the text as displayed."""
 
     number: int
     token: int
@@ -60,14 +60,14 @@ class TokenRow(NamedTuple):
 
 
 class Share(NamedTuple):
-    """A share and its level of colour, 0 for none."""
+    """A share and its colour level, 0 for none."""
 
     level: int
     share: float
 
 
 def render(subject: Subject, trace: Trace, pieces: Sequence[Piece], tokens_shown: int) -> str:
-    """Return the page. pieces: one a token; the first ``tokens_shown`` are shown one by one."""
+    """Return the page. pieces: one per token; the first ``tokens_shown`` are shown one by one."""
     names = [short_name(router.label) for router in trace.routers]
     both = themes(len(names))
     routed = bool(names)
@@ -103,7 +103,7 @@ def render(subject: Subject, trace: Trace, pieces: Sequence[Piece], tokens_shown
 def token_rows(
     trace: Trace, pieces: Sequence[Piece], names: Sequence[str], most: int
 ) -> list[TokenRow]:
-    """Return the first ``most`` tokens in print."""
+    """Return the first ``most`` tokens as displayed."""
     depth_N = trace.depths
     return [
         TokenRow(
@@ -126,13 +126,13 @@ def token_rows(
 
 
 def depth_shares(trace: Trace) -> list[tuple[int, float]]:
-    """Return for each depth from 0 how many tokens have it, and their share."""
+    """Return the number and share of tokens at each depth from 0."""
     count = np.bincount(trace.depths, minlength=len(trace.routers) + 1)
     return [(int(number), float(number / count.sum())) for number in count]
 
 
 def expert_shares(mixture: ExpertTrace) -> list[Share]:
-    """Return each expert's share with a colour by what it is of the layer's largest."""
+    """Return each expert's share with a colour level relative to the layer's largest."""
     most = float(mixture.share_E.max())
     return [
         Share(math.ceil(_EXPERT_LEVELS * share / most) if share > 0 else 0, share)

@@ -1,4 +1,4 @@
-"""What a model's routers and experts do with each token, and how well it predicts from there.
+"""Routing decisions, expert choices and prediction quality of a model, token by token.
 
 Shapes: B batch, S sequence, V vocabulary, N all tokens of the text, R routers, E experts.
 """
@@ -32,8 +32,8 @@ Floats = NDArray[np.float64]
 class RouterTrace:
     """One depth router over the text.
 
-    decides_by: what ``value_N`` is; None: routers that look at no token have nothing to show.
-    threshold: above which a token takes part; None where the largest values of a window do.
+    decides_by: name of ``value_N``, which is None for routers that ignore content.
+    threshold: above which a token is routed; None if the top k of a window are.
     """
 
     label: str
@@ -47,7 +47,7 @@ class RouterTrace:
 class ExpertTrace:
     """One mixture of experts over the text.
 
-    share_E: of all choices, by expert, the ``noop`` ones last; all 0 where no token came.
+    share_E: of all choices, by expert, the ``noop`` ones last; all 0 if there was no token.
     """
 
     label: str
@@ -57,10 +57,10 @@ class ExpertTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """A text of N tokens as the model computed it, in windows that know nothing of each other.
+    """A text of N tokens as the model computed it, in independent windows.
 
     position_N: in the window. loss_N, entropy_N: of the token's prediction of the next one, in
-    nats; the loss is NaN where nothing comes next.
+    nats; the loss is NaN where there is no next token.
     """
 
     token_N: NDArray[np.int64]
@@ -72,13 +72,13 @@ class Trace:
 
     @property
     def depths(self) -> NDArray[np.int64]:
-        """How many of the routed parts each token entered."""
+        """The number of routed parts that each token entered."""
         zero_N = np.zeros(len(self.token_N), dtype=np.int64)
         return sum((router.chosen_N.astype(np.int64) for router in self.routers), zero_N)
 
     @property
     def mean_loss(self) -> float | None:
-        """Mean of the losses that there are."""
+        """Mean of the known losses; None if there are none."""
         known = self.loss_N[~np.isnan(self.loss_N)]
         return float(known.mean()) if len(known) else None
 
@@ -95,13 +95,13 @@ def trace(
 ) -> Trace:
     """Run ``model`` over windows of (inputs, targets), each (B, S) and of any B and S.
 
-    A target of -100 is unknown. precision, eos_id, capacities: as for `held_out.evaluate`. dial:
-    how much a causal decision is to compute.
+    A target of -100 is unknown. precision, eos_id, capacities: as for `held_out.evaluate`. budget:
+    the compute budget of a causal decision.
 
     Raises:
         ValueError: there is no window.
     """
-    tape = _Tape(model, selection, budget)
+    recorder = _TraceRecorder(model, selection, budget)
     with evaluation_mode(model) as device, precision:
         for window in windows:
             inputs_BS, targets_BS = (side.to(device) for side in window)
@@ -113,8 +113,8 @@ def trace(
                 documents_BS=documents_BS,
                 budget=budget,
             )
-            tape.add(inputs_BS, targets_BS, output)
-    return tape.trace()
+            recorder.add(inputs_BS, targets_BS, output)
+    return recorder.trace()
 
 
 def deciding_values(
@@ -123,19 +123,21 @@ def deciding_values(
     record: RoutingRecord,
     budget: ComputeBudget | None = None,
 ) -> tuple[str, Tensor | None, float | None]:
-    """Return what the router decides by: its name, the values (B, S), the threshold if any."""
+    """Return the router's decision values (B, S), with their name and the threshold if any."""
     if not router.config.needs_causal:
-        return f"nothing of the token ({router.config.score})", None, None
+        return f"no content ({router.config.score})", None, None
     if selection in TRAINING_SELECTIONS:
         return "score", record.scores_BS, None
-    moved = (
-        None if budget is None or budget.thresholds is None else budget.thresholds[router.number]
+    thresholds = None if budget is None else budget.thresholds
+    threshold = (
+        float(router.decision_threshold(selection))
+        if thresholds is None
+        else thresholds[router.number]
     )
-    level = float(router.decision_threshold(selection)) if moved is None else moved
     value_BS = router.decision_values(selection, record.scores_BS, record.predictor_BS)
     name = "predictor's logit" if selection == "predictor" else "score"
-    # Everybody takes part at a level of minus infinity, and there is no line to draw.
-    return name, value_BS, level if math.isfinite(level) else None
+    # At a threshold of minus infinity every token is routed, and there is no line to draw.
+    return name, value_BS, threshold if math.isfinite(threshold) else None
 
 
 def prediction_quality(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,8 +150,8 @@ def prediction_quality(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Te
     return loss_S.where(known_S, torch.nan), entropy_S
 
 
-class _Tape:
-    """What is kept of each forward pass, on the host."""
+class _TraceRecorder:
+    """Collects the results of each forward pass, on the host."""
 
     def __init__(
         self, model: Transformer, selection: Selection, budget: ComputeBudget | None
@@ -163,27 +165,27 @@ class _Tape:
         assert output.logits_BSV is not None  # noqa: S101  (there are no targets in the call)
         self._keep("token", inputs_BS)
         self._keep("position", torch.arange(inputs_BS.shape[1]).expand(inputs_BS.shape))
-        # A sequence at a time: the logarithms of a whole batch would take its logits' memory again.
+        # One sequence at a time: log-probabilities of a batch would double the logits' memory.
         for logits_SV, targets_S in zip(output.logits_BSV, targets_BS, strict=True):
             loss_S, entropy_S = prediction_quality(logits_SV, targets_S)
             self._keep("loss", loss_S, torch.float64)
             self._keep("entropy", entropy_S, torch.float64)
-        found = [
+        decisions = [
             deciding_values(router, self.selection, record, self.budget)
             for router, record in zip(self.model.routers, output.routing, strict=True)
         ]
-        self.decisions = [(name, threshold) for name, _, threshold in found]
-        for place, (record, (_, value_BS, _)) in enumerate(zip(output.routing, found, strict=True)):
+        self.decisions = [(name, threshold) for name, _, threshold in decisions]
+        for i, (record, (_, value_BS, _)) in enumerate(zip(output.routing, decisions, strict=True)):
             if value_BS is not None:
-                self._keep(f"value {place}", value_BS, torch.float64)
-            self._keep(f"chosen {place}", record.chosen_BS)
+                self._keep(f"value {i}", value_BS, torch.float64)
+            self._keep(f"chosen {i}", record.chosen_BS)
         counts = self._choices(output, inputs_BS.numel())
         before = self.choices or [torch.zeros_like(count_E) for count_E in counts]
         self.choices = [a + b for a, b in zip(before, counts, strict=True)]
 
     def trace(self) -> Trace:
         if not self.columns:
-            raise ValueError("there is no text to look at")
+            raise ValueError("there is no text to inspect")
         column = {name: torch.cat(parts).numpy() for name, parts in self.columns.items()}
         config = self.model.config
         routers = [
@@ -198,7 +200,7 @@ class _Tape:
                 zip(config.routed_labels, self.decisions, strict=True)
             )
         ]
-        # Under expert choice no-op experts only share in the softmax: nobody is sent there.
+        # Under expert choice no-op experts are only part of the softmax and get no tokens.
         noop = config.experts.noop if config.experts.choice == "token" else 0
         experts = [
             ExpertTrace(label, (count_E / count_E.sum().clamp(min=1)).numpy(), noop)
@@ -218,7 +220,7 @@ class _Tape:
         self.columns.setdefault(name, []).append(values.flatten().cpu().to(dtype or values.dtype))
 
     def _choices(self, output: ModelOutput, tokens: int) -> list[Tensor]:
-        """How many choices fell on each expert of each mixture; a record has shares of them."""
+        """The number of choices of each expert of each mixture; records have shares."""
         config = self.model.config
         entered = {
             layer: float(record.chosen_BS.sum())

@@ -15,7 +15,7 @@ from modtrain.data.stream.index import read_summary
 from modtrain.inference.calibration import budget_of_run, training_text
 from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
 from modtrain.inference.evaluate.evaluate import evaluate_run
-from modtrain.inference.evaluate.table import show
+from modtrain.inference.evaluate.reporting import show
 from modtrain.inference.loading import load_run
 from modtrain.models.flops import Load, dense_equivalent_flops, realised_flops
 from modtrain.models.transformer import Transformer
@@ -87,20 +87,20 @@ def slowly(loaded, selection, budget, sequences=6):
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "settings",
     [{}, {"capacity": 0.4}, {"shift": -0.05, "layer_cap": 0.5}, {"step_cap": 1, "capacity": 0.8}],
     ids=str,
 )
-def test_figures_are_those_of_a_slow_loop(routed, wish):
-    wish = ComputeBudgetConfig(calibration_sequences=8, **wish)
-    figures = evaluate_run(request(routed, inference=wish))
+def test_figures_are_those_of_a_slow_loop(routed, settings):
+    settings = ComputeBudgetConfig(calibration_sequences=8, **settings)
+    figures = evaluate_run(request(routed, inference=settings))
     loaded = load_run(request(routed))
     valid = read_summary(loaded.data_path).splits["valid"]
     assert list(figures["decisions"]) == EVERY
     ways = {**figures["decisions"], "top_k": figures["top_k_not_causal"]}
     with torch.no_grad():
         for name, found in ways.items():
-            budget = None if name == "top_k" else budget_of_run(loaded, name, wish, 4)
+            budget = None if name == "top_k" else budget_of_run(loaded, name, settings, 4)
             loss, flops, shares = slowly(loaded, name, budget)
             assert found["loss"] == pytest.approx(loss, rel=1e-5)
             assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
@@ -134,10 +134,10 @@ def test_the_file_has_the_keys_that_are_documented_and_a_dial_another_file(route
         assert set(found) == {*WAY, *AGAINST}
         for scores in found["agreement_with_top_k_not_causal"].values():
             assert set(scores) == {"accuracy", "f1", "balanced_accuracy"}
-    wish = ComputeBudgetConfig(
+    settings = ComputeBudgetConfig(
         decision="threshold", capacity=0.4, layer_cap=0.9, calibration_sequences=4
     )
-    moved = evaluate_run(request(routed, inference=wish))
+    moved = evaluate_run(request(routed, inference=settings))
     named = routed.path / "eval-000000006-threshold-capacity_0.4-layer_cap_0.9.json"
     assert json.loads(named.read_text()) == moved
     assert moved["budget"] == {"capacity": 0.4, "layer_cap": 0.9, "calibration_sequences": 4}
@@ -230,8 +230,8 @@ def test_calibration_reads_what_the_run_was_trained_on_first(routed):
 
 
 def test_a_calibrated_capacity_is_near_on_held_out_text(routed):
-    wish = ComputeBudgetConfig(capacity=0.3)
-    figures = evaluate_run(request(routed, inference=wish, sequences=None))
+    settings = ComputeBudgetConfig(capacity=0.3)
+    figures = evaluate_run(request(routed, inference=settings, sequences=None))
     for found in figures["decisions"].values():
         for share in found["realised_capacity"].values():
             assert share == pytest.approx(0.3, abs=0.05)
@@ -239,8 +239,8 @@ def test_a_calibrated_capacity_is_near_on_held_out_text(routed):
 
 @pytest.fixture(scope="module")
 def swept(routed):
-    wish = ComputeBudgetConfig(calibration_sequences=8)
-    return evaluate_run(request(routed, sweep=SWEPT, inference=wish))
+    settings = ComputeBudgetConfig(calibration_sequences=8)
+    return evaluate_run(request(routed, sweep=SWEPT, inference=settings))
 
 
 def test_a_sweep_has_a_point_a_capacity_that_is_the_evaluation_there(routed, swept):
@@ -253,8 +253,10 @@ def test_a_sweep_has_a_point_a_capacity_that_is_the_evaluation_there(routed, swe
     flops = [point["flops"] for point in swept["points"]]
     assert all(below < above for below, above in pairwise(flops))
     for chosen, at in ((0.2, swept["points"][1]), (None, swept["as_trained"])):
-        wish = ComputeBudgetConfig(capacity=chosen, decision="predictor", calibration_sequences=8)
-        alone = evaluate_run(request(routed, inference=wish))["decisions"]["predictor"]
+        settings = ComputeBudgetConfig(
+            capacity=chosen, decision="predictor", calibration_sequences=8
+        )
+        alone = evaluate_run(request(routed, inference=settings))["decisions"]["predictor"]
         assert {key: at[key] for key in WAY} == {key: alone[key] for key in WAY}
 
 
@@ -282,8 +284,8 @@ def test_a_sweep_is_written_drawn_and_recorded(routed, swept, capsys, monkeypatc
 
 
 def test_a_sweep_under_caps_or_of_another_decision_has_a_file_of_its_own(routed):
-    wish = ComputeBudgetConfig(decision="auxiliary", layer_cap=0.5, calibration_sequences=4)
-    found = evaluate_run(request(routed, sweep=[1.0], inference=wish))
+    settings = ComputeBudgetConfig(decision="auxiliary", layer_cap=0.5, calibration_sequences=4)
+    found = evaluate_run(request(routed, sweep=[1.0], inference=settings))
     name = "sweep-000000006-auxiliary-layer_cap_0.5"
     assert json.loads((routed.path / f"{name}.json").read_text()) == found
     assert found["decision"] == "auxiliary"
@@ -298,11 +300,11 @@ def test_a_sweep_makes_no_needless_pass(routed, monkeypatch):
         return forward(model, *arguments, **named)
 
     monkeypatch.setattr(Transformer, "forward", counted)
-    wish = ComputeBudgetConfig(decision="threshold", calibration_sequences=8)
-    evaluate_run(request(routed, sweep=[1.0], inference=wish))
+    settings = ComputeBudgetConfig(decision="threshold", calibration_sequences=8)
+    evaluate_run(request(routed, sweep=[1.0], inference=settings))
     # Two batches of held-out text for the point and for the model as trained.
     assert seen == ["threshold"] * 4
-    evaluate_run(request(routed, sweep=[0.4, 0.6, 1.0], inference=wish))
+    evaluate_run(request(routed, sweep=[0.4, 0.6, 1.0], inference=settings))
     # Two of training text for both shares, and once more for each.
     assert seen[4:] == ["threshold"] * (8 + 2 + 4)
 
@@ -360,7 +362,7 @@ def test_a_decision_that_the_model_does_not_have_is_refused(routed):
 
 
 @pytest.mark.parametrize(
-    ("sweep", "wish", "keys"),
+    ("sweep", "settings", "keys"),
     [
         ([0.5, 1.0], {}, []),
         ([], {}, ["sweep"]),
@@ -370,8 +372,10 @@ def test_a_decision_that_the_model_does_not_have_is_refused(routed):
         ([0.5], {"shift": 0.5}, ["inference.shift"]),
     ],
 )
-def test_every_mistake_in_a_sweep_is_told(sweep, wish, keys):
-    found = EvalRunConfig(run="a", sweep=sweep, inference=ComputeBudgetConfig(**wish)).problems()
+def test_every_mistake_in_a_sweep_is_told(sweep, settings, keys):
+    found = EvalRunConfig(
+        run="a", sweep=sweep, inference=ComputeBudgetConfig(**settings)
+    ).problems()
     assert [problem.key for problem in found] == keys
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modtrain.inference.generate.config import SamplingConfig
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, End, Token
-from modtrain.inference.generate.sampling import Dice, distribution, draw
-from modtrain.inference.generate.sampling_config import SamplingConfig
+from modtrain.inference.generate.sampling import PerSequenceRNG, distribution, draw
 from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
@@ -46,12 +46,12 @@ def ready(name: str):
 
 def slowly(model, config: DecoderConfig, prompt: list[int], number: int):
     """One sequence, all of it run again for each token: (tokens made, depths, reason)."""
-    text, dice = list(prompt), Dice.of(config.sampling.seed, 1, first=number)
+    text, rng = list(prompt), PerSequenceRNG.from_seed(config.sampling.seed, 1, first=number)
     reason = "length"
 
     def run():
         tokens = torch.tensor([text])
-        documents = (tokens == END).long() if config.apart else None
+        documents = (tokens == END).long() if config.mask_documents else None
         if documents is not None:
             documents = documents.cumsum(1) - documents
         with torch.no_grad():
@@ -63,7 +63,7 @@ def slowly(model, config: DecoderConfig, prompt: list[int], number: int):
         seen = torch.zeros(1, VOCAB, dtype=torch.bool)
         seen[0, text] = True
         chances = distribution(run().logits_BSV[:, -1], config.sampling, seen)
-        token = int(draw(chances, dice.uniform([0])))
+        token = int(draw(chances, rng.uniform([0])))
         if token == config.end_id:
             reason = "end"
             break
@@ -100,7 +100,7 @@ def settings(draw_):
         "prefill_chunk": draw_(st.sampled_from([1, 3, 100])),
         "with_depth": draw_(st.booleans()),
         "end_id": draw_(st.sampled_from([None, END])),
-        "apart": draw_(st.booleans()),
+        "mask_documents": draw_(st.booleans()),
         "budget": draw_(
             st.sampled_from([None, ComputeBudget(layer_cap=0.4), ComputeBudget(step_cap=1)])
         ),
@@ -115,7 +115,7 @@ def settings(draw_):
 )
 def test_a_batch_equals_one_by_one_run_whole(name, choices, prompts):
     model = ready(name)
-    choices["apart"] = choices["apart"] and choices["end_id"] is not None
+    choices["mask_documents"] = choices["mask_documents"] and choices["end_id"] is not None
     config = DecoderConfig(model.config.causal_selections[0], **choices)
     found = collected(Decoder(model, config, prompts).run())
     assert found.keys() == set(range(len(prompts)))
@@ -140,7 +140,10 @@ def test_a_batch_equals_one_by_one_run_whole(name, choices, prompts):
 )
 def test_greedy_self_speculation_changes_nothing(name, choices, drafts, prompts):
     model = ready(name)
-    choices |= {"apart": False, "sampling": SamplingConfig(greedy=True, repetition_penalty=1.2)}
+    choices |= {
+        "mask_documents": False,
+        "sampling": SamplingConfig(greedy=True, repetition_penalty=1.2),
+    }
     selection = model.config.causal_selections[0]
     plain = DecoderConfig(selection, **choices)
     drafted = DecoderConfig(

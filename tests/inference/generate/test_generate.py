@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pty
 import re
@@ -17,6 +18,7 @@ from modtrain.cli.main import main
 from modtrain.common.errors import ConfigError, DataError
 from modtrain.inference.generate.generate import decoder_config, generate
 from modtrain.inference.loading import load_run
+from modtrain.models.cache.cache import Cache
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +66,14 @@ def test_the_text_is_what_the_model_says(routed, capsys, prompt):
     said = capsys.readouterr()
     assert said.out == slowly(routed, prompt, 12) + "\n"
     assert "12 tokens behind" in said.err
-    assert re.search(r"took part: layer_\d\d \d", said.err)
+    assert re.search(r"routed: layer_\d\d \d", said.err)
 
 
 def test_a_dense_run_goes_on_too(dense, capsys):
     generate(asked(dense, "prompt=the"))
     said = capsys.readouterr()
     assert said.out == slowly(dense, "the", 12) + "\n"
-    assert "took part" not in said.err
+    assert "routed:" not in said.err
 
 
 def test_prompts_come_from_a_file_or_standard_input(routed, tmp_path, capsys, monkeypatch):
@@ -94,13 +96,13 @@ def test_a_stop_string_ends_the_text_before_it(routed, capsys):
 
 def test_depths_are_marked_where_there_are_no_colours(routed, capsys):
     generate(asked(routed, "prompt='the old'", "show_depth=true", "echo=true"))
-    marked = capsys.readouterr().out
+    mark_depth = capsys.readouterr().out
     digits = "₀₁₂₃₄₅₆₇₈₉"
-    plain = "".join(c for c in marked if c not in digits)
+    plain = "".join(c for c in mark_depth if c not in digits)
     assert plain == "the old" + slowly(routed, "the old", 12) + "\n"
-    assert any(digit in marked for digit in digits)
+    assert any(digit in mark_depth for digit in digits)
     assert main(["generate", "--show-depth", *flags(routed), "prompt='the old'", "echo=true"]) == 0
-    assert capsys.readouterr().out == marked
+    assert capsys.readouterr().out == mark_depth
 
 
 def test_json_lines_keep_their_order_and_keys(routed, tmp_path):
@@ -164,7 +166,7 @@ def test_self_speculation_says_the_same(routed, capsys):
     generate(asked(routed, "prompt=the", "speculate.tokens=3"))
     said = capsys.readouterr()
     assert said.out == slowly(routed, "the", 12) + "\n"
-    (passes,) = re.findall(r"([\d.]+) tokens for each pass", said.err)
+    (passes,) = re.findall(r"([\d.]+) tokens per pass", said.err)
     assert 1 <= float(passes) <= 4
     generate(asked(routed, "prompt=the", "speculate.tokens=2", "speculate.capacity=0.25"))
     assert capsys.readouterr().out == said.out
@@ -222,19 +224,29 @@ def test_content_free_routers_keep_their_schedule(start):
     )
     config = asked(run, "step=4")
     loaded = load_run(config)
-    budget = decoder_config(config, loaded, 0).budget
-    assert budget.thresholds == tuple(
-        loaded.capacities[layer] for layer, _ in loaded.model.config.routed_parts
-    )
-    assert budget.thresholds != tuple(
-        loaded.model.config.capacities[layer] for layer, _ in loaded.model.config.routed_parts
-    )
+    settings = decoder_config(config, loaded, 0)
+    assert settings.budget is None
+    final = loaded.model.config.capacities
+    routed = [capacity for capacity in final if capacity is not None]
+    assert len(routed) == len(loaded.model.routers)
+    for capacity, at_end in zip(settings.capacities, final, strict=True):
+        assert (capacity is None) == (at_end is None)
+        assert at_end is None or capacity != at_end
+    # The positions that the model takes are those of these shares.
+    cache = Cache(loaded.model.config, 1)
+    tokens = torch.zeros(1, 40, dtype=torch.long)
+    output = loaded.model.extend(tokens, cache, capacities=settings.capacities)
+    for record, (layer, _) in zip(output.routing, loaded.model.config.routed_parts, strict=True):
+        assert int(record.chosen_BS.sum()) == math.floor(settings.capacities[layer] * 40 + 1e-9)
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["prompt=a", "file=b.txt", "input=c.jsonl"], ["beside", "file", "input", "is no file"]),
+        (
+            ["prompt=a", "file=b.txt", "input=c.jsonl"],
+            ["cannot be combined", "file", "input", "is no file"],
+        ),
         (["samples=0", "max_tokens=0"], ["samples=0", "max_tokens=0", "1 or more"]),
         (["speculate.capacity=0.2"], ["speculate.capacity=0.2", "speculate.tokens"]),
         (["output=no/where/out.txt"], ["output=no/where/out.txt", "no directory"]),

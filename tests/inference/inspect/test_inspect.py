@@ -152,14 +152,14 @@ def test_the_first_causal_decision_is_taken_and_top_k_only_by_its_name():
     assert choose_decision(config, ComputeBudgetConfig("threshold")) == "threshold"
     assert choose_decision(config, ComputeBudgetConfig("top_k")) == "top_k"
     assert choose_decision(small(pattern="dense"), ComputeBudgetConfig()) == "causal"
-    for changes, wish, word in (
+    for changes, settings, word in (
         ({"pattern": "dense"}, ComputeBudgetConfig("top_k"), "use one of: causal"),
         ({}, ComputeBudgetConfig("auxiliary"), "use one of: predictor, top_k"),
         ({"router": router(causal=[])}, ComputeBudgetConfig(), "use top_k, which is not causal"),
-        ({}, ComputeBudgetConfig("top_k", capacity=0.5), "is not moved by capacity"),
+        ({}, ComputeBudgetConfig("top_k", capacity=0.5), "is not changed by capacity"),
     ):
         with pytest.raises(ConfigError, match=r"inference\.decision") as error:
-            choose_decision(small(**changes), wish)
+            choose_decision(small(**changes), settings)
         assert word in str(error.value)
 
 

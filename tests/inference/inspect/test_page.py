@@ -153,13 +153,13 @@ def test_a_page_lacks_what_does_not_apply_and_says_so(kind, sections, tokenizer,
     if kind == "expert choice":
         assert "no-op 0" not in page.said
     if kind == "fixed":
-        assert "look at no token" in page.said
+        assert "ignore the tokens' content" in page.said
 
 
 def test_top_k_is_labelled_not_causal(tokenizer, undrawn):
     _, _, source = page_of("mod", "top_k", "the river", tokenizer)
     said = Parsed(source).said
-    assert "not causal: top_k looks at later tokens" in said
+    assert "not causal: top_k depends on later tokens" in said
     assert "loss, not causal" in said
     assert "causal loss" not in said
 

@@ -1,4 +1,4 @@
-"""Tokens to text as they come, up to a stop string; and text that shows each token's depth."""
+"""Streaming detokenization up to a stop string, and text that shows each token's depth."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from tokenizers import Tokenizer, decoders
 from modtrain.inference.token_text import byte_level_bytes
 
 Piece = tuple[str, Any]
-"""A text, and the mark of the token that it came from."""
+"""A text, and the mark of its token."""
 
-# As red, green, blue. Between them the luminance hardly changes, so that each colour stands out
-# from a black ground and from a white one; what changes is how vivid they are.
+# As red, green, blue. Their luminance is almost equal, so that every colour between them contrasts
+# with black and white backgrounds; what changes is the saturation.
 DIM = (118, 118, 118)
 BRIGHT = (217, 83, 0)
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-# A model may spell out what would take over the terminal: shown as pictures instead.
+# A model may generate terminal control sequences: they are shown as symbols instead.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class TextStream:
-    """Turns tokens into text as they come; a stop string ends it.
+    """Decodes tokens one by one; a stop string ends the text.
 
-    All the pieces together are ``tokenizer.decode`` of all the tokens, which leaves special tokens
-    out, cut before the first stop string. First is the one that is complete first; of those that
-    end at the same character, the longest. So the text does not depend on how it is cut in tokens.
-    A character made of several tokens carries the mark of the last of them.
+    The pieces together equal ``tokenizer.decode`` of all the tokens, without special tokens, cut
+    before the first stop string. The first is the one that is complete first; of those that end at
+    the same character, the longest. So the text does not depend on how it is split into tokens.
+    A character made of several tokens has the mark of the last of them.
 
-    The library's DecodeStream is not used: it raises where bytes are no UTF-8, and decodes all
-    that it holds back anew with each token.
+    The library's DecodeStream is not used: it raises on bytes that are not UTF-8, and decodes all
+    pending tokens again with each token.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class TextStream:
     ) -> None:
         """Begin a text.
 
-        before: the tokens that it goes on from, such as a prompt's. They give no text; but some
-        tokenizers drop a space at the very beginning, and this one is not to be dropped.
+        before: the tokens before it, such as a prompt's. They give no text, but some tokenizers
+        drop a space at the beginning of a text, which must be kept after a prompt.
 
         Raises:
             ValueError: a stop string is empty.
@@ -58,9 +58,9 @@ class TextStream:
         self.stopped = False
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
-        self._given: list[str] = []
-        self._held: deque[Piece] = deque()
-        self._decoder: _Decoder = (
+        self._released: list[str] = []
+        self._pending: deque[Piece] = deque()
+        self._decoder: _TokenDecoder = (
             _Bytes(tokenizer)
             if isinstance(tokenizer.decoder, decoders.ByteLevel)
             else _Windows(tokenizer)
@@ -72,36 +72,36 @@ class TextStream:
     @property
     def text(self) -> str:
         """Everything returned so far."""
-        return "".join(self._given)
+        return "".join(self._released)
 
     def push(self, token_id: int, mark: Any = None) -> list[Piece]:
-        """Return the text that is certain now, in pieces; nothing once it has stopped."""
-        return [] if self.stopped else self._take(self._decoder.push(token_id, mark))
+        """Return the text that is final now, in pieces; nothing after a stop string."""
+        return [] if self.stopped else self._add(self._decoder.push(token_id, mark))
 
     def finish(self) -> list[Piece]:
-        """Return what was held back; bytes that are no character yet are U+FFFD."""
+        """Return the pending text; bytes that do not complete a character become U+FFFD."""
         if self.stopped:
             return []
-        pieces = self._take(self._decoder.finish())
-        return pieces if self.stopped else pieces + self._release(self._num_held)
+        pieces = self._add(self._decoder.finish())
+        return pieces if self.stopped else pieces + self._release(self._num_pending)
 
     @property
-    def _num_held(self) -> int:
-        return sum(len(text) for text, _ in self._held)
+    def _num_pending(self) -> int:
+        return sum(len(text) for text, _ in self._pending)
 
-    def _take(self, pieces: list[Piece]) -> list[Piece]:
-        self._held.extend(pieces)
-        # What is held is shorter than a stop string: the cost of a token does not grow.
-        window = "".join(text for text, _ in self._held)
+    def _add(self, pieces: list[Piece]) -> list[Piece]:
+        self._pending.extend(pieces)
+        # The pending text is shorter than a stop string, so the cost per token does not grow.
+        window = "".join(text for text, _ in self._pending)
         starts = [(window.find(stop), stop) for stop in self._stop]
-        found = [(start + len(stop), start) for start, stop in starts if start >= 0]
-        if found:
+        matches = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if matches:
             self.stopped = True
-            return self._release(min(found)[1])
+            return self._release(min(matches)[1])
         return self._release(len(window) - self._num_uncertain(window))
 
     def _num_uncertain(self, window: str) -> int:
-        """Return the length of the longest end that a stop string could begin with."""
+        """Return the length of the longest suffix that a stop string could begin with."""
         for length in range(min(self._longest - 1, len(window)), 0, -1):
             tail = window[-length:]
             if any(stop.startswith(tail) for stop in self._stop):
@@ -109,20 +109,20 @@ class TextStream:
         return 0
 
     def _release(self, count: int) -> list[Piece]:
-        """Return the first ``count`` characters held."""
+        """Return the first ``count`` pending characters."""
         released: list[Piece] = []
         while count > 0:
-            text, mark = self._held.popleft()
+            text, mark = self._pending.popleft()
             released.append((text[:count], mark))
             if len(text) > count:
-                self._held.appendleft((text[count:], mark))
+                self._pending.appendleft((text[count:], mark))
             count -= len(text)
-        self._given.extend(text for text, _ in released)
+        self._released.extend(text for text, _ in released)
         return released
 
 
-class _Decoder(Protocol):
-    """Tokens to text, holding back what later tokens could change."""
+class _TokenDecoder(Protocol):
+    """Tokens to text, without what later tokens could change."""
 
     def push(self, token_id: int, mark: Any) -> list[Piece]: ...
 
@@ -130,7 +130,7 @@ class _Decoder(Protocol):
 
 
 class _Tokens:
-    """The tokens that a text shows: not the special ones, nor numbers without a token."""
+    """Token ids to tokens; None for special tokens and unknown ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -145,7 +145,7 @@ class _Tokens:
 
 
 class _Bytes:
-    """The decoder of byte-level tokenizers, whose tokens are bytes in disguise."""
+    """The decoder of byte-level tokenizers, whose tokens represent bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokens = _Tokens(tokenizer)
@@ -166,10 +166,10 @@ class _Bytes:
 
 
 class _Windows:
-    """All other decoders: what the library makes of a token behind the one before it.
+    """All other decoders: the text that the library adds for a token after the one before it.
 
-    Where bytes that are no token stand as ``<0x..>``, one wrong byte changes the text of a whole
-    run of them (`decoders.ByteFallback`): a run is held back until it ends.
+    With byte fallback, bytes are tokens such as ``<0x0A>``, and one invalid byte changes the text
+    of a whole run of them (`decoders.ByteFallback`): a run is pending until it ends.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -205,32 +205,32 @@ class _Windows:
         return [(text, mark)] if text else []
 
 
-def styled(pieces: Iterable[tuple[str, int | None]], most: int) -> Text:
-    """Return the pieces coloured by depth used, dim for 0 to bright for ``most``.
+def color_by_depth(pieces: Iterable[tuple[str, int | None]], max_depth: int) -> Text:
+    """Return the pieces coloured by depth, from dim for 0 to bright for ``max_depth``.
 
     A mark of None, as a prompt's, leaves a piece as it is. Control characters other than newline
-    and tab become pictures of themselves.
+    and tab become visible symbols.
 
     Raises:
-        ValueError: a depth is not in 0 to ``most``.
+        ValueError: a depth is not in 0 to ``max_depth``.
     """
     text = Text()
     for piece, depth in pieces:
-        style = "" if depth is None else Style(color=_colour(depth, most))
+        style = "" if depth is None else Style(color=_color(depth, max_depth))
         text.append(piece.translate(_CONTROLS), style)
     return text
 
 
-def _colour(depth: int, most: int) -> Color:
-    if not 0 <= depth <= most:
-        raise ValueError(f"a token of depth {depth} is not in 0 to {most}")
-    share = depth / most if most else 1.0
+def _color(depth: int, max_depth: int) -> Color:
+    if not 0 <= depth <= max_depth:
+        raise ValueError(f"a token of depth {depth} is not in 0 to {max_depth}")
+    share = depth / max_depth if max_depth else 1.0
     red, green, blue = (low + share * (high - low) for low, high in zip(DIM, BRIGHT, strict=True))
     return Color.from_rgb(red, green, blue)
 
 
-def marked(pieces: Iterable[tuple[str, int | None]]) -> str:
-    """Return the pieces, each followed by its depth in subscript digits: for want of colours.
+def mark_depth(pieces: Iterable[tuple[str, int | None]]) -> str:
+    """Return the pieces, each followed by its depth in subscript digits, where colours are missing.
 
     A mark of None adds nothing.
     """

@@ -1,4 +1,4 @@
-"""Texts that come from files or standard input, and where what is made of them goes."""
+"""Reading texts from files and standard input, and checks of input and output paths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_text(path: str) -> str:
     """
     content = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).read_bytes()
     try:
-        # Some editors begin a file with a mark of the encoding, which is no part of the text.
+        # Some editors write a byte-order mark, which is not part of the text.
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         name = "standard input" if path == STANDARD_INPUT else path
@@ -29,7 +29,7 @@ def read_text(path: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be encoded; bytes of a command line that are no text cannot."""
+    """Whether ``text`` is valid Unicode; undecodable bytes of a command line are not."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -38,7 +38,7 @@ def is_unicode(text: str) -> bool:
 
 
 def text_problems(config: object, prefix: str, name: str) -> list[Problem]:
-    """Find a text that is no text."""
+    """Check that a field is valid Unicode; None passes."""
     text = getattr(config, name)
     if text is None or is_unicode(text):
         return []
@@ -46,7 +46,7 @@ def text_problems(config: object, prefix: str, name: str) -> list[Problem]:
 
 
 def file_problems(config: object, prefix: str, *names: str) -> list[Problem]:
-    """Find fields that name a file which is not there; None and ``-`` pass."""
+    """Find fields that name a file which does not exist; None and ``-`` pass."""
     remedy = "give a file that exists, or - for standard input"
     return [
         Problem(key_of(prefix, name), path, "is no file", remedy)
@@ -57,7 +57,7 @@ def file_problems(config: object, prefix: str, *names: str) -> list[Problem]:
 
 
 def output_problems(config: object, prefix: str, name: str = "output") -> list[Problem]:
-    """Find a field that names a file which cannot be written to; None passes."""
+    """Check that a field names a file that can be written; None passes."""
     value = getattr(config, name)
     if value is None:
         return []
@@ -65,6 +65,5 @@ def output_problems(config: object, prefix: str, name: str = "output") -> list[P
     if path.is_dir():
         return [Problem(key, value, "is a directory", "give the name of a file in it")]
     if not path.parent.is_dir():
-        reason = "lies in no directory that exists"
-        return [Problem(key, value, reason, f"make {path.parent}")]
+        return [Problem(key, value, "is in a directory that does not exist", f"make {path.parent}")]
     return []

@@ -1,4 +1,4 @@
-"""An evaluation's or a sweep's figures as tables, for TensorBoard, and as a picture."""
+"""Results of an evaluation or a sweep as tables, TensorBoard scalars and a plot."""
 
 from __future__ import annotations
 
@@ -26,34 +26,35 @@ class Point(NamedTuple):
 
 
 def show(figures: dict[str, Any]) -> None:
-    """Print what `evaluate_run` returned; what is not causal says so."""
+    """Print the results of `evaluate_run`; what is not causal is labelled."""
     console = Console()
-    what = f"sweep of {figures['decision']}, causal" if "points" in figures else "held-out text"
+    kind = f"sweep of {figures['decision']}, causal" if "points" in figures else "held-out text"
     tokens = f"step {figures['step']:,}, {figures['tokens']:,} tokens"
-    heading = f"{what}, {tokens}{_told(figures)}"
+    heading = f"{kind}, {tokens}{_format_budget(figures)}"
     if "points" in figures:
         _print(console, heading, _sweep(figures))
         return
     _print(console, heading, _summary(figures))
-    ways = _ways(figures)
-    if len(ways) > 1:
-        _print(console, "each way to choose by itself", _decisions(ways))
-    for name, way in ways.items():
-        if way["realised_capacity"]:
-            against = f" against {_TOP_K}" if way.get("agreement_with_top_k_not_causal") else ""
+    selections = _selections(figures)
+    if len(selections) > 1:
+        _print(console, "by selection", _decisions(selections))
+    for name, decision in selections.items():
+        if decision["realised_capacity"]:
+            agreement = decision.get("agreement_with_top_k_not_causal")
+            against = f" against {_TOP_K}" if agreement else ""
             if against and {"layer_cap", "step_cap"} & (figures["budget"] or {}).keys():
                 against += ", before caps"
-            _print(console, f"routers: {name}{against}", _routers(way))
-        if way["expert_load"]:
+            _print(console, f"routers: {name}{against}", _routers(decision))
+        if decision["expert_load"]:
             heading = f"experts: share of the choices, no-op experts last ({name})"
-            _print(console, heading, _experts(way["expert_load"]))
+            _print(console, heading, _experts(decision["expert_load"]))
 
 
 def write_points(directory: Path, step: int, points: Iterable[Point]) -> None:
-    """Write TensorBoard's events, in place of those of the same checkpoint written before.
+    """Write TensorBoard events, replacing earlier ones of the same checkpoint.
 
-    They have a directory apart from training's: a second file there would end what TensorBoard
-    reads of a run that still trains.
+    They have their own directory: with a second event file in training's, TensorBoard would stop
+    reading new events of a run that is still training.
     """
     suffix = f".{step:09d}"
     for old in directory.glob(f"events.out.tfevents.*{suffix}"):
@@ -64,38 +65,38 @@ def write_points(directory: Path, step: int, points: Iterable[Point]) -> None:
 
 
 def evaluation_points(figures: dict[str, Any]) -> list[Point]:
-    """The figures of each decision as ``eval/<decision>/…``, at the checkpoint's step."""
+    """The results of each decision as ``eval/<decision>/…``, at the checkpoint's step."""
     values: dict[str, float] = {}
-    for name, way in _ways(figures).items():
+    for name, decision in _selections(figures).items():
         for key in ("loss", "perplexity", "bits_per_byte"):
-            values[f"eval/{name}/{key}"] = way[key]
-        values[f"eval/{name}/flops_per_token"] = way["flops"]
-        if way.get("gap_to_top_k_not_causal") is not None:
-            values[f"eval/{name}/gap to {_TOP_K}"] = way["gap_to_top_k_not_causal"]
-        for label, share in way["realised_capacity"].items():
+            values[f"eval/{name}/{key}"] = decision[key]
+        values[f"eval/{name}/flops_per_token"] = decision["flops"]
+        if decision.get("gap_to_top_k_not_causal") is not None:
+            values[f"eval/{name}/gap to {_TOP_K}"] = decision["gap_to_top_k_not_causal"]
+        for label, share in decision["realised_capacity"].items():
             values[f"eval/{name}/{label}/realised_capacity"] = share
-        for label, scores in way.get("agreement_with_top_k_not_causal", {}).items():
+        for label, scores in decision.get("agreement_with_top_k_not_causal", {}).items():
             for key, value in scores.items():
                 values[f"eval/{name}/{label}/{key} against {_TOP_K}"] = value
     return [Point(tag, value, figures["step"]) for tag, value in values.items()]
 
 
 def sweep_points(figures: dict[str, Any]) -> list[Point]:
-    """The curve of a sweep over executed forward FLOPs a token.
+    """The curve of a sweep over executed forward FLOPs per token.
 
-    TensorBoard's step is a whole number: it counts thousands of FLOPs, and its tag says so.
+    TensorBoard's step is an integer: it is in thousands of FLOPs, as the tag says.
     """
     curves = [(figures["points"], ""), ([figures["as_trained"]], " as trained")]
     return [
-        Point(f"eval/sweep/{key}{which} by kFLOPs a token", at[key], round(at["flops"] / 1000))
-        for points, which in curves
+        Point(f"eval/sweep/{key}{suffix} by kFLOPs a token", at[key], round(at["flops"] / 1000))
+        for points, suffix in curves
         for at in points
         for key in ("loss", "perplexity", "bits_per_byte")
     ]
 
 
 def draw_sweep(figures: dict[str, Any], path: Path) -> None:
-    """Draw causal loss over executed forward FLOPs a token as a PNG."""
+    """Plot causal loss over executed forward FLOPs per token as a PNG."""
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
     points, trained = figures["points"], figures["as_trained"]
@@ -116,7 +117,8 @@ def draw_sweep(figures: dict[str, Any], path: Path) -> None:
     axes.axvline(
         figures["dense_equivalent_flops"], ls="--", color="grey", label="if dense (FLOPs alone)"
     )
-    axes.set_title(f"{figures['run']}, step {figures['step']:,}{_told(figures)}", fontsize="medium")
+    title = f"{figures['run']}, step {figures['step']:,}{_format_budget(figures)}"
+    axes.set_title(title, fontsize="medium")
     axes.set_xlabel("forward FLOPs a token, executed")
     axes.set_ylabel("held-out causal loss (nats a token)")
     axes.set_xlim(left=0)
@@ -127,14 +129,14 @@ def draw_sweep(figures: dict[str, Any], path: Path) -> None:
         figure.savefig(file, dpi=130, format="png")
 
 
-def _ways(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The causal decisions, then what is not causal, by the names that they are shown under."""
+def _selections(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The causal decisions, then the selection that is not causal, by displayed name."""
     top_k = figures["top_k_not_causal"]
     return {**figures["decisions"], **({} if top_k is None else {_TOP_K: top_k})}
 
 
-def _told(figures: dict[str, Any]) -> str:
-    """Say how the dial stands, where it was moved."""
+def _format_budget(figures: dict[str, Any]) -> str:
+    """Format the compute budget's settings; empty if as trained."""
     budget = figures["budget"] or {}
     return "".join(f", {name}={value:g}" for name, value in budget.items())
 
@@ -160,30 +162,30 @@ def _summary(figures: dict[str, Any]) -> Table:
     return table
 
 
-def _decisions(ways: dict[str, dict[str, Any]]) -> Table:
+def _decisions(selections: dict[str, dict[str, Any]]) -> Table:
     table = Table()
     _columns(table, "", "loss", "perplexity", "bits a byte", f"over {_TOP_K}", "forward FLOPs")
-    for name, way in ways.items():
-        gap = way.get("gap_to_top_k_not_causal")
+    for name, decision in selections.items():
+        gap = decision.get("gap_to_top_k_not_causal")
         table.add_row(
             name,
-            f"{way['loss']:.4f}",
-            f"{way['perplexity']:.2f}",
-            f"{way['bits_per_byte']:.4f}",
+            f"{decision['loss']:.4f}",
+            f"{decision['perplexity']:.2f}",
+            f"{decision['bits_per_byte']:.4f}",
             "-" if gap is None else f"{gap:+.4f}",
-            f"{way['flops']:,.0f}",
+            f"{decision['flops']:,.0f}",
         )
     return table
 
 
-def _routers(way: dict[str, Any]) -> Table:
-    agreement = way.get("agreement_with_top_k_not_causal", {})
+def _routers(decision: dict[str, Any]) -> Table:
+    agreement = decision.get("agreement_with_top_k_not_causal", {})
     table = Table()
     _columns(table, "router", "realised capacity")
     if agreement:
         for heading in ("accuracy", "F1", "balanced accuracy"):
             table.add_column(heading, justify="right")
-    for label, share in way["realised_capacity"].items():
+    for label, share in decision["realised_capacity"].items():
         scores = agreement.get(label, {})
         table.add_row(label, f"{share:.4f}", *(f"{value:.4f}" for value in scores.values()))
     return table
@@ -214,7 +216,7 @@ def _sweep(figures: dict[str, Any]) -> Table:
 
 
 def _print(console: Console, heading: str, table: Table) -> None:
-    # As a title it would be broken to the table's width.
+    # As a title it would be wrapped to the table's width.
     console.print(heading, soft_wrap=True)
     console.print(table)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from modtrain.data.prepare.tokenizer import END_OF_DOCUMENT, train_tokenizer
-from modtrain.inference.generate.text import TextStream, marked, styled
+from modtrain.inference.generate.text_stream import TextStream, color_by_depth, mark_depth
 
 CORPUS = [
     "the old river walks under the stone, the old tree sings",
@@ -285,7 +285,7 @@ def luminance(colour) -> float:
 
 @pytest.mark.parametrize("most", [1, 2, 7, 30])
 def test_each_depth_has_a_colour_that_can_be_read_on_black_and_on_white(most):
-    text = styled([(f"{depth},", depth) for depth in range(most + 1)], most)
+    text = color_by_depth([(f"{depth},", depth) for depth in range(most + 1)], most)
     assert text.plain == "".join(f"{depth}," for depth in range(most + 1))
     colours = [span.style.color.triplet for span in text.spans]
     assert len(set(colours)) == most + 1
@@ -298,7 +298,7 @@ def test_each_depth_has_a_colour_that_can_be_read_on_black_and_on_white(most):
 
 
 def test_pieces_without_a_mark_are_not_styled_and_markup_is_text():
-    text = styled([("[bold]prompt", None), (" on", 1), ("[/]", 2)], 2)
+    text = color_by_depth([("[bold]prompt", None), (" on", 1), ("[/]", 2)], 2)
     assert text.plain == "[bold]prompt on[/]"
     assert [(span.start, span.end) for span in text.spans] == [(12, 15), (15, 18)]
     console = Console(force_terminal=True, color_system="truecolor", width=80)
@@ -308,18 +308,18 @@ def test_pieces_without_a_mark_are_not_styled_and_markup_is_text():
 
 
 def test_a_model_without_routing_has_one_colour_and_other_depths_raise():
-    assert len(styled([("a", 0), ("b", 0)], 0).spans) == 2
+    assert len(color_by_depth([("a", 0), ("b", 0)], 0).spans) == 2
     for depth in (-1, 4):
         with pytest.raises(ValueError, match=f"depth {depth} "):
-            styled([("a", depth)], 3)
+            color_by_depth([("a", depth)], 3)
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    text = styled([("a\x1b[2J\x07\r\n\t\x7f\x9bm", 0), ("\x1b]0;x", None)], 1)
+    text = color_by_depth([("a\x1b[2J\x07\r\n\t\x7f\x9bm", 0), ("\x1b]0;x", None)], 1)
     assert text.plain == "a␛[2J␇␍\n\t␡\ufffdm␛]0;x"
 
 
 def test_without_colours_each_piece_is_followed_by_its_depth():
     pieces = [("Once ", None), ("upon", 3), (" a", 0), ("\n", 12), ("é", 4567890)]
-    assert marked(pieces) == "Once upon₃ a₀\n₁₂é₄₅₆₇₈₉₀"
-    assert marked([]) == ""
+    assert mark_depth(pieces) == "Once upon₃ a₀\n₁₂é₄₅₆₇₈₉₀"
+    assert mark_depth([]) == ""
