@@ -253,7 +253,13 @@ def test_plan_prints_parts_conventions_and_schedule(capsys):
     shown = capsys.readouterr().out
     for said in ("attention products", "router", "predictor", "head", "if dense", "backward = 2 x"):
         assert said in shown
-    for said in ("steps", "tokens", "cosine", "AdamW moments", "causal attention is counted in full"):
+    for said in (
+        "steps",
+        "tokens",
+        "cosine",
+        "AdamW moments",
+        "causal attention is counted in full",
+    ):
         assert said in shown
 
 

@@ -6,14 +6,11 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from modtrain.common.errors import DataError, Problem, raise_if_any
-from modtrain.data.prepare.tokenizer import DocumentEncoder, check_tokenizer
 from modtrain.inference.calibration import budget_of_run, resolve_decisions
 from modtrain.inference.generate.config import GenerateConfig
 from modtrain.inference.generate.continuations import (
@@ -26,6 +23,7 @@ from modtrain.inference.generate.continuations import (
 )
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Statistics
 from modtrain.inference.generate.text_stream import TextStream
+from modtrain.inference.generate.vocabulary import Vocabulary
 from modtrain.inference.loading import LoadedRun, load_run
 from modtrain.inference.text_io import is_unicode, read_text
 from modtrain.models.config import ModelConfig
@@ -42,7 +40,7 @@ def generate(config: GenerateConfig) -> None:
     raise_if_any(config.problems())
     requests = list(_requests(config))
     loaded = load_run(config)
-    vocabulary = _Vocabulary(loaded.tokenizer)
+    vocabulary = Vocabulary(loaded.tokenizer.read_bytes(), str(loaded.tokenizer))
     settings = decoder_config(config, loaded, vocabulary.end_id)
     prompts = [vocabulary.encode(request["prompt"]) for request in requests]
     decoder = Decoder(loaded.model, settings, prompts)
@@ -117,22 +115,8 @@ def _draft_budget(loaded: LoadedRun, selection: Selection, config: GenerateConfi
     return budget or ComputeBudget()
 
 
-class _Vocabulary:
-    """The run's tokenizer, for encoding and decoding."""
-
-    def __init__(self, path: Path) -> None:
-        content = path.read_bytes()
-        self.tokenizer = Tokenizer.from_str(content.decode())
-        self.end_id = check_tokenizer(content, str(path))[1]
-        self._encoder = DocumentEncoder(content, str(path))
-
-    def encode(self, text: str) -> list[int]:
-        """Return a prompt's tokens; for an empty prompt the token before a new document."""
-        return self._encoder.encode([text])[0] or [self.end_id]
-
-
 def _continuation(
-    config: GenerateConfig, request: dict[str, Any], vocabulary: _Vocabulary, prompt: list[int]
+    config: GenerateConfig, request: dict[str, Any], vocabulary: Vocabulary, prompt: list[int]
 ) -> Continuation:
     stream = TextStream(vocabulary.tokenizer, config.stop, before=prompt)
     continuation = Continuation(request, stream)

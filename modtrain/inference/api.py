@@ -1,0 +1,89 @@
+"""A trained run from Python: load it, and continue text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from modtrain.common.errors import Problem, raise_if_any
+from modtrain.inference.config import TrainedRunConfig
+from modtrain.inference.generate.config import SamplingConfig
+from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Token
+from modtrain.inference.generate.text_stream import TextStream
+from modtrain.inference.generate.vocabulary import Vocabulary
+from modtrain.inference.loading import load_run as load_configured_run
+from modtrain.models.depth.compute_budget import ComputeBudget
+from modtrain.models.transformer import Transformer
+
+
+def load_run(
+    path: str | PathLike[str], *, step: int | None = None, accelerator: str = "auto"
+) -> tuple[Transformer, Tokenizer]:
+    """Load the model, in evaluation mode, and the tokenizer of a training run.
+
+    path: directory of the run, such as ``runs/my_run``. The prepared data that it was trained on
+    has to be at the path that its configuration names. step: step of the checkpoint; None: the
+    newest. accelerator: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: the run cannot be loaded, with the remedy.
+    """
+    folder = Path(path)
+    config = TrainedRunConfig(folder.name, str(folder.parent), step, accelerator=accelerator)
+    raise_if_any(config.problems())
+    loaded = load_configured_run(config)
+    return loaded.model, Tokenizer.from_file(str(loaded.tokenizer))
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    *,
+    max_tokens: int = 128,
+    sampling: SamplingConfig | None = None,
+    stop: Sequence[str] = (),
+    budget: ComputeBudget | None = None,
+) -> str:
+    """Return a continuation of ``prompt``, without the prompt.
+
+    Tokens that skip a routed part are not computed there. The text ends after ``max_tokens``, at
+    the end of the document, or before the first of the ``stop`` strings.
+
+    prompt: empty: a new document. sampling: None: ``SamplingConfig()``, at temperature 1.
+    budget: limits on what is computed; None: as trained.
+
+    Raises:
+        ConfigError: a setting is out of range. DataError: the tokenizer has no end-of-document
+        token. ValueError: the model has no causal decision.
+    """
+    sampling = SamplingConfig() if sampling is None else sampling
+    problems = sampling.problems("sampling")
+    if max_tokens < 1:
+        problems.append(Problem("max_tokens", max_tokens, "is below 1", "give 1 or more"))
+    raise_if_any(problems)
+    selections = model.config.causal_selections
+    if not selections:
+        raise ValueError("the model was trained without a causal decision: router.causal=[]")
+    vocabulary = Vocabulary(tokenizer.to_str().encode(), "the tokenizer")
+    tokens = vocabulary.encode(prompt)
+    config = DecoderConfig(
+        selections[0],
+        max_tokens=max_tokens,
+        sampling=sampling,
+        budget=budget,
+        end_id=vocabulary.end_id,
+    )
+    decoder = Decoder(model, config, [tokens])
+    stream = TextStream(tokenizer, stop, before=tokens)
+    for event in decoder.run():
+        if isinstance(event, Token):
+            stream.push(event.id)
+        else:
+            stream.finish()
+        if stream.stopped:
+            decoder.stop(event.number)
+    return stream.text

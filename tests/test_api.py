@@ -1,0 +1,121 @@
+"""The Python API: its documented examples run, and importing modtrain loads nothing heavy."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import modtrain
+from modtrain.cli.compose import compose
+from modtrain.common.errors import ConfigError
+from modtrain.models.block import Block
+from modtrain.training.run import train
+
+PAGE = Path(__file__).parents[1] / "docs/reference/python.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tiny, tmp_path, monkeypatch):
+    """A folder with a run of the name that the page uses."""
+    more = ["eval.every=null", "log=jsonl", "log.progress=false", "name=my_run"]
+    train(compose("train", [*tiny, *more, f"runs_dir={tmp_path}/runs", "budget.steps=2"]))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(example):
+    names, output = {}, io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(example, PAGE.name, "exec"), names)
+    return names, output.getvalue()
+
+
+def test_the_layer_example_learns():
+    names, output = run(EXAMPLES[0])
+    losses = torch.stack(names["losses"])
+    assert losses[-10:].mean() < losses[:10].mean() / 2
+    assert "routed 0.25" in output
+
+
+def test_the_model_example_runs():
+    _, output = run(EXAMPLES[1])
+    assert re.fullmatch(r"loss \d\.\d\d nats per token, \d\d% of the dense model's FLOPs\n", output)
+
+
+def test_the_run_example_generates(workplace):
+    names, output = run(EXAMPLES[2])
+    assert output.strip()
+    model, tokenizer = names["model"], names["tokenizer"]
+    one, two = (modtrain.generate(model, tokenizer, "a", max_tokens=5) for _ in range(2))
+    assert one == two
+    assert not model.training
+    start = one[:1]
+    assert modtrain.generate(model, tokenizer, "a", max_tokens=5, stop=[start]) == ""
+    with pytest.raises(ConfigError, match="max_tokens"):
+        modtrain.generate(model, tokenizer, max_tokens=0)
+
+
+def test_every_name_is_importable_and_documented():
+    assert len(EXAMPLES) == 4
+    for name in modtrain.__all__:
+        assert getattr(modtrain, name).__doc__
+        assert f"`{name}`" in PAGE.read_text()
+    assert set(modtrain.__all__) <= set(dir(modtrain))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        modtrain.nothing  # noqa: B018
+
+
+def test_importing_modtrain_loads_no_torch():
+    code = "import sys, modtrain; modtrain.ModelConfig; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_layer_routes_plain_modules():
+    """f(x) or x + f(x), with and without predictors; the chosen change and the others do not."""
+    torch.manual_seed(0)
+    linear, x_BSD = nn.Linear(8, 8), torch.randn(2, 16, 8)
+
+    class WithResidual(nn.Module):
+        def forward(self, x):
+            return x + linear(x)
+
+    plain = modtrain.MixtureOfDepths(linear, 8, 0.25)
+    residual = modtrain.MixtureOfDepths(WithResidual(), 8, 0.25, includes_residual=True)
+    residual.router, residual.predictor = plain.router, plain.predictor
+    one, two = plain(x_BSD), residual(x_BSD)
+    torch.testing.assert_close(one.value_BSD, two.value_BSD)
+    chosen_BS = one.routing[0].chosen_BS
+    assert chosen_BS.sum(1).tolist() == [4, 4]
+    assert torch.equal((one.value_BSD != x_BSD).any(-1), chosen_BS)
+
+    causal_BS = plain.eval()(x_BSD).routing[0].chosen_BS
+    assert torch.equal(causal_BS, one.routing[0].predictor_BS > 0)
+
+
+@pytest.mark.parametrize(
+    ("build", "word"),
+    [
+        (lambda: modtrain.MixtureOfDepths(nn.Identity(), 8, 0.0), "capacity=0.0"),
+        (
+            lambda: modtrain.MixtureOfDepths(Block(nn.Identity(), nn.Identity()), 8)(
+                torch.zeros(1, 4, 8)
+            ),
+            "Block takes a SequenceContext",
+        ),
+        (
+            lambda: modtrain.MixtureOfDepths(
+                nn.Identity(), 8, config=modtrain.RouterConfig(causal=[])
+            ).eval()(torch.zeros(1, 4, 8)),
+            "no causal decision",
+        ),
+    ],
+)
+def test_mistakes_are_named(build, word):
+    with pytest.raises(ValueError, match=re.escape(word)):
+        build()
