@@ -24,7 +24,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 @pytest.fixture
 def workplace(tiny, tmp_path, monkeypatch):
     """A folder with a run of the name that the page uses."""
-    more = ["eval.every=null", "log=jsonl", "log.progress=false", "name=my_run"]
+    more = ["eval.every=null", "log=jsonl", "log.progress=false", "name=from_python"]
     train(compose("train", [*tiny, *more, f"runs_dir={tmp_path}/runs", "budget.steps=2"]))
     monkeypatch.chdir(tmp_path)
 
@@ -49,7 +49,7 @@ def test_the_model_example_runs():
 
 
 def test_the_run_example_generates(workplace):
-    names, output = run(EXAMPLES[2])
+    names, output = run(EXAMPLES[3])
     assert output.strip()
     model, tokenizer = names["model"], names["tokenizer"]
     one, two = (modtrain.generate(model, tokenizer, "a", max_tokens=5) for _ in range(2))

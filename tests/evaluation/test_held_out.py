@@ -131,7 +131,7 @@ def test_what_is_asked_for_is_what_is_computed(batches, monkeypatch):
     expected = replace(whole.decisions["auxiliary"], agreement={})
     assert some.decisions == {"auxiliary": expected}
     assert (some.tokens, some.trained_flops) == (whole.tokens, whole.trained_flops)
-    with pytest.raises(ValueError, match="nothing to evaluate by"):
+    with pytest.raises(ValueError, match="no selection to evaluate"):
         evaluate(model, batches, nullcontext(), selections=[], as_trained=False)
 
 

@@ -59,7 +59,11 @@ CASES: dict[str, Case] = {
     ),
     "mod_token_choice": Case(
         (
-            *("model.router.choice=token", "model.router.capacity_factor=1.5", "model.mixer=convolution"),
+            *(
+                "model.router.choice=token",
+                "model.router.capacity_factor=1.5",
+                "model.mixer=convolution",
+            ),
             "budget.steps=20",
         ),
         killed=True,

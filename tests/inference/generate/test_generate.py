@@ -65,7 +65,7 @@ def test_the_text_is_what_the_model_says(routed, capsys, prompt):
     generate(asked(routed, f"prompt='{prompt}'"))
     said = capsys.readouterr()
     assert said.out == slowly(routed, prompt, 12) + "\n"
-    assert "12 tokens behind" in said.err
+    assert "12 tokens after" in said.err
     assert re.search(r"routed: layer_\d\d \d", said.err)
 
 

@@ -176,7 +176,7 @@ def test_what_would_look_ahead_or_aside_is_found_out(monkeypatch):
     """Positive control of the test above."""
     model = ready(small(num_layers=2, pattern="dense"), 24)
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_sees_entries", lambda *_: None)
+        patch.setattr(attention, "_cache_mask", lambda *_: None)
         assert moved(model, None, 1, 8)[1, 5:8].min() > 1e-3
     true_entries = RaggedStore.entries
 
@@ -401,10 +401,10 @@ def test_rows_that_there_are_not_are_refused(rows):
         ready(config, 24).extend(random_tokens(2, 3), Cache(config, 2), rows=rows)
 
 
-def test_levels_are_one_a_router():
+def test_thresholds_are_one_per_router():
     model, tokens = ready(small(), 24), random_tokens(1, 3)
     for thresholds in ((0.0,), (0.0, 0.0, 0.0)):
-        with pytest.raises(ValueError, match="levels for 2 routers"):
+        with pytest.raises(ValueError, match="thresholds for 2 routers"):
             model(tokens, selection="predictor", budget=ComputeBudget(thresholds))
-        with pytest.raises(ValueError, match="levels for 2 routers"):
+        with pytest.raises(ValueError, match="thresholds for 2 routers"):
             model.extend(tokens, Cache(model.config, 1), budget=ComputeBudget(thresholds))
