@@ -54,7 +54,7 @@ def _list(run: RunDirectory, console: Console, contents: bool) -> None:
     for path in sorted(run.checkpoints.glob(f"{STEP_PREFIX}*")):
         try:
             verify(path, contents)
-            table.add_row(*_described(path), "yes")
+            table.add_row(*_row(path), "yes")
         except CheckpointError as error:
             if not path.exists():
                 # A run that trains has pruned it meanwhile.
@@ -64,11 +64,11 @@ def _list(run: RunDirectory, console: Console, contents: bool) -> None:
     console.print(table)
     if contents and damaged:
         raise CheckpointError("\n".join(["damaged checkpoints:", *damaged]))
-    for said in damaged:
-        console.print(said)
+    for message in damaged:
+        console.print(message)
 
 
-def _described(path: Path) -> tuple[str, str, str, str, str]:
+def _row(path: Path) -> tuple[str, str, str, str, str]:
     manifest, extra_state = Manifest.read(path), read_extra_state(path)
     progress: dict[str, Any] = (
         extra_state.get("progress", {}) if isinstance(extra_state, dict) else {}
@@ -109,8 +109,8 @@ def _consolidate(
 
     def write(step: int, path: Path) -> tuple[int, Path, int]:
         output = Path(config.output or run.path / f"model-{step:09d}.safetensors")
-        told = {**metadata, "step": str(step)}
-        return step, output, consolidate(path, output, _DTYPES[config.dtype], told, tied)
+        step_metadata = {**metadata, "step": str(step)}
+        return step, output, consolidate(path, output, _DTYPES[config.dtype], step_metadata, tied)
 
     step, output, size = with_checkpoint(run.checkpoints, config.step, write)
     console.print(f"wrote {output}: the weights of step {step}, {size:,} bytes")

@@ -23,11 +23,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.checkpoint.config import CheckpointsConfig
-from modtrain.cluster.cancel_config import CancelConfig
-from modtrain.cluster.config import SubmitConfig, is_of_job, job_keys
-from modtrain.cluster.logs_config import LogsConfig
-from modtrain.cluster.status_config import StatusConfig
-from modtrain.cluster.submit import Work
+from modtrain.cluster.config import (
+    CancelConfig,
+    LogsConfig,
+    StatusConfig,
+    SubmitConfig,
+    is_of_job,
+    job_keys,
+)
+from modtrain.cluster.submit import JobTask
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.overrides import explain, misread, parse, plain, quoted
 from modtrain.common.renamed_keys import new_name, renamed_in_files
@@ -67,7 +71,7 @@ def compose(
     verb: str,
     overrides: Sequence[str],
     config_dir: str | None = None,
-    beside: Sequence[str] = (),
+    extra_keys: Sequence[str] = (),
 ) -> Any:
     """Return the typed configuration of ``verb`` under Hydra's ``overrides``.
 
@@ -84,16 +88,16 @@ def compose(
         raise ConfigError([problem])
     parsed, problems = parse(overrides)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composer = _Composer(verb, config_dir, beside)
+        composer = _Composer(verb, config_dir, extra_keys)
         problems += composer.group_problems(parsed)
         wrong = {problem.key for problem in problems}
         sound = [override for override in parsed if override.get_key_element() not in wrong]
-        config, found = composer.compose(sound)
-    problems += found + _changed(config, sound)
+        config, override_problems = composer.compose(sound)
+    problems += override_problems + _misread_problems(config, sound)
     typed = OmegaConf.to_object(config)
     if problems:
         # What else is wrong belongs into the same message.
-        problems += _own_problems(verb, typed, {problem.key for problem in problems})
+        problems += _config_problems(verb, typed, {problem.key for problem in problems})
     raise_if_any(problems)
     return typed
 
@@ -101,11 +105,13 @@ def compose(
 class _Composer:
     """Composes, and where that fails finds the overrides that are to blame."""
 
-    def __init__(self, verb: str, config_dir: str | None, beside: Sequence[str]) -> None:
+    def __init__(self, verb: str, config_dir: str | None, extra_keys: Sequence[str]) -> None:
         self.verb = verb
-        self.beside = beside
-        self.own = None if config_dir is None else Path(config_dir).resolve()
-        self.search = [] if self.own is None else [f"hydra.searchpath=[file://{self.own}]"]
+        self.extra_keys = extra_keys
+        self.user_dir = None if config_dir is None else Path(config_dir).resolve()
+        self.search = (
+            [] if self.user_dir is None else [f"hydra.searchpath=[file://{self.user_dir}]"]
+        )
 
     def compose(self, overrides: list[Override]) -> tuple[DictConfig, list[Problem]]:
         lines = [str(override.input_line) for override in overrides]
@@ -126,11 +132,11 @@ class _Composer:
                 self._raw([*(str(o.input_line) for o in groups), str(override.input_line)])
                 good.append(override)
             except (HydraException, OmegaConfBaseException) as error:
-                problems.append(explain(override, base, error, self.beside))
+                problems.append(explain(override, base, error, self.extra_keys))
         try:
             return self._raw([str(o.input_line) for o in good]), problems
         except (HydraException, OmegaConfBaseException) as error:
-            raise _together(self.verb, good, error) from None
+            raise _combined_error(self.verb, good, error) from None
 
     def group_problems(self, overrides: list[Override]) -> list[Problem]:
         """Find the choices of groups that do not exist."""
@@ -150,23 +156,27 @@ class _Composer:
     def _file_error(self, groups: list[Override], error: Exception) -> ConfigError:
         """Return what is wrong with the files that ``groups`` choose."""
         key = getattr(error.__context__, "full_key", None)
-        if self.own is not None and key is not None and new_name(key) is not None:
-            return ConfigError(renamed_in_files(self.own))
-        return _together(self.verb, groups, error)
+        if self.user_dir is not None and key is not None and new_name(key) is not None:
+            return ConfigError(renamed_in_files(self.user_dir))
+        return _combined_error(self.verb, groups, error)
 
     def _options(self, group: str) -> list[str]:
         if not group:
             return []
         loader = GlobalHydra.instance().config_loader()
-        own = [] if self.own is None else [path.stem for path in self.own.glob(f"{group}/*.yaml")]
-        return sorted({*loader.get_group_options(group), *own})
+        user_options = (
+            []
+            if self.user_dir is None
+            else [path.stem for path in self.user_dir.glob(f"{group}/*.yaml")]
+        )
+        return sorted({*loader.get_group_options(group), *user_options})
 
     def _raw(self, lines: list[str]) -> DictConfig:
         try:
             config = hydra_compose(self.verb, overrides=[*self.search, *lines])
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = f"has a file that is no YAML: {' '.join(str(error).split())}"
-            problem = Problem("--config-dir", self.own or "", reason, "mend that file")
+            problem = Problem("--config-dir", self.user_dir or "", reason, "mend that file")
             raise ConfigError([problem]) from None
         OmegaConf.to_container(config, resolve=True)
         return config
@@ -178,29 +188,30 @@ def _register() -> None:
         store.store(name=f"{verb}_schema", node=schema)
 
 
-def _changed(config: DictConfig, overrides: Sequence[Override]) -> list[Problem]:
+def _misread_problems(config: DictConfig, overrides: Sequence[Override]) -> list[Problem]:
     """Find the texts of the configuration that Hydra has read as something else."""
     texts = [o for o in overrides if isinstance(OmegaConf.select(config, o.key_or_group), str)]
     return [problem for override in texts if (problem := misread(override)) is not None]
 
 
-def _together(verb: str, overrides: list[Override], error: Exception) -> ConfigError:
+def _combined_error(verb: str, overrides: list[Override], error: Exception) -> ConfigError:
     """What to say where no single override is to blame."""
     names = " ".join(str(override.input_line) for override in overrides)
     remedy = "mend the named file, or leave one of them out"
     return ConfigError([Problem(names or verb, "", plain(error), remedy)])
 
 
-def _own_problems(verb: str, config: Any, known: set[str]) -> list[Problem]:
-    """Return what the typed parts find wrong, but for keys that are told already."""
+def _config_problems(verb: str, config: Any, reported: set[str]) -> list[Problem]:
+    """Return what the configuration itself finds wrong, without the keys ``reported`` already."""
+    problems: list[Problem]
     if verb == "plan":
-        # It has no run to name, and need not fit the data that is there.
-        found = config.problems(needs_name=False)
+        # A plan needs no name, and need not fit the data at data.path.
+        problems = config.problems(needs_name=False)
     else:
-        found = config.problems()
-        if isinstance(config, TrainConfig) and "data.path" not in known:
-            found += config.data.shard_problems("data")
-    return [problem for problem in found if problem.key not in known]
+        problems = config.problems()
+        if isinstance(config, TrainConfig) and "data.path" not in reported:
+            problems += config.data.shard_problems("data")
+    return [problem for problem in problems if problem.key not in reported]
 
 
 def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Comparison:
@@ -213,9 +224,9 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
     raise_if_any(config.problems())
     arms: dict[str, list[TrainConfig]] = {}
     problems: list[Problem] = []
-    for arm, own in config.chosen_arms.items():
+    for arm, arm_overrides in config.chosen_arms.items():
         try:
-            composed = compose("compare", [*overrides, *own], config_dir)
+            composed = compose("compare", [*overrides, *arm_overrides], config_dir)
         except ConfigError as error:
             problems += [
                 replace(problem, key=f"{arm}: {problem.key}") for problem in error.problems
@@ -238,8 +249,8 @@ def compose_search(overrides: Sequence[str], config_dir: str | None = None) -> S
     config: SearchConfig = compose("search", shared, config_dir)
     raise_if_any(config.problems())
 
-    def trial(more: Sequence[str], name: str) -> TrainConfig:
-        composed = compose("search", [*shared, *more], config_dir)
+    def trial(trial_overrides: Sequence[str], name: str) -> TrainConfig:
+        composed = compose("search", [*shared, *trial_overrides], config_dir)
         values = {f.name: getattr(composed, f.name) for f in fields(TrainConfig)}
         return TrainConfig(**{**values, "name": name})
 
@@ -264,7 +275,7 @@ class Submission:
     """A job, and what it or each task of its array is to do. directory: of the job."""
 
     config: SubmitConfig
-    works: list[Work]
+    tasks: list[JobTask]
     directory: Path
 
 
@@ -278,22 +289,22 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     if verb not in SUBMITTED:
         remedy = f"write modtrain submit VERB ..., VERB one of {', '.join(SUBMITTED)}"
         raise ConfigError([Problem("submit", verb, "is nothing that a job can do", remedy)])
-    theirs = [text for text in overrides if verb != "debug" and not is_of_job(text)]
-    own = [text for text in overrides if text not in theirs]
+    verb_overrides = [text for text in overrides if verb != "debug" and not is_of_job(text)]
+    job_overrides = [text for text in overrides if text not in verb_overrides]
     problems: list[Problem] = []
     try:
-        config = compose_job(own, config_dir)
+        config = compose_job(job_overrides, config_dir)
     except ConfigError as error:
         config, problems = SubmitConfig(), error.problems
     problems += [p for p in config.problems() if not problems]
     if verb == "debug":
         raise_if_any(problems)
-        return Submission(config, [Work(verb, (), Path("runs/debug"))], Path("runs/debug"))
+        return Submission(config, [JobTask(verb, (), Path("runs/debug"))], Path("runs/debug"))
     if config.array and verb != "train":
         remedy = "submit them one by one, or leave array out"
         problems.append(Problem("array", verb, "is for train alone", remedy))
     try:
-        composed = _work(verb, theirs, config_dir)
+        composed = _compose_verb(verb, verb_overrides, config_dir)
         problems += composed.problems()
     except ConfigError as error:
         problems += [problem for problem in error.problems if problem not in problems]
@@ -301,31 +312,33 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     raise_if_any(problems)
     directory = _directory_of(verb, composed)
     if verb != "train":
-        return Submission(config, [Work(verb, tuple(theirs), directory)], directory)
+        return Submission(config, [JobTask(verb, tuple(verb_overrides), directory)], directory)
     if not config.array:
-        return Submission(config, [Work(verb, tuple(theirs), directory, composed)], directory)
-    works = []
-    for name, more in config.array.items():
-        words = [*theirs, *more, f"name={quoted(f'{composed.name}/{name}')}"]
+        return Submission(
+            config, [JobTask(verb, tuple(verb_overrides), directory, composed)], directory
+        )
+    tasks = []
+    for name, task_overrides in config.array.items():
+        words = [*verb_overrides, *task_overrides, f"name={quoted(f'{composed.name}/{name}')}"]
         try:
             arm = compose(verb, words, config_dir)
         except ConfigError as error:
             problems += [replace(p, key=f"{name}: {p.key}") for p in error.problems]
             continue
-        works.append(Work(verb, tuple(words), directory / name, arm))
+        tasks.append(JobTask(verb, tuple(words), directory / name, arm))
     raise_if_any(problems)
-    return Submission(config, works, directory)
+    return Submission(config, tasks, directory)
 
 
 def compose_job(overrides: Sequence[str], config_dir: str | None = None) -> SubmitConfig:
     """Return what a job of Slurm's is to be, whatever it does; raises ConfigError."""
     # To Hydra 12_3 is the number 123, to Slurm a task of an array.
-    own = [re.sub(r"^after=(\d+_\d+)$", r"after='\1'", text) for text in overrides]
-    config: SubmitConfig = compose("submit", own, config_dir)
+    quoted_overrides = [re.sub(r"^after=(\d+_\d+)$", r"after='\1'", text) for text in overrides]
+    config: SubmitConfig = compose("submit", quoted_overrides, config_dir)
     return config
 
 
-def _work(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
+def _compose_verb(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
     """Return the configuration of what a job does; raises ConfigError."""
     shared = join_space(overrides) if verb == "search" else overrides
     composed = compose(verb, shared, config_dir, job_keys())

@@ -101,30 +101,34 @@ def _package(name: str, imported: bool) -> Finding:
 
 def _devices() -> list[Finding]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = [Finding("CPUs", f"{usable} usable, {torch.get_num_threads()} threads in torch")]
+    findings = [Finding("CPUs", f"{usable} usable, {torch.get_num_threads()} threads in torch")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
             memory = f"{device.total_memory / 2**30:.0f} GiB"
             bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-            found.append(Finding(f"cuda:{index}", f"{device.name}, {memory}, {bf16}", need="cuda"))
+            findings.append(
+                Finding(f"cuda:{index}", f"{device.name}, {memory}, {bf16}", need="cuda")
+            )
     elif torch.version.cuda is None:
         remedy = "for GPU use install a CUDA build of torch"
-        found.append(Finding("CUDA", "this torch is a CPU build", remedy, "cuda"))
+        findings.append(Finding("CUDA", "this torch is a CPU build", remedy, "cuda"))
     else:
         remedy = "for GPU use check the driver with nvidia-smi"
-        found.append(Finding("CUDA", f"built for {torch.version.cuda}, no device", remedy, "cuda"))
+        findings.append(
+            Finding("CUDA", f"built for {torch.version.cuda}, no device", remedy, "cuda")
+        )
     if torch.backends.mps.is_available():
-        found.append(Finding("MPS", "available"))
+        findings.append(Finding("MPS", "available"))
     distributed = torch.distributed
     backends = {
         "gloo": distributed.is_gloo_available(),
         "nccl": distributed.is_nccl_available(),
         "mpi": distributed.is_mpi_available(),
     }
-    there = ", ".join(name for name, is_there in backends.items() if is_there)
+    available = ", ".join(name for name, is_there in backends.items() if is_there)
     missing = "" if backends["nccl"] else "several GPUs need NCCL, which CUDA builds of torch have"
-    return [*found, Finding("distributed", there or "none", missing, "nccl")]
+    return [*findings, Finding("distributed", available or "none", missing, "nccl")]
 
 
 def _compiler() -> Finding:
@@ -135,25 +139,25 @@ def _compiler() -> Finding:
 
 
 def _space() -> list[Finding]:
-    here = shutil.disk_usage(".")
-    low = "checkpoints and shards need more" if here.free < _SMALL else ""
-    found = [Finding("disk, here", f"{here.free / 2**30:.1f} GiB free", low, "disk")]
+    disk = shutil.disk_usage(".")
+    low = "checkpoints and shards need more" if disk.free < _SMALL else ""
+    findings = [Finding("disk, here", f"{disk.free / 2**30:.1f} GiB free", low, "disk")]
     if os.path.isdir("/dev/shm"):  # noqa: PTH112, S108
         shared = shutil.disk_usage("/dev/shm")  # noqa: S108
         low = "data.num_workers>0 may fail: give a container --shm-size=8g"
         low = low if shared.free < _SMALL else ""
-        found.append(
+        findings.append(
             Finding("shared memory", f"{shared.free / 2**30:.1f} GiB free", low, "shared_memory")
         )
-    return found
+    return findings
 
 
 def _slurm() -> Finding:
-    there = {name: shutil.which(name) for name in ("sbatch", "srun", "scontrol", "sacct")}
-    missing = [name for name, path in there.items() if path is None]
+    paths = {name: shutil.which(name) for name in ("sbatch", "srun", "scontrol", "sacct")}
+    missing = [name for name, path in paths.items() if path is None]
     if not missing:
         return Finding("Slurm", "sbatch, srun, scontrol, sacct")
     remedy = f"for cluster use: {', '.join(missing)} not on the PATH"
     return Finding(
-        "Slurm", "not found" if len(missing) == len(there) else "in part", remedy, "slurm"
+        "Slurm", "not found" if len(missing) == len(paths) else "in part", remedy, "slurm"
     )

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.multirun and arguments.verb != "train":
         parser.error("-m sweeps over runs of train; another verb has one configuration")
     verb = _sweep if arguments.multirun else _VERBS[arguments.verb][0]
-    overrides = [*arguments.overrides, *_said_by_options(arguments)]
+    overrides = [*arguments.overrides, *_option_overrides(arguments)]
     try:
         return verb(overrides, arguments.config_dir)
     except ModtrainError as error:
@@ -52,7 +52,7 @@ def _prepare(overrides: list[str], config_dir: str | None) -> int:
     config = compose("prepare", overrides, config_dir)
     from modtrain.data.prepare.pipeline import prepare
 
-    _say("\n".join(prepare(config).lines()))
+    _print("\n".join(prepare(config).lines()))
     return 0
 
 
@@ -146,7 +146,7 @@ def _inspect(overrides: list[str], config_dir: str | None) -> int:
     config = compose("inspect", overrides, config_dir)
     from modtrain.inference.inspect.inspect import inspect_run
 
-    _say(f"wrote {inspect_run(config)}")
+    _print(f"wrote {inspect_run(config)}")
     return 0
 
 
@@ -176,8 +176,8 @@ def _submit(overrides: list[str], config_dir: str | None) -> int:
     job = compose_submission(overrides, config_dir)
     from modtrain.cluster.submit import submit
 
-    own = None if config_dir is None else Path(config_dir)
-    submit(job.works, job.directory, job.config, own)
+    user_dir = None if config_dir is None else Path(config_dir)
+    submit(job.tasks, job.directory, job.config, user_dir)
     return 0
 
 
@@ -212,7 +212,7 @@ def _cancel(overrides: list[str], config_dir: str | None) -> int:
     config = compose("cancel", overrides, config_dir)
     from modtrain.cluster.cancel import cancel_run
 
-    cancel_run(config, _say)
+    cancel_run(config, _print)
     return 0
 
 
@@ -235,13 +235,13 @@ def _doctor(overrides: list[str], config_dir: str | None) -> int:
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
-            asked = override.value() if override.key_or_group == "require" else None
+            requested = override.value() if override.key_or_group == "require" else None
         except HydraException:
-            asked = None
-        if not isinstance(asked, str | list):
+            requested = None
+        if not isinstance(requested, str | list):
             remedy = "write require=[packages,cuda] or leave it out"
             raise ConfigError([Problem(text, "", "doctor takes require=[...] alone", remedy)])
-        require += [asked] if isinstance(asked, str) else [str(need) for need in asked]
+        require += [requested] if isinstance(requested, str) else [str(need) for need in requested]
     return show(require)
 
 
@@ -269,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train Mixture-of-Depths language models.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="verbs:\n"
-        + "\n".join(f"  {name:11} {what}" for name, (_, what) in _VERBS.items())
+        + "\n".join(f"  {name:11} {description}" for name, (_, description) in _VERBS.items())
         + "\n\noverrides are Hydra's: model=mod_60m model.capacity=0.25 budget.tokens=1e9",
     )
     parser.add_argument("--version", action="version", version=f"modtrain {__version__}")
@@ -296,17 +296,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _said_by_options(arguments: argparse.Namespace) -> list[str]:
+def _option_overrides(arguments: argparse.Namespace) -> list[str]:
     """Return the overrides that options are another spelling of."""
-    found = []
+    overrides = []
     if arguments.show_depth:
-        found.append("show_depth=true")
+        overrides.append("show_depth=true")
     if arguments.dry_run:
-        found.append("dry_run=true")
+        overrides.append("dry_run=true")
     if arguments.chain is not None:
-        found.append(f"chain={arguments.chain}")
-    return found
+        overrides.append(f"chain={arguments.chain}")
+    return overrides
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text)  # noqa: T201

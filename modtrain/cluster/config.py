@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, at_least, key_of, one_of
+from modtrain.common.validation import above_zero, at_least, key_of, not_empty, one_of
 from modtrain.distributed.launch import Launch
 
 LAUNCHERS = ("srun", "torchrun")
@@ -80,7 +80,7 @@ class ClusterConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the site's description."""
-        found = [
+        problems = [
             *one_of(self, prefix, "launcher", LAUNCHERS),
             *one_of(self, prefix, "container", CONTAINERS),
             *one_of(self, prefix, "restart", RESTARTS),
@@ -93,20 +93,20 @@ class ClusterConfig:
         if self.container != "none" and not self.image:
             reason = f"is empty, and {prefix}.container={self.container} runs one"
             remedy = "give the image's file or address"
-            found.append(Problem(key_of(prefix, "image"), "null", reason, remedy))
+            problems.append(Problem(key_of(prefix, "image"), "null", reason, remedy))
         for option in self.options:
             if not option.startswith("-"):
                 reason, remedy = "is no option of sbatch", "write --exclude=node7, with its dashes"
-                found.append(Problem(key_of(prefix, "options"), option, reason, remedy))
+                problems.append(Problem(key_of(prefix, "options"), option, reason, remedy))
             if _OTHER_CLUSTER.fullmatch(option):
                 reason = "sends the job to a controller that squeue and scancel here do not ask"
                 remedy = "submit on a login node of that cluster, or export SLURM_CLUSTERS"
-                found.append(Problem(key_of(prefix, "options"), option, reason, remedy))
+                problems.append(Problem(key_of(prefix, "options"), option, reason, remedy))
         for name in self.environment:
             if not _VARIABLE.fullmatch(name):
                 reason, remedy = "is no variable's name", "use letters, digits and underscores"
-                found.append(Problem(key_of(prefix, "environment"), name, reason, remedy))
-        return found
+                problems.append(Problem(key_of(prefix, "environment"), name, reason, remedy))
+        return problems
 
     def _text_problems(self, prefix: str) -> list[Problem]:
         """Find what would end a line of the script early."""
@@ -181,7 +181,7 @@ class SubmitConfig:
 
     def problems(self, prefix: str = "") -> list[Problem]:
         """Everything wrong with the job."""
-        found = [
+        problems = [
             *self.cluster.problems(key_of(prefix, "cluster")),
             *at_least(self, prefix, 1, "nodes", "processes_per_node", "at_once"),
             *at_least(self, prefix, 0, "gpus_per_node"),
@@ -190,23 +190,23 @@ class SubmitConfig:
         if self.gpus > self.cluster.gpus_per_node:
             reason = f"is more than a node's cluster.gpus_per_node={self.cluster.gpus_per_node}"
             remedy = "ask for fewer a node and for more nodes"
-            found.append(Problem("gpus_per_node", self.gpus, reason, remedy))
+            problems.append(Problem("gpus_per_node", self.gpus, reason, remedy))
         if self.processes_per_node is not None and self.gpus > 0:
             reason = f"has no meaning with {self.gpus} GPUs a node: each has one process"
             remedy = "leave it out, or set gpus_per_node=0"
-            found.append(Problem("processes_per_node", self.processes_per_node, reason, remedy))
+            problems.append(Problem("processes_per_node", self.processes_per_node, reason, remedy))
         limit = self.time or self.cluster.time
-        if not time_problems(self, "") and not found and seconds_of(limit) <= self.cluster.lead:
+        if not time_problems(self, "") and not problems and seconds_of(limit) <= self.cluster.lead:
             reason = f"is not longer than cluster.lead={self.cluster.lead} seconds"
             remedy = "a run would be told to save at its start: give more time, or a shorter lead"
-            found.append(Problem("time", limit, reason, remedy))
+            problems.append(Problem("time", limit, reason, remedy))
         chain = self.chain
         if chain is not None and chain != "complete" and not (chain.isdecimal() and int(chain)):
             reason, remedy = "is no number of jobs", "give a number, or complete"
-            found.append(Problem("chain", chain, reason, remedy))
+            problems.append(Problem("chain", chain, reason, remedy))
         if self.after is not None and not re.fullmatch(r"\d+(_\d+)?", self.after):
             reason, remedy = "is no job's number", "give the number that sbatch told"
-            found.append(Problem("after", self.after, reason, remedy))
+            problems.append(Problem("after", self.after, reason, remedy))
         if self.after is not None and self.cluster.restart == "resubmit":
             reason = (
                 "would wait for ever under cluster.restart=resubmit: a job that stops with work"
@@ -216,14 +216,14 @@ class SubmitConfig:
                 "submit this once modtrain status says complete; where that job ends within its"
                 " time limit, add cluster.restart=nothing"
             )
-            found.append(Problem("after", self.after, reason, remedy))
+            problems.append(Problem("after", self.after, reason, remedy))
         if chain is not None and self.array:
             reason, remedy = "has no meaning with an array", "leave one of them out"
-            found.append(Problem("chain", chain, reason, remedy))
+            problems.append(Problem("chain", chain, reason, remedy))
         if self.at_once is not None and not self.array:
             reason, remedy = "has no meaning without an array", "leave it out"
-            found.append(Problem("at_once", self.at_once, reason, remedy))
-        return found + self._array_problems()
+            problems.append(Problem("at_once", self.at_once, reason, remedy))
+        return problems + self._array_problems()
 
     def _array_problems(self) -> list[Problem]:
         remedy = "use letters, digits, dots, dashes and underscores"
@@ -231,6 +231,81 @@ class SubmitConfig:
             Problem("array", name, "is no plain name of a directory", remedy)
             for name in self.array
             if not re.fullmatch(r"[A-Za-z0-9_=.,+-]+", name) or name.startswith(".")
+        ]
+
+
+@dataclass
+class StatusConfig:
+    """Which runs to tell of.
+
+    run: one of them, in detail, or a directory of runs; null: all below ``runs_dir``.
+    sweep: the sweep whose table is shown.
+    runs_dir: where runs live.
+    """
+
+    run: str | None = None
+    sweep: str | None = None
+    runs_dir: str = "runs"
+
+    def problems(self, prefix: str = "") -> list[Problem]:
+        """Everything wrong with the request."""
+        del prefix
+        if self.run is None or self.sweep is None:
+            return []
+        reason = "is given beside run: one of them is shown"
+        return [Problem("sweep", self.sweep, reason, "leave one of them out")]
+
+
+@dataclass
+class LogsConfig:
+    """Whose output to show.
+
+    run: the run's name below ``runs_dir``.
+    runs_dir: where runs live.
+    follow: continue until the run's jobs are over, over requeues and a chain.
+    lines: how many of the last lines come first.
+    job: one of the run's jobs, a task of an array as ``job='"123_4"'``; null takes the newest that
+        has begun.
+    """
+
+    run: str | None = None
+    runs_dir: str = "runs"
+    follow: bool = False
+    lines: int = 50
+    job: str | None = None
+
+    def problems(self, prefix: str = "") -> list[Problem]:
+        """Everything wrong with the request."""
+        problems = [
+            *not_empty(self, prefix, "run", "add run=my_run"),
+            *at_least(self, prefix, 0, "lines"),
+        ]
+        if self.job is not None and not re.fullmatch(r"\d+(_\d+)?", self.job):
+            remedy = "give one that `modtrain status` shows"
+            problems.append(Problem("job", self.job, "is no job's number", remedy))
+        return problems
+
+
+@dataclass
+class CancelConfig:
+    """Whose jobs to end.
+
+    run: the run's name below ``runs_dir``.
+    runs_dir: where runs live.
+    save: let a running job save a checkpoint first.
+    wait: seconds that it has for that; then it is ended.
+    """
+
+    run: str | None = None
+    runs_dir: str = "runs"
+    save: bool = True
+    wait: float = 300
+
+    def problems(self, prefix: str = "") -> list[Problem]:
+        """Everything wrong with the request."""
+        return [
+            *not_empty(self, prefix, "run", "add run=my_run"),
+            *at_least(self, prefix, 0, "wait"),
         ]
 
 
@@ -243,8 +318,8 @@ def is_of_job(override: str) -> bool:
 
 def job_keys() -> list[str]:
     """Return the keys of a job and of its cluster."""
-    ours = [f.name for f in fields(SubmitConfig)]
-    return [*ours, *(f"cluster.{f.name}" for f in fields(ClusterConfig))]
+    keys = [f.name for f in fields(SubmitConfig)]
+    return [*keys, *(f"cluster.{f.name}" for f in fields(ClusterConfig))]
 
 
 def time_problems(config: ClusterConfig | SubmitConfig, prefix: str) -> list[Problem]:

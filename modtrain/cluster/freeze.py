@@ -25,7 +25,7 @@ def freeze(directory: Path, config_dir: Path | None = None) -> Path:
     """
     files = _files()
     if config_dir is not None:
-        files |= {Path("own_conf") / name: path for name, path in _below(config_dir).items()}
+        files |= {Path("own_conf") / name: path for name, path in _files_below(config_dir).items()}
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())
@@ -33,12 +33,12 @@ def freeze(directory: Path, config_dir: Path | None = None) -> Path:
     target = directory / "code" / digest.hexdigest()[:12]
     if target.is_dir():
         return target
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     for name, path in files.items():
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, aside / name)
-    write_text(aside / VERSION_FILE, json.dumps(code_version()))
-    aside.rename(target)
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, temporary / name)
+    write_text(temporary / VERSION_FILE, json.dumps(code_version()))
+    temporary.rename(target)
     return target
 
 
@@ -48,13 +48,15 @@ def _files() -> dict[Path, Path]:
     root = package.parent
     if (package / "conf").is_dir():
         # Installed: configurations and scripts are inside; a job's script looks for them outside.
-        scripts = {Path("slurm") / name: p for name, p in _below(package / "slurm").items()}
-        return {Path("modtrain") / name: p for name, p in _below(package).items()} | scripts
+        scripts = {Path("slurm") / name: p for name, p in _files_below(package / "slurm").items()}
+        return {Path("modtrain") / name: p for name, p in _files_below(package).items()} | scripts
     tracked = _tracked(root)
     if tracked is not None:
         return {name: root / name for name in tracked if (root / name).is_file()}
     return {
-        Path(part) / name: path for part in _PARTS for name, path in _below(root / part).items()
+        Path(part) / name: path
+        for part in _PARTS
+        for name, path in _files_below(root / part).items()
     }
 
 
@@ -71,7 +73,7 @@ def _tracked(root: Path) -> list[Path] | None:
     return [Path(name) for name in done.stdout.split("\0") if name]
 
 
-def _below(folder: Path) -> dict[Path, Path]:
+def _files_below(folder: Path) -> dict[Path, Path]:
     return {
         path.relative_to(folder): path
         for path in sorted(folder.rglob("*"))

@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from modtrain.cluster import slurm
-from modtrain.cluster.logs_config import LogsConfig
+from modtrain.cluster.config import LogsConfig
 from modtrain.cluster.runs import (
     HELD_OUT,
     LOSS,
-    Run,
-    RunsError,
-    Submitted,
+    RunNotFoundError,
+    RunRecord,
+    SubmittedJob,
     existing_run,
     newest_first,
     read_run,
 )
-from modtrain.cluster.slurm import Job, SlurmError
+from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs, state_of
 from modtrain.common.errors import raise_if_any
 from modtrain.common.overrides import spelled
 
-_BLOCK = 2**16
+_BLOCK_BYTES = 2**16
 # Between two looks at a file, and two questions to Slurm.
-_LOOK, _ASK = 0.5, 5.0
+_POLL_SECONDS, _SLURM_POLL_SECONDS = 0.5, 5.0
 
 Show = Callable[[str], object]
 
@@ -88,18 +88,18 @@ class Tail:
 def offset_of_last(path: Path, lines: int) -> int:
     """Return where the last ``lines`` lines of ``path`` begin, in bytes."""
     with path.open("rb") as file:
-        left = end = file.seek(0, os.SEEK_END)
-        while left > 0 and lines > 0:
-            size = min(_BLOCK, left)
-            left -= size
-            file.seek(left)
+        offset = end = file.seek(0, os.SEEK_END)
+        while offset > 0 and lines > 0:
+            size = min(_BLOCK_BYTES, offset)
+            offset -= size
+            file.seek(offset)
             block = file.read(size)
             # The end of the last line begins no other.
-            at = len(block) - (left + size == end and block.endswith(b"\n"))
+            at = len(block) - (offset + size == end and block.endswith(b"\n"))
             while (at := block.rfind(b"\n", 0, at)) >= 0:
                 lines -= 1
                 if lines == 0:
-                    return left + at + 1
+                    return offset + at + 1
         return 0 if lines > 0 else end
 
 
@@ -122,7 +122,7 @@ class _Records:
                 _print(self._line(json.loads(line)) + "\n")
 
     def _line(self, record: dict[str, Any]) -> str:
-        said = [f"step {record.get('step')}{self.of}"]
+        parts = [f"step {record.get('step')}{self.of}"]
         for name, label, form in (
             (LOSS, "loss", ".4f"),
             (HELD_OUT, "held-out loss", ".4f"),
@@ -130,22 +130,22 @@ class _Records:
             ("flops", "FLOPs", ".3g"),
         ):
             if isinstance(record.get(name), int | float):
-                said.append(f"{label} {record[name]:{form}}")
-        return "  ".join(said)
+                parts.append(f"{label} {record[name]:{form}}")
+        return "  ".join(parts)
 
 
-def _source(run: Run, config: LogsConfig) -> Tail:
+def _source(run: RunRecord, config: LogsConfig) -> Tail:
     """Choose what to show: a job's output, a sweep's job's, or else the records."""
-    wanted = newest_first(run.submitted) if config.job is None else [config.job]
-    for name in wanted:
+    requested = newest_first(run.submitted) if config.job is None else [config.job]
+    for name in requested:
         output = _output_of(run, name)
         if output is not None:
             return Tail(output, _print)
-    there = newest_first(run.submitted)
+    job_ids = newest_first(run.submitted)
     if config.job is not None:
-        known = ", ".join(spelled("job", name) for name in there) or "none"
-        said = f"{run.path} has no output of job={config.job}"
-        raise RunsError(f"{said}\nremedy: its jobs are {known}")
+        known_ids = ", ".join(spelled("job", name) for name in job_ids) or "none"
+        text = f"{run.path} has no output of job={config.job}"
+        raise RunNotFoundError(f"{text}\nremedy: its jobs are {known_ids}")
     others = list(run.path.glob("logs/slurm-*.out"))
     if others:
         return Tail(max(others, key=lambda path: path.stat().st_mtime), _print)
@@ -154,41 +154,41 @@ def _source(run: Run, config: LogsConfig) -> Tail:
             show = _Records(run.steps) if name == "metrics.jsonl" else _print
             return Tail(run.path / name, show)
     if (run.path / "sweep.json").is_file():
-        raise RunsError(
+        raise RunNotFoundError(
             f"{run.path} is a sweep, whose runs print\nremedy: see them by modtrain status"
             f" {spelled('sweep', run.name)}, and one by modtrain logs"
             f" {spelled('run', f'{run.name}/<its name>')}"
         )
-    waits = [f"; its newest job is {name}: `modtrain status` says why it waits" for name in there]
-    raise RunsError(
+    waits = [f"; its newest job is {name}: `modtrain status` says why it waits" for name in job_ids]
+    raise RunNotFoundError(
         f"{run.path} has printed nothing yet{''.join(waits[:1])}\n"
         f"remedy: wait, or follow it by modtrain logs {spelled('run', run.name)} follow=true"
     )
 
 
-def _output_of(run: Run, name: str) -> Path | None:
+def _output_of(run: RunRecord, name: str) -> Path | None:
     """Return the file of the job ``name``, of an array's tasks that which was written last."""
     # The tasks of an array write beside one another, above their runs.
     for folder in (run.path / "logs", run.path.parent / "logs"):
-        found = [*folder.glob(f"slurm-{name}.out"), *folder.glob(f"slurm-{name}_*.out")]
-        if found:
-            return max(found, key=lambda path: path.stat().st_mtime)
+        outputs = [*folder.glob(f"slurm-{name}.out"), *folder.glob(f"slurm-{name}_*.out")]
+        if outputs:
+            return max(outputs, key=lambda path: path.stat().st_mtime)
     return None
 
 
-def _follow(run: Run, config: LogsConfig) -> None:
+def _follow(run: RunRecord, config: LogsConfig) -> None:
     """Show what there is and what comes, over requeues and the jobs of a chain."""
     tails: dict[Path, Tail] = {}
-    said, asked = "", -_ASK
-    live: list[Job] = []
+    last_message, last_query = "", -_SLURM_POLL_SECONDS
+    live: list[SlurmJob] = []
     alive = True
     while alive:
-        if time.monotonic() - asked >= _ASK:
+        if time.monotonic() - last_query >= _SLURM_POLL_SECONDS:
             run = read_run(run.path, run.name)
-            live = _live(run, config.job, live)
+            live = _live_jobs(run, config.job, live)
             alive = bool(live) or (run.locked and config.job is None)
-            asked = time.monotonic()
-            said = _say_once(_waiting(live), said)
+            last_query = time.monotonic()
+            last_message = _print_once(_pending_message(live), last_message)
         for tail in tails.values():
             tail.show_new()
         newest = _newest(run, config)
@@ -196,19 +196,19 @@ def _follow(run: Run, config: LogsConfig) -> None:
             newest.show_last(sys.maxsize if tails else config.lines)
             tails[newest.path] = newest
         if alive:
-            time.sleep(_LOOK)
+            time.sleep(_POLL_SECONDS)
     state = state_of(run, {})
-    why = f": {state.why}" if state.why else ""
-    print(f"{run.path} is {state.name}{why}", file=sys.stderr)  # noqa: T201
+    reason = f": {state.reason}" if state.reason else ""
+    print(f"{run.path} is {state.name}{reason}", file=sys.stderr)  # noqa: T201
 
 
-def _newest(run: Run, config: LogsConfig) -> Tail | None:
-    with suppress(RunsError):
+def _newest(run: RunRecord, config: LogsConfig) -> Tail | None:
+    with suppress(RunNotFoundError):
         return _source(run, config)
     return None
 
 
-def _live(run: Run, wanted: str | None, before: list[Job]) -> list[Job]:
+def _live_jobs(run: RunRecord, job_id: str | None, previous: list[SlurmJob]) -> list[SlurmJob]:
     """Ask for the jobs that are not over; where Slurm does not answer, they are as before."""
     names = newest_first(run.submitted)
     if names and not slurm.has_slurm():
@@ -219,19 +219,19 @@ def _live(run: Run, wanted: str | None, before: list[Job]) -> list[Job]:
     try:
         live = live_jobs(run.submitted, slurm.jobs(names))
     except SlurmError:
-        return before
-    return [job for job in live if wanted is None or Submitted(wanted).covers(job.id)]
+        return previous
+    return [job for job in live if job_id is None or SubmittedJob(job_id).covers(job.id)]
 
 
-def _waiting(live: list[Job]) -> str:
-    if not live or not live[0].waits:
+def _pending_message(live: list[SlurmJob]) -> str:
+    if not live or not live[0].is_pending:
         return ""
     job = live[0]
     start = f", expected to start at {job.start}" if job.start else ""
     return f"job {job.id} waits: {job.reason or job.state.lower()}{start}"
 
 
-def _say_once(text: str, before: str) -> str:
+def _print_once(text: str, before: str) -> str:
     if text and text != before:
         print(text, file=sys.stderr)  # noqa: T201
     return text or before

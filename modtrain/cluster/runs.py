@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from modtrain.cluster.slurm import Job
+from modtrain.cluster.slurm import SlurmJob
 from modtrain.common.atomic_io import is_locked
 from modtrain.common.errors import ModtrainError
 from modtrain.common.renamed_keys import translate
@@ -28,28 +28,28 @@ from modtrain.training.plan import derive
 T = TypeVar("T")
 
 # What a directory has in it once a run was started there, or given to Slurm.
-_MARKS = frozenset(("config.yaml", "jobs.jsonl", "submit.sbatch"))
+_MARK_FILES = frozenset(("config.yaml", "jobs.jsonl", "submit.sbatch"))
 # And what it has once the run is one of its own, not only a place for what a job writes.
-_OWN = ("config.yaml", "submitted.yaml", "submit.sbatch")
+_RUN_FILES = ("config.yaml", "submitted.yaml", "submit.sbatch")
 # The scripts of jobs that train no run in their own directory; the last is an array's.
-_OF_GROUP = re.compile(r"(search|compare|prepare|debug|submit-[0-9a-f]{8})\.sbatch")
-_INSIDE = frozenset(("checkpoints", "tensorboard", "logs", "code"))
+_GROUP_SCRIPT = re.compile(r"(search|compare|prepare|debug|submit-[0-9a-f]{8})\.sbatch")
+_RUN_FOLDERS = frozenset(("checkpoints", "tensorboard", "logs", "code"))
 CANCELLED = "CANCELLED"
 """Holds the ids of the jobs that were cancelled, one a line: they are not to come back."""
 LOSS, HELD_OUT = "loss", "held_out/causal_loss"
-_BLOCK = 2**16
+_BLOCK_BYTES = 2**16
 # So far back the last losses are looked for; held-out losses may be many records apart.
-_FARTHEST = 2**20
+_MAX_LOOKBACK = 2**20
 # So long after a failure a job that is given up may still print.
-_LAST_WORDS = 90.0
+_FINAL_OUTPUT_SECONDS = 90.0
 
 
-class RunsError(ModtrainError):
+class RunNotFoundError(ModtrainError):
     """There is no such run."""
 
 
 @dataclass(frozen=True)
-class Submitted:
+class SubmittedJob:
     """A job that was given to Slurm.
 
     script: its path, empty where that is not known. time: when, in seconds since 1970; 0: unknown.
@@ -63,7 +63,7 @@ class Submitted:
         """Whether ``name`` is this job's id, or that of a task of this array."""
         return name == self.id or name.startswith(f"{self.id}_")
 
-    def is_same(self, job: Job) -> bool:
+    def is_same(self, job: SlurmJob) -> bool:
         """Whether ``job`` is this one, and not one of the same number on another cluster."""
         if not self.script or not job.command:
             return True
@@ -81,7 +81,7 @@ class Failure:
 
 
 @dataclass
-class Run:
+class RunRecord:
     """What is known of a run. Times are seconds since 1970.
 
     steps: of the whole run. restarts: starts but the first. saved: (step, time) of the newest
@@ -104,10 +104,10 @@ class Run:
     saved: tuple[int, float] | None = None
     changed: float | None = None
     failures: list[Failure] = field(default_factory=list)
-    submitted: list[Submitted] = field(default_factory=list)
+    submitted: list[SubmittedJob] = field(default_factory=list)
     cancelled: frozenset[str] = frozenset()
     is_group: bool = False
-    went_on: float = 0
+    last_active: float = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -132,11 +132,11 @@ def _walk(root: Path) -> Iterator[Path]:
                 return
             seen.add((status.st_dev, status.st_ino))
             entries = list(os.scandir(folder))
-            is_run = any(entry.name in _MARKS for entry in entries)
+            is_run = any(entry.name in _MARK_FILES for entry in entries)
             if is_run:
                 yield folder
             for entry in entries:
-                hidden = entry.name.startswith(".") or (is_run and entry.name in _INSIDE)
+                hidden = entry.name.startswith(".") or (is_run and entry.name in _RUN_FOLDERS)
                 if not hidden and entry.is_dir():
                     yield from look(folder / entry.name)
 
@@ -151,16 +151,16 @@ def existing_run(runs_dir: str, name: str) -> Path:
     """
     path = Path(runs_dir) / name
     if not path.is_dir():
-        raise RunsError(
+        raise RunNotFoundError(
             f"there is no run {path}\nremedy: see by `modtrain status` which there are; runs"
             " elsewhere are found with runs_dir=..."
         )
     return path
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: Path, name: str) -> RunRecord:
     """Read what the directory ``path`` tells of its run. Raises nothing."""
-    run = Run(name, path)
+    run = RunRecord(name, path)
     run.complete = (path / "COMPLETED").exists()
     run.locked = is_locked(path / ".lock")
     read = _Reader(run)
@@ -168,12 +168,12 @@ def read_run(path: Path, name: str) -> Run:
     read("jobs.jsonl", lambda file: setattr(run, "submitted", _submitted(file)))
     run.is_group = _is_group(run)
     read(CANCELLED, lambda file: setattr(run, "cancelled", frozenset(file.read_text().split())))
-    read("failures.tsv", lambda file: run.failures.extend(_noted(file)))
-    read("failure.json", lambda file: run.failures.extend(_failure(file)))
+    read("failures.tsv", lambda file: run.failures.extend(_read_failures(file)))
+    read("failure.json", lambda file: run.failures.extend(_read_final_failure(file)))
     if run.is_group:
         for file in sorted(path.glob("failures-*.tsv")):
-            read(file.name, lambda file: run.failures.extend(_noted(file)))
-        run.went_on = _went_on(run)
+            read(file.name, lambda file: run.failures.extend(_read_failures(file)))
+        run.last_active = _last_active(run)
     run.failures.sort(key=lambda failure: failure.time)
     read("checkpoints", lambda folder: setattr(run, "saved", _newest_checkpoint(folder)))
     if not (run.complete and read("result.json", lambda file: _take_result(run, file))):
@@ -188,7 +188,7 @@ def read_run(path: Path, name: str) -> Run:
 class _Reader:
     """Reads a run's files one by one, and notes those that are damaged."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunRecord) -> None:
         self.run = run
 
     def __call__(self, name: str, take: Callable[[Path], None]) -> bool:
@@ -199,9 +199,9 @@ class _Reader:
             return False
         except Exception as error:
             # Whatever a damaged file leads to, the other files and the other runs are told of.
-            said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            said = " ".join(said.split())[:200] or type(error).__name__
-            self.run.notes.append(f"{path} cannot be read: {said}")
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            reason = " ".join(reason.split())[:200] or type(error).__name__
+            self.run.notes.append(f"{path} cannot be read: {reason}")
             return False
         return True
 
@@ -213,29 +213,29 @@ def time_of(text: str) -> float:
 
 def json_lines(path: Path) -> list[Any]:
     """Return the records of ``path``; lines that a kill cut short are left out."""
-    found = []
+    records = []
     for line in path.read_text(errors="replace").splitlines():
         with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            records.append(json.loads(line))
+    return records
 
 
-def lines_from_end(path: Path, farthest: int | None = None) -> Iterator[bytes]:
+def lines_from_end(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
     """Go through the lines of ``path`` from the last one, without their ends.
 
     farthest: bytes from the end at which to stop; None: at the file's beginning.
     """
     with path.open("rb") as file:
-        left = end = file.seek(0, os.SEEK_END)
+        offset = end = file.seek(0, os.SEEK_END)
         rest = b""
-        while left > 0 and (farthest is None or end - left < farthest):
-            size = min(_BLOCK, left)
-            left -= size
-            file.seek(left)
+        while offset > 0 and (max_bytes is None or end - offset < max_bytes):
+            size = min(_BLOCK_BYTES, offset)
+            offset -= size
+            file.seek(offset)
             first, *lines = (file.read(size) + rest).split(b"\n")
             yield from reversed(lines)
             rest = first
-        if left == 0 and end:
+        if offset == 0 and end:
             yield rest
 
 
@@ -243,9 +243,9 @@ def _starts(path: Path) -> list[float]:
     return [time_of(start["time"]) for start in json.loads(path.read_text())["starts"]]
 
 
-def _submitted(path: Path) -> list[Submitted]:
+def _submitted(path: Path) -> list[SubmittedJob]:
     return [
-        Submitted(str(line["job"]), str(line.get("script") or ""), _time_or_0(line.get("time")))
+        SubmittedJob(str(line["job"]), str(line.get("script") or ""), _time_or_0(line.get("time")))
         for line in json_lines(path)
         if isinstance(line, dict) and "job" in line
     ]
@@ -257,38 +257,38 @@ def _time_or_0(text: object) -> float:
     return 0
 
 
-def _is_group(run: Run) -> bool:
-    if not run.submitted or any((run.path / name).exists() for name in _OWN):
+def _is_group(run: RunRecord) -> bool:
+    if not run.submitted or any((run.path / name).exists() for name in _RUN_FILES):
         return False
     scripts = (Path(job.script).name for job in run.submitted)
-    return any(map(_OF_GROUP.fullmatch, scripts)) or has_runs_below(run.path)
+    return any(map(_GROUP_SCRIPT.fullmatch, scripts)) or has_runs_below(run.path)
 
 
 def has_runs_below(path: Path) -> bool:
     """Whether the directory ``path`` holds others of runs."""
-    return any(found != path for found in _walk(path))
+    return any(folder != path for folder in _walk(path))
 
 
-def _went_on(run: Run) -> float:
+def _last_active(run: RunRecord) -> float:
     """Return when a group's jobs were last given to Slurm, or printed what was no last word."""
     printed = [0.0]
     for path in run.path.glob("logs/slurm-*.out"):
         with suppress(OSError):
-            printed.append(path.stat().st_mtime - _LAST_WORDS)
+            printed.append(path.stat().st_mtime - _FINAL_OUTPUT_SECONDS)
     return max([*printed, *(job.time for job in run.submitted)])
 
 
-def _noted(path: Path) -> list[Failure]:
-    found = []
+def _read_failures(path: Path) -> list[Failure]:
+    failures = []
     for line in path.read_text(errors="replace").splitlines():
         # A disk that was full left a part of a line.
         with suppress(ValueError):
             time, job, step, cause = line.split("\t", 3)
-            found.append(Failure(time_of(time), job, step, cause))
-    return found
+            failures.append(Failure(time_of(time), job, step, cause))
+    return failures
 
 
-def _failure(path: Path) -> list[Failure]:
+def _read_final_failure(path: Path) -> list[Failure]:
     content = json.loads(path.read_text())
     if "job" in content:
         # A job's script has noted it among its failures already.
@@ -305,17 +305,17 @@ def _newest_checkpoint(root: Path) -> tuple[int, float] | None:
     return None
 
 
-def _take_result(run: Run, path: Path) -> None:
+def _take_result(run: RunRecord, path: Path) -> None:
     content = json.loads(path.read_text())
     run.steps = run.step = int(content["steps"])
     run.loss, run.held_out = content.get(LOSS), content.get(HELD_OUT)
     run.changed = path.stat().st_mtime
 
 
-def _take_records(run: Run, path: Path) -> None:
+def _take_records(run: RunRecord, path: Path) -> None:
     """Find the last step and losses."""
     run.changed = path.stat().st_mtime
-    for line in lines_from_end(path, _FARTHEST):
+    for line in lines_from_end(path, _MAX_LOOKBACK):
         # Most records have no held-out loss, and are not worth parsing for one.
         if run.loss is not None and HELD_OUT.encode() not in line:
             continue
@@ -344,15 +344,15 @@ def _steps(path: Path) -> int | None:
 def _typed(kind: type[T], content: dict[str, Any]) -> T:
     """Make a configuration of plain values; OmegaConf takes ten times as long."""
     values = {}
-    for own in fields(kind):  # type: ignore[arg-type]
-        if own.name in content:
-            default = own.default_factory() if callable(own.default_factory) else None
-            value = content[own.name]
+    for entry in fields(kind):  # type: ignore[arg-type]
+        if entry.name in content:
+            default = entry.default_factory() if callable(entry.default_factory) else None
+            value = content[entry.name]
             nested = is_dataclass(default) and isinstance(value, dict)
-            values[own.name] = _typed(type(default), value) if nested else value
+            values[entry.name] = _typed(type(default), value) if nested else value
     return kind(**values)
 
 
-def newest_first(submitted: Sequence[Submitted]) -> list[str]:
+def newest_first(submitted: Sequence[SubmittedJob]) -> list[str]:
     """Return the ids of jobs, each once, the one given to Slurm last first."""
     return list(dict.fromkeys(job.id for job in reversed(submitted)))

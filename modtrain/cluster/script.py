@@ -29,7 +29,7 @@ class ScriptError(ModtrainError):
 
 
 @dataclass(frozen=True)
-class Task:
+class ScriptTask:
     """What modtrain is to do in a job, or in one task of an array.
 
     verb, overrides: of modtrain's command line. run_directory: where failures are noted; None
@@ -42,15 +42,15 @@ class Task:
     config_dir: Path | None = None
 
     @property
-    def words(self) -> list[str]:
+    def arguments(self) -> list[str]:
         """The verb's arguments."""
-        own = [] if self.config_dir is None else ["--config-dir", str(self.config_dir)]
+        options = [] if self.config_dir is None else ["--config-dir", str(self.config_dir)]
         # After two dashes nothing is an option, whatever a value begins with.
-        return [*own, "--", *self.overrides]
+        return [*options, "--", *self.overrides]
 
 
 @dataclass(frozen=True)
-class Job:
+class JobScript:
     """Everything that the script of a job says.
 
     name: as squeue shows it. script: where it will lie. output: pattern of the job's log.
@@ -65,7 +65,7 @@ class Job:
     code: Path
     python: str
     config: SubmitConfig
-    tasks: Sequence[Task] = field(default_factory=list)
+    tasks: Sequence[ScriptTask] = field(default_factory=list)
 
 
 def slurm_dir() -> Path:
@@ -81,11 +81,11 @@ def template_of(verb: str, config: SubmitConfig) -> str:
         if config.array:
             return "array.sbatch"
         return "train.sbatch" if config.nodes == 1 else "train_nodes.sbatch"
-    own = {"prepare": "prepare.sbatch", "eval": "eval.sbatch", "debug": "debug.sbatch"}
-    return own.get(verb, "sweep_worker.sbatch")
+    templates = {"prepare": "prepare.sbatch", "eval": "eval.sbatch", "debug": "debug.sbatch"}
+    return templates.get(verb, "sweep_worker.sbatch")
 
 
-def render(job: Job) -> str:
+def render(job: JobScript) -> str:
     """Return the script of ``job``.
 
     Raises:
@@ -115,7 +115,7 @@ def render(job: Job) -> str:
     )
 
 
-def _options(job: Job) -> list[str]:
+def _options(job: JobScript) -> list[str]:
     config, site, verb = job.config, job.config.cluster, job.tasks[0].verb
     serial = verb in SERIAL
     gpus = gpus_of(config, verb)
@@ -124,7 +124,7 @@ def _options(job: Job) -> list[str]:
         # All of a node's memory would keep the others from its other GPUs.
         memory = None
     per_node = 1 if serial or site.launcher == "torchrun" else config.processes
-    each = config.processes if site.launcher == "torchrun" and not serial else 1
+    processes_per_task = config.processes if site.launcher == "torchrun" and not serial else 1
     named: dict[str, str | int | None] = {
         "job-name": job.name,
         "partition": site.partition,
@@ -135,7 +135,7 @@ def _options(job: Job) -> list[str]:
         "nodes": 1 if serial else config.nodes,
         "ntasks-per-node": per_node,
         **_gpu_options(site, gpus),
-        "cpus-per-task": site.cpus_per_process * each,
+        "cpus-per-task": site.cpus_per_process * processes_per_task,
         "mem": memory,
         "time": config.time or site.time,
         "signal": f"B:USR1@{site.lead}",
@@ -147,12 +147,12 @@ def _options(job: Job) -> list[str]:
     }
     options = [f"--{key}={_quoted(str(v))}" for key, v in named.items() if v is not None]
     # Nobody sits before nodes that come back.
-    comes_back = site.restart == "requeue" and verb != "debug"
-    options.append("--requeue" if comes_back else "--no-requeue")
+    is_requeued = site.restart == "requeue" and verb != "debug"
+    options.append("--requeue" if is_requeued else "--no-requeue")
     return options + site.options
 
 
-def _array_option(job: Job) -> str | None:
+def _array_option(job: JobScript) -> str | None:
     if not job.config.array:
         return None
     limit = "" if job.config.at_once is None else f"%{job.config.at_once}"
@@ -175,7 +175,7 @@ def _gpu_options(site: ClusterConfig, gpus: int) -> dict[str, str]:
     return {"gres": f"{site.gres}:{kind}{gpus}"}
 
 
-def _settings(job: Job) -> list[str]:
+def _settings(job: JobScript) -> list[str]:
     config, site = job.config, job.config.cluster
     environment = dict(site.environment)
     if site.network_interface is not None:
@@ -191,14 +191,14 @@ def _settings(job: Job) -> list[str]:
             "container": site.container,
             "image": site.image or "",
             "scratch": site.scratch or "",
-            "again": _again(config),
+            "again": _restart_mode(config),
             "lead": str(site.lead),
             "grace": str(site.grace),
             "verb": job.tasks[0].verb,
         }
     )
     lists = {
-        "mounts": [*_own_mounts(job), *site.mounts] if site.container != "none" else [],
+        "mounts": [*_required_mounts(job), *site.mounts] if site.container != "none" else [],
         "site_files": site.source,
         "modules": site.modules,
         "variables": [f"{name}={value}" for name, value in environment.items()],
@@ -212,36 +212,36 @@ def _settings(job: Job) -> list[str]:
     return [*lines, "esac"]
 
 
-def _again(config: SubmitConfig) -> str:
+def _restart_mode(config: SubmitConfig) -> str:
     if config.is_resubmitted:
         return "resubmit"
     return "nothing" if config.chain is not None else config.cluster.restart
 
 
-def _own_mounts(job: Job) -> list[str]:
+def _required_mounts(job: JobScript) -> list[str]:
     """Return what any container has to see: where it starts, its code and its runs.
 
     An array's runs lie below its script: one mount for all of them.
     """
-    needed = [job.directory, job.code, job.script.parent]
-    needed += [task.run_directory for task in job.tasks if task.run_directory is not None]
-    found: list[Path] = []
-    for path in needed:
-        if not any(path.is_relative_to(other) for other in found):
-            found.append(path)
-    for path in found:
+    required = [job.directory, job.code, job.script.parent]
+    required += [task.run_directory for task in job.tasks if task.run_directory is not None]
+    paths: list[Path] = []
+    for path in required:
+        if not any(path.is_relative_to(other) for other in paths):
+            paths.append(path)
+    for path in paths:
         if re.search("[,:]", str(path)):
             container = job.config.cluster.container
             raise ScriptError(
                 f"{path} has a comma or a colon in it, where {container} would cut it in two."
                 " remedy: give another name= or runs_dir=, or one below the working directory"
             )
-    return [str(path) for path in found]
+    return [str(path) for path in paths]
 
 
-def _task_lines(task: Task) -> list[str]:
+def _task_lines(task: ScriptTask) -> list[str]:
     directory = "" if task.run_directory is None else str(task.run_directory)
-    return [*_assignments({"run_directory": directory}), _array("overrides", task.words)]
+    return [*_assignments({"run_directory": directory}), _array("overrides", task.arguments)]
 
 
 def _assignments(values: Mapping[str, str]) -> list[str]:

@@ -19,30 +19,30 @@ _FIELDS = (
 )
 _FORMAT = ",".join(f"{field}|" for field in _FIELDS)
 _RECORD = re.compile(r"^(?=\d\S* *\|)", re.MULTILINE)
-_OVER = frozenset(
+_FINISHED = frozenset(
     (
         *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
         *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
     )
 )
-_WAITS = frozenset(
+_PENDING = frozenset(
     (
         *("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"),
         *("RESV_DEL_HOLD", "SPECIAL_EXIT"),
     )
 )
 # Of a command in an error; one for a thousand jobs says no more than this.
-_SHOWN = 300
+_MAX_COMMAND_CHARS = 300
 # A user's defaults for these would change what is asked, or what a script says of itself, to which
 # sbatch prefers them. Inside an allocation SLURM_... says what that job is and has: sbatch hands it
 # on, and srun in the new job would take it for its own (man sbatch, man srun).
-_FOREIGN = (
+_REMOVED_VARIABLES = (
     *("SLURM_", "_SLURM_SPANK_", "SQUEUE_", "SCANCEL_", "SBATCH_TIMELIMIT"),
     *("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_ARRAY_INX", "SBATCH_SIGNAL"),
     *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_JOB_NAME"),
 )
 # These say which controller is asked, and who asks.
-_KEPT = frozenset(("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"))
+_KEPT_VARIABLES = frozenset(("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"))
 _DENIED = "Access/permission denied"
 
 
@@ -53,18 +53,18 @@ class SlurmError(ModtrainError):
 class DeniedError(SlurmError):
     """Slurm does not let this user do that. said: Slurm's words, without the command."""
 
-    def __init__(self, text: str, said: str) -> None:
-        self.said = said
+    def __init__(self, text: str, message: str) -> None:
+        self.message = message
         super().__init__(text)
 
     def names(self, job: str) -> bool:
         """Whether ``job`` is one of those that it is about."""
-        lines = [line for line in self.said.splitlines() if _DENIED in line]
+        lines = [line for line in self.message.splitlines() if _DENIED in line]
         return any(job in re.findall(r"\w+", line) for line in lines)
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A job that Slurm knows.
 
     id: ``123``, of an array's task ``123_4``. state: Slurm's long name. reason: why it waits or
@@ -88,14 +88,14 @@ class Job:
         return tuple(int(part) for part in re.findall(r"\d+", self.id))
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether it has come to its end."""
-        return self.state in _OVER
+        return self.state in _FINISHED
 
     @property
-    def waits(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether it has yet to begin, or to begin again."""
-        return self.state in _WAITS
+        return self.state in _PENDING
 
 
 def has_slurm() -> bool:
@@ -103,7 +103,9 @@ def has_slurm() -> bool:
     return shutil.which("squeue") is not None
 
 
-def run(command: Sequence[str], timeout: float = 60, without: Collection[str] = ()) -> str:
+def run(
+    command: Sequence[str], timeout: float = 60, without_variables: Collection[str] = ()
+) -> str:
     """Run one of Slurm's commands, given as its words, and return its output.
 
     timeout: seconds; squeue and its like wait for a busy controller by themselves. without:
@@ -114,12 +116,13 @@ def run(command: Sequence[str], timeout: float = 60, without: Collection[str] = 
         SlurmError: it is not there, fails, or does not answer; with its words and its stderr.
     """
     shown = shlex.join(command)
-    if len(shown) > _SHOWN:
-        shown = f"{shown[:_SHOWN]}..."
+    if len(shown) > _MAX_COMMAND_CHARS:
+        shown = f"{shown[:_MAX_COMMAND_CHARS]}..."
     environment = {
         name: value
         for name, value in os.environ.items()
-        if (name in _KEPT or not name.startswith(_FOREIGN)) and name not in without
+        if (name in _KEPT_VARIABLES or not name.startswith(_REMOVED_VARIABLES))
+        and name not in without_variables
     }
     try:
         done = subprocess.run(  # noqa: S603
@@ -135,13 +138,13 @@ def run(command: Sequence[str], timeout: float = 60, without: Collection[str] = 
             "remedy: see by `scontrol ping` whether the controller is up, and try again"
         ) from None
     if done.returncode != 0:
-        said = done.stderr.strip() or done.stdout.strip() or "it says nothing"
-        text = f"{shown} failed with {done.returncode}: {said}\nremedy: {_remedy(said)}"
-        raise DeniedError(text, said) if _DENIED in said else SlurmError(text)
+        message = done.stderr.strip() or done.stdout.strip() or "it says nothing"
+        text = f"{shown} failed with {done.returncode}: {message}\nremedy: {_remedy(message)}"
+        raise DeniedError(text, message) if _DENIED in message else SlurmError(text)
     return done.stdout
 
 
-def jobs(ids: Collection[str]) -> dict[str, Job]:
+def jobs(ids: Collection[str]) -> dict[str, SlurmJob]:
     """Ask Slurm once for all of ``ids`` and return those that it knows.
 
     An array's tasks come under their own ids, and the liveliest of them under the array's as well.
@@ -160,13 +163,13 @@ def jobs(ids: Collection[str]) -> dict[str, Job]:
         if "Invalid job id" in str(error):
             return {}
         raise
-    found: dict[str, Job] = {}
+    jobs_by_id: dict[str, SlurmJob] = {}
     for job in parse_jobs(output):
-        found[job.id] = job
+        jobs_by_id[job.id] = job
         array = job.id.partition("_")[0]
-        if array not in found or _liveliness(job) > _liveliness(found[array]):
-            found[array] = job
-    return found
+        if array not in jobs_by_id or _activity_rank(job) > _activity_rank(jobs_by_id[array]):
+            jobs_by_id[array] = job
+    return jobs_by_id
 
 
 def cancel(ids: Iterable[str]) -> None:
@@ -179,7 +182,7 @@ def cancel(ids: Iterable[str]) -> None:
     run(["scancel", *ids])
 
 
-def ask_to_save(ids: Iterable[str]) -> None:
+def signal_save(ids: Iterable[str]) -> None:
     """Send USR1 to these jobs' scripts, which pass it on to their tasks once.
 
     Raises:
@@ -189,16 +192,16 @@ def ask_to_save(ids: Iterable[str]) -> None:
     run(["scancel", "--batch", "--signal=USR1", *ids])
 
 
-def parse_jobs(output: str) -> list[Job]:
+def parse_jobs(output: str) -> list[SlurmJob]:
     """Read what squeue printed in this module's format."""
-    found = []
+    parsed = []
     for record in _RECORD.split(output):
         fields = [field.strip() for field in record.split("|", len(_FIELDS) - 1)]
         if len(fields) < len(_FIELDS):
             continue
         name, state, reason, nodes, time_left, restarts, start, command = fields
-        found.append(
-            Job(
+        parsed.append(
+            SlurmJob(
                 id=name,
                 state=state,
                 reason="" if reason == "None" else reason,
@@ -209,15 +212,15 @@ def parse_jobs(output: str) -> list[Job]:
                 command=command.removesuffix("|").rstrip(),
             )
         )
-    return found
+    return parsed
 
 
-def _liveliness(job: Job) -> int:
-    return 0 if job.is_over else 1 if job.waits else 2
+def _activity_rank(job: SlurmJob) -> int:
+    return 0 if job.is_finished else 1 if job.is_pending else 2
 
 
-def _remedy(said: str) -> str:
-    known = {
+def _remedy(message: str) -> str:
+    remedies = {
         "Unable to contact slurm": "see by `scontrol ping` whether the controller is up",
         "configuration source": "do this on a login node of the cluster: no Slurm is set up here",
         "Invalid job id": "see by `squeue --me` which jobs there are",
@@ -227,4 +230,6 @@ def _remedy(said: str) -> str:
         "Requested node configuration": "compare nodes, GPUs and memory with `sinfo -Nl`",
         "Socket timed out": "the controller is busy: try again",
     }
-    return next((remedy for part, remedy in known.items() if part in said), "mend what it names")
+    return next(
+        (remedy for part, remedy in remedies.items() if part in message), "mend what it names"
+    )

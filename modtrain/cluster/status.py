@@ -19,45 +19,45 @@ from rich.table import Table
 from rich.text import Text
 
 from modtrain.cluster import slurm
+from modtrain.cluster.config import StatusConfig
 from modtrain.cluster.runs import (
     Failure,
-    Run,
-    Submitted,
+    RunRecord,
+    SubmittedJob,
     existing_run,
     find_runs,
     has_runs_below,
     newest_first,
     read_run,
 )
-from modtrain.cluster.slurm import Job, SlurmError
-from modtrain.cluster.status_config import StatusConfig
+from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.common.errors import raise_if_any
 from modtrain.common.overrides import spelled
 
 STATES = ("running", "pending", "failed", "stopped", "never started", "complete", "over")
 _STYLES = {"running": "green", "pending": "yellow", "failed": "red", "complete": "dim"}
-_LAST_FAILURES = 5
+_MAX_FAILURES = 5
 # Of a long chain the newest; what came before is over.
-_JOBS_ASKED = 50
+_MAX_JOBS = 50
 
 
 @dataclass(frozen=True)
-class State:
+class RunState:
     """What a run does. name: one of `STATES`. why: what there is to say about it, on one line.
 
     ``over`` is a group whose jobs are: what came of it, its runs say.
     """
 
     name: str
-    why: str = ""
+    reason: str = ""
 
 
 @dataclass
-class Known:
+class SlurmReply:
     """What Slurm knows of the jobs. unasked: why it was not asked, or did not answer."""
 
-    jobs: dict[str, Job] = field(default_factory=dict)
-    unasked: str = ""
+    jobs: dict[str, SlurmJob] = field(default_factory=dict)
+    error: str = ""
 
 
 def show_status(config: StatusConfig, console: Console | None = None) -> None:
@@ -72,30 +72,32 @@ def show_status(config: StatusConfig, console: Console | None = None) -> None:
     root = Path(config.runs_dir)
     top = root if config.run is None else existing_run(config.runs_dir, config.run)
     runs = [read_run(path, str(path.relative_to(root))) for path in find_runs(top)]
-    known = ask_slurm(runs)
-    states = [state_of(run, known.jobs) for run in runs]
+    slurm_reply = ask_slurm(runs)
+    states = [state_of(run, slurm_reply.jobs) for run in runs]
     if config.run is not None and runs and runs[0].path == top:
-        _print_detail(runs[0], states[0], known, config, console)
+        _print_detail(runs[0], states[0], slurm_reply, config, console)
         runs, states = runs[1:], states[1:]
     elif not runs:
         console.print(Text(f"there are no runs in {top}"))
-    _print_table(list(zip(runs, states, strict=True)), known, console)
+    _print_table(list(zip(runs, states, strict=True)), slurm_reply, console)
     for run in runs:
         for note in run.notes:
             console.print(Text(note))
-    if known.unasked:
-        console.print(Text(known.unasked))
+    if slurm_reply.error:
+        console.print(Text(slurm_reply.error))
 
 
-def _print_table(found: Sequence[tuple[Run, State]], known: Known, console: Console) -> None:
+def _print_table(
+    rows: Sequence[tuple[RunRecord, RunState]], slurm_reply: SlurmReply, console: Console
+) -> None:
     """Print what there is to say of each, and how many runs are in which state."""
-    shown = [(run, state) for run, state in found if state.name != "over"]
+    shown = [(run, state) for run, state in rows if state.name != "over"]
     if shown:
-        console.print(_table(shown, known))
-    counts = Counter(state.name for run, state in found if not run.is_group)
+        console.print(_table(shown, slurm_reply))
+    counts = Counter(state.name for run, state in rows if not run.is_group)
     if number := counts.total():
-        told = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
-        console.print(Text(f"{number} run{'s' * (number > 1)}: {told}"))
+        counts_text = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
+        console.print(Text(f"{number} run{'s' * (number > 1)}: {counts_text}"))
 
 
 def wide_console() -> Console:
@@ -103,99 +105,101 @@ def wide_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=400)
 
 
-def ask_slurm(runs: Sequence[Run]) -> Known:
+def ask_slurm(runs: Sequence[RunRecord]) -> SlurmReply:
     """Ask Slurm once for the jobs of all unfinished runs. Raises nothing."""
     unfinished = [run for run in runs if not run.complete]
-    ids = {name for run in unfinished for name in newest_first(run.submitted)[:_JOBS_ASKED]}
+    ids = {name for run in unfinished for name in newest_first(run.submitted)[:_MAX_JOBS]}
     if ids and not slurm.has_slurm():
-        return Known(unasked="there is no Slurm here: jobs that wait or run elsewhere do not show")
+        return SlurmReply(
+            error="there is no Slurm here: jobs that wait or run elsewhere do not show"
+        )
     try:
-        return Known(slurm.jobs(ids))
+        return SlurmReply(slurm.jobs(ids))
     except SlurmError as error:
-        return Known(unasked=f"what jobs do is not known: {error}")
+        return SlurmReply(error=f"what jobs do is not known: {error}")
 
 
-def live_jobs(submitted: Sequence[Submitted], jobs: Mapping[str, Job]) -> list[Job]:
+def live_jobs(submitted: Sequence[SubmittedJob], jobs: Mapping[str, SlurmJob]) -> list[SlurmJob]:
     """Return those of the run's jobs that are not over, running ones first, then oldest first."""
-    live: dict[str, Job] = {}
-    for known in submitted:
+    live: dict[str, SlurmJob] = {}
+    for submission in submitted:
         for job in jobs.values():
-            if known.covers(job.id) and known.is_same(job) and not job.is_over:
+            if submission.covers(job.id) and submission.is_same(job) and not job.is_finished:
                 live[job.id] = job
-    return sorted(live.values(), key=lambda job: (job.waits, job.number))
+    return sorted(live.values(), key=lambda job: (job.is_pending, job.number))
 
 
-def state_of(run: Run, jobs: Mapping[str, Job]) -> State:
+def state_of(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState:
     """Tell what ``run`` does. jobs: what Slurm knows, by id."""
     live = live_jobs(run.submitted, jobs)
-    active = [job for job in live if not job.waits]
+    active = [job for job in live if not job.is_pending]
     if run.complete:
-        return State("complete")
+        return RunState("complete")
     if run.locked or active:
         suspended = bool(active) and active[0].state in ("SUSPENDED", "STOPPED")
-        return State("running", active[0].state.lower() if suspended else "")
-    failure = _standing_failure(run)
+        return RunState("running", active[0].state.lower() if suspended else "")
+    failure = _unresolved_failure(run)
     if live:
-        why = live[0].reason or live[0].state.lower()
-        again = f"; failed before: {failure.cause}" if failure else ""
-        return State("pending", why + again)
+        reason = live[0].reason or live[0].state.lower()
+        earlier = f"; failed before: {failure.cause}" if failure else ""
+        return RunState("pending", reason + earlier)
     if failure:
-        return State("failed", failure.cause)
-    return _group_at_rest(run, jobs) if run.is_group else _at_rest(run, jobs)
+        return RunState("failed", failure.cause)
+    return _inactive_group_state(run, jobs) if run.is_group else _inactive_state(run, jobs)
 
 
-def _at_rest(run: Run, jobs: Mapping[str, Job]) -> State:
+def _inactive_state(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState:
     """Tell of a run that nobody works on, and that noted no failure."""
-    ended = _end_in_slurm(run, jobs)
+    ended = _slurm_end_state(run, jobs)
     if run.starts or run.step:
-        return ended or State("stopped", "cancelled" if _was_cancelled(run) else "")
+        return ended or RunState("stopped", "cancelled" if _was_cancelled(run) else "")
     if ended and ended.name == "failed":
         return ended
-    return State("never started", ended.why if ended else "")
+    return RunState("never started", ended.reason if ended else "")
 
 
-def _group_at_rest(run: Run, jobs: Mapping[str, Job]) -> State:
+def _inactive_group_state(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState:
     """Tell of a group without a job. Of an array's tasks their runs tell."""
-    own = {name: job for name, job in jobs.items() if "_" not in job.id}
-    ended = _end_in_slurm(run, own)
+    group_jobs = {name: job for name, job in jobs.items() if "_" not in job.id}
+    ended = _slurm_end_state(run, group_jobs)
     is_failed = ended is not None and ended.name == "failed" and not _was_cancelled(run)
-    return ended if ended is not None and is_failed else State("over")
+    return ended if ended is not None and is_failed else RunState("over")
 
 
-def _was_cancelled(run: Run) -> bool:
+def _was_cancelled(run: RunRecord) -> bool:
     return bool(run.submitted) and run.submitted[-1].id in run.cancelled
 
 
-def _standing_failure(run: Run) -> Failure | None:
+def _unresolved_failure(run: RunRecord) -> Failure | None:
     """Return the last failure, unless the run was started again since."""
     if not run.failures:
         return None
     last = run.failures[-1]
-    began = run.starts[-1] if run.starts else run.went_on
+    began = run.starts[-1] if run.starts else run.last_active
     # Both are told in whole seconds.
     return last if last.time >= int(began) else None
 
 
-def _end_in_slurm(run: Run, jobs: Mapping[str, Job]) -> State | None:
+def _slurm_end_state(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState | None:
     """Tell how the newest job ended, as long as Slurm remembers."""
-    for known in reversed(run.submitted):
-        job = jobs.get(known.id)
-        if job is not None and known.is_same(job):
-            said = f"job {job.id}: {_told(job)}"
+    for submission in reversed(run.submitted):
+        job = jobs.get(submission.id)
+        if job is not None and submission.is_same(job):
+            reason = f"job {job.id}: {_describe_job(job)}"
             stopped = job.state in ("CANCELLED", "COMPLETED", "PREEMPTED", "TIMEOUT", "DEADLINE")
             # 75 and its like are failures to Slurm, and not to the run.
             began = bool(run.starts) or (run.is_group and has_runs_below(run.path))
             stopped = stopped or (job.state == "FAILED" and began)
-            return State("stopped" if stopped else "failed", said)
+            return RunState("stopped" if stopped else "failed", reason)
     return None
 
 
-def _told(job: Job) -> str:
+def _describe_job(job: SlurmJob) -> str:
     state = job.state.lower().replace("_", " ")
     return f"{state} ({job.reason})" if job.reason else state
 
 
-def _table(shown: Sequence[tuple[Run, State]], known: Known) -> Table:
+def _table(shown: Sequence[tuple[RunRecord, RunState]], slurm_reply: SlurmReply) -> Table:
     table = Table()
     for heading in ("run", "state"):
         table.add_column(heading, overflow="fold")
@@ -207,20 +211,20 @@ def _table(shown: Sequence[tuple[Run, State]], known: Known) -> Table:
         table.add_row(
             Text(run.name),
             Text(state.name, _STYLES.get(state.name, "")),
-            _steps(run),
-            _share(run),
-            _number(run.loss),
-            _number(run.held_out),
+            _steps_text(run),
+            _percent_done(run),
+            _format_loss(run.loss),
+            _format_loss(run.held_out),
             str(run.restarts) if run.starts else "",
-            _saved(run),
-            Text(_job(run, known)),
-            Text(_short(state.why)),
+            _checkpoint_text(run),
+            Text(_job_text(run, slurm_reply)),
+            Text(_shorten(state.reason)),
         )
     return table
 
 
-def _job(run: Run, known: Known) -> str:
-    live = live_jobs(run.submitted, known.jobs)
+def _job_text(run: RunRecord, slurm_reply: SlurmReply) -> str:
+    live = live_jobs(run.submitted, slurm_reply.jobs)
     if live:
         more = f" +{len(live) - 1}" if len(live) > 1 else ""
         return live[0].id + more
@@ -228,64 +232,66 @@ def _job(run: Run, known: Known) -> str:
 
 
 def _print_detail(
-    run: Run, state: State, known: Known, config: StatusConfig, console: Console
+    run: RunRecord, state: RunState, slurm_reply: SlurmReply, config: StatusConfig, console: Console
 ) -> None:
     table = Table(show_header=False, title=Text(str(run.path)), title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")
     lines = {
-        "state": state.name + (f": {state.why}" if state.why else ""),
-        "step": " ".join(part for part in (_steps(run), _share(run)) if part),
-        "loss": _number(run.loss),
-        "held-out loss": _number(run.held_out),
-        "last record": _age(run.changed),
-        "checkpoint": _saved(run, "step "),
+        "state": state.name + (f": {state.reason}" if state.reason else ""),
+        "step": " ".join(part for part in (_steps_text(run), _percent_done(run)) if part),
+        "loss": _format_loss(run.loss),
+        "held-out loss": _format_loss(run.held_out),
+        "last record": _format_age(run.changed),
+        "checkpoint": _checkpoint_text(run, "step "),
         "starts": str(len(run.starts)) if run.starts else "",
     }
     for name, value in lines.items():
         if value:
             table.add_row(name, Text(value))
-    for name in reversed(newest_first(run.submitted)[:_JOBS_ASKED]):
-        table.add_row("job", Text(_job_line(name, run, known)))
-    for failure in run.failures[-_LAST_FAILURES:]:
+    for name in reversed(newest_first(run.submitted)[:_MAX_JOBS]):
+        table.add_row("job", Text(_job_line(name, run, slurm_reply)))
+    for failure in run.failures[-_MAX_FAILURES:]:
         table.add_row("failed", Text(_failure_line(failure)))
     console.print(table)
     for note in run.notes:
         console.print(Text(note))
-    where = "" if config.runs_dir == "runs" else f" {spelled('runs_dir', config.runs_dir)}"
-    asked = f"{spelled('run', run.name)}{where}"
-    follow = f"modtrain logs {asked} follow=true"
-    console.print(Text(f"to follow: {follow}\nto cancel: modtrain cancel {asked}"), soft_wrap=True)
+    runs_dir = "" if config.runs_dir == "runs" else f" {spelled('runs_dir', config.runs_dir)}"
+    run_overrides = f"{spelled('run', run.name)}{runs_dir}"
+    follow = f"modtrain logs {run_overrides} follow=true"
+    console.print(
+        Text(f"to follow: {follow}\nto cancel: modtrain cancel {run_overrides}"), soft_wrap=True
+    )
 
 
-def _job_line(name: str, run: Run, known: Known) -> str:
+def _job_line(name: str, run: RunRecord, known: SlurmReply) -> str:
     job = known.jobs.get(name)
     submitted = next(known for known in run.submitted if known.id == name)
     if job is None or not submitted.is_same(job):
-        return name if known.unasked else f"{name}: over"
-    said = [
-        _told(job),
-        f"on {job.nodes}" if job.nodes and not job.waits else "",
-        f"for {job.time_left} yet" if not job.waits and not job.is_over else "",
-        f"expected to start at {job.start}" if job.waits and job.start else "",
+        return name if known.error else f"{name}: over"
+    parts = [
+        _describe_job(job),
+        f"on {job.nodes}" if job.nodes and not job.is_pending else "",
+        f"for {job.time_left} yet" if not job.is_pending and not job.is_finished else "",
+        f"expected to start at {job.start}" if job.is_pending and job.start else "",
         f"requeued {job.restarts} times" if job.restarts else "",
     ]
-    return f"{name}: " + ", ".join(part for part in said if part)
+    return f"{name}: " + ", ".join(part for part in parts if part)
 
 
 def _failure_line(failure: Failure) -> str:
     at = f" at step {failure.step}" if failure.step else ""
     job = f", job {failure.job}" if failure.job else ""
-    return f"{_age(failure.time)}{at}{job}: {failure.cause}"
+    return f"{_format_age(failure.time)}{at}{job}: {failure.cause}"
 
 
-def _steps(run: Run) -> str:
+def _steps_text(run: RunRecord) -> str:
     if run.step is None and run.steps is None:
         return ""
     return f"{run.step or 0}/{'?' if run.steps is None else run.steps}"
 
 
-def _share(run: Run) -> str:
+def _percent_done(run: RunRecord) -> str:
     if not run.steps:
         return ""
     share = min(1.0, (run.step or 0) / run.steps)
@@ -293,20 +299,20 @@ def _share(run: Run) -> str:
     return f"{math.floor(1000 * share) / 10:g}%"
 
 
-def _saved(run: Run, before: str = "") -> str:
-    return "" if run.saved is None else f"{before}{run.saved[0]}, {_age(run.saved[1])}"
+def _checkpoint_text(run: RunRecord, before: str = "") -> str:
+    return "" if run.saved is None else f"{before}{run.saved[0]}, {_format_age(run.saved[1])}"
 
 
-def _number(value: object) -> str:
+def _format_loss(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else ""
 
 
-def _short(text: str, most: int = 120) -> str:
+def _shorten(text: str, most: int = 120) -> str:
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
-def _age(moment: float | None) -> str:
+def _format_age(moment: float | None) -> str:
     """Say how long ago it was, in one unit."""
     if moment is None:
         return ""

@@ -18,7 +18,7 @@ from modtrain.cluster import slurm
 from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.freeze import freeze
 from modtrain.cluster.runs import json_lines
-from modtrain.cluster.script import SERIAL, Job, ScriptError, Task, check, render
+from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, check, render
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.common.overrides import spelled
@@ -28,11 +28,11 @@ from modtrain.training.plan import resolve
 from modtrain.training.run_directory import check_goes_on
 
 # What sbatch says where it finds no controller.
-_AWAY = ("Could not establish a configuration source", "Unable to contact slurm")
+_UNREACHABLE = ("Could not establish a configuration source", "Unable to contact slurm")
 
 
 @dataclass(frozen=True)
-class Work:
+class JobTask:
     """What one task is to do. config: the run's, where the verb trains one; else None.
 
     overrides: as they were given. directory: where script, logs and notes go.
@@ -45,7 +45,7 @@ class Work:
 
 
 def submit(
-    works: Sequence[Work],
+    tasks: Sequence[JobTask],
     directory: Path,
     config: SubmitConfig,
     config_dir: Path | None,
@@ -60,14 +60,14 @@ def submit(
         ScriptError, SlurmError: what Slurm would not take, or did not.
     """
     console = console or Console(soft_wrap=True)
-    raise_if_any(_problems(works, directory, config))
-    job = _prepared(works, directory.resolve(), config, config_dir)
+    raise_if_any(_problems(tasks, directory, config))
+    job = _prepare(tasks, directory.resolve(), config, config_dir)
     text = render(job)
     check(text, job.script.name)
     write_text(job.script, text)
     console.print(f"wrote {job.script}", markup=False, highlight=False)
     if slurm.has_slurm():
-        console.print(_asked(job.script, config), markup=False)
+        console.print(_test_submission(job.script, config), markup=False)
     elif not config.dry_run:
         raise ScriptError(
             f"there is no sbatch here: submit {job.script} on a machine of the cluster,"
@@ -75,76 +75,78 @@ def submit(
         )
     if config.dry_run:
         return []
-    ids = _given(job, config)
+    ids = _submit_script(job, config)
     for number in ids:
         console.print(f"submitted job {number}", markup=False)
-    _explain(works, directory, ids, config, console)
+    _print_next_commands(tasks, directory, ids, config, console)
     return ids
 
 
-def _asked(script: Path, config: SubmitConfig) -> str:
+def _test_submission(script: Path, config: SubmitConfig) -> str:
     """Ask Slurm whether it would take the script; what it says against it is an error."""
     try:
-        slurm.run(["sbatch", "--test-only", str(script)], without=_said(config))
+        slurm.run(
+            ["sbatch", "--test-only", str(script)], without_variables=_overridden_defaults(config)
+        )
     except slurm.SlurmError as error:
-        if config.dry_run and _is_away(error):
+        if config.dry_run and _is_unreachable(error):
             return "Slurm is not to be reached from here, and was not asked"
         raise
     return "Slurm would take it"
 
 
-def _is_away(error: slurm.SlurmError) -> bool:
-    return any(said in str(error) for said in _AWAY)
+def _is_unreachable(error: slurm.SlurmError) -> bool:
+    return any(message in str(error) for message in _UNREACHABLE)
 
 
-def _said(config: SubmitConfig) -> list[str]:
+def _overridden_defaults(config: SubmitConfig) -> list[str]:
     """Return the user's defaults that the site's description takes the place of."""
     names = ("partition", "account", "qos", "constraint", "reservation")
-    said = [name for name in names if getattr(config.cluster, name) is not None]
-    return [f"SBATCH_{name.upper()}" for name in said]
+    overridden = [name for name in names if getattr(config.cluster, name) is not None]
+    return [f"SBATCH_{name.upper()}" for name in overridden]
 
 
-def _prepared(
-    works: Sequence[Work], directory: Path, config: SubmitConfig, config_dir: Path | None
-) -> Job:
+def _prepare(
+    tasks: Sequence[JobTask], directory: Path, config: SubmitConfig, config_dir: Path | None
+) -> JobScript:
     """Make the directories, the copy of the code and the frozen configurations."""
-    for folder in {directory, *(work.directory.resolve() for work in works)}:
+    for folder in {directory, *(task.directory.resolve() for task in tasks)}:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
     code = freeze(directory, config_dir)
-    for work in works:
-        if work.config is not None:
-            plain = OmegaConf.to_yaml(OmegaConf.structured(work.config))
-            write_text(work.directory / "submitted.yaml", plain)
-    own = None if config_dir is None else code / "own_conf"
-    return Job(
+    for task in tasks:
+        if task.config is not None:
+            plain = OmegaConf.to_yaml(OmegaConf.structured(task.config))
+            write_text(task.directory / "submitted.yaml", plain)
+    own_conf = None if config_dir is None else code / "own_conf"
+    return JobScript(
         name=job_name(directory),
-        script=directory / _script_name(works, config),
+        script=directory / _script_name(tasks, config),
         output=_pattern(directory / "logs", "slurm-%A_%a.out" if config.array else "slurm-%j.out"),
         directory=Path.cwd(),
         code=code,
         python=_python(config),
         config=config,
         tasks=[
-            Task(
-                verb=work.verb,
-                overrides=work.overrides,
-                run_directory=work.directory.resolve(),
-                config_dir=own,
+            ScriptTask(
+                verb=task.verb,
+                overrides=task.overrides,
+                run_directory=task.directory.resolve(),
+                config_dir=own_conf,
             )
-            for work in works
+            for task in tasks
         ],
     )
 
 
-def _script_name(works: Sequence[Work], config: SubmitConfig) -> str:
+def _script_name(tasks: Sequence[JobTask], config: SubmitConfig) -> str:
     """Return the script's name; an array's tells its tasks.
 
     A task that submits itself again is known by its number, which must stay that of its run.
     """
     if config.array:
-        tasks = "\0".join(str(work.directory) for work in works)
-        return f"submit-{hashlib.sha256(tasks.encode()).hexdigest()[:8]}.sbatch"
-    return "submit.sbatch" if works[0].verb == "train" else f"{works[0].verb}.sbatch"
+        directories = "\0".join(str(task.directory) for task in tasks)
+        return f"submit-{hashlib.sha256(directories.encode()).hexdigest()[:8]}.sbatch"
+    return "submit.sbatch" if tasks[0].verb == "train" else f"{tasks[0].verb}.sbatch"
 
 
 def _python(config: SubmitConfig) -> str:
@@ -164,20 +166,20 @@ def job_name(directory: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))[:60].strip("-") or "modtrain"
 
 
-def _given(job: Job, config: SubmitConfig) -> list[str]:
+def _submit_script(job: JobScript, config: SubmitConfig) -> list[str]:
     """Submit; a chain's jobs wait for one another."""
     ids: list[str] = []
     for _ in range(config.num_chained):
         options = [f"--dependency=afterany:{ids[-1]}"] if ids else []
         command = ["sbatch", "--parsable", *options, str(job.script)]
-        told = slurm.run(command, without=_said(config))
-        number = told.strip().splitlines()[-1].split(";")[0]
-        _note(job, number, ids[-1] if ids else None)
+        output = slurm.run(command, without_variables=_overridden_defaults(config))
+        number = output.strip().splitlines()[-1].split(";")[0]
+        _record_job(job, number, ids[-1] if ids else None)
         ids.append(number)
     return ids
 
 
-def _note(job: Job, number: str, before: str | None) -> None:
+def _record_job(job: JobScript, number: str, before: str | None) -> None:
     """Write down which job works for which run."""
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entry = {"time": time, "script": str(job.script), "chained_after": before}
@@ -186,34 +188,34 @@ def _note(job: Job, number: str, before: str | None) -> None:
     for index, task in enumerate(job.tasks):
         if job.config.array and task.run_directory is not None:
             numbers[task.run_directory] = f"{number}_{index}"
-    for folder, own in numbers.items():
+    for folder, job_id in numbers.items():
         path = folder / "jobs.jsonl"
-        if path.is_file() and any(line["job"] == own for line in json_lines(path)):
+        if path.is_file() and any(line["job"] == job_id for line in json_lines(path)):
             # It has begun, and its script was quicker.
             continue
         with path.open("a") as file:
-            file.write(json.dumps({"job": own, **entry}) + "\n")
+            file.write(json.dumps({"job": job_id, **entry}) + "\n")
 
 
-def _explain(
-    works: Sequence[Work],
+def _print_next_commands(
+    tasks: Sequence[JobTask],
     directory: Path,
     ids: Sequence[str],
     config: SubmitConfig,
     console: Console,
 ) -> None:
-    if works[0].config is None:
+    if tasks[0].config is None:
         console.print(f"follow: tail -F {directory}/logs/slurm-*.out", markup=False)
         console.print(f"cancel: scancel {' '.join(ids)}", markup=False)
         return
-    runs, name = works[0].config.runs_dir, works[0].config.name
-    if len(works) > 1:
+    runs, name = tasks[0].config.runs_dir, tasks[0].config.name
+    if len(tasks) > 1:
         name = str(Path(str(name)).parent)
-    own = "" if runs == "runs" else f" {spelled('runs_dir', runs)}"
-    for what, verb in (("state", "status"), ("follow", "logs"), ("cancel", "cancel")):
-        more = " follow=true" if verb == "logs" else ""
-        told = f"{what}: modtrain {verb} {spelled('run', str(name))}{own}{more}"
-        console.print(told, markup=False)
+    runs_dir = "" if runs == "runs" else f" {spelled('runs_dir', runs)}"
+    for purpose, verb in (("state", "status"), ("follow", "logs"), ("cancel", "cancel")):
+        option = " follow=true" if verb == "logs" else ""
+        command = f"{purpose}: modtrain {verb} {spelled('run', str(name))}{runs_dir}{option}"
+        console.print(command, markup=False)
     if config.is_resubmitted:
         console.print(
             "a job of another number goes on where this one stops: submit what is to come next once"
@@ -222,24 +224,24 @@ def _explain(
         )
 
 
-def _problems(works: Sequence[Work], directory: Path, config: SubmitConfig) -> list[Problem]:
-    found = config.problems()
+def _problems(tasks: Sequence[JobTask], directory: Path, config: SubmitConfig) -> list[Problem]:
+    problems = config.problems()
     if re.search(r"[\x00-\x1f\x7f\\]", str(directory.resolve())):
         # In a log's name a backslash has a meaning for Slurm, which cannot be taken from it.
         reason, remedy = "has a control character or a backslash in it", "give another name"
-        found.append(Problem("name", repr(str(directory)), reason, remedy))
-    verb = works[0].verb
+        problems.append(Problem("name", repr(str(directory)), reason, remedy))
+    verb = tasks[0].verb
     if verb == "eval" and config.after is None and not (directory / "config.yaml").is_file():
         remedy = "see by modtrain status which there are; after=JOB waits for one that is to come"
-        found.append(Problem("run", str(directory), "holds no run", remedy))
+        problems.append(Problem("run", str(directory), "holds no run", remedy))
     if verb in SERIAL and config.nodes > 1:
         remedy = "leave it out: train and debug alone have several"
-        found.append(Problem("nodes", config.nodes, f"and {verb} is one process", remedy))
-    if not found:
-        runs = [work.config for work in works if work.config is not None]
+        problems.append(Problem("nodes", config.nodes, f"and {verb} is one process", remedy))
+    if not problems:
+        runs = [task.config for task in tasks if task.config is not None]
         raise_if_any([problem for run in runs for problem in run_problems(run, config)])
-        found += _queue_problems(works, config)
-    return found
+        problems += _queue_problems(tasks, config)
+    return problems
 
 
 def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
@@ -266,19 +268,19 @@ def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
     return [Problem("cluster.gpu_memory", f"{memory:g}", reason, remedy)]
 
 
-def _queue_problems(works: Sequence[Work], config: SubmitConfig) -> list[Problem]:
+def _queue_problems(tasks: Sequence[JobTask], config: SubmitConfig) -> list[Problem]:
     """Find jobs that are in the queue for a run already: two would be in each other's way."""
     if not slurm.has_slurm():
         return []
-    files = [work.directory / "jobs.jsonl" for work in works if work.config is not None]
+    files = [task.directory / "jobs.jsonl" for task in tasks if task.config is not None]
     ids = [str(line["job"]) for path in files if path.is_file() for line in json_lines(path)]
     try:
         known = slurm.jobs(ids)
     except slurm.SlurmError as error:
-        if config.dry_run and _is_away(error):
+        if config.dry_run and _is_unreachable(error):
             return []
         raise
-    active = [number for number in ids if number in known and not known[number].is_over]
+    active = [number for number in ids if number in known and not known[number].is_finished]
     if not active:
         return []
     reason = "is in the queue for this run already"

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from modtrain.common.errors import CheckpointError
 
 # Seconds between two tries at a lock that another process holds.
-_BETWEEN_TRIES = 0.05
+_POLL_SECONDS = 0.05
 
 
 class NoLocksError(CheckpointError):
@@ -79,7 +79,9 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def hold_lock(path: Path, in_use: Exception | None = None, patience: float = 0.0) -> Iterator[None]:
+def acquire_lock(
+    path: Path, in_use: Exception | None = None, timeout: float = 0.0
+) -> Iterator[None]:
     """Hold the lock ``path`` against other processes, till the block or this process ends.
 
     in_use: what to raise where another process holds it; None: BlockingIOError.
@@ -89,7 +91,7 @@ def hold_lock(path: Path, in_use: Exception | None = None, patience: float = 0.0
         NoLocksError: the file system has no locks.
     """
     with path.open("w") as file:
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,7 +104,7 @@ def hold_lock(path: Path, in_use: Exception | None = None, patience: float = 0.0
                     f"{path} cannot be locked: {error}. runs_dir has to be on a file system with"
                     " flock (Lustre: mount with -o flock, or localflock)"
                 ) from None
-            time.sleep(_BETWEEN_TRIES)
+            time.sleep(_POLL_SECONDS)
         yield
 
 

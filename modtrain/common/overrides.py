@@ -90,7 +90,7 @@ def _form_of(key: str, value: str) -> str:
 
 
 def explain(
-    override: Override, base: DictConfig, error: Exception, beside: Sequence[str]
+    override: Override, base: DictConfig, error: Exception, extra_keys: Sequence[str]
 ) -> Problem:
     """Say what is wrong with an override that does not compose.
 
@@ -98,12 +98,12 @@ def explain(
     """
     key = override.get_key_element().lstrip("+~")
     value = str(override.input_line).partition("=")[2]
-    known = [*_keys(base), *beside]
+    known_keys = [*_keys(base), *extra_keys]
     parent = key.rpartition(".")[0]
-    is_new = key not in known and parent in known and not override.is_delete()
+    is_new = key not in known_keys and parent in known_keys and not override.is_delete()
     is_entry = is_new and OmegaConf.get_type(OmegaConf.select(base, parent)) is dict
-    if key not in known and not is_entry:
-        near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    if key not in known_keys and not is_entry:
+        near = difflib.get_close_matches(key, known_keys, 1, cutoff=0.5)
         remedy = (
             f"did you mean {near[0]}?" if near else f"top-level keys: {', '.join(map(str, base))}"
         )
@@ -131,11 +131,11 @@ def plain(error: BaseException) -> str:
 
 
 def _keys(node: DictConfig, prefix: str = "") -> list[str]:
-    found = []
+    keys = []
     for key in node:
         full = f"{prefix}{key!s}"
-        found.append(full)
+        keys.append(full)
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none():
-            found += _keys(child, f"{full}.")
-    return found
+            keys += _keys(child, f"{full}.")
+    return keys

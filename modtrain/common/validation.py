@@ -56,8 +56,8 @@ def decays(config: object, prefix: str, *names: str) -> list[Problem]:
 
 def one_of(config: object, prefix: str, name: str, choices: Sequence[str]) -> list[Problem]:
     """Find a field, or an item of a list in it, that is none of ``choices``."""
-    found = getattr(config, name)
-    values = found if isinstance(found, list) else [found]
+    value = getattr(config, name)
+    values = value if isinstance(value, list) else [value]
     remedy = f"use one of: {', '.join(choices)}"
     key = key_of(prefix, name)
     return [Problem(key, value, "is not known", remedy) for value in values if value not in choices]

@@ -41,7 +41,7 @@ class DataConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with this configuration that can be seen without the shards."""
-        found = [
+        problems = [
             *at_least(self, prefix, 0, "seed", "num_workers", "eos_id"),
             *at_least(self, prefix, 1, "prefetch_factor", "seq_len"),
             *one_of(self, prefix, "verify", VERIFY_LEVELS),
@@ -49,8 +49,8 @@ class DataConfig:
         if self.eos_id is not None and not self.document_mask:
             key, mask = key_of(prefix, "eos_id"), key_of(prefix, "document_mask")
             reason, remedy = f"has no use without {mask}", f"set {mask}=true, or leave it null"
-            found.append(Problem(key, self.eos_id, reason, remedy))
-        return found
+            problems.append(Problem(key, self.eos_id, reason, remedy))
+        return problems
 
     def shard_problems(self, prefix: str) -> list[Problem]:
         """What does not fit the shards at ``path``, which may be missing. Reads ``index.json``."""
@@ -59,14 +59,14 @@ class DataConfig:
         except DataError as error:
             remedy = "modtrain prepare writes such a directory"
             return [Problem(key_of(prefix, "path"), self.path, str(error), remedy)]
-        found = []
+        problems = []
         if self.eos_id is not None and self.eos_id != stored.eos_id:
             reason = f"does not end the documents of these shards, {stored.eos_id} does"
             remedy = f"set it to {stored.eos_id}, or leave it null"
-            found.append(Problem(key_of(prefix, "eos_id"), self.eos_id, reason, remedy))
+            problems.append(Problem(key_of(prefix, "eos_id"), self.eos_id, reason, remedy))
         if self.seq_len is None or self.seq_len < 1:
-            return found
-        return found + seq_len_problems(key_of(prefix, "seq_len"), self.seq_len, stored.seq_len)
+            return problems
+        return problems + seq_len_problems(key_of(prefix, "seq_len"), self.seq_len, stored.seq_len)
 
 
 def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:
@@ -139,7 +139,7 @@ class PrepareConfig:
 
     def problems(self, prefix: str = "") -> list[Problem]:
         """Everything wrong with this configuration, with keys below ``prefix``."""
-        found = [
+        problems = [
             *not_empty(self, prefix, "sources", "name files: 'sources=[corpus/*.jsonl]'"),
             *not_empty(self, prefix, "output", "name a directory: output=data/mine"),
             *not_empty(self, prefix, "text_column", "text_column=text is usual"),
@@ -150,5 +150,5 @@ class PrepareConfig:
         ]
         if not 0 < self.valid_fraction < 1:
             key, reason = key_of(prefix, "valid_fraction"), "is not between 0 and 1, both excluded"
-            found.append(Problem(key, self.valid_fraction, reason, "try 0.05"))
-        return found
+            problems.append(Problem(key, self.valid_fraction, reason, "try 0.05"))
+        return problems

@@ -40,7 +40,7 @@ def write_experiment(directory: Path, keys: Iterable[str]) -> None:
     """
     message = summary_v2.hparams_config_pb(
         hparams=[summary_v2.HParam(key) for key in sorted(keys)],
-        metrics=[summary_v2.Metric(tag, display_name=said) for tag, said in _METRICS.items()],
+        metrics=[summary_v2.Metric(tag, display_name=name) for tag, name in _METRICS.items()],
     )
     _write(directory / "tensorboard", [(0, message)])
 

@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import modtrain
-from modtrain.common.atomic_io import hold_lock, write_text
+from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import CheckpointError, OtherRunError
 from modtrain.common.renamed_keys import flatten, translate
 from modtrain.training.config import MUTABLE_KEYS, CheckpointConfig, TrainConfig
@@ -70,7 +70,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         reason = "is in use by another process: wait for it, or give another name="
         in_use = CheckpointError(f"{self.path} {reason}")
-        with hold_lock(self.path / ".lock", in_use, _PATIENCE):
+        with acquire_lock(self.path / ".lock", in_use, _PATIENCE):
             yield
 
     def start(self, config: TrainConfig, data_fingerprint: str, device: str) -> None:

@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from modtrain.cli.compose import compose
+from modtrain.cluster.config import StatusConfig
 from modtrain.cluster.runs import read_run
-from modtrain.cluster.slurm import Job
+from modtrain.cluster.slurm import SlurmJob
 from modtrain.cluster.status import show_status, state_of
-from modtrain.cluster.status_config import StatusConfig
 
 NOW = time.time()
 
@@ -75,9 +75,9 @@ class Made:
     def read(self):
         return read_run(self.path, self.path.name)
 
-    def state(self, *jobs: Job) -> tuple[str, str]:
+    def state(self, *jobs: SlurmJob) -> tuple[str, str]:
         found = state_of(self.read(), {job.id: job for job in jobs})
-        return found.name, found.why
+        return found.name, found.reason
 
 
 class Group:
@@ -101,9 +101,9 @@ class Group:
         (self.path / "logs/slurm-7.out").touch()
         os.utime(self.path / "logs/slurm-7.out", (NOW - ago, NOW - ago))
 
-    def state(self, *jobs: Job) -> tuple[str, str]:
+    def state(self, *jobs: SlurmJob) -> tuple[str, str]:
         found = state_of(read_run(self.path, "g"), {job.id: job for job in jobs})
-        return found.name, found.why
+        return found.name, found.reason
 
 
 def shown(config: StatusConfig) -> str:

@@ -7,8 +7,8 @@ import pytest
 from modtrain.cli.main import main
 from modtrain.cluster import slurm
 from modtrain.cluster.cancel import cancel_run
-from modtrain.cluster.cancel_config import CancelConfig
-from modtrain.cluster.slurm import Job, SlurmError
+from modtrain.cluster.config import CancelConfig
+from modtrain.cluster.slurm import SlurmError, SlurmJob
 from tests.cluster.made_runs import Group, Made, held, play
 
 
@@ -44,18 +44,18 @@ class PlayedSlurm:
     def __init__(self, monkeypatch, saves: bool, **states: str) -> None:
         self.states = {name.removeprefix("j"): state for name, state in states.items()}
         self.saves, self.calls, self.monkeypatch = saves, [], monkeypatch
-        for name in ("jobs", "cancel", "ask_to_save"):
+        for name in ("jobs", "cancel", "signal_save"):
             monkeypatch.setattr(slurm, name, getattr(self, name))
-        monkeypatch.setattr("modtrain.cluster.cancel._LOOK", 0.01)
+        monkeypatch.setattr("modtrain.cluster.cancel._POLL_SECONDS", 0.01)
 
     def jobs(self, ids):
-        return {name: Job(name, state) for name, state in self.states.items() if name in ids}
+        return {name: SlurmJob(name, state) for name, state in self.states.items() if name in ids}
 
     def cancel(self, ids):
         self.calls.append(("cancel", *ids))
         self.states.update(dict.fromkeys(ids, "CANCELLED"))
 
-    def ask_to_save(self, ids):
+    def signal_save(self, ids):
         self.calls.append(("save", *ids))
         if self.saves:
             # As with a script that knows of no mark: it is requeued.
@@ -110,7 +110,7 @@ def denies(played: PlayedSlurm, *denied: str, named: bool = True) -> None:
 
         return asked
 
-    for name in ("cancel", "ask_to_save"):
+    for name in ("cancel", "signal_save"):
         played.monkeypatch.setattr(slurm, name, refuse(getattr(played, name)))
 
 
@@ -166,4 +166,4 @@ def test_a_cancelled_group_is_over(tmp_path, monkeypatch):
     PlayedSlurm(monkeypatch, False, j7="PENDING")
     (said,) = cancelled(tmp_path)
     assert "modtrain status run=r" in said
-    assert group.state(Job("7", "FAILED")) == ("over", "")
+    assert group.state(SlurmJob("7", "FAILED")) == ("over", "")

@@ -13,10 +13,10 @@ import pytest
 from modtrain.cli.compose import compose
 from modtrain.cli.main import main
 from modtrain.cluster import logs, slurm
+from modtrain.cluster.config import StatusConfig
 from modtrain.cluster.runs import find_runs, lines_from_end, read_run
-from modtrain.cluster.slurm import Job, SlurmError
+from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs, state_of
-from modtrain.cluster.status_config import StatusConfig
 from modtrain.common.overrides import spelled
 from tests.cluster.made_runs import Group, Made, held, iso, line, play, shown
 
@@ -41,20 +41,20 @@ def test_states_follow_from_the_files(tmp_path):
 @pytest.mark.parametrize(
     ("job", "state", "why"),
     [
-        (Job("7", "RUNNING"), "running", ""),
-        (Job("7", "COMPLETING"), "running", ""),
-        (Job("7", "SUSPENDED"), "running", "suspended"),
-        (Job("7", "PENDING", "Priority"), "pending", "Priority"),
-        (Job("7", "CONFIGURING"), "pending", "configuring"),
-        (Job("7", "TIMEOUT", "TimeLimit"), "stopped", "job 7: timeout (TimeLimit)"),
-        (Job("7", "OUT_OF_MEMORY"), "failed", "job 7: out of memory"),
-        (Job("7", "NODE_FAIL"), "failed", "job 7: node fail"),
-        (Job("7", "FAILED", "NonZeroExitCode"), "stopped", "job 7: failed (NonZeroExitCode)"),
-        (Job("7_3", "RUNNING"), "running", ""),
-        (Job("8", "RUNNING"), "stopped", ""),
-        (Job("71", "RUNNING"), "stopped", ""),
-        (Job("7", "RUNNING", command="/elsewhere/other/submit.sbatch"), "stopped", ""),
-        (Job("7", "RUNNING", command="/mnt/runs/r/submit.sbatch"), "running", ""),
+        (SlurmJob("7", "RUNNING"), "running", ""),
+        (SlurmJob("7", "COMPLETING"), "running", ""),
+        (SlurmJob("7", "SUSPENDED"), "running", "suspended"),
+        (SlurmJob("7", "PENDING", "Priority"), "pending", "Priority"),
+        (SlurmJob("7", "CONFIGURING"), "pending", "configuring"),
+        (SlurmJob("7", "TIMEOUT", "TimeLimit"), "stopped", "job 7: timeout (TimeLimit)"),
+        (SlurmJob("7", "OUT_OF_MEMORY"), "failed", "job 7: out of memory"),
+        (SlurmJob("7", "NODE_FAIL"), "failed", "job 7: node fail"),
+        (SlurmJob("7", "FAILED", "NonZeroExitCode"), "stopped", "job 7: failed (NonZeroExitCode)"),
+        (SlurmJob("7_3", "RUNNING"), "running", ""),
+        (SlurmJob("8", "RUNNING"), "stopped", ""),
+        (SlurmJob("71", "RUNNING"), "stopped", ""),
+        (SlurmJob("7", "RUNNING", command="/elsewhere/other/submit.sbatch"), "stopped", ""),
+        (SlurmJob("7", "RUNNING", command="/mnt/runs/r/submit.sbatch"), "running", ""),
     ],
 )
 def test_slurm_counts_as_well(tmp_path, job, state, why):
@@ -63,15 +63,18 @@ def test_slurm_counts_as_well(tmp_path, job, state, why):
 
 def test_a_job_that_died_before_the_start_failed(tmp_path):
     run = Made(tmp_path / "r").jobs("7")
-    failed = Job("7", "FAILED", "NonZeroExitCode")
+    failed = SlurmJob("7", "FAILED", "NonZeroExitCode")
     assert run.state(failed) == ("failed", "job 7: failed (NonZeroExitCode)")
-    assert run.state(Job("7", "CANCELLED"))[0] == "never started"
+    assert run.state(SlurmJob("7", "CANCELLED"))[0] == "never started"
 
 
 def test_a_requeued_job_tells_what_it_was_requeued_after(tmp_path):
     run = Made(tmp_path / "r").starts(60).jobs("7").failed(5, "rank 3 died")
-    assert run.state(Job("7", "PENDING", "BeginTime"))[1] == "BeginTime; failed before: rank 3 died"
-    assert run.state(Job("7", "RUNNING"))[1] == ""
+    assert (
+        run.state(SlurmJob("7", "PENDING", "BeginTime"))[1]
+        == "BeginTime; failed before: rank 3 died"
+    )
+    assert run.state(SlurmJob("7", "RUNNING"))[1] == ""
 
 
 def test_a_cancelled_run_says_so(tmp_path):
@@ -113,12 +116,12 @@ def test_a_file_of_any_length_is_read_from_its_end(tmp_path):
     texts = [b"a" * n for n in (0, 1, 70_000, 3, 0, 200_000, 5)]
     file.write_bytes(b"\n".join(texts))
     assert list(lines_from_end(file)) == texts[::-1]
-    reader = lines_from_end(file, farthest=1)
+    reader = lines_from_end(file, max_bytes=1)
     assert len(next(reader)) == 5
     file.write_bytes(b"")
     assert list(lines_from_end(file)) == []
     file.write_bytes(b"x" * 5_000_000)
-    assert list(lines_from_end(file, farthest=2**20)) == []
+    assert list(lines_from_end(file, max_bytes=2**20)) == []
 
 
 def test_metrics_are_not_read_whole(tmp_path):
@@ -256,9 +259,9 @@ def test_of_an_array_the_liveliest_task_speaks(tmp_path, monkeypatch):
     play(monkeypatch, tmp_path, tasks)
     found = slurm.jobs(["5"])
     assert found["5"].id in ("5_1", "5_10")
-    assert found["5_2"].waits and found["5_0"].is_over
+    assert found["5_2"].is_pending and found["5_0"].is_finished
     run = Made(tmp_path / "submit").jobs("5").read()
-    same = {name: Job(job.id, job.state) for name, job in found.items()}
+    same = {name: SlurmJob(job.id, job.state) for name, job in found.items()}
     assert [job.id for job in live_jobs(run.submitted, same)] == ["5_1", "5_10", "5_2"]
 
 
@@ -417,13 +420,13 @@ def test_a_run_above_others_is_one_of_its_own(tmp_path, own):
 def test_a_group_that_failed_says_why(tmp_path, verb):
     group = Group(tmp_path / "g", f"{verb}.sbatch")
     assert group.state() == ("over", "")
-    assert group.state(Job("7", "PENDING", "Resources")) == ("pending", "Resources")
-    assert group.state(Job("7", "OUT_OF_MEMORY")) == ("failed", "job 7: out of memory")
+    assert group.state(SlurmJob("7", "PENDING", "Resources")) == ("pending", "Resources")
+    assert group.state(SlurmJob("7", "OUT_OF_MEMORY")) == ("failed", "job 7: out of memory")
     group.failed(verb, 500)
     group.printed(498)
     assert group.state() == ("failed", "the study is damaged")
     assert "the study is damaged" in shown(StatusConfig(run="g", runs_dir=str(tmp_path)))
-    assert group.state(Job("7", "RUNNING")) == ("running", "")
+    assert group.state(SlurmJob("7", "RUNNING")) == ("running", "")
     # It came back, and ended without another word of failure.
     group.printed(100)
     assert group.state() == ("over", "")
@@ -435,13 +438,13 @@ def test_a_group_that_failed_says_why(tmp_path, verb):
 def test_how_an_arrays_task_ended_its_run_says(tmp_path):
     group = Group(tmp_path / "g")
     # Slurm's answer under the array's number is that of one of its tasks.
-    found = state_of(read_run(group.path, "g"), {"7": Job("7_3", "OUT_OF_MEMORY")})
+    found = state_of(read_run(group.path, "g"), {"7": SlurmJob("7_3", "OUT_OF_MEMORY")})
     assert found.name == "over"
 
 
 def test_a_group_that_stopped_has_not_failed(tmp_path):
     group = Group(tmp_path / "g", "search.sbatch")
-    ended = Job("7", "FAILED", "NonZeroExitCode")
+    ended = SlurmJob("7", "FAILED", "NonZeroExitCode")
     assert group.state(ended)[0] == "failed"
     Made(group.path / "trial").starts(9)
     assert group.state(ended) == ("over", "")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from modtrain.cli.compose import SUBMITTED, compose, compose_submission, conf_dir
 from modtrain.cluster.config import ClusterConfig, SubmitConfig, seconds_of
 from modtrain.cluster.freeze import freeze
-from modtrain.cluster.script import Job, ScriptError, Task, check, render, slurm_dir
+from modtrain.cluster.script import JobScript, ScriptError, ScriptTask, check, render, slurm_dir
 from modtrain.cluster.submit import job_name, submit
 from modtrain.common.errors import ConfigError, OtherRunError
 from modtrain.common.overrides import quoted
@@ -33,7 +33,7 @@ NASTY = st.text(
 
 
 def a_job(task=None, config=None, directory=Path("/work dir")):
-    return Job(
+    return JobScript(
         name="job",
         script=directory / "submit.sbatch",
         output=directory / "slurm-%j.out",
@@ -41,7 +41,7 @@ def a_job(task=None, config=None, directory=Path("/work dir")):
         code=directory / "code",
         python="/usr/bin/python3",
         config=config or SubmitConfig(),
-        tasks=[task or Task("train", ["name=x"])],
+        tasks=[task or ScriptTask("train", ["name=x"])],
     )
 
 
@@ -59,7 +59,7 @@ def settings(text, *names):
 @given(st.lists(NASTY, max_size=4), NASTY.filter(len), NASTY)
 def test_whatever_is_in_an_override_reaches_modtrain_as_it_is(overrides, module, value):
     site = ClusterConfig(modules=[module], environment={"A": value})
-    job = a_job(Task("train", overrides), SubmitConfig(cluster=site))
+    job = a_job(ScriptTask("train", overrides), SubmitConfig(cluster=site))
     text = render(job)
     check(text, "it")
     assert settings(text, "overrides") == ["--", *overrides]
@@ -90,7 +90,7 @@ def test_a_template_is_a_script(template):
 @pytest.mark.parametrize("site", SITES)
 def test_a_shipped_site_is_sound(site):
     submission = compose_submission(["debug", f"cluster={site}"])
-    text = render(a_job(Task("debug", []), submission.config))
+    text = render(a_job(ScriptTask("debug", []), submission.config))
     check(text, site)
 
 
@@ -208,7 +208,7 @@ def test_a_task_of_an_array_can_be_waited_for():
     submission = compose_submission(["debug", "after=123_4", "time=30"])
     assert submission.config.after == "123_4"
     assert "#SBATCH --dependency=afterok:123_4" in render(
-        a_job(Task("debug", []), submission.config)
+        a_job(ScriptTask("debug", []), submission.config)
     )
 
 
@@ -229,7 +229,7 @@ def test_other_verbs_are_jobs_of_one_process(verb, words, script, tiny):
         words = [*words, *tiny]
     submission = compose_submission([verb, *words, "nodes=1"])
     assert submission.directory == Path("runs/s")
-    job = a_job(Task(verb, submission.works[0].overrides), submission.config)
+    job = a_job(ScriptTask(verb, submission.works[0].overrides), submission.config)
     text = render(job)
     assert f"slurm/{script}.sbatch" in text
     assert settings(text, "verb", "overrides") == [verb, "--", *words]
@@ -252,7 +252,7 @@ def test_other_verbs_are_jobs_of_one_process(verb, words, script, tiny):
 )
 def test_a_verb_has_the_nodes_and_gpus_that_it_can_use(verb, asked, options):
     config = SubmitConfig(cluster=ClusterConfig(memory_per_node="0"), **asked)
-    lines = render(a_job(Task(verb, []), config)).splitlines()
+    lines = render(a_job(ScriptTask(verb, []), config)).splitlines()
     said = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
     assert set(options.split()) <= said
     # What is not asked for is not there: memory of a node that others share, and no GPU at all.

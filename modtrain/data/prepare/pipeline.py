@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 from modtrain.common.atomic_io import (
     NoLocksError,
+    acquire_lock,
     digest,
     file_sha256,
-    hold_lock,
     sync,
     write_bytes,
     write_json,
@@ -161,10 +161,12 @@ def _request(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, An
 
 def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
     try:
-        made_of = json.loads((output / REQUEST_NAME).read_bytes())
+        stored_request = json.loads((output / REQUEST_NAME).read_bytes())
     except (OSError, ValueError):
-        made_of = {}
-    keys = sorted(key for key in {*request, *made_of} if request.get(key) != made_of.get(key))
+        stored_request = {}
+    keys = sorted(
+        key for key in {*request, *stored_request} if request.get(key) != stored_request.get(key)
+    )
     if keys == [_TIMES]:
         # A corpus copied or installed anew has new times and the same text.
         _log.warning("the sources' times of change differ, names and sizes do not: taken as equal")
@@ -190,9 +192,9 @@ def _work_directory(output: Path) -> Iterator[Path]:
         )
     work.mkdir(parents=True, exist_ok=True)
     in_use = DataError(f"another prepare is writing {output}. Wait for it.")
-    with ExitStack() as held:
+    with ExitStack() as locks:
         try:
-            held.enter_context(hold_lock(work / "lock", in_use))
+            locks.enter_context(acquire_lock(work / "lock", in_use))
         except NoLocksError:
             _log.warning("%s cannot be locked: start no second prepare of it", output)
         shutil.rmtree(work / "aside", ignore_errors=True)
@@ -231,8 +233,13 @@ def _ensure_tokenizer(
 def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path) -> bytes:
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path).read_bytes()
-    made_of = [asdict(config.tokenizer), config.text_column, config.valid_fraction, config.seed]
-    key = digest([made_of, [unit.description() for unit in units]])
+    key_parts = [
+        asdict(config.tokenizer),
+        config.text_column,
+        config.valid_fraction,
+        config.seed,
+    ]
+    key = digest([key_parts, [unit.description() for unit in units]])
     trained = work / f"tokenizer-{key}.json"
     if not trained.exists():
         chooser = SplitChooser(config.seed, config.valid_fraction)

@@ -47,26 +47,26 @@ def expand_sources(sources: Sequence[str]) -> list[SourceFile]:
 
     Raises DataError for sources that match no file and for files of an unknown kind, all at once.
     """
-    wrong: list[str] = []
-    found: dict[str, SourceFile] = {}
+    errors: list[str] = []
+    files: dict[str, SourceFile] = {}
     for source in sources:
         try:
             for path in _matches(source):
-                if path not in found:
-                    found[path] = SourceFile.of(path)
+                if path not in files:
+                    files[path] = SourceFile.of(path)
         except DataError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise DataError("\n".join(wrong))
-    return list(found.values())
+            errors.append(str(error))
+    if errors:
+        raise DataError("\n".join(errors))
+    return list(files.values())
 
 
 def _kind(path: str) -> str:
     for suffix, kind in KINDS.items():
         if path.lower().endswith(suffix):
             return kind
-    known = ", ".join(KINDS)
-    raise DataError(f"{path}: its suffix is not known. Known are {known}; narrow the source.")
+    suffixes = ", ".join(KINDS)
+    raise DataError(f"{path}: its suffix is not known. Known are {suffixes}; narrow the source.")
 
 
 def _matches(source: str) -> list[str]:

@@ -154,7 +154,7 @@ class TokenDataModule(lightning.LightningDataModule):
             data,
             batch_sampler=batches,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             prefetch_factor=self.config.prefetch_factor if workers else None,
@@ -164,6 +164,6 @@ class TokenDataModule(lightning.LightningDataModule):
         )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     """The data set gives whole batches already."""
     return batch

@@ -110,13 +110,13 @@ class TokenDataset(Dataset[Tensor]):
         stream = io.BytesIO(header)
         stream.seek(len(_NPY_MAGIC))
         try:
-            known = header.startswith(_NPY_MAGIC)
-            found = np.lib.format.read_array_header_1_0(stream) if known else None
+            has_magic = header.startswith(_NPY_MAGIC)
+            actual = np.lib.format.read_array_header_1_0(stream) if has_magic else None
         except ValueError:
-            found = None
+            actual = None
         first_byte = offset + stream.tell()
         last_byte = first_byte + expected[0][0] * expected[0][1] * self._item_size
-        if found != expected or first_byte % self._item_size or last_byte > len(content):
+        if actual != expected or first_byte % self._item_size or last_byte > len(content):
             raise DataError(
                 f"{self._paths[shard]}: no tokens of shape {expected[0]} at byte {offset}; "
                 "the shard is damaged. data.verify=sha256 checks every shard; copy it again."
@@ -127,9 +127,9 @@ class TokenDataset(Dataset[Tensor]):
 def _mapped(path: Path, size: int) -> NDArray[np.uint8]:
     """The bytes of a file, mapped privately. Unlike np.memmap it keeps no file open."""
     try:
-        found = path.stat().st_size
-        if found != size:
-            raise DataError(f"{path}: has {found} bytes, not {size}. Copy the directory again.")
+        num_bytes = path.stat().st_size
+        if num_bytes != size:
+            raise DataError(f"{path}: has {num_bytes} bytes, not {size}. Copy the directory again.")
         tensor = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error

@@ -120,10 +120,10 @@ class ShardIndex:
 
     def _check_sums(self, content: _Object) -> None:
         for name, shards in self.shards.items():
-            found = sum(shard.num_sequences for shard in shards)
+            actual = sum(shard.num_sequences for shard in shards)
             expected = self.summary.splits[name].num_sequences
-            if found != expected:
-                content.fail(f"the shards of {name} hold {found} sequences, not {expected}")
+            if actual != expected:
+                content.fail(f"the shards of {name} hold {actual} sequences, not {expected}")
             counts = [count for shard in shards for _, count in shard.members]
             if any(count != counts[0] for count in counts[:-1]) or counts[-1:] > counts[:1]:
                 content.fail(f"the members of {name} are not of one size, the last one excepted")

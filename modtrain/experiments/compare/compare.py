@@ -49,16 +49,16 @@ def compare(comparison: Comparison) -> int:
         if not all(map(_is_complete, arms.values())):
             # What it says is about to be old; it comes back when everything is trained.
             report_path.unlink(missing_ok=True)
-        for of_a_seed in zip(*arms.values(), strict=True):
-            for config in of_a_seed:
+        for arms_of_seed in zip(*arms.values(), strict=True):
+            for config in arms_of_seed:
                 outcome = train(config)
                 if outcome.exit_code:
                     return outcome.exit_code
-    _tell(replace(comparison, arms=arms), console)
+    _report_and_show(replace(comparison, arms=arms), console)
     return 0
 
 
-def _tell(comparison: Comparison, console: Console) -> None:
+def _report_and_show(comparison: Comparison, console: Console) -> None:
     if not (comparison.train and comparison.is_whole):
         show(_report(_complete_runs(comparison.arms), comparison.timed_rounds), console)
         return
@@ -81,22 +81,22 @@ def _is_complete(configs: list[TrainConfig]) -> bool:
 
 def _complete_runs(arms: dict[str, list[TrainConfig]]) -> dict[str, list[TrainConfig]]:
     """Leave out what is not complete. Raises TrainingError where nothing is."""
-    found = {
+    complete = {
         name: [config for config in configs if RunDirectory.of(config).is_complete]
         for name, configs in arms.items()
     }
-    found = {name: configs for name, configs in found.items() if configs}
-    if not found:
+    complete = {name: configs for name, configs in complete.items() if configs}
+    if not complete:
         raise TrainingError("no run of this comparison is complete: leave train=false out")
-    return found
+    return complete
 
 
 def _is_current(report: Path, arms: dict[str, list[TrainConfig]]) -> bool:
     """Whether the report is there and of these arms and runs, the first one the same."""
     if not report.is_file():
         return False
-    known = json.loads(report.read_text())
-    return [(name, arm["runs"]) for name, arm in known.items()] == [
+    stored = json.loads(report.read_text())
+    return [(name, arm["runs"]) for name, arm in stored.items()] == [
         (name, [config.name for config in configs]) for name, configs in arms.items()
     ]
 

@@ -21,7 +21,7 @@ from modtrain.training.run_directory import RunDirectory
 
 _OTHER = "held_out/causal_loss_"
 # Two standard errors: what lies within is not told apart from nothing.
-_SURE = 2.0
+_NUM_STANDARD_ERRORS = 2.0
 
 
 def describe(configs: list[TrainConfig], seconds: float | None) -> dict[str, Any]:
@@ -109,14 +109,14 @@ def verdict(report: dict[str, dict[str, Any]]) -> list[str]:
 
 def _change(arm: dict[str, Any], base: dict[str, Any]) -> tuple[float, str, str]:
     """Return the change of the loss, a word for it, and how sure it is over the shared seeds."""
-    ours, theirs = arm["causal_losses"], base["causal_losses"]
-    pairs = [ours[seed] / theirs[seed] - 1 for seed in ours if seed in theirs]
+    arm_losses, base_losses = arm["causal_losses"], base["causal_losses"]
+    pairs = [arm_losses[seed] / base_losses[seed] - 1 for seed in arm_losses if seed in base_losses]
     change = statistics.mean(pairs) if pairs else arm["causal_loss"] / base["causal_loss"] - 1
     word = "beats" if change < 0 else "loses to" if change > 0 else "equals"
     if len(pairs) < 2:
         return change, word, ""
     error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    if abs(change) < _SURE * error:
+    if abs(change) < _NUM_STANDARD_ERRORS * error:
         word = "is not told apart from"
     return change, word, f" ± {error:.2%} (standard error over {len(pairs)} seeds)"
 
@@ -147,11 +147,11 @@ def draw(arms: dict[str, list[TrainConfig]], path: Path) -> None:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known and len(known) == len(values) else None
+    numbers = [value for value in values if value is not None]
+    return statistics.mean(numbers) if numbers and len(numbers) == len(values) else None
 
 
 def _spread(values: list[float | None]) -> float | None:
     """Standard deviation over the seeds; None where there are fewer than two."""
-    known = [value for value in values if value is not None]
-    return statistics.stdev(known) if len(known) > 1 else None
+    numbers = [value for value in values if value is not None]
+    return statistics.stdev(numbers) if len(numbers) > 1 else None

@@ -36,9 +36,9 @@ class CompareConfig(TrainConfig):
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
         """Everything wrong with the comparison and what its arms share."""
-        found = super().problems(needs_name)
+        problems = super().problems(needs_name)
         if len(self.arms) < 2:
-            found.append(
+            problems.append(
                 Problem(
                     "arms",
                     dict(self.arms),
@@ -46,19 +46,19 @@ class CompareConfig(TrainConfig):
                     """add '+arms={a: ["model.capacity=0.5"], b: ["model.capacity=0.25"]}'""",
                 )
             )
-        found += [
+        problems += [
             Problem("only", name, "is not an arm", f"there are: {', '.join(self.arms)}")
             for name in self.only
             if name not in self.arms
         ]
         if len(set(self.seeds)) != len(self.seeds):
-            found.append(Problem("seeds", self.seeds, "names a seed twice", "name each once"))
-        found += [
+            problems.append(Problem("seeds", self.seeds, "names a seed twice", "name each once"))
+        problems += [
             Problem("seeds", seed, "is not in [0, 2^32)", "give one that is")
             for seed in self.seeds
             if not 0 <= seed < 2**32
         ]
-        return found + at_least(self, "", 0, "timed_rounds")
+        return problems + at_least(self, "", 0, "timed_rounds")
 
 
 @dataclass(frozen=True)

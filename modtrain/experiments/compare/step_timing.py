@@ -22,7 +22,7 @@ def step_seconds(configs: dict[str, TrainConfig], rounds: int) -> dict[str, floa
     The models take turns within each round, so that a machine that slows down slows all of them.
     Forward, backward and optimizer are timed, on random tokens, with fresh weights.
     """
-    steps = {name: _Step(config) for name, config in configs.items()}
+    steps = {name: _TimedStep(config) for name, config in configs.items()}
     for step in steps.values():
         step()
         step()
@@ -33,7 +33,7 @@ def step_seconds(configs: dict[str, TrainConfig], rounds: int) -> dict[str, floa
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-class _Step:
+class _TimedStep:
     def __init__(self, config: TrainConfig) -> None:
         self.device = torch.device(resolve_accelerator(config.strategy.accelerator))
         self.bf16 = resolve_precision(config.precision, self.device.type) == "bf16"

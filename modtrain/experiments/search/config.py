@@ -66,19 +66,21 @@ class SearchConfig(TrainConfig):
 
     def problems(self, needs_name: bool = False) -> list[Problem]:
         """Everything wrong with the search and what its trials share."""
-        found = super().problems(needs_name)
+        problems = super().problems(needs_name)
         if not self.study:
             remedy = "add study=my_search: the same study goes on"
-            found.append(Problem("study", "null", "a search needs a name", remedy))
+            problems.append(Problem("study", "null", "a search needs a name", remedy))
         elif self.study.startswith("/") or {"", ".."} & set(self.study.split("/")):
             reason, remedy = "is not a directory below runs_dir", "use a plain name"
-            found.append(Problem("study", self.study, reason, remedy))
-        found += one_of(self, "", "directions", OBJECTIVES) + one_of(self, "", "pruner", PRUNERS)
-        found += at_least(self, "", 1, "trials") + at_least(self, "", 0, "search_seed")
+            problems.append(Problem("study", self.study, reason, remedy))
+        problems += one_of(self, "", "directions", OBJECTIVES) + one_of(self, "", "pruner", PRUNERS)
+        problems += at_least(self, "", 1, "trials") + at_least(self, "", 0, "search_seed")
         if not self.directions or len(set(self.directions)) < len(self.directions):
             remedy = "name one or two, each once"
-            found.append(Problem("directions", self.directions, "names none, or one twice", remedy))
-        return found + self._pruner_problems() + parse_space(self.space)[1]
+            problems.append(
+                Problem("directions", self.directions, "names none, or one twice", remedy)
+            )
+        return problems + self._pruner_problems() + parse_space(self.space)[1]
 
     def _pruner_problems(self) -> list[Problem]:
         if self.pruner == "none":
@@ -108,12 +110,12 @@ class Search:
 
 def join_space(overrides: Sequence[str]) -> list[str]:
     """Make of all ``space.KEY=RANGE`` one override, which is not taken for a sweep of Hydra's."""
-    own = [text for text in overrides if text.lstrip("+").startswith("space.")]
-    if not own:
+    space_overrides = [text for text in overrides if text.lstrip("+").startswith("space.")]
+    if not space_overrides:
         return list(overrides)
-    pairs = [text.lstrip("+").removeprefix("space.").partition("=") for text in own]
+    pairs = [text.lstrip("+").removeprefix("space.").partition("=") for text in space_overrides]
     space = ",".join(f"{key}:{quoted(value)}" for key, _, value in pairs)
-    return [*(text for text in overrides if text not in own), f"++space={{{space}}}"]
+    return [*(text for text in overrides if text not in space_overrides), f"++space={{{space}}}"]
 
 
 def parse_space(space: Mapping[str, str]) -> tuple[list[Dimension], list[Problem]]:
@@ -133,8 +135,10 @@ def parse_space(space: Mapping[str, str]) -> tuple[list[Dimension], list[Problem
             override = OverridesParser.create().parse_override(f"{key}={text}")
             dimensions.append(_dimension(key, override))
         except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
-            said = str(error).splitlines()[0]
-            problems.append(Problem(f"space.{key}", text, f"is no range of values: {said}", remedy))
+            message = str(error).splitlines()[0]
+            problems.append(
+                Problem(f"space.{key}", text, f"is no range of values: {message}", remedy)
+            )
     return dimensions, problems
 
 

@@ -18,17 +18,17 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from modtrain.common.atomic_io import hold_lock, write_text
+from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.renamed_keys import translate_flat
 from modtrain.distributed.launch import Launch
 from modtrain.experiments import hparams
 from modtrain.experiments.search.config import Dimension, Search, SearchConfig, parse_space
 from modtrain.experiments.search.study import open_study, parameter_names
-from modtrain.experiments.sweep.hydra_multirun import say
-from modtrain.experiments.sweep.job_process import run_apart
+from modtrain.experiments.sweep.hydra_multirun import print_line
+from modtrain.experiments.sweep.job_process import run_in_process
 from modtrain.experiments.sweep.job_state import failure_text, pruned_mark, state_of
-from modtrain.experiments.sweep.jobs import Job, write_jobs
+from modtrain.experiments.sweep.jobs import SweepJob, write_jobs
 from modtrain.models.flops import forward_flops
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
@@ -36,7 +36,7 @@ from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
 # Seconds between two looks at whether a trial is free.
-_BETWEEN_LOOKS = 5.0
+_POLL_SECONDS = 5.0
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -67,7 +67,7 @@ class _Searcher:
         # All that can be wrong with the ends of the space, before the study is there.
         shared = self._check_ends()
         self.directory.mkdir(parents=True, exist_ok=True)
-        with self._alone():
+        with self._locked():
             self.study = open_study(self.directory, self.config, shared)
             hparams.write_experiment(self.directory, list(self.config.space))
         self.names = parameter_names(self.study)
@@ -75,18 +75,18 @@ class _Searcher:
     def run(self) -> int:
         """Work until the study has its trials."""
         while not STOP.requested:
-            with ExitStack() as held:
-                trial = self._claim(held)
+            with ExitStack() as locks:
+                trial = self._claim(locks)
                 if trial is not None:
-                    self._work(trial)
+                    self._run_trial(trial)
                     continue
-            if not self._others_work():
+            if not self._has_unfinished_trials():
                 break
             # One of them may die, and its trial is free then.
-            STOP.pause(_BETWEEN_LOOKS)
-        return self._tell()
+            STOP.pause(_POLL_SECONDS)
+        return self._report()
 
-    def _others_work(self) -> bool:
+    def _has_unfinished_trials(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)
         return any(trial.state not in _DONE for trial in trials)
 
@@ -98,7 +98,7 @@ class _Searcher:
         """
         problems: dict[Problem, None] = {}
         resolved: list[TrainConfig] = []
-        for overrides in self._at_the_ends():
+        for overrides in self._end_points():
             try:
                 trial = self.search.compose(overrides, self._name(0))
                 resolved.append(resolve(trial, launch=Launch())[0])
@@ -107,91 +107,91 @@ class _Searcher:
         raise_if_any(list(problems))
         return resolved[0]
 
-    def _at_the_ends(self) -> list[list[str]]:
+    def _end_points(self) -> list[list[str]]:
         """Each dimension at each of its ends, the others at their first."""
         first = {d.key: d.ends[0] for d in self.dimensions}
         tried = [first] + [first | {d.key: end} for d in self.dimensions for end in d.ends[1:]]
         return [[f"{key}={value}" for key, value in at.items()] for at in tried]
 
-    def _claim(self, held: ExitStack) -> optuna.Trial | None:
+    def _claim(self, locks: ExitStack) -> optuna.Trial | None:
         """Take an unfinished trial that nobody works on, or a new one; None where all are taken."""
-        with self._alone():
+        with self._locked():
             trials = self.study.get_trials(deepcopy=False)
-            for known in trials:
-                if known.state not in _DONE and self._hold(known.number, held):
-                    return optuna.Trial(self.study, known._trial_id)
+            for frozen in trials:
+                if frozen.state not in _DONE and self._acquire(frozen.number, locks):
+                    return optuna.Trial(self.study, frozen._trial_id)
             if len(trials) >= self.config.trials:
                 return None
             # Not the same draws again at each start.
             seed = self.config.search_seed + len(trials)
             self.study.sampler = optuna.samplers.TPESampler(seed=seed)
             trial = self.study.ask()
-            self._hold(trial.number, held)
+            self._acquire(trial.number, locks)
             return trial
 
-    def _hold(self, number: int, held: ExitStack) -> bool:
+    def _acquire(self, number: int, locks: ExitStack) -> bool:
         path = self._run(number).path
         path.mkdir(parents=True, exist_ok=True)
         try:
-            held.enter_context(hold_lock(path / ".claim"))
+            locks.enter_context(acquire_lock(path / ".claim"))
         except BlockingIOError:
             return False
         return True
 
-    def _work(self, trial: optuna.Trial) -> None:
+    def _run_trial(self, trial: optuna.Trial) -> None:
         """Train a trial's run to its end and tell the study what came of it."""
         overrides = {d.key: suggest(trial, d, self.names.get(d.key)) for d in self.dimensions}
         name, run = self._name(trial.number), self._run(trial.number)
-        said = ",".join(f"{key}={value}" for key, value in overrides.items())
-        with self._alone():
-            write_jobs(self.directory, [Job(run.path.name, overrides, [])])
-        say(f"{run.path.name}: {said}")
+        parameters = ",".join(f"{key}={value}" for key, value in overrides.items())
+        with self._locked():
+            write_jobs(self.directory, [SweepJob(run.path.name, overrides, [])])
+        print_line(f"{run.path.name}: {parameters}")
         try:
             config = self.search.compose([f"{k}={v}" for k, v in overrides.items()], name)
         except ConfigError as error:
-            return self._failed(trial, str(error))
+            return self._fail(trial, str(error))
         if not pruned_mark(run).is_file():
-            run_apart(run, partial(_train_trial, config, self.config, trial.number, overrides))
+            run_in_process(run, partial(_train_trial, config, self.config, trial.number, overrides))
         if pruned_mark(run).is_file():
             self.study.tell(trial, state=TrialState.PRUNED)
         elif run.is_complete:
             values = _values(run, self.config.directions)
             if None in values:
-                return self._failed(trial, "the model has no causal decision to be judged by")
+                return self._fail(trial, "the model has no causal decision to be judged by")
             self.study.tell(trial, [value for value in values if value is not None])
         elif state_of(run) == "failed":
-            return self._failed(trial, failure_text(run))
-        say(f"{run.path.name}: {state_of(run)}")
+            return self._fail(trial, failure_text(run))
+        print_line(f"{run.path.name}: {state_of(run)}")
         return None
 
-    def _failed(self, trial: optuna.Trial, why: str) -> None:
-        trial.set_user_attr("why", why)
+    def _fail(self, trial: optuna.Trial, reason: str) -> None:
+        trial.set_user_attr("why", reason)
         self.study.tell(trial, state=TrialState.FAIL)
-        say(f"{self._run(trial.number).path.name}: failed: {why}")
+        print_line(f"{self._run(trial.number).path.name}: failed: {reason}")
 
-    def _tell(self) -> int:
+    def _report(self) -> int:
         """Print and write the best trials."""
         trials = self.study.get_trials(deepcopy=False)
         best = (
-            [self._described(trial) for trial in self.study.best_trials]
+            [self._describe(trial) for trial in self.study.best_trials]
             if any(trial.state == TrialState.COMPLETE for trial in trials)
             else []
         )
         counts = {state.name.lower(): sum(t.state == state for t in trials) for state in _DONE}
-        left = self.config.trials - sum(counts.values())
+        num_left = self.config.trials - sum(counts.values())
         report = {"directions": list(self.config.directions), "trials": counts, "best": best}
         write_text(self.directory / "best.json", json.dumps(report, indent=1) + "\n")
-        said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        say(f"{self.directory}: {said or 'nothing yet'}; {max(left, 0)} to go")
-        for one in best:
-            values = ", ".join(f"{key} {value:.6g}" for key, value in one["values"].items())
-            say(f"  {one['run']}: {values}; {one['parameters']}")
-        if STOP.requested and left > 0:
-            say(f"stopped by {STOP.name}: the same command goes on from here")
+        counts_text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        print_line(f"{self.directory}: {counts_text or 'nothing yet'}; {max(num_left, 0)} to go")
+        for entry in best:
+            values = ", ".join(f"{key} {value:.6g}" for key, value in entry["values"].items())
+            print_line(f"  {entry['run']}: {values}; {entry['parameters']}")
+        if STOP.requested and num_left > 0:
+            print_line(f"stopped by {STOP.name}: the same command goes on from here")
             return STOP.exit_code
         return 0 if best else 1
 
-    def _described(self, trial: FrozenTrial) -> dict[str, Any]:
+    def _describe(self, trial: FrozenTrial) -> dict[str, Any]:
         return {
             "run": self._name(trial.number),
             "parameters": translate_flat(trial.params),
@@ -205,9 +205,9 @@ class _Searcher:
         return RunDirectory(Path(self.config.runs_dir) / self._name(number))
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Hold the study for a moment against other workers."""
-        with hold_lock(self.directory / ".search.lock", patience=math.inf):
+        with acquire_lock(self.directory / ".search.lock", timeout=math.inf):
             yield
 
 
@@ -228,11 +228,11 @@ def suggest(trial: optuna.Trial, dimension: Dimension, name: str | None = None) 
 def _values(run: RunDirectory, directions: Sequence[str]) -> list[float | None]:
     result, config = json.loads(run.result.read_text()), run.read_config()
     seq_len = config.data.seq_len or 1
-    found = {
+    values = {
         "causal_loss": result.get(hparams.LOSS),
         "forward_flops": forward_flops(config.model, seq_len).total / seq_len,
     }
-    return [found[name] for name in directions]
+    return [values[name] for name in directions]
 
 
 def _train_trial(

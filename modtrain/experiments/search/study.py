@@ -22,7 +22,7 @@ from modtrain.training.config import MUTABLE_KEYS, TrainConfig
 from modtrain.training.run_directory import differences, typed
 
 # What may differ between trials that are ranked together: on eval.sequences a loss depends.
-_FREE = (
+_MUTABLE = (
     *(key for key in MUTABLE_KEYS if key != "eval"),
     *("name", "eval.every", "eval.batch_size"),
 )
@@ -43,7 +43,7 @@ def open_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = directory / "study.journal"
     lock = JournalFileSymlinkLock(str(path.resolve()))
-    _mend(path, lock)
+    _drop_partial_line(path, lock)
     study = optuna.create_study(
         study_name="search",
         storage=JournalStorage(JournalFileBackend(str(path), lock_obj=lock)),
@@ -51,15 +51,19 @@ def open_study(
         pruner=_pruner(config.pruner),
         load_if_exists=True,
     )
-    _hold_to(study, directory, {"space": config.space, "directions": list(config.directions)})
+    _check_unchanged(
+        study, directory, {"space": config.space, "directions": list(config.directions)}
+    )
     if shared is not None:
-        _hold_to_settings(study, directory, shared)
+        _check_settings_unchanged(study, directory, shared)
         # Data may have been prepared anew in the same place.
-        _hold_to(study, directory, {"data fingerprint": read_summary(shared.data.path).fingerprint})
+        _check_unchanged(
+            study, directory, {"data fingerprint": read_summary(shared.data.path).fingerprint}
+        )
     return study
 
 
-def _hold_to(study: optuna.Study, directory: Path, now: dict[str, Any]) -> None:
+def _check_unchanged(study: optuna.Study, directory: Path, now: dict[str, Any]) -> None:
     """Raise unless the study was begun with what is asked for ``now``; a new one is."""
     before = study.user_attrs
     if "space" in before:
@@ -69,26 +73,26 @@ def _hold_to(study: optuna.Study, directory: Path, now: dict[str, Any]) -> None:
         for key, value in now.items()
         if before.get(key, value) != value
     ]
-    _refuse(directory, changed)
+    _raise_if_changed(directory, changed)
     for key, value in now.items():
         if key not in before:
             study.set_user_attr(key, value)
 
 
-def _hold_to_settings(study: optuna.Study, directory: Path, now: TrainConfig) -> None:
-    kept = study.user_attrs.get("settings")
-    if kept is None:
+def _check_settings_unchanged(study: optuna.Study, directory: Path, now: TrainConfig) -> None:
+    stored = study.user_attrs.get("settings")
+    if stored is None:
         content = OmegaConf.to_container(OmegaConf.structured(now))
         study.set_user_attr("settings", content)
         return
     try:
-        before = typed(kept)
+        before = typed(stored)
     except (OmegaConfBaseException, TypeError) as error:
         raise CheckpointError(f"the settings in {directory} cannot be read: {error}") from None
-    _refuse(directory, differences(before, now, "the study", _FREE))
+    _raise_if_changed(directory, differences(before, now, "the study", _MUTABLE))
 
 
-def _refuse(directory: Path, changed: list[str]) -> None:
+def _raise_if_changed(directory: Path, changed: list[str]) -> None:
     if changed:
         raise OtherRunError(
             "\n".join([f"{directory} holds another search:", *changed])
@@ -111,7 +115,7 @@ def _pruner(name: str) -> optuna.pruners.BasePruner:
     return pruner
 
 
-def _mend(path: Path, lock: JournalFileSymlinkLock) -> None:
+def _drop_partial_line(path: Path, lock: JournalFileSymlinkLock) -> None:
     """Drop a last line that a power cut has left half: after it the journal could not be read."""
     if not path.is_file():
         return

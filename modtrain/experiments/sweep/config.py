@@ -28,11 +28,11 @@ def split_sweep_options(
     overrides: Sequence[Override],
 ) -> tuple[SweepConfig, list[Override], list[Problem]]:
     """Take the sweep's own options out of ``overrides``; return them, the rest, and mistakes."""
-    own = [o for o in overrides if o.key_or_group.startswith(_PREFIX)]
-    rest = [o for o in overrides if o not in own]
+    sweep_overrides = [o for o in overrides if o.key_or_group.startswith(_PREFIX)]
+    rest = [o for o in overrides if o not in sweep_overrides]
     merged = OmegaConf.structured(SweepConfig)
     problems = []
-    for override in own:
+    for override in sweep_overrides:
         name = override.key_or_group.removeprefix(_PREFIX)
         value = None if override.is_sweep_override() else override.value()
         try:

@@ -32,19 +32,19 @@ from rich.console import Console
 from modtrain.common.errors import Problem
 from modtrain.common.overrides import quoted
 from modtrain.experiments import hparams
-from modtrain.experiments.sweep.job_process import RUN_ME_AGAIN, run_apart
+from modtrain.experiments.sweep.job_process import EXIT_RESUMABLE, run_in_process
 from modtrain.experiments.sweep.job_state import failure_text, state_of
-from modtrain.experiments.sweep.jobs import Job, overrides_of
+from modtrain.experiments.sweep.jobs import SweepJob, overrides_of
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP, STOP_SIGNALS
 
 _LAUNCHERS = ("basic", "joblib", "slurm")
-_AT_WORK = threading.Lock()
+_JOB_LOCK = threading.Lock()
 _QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none")
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line as it is."""
     Console(soft_wrap=True, markup=False, highlight=False).print(text)
 
@@ -60,37 +60,37 @@ class Multirun:
         overrides: Sequence[Override],
         axes: Sequence[Override],
         conf_dir: Path,
-        own_dir: str | None,
+        user_dir: str | None,
     ) -> None:
         self.axes = [str(o.input_line) for o in axes]
         self.is_on_slurm = any(
             o.key_or_group == "hydra/launcher" and o.value() == "slurm" for o in overrides
         )
-        where = [] if own_dir is None else [f"file://{Path(own_dir).resolve()}"]
-        search = [f"hydra.searchpath=[{','.join(map(quoted, where))}]"] if where else []
-        said = [str(o.input_line) for o in overrides]
-        self.overrides, self.conf_dir = [*_QUIET, *said, *search], conf_dir
+        search_dirs = [] if user_dir is None else [f"file://{Path(user_dir).resolve()}"]
+        search = [f"hydra.searchpath=[{','.join(map(quoted, search_dirs))}]"] if search_dirs else []
+        hydra_overrides = [str(o.input_line) for o in overrides]
+        self.overrides, self.conf_dir = [*_QUIET, *hydra_overrides, *search], conf_dir
 
     def problems(self) -> list[Problem]:
         """Everything that Hydra has to say against the overrides."""
         with self._hydra() as hydra:
             try:
-                config = self._composed(hydra, [])
+                config = self._compose(hydra, [])
                 OmegaConf.to_container(config.hydra.launcher, resolve=True)
                 chosen = str(config.hydra.runtime.choices["hydra/launcher"])
                 if chosen not in _LAUNCHERS:
                     raise HydraException(f"hydra/launcher={chosen} is none of modtrain's")
             except (HydraException, OmegaConfBaseException) as error:
-                said = " ".join(str(error).split())
+                reason = " ".join(str(error).split())
                 remedy = (
                     "hydra/launcher is basic, joblib or slurm; see docs/how-to/sweep-and-search.md"
                 )
                 if self.is_on_slurm:
                     remedy = "say it as to modtrain submit: cluster.partition=gpu, nodes=2"
-                return [Problem(" ".join(self.overrides[len(_QUIET) :]), "", said, remedy)]
+                return [Problem(" ".join(self.overrides[len(_QUIET) :]), "", reason, remedy)]
         return []
 
-    def launch(self, jobs: Sequence[tuple[Job, TrainConfig]], directory: Path) -> None:
+    def launch(self, jobs: Sequence[tuple[SweepJob, TrainConfig]], directory: Path) -> None:
         """Start ``jobs`` and wait for them. How each ended, its directory tells."""
         started = {
             tuple(job.overrides): [
@@ -99,19 +99,19 @@ class Multirun:
             ]
             for job, config in jobs
         }
-        task = Task(os.getpid(), {str(config.name): job for job, config in jobs})
-        with self._hydra() as hydra, _handed_to_workers():
-            config = self._composed(hydra, [f"hydra.sweep.dir={quoted(str(directory.resolve()))}"])
+        task = TrainTask(os.getpid(), {str(config.name): job for job, config in jobs})
+        with self._hydra() as hydra, _signals_forwarded_to_workers():
+            config = self._compose(hydra, [f"hydra.sweep.dir={quoted(str(directory.resolve()))}"])
             context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
             sweeper: Any = Plugins.instance().instantiate_sweeper(
                 hydra_context=context, task_function=task, config=config
             )
-            sweeper.launcher = _Choosing(sweeper.launcher, started)
+            sweeper.launcher = _FilteringLauncher(sweeper.launcher, started)
             try:
                 sweeper.sweep(arguments=self.axes)
             except Exception as error:
                 # Most often a worker that died, by the very signal that ends the sweep.
-                say(f"the launcher gave up: {type(error).__name__}: {error}")
+                print_line(f"the launcher gave up: {type(error).__name__}: {error}")
 
     @contextmanager
     def _hydra(self) -> Iterator[Hydra]:
@@ -123,13 +123,13 @@ class Multirun:
         finally:
             GlobalHydra.instance().clear()
 
-    def _composed(self, hydra: Hydra, more: list[str]) -> DictConfig:
+    def _compose(self, hydra: Hydra, overrides: list[str]) -> DictConfig:
         return hydra.compose_config(
-            config_name="train", overrides=[*self.overrides, *more], run_mode=RunMode.MULTIRUN
+            config_name="train", overrides=[*self.overrides, *overrides], run_mode=RunMode.MULTIRUN
         )
 
 
-class _Choosing(Launcher):
+class _FilteringLauncher(Launcher):
     """A launcher of Hydra's that starts those jobs alone that are wanted, each in its directory.
 
     started: by the overrides that the sweeper made a job of, those to start it with.
@@ -145,18 +145,18 @@ class _Choosing(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Start what is wanted and wait for it."""
-        made = [tuple(overrides) for overrides in job_overrides]
-        jobs = [self.started[overrides] for overrides in made if overrides in self.started]
+        job_keys = [tuple(overrides) for overrides in job_overrides]
+        jobs = [self.started[overrides] for overrides in job_keys if overrides in self.started]
         return self.launcher.launch(jobs, initial_job_idx)
 
 
-class Task:
+class TrainTask:
     """What a launcher calls for each job, here or in one of its workers; it is pickled.
 
     main_pid: the sweep's process. jobs: by the name of the run.
     """
 
-    def __init__(self, main_pid: int, jobs: dict[str, Job]) -> None:
+    def __init__(self, main_pid: int, jobs: dict[str, SweepJob]) -> None:
         self.main_pid, self.jobs = main_pid, jobs
 
     def __call__(self, config: DictConfig) -> int:
@@ -169,18 +169,18 @@ class Task:
         # In a worker nobody has done so; between two jobs Lightning's are not in the way either.
         if os.getpid() != self.main_pid:
             STOP.install()
-            _end_with(self.main_pid)
-        with _AT_WORK:
+            _exit_with_main_process(self.main_pid)
+        with _JOB_LOCK:
             if STOP.requested:
                 return STOP.exit_code
-            say(f"{job.name}: starts")
-            code = run_apart(run, work, self.main_pid)
-            say(f"{job.name}: {state_of(run)} {failure_text(run)}".rstrip())
+            print_line(f"{job.name}: starts")
+            code = run_in_process(run, work, self.main_pid)
+            print_line(f"{job.name}: {state_of(run)} {failure_text(run)}".rstrip())
             return code
 
 
 @cache
-def _end_with(main_pid: int) -> None:
+def _exit_with_main_process(main_pid: int) -> None:
     """End this worker once the sweep's process has died and its job, which stops then, has ended.
 
     joblib's would wait for ever: for the next job, or for somebody to take the last one's result.
@@ -189,8 +189,8 @@ def _end_with(main_pid: int) -> None:
     def watch() -> None:
         while os.getppid() == main_pid:
             time.sleep(1)
-        with _AT_WORK:
-            os._exit(RUN_ME_AGAIN)
+        with _JOB_LOCK:
+            os._exit(EXIT_RESUMABLE)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -207,7 +207,7 @@ def train_job(config: TrainConfig) -> int:
 
 
 @contextmanager
-def _handed_to_workers() -> Iterator[None]:
+def _signals_forwarded_to_workers() -> Iterator[None]:
     """Tell a launcher's workers of a stop signal that came to this process alone."""
 
     def handle(signum: int, frame: FrameType | None) -> None:

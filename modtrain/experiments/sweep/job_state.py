@@ -16,7 +16,7 @@ def state_of(run: RunDirectory) -> str:
     """Return one of `STATES`. A run that nobody works on and that has no end is ``stopped``."""
     if run.is_complete:
         return "complete"
-    if is_held(run):
+    if is_in_use(run):
         return "running"
     if failure_path(run).is_file():
         return "failed"
@@ -25,7 +25,7 @@ def state_of(run: RunDirectory) -> str:
     return "stopped" if run.config.is_file() else "not started"
 
 
-def is_held(run: RunDirectory) -> bool:
+def is_in_use(run: RunDirectory) -> bool:
     """Whether a process works in the run's directory."""
     return is_locked(run.path / ".lock")
 

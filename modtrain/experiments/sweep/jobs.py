@@ -18,12 +18,12 @@ from modtrain.common.overrides import quoted
 from modtrain.common.renamed_keys import translate_flat
 from modtrain.training.config import TrainConfig
 
-_LONGEST = 120
+_MAX_NAME_CHARS = 120
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]")
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One run of a sweep.
 
     name: its directory below the sweep's. swept: the overrides that set it apart, key → value as
@@ -35,7 +35,7 @@ class Job:
     overrides: list[str]
 
 
-def expand(overrides: Sequence[Override]) -> tuple[list[Job], list[Problem]]:
+def expand(overrides: Sequence[Override]) -> tuple[list[SweepJob], list[Problem]]:
     """Return the jobs that Hydra's basic sweeper makes of ``overrides``, in its order."""
     endless = [o for o in overrides if o.is_sweep_override() and not o.is_discrete_sweep()]
     if endless:
@@ -51,16 +51,16 @@ def expand(overrides: Sequence[Override]) -> tuple[list[Job], list[Problem]]:
         remedy = "give the sweep one name; its jobs are named by what is swept"
         return [], [Problem("name", "", "has several values", remedy)]
     (batch,) = BasicSweeper.split_arguments(list(overrides), None)
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, SweepJob] = {}
     problems = []
     for arguments in batch:
         pairs = dict(argument.split("=", 1) for argument in arguments)
-        own = {key: pairs[key] for key in sorted(swept)}
-        name = job_name(own)
+        job_overrides = {key: pairs[key] for key in sorted(swept)}
+        name = job_name(job_overrides)
         if name in jobs:
             remedy = "name each value once"
             problems.append(Problem(name, "", "is there twice", remedy))
-        jobs[name] = Job(name, own, list(arguments))
+        jobs[name] = SweepJob(name, job_overrides, list(arguments))
     return list(jobs.values()), problems
 
 
@@ -70,17 +70,17 @@ def job_name(swept: Mapping[str, str]) -> str:
     What a file system or a shell could stumble over is replaced, and what is very long is cut;
     then a digest keeps apart what would be equal.
     """
-    said = ",".join(f"{key}={value}" for key, value in sorted(swept.items()))
-    safe = _UNSAFE.sub("_", said)
-    if safe == said and len(safe) <= _LONGEST and not safe.startswith("."):
+    text = ",".join(f"{key}={value}" for key, value in sorted(swept.items()))
+    safe = _UNSAFE.sub("_", text)
+    if safe == text and len(safe) <= _MAX_NAME_CHARS and not safe.startswith("."):
         return safe
-    return f"{safe[:_LONGEST]}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    return f"{safe[:_MAX_NAME_CHARS]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def overrides_of(job: Job, config: TrainConfig) -> list[str]:
+def overrides_of(job: SweepJob, config: TrainConfig) -> list[str]:
     """Return the overrides of a job's run alone. config: the run's, which has its name."""
-    own = [text for text in job.overrides if not text.startswith("name=")]
-    return [*own, f"name={quoted(str(config.name))}"]
+    unnamed = [text for text in job.overrides if not text.startswith("name=")]
+    return [*unnamed, f"name={quoted(str(config.name))}"]
 
 
 def read_jobs(directory: Path) -> dict[str, dict[str, str]]:
@@ -88,8 +88,8 @@ def read_jobs(directory: Path) -> dict[str, dict[str, str]]:
     path = directory / "sweep.json"
     if not path.is_file():
         return {}
-    known = json.loads(path.read_text())["jobs"]
-    return {name: translate_flat(job["overrides"]) for name, job in known.items()}
+    stored = json.loads(path.read_text())["jobs"]
+    return {name: translate_flat(job["overrides"]) for name, job in stored.items()}
 
 
 def stored_names(directory: Path) -> dict[frozenset[tuple[str, str]], str]:
@@ -100,9 +100,9 @@ def stored_names(directory: Path) -> dict[frozenset[tuple[str, str]], str]:
     return {frozenset(swept.items()): name for name, swept in read_jobs(directory).items()}
 
 
-def write_jobs(directory: Path, jobs: Sequence[Job]) -> None:
+def write_jobs(directory: Path, jobs: Sequence[SweepJob]) -> None:
     """Add ``jobs`` to those that the sweep has already."""
-    known = read_jobs(directory) | {job.name: job.swept for job in jobs}
+    listed = read_jobs(directory) | {job.name: job.swept for job in jobs}
     directory.mkdir(parents=True, exist_ok=True)
-    content = {"jobs": {name: {"overrides": swept} for name, swept in known.items()}}
+    content = {"jobs": {name: {"overrides": swept} for name, swept in listed.items()}}
     write_text(directory / "sweep.json", json.dumps(content, indent=1) + "\n")

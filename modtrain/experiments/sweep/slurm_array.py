@@ -16,25 +16,24 @@ from pathlib import Path
 from modtrain.cluster import slurm
 from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.runs import json_lines
-from modtrain.cluster.slurm import Job, SlurmError
-from modtrain.cluster.submit import Work, submit
+from modtrain.cluster.slurm import SlurmError, SlurmJob
+from modtrain.cluster.submit import JobTask, submit
 from modtrain.experiments.sweep.job_state import state_of, write_failure
-from modtrain.experiments.sweep.jobs import Job as SweepJob
-from modtrain.experiments.sweep.jobs import overrides_of
+from modtrain.experiments.sweep.jobs import SweepJob, overrides_of
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
 # Seconds between two questions to Slurm: often at first, where a mistake shows.
-_SOON, _LATER, _SOON_FOR = 2.0, 15.0, 120.0
+_FIRST_POLL_SECONDS, _POLL_SECONDS, _FIRST_POLLS_FOR = 2.0, 15.0, 120.0
 # squeue may not know a job yet, or not see it for a moment while it is requeued.
-_LOOKS_UNTIL_GONE = 3
+_POLLS_UNTIL_GONE = 3
 # So long the controller may be away.
-_PATIENCE = 600.0
+_TIMEOUT = 600.0
 # These end a job without its script, which would have told why.
-_BROKEN = frozenset(("OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"))
+_SLURM_FAILURES = frozenset(("OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"))
 
-Say = Callable[[str], None]
+Print = Callable[[str], None]
 
 
 def launch_on_slurm(
@@ -42,7 +41,7 @@ def launch_on_slurm(
     directory: Path,
     config: SubmitConfig,
     config_dir: Path | None,
-    say: Say,
+    print_line: Print,
 ) -> None:
     """Submit what is not in the queue already, and wait until nothing is left of it there.
 
@@ -52,68 +51,72 @@ def launch_on_slurm(
         ConfigError, ScriptError, SlurmError: Slurm does not take the jobs, or cannot be asked.
     """
     runs = {job.name: RunDirectory.of(run) for job, run in jobs}
-    known = {name: job for name, run in runs.items() if (job := _last_job(run))}
-    there = slurm.jobs(set(known.values()))
-    queued = {name for name, job in known.items() if job in there and not there[job].is_over}
+    last_jobs = {name: job for name, run in runs.items() if (job := _last_job(run))}
+    jobs_by_id = slurm.jobs(set(last_jobs.values()))
+    queued = {
+        name
+        for name, job in last_jobs.items()
+        if job in jobs_by_id and not jobs_by_id[job].is_finished
+    }
     new = [(job, run) for job, run in jobs if job.name not in queued]
     if new:
-        works = [
-            Work("train", tuple(overrides_of(job, run)), runs[job.name].path, run)
+        tasks = [
+            JobTask("train", tuple(overrides_of(job, run)), runs[job.name].path, run)
             for job, run in new
         ]
         array = {job.name: list(job.overrides) for job, _ in new}
-        if not submit(works, directory, replace(config, array=array), config_dir):
+        if not submit(tasks, directory, replace(config, array=array), config_dir):
             return
     for name, run in runs.items():
-        say(f"{name}: job {_last_job(run)}")
-    _Waiting(dict(runs), say).wait()
+        print_line(f"{name}: job {_last_job(run)}")
+    _Waiting(dict(runs), print_line).wait()
 
 
 @dataclass
 class _Waiting:
     """The runs that are awaited, by name, and how often each one's job was looked for in vain."""
 
-    left: dict[str, RunDirectory]
-    say: Say
-    missed: dict[str, int] = field(default_factory=dict)
+    remaining: dict[str, RunDirectory]
+    print_line: Print
+    num_missed: dict[str, int] = field(default_factory=dict)
 
     def wait(self) -> None:
         """Wait until Slurm is done with all of them, or a signal comes."""
-        began = answered = time.monotonic()
-        while self.left and not STOP.requested:
+        began = last_answer = time.monotonic()
+        while self.remaining and not STOP.requested:
             try:
-                self._look()
-                answered = time.monotonic()
+                self._poll()
+                last_answer = time.monotonic()
             except SlurmError as error:
-                if not slurm.has_slurm() or time.monotonic() - answered > _PATIENCE:
+                if not slurm.has_slurm() or time.monotonic() - last_answer > _TIMEOUT:
                     raise
-                self.say(f"asks again: {error}")
-            is_soon = time.monotonic() - began < _SOON_FOR
-            if self.left:
-                STOP.pause(_SOON if is_soon else _LATER)
-        if self.left:
-            jobs = " ".join(str(_last_job(run)) for run in self.left.values())
-            self.say(f"the jobs go on: {jobs}; the same command waits for them again")
+                self.print_line(f"asks again: {error}")
+            is_recent = time.monotonic() - began < _FIRST_POLLS_FOR
+            if self.remaining:
+                STOP.pause(_FIRST_POLL_SECONDS if is_recent else _POLL_SECONDS)
+        if self.remaining:
+            jobs = " ".join(str(_last_job(run)) for run in self.remaining.values())
+            self.print_line(f"the jobs go on: {jobs}; the same command waits for them again")
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         # One that submits itself again goes on under another number.
-        jobs = {name: str(_last_job(run)) for name, run in self.left.items()}
-        found = slurm.jobs(set(jobs.values()))
+        jobs = {name: str(_last_job(run)) for name, run in self.remaining.items()}
+        jobs_by_id = slurm.jobs(set(jobs.values()))
         for name, number in jobs.items():
-            job = found.get(number)
-            is_gone = job is None or job.is_over
-            self.missed[name] = self.missed.get(name, 0) + 1 if is_gone else 0
-            if self.missed[name] >= _LOOKS_UNTIL_GONE:
-                self._ended(name, number, job)
+            job = jobs_by_id.get(number)
+            is_gone = job is None or job.is_finished
+            self.num_missed[name] = self.num_missed.get(name, 0) + 1 if is_gone else 0
+            if self.num_missed[name] >= _POLLS_UNTIL_GONE:
+                self._handle_end(name, number, job)
 
-    def _ended(self, name: str, number: str, job: Job | None) -> None:
-        run = self.left.pop(name)
+    def _handle_end(self, name: str, number: str, job: SlurmJob | None) -> None:
+        run = self.remaining.pop(name)
         state, ended = state_of(run), "" if job is None else job.state
-        if (ended in _BROKEN and state in ("stopped", "not started")) or (
+        if (ended in _SLURM_FAILURES and state in ("stopped", "not started")) or (
             ended == "FAILED" and state == "not started"
         ):
             write_failure(run, "Slurm", f"job {number} ended as {ended}")
-        self.say(f"{name}: {state_of(run)}")
+        self.print_line(f"{name}: {state_of(run)}")
 
 
 def _last_job(run: RunDirectory) -> str | None:

@@ -18,17 +18,17 @@ from hydra.core.override_parser.types import Override
 
 from modtrain.cluster.config import SubmitConfig, is_of_job
 from modtrain.cluster.submit import run_problems
-from modtrain.common.atomic_io import hold_lock
+from modtrain.common.atomic_io import acquire_lock
 from modtrain.common.errors import CheckpointError, ConfigError, Problem, raise_if_any
 from modtrain.common.overrides import misread, parse
 from modtrain.distributed.launch import Launch
 from modtrain.experiments import hparams
 from modtrain.experiments.sweep.config import SweepConfig, split_sweep_options
-from modtrain.experiments.sweep.hydra_multirun import Multirun, say
-from modtrain.experiments.sweep.job_process import RUN_ME_AGAIN
+from modtrain.experiments.sweep.hydra_multirun import Multirun, print_line
+from modtrain.experiments.sweep.job_process import EXIT_RESUMABLE
 from modtrain.experiments.sweep.job_state import STATES, failure_text, state_of
 from modtrain.experiments.sweep.jobs import (
-    Job,
+    SweepJob,
     expand,
     read_jobs,
     stored_names,
@@ -50,7 +50,7 @@ def sweep(
     compose: Compose,
     compose_job: ComposeJob,
     conf_dir: Path,
-    own_dir: str | None,
+    user_dir: str | None,
 ) -> int:
     """Train every job that ``overrides`` make, where it is not complete.
 
@@ -74,32 +74,32 @@ def sweep(
     for_hydra = [o for o in parsed if o.key_or_group.startswith(("hydra.", "hydra/"))]
     for_slurm = [o for o in parsed if is_of_job(str(o.input_line))]
     axes = [o for o in parsed if o not in (*for_hydra, *for_slurm)]
-    jobs, found = expand(axes)
-    problems += found + _sweeper_problems(for_hydra) + _name_problems(axes)
+    jobs, job_problems = expand(axes)
+    problems += job_problems + _sweeper_problems(for_hydra) + _name_problems(axes)
     if not jobs:
         raise_if_any(problems)
-    multirun = Multirun(for_hydra, axes, conf_dir, own_dir)
+    multirun = Multirun(for_hydra, axes, conf_dir, user_dir)
     try:
-        slurm_job = _slurm_job(for_slurm, multirun, lambda own: compose_job(own, own_dir))
+        slurm_job = _slurm_job(for_slurm, multirun, lambda own: compose_job(own, user_dir))
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     base, jobs, runs = _checked(jobs, compose, multirun, slurm_job, problems)
-    this = _Sweep(base, jobs, runs, options)
-    this.directory.mkdir(parents=True, exist_ok=True)
-    with this.alone():
-        write_jobs(this.directory, jobs)
-        keys = {key for swept in read_jobs(this.directory).values() for key in swept}
-        hparams.write_experiment(this.directory, keys)
-        wanted = this.wanted()
-        say(f"{this.directory}: {len(jobs)} jobs, {len(wanted)} to train")
-        if wanted and slurm_job is not None:
-            own = None if own_dir is None else Path(own_dir)
-            launch_on_slurm(wanted, this.directory, slurm_job, own, say)
+    checked = _Sweep(base, jobs, runs, options)
+    checked.directory.mkdir(parents=True, exist_ok=True)
+    with checked.locked():
+        write_jobs(checked.directory, jobs)
+        keys = {key for swept in read_jobs(checked.directory).values() for key in swept}
+        hparams.write_experiment(checked.directory, keys)
+        to_start = checked.jobs_to_start()
+        print_line(f"{checked.directory}: {len(jobs)} jobs, {len(to_start)} to train")
+        if to_start and slurm_job is not None:
+            job_overrides = None if user_dir is None else Path(user_dir)
+            launch_on_slurm(to_start, checked.directory, slurm_job, job_overrides, print_line)
             if slurm_job.dry_run:
                 return 0
-        elif wanted:
-            multirun.launch(wanted, this.directory)
-        return this.tell()
+        elif to_start:
+            multirun.launch(to_start, checked.directory)
+        return checked.report()
 
 
 def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
@@ -147,12 +147,12 @@ def _slurm_job(
 
 
 def _checked(
-    jobs: Sequence[Job],
+    jobs: Sequence[SweepJob],
     compose: Compose,
     multirun: Multirun,
     slurm_job: SubmitConfig | None,
     problems: list[Problem],
-) -> tuple[TrainConfig, list[Job], dict[str, TrainConfig]]:
+) -> tuple[TrainConfig, list[SweepJob], dict[str, TrainConfig]]:
     """Return what the jobs share, the jobs under their final names, and each one's configuration.
 
     Raises:
@@ -163,8 +163,8 @@ def _checked(
     base: TrainConfig | None = None
     stored: dict[frozenset[tuple[str, str]], str] | None = None
     named = []
-    for made in jobs:
-        job = made
+    for expanded in jobs:
+        job = expanded
         try:
             base = compose(job.overrides)
             if stored is None:
@@ -203,7 +203,7 @@ class _Sweep:
     """A sweep that is checked. runs: the configuration of each job by its name."""
 
     base: TrainConfig
-    jobs: list[Job]
+    jobs: list[SweepJob]
     runs: dict[str, TrainConfig]
     options: SweepConfig
 
@@ -212,12 +212,12 @@ class _Sweep:
         """Where the sweep and its jobs are."""
         return RunDirectory.of(self.base).path
 
-    def run(self, job: Job) -> RunDirectory:
+    def run(self, job: SweepJob) -> RunDirectory:
         """Return the directory of a job."""
         return RunDirectory.of(self.runs[job.name])
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Hold the sweep.
 
         Raises:
@@ -225,33 +225,33 @@ class _Sweep:
         """
         reason = "is being swept by another process: wait for it to end"
         in_use = CheckpointError(f"{self.directory} {reason}")
-        with hold_lock(self.directory / ".sweep.lock", in_use):
+        with acquire_lock(self.directory / ".sweep.lock", in_use):
             yield
 
-    def is_wanted(self, job: Job) -> bool:
+    def is_to_start(self, job: SweepJob) -> bool:
         """Whether the job is to be started."""
         state = state_of(self.run(job))
         return state in ("stopped", "not started", "running") or (
             state == "failed" and self.options.retry
         )
 
-    def wanted(self) -> list[tuple[Job, TrainConfig]]:
+    def jobs_to_start(self) -> list[tuple[SweepJob, TrainConfig]]:
         """Return what is to be started."""
-        return [(job, self.runs[job.name]) for job in self.jobs if self.is_wanted(job)]
+        return [(job, self.runs[job.name]) for job in self.jobs if self.is_to_start(job)]
 
-    def tell(self) -> int:
+    def report(self) -> int:
         """Say how every job stands, and return the exit code."""
-        found = [(job, state_of(self.run(job))) for job in self.jobs]
-        counts = collections.Counter(state for _, state in found)
-        said = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-        say(f"{self.directory}: {said}")
-        for job in (job for job, state in found if state == "failed"):
-            say(f"  {job.name} failed: {failure_text(self.run(job))}")
+        states = [(job, state_of(self.run(job))) for job in self.jobs]
+        counts = collections.Counter(state for _, state in states)
+        counts_text = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+        print_line(f"{self.directory}: {counts_text}")
+        for job in (job for job, state in states if state == "failed"):
+            print_line(f"  {job.name} failed: {failure_text(self.run(job))}")
         if counts["failed"]:
-            say("  the same command with sweep.retry=true starts these again")
-        if counts["complete"] == len(found):
+            print_line("  the same command with sweep.retry=true starts these again")
+        if counts["complete"] == len(states):
             return 0
         if STOP.requested:
-            say(f"stopped by {STOP.name}: the same command goes on from here")
+            print_line(f"stopped by {STOP.name}: the same command goes on from here")
             return STOP.exit_code
-        return 1 if counts["failed"] else RUN_ME_AGAIN
+        return 1 if counts["failed"] else EXIT_RESUMABLE

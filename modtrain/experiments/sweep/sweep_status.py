@@ -70,12 +70,12 @@ def _figures(run: RunDirectory) -> list[str]:
     return [
         state_of(run),
         f"{step:,}/{steps}" if run.config.is_file() else _NONE,
-        _shown(last.get("loss"), "{:.4f}"),
-        _shown(last.get(LOSS), "{:.4f}"),
-        _shown(last.get("flops"), "{:.3e}"),
+        _format(last.get("loss"), "{:.4f}"),
+        _format(last.get(LOSS), "{:.4f}"),
+        _format(last.get("flops"), "{:.3e}"),
         forward,
     ]
 
 
-def _shown(value: float | None, form: str) -> str:
+def _format(value: float | None, form: str) -> str:
     return _NONE if value is None else form.format(value)

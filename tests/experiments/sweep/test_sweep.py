@@ -23,7 +23,7 @@ from modtrain.cli import main as cli
 from modtrain.common.errors import CheckpointError
 from modtrain.experiments.sweep import hydra_multirun as sweep_hydra
 from modtrain.experiments.sweep import job_process as sweep_process
-from modtrain.experiments.sweep.job_state import is_held, state_of
+from modtrain.experiments.sweep.job_state import is_in_use, state_of
 from modtrain.experiments.sweep.jobs import expand, job_name
 from modtrain.experiments.sweep.sweep_status import sweep_table
 from modtrain.training.metrics_log import read_metrics
@@ -299,7 +299,7 @@ def test_what_stops_a_sweep_costs_nothing_that_is_saved(arguments, whole, signum
     assert process.exitcode == code
     # What the kill has left behind saves, and ends by itself.
     until = time.monotonic() + 10
-    while is_held(first) and time.monotonic() < until:
+    while is_in_use(first) and time.monotonic() < until:
         time.sleep(0.01)
     assert [state_of(run) for run in (first, second)] == ["stopped", "not started"]
     again = start(sweep)
@@ -314,7 +314,7 @@ def test_what_stops_a_sweep_costs_nothing_that_is_saved(arguments, whole, signum
 
 
 def test_a_run_in_use_is_left_alone_and_a_sweep_in_use_is_refused(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sweep_process, "PATIENCE", 0.2)
+    monkeypatch.setattr(sweep_process, "LOCK_TIMEOUT", 0.2)
     run = RunDirectory(Path("runs/s/model.capacity=0.25"))
     with run.locked():
         assert cli.main(arguments(CAPACITIES)) == 75
@@ -369,7 +369,7 @@ def test_joblib_trains_two_at_a_time(arguments, tmp_path, killed):
             workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             process.kill()
         until = time.monotonic() + 30
-        while any(is_held(run) for run in jobs_of().values()) and time.monotonic() < until:
+        while any(is_in_use(run) for run in jobs_of().values()) and time.monotonic() < until:
             time.sleep(0.1)
         # Nobody is left to give them another job.
         while any(map(is_running, workers)) and time.monotonic() < until:
