@@ -1,7 +1,7 @@
-"""Ends a run's jobs: after a checkpoint, and so that none of them comes back.
+"""`modtrain cancel`: ends a run's jobs after a checkpoint, so that they are not requeued.
 
-The jobs are named in ``CANCELLED`` first: a script that sees its own number there is not requeued.
-Those that this user may not end are taken out again.
+The jobs are listed in ``CANCELLED`` first: a script that finds its own id there does not requeue.
+Jobs that this user may not cancel are removed from the list again.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from modtrain.common.atomic_io import is_locked
 from modtrain.common.errors import raise_if_any
 from modtrain.common.overrides import spelled
 
-# Between two looks; Slurm's own grace before it kills is 30 seconds by default.
+# Slurm's own KillWait is 30 seconds by default.
 _POLL_SECONDS, _KILL_GRACE = 1.0, 90.0
 
 Print = Callable[[str], None]
 
 
 def cancel_run(config: CancelConfig, print_line: Print) -> None:
-    """End all jobs of the run that ``config`` names; without a live one, say so.
+    """Cancel all jobs of the run that ``config`` names.
 
     Raises:
-        ConfigError: what is asked for makes no sense.
+        ConfigError: the request is invalid.
         RunsError: there is no such run, or it is trained without Slurm.
-        DeniedError: a job is another user's; it goes on as if nobody had asked.
+        DeniedError: a job is another user's; it continues unchanged.
         SlurmError: Slurm does not answer, or a job does not end.
     """
     raise_if_any(config.problems())
@@ -50,10 +50,10 @@ def cancel_run(config: CancelConfig, print_line: Print) -> None:
     if not live:
         if run.locked:
             raise RunNotFoundError(
-                f"{path} is trained by a process without a job\n"
-                "remedy: end that with Ctrl-C or TERM, where it was started; it saves first"
+                f"{path} is trained by a process outside Slurm\n"
+                "remedy: stop it with Ctrl-C or SIGTERM where it was started; it saves first"
             )
-        print_line(f"{path} has no job that waits or runs: nothing to cancel")
+        print_line(f"{path} has no pending or running job: nothing to cancel")
         return
     before = run.saved
     marks = _CancelledFile(path, run.cancelled)
@@ -63,23 +63,23 @@ def cancel_run(config: CancelConfig, print_line: Print) -> None:
     if run.is_group:
         runs_dir = "" if config.runs_dir == "runs" else f" {spelled('runs_dir', config.runs_dir)}"
         status_command = f"modtrain status {spelled('run', run.name)}{runs_dir}"
-        print_line(f"cancelled; {path} can go on: see by {status_command} how far its runs are")
+        print_line(f"cancelled; {path} can be resumed: {status_command} shows its runs")
     elif run.complete:
-        print_line(f"{path} has come to its end meanwhile: it is complete")
+        print_line(f"{path} completed in the meantime")
     elif run.saved is None:
         print_line(f"cancelled; {path} has no checkpoint")
     else:
         new = "saved now" if run.saved != before else "saved before"
-        print_line(f"cancelled; {path} can go on from step {run.saved[0]}, {new}")
+        print_line(f"cancelled; {path} can be resumed from step {run.saved[0]}, {new}")
 
 
 def _live_jobs(run: RunRecord) -> list[SlurmJob]:
-    """Ask for the jobs that are not over, running ones first."""
+    """Query Slurm for the unfinished jobs, running ones first."""
     return live_jobs(run.submitted, slurm.jobs(newest_first(run.submitted)))
 
 
 class _CancelledFile:
-    """The jobs that this call names in ``CANCELLED``. before: those that stood there already."""
+    """The ``CANCELLED`` file, to which this call adds jobs. before: those listed already."""
 
     def __init__(self, folder: Path, before: Collection[str]) -> None:
         self.path = folder / CANCELLED
@@ -92,14 +92,14 @@ class _CancelledFile:
         self._new.update(new)
 
     def remove_except(self, cancelled: Collection[str]) -> None:
-        """Leave of this call's marks those alone that stand for a job that it did ``end``."""
+        """Remove the jobs that this call has added but not ``cancelled``."""
         remaining_marks = {
             mark for mark in self._new if any(map(SubmittedJob(mark).covers, cancelled))
         }
         removed = self._new - remaining_marks
         remaining = [name for name in self.path.read_text().split() if name not in removed]
         if remaining:
-            # In place: a new file would be closed to the others who may write this one.
+            # In place: a new file would not keep the permissions of this one.
             self.path.write_text("".join(f"{name}\n" for name in remaining))
         else:
             self.path.unlink()
@@ -107,9 +107,10 @@ class _CancelledFile:
 
 @dataclass
 class _Cancellation:
-    """What was done to a run's jobs. asked: those told to save. ended: those that scancel ended.
+    """The state of a cancellation.
 
-    named: those of the last command.
+    signalled: jobs that were signalled to save. cancelled: jobs that scancel has ended. last_ids:
+    the jobs of the last command.
     """
 
     run: RunRecord
@@ -121,9 +122,9 @@ class _Cancellation:
     last_ids: list[str] = field(default_factory=list)
 
     def end(self, live: list[SlurmJob]) -> None:
-        """End the jobs: those that wait first, or one of them would begin as another ends.
+        """Cancel the jobs: pending ones first, since one could start when another ends.
 
-        Looks again until none is left: a job may begin, or be requeued, between two looks.
+        Repeats until none is left: a job may start, or be requeued, between two queries.
         """
         save_until = time.monotonic() + (self.config.wait if self.config.save else 0)
         deadline = save_until + _KILL_GRACE
@@ -132,21 +133,21 @@ class _Cancellation:
             try:
                 self._act(live, time.monotonic() >= save_until)
             except DeniedError as error:
-                # The next look would find the same, and the mark would stop the owner's job.
+                # A retry would be denied too, and an entry in the file would stop the owner's job.
                 self._unmark_denied(error)
                 raise
             except SlurmError as error:
-                # It may have ended, or begun, by itself; the next look tells.
+                # The job may have ended or started by itself; the next query shows it.
                 error_text = str(error)
             if time.monotonic() > deadline:
                 names = ", ".join(job.id for job in live)
                 raise SlurmError(
-                    f"job {names} does not end. {error_text}\nremedy: see by `scontrol show job`"
-                    " what it does; it will not be requeued"
+                    f"job {names} does not end. {error_text}\nremedy: inspect it with"
+                    " `scontrol show job`; it will not be requeued"
                 )
             time.sleep(_POLL_SECONDS)
             live = self._refresh()
-        # The lock goes with the process, which Slurm's answer may be ahead of.
+        # Slurm may report the end before the process has released its lock.
         while is_locked(self.run.path / ".lock") and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
 
@@ -171,15 +172,15 @@ class _Cancellation:
             self.print_line(f"{text}; {self.config.wait:g} s for it")
 
     def _refresh(self) -> list[SlurmJob]:
-        """Ask again; a script that was on its way to submit itself has another number now."""
+        """Query again: a script that has resubmitted itself has a new id."""
         self.run = read_run(self.run.path, self.run.name)
         self.marks.add(self.run.submitted)
         return _live_jobs(self.run)
 
     def _unmark_denied(self, error: DeniedError) -> None:
-        """Unmark the jobs that go on: all but those that were reached, by this command or before.
+        """Remove the jobs that continue from the file: all that no command has reached.
 
-        What is denied for one job is done to the others of the command.
+        A command that is denied for one job takes effect on the others.
         """
         denied = {name for name in self.last_ids if error.names(name)} or set(self.last_ids)
         self.marks.remove_except((self.signalled | self.cancelled | set(self.last_ids)) - denied)

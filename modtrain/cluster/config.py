@@ -1,4 +1,7 @@
-"""Typed configuration of a cluster and of a job on it. Imports nothing heavy."""
+"""Typed configuration of a cluster, of a job on it, and of status, logs and cancel.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +25,20 @@ _OTHER_CLUSTER = re.compile(r"-M.*|--clusters?([= ].*)?")
 
 @dataclass
 class ClusterConfig:
-    """What differs from site to site; one file of the group ``cluster`` says it.
+    """What differs from site to site. Each site has a file in the group ``cluster``.
 
     partition, account, qos, constraint, reservation: the option of sbatch of this name; null leaves
         it out.
     gres: name of the GPUs' generic resource; null asks by ``--gpus-per-node``.
     gpu_type: the type of GPU that is requested.
     gpus_per_node: GPUs of a node; 0 is a cluster without.
-    gpu_memory: GiB of a GPU, against which the plan is held; null: unknown.
+    gpu_memory: GiB of a GPU, with which the plan is compared; null: unknown.
     cpus_per_process: CPUs of each process.
     memory_per_node: as sbatch's ``--mem`` takes it; "0" is all of the node's.
-    time: the limit of a job, in sbatch's words.
-    lead: seconds before the limit at which a run is told to save. grace: seconds that a job has
-        when it is preempted. A save that would take longer is not begun.
-    restart: what brings a stopped run back: ``requeue``; ``resubmit``, where jobs may not be
+    time: the time limit of a job, in sbatch's format.
+    lead: seconds before the time limit at which a run is signalled to save. grace: seconds between
+        the signal of a preemption and the kill. A save that would take longer is not started.
+    restart: how a stopped run is restarted: ``requeue``; ``resubmit``, where jobs may not be
         requeued; ``nothing``.
     launcher: ``srun``: a task for each process; ``torchrun``: a task for each node.
     container: what runs modtrain: ``none``, ``apptainer`` or ``pyxis``.
@@ -48,7 +51,7 @@ class ClusterConfig:
     environment: environment variables, such as proxies.
     network_interface: the interface that NCCL and gloo use.
     scratch: directory on a node's own disk; null: the system's.
-    options: more options of sbatch, one a line of the script.
+    options: further sbatch options, one per line of the script.
     """
 
     partition: str | None = None
@@ -96,20 +99,26 @@ class ClusterConfig:
             problems.append(Problem(key_of(prefix, "image"), "null", reason, remedy))
         for option in self.options:
             if not option.startswith("-"):
-                reason, remedy = "is no option of sbatch", "write --exclude=node7, with its dashes"
+                reason, remedy = (
+                    "is not an option of sbatch",
+                    "write --exclude=node7, with its dashes",
+                )
                 problems.append(Problem(key_of(prefix, "options"), option, reason, remedy))
             if _OTHER_CLUSTER.fullmatch(option):
-                reason = "sends the job to a controller that squeue and scancel here do not ask"
+                reason = "sends the job to a controller that squeue and scancel here do not query"
                 remedy = "submit on a login node of that cluster, or export SLURM_CLUSTERS"
                 problems.append(Problem(key_of(prefix, "options"), option, reason, remedy))
         for name in self.environment:
             if not _VARIABLE.fullmatch(name):
-                reason, remedy = "is no variable's name", "use letters, digits and underscores"
+                reason, remedy = (
+                    "is not a valid variable name",
+                    "use letters, digits and underscores",
+                )
                 problems.append(Problem(key_of(prefix, "environment"), name, reason, remedy))
         return problems
 
     def _text_problems(self, prefix: str) -> list[Problem]:
-        """Find what would end a line of the script early."""
+        """Find values with a control character, which would break a line of the script."""
         names = ("partition", "account", "qos", "constraint", "reservation", "gres", "gpu_type")
         values = [(name, getattr(self, name)) for name in (*names, "memory_per_node")]
         values += [("options", option) for option in self.options]
@@ -123,18 +132,18 @@ class ClusterConfig:
 
 @dataclass
 class SubmitConfig:
-    """A job: what modtrain is to do is told beside it, in the verb's own overrides.
+    """A job on the cluster. What modtrain does in it is given by the verb's own overrides.
 
     nodes: how many nodes.
     gpus_per_node: GPUs of each node, with a process each; null: the site's.
     processes_per_node: processes of each node without GPUs; null: one.
     time: the limit, as Slurm writes it: ``30`` (minutes), ``12:00:00``, ``2-00:00:00``; null takes
         the site's.
-    chain: how many jobs, one after the other, for sites that do not requeue; each goes on where
-        the last one stopped, and does nothing once the run is complete. "complete": as many as it
-        takes, each submitted by the last one.
-    after: a job's number; this one starts when that one has ended well. Not where jobs submit
-        themselves again: one that stops at its limit has not ended well, and never will.
+    chain: number of jobs that run one after the other, for sites that do not requeue. Each resumes
+        where the last one stopped, and does nothing once the run is complete. "complete": as many
+        jobs as it takes, each submitted by the last one.
+    after: a job's id; this job starts when that one has ended with success. Not with
+        restart=resubmit: a job that stops at its time limit never ends with success.
     array: jobs that differ in these overrides, by name: ``{low: ["optimizer.lr=1e-4"]}``; each is
         the run ``<name>/<its name>``. at_once: how many of them may run at a time; null: all.
     dry_run: check and write everything, and submit nothing.
@@ -164,19 +173,19 @@ class SubmitConfig:
 
     @property
     def launch(self) -> Launch:
-        """The first of the processes that a run would have."""
+        """The launch of rank 0 of the run."""
         return Launch(self.nodes * self.processes, 0, 0, self.processes)
 
     @property
     def is_resubmitted(self) -> bool:
-        """Whether another job, under a number of its own, goes on where this one stops."""
+        """Whether a new job, with an id of its own, resumes the run when this one stops."""
         if self.chain is None:
             return self.cluster.restart == "resubmit"
         return self.chain == "complete"
 
     @property
     def num_chained(self) -> int:
-        """How many jobs are submitted, each after the one before."""
+        """Number of jobs submitted at once, each waiting for the one before."""
         return int(self.chain) if self.chain is not None and self.chain.isdecimal() else 1
 
     def problems(self, prefix: str = "") -> list[Problem]:
@@ -189,7 +198,7 @@ class SubmitConfig:
         ]
         if self.gpus > self.cluster.gpus_per_node:
             reason = f"is more than a node's cluster.gpus_per_node={self.cluster.gpus_per_node}"
-            remedy = "ask for fewer a node and for more nodes"
+            remedy = "use fewer per node and more nodes"
             problems.append(Problem("gpus_per_node", self.gpus, reason, remedy))
         if self.processes_per_node is not None and self.gpus > 0:
             reason = f"has no meaning with {self.gpus} GPUs a node: each has one process"
@@ -198,22 +207,24 @@ class SubmitConfig:
         limit = self.time or self.cluster.time
         if not time_problems(self, "") and not problems and seconds_of(limit) <= self.cluster.lead:
             reason = f"is not longer than cluster.lead={self.cluster.lead} seconds"
-            remedy = "a run would be told to save at its start: give more time, or a shorter lead"
+            remedy = (
+                "the run would be signalled to save at its start: raise time, or lower cluster.lead"
+            )
             problems.append(Problem("time", limit, reason, remedy))
         chain = self.chain
         if chain is not None and chain != "complete" and not (chain.isdecimal() and int(chain)):
-            reason, remedy = "is no number of jobs", "give a number, or complete"
+            reason, remedy = "is not a number of jobs", "give a number, or complete"
             problems.append(Problem("chain", chain, reason, remedy))
         if self.after is not None and not re.fullmatch(r"\d+(_\d+)?", self.after):
-            reason, remedy = "is no job's number", "give the number that sbatch told"
+            reason, remedy = "is not a job id", "give the id that sbatch printed"
             problems.append(Problem("after", self.after, reason, remedy))
         if self.after is not None and self.cluster.restart == "resubmit":
             reason = (
-                "would wait for ever under cluster.restart=resubmit: a job that stops with work"
-                " left does not end well, and another number goes on"
+                "would wait for ever with cluster.restart=resubmit: a job that stops with work"
+                " left does not end with success, and a job with another id resumes it"
             )
             remedy = (
-                "submit this once modtrain status says complete; where that job ends within its"
+                "submit this once modtrain status shows complete; if that job ends within its"
                 " time limit, add cluster.restart=nothing"
             )
             problems.append(Problem("after", self.after, reason, remedy))
@@ -228,7 +239,7 @@ class SubmitConfig:
     def _array_problems(self) -> list[Problem]:
         remedy = "use letters, digits, dots, dashes and underscores"
         return [
-            Problem("array", name, "is no plain name of a directory", remedy)
+            Problem("array", name, "is not a plain directory name", remedy)
             for name in self.array
             if not re.fullmatch(r"[A-Za-z0-9_=.,+-]+", name) or name.startswith(".")
         ]
@@ -236,7 +247,7 @@ class SubmitConfig:
 
 @dataclass
 class StatusConfig:
-    """Which runs to tell of.
+    """Which runs to show.
 
     run: one of them, in detail, or a directory of runs; null: all below ``runs_dir``.
     sweep: the sweep whose table is shown.
@@ -252,7 +263,7 @@ class StatusConfig:
         del prefix
         if self.run is None or self.sweep is None:
             return []
-        reason = "is given beside run: one of them is shown"
+        reason = "cannot be combined with run"
         return [Problem("sweep", self.sweep, reason, "leave one of them out")]
 
 
@@ -262,10 +273,10 @@ class LogsConfig:
 
     run: the run's name below ``runs_dir``.
     runs_dir: where runs live.
-    follow: continue until the run's jobs are over, over requeues and a chain.
-    lines: how many of the last lines come first.
+    follow: continue until the run's jobs have ended, across requeues and a chain.
+    lines: number of last lines shown first.
     job: one of the run's jobs, a task of an array as ``job='"123_4"'``; null takes the newest that
-        has begun.
+        has started.
     """
 
     run: str | None = None
@@ -282,7 +293,7 @@ class LogsConfig:
         ]
         if self.job is not None and not re.fullmatch(r"\d+(_\d+)?", self.job):
             remedy = "give one that `modtrain status` shows"
-            problems.append(Problem("job", self.job, "is no job's number", remedy))
+            problems.append(Problem("job", self.job, "is not a job id", remedy))
         return problems
 
 
@@ -293,7 +304,7 @@ class CancelConfig:
     run: the run's name below ``runs_dir``.
     runs_dir: where runs live.
     save: let a running job save a checkpoint first.
-    wait: seconds that it has for that; then it is ended.
+    wait: seconds allowed for that; then the job is cancelled.
     """
 
     run: str | None = None
@@ -310,7 +321,7 @@ class CancelConfig:
 
 
 def is_of_job(override: str) -> bool:
-    """Whether an override is one of a job's, not of what the job does."""
+    """Whether an override configures the job, and not what the job runs."""
     # The part before the key's first dot.
     key = override.partition("=")[0].lstrip("+~").split("@")[0].replace("/", ".").split(".")[0]
     return key in job_keys()
@@ -323,13 +334,13 @@ def job_keys() -> list[str]:
 
 
 def time_problems(config: ClusterConfig | SubmitConfig, prefix: str) -> list[Problem]:
-    """Find a time limit that Slurm would not take, or that YAML has made minutes of."""
+    """Find a time limit that Slurm would reject, or that YAML has read as a number."""
     time, key = config.time, key_of(prefix, "time")
     if time is None or (_TIME.fullmatch(time) and not time.isdecimal()):
         return []
     if not time.isdecimal():
         remedy = "write 30 (minutes), 12:00:00 or 2-00:00:00"
-        return [Problem(key, time, "is no time limit of Slurm's", remedy)]
+        return [Problem(key, time, "is not a time limit that Slurm accepts", remedy)]
     minutes = int(time)
     # To YAML a bare 4:00:00 is a number to the base 60.
     if minutes < 3600:
@@ -342,7 +353,7 @@ def time_problems(config: ClusterConfig | SubmitConfig, prefix: str) -> list[Pro
 
 
 def seconds_of(time: str) -> float:
-    """Return the seconds that a time limit of Slurm's stands for."""
+    """Return a Slurm time limit in seconds."""
     if time == "UNLIMITED":
         return float("inf")
     days, dash, clock = time.rpartition("-")

@@ -1,4 +1,4 @@
-"""A copy of the code that a job runs: what is edited later does not reach a job that waits."""
+"""A copy of the code that a job runs, so that later edits do not affect pending jobs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PARTS = ("modtrain", "conf", "slurm")
 def freeze(directory: Path, config_dir: Path | None = None) -> Path:
     """Copy the code, the configurations and the scripts below ``directory``; return the copy.
 
-    Equal code has one copy, ``<directory>/code/<digest>``; one that is there is never changed.
+    Equal code shares one copy, ``<directory>/code/<digest>``. An existing copy is never changed.
 
     config_dir: of the user's own YAML; it is copied as ``own_conf``.
     """
@@ -43,11 +43,11 @@ def freeze(directory: Path, config_dir: Path | None = None) -> Path:
 
 
 def _files() -> dict[Path, Path]:
-    """Return what the running modtrain is made of, by its place in a copy."""
+    """Return the files of the running modtrain, by their paths in a copy."""
     package = Path(modtrain.__file__).parent
     root = package.parent
     if (package / "conf").is_dir():
-        # Installed: configurations and scripts are inside; a job's script looks for them outside.
+        # Installed: scripts are inside the package; a job's script expects them beside it.
         scripts = {Path("slurm") / name: p for name, p in _files_below(package / "slurm").items()}
         return {Path("modtrain") / name: p for name, p in _files_below(package).items()} | scripts
     tracked = _tracked(root)
@@ -61,7 +61,7 @@ def _files() -> dict[Path, Path]:
 
 
 def _tracked(root: Path) -> list[Path] | None:
-    """Return the files that git knows or would add; None where the code is in no checkout."""
+    """Return the files that git tracks or would add; None outside a checkout."""
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others"]

@@ -1,4 +1,4 @@
-"""What a run prints: its jobs' output, or its records where it is trained without Slurm."""
+"""`modtrain logs`: the output of a run's jobs, or its records where it runs without Slurm."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from modtrain.common.errors import raise_if_any
 from modtrain.common.overrides import spelled
 
 _BLOCK_BYTES = 2**16
-# Between two looks at a file, and two questions to Slurm.
+# Seconds between two reads of a file, and between two queries to Slurm.
 _POLL_SECONDS, _SLURM_POLL_SECONDS = 0.5, 5.0
 
 Show = Callable[[str], object]
 
 
 def show_logs(config: LogsConfig) -> None:
-    """Print what ``config`` asks for, and with ``follow`` what comes until the run's jobs are over.
+    """Print the last lines, and with ``follow`` new ones until the run's jobs have ended.
 
     Raises:
-        ConfigError: what is asked for makes no sense.
+        ConfigError: the request is invalid.
         RunsError: there is no such run or job, or nothing that it printed.
-        SlurmError: a job is to be followed, and there is no Slurm here.
+        SlurmError: a job is to be followed, and Slurm is not available.
     """
     raise_if_any(config.problems())
     path = existing_run(config.runs_dir, str(config.run))
@@ -54,7 +54,7 @@ def show_logs(config: LogsConfig) -> None:
             _source(run, config).show_last(config.lines)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Who reads has seen enough; Python would complain once more at its end.
+        # The reader has closed the pipe; without this Python prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -72,10 +72,10 @@ class Tail:
         self.show_new()
 
     def show_new(self) -> None:
-        """Show what was added. A file that is gone for a while has nothing new."""
+        """Show what was added. A file that is missing for a while has nothing new."""
         text = ""
         with suppress(OSError), self.path.open("rb") as file:
-            # A resumed run drops the records after its checkpoint; those were shown.
+            # A resumed run truncates the records after its checkpoint; those were shown.
             self.position = min(self.position, file.seek(0, os.SEEK_END))
             file.seek(self.position)
             new = file.read()
@@ -94,7 +94,7 @@ def offset_of_last(path: Path, lines: int) -> int:
             offset -= size
             file.seek(offset)
             block = file.read(size)
-            # The end of the last line begins no other.
+            # The newline that ends the file starts no further line.
             at = len(block) - (offset + size == end and block.endswith(b"\n"))
             while (at := block.rfind(b"\n", 0, at)) >= 0:
                 lines -= 1
@@ -109,7 +109,7 @@ def _print(text: str) -> None:
 
 
 class _Records:
-    """Turns the lines of ``metrics.jsonl`` into those that a console shows."""
+    """Formats the lines of ``metrics.jsonl`` for a console."""
 
     def __init__(self, steps: int | None) -> None:
         self.of = "" if steps is None else f"/{steps}"
@@ -135,7 +135,7 @@ class _Records:
 
 
 def _source(run: RunRecord, config: LogsConfig) -> Tail:
-    """Choose what to show: a job's output, a sweep's job's, or else the records."""
+    """Choose what to show: the output of a job or of a sweep's job, or else the records."""
     requested = newest_first(run.submitted) if config.job is None else [config.job]
     for name in requested:
         output = _output_of(run, name)
@@ -155,20 +155,22 @@ def _source(run: RunRecord, config: LogsConfig) -> Tail:
             return Tail(run.path / name, show)
     if (run.path / "sweep.json").is_file():
         raise RunNotFoundError(
-            f"{run.path} is a sweep, whose runs print\nremedy: see them by modtrain status"
-            f" {spelled('sweep', run.name)}, and one by modtrain logs"
+            f"{run.path} is a sweep: its runs have the output\nremedy: list them with modtrain"
+            f" status {spelled('sweep', run.name)}, and show one with modtrain logs"
             f" {spelled('run', f'{run.name}/<its name>')}"
         )
-    waits = [f"; its newest job is {name}: `modtrain status` says why it waits" for name in job_ids]
+    waits = [
+        f"; its newest job is {name}: `modtrain status` shows why it is pending" for name in job_ids
+    ]
     raise RunNotFoundError(
         f"{run.path} has printed nothing yet{''.join(waits[:1])}\n"
-        f"remedy: wait, or follow it by modtrain logs {spelled('run', run.name)} follow=true"
+        f"remedy: wait, or follow it with modtrain logs {spelled('run', run.name)} follow=true"
     )
 
 
 def _output_of(run: RunRecord, name: str) -> Path | None:
-    """Return the file of the job ``name``, of an array's tasks that which was written last."""
-    # The tasks of an array write beside one another, above their runs.
+    """Return the output of the job ``name``; of an array, that of the task that wrote last."""
+    # The tasks of an array write to the folder above their runs.
     for folder in (run.path / "logs", run.path.parent / "logs"):
         outputs = [*folder.glob(f"slurm-{name}.out"), *folder.glob(f"slurm-{name}_*.out")]
         if outputs:
@@ -177,7 +179,7 @@ def _output_of(run: RunRecord, name: str) -> Path | None:
 
 
 def _follow(run: RunRecord, config: LogsConfig) -> None:
-    """Show what there is and what comes, over requeues and the jobs of a chain."""
+    """Show old and new output, across requeues and the jobs of a chain."""
     tails: dict[Path, Tail] = {}
     last_message, last_query = "", -_SLURM_POLL_SECONDS
     live: list[SlurmJob] = []
@@ -209,11 +211,11 @@ def _newest(run: RunRecord, config: LogsConfig) -> Tail | None:
 
 
 def _live_jobs(run: RunRecord, job_id: str | None, previous: list[SlurmJob]) -> list[SlurmJob]:
-    """Ask for the jobs that are not over; where Slurm does not answer, they are as before."""
+    """Query Slurm for the unfinished jobs; without an answer, return the previous ones."""
     names = newest_first(run.submitted)
     if names and not slurm.has_slurm():
         raise SlurmError(
-            f"there is no Slurm here to say when job {names[0]} is over\n"
+            f"Slurm is not available here, and job {names[0]} cannot be followed without it\n"
             "remedy: follow it on a login node, or leave follow=true out"
         )
     try:

@@ -1,7 +1,6 @@
-"""What a run's directory tells of the run, read cheaply and without torch.
+"""A summary of a run from its directory, read cheaply and without torch.
 
-A file that is missing is nothing to tell of; one that is damaged is named in the run's notes, and
-what the others say stands.
+Missing files are skipped. A damaged file is named in the run's notes, and the others are read.
 """
 
 from __future__ import annotations
@@ -27,32 +26,32 @@ from modtrain.training.plan import derive
 
 T = TypeVar("T")
 
-# What a directory has in it once a run was started there, or given to Slurm.
+# A directory with one of these is a run's, or a job's.
 _MARK_FILES = frozenset(("config.yaml", "jobs.jsonl", "submit.sbatch"))
-# And what it has once the run is one of its own, not only a place for what a job writes.
+# A directory with one of these is a run's own, not only that of a job that works on other runs.
 _RUN_FILES = ("config.yaml", "submitted.yaml", "submit.sbatch")
-# The scripts of jobs that train no run in their own directory; the last is an array's.
+# The scripts of jobs that do not train a run in their own directory; the last is an array's.
 _GROUP_SCRIPT = re.compile(r"(search|compare|prepare|debug|submit-[0-9a-f]{8})\.sbatch")
 _RUN_FOLDERS = frozenset(("checkpoints", "tensorboard", "logs", "code"))
 CANCELLED = "CANCELLED"
-"""Holds the ids of the jobs that were cancelled, one a line: they are not to come back."""
+"""File of the ids of cancelled jobs, one a line. These jobs are not restarted."""
 LOSS, HELD_OUT = "loss", "held_out/causal_loss"
 _BLOCK_BYTES = 2**16
-# So far back the last losses are looked for; held-out losses may be many records apart.
+# Bytes from the end in which the last losses are searched: held-out losses may be far apart.
 _MAX_LOOKBACK = 2**20
-# So long after a failure a job that is given up may still print.
+# A job may still print for this long after its final failure.
 _FINAL_OUTPUT_SECONDS = 90.0
 
 
 class RunNotFoundError(ModtrainError):
-    """There is no such run."""
+    """The run does not exist."""
 
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A job that was given to Slurm.
+    """A job that was submitted to Slurm.
 
-    script: its path, empty where that is not known. time: when, in seconds since 1970; 0: unknown.
+    script: its path; empty: unknown. time: of the submission, in seconds since 1970; 0: unknown.
     """
 
     id: str
@@ -60,11 +59,11 @@ class SubmittedJob:
     time: float = 0
 
     def covers(self, name: str) -> bool:
-        """Whether ``name`` is this job's id, or that of a task of this array."""
+        """Whether ``name`` is this job's id, or the id of a task of this array."""
         return name == self.id or name.startswith(f"{self.id}_")
 
     def is_same(self, job: SlurmJob) -> bool:
-        """Whether ``job`` is this one, and not one of the same number on another cluster."""
+        """Whether ``job`` is this one, and not one with the same id on another cluster."""
         if not self.script or not job.command:
             return True
         return Path(self.script).parts[-2:] == Path(job.command).parts[-2:]
@@ -72,7 +71,7 @@ class SubmittedJob:
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure that was noted. step: of the newest checkpoint then."""
+    """A recorded failure. step: of the newest checkpoint at that time."""
 
     time: float
     job: str
@@ -84,7 +83,7 @@ class Failure:
 class RunRecord:
     """What is known of a run. Times are seconds since 1970.
 
-    steps: of the whole run. restarts: starts but the first. saved: (step, time) of the newest
+    steps: of the whole run. restarts: starts after the first. saved: (step, time) of the newest
     checkpoint. failures: oldest first. submitted: jobs, oldest first. changed: when something was
     last recorded. notes: what could not be read.
     is_group: no run itself: the directory of a job that works on runs below it or on none, as that
@@ -112,12 +111,12 @@ class RunRecord:
 
     @property
     def restarts(self) -> int:
-        """How often it was started after the first time."""
+        """Number of starts after the first."""
         return max(0, len(self.starts) - 1)
 
 
 def find_runs(root: Path) -> list[Path]:
-    """List the directories of runs at and below ``root``, by name; one may hold others."""
+    """List the directories of runs at and below ``root``, by name. Runs may be nested."""
     return sorted(_walk(root))
 
 
@@ -128,7 +127,7 @@ def _walk(root: Path) -> Iterator[Path]:
         with suppress(OSError):
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
-                # A link to what was seen already, or to what it lies in.
+                # A link to a folder that was visited, or to a parent.
                 return
             seen.add((status.st_dev, status.st_ino))
             entries = list(os.scandir(folder))
@@ -152,14 +151,14 @@ def existing_run(runs_dir: str, name: str) -> Path:
     path = Path(runs_dir) / name
     if not path.is_dir():
         raise RunNotFoundError(
-            f"there is no run {path}\nremedy: see by `modtrain status` which there are; runs"
-            " elsewhere are found with runs_dir=..."
+            f"there is no run {path}\nremedy: list the runs with `modtrain status`; for runs"
+            " elsewhere add runs_dir=..."
         )
     return path
 
 
 def read_run(path: Path, name: str) -> RunRecord:
-    """Read what the directory ``path`` tells of its run. Raises nothing."""
+    """Summarize the run in the directory ``path``. Raises nothing."""
     run = RunRecord(name, path)
     run.complete = (path / "COMPLETED").exists()
     run.locked = is_locked(path / ".lock")
@@ -180,13 +179,13 @@ def read_run(path: Path, name: str) -> RunRecord:
         read("config.yaml", lambda file: setattr(run, "steps", _steps(file)))
         read("metrics.jsonl", lambda file: _take_records(run, file))
     if run.saved is not None and not run.complete:
-        # A signal's checkpoint is made between two records.
+        # A checkpoint on a signal is saved between two records.
         run.step = max(run.step or 0, run.saved[0])
     return run
 
 
 class _Reader:
-    """Reads a run's files one by one, and notes those that are damaged."""
+    """Reads a run's files one by one, and records those that are damaged."""
 
     def __init__(self, run: RunRecord) -> None:
         self.run = run
@@ -198,7 +197,7 @@ class _Reader:
         except FileNotFoundError:
             return False
         except Exception as error:
-            # Whatever a damaged file leads to, the other files and the other runs are told of.
+            # Whatever a damaged file raises, the other files and the other runs are shown.
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             reason = " ".join(reason.split())[:200] or type(error).__name__
             self.run.notes.append(f"{path} cannot be read: {reason}")
@@ -207,12 +206,12 @@ class _Reader:
 
 
 def time_of(text: str) -> float:
-    """Return the seconds since 1970 that a time in ISO's spelling stands for."""
+    """Convert a time in ISO format to seconds since 1970."""
     return datetime.datetime.fromisoformat(text).timestamp()
 
 
 def json_lines(path: Path) -> list[Any]:
-    """Return the records of ``path``; lines that a kill cut short are left out."""
+    """Return the records of ``path``; partial lines, left by a kill, are skipped."""
     records = []
     for line in path.read_text(errors="replace").splitlines():
         with suppress(ValueError):
@@ -221,7 +220,7 @@ def json_lines(path: Path) -> list[Any]:
 
 
 def lines_from_end(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
-    """Go through the lines of ``path`` from the last one, without their ends.
+    """Iterate over the lines of ``path`` from the last one, without line ends.
 
     farthest: bytes from the end at which to stop; None: at the file's beginning.
     """
@@ -265,12 +264,12 @@ def _is_group(run: RunRecord) -> bool:
 
 
 def has_runs_below(path: Path) -> bool:
-    """Whether the directory ``path`` holds others of runs."""
+    """Whether there are directories of runs below ``path``."""
     return any(folder != path for folder in _walk(path))
 
 
 def _last_active(run: RunRecord) -> float:
-    """Return when a group's jobs were last given to Slurm, or printed what was no last word."""
+    """Return when a group's jobs were last submitted, or last printed while at work."""
     printed = [0.0]
     for path in run.path.glob("logs/slurm-*.out"):
         with suppress(OSError):
@@ -281,7 +280,7 @@ def _last_active(run: RunRecord) -> float:
 def _read_failures(path: Path) -> list[Failure]:
     failures = []
     for line in path.read_text(errors="replace").splitlines():
-        # A disk that was full left a part of a line.
+        # A full disk may leave a partial line.
         with suppress(ValueError):
             time, job, step, cause = line.split("\t", 3)
             failures.append(Failure(time_of(time), job, step, cause))
@@ -291,13 +290,13 @@ def _read_failures(path: Path) -> list[Failure]:
 def _read_final_failure(path: Path) -> list[Failure]:
     content = json.loads(path.read_text())
     if "job" in content:
-        # A job's script has noted it among its failures already.
+        # The job's script has recorded it in failures.tsv already.
         return []
     return [Failure(time_of(content["time"]), "", "", f"{content['kind']}: {content['text']}")]
 
 
 def _newest_checkpoint(root: Path) -> tuple[int, float] | None:
-    """Return step and time of the newest; a name is given to whole ones alone, by renaming."""
+    """Return step and time of the newest; only a complete one has a name of this form."""
     names = [name for name in os.listdir(root) if name.startswith("step-")]  # noqa: PTH208
     for name in sorted(names, reverse=True):
         with suppress(OSError, ValueError):
@@ -313,17 +312,17 @@ def _take_result(run: RunRecord, path: Path) -> None:
 
 
 def _take_records(run: RunRecord, path: Path) -> None:
-    """Find the last step and losses."""
+    """Read the last step and losses."""
     run.changed = path.stat().st_mtime
     for line in lines_from_end(path, _MAX_LOOKBACK):
-        # Most records have no held-out loss, and are not worth parsing for one.
+        # Most records have no held-out loss: do not parse them for it.
         if run.loss is not None and HELD_OUT.encode() not in line:
             continue
         try:
             record = json.loads(line)
             step = int(record["step"])
         except (ValueError, KeyError, TypeError):
-            # The last line may be cut short by a kill, or be written just now.
+            # The last line may be partial: cut by a kill, or being written.
             continue
         run.step = step if run.step is None else max(run.step, step)
         run.loss = record.get(LOSS) if run.loss is None else run.loss
@@ -342,7 +341,7 @@ def _steps(path: Path) -> int | None:
 
 
 def _typed(kind: type[T], content: dict[str, Any]) -> T:
-    """Make a configuration of plain values; OmegaConf takes ten times as long."""
+    """Build a configuration from plain values; OmegaConf takes ten times as long."""
     values = {}
     for entry in fields(kind):  # type: ignore[arg-type]
         if entry.name in content:
@@ -354,5 +353,5 @@ def _typed(kind: type[T], content: dict[str, Any]) -> T:
 
 
 def newest_first(submitted: Sequence[SubmittedJob]) -> list[str]:
-    """Return the ids of jobs, each once, the one given to Slurm last first."""
+    """Return the ids of jobs, each once, the last submitted first."""
     return list(dict.fromkeys(job.id for job in reversed(submitted)))

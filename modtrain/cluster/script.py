@@ -1,8 +1,8 @@
-"""A job's script: a template of ``slurm/``, with its directives and its settings filled in.
+"""A job's script: a template of ``slurm/`` with directives and settings filled in.
 
-A template is a script that sbatch takes as it is. What stands between its directives and the end
-of its settings is written anew for a job; the rest is copied. Every value is data: quoted for the
-shell in the settings, and for sbatch's own reader in the directives.
+A template is a script that sbatch accepts as it is. For a job the directives and the settings are
+replaced, and the rest is copied. Every value is quoted: for the shell in the settings, for sbatch's
+own parser in the directives.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _SETTINGS = "# --- settings"
 _END = "# --- end of settings ---"
 _DIRECTIVE = "#SBATCH "
 SERIAL = ("prepare", "eval", "search", "compare")
-"""The verbs that are one process on one node."""
+"""The verbs that run in one process on one node."""
 
 
 class ScriptError(ModtrainError):
-    """A script that cannot be given to Slurm."""
+    """A script that cannot be submitted to Slurm."""
 
 
 @dataclass(frozen=True)
 class ScriptTask:
-    """What modtrain is to do in a job, or in one task of an array.
+    """What modtrain runs in a job, or in one task of an array.
 
-    verb, overrides: of modtrain's command line. run_directory: where failures are noted; None
+    verb, overrides: of modtrain's command line. run_directory: where failures are recorded; None
     where there is no run. config_dir: of the user's own YAML, or None.
     """
 
@@ -45,17 +45,17 @@ class ScriptTask:
     def arguments(self) -> list[str]:
         """The verb's arguments."""
         options = [] if self.config_dir is None else ["--config-dir", str(self.config_dir)]
-        # After two dashes nothing is an option, whatever a value begins with.
+        # After two dashes nothing is parsed as an option.
         return [*options, "--", *self.overrides]
 
 
 @dataclass(frozen=True)
 class JobScript:
-    """Everything that the script of a job says.
+    """Everything that a job's script contains.
 
-    name: as squeue shows it. script: where it will lie. output: pattern of the job's log.
-    directory: where it starts. code: the frozen copy. python: the interpreter. tasks: one, or one
-    for each task of an array.
+    name: as squeue shows it. script: path of the script. output: pattern of the job's log.
+    directory: the working directory. code: the frozen copy. python: the interpreter. tasks: one,
+    or one for each task of an array.
     """
 
     name: str
@@ -89,7 +89,7 @@ def render(job: JobScript) -> str:
     """Return the script of ``job``.
 
     Raises:
-        ScriptError: a value that no directive can hold.
+        ScriptError: a value that a directive cannot contain.
     """
     verb = job.tasks[0].verb
     name = template_of(verb, job.config)
@@ -121,7 +121,7 @@ def _options(job: JobScript) -> list[str]:
     gpus = gpus_of(config, verb)
     memory = site.memory_per_node
     if memory == "0" and gpus < site.gpus_per_node:
-        # All of a node's memory would keep the others from its other GPUs.
+        # All of a node's memory would block its other GPUs for other jobs.
         memory = None
     per_node = 1 if serial or site.launcher == "torchrun" else config.processes
     processes_per_task = config.processes if site.launcher == "torchrun" and not serial else 1
@@ -146,7 +146,7 @@ def _options(job: JobScript) -> list[str]:
         "open-mode": "append",
     }
     options = [f"--{key}={_quoted(str(v))}" for key, v in named.items() if v is not None]
-    # Nobody sits before nodes that come back.
+    # A debug session is interactive: requeueing it is of no use.
     is_requeued = site.restart == "requeue" and verb != "debug"
     options.append("--requeue" if is_requeued else "--no-requeue")
     return options + site.options
@@ -160,7 +160,7 @@ def _array_option(job: JobScript) -> str | None:
 
 
 def gpus_of(config: SubmitConfig, verb: str) -> int:
-    """Return the GPUs that ``verb`` has on each node: a single process needs one, or none."""
+    """Return the GPUs per node of ``verb``: a single process uses one or none."""
     if verb not in SERIAL or config.gpus_per_node is not None:
         return config.gpus
     return 0 if verb == "prepare" else min(config.gpus, 1)
@@ -219,9 +219,9 @@ def _restart_mode(config: SubmitConfig) -> str:
 
 
 def _required_mounts(job: JobScript) -> list[str]:
-    """Return what any container has to see: where it starts, its code and its runs.
+    """Return the mounts that any container needs: the working directory, the code and the runs.
 
-    An array's runs lie below its script: one mount for all of them.
+    An array's runs are below its script: one mount covers all of them.
     """
     required = [job.directory, job.code, job.script.parent]
     required += [task.run_directory for task in job.tasks if task.run_directory is not None]
@@ -233,7 +233,7 @@ def _required_mounts(job: JobScript) -> list[str]:
         if re.search("[,:]", str(path)):
             container = job.config.cluster.container
             raise ScriptError(
-                f"{path} has a comma or a colon in it, where {container} would cut it in two."
+                f"{path} contains a comma or a colon, at which {container} splits a mount."
                 " remedy: give another name= or runs_dir=, or one below the working directory"
             )
     return [str(path) for path in paths]
@@ -253,16 +253,18 @@ def _array(name: str, values: Sequence[str]) -> str:
 
 
 def _quoted(value: str) -> str:
-    """Quote a value for the reader that sbatch has for its directives."""
+    """Quote a value for sbatch's parser of directives."""
     if re.search(r"[\x00-\x1f\x7f]", value):
-        raise ScriptError(f"{value!r} has a control character in it: no directive can hold it")
+        raise ScriptError(
+            f"{value!r} has a control character in it, which a directive cannot contain"
+        )
     if re.fullmatch(r"[A-Za-z0-9_./:=@%,+-]*", value):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def check(text: str, name: str) -> None:
-    """Find what sbatch would not see: errors of the shell's, and directives that come too late.
+    """Find what sbatch does not report: shell errors, and directives after the first command.
 
     Raises:
         ScriptError: what is wrong with the script.
@@ -270,7 +272,7 @@ def check(text: str, name: str) -> None:
     command = ["bash", "-n", "/dev/stdin"]
     done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)  # noqa: S603
     if done.returncode:
-        raise ScriptError(f"{name} is no shell script: {done.stderr.strip()}")
+        raise ScriptError(f"{name} is not a valid shell script: {done.stderr.strip()}")
     began = False
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("#SBATCH") and began:

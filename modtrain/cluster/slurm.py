@@ -1,4 +1,4 @@
-"""The few questions that modtrain asks of Slurm, by Slurm's own commands."""
+"""Queries to Slurm, by its own commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from modtrain.common.errors import ModtrainError
 
-# squeue cuts a field at its width; the command comes last, for a path may hold anything.
+# squeue truncates a field to its width. The command comes last: a path may contain separators.
 _FIELDS = (
     *("JobArrayID:40", "State:24", "Reason:80", "NodeList:400", "TimeLeft:24", "RestartCnt:12"),
     *("StartTime:24", "Command:4096"),
@@ -31,34 +31,34 @@ _PENDING = frozenset(
         *("RESV_DEL_HOLD", "SPECIAL_EXIT"),
     )
 )
-# Of a command in an error; one for a thousand jobs says no more than this.
+# A command for a thousand jobs is truncated to this in errors.
 _MAX_COMMAND_CHARS = 300
-# A user's defaults for these would change what is asked, or what a script says of itself, to which
-# sbatch prefers them. Inside an allocation SLURM_... says what that job is and has: sbatch hands it
-# on, and srun in the new job would take it for its own (man sbatch, man srun).
+# A user's defaults in these variables would change queries, and override a script's directives.
+# Inside an allocation SLURM_... describe that job: sbatch passes them on, and srun in the new job
+# would use them (man sbatch, man srun).
 _REMOVED_VARIABLES = (
     *("SLURM_", "_SLURM_SPANK_", "SQUEUE_", "SCANCEL_", "SBATCH_TIMELIMIT"),
     *("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_ARRAY_INX", "SBATCH_SIGNAL"),
     *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_JOB_NAME"),
 )
-# These say which controller is asked, and who asks.
+# These select the controller and authenticate the user.
 _KEPT_VARIABLES = frozenset(("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"))
 _DENIED = "Access/permission denied"
 
 
 class SlurmError(ModtrainError):
-    """Slurm did not do what it was asked to."""
+    """A Slurm command failed."""
 
 
 class DeniedError(SlurmError):
-    """Slurm does not let this user do that. said: Slurm's words, without the command."""
+    """Slurm denies this user the operation. message: Slurm's output, without the command."""
 
     def __init__(self, text: str, message: str) -> None:
         self.message = message
         super().__init__(text)
 
     def names(self, job: str) -> bool:
-        """Whether ``job`` is one of those that it is about."""
+        """Whether the message names ``job``."""
         lines = [line for line in self.message.splitlines() if _DENIED in line]
         return any(job in re.findall(r"\w+", line) for line in lines)
 
@@ -67,10 +67,10 @@ class DeniedError(SlurmError):
 class SlurmJob:
     """A job that Slurm knows.
 
-    id: ``123``, of an array's task ``123_4``. state: Slurm's long name. reason: why it waits or
-    ended, empty without one. nodes: as Slurm abbreviates them. time_left: of its limit, as Slurm
-    says it. restarts: how often it was requeued. start: when it began or is expected to, local
-    time in ISO's spelling; None: Slurm does not say. command: the script's path.
+    id: ``123``, of an array's task ``123_4``. state: Slurm's long name. reason: why it is pending
+    or ended; may be empty. nodes: as Slurm abbreviates them. time_left: until the time limit, as
+    Slurm prints it. restarts: number of requeues. start: actual or expected start, local ISO time;
+    None: unknown. command: the script's path.
     """
 
     id: str
@@ -84,17 +84,17 @@ class SlurmJob:
 
     @property
     def number(self) -> tuple[int, ...]:
-        """Its id as numbers, which order jobs as they were given to Slurm."""
+        """The id as numbers, which sort jobs by submission."""
         return tuple(int(part) for part in re.findall(r"\d+", self.id))
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether the job has ended."""
         return self.state in _FINISHED
 
     @property
     def is_pending(self) -> bool:
-        """Whether it has yet to begin, or to begin again."""
+        """Whether the job waits for its start, or for a restart."""
         return self.state in _PENDING
 
 
@@ -106,14 +106,14 @@ def has_slurm() -> bool:
 def run(
     command: Sequence[str], timeout: float = 60, without_variables: Collection[str] = ()
 ) -> str:
-    """Run one of Slurm's commands, given as its words, and return its output.
+    """Run a Slurm command, given as a list of arguments, and return its output.
 
     timeout: seconds; squeue and its like wait for a busy controller by themselves. without:
     variables that the command is not to see.
 
     Raises:
-        DeniedError: this user may not do that.
-        SlurmError: it is not there, fails, or does not answer; with its words and its stderr.
+        DeniedError: the user has no permission.
+        SlurmError: it is missing, fails, or does not answer; with the command and its stderr.
     """
     shown = shlex.join(command)
     if len(shown) > _MAX_COMMAND_CHARS:
@@ -130,25 +130,25 @@ def run(
         )
     except FileNotFoundError:
         raise SlurmError(
-            f"there is no {command[0]} here\nremedy: do this on a login node of the cluster"
+            f"{command[0]} is not on the PATH\nremedy: run this on a login node of the cluster"
         ) from None
     except subprocess.TimeoutExpired:
         raise SlurmError(
             f"{shown} did not answer in {timeout:g} s\n"
-            "remedy: see by `scontrol ping` whether the controller is up, and try again"
+            "remedy: check the controller with `scontrol ping`, and try again"
         ) from None
     if done.returncode != 0:
-        message = done.stderr.strip() or done.stdout.strip() or "it says nothing"
+        message = done.stderr.strip() or done.stdout.strip() or "no message"
         text = f"{shown} failed with {done.returncode}: {message}\nremedy: {_remedy(message)}"
         raise DeniedError(text, message) if _DENIED in message else SlurmError(text)
     return done.stdout
 
 
 def jobs(ids: Collection[str]) -> dict[str, SlurmJob]:
-    """Ask Slurm once for all of ``ids`` and return those that it knows.
+    """Query Slurm once for all of ``ids`` and return those that it knows.
 
-    An array's tasks come under their own ids, and the liveliest of them under the array's as well.
-    Slurm forgets a finished job after some minutes: one that is not in the answer is over.
+    An array's tasks are returned under their own ids, the most active one under the array's too.
+    Slurm forgets a finished job after some minutes: a job that is not returned has ended.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -159,7 +159,7 @@ def jobs(ids: Collection[str]) -> dict[str, SlurmJob]:
     try:
         output = run([*command, f"--jobs={','.join(sorted(ids))}"])
     except SlurmError as error:
-        # Only where it is asked for a single job is squeue sure that it means an error.
+        # squeue reports an unknown id as an error only for a query of a single job.
         if "Invalid job id" in str(error):
             return {}
         raise
@@ -173,17 +173,17 @@ def jobs(ids: Collection[str]) -> dict[str, SlurmJob]:
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """End these jobs, whatever they do; without a signal that they could save at.
+    """Cancel these jobs at once, without a signal to save first.
 
     Raises:
         DeniedError: one of them is another user's.
-        SlurmError: one of them cannot be ended, or is at its end already.
+        SlurmError: one of them cannot be cancelled, or has ended already.
     """
     run(["scancel", *ids])
 
 
 def signal_save(ids: Iterable[str]) -> None:
-    """Send USR1 to these jobs' scripts, which pass it on to their tasks once.
+    """Send USR1 to these jobs' scripts, which forward it to their tasks once.
 
     Raises:
         DeniedError: one of them is another user's.
@@ -193,7 +193,7 @@ def signal_save(ids: Iterable[str]) -> None:
 
 
 def parse_jobs(output: str) -> list[SlurmJob]:
-    """Read what squeue printed in this module's format."""
+    """Parse the output of squeue in this module's format."""
     parsed = []
     for record in _RECORD.split(output):
         fields = [field.strip() for field in record.split("|", len(_FIELDS) - 1)]
@@ -221,9 +221,9 @@ def _activity_rank(job: SlurmJob) -> int:
 
 def _remedy(message: str) -> str:
     remedies = {
-        "Unable to contact slurm": "see by `scontrol ping` whether the controller is up",
-        "configuration source": "do this on a login node of the cluster: no Slurm is set up here",
-        "Invalid job id": "see by `squeue --me` which jobs there are",
+        "Unable to contact slurm": "check the controller with `scontrol ping`",
+        "configuration source": "run this on a login node of the cluster: no Slurm is set up here",
+        "Invalid job id": "list your jobs with `squeue --me`",
         _DENIED: "the job is another user's: ask them, or an operator",
         "Invalid account": "set cluster.account to one of `sacctmgr show associations user=$USER`",
         "invalid partition": "set cluster.partition to one of `sinfo`",
@@ -231,5 +231,6 @@ def _remedy(message: str) -> str:
         "Socket timed out": "the controller is busy: try again",
     }
     return next(
-        (remedy for part, remedy in remedies.items() if part in message), "mend what it names"
+        (remedy for part, remedy in remedies.items() if part in message),
+        "fix what the message names",
     )

@@ -1,7 +1,7 @@
-"""What runs do: their state, how far they are, and which jobs of Slurm's work on them.
+"""`modtrain status`: the state and progress of runs, and their Slurm jobs.
 
-A run's files and Slurm are asked both: a lock may not show on another node, and Slurm knows nothing
-of what was started by hand and soon forgets what is over.
+Both the run's files and Slurm are read: a lock may not be visible from another node, and Slurm does
+not know runs that were started by hand and soon forgets finished jobs.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from modtrain.common.overrides import spelled
 STATES = ("running", "pending", "failed", "stopped", "never started", "complete", "over")
 _STYLES = {"running": "green", "pending": "yellow", "failed": "red", "complete": "dim"}
 _MAX_FAILURES = 5
-# Of a long chain the newest; what came before is over.
+# The newest jobs of a long chain; the others have ended.
 _MAX_JOBS = 50
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run does. name: one of `STATES`. why: what there is to say about it, on one line.
+    """The state of a run. name: one of `STATES`. reason: of this state, on one line.
 
-    ``over`` is a group whose jobs are: what came of it, its runs say.
+    ``over`` is a group whose jobs have ended: its runs show the outcome.
     """
 
     name: str
@@ -54,7 +54,7 @@ class RunState:
 
 @dataclass
 class SlurmReply:
-    """What Slurm knows of the jobs. unasked: why it was not asked, or did not answer."""
+    """What Slurm knows of the jobs. error: why there was no query or no answer; else empty."""
 
     jobs: dict[str, SlurmJob] = field(default_factory=dict)
     error: str = ""
@@ -64,7 +64,7 @@ def show_status(config: StatusConfig, console: Console | None = None) -> None:
     """Print the table of runs, or one run in detail with those below it.
 
     Raises:
-        ConfigError: what is asked for makes no sense.
+        ConfigError: the request is invalid.
         RunsError: there is no such run.
     """
     raise_if_any(config.problems())
@@ -90,7 +90,7 @@ def show_status(config: StatusConfig, console: Console | None = None) -> None:
 def _print_table(
     rows: Sequence[tuple[RunRecord, RunState]], slurm_reply: SlurmReply, console: Console
 ) -> None:
-    """Print what there is to say of each, and how many runs are in which state."""
+    """Print the table, and the number of runs in each state."""
     shown = [(run, state) for run, state in rows if state.name != "over"]
     if shown:
         console.print(_table(shown, slurm_reply))
@@ -101,26 +101,26 @@ def _print_table(
 
 
 def wide_console() -> Console:
-    """Return a console that cuts nothing where its output goes to a file or another program."""
+    """Return a console that does not wrap output to a file or another program."""
     return Console() if sys.stdout.isatty() else Console(width=400)
 
 
 def ask_slurm(runs: Sequence[RunRecord]) -> SlurmReply:
-    """Ask Slurm once for the jobs of all unfinished runs. Raises nothing."""
+    """Query Slurm once for the jobs of all unfinished runs. Raises nothing."""
     unfinished = [run for run in runs if not run.complete]
     ids = {name for run in unfinished for name in newest_first(run.submitted)[:_MAX_JOBS]}
     if ids and not slurm.has_slurm():
         return SlurmReply(
-            error="there is no Slurm here: jobs that wait or run elsewhere do not show"
+            error="Slurm is not available here: pending and remote jobs are not shown"
         )
     try:
         return SlurmReply(slurm.jobs(ids))
     except SlurmError as error:
-        return SlurmReply(error=f"what jobs do is not known: {error}")
+        return SlurmReply(error=f"the state of jobs is unknown: {error}")
 
 
 def live_jobs(submitted: Sequence[SubmittedJob], jobs: Mapping[str, SlurmJob]) -> list[SlurmJob]:
-    """Return those of the run's jobs that are not over, running ones first, then oldest first."""
+    """Return the run's unfinished jobs, running ones first, then oldest first."""
     live: dict[str, SlurmJob] = {}
     for submission in submitted:
         for job in jobs.values():
@@ -130,7 +130,7 @@ def live_jobs(submitted: Sequence[SubmittedJob], jobs: Mapping[str, SlurmJob]) -
 
 
 def state_of(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState:
-    """Tell what ``run`` does. jobs: what Slurm knows, by id."""
+    """Return the state of ``run``. jobs: those that Slurm knows, by id."""
     live = live_jobs(run.submitted, jobs)
     active = [job for job in live if not job.is_pending]
     if run.complete:
@@ -149,7 +149,7 @@ def state_of(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState:
 
 
 def _inactive_state(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState:
-    """Tell of a run that nobody works on, and that noted no failure."""
+    """Return the state of a run without a process and without a recorded failure."""
     ended = _slurm_end_state(run, jobs)
     if run.starts or run.step:
         return ended or RunState("stopped", "cancelled" if _was_cancelled(run) else "")
@@ -159,7 +159,7 @@ def _inactive_state(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState:
 
 
 def _inactive_group_state(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState:
-    """Tell of a group without a job. Of an array's tasks their runs tell."""
+    """Return the state of a group without a job. An array's tasks are shown by their runs."""
     group_jobs = {name: job for name, job in jobs.items() if "_" not in job.id}
     ended = _slurm_end_state(run, group_jobs)
     is_failed = ended is not None and ended.name == "failed" and not _was_cancelled(run)
@@ -171,23 +171,23 @@ def _was_cancelled(run: RunRecord) -> bool:
 
 
 def _unresolved_failure(run: RunRecord) -> Failure | None:
-    """Return the last failure, unless the run was started again since."""
+    """Return the last failure, unless the run was restarted since."""
     if not run.failures:
         return None
     last = run.failures[-1]
     began = run.starts[-1] if run.starts else run.last_active
-    # Both are told in whole seconds.
+    # Both have a resolution of one second.
     return last if last.time >= int(began) else None
 
 
 def _slurm_end_state(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState | None:
-    """Tell how the newest job ended, as long as Slurm remembers."""
+    """Return the state in which the newest job ended, as long as Slurm remembers it."""
     for submission in reversed(run.submitted):
         job = jobs.get(submission.id)
         if job is not None and submission.is_same(job):
             reason = f"job {job.id}: {_describe_job(job)}"
             stopped = job.state in ("CANCELLED", "COMPLETED", "PREEMPTED", "TIMEOUT", "DEADLINE")
-            # 75 and its like are failures to Slurm, and not to the run.
+            # Exit codes such as 75 are failures to Slurm, but not of the run.
             began = bool(run.starts) or (run.is_group and has_runs_below(run.path))
             stopped = stopped or (job.state == "FAILED" and began)
             return RunState("stopped" if stopped else "failed", reason)
@@ -295,7 +295,7 @@ def _percent_done(run: RunRecord) -> str:
     if not run.steps:
         return ""
     share = min(1.0, (run.step or 0) / run.steps)
-    # 99.7 % is not all of it.
+    # Rounded down: 99.97 % is not 100 %.
     return f"{math.floor(1000 * share) / 10:g}%"
 
 
@@ -313,7 +313,7 @@ def _shorten(text: str, most: int = 120) -> str:
 
 
 def _format_age(moment: float | None) -> str:
-    """Say how long ago it was, in one unit."""
+    """Format how long ago it was, in one unit."""
     if moment is None:
         return ""
     seconds = max(0.0, time.time() - moment)

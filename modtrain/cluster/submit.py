@@ -1,4 +1,4 @@
-"""A job from its configuration to the queue: checked, frozen, rendered, validated, submitted."""
+"""`modtrain submit`: checks a job, freezes its code, renders, validates and submits its script."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from modtrain.training.memory import device_bytes, gibibytes
 from modtrain.training.plan import resolve
 from modtrain.training.run_directory import check_goes_on
 
-# What sbatch says where it finds no controller.
+# Messages of sbatch where it finds no controller.
 _UNREACHABLE = ("Could not establish a configuration source", "Unable to contact slurm")
 
 
 @dataclass(frozen=True)
 class JobTask:
-    """What one task is to do. config: the run's, where the verb trains one; else None.
+    """What one task runs. config: the run's, where the verb trains one; else None.
 
-    overrides: as they were given. directory: where script, logs and notes go.
+    overrides: as the user gave them. directory: of the script, logs and records.
     """
 
     verb: str
@@ -51,13 +51,13 @@ def submit(
     config_dir: Path | None,
     console: Console | None = None,
 ) -> list[str]:
-    """Give Slurm the job that does ``works``, one or the tasks of an array; return its numbers.
+    """Submit a job that runs ``tasks``, one or those of an array; return its ids.
 
     directory: of the job as a whole.
 
     Raises:
         ConfigError: everything wrong with the job or a run, before anything is written.
-        ScriptError, SlurmError: what Slurm would not take, or did not.
+        ScriptError, SlurmError: Slurm would reject the script, or has rejected it.
     """
     console = console or Console(soft_wrap=True)
     raise_if_any(_problems(tasks, directory, config))
@@ -70,7 +70,7 @@ def submit(
         console.print(_test_submission(job.script, config), markup=False)
     elif not config.dry_run:
         raise ScriptError(
-            f"there is no sbatch here: submit {job.script} on a machine of the cluster,"
+            f"sbatch is not available here: submit {job.script} on a login node of the cluster,"
             " or add --dry-run to only write it"
         )
     if config.dry_run:
@@ -83,16 +83,16 @@ def submit(
 
 
 def _test_submission(script: Path, config: SubmitConfig) -> str:
-    """Ask Slurm whether it would take the script; what it says against it is an error."""
+    """Validate the script with ``sbatch --test-only``; an objection of Slurm is an error."""
     try:
         slurm.run(
             ["sbatch", "--test-only", str(script)], without_variables=_overridden_defaults(config)
         )
     except slurm.SlurmError as error:
         if config.dry_run and _is_unreachable(error):
-            return "Slurm is not to be reached from here, and was not asked"
+            return "Slurm is not reachable from here: the script was not validated"
         raise
-    return "Slurm would take it"
+    return "Slurm accepts the script"
 
 
 def _is_unreachable(error: slurm.SlurmError) -> bool:
@@ -100,7 +100,7 @@ def _is_unreachable(error: slurm.SlurmError) -> bool:
 
 
 def _overridden_defaults(config: SubmitConfig) -> list[str]:
-    """Return the user's defaults that the site's description takes the place of."""
+    """Return the user's SBATCH_ variables that the site's configuration overrides."""
     names = ("partition", "account", "qos", "constraint", "reservation")
     overridden = [name for name in names if getattr(config.cluster, name) is not None]
     return [f"SBATCH_{name.upper()}" for name in overridden]
@@ -139,9 +139,9 @@ def _prepare(
 
 
 def _script_name(tasks: Sequence[JobTask], config: SubmitConfig) -> str:
-    """Return the script's name; an array's tells its tasks.
+    """Return the script's name; an array's contains a digest of its tasks.
 
-    A task that submits itself again is known by its number, which must stay that of its run.
+    A task that resubmits itself is identified by its index, which must stay that of its run.
     """
     if config.array:
         directories = "\0".join(str(task.directory) for task in tasks)
@@ -156,7 +156,7 @@ def _python(config: SubmitConfig) -> str:
 
 
 def _pattern(folder: Path, name: str) -> Path:
-    """Return the pattern of a log's name; a percent sign in the folder stands for itself."""
+    """Return the pattern of a log's name; percent signs in the folder are escaped."""
     return Path(str(folder).replace("%", "%%")) / name
 
 
@@ -167,7 +167,7 @@ def job_name(directory: Path) -> str:
 
 
 def _submit_script(job: JobScript, config: SubmitConfig) -> list[str]:
-    """Submit; a chain's jobs wait for one another."""
+    """Submit the script; a chain's jobs depend on one another."""
     ids: list[str] = []
     for _ in range(config.num_chained):
         options = [f"--dependency=afterany:{ids[-1]}"] if ids else []
@@ -180,10 +180,10 @@ def _submit_script(job: JobScript, config: SubmitConfig) -> list[str]:
 
 
 def _record_job(job: JobScript, number: str, before: str | None) -> None:
-    """Write down which job works for which run."""
+    """Record which job works on which run."""
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entry = {"time": time, "script": str(job.script), "chained_after": before}
-    # An evaluation stands in a run's directory, and is no job that trains it.
+    # An evaluation's script is in the run's directory, but the job does not train the run.
     numbers = {} if job.tasks[0].verb == "eval" else {job.script.parent: number}
     for index, task in enumerate(job.tasks):
         if job.config.array and task.run_directory is not None:
@@ -191,7 +191,7 @@ def _record_job(job: JobScript, number: str, before: str | None) -> None:
     for folder, job_id in numbers.items():
         path = folder / "jobs.jsonl"
         if path.is_file() and any(line["job"] == job_id for line in json_lines(path)):
-            # It has begun, and its script was quicker.
+            # The job has started, and its script has recorded it already.
             continue
         with path.open("a") as file:
             file.write(json.dumps({"job": job_id, **entry}) + "\n")
@@ -218,8 +218,8 @@ def _print_next_commands(
         console.print(command, markup=False)
     if config.is_resubmitted:
         console.print(
-            "a job of another number goes on where this one stops: submit what is to come next once"
-            f" the run is complete, for after={ids[-1]} might wait for ever",
+            "a job with another id resumes the run when this one stops: submit dependent jobs once"
+            f" the run is complete, since after={ids[-1]} might wait for ever",
             markup=False,
         )
 
@@ -227,15 +227,15 @@ def _print_next_commands(
 def _problems(tasks: Sequence[JobTask], directory: Path, config: SubmitConfig) -> list[Problem]:
     problems = config.problems()
     if re.search(r"[\x00-\x1f\x7f\\]", str(directory.resolve())):
-        # In a log's name a backslash has a meaning for Slurm, which cannot be taken from it.
+        # In a log's name Slurm interprets a backslash, which cannot be escaped.
         reason, remedy = "has a control character or a backslash in it", "give another name"
         problems.append(Problem("name", repr(str(directory)), reason, remedy))
     verb = tasks[0].verb
     if verb == "eval" and config.after is None and not (directory / "config.yaml").is_file():
-        remedy = "see by modtrain status which there are; after=JOB waits for one that is to come"
-        problems.append(Problem("run", str(directory), "holds no run", remedy))
+        remedy = "list runs with modtrain status; after=JOB waits for one that is not trained yet"
+        problems.append(Problem("run", str(directory), "has no run", remedy))
     if verb in SERIAL and config.nodes > 1:
-        remedy = "leave it out: train and debug alone have several"
+        remedy = "leave it out: only train and debug use several nodes"
         problems.append(Problem("nodes", config.nodes, f"and {verb} is one process", remedy))
     if not problems:
         runs = [task.config for task in tasks if task.config is not None]
@@ -245,16 +245,16 @@ def _problems(tasks: Sequence[JobTask], directory: Path, config: SubmitConfig) -
 
 
 def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
-    """Hold a run's plan against the nodes that it is to have.
+    """Compare a run's plan with the nodes requested for it.
 
     Raises:
         ConfigError: everything wrong with the run itself.
-        CheckpointError: its directory holds another one.
+        CheckpointError: its directory has another run.
     """
     resolved, plan = resolve(run, launch=config.launch)
     check_goes_on(run, resolved)
     if resolved.strategy.accelerator == "cuda" and config.gpus == 0:
-        remedy = "ask for GPUs, or set strategy.accelerator=cpu"
+        remedy = "request GPUs, or set strategy.accelerator=cpu"
         return [Problem("gpus_per_node", 0, "and strategy.accelerator=cuda", remedy)]
     memory = config.cluster.gpu_memory
     needed = device_bytes(resolved, plan.sizes)
@@ -262,14 +262,14 @@ def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
         return []
     reason = (
         f"is less than the {gibibytes(needed)} of weights, gradients and moments that each GPU"
-        f" would hold under strategy={resolved.strategy.name}, activations aside"
+        f" needs under strategy={resolved.strategy.name}, without activations"
     )
     remedy = "use strategy=fsdp or hsdp, or more GPUs; modtrain plan shows what takes how much"
     return [Problem("cluster.gpu_memory", f"{memory:g}", reason, remedy)]
 
 
 def _queue_problems(tasks: Sequence[JobTask], config: SubmitConfig) -> list[Problem]:
-    """Find jobs that are in the queue for a run already: two would be in each other's way."""
+    """Find jobs that are in the queue for a run already: two would conflict."""
     if not slurm.has_slurm():
         return []
     files = [task.directory / "jobs.jsonl" for task in tasks if task.config is not None]
@@ -285,6 +285,6 @@ def _queue_problems(tasks: Sequence[JobTask], config: SubmitConfig) -> list[Prob
         return []
     reason = "is in the queue for this run already"
     remedy = (
-        "let it go on, or cancel it by modtrain cancel; chain=N submits N that follow each other"
+        "let it continue, or cancel it with modtrain cancel; chain=N submits N jobs in sequence"
     )
     return [Problem("job", ", ".join(active), reason, remedy)]

@@ -70,7 +70,7 @@ def test_waiting_jobs_are_ended_first_then_the_running_one_saves(tmp_path, monke
     said = cancelled(tmp_path, wait=5)
     assert played.calls == [("cancel", "3", "4"), ("save", "2"), ("cancel", "2")]
     assert (run.path / "CANCELLED").read_text().split() == ["1", "2", "3", "4"]
-    assert "go on from step 8, saved before" in said[-1]
+    assert "be resumed from step 8, saved before" in said[-1]
 
 
 def test_a_job_that_does_not_save_is_ended_after_the_wait(tmp_path, monkeypatch):

@@ -275,7 +275,7 @@ def test_errors_of_slurm_name_command_words_and_remedy(tmp_path, monkeypatch):
     play(monkeypatch, tmp_path, code=3, error="Access/permission denied")
     with pytest.raises(SlurmError, match=r"(?s)scancel 'a b' failed with 3: Acc.*remedy: .*user"):
         slurm.run(["scancel", "a b"])
-    with pytest.raises(SlurmError, match=r"(?s)no nothing_there here.*login node"):
+    with pytest.raises(SlurmError, match=r"(?s)nothing_there is not on the PATH.*login node"):
         slurm.run(["nothing_there"])
     with pytest.raises(SlurmError, match=r"sleep 5 did not answer in 0.1 s"):
         slurm.run(["sleep", "5"], timeout=0.1)

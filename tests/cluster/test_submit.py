@@ -110,7 +110,7 @@ def test_shell_scripts_are_linted():
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("if true; then\n", "no shell script"), ("true\n#SBATCH --nodes=2\n", "line 2")],
+    [("if true; then\n", "not a valid shell script"), ("true\n#SBATCH --nodes=2\n", "line 2")],
 )
 def test_what_sbatch_would_not_see_is_found(text, said):
     with pytest.raises(ScriptError, match=said):
@@ -123,7 +123,7 @@ def test_what_sbatch_would_not_see_is_found(text, said):
 )
 def test_times_are_slurms(time, seconds):
     assert seconds_of(time) == seconds
-    assert not [p for p in SubmitConfig(time=time).problems() if "no time limit" in p.reason]
+    assert not [p for p in SubmitConfig(time=time).problems() if "not a time limit" in p.reason]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_other_verbs_are_jobs_of_one_process(verb, words, script, tiny):
         words = [*words, *tiny]
     submission = compose_submission([verb, *words, "nodes=1"])
     assert submission.directory == Path("runs/s")
-    job = a_job(ScriptTask(verb, submission.works[0].overrides), submission.config)
+    job = a_job(ScriptTask(verb, submission.tasks[0].overrides), submission.config)
     text = render(job)
     assert f"slurm/{script}.sbatch" in text
     assert settings(text, "verb", "overrides") == [verb, "--", *words]
@@ -265,10 +265,10 @@ def test_a_run_of_another_configuration_is_refused_before_the_queue(tiny, tmp_pa
     train(compose("train", ["name=x", *tiny]))
     words = ["train", "name=x", *tiny, "cluster=cpu", "dry_run=true"]
     submission = compose_submission(words)
-    submit(submission.works, submission.directory, submission.config, None)
+    submit(submission.tasks, submission.directory, submission.config, None)
     submission = compose_submission([*words, "optimizer.lr=0.5"])
     with pytest.raises(OtherRunError, match=r"optimizer\.lr") as error:
-        submit(submission.works, submission.directory, submission.config, None)
+        submit(submission.tasks, submission.directory, submission.config, None)
     # A job that ends with it is not started again.
     assert error.value.exit_code == 2
 
@@ -276,7 +276,7 @@ def test_a_run_of_another_configuration_is_refused_before_the_queue(tiny, tmp_pa
 def problems_of(*words):
     with pytest.raises(ConfigError) as error:
         submission = compose_submission(words)
-        submit(submission.works, submission.directory, submission.config, None)
+        submit(submission.tasks, submission.directory, submission.config, None)
     return {problem.key: problem.reason for problem in error.value.problems}
 
 
@@ -328,7 +328,7 @@ def played(tmp_path, monkeypatch):
 
 def submitted(words):
     submission = compose_submission(words)
-    submit(submission.works, submission.directory, submission.config, None)
+    submit(submission.tasks, submission.directory, submission.config, None)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_the_plan_is_held_against_the_nodes(tiny, tmp_path, monkeypatch):
     submission = compose_submission([*run, *large, "strategy=fsdp", "--dry-run"][:-1])
     from modtrain.cluster.submit import _problems
 
-    assert _problems(submission.works, submission.directory, submission.config) == []
+    assert _problems(submission.tasks, submission.directory, submission.config) == []
 
 
 def test_a_dry_run_writes_the_script_and_the_code(tiny, tmp_path):

@@ -112,7 +112,7 @@ def test_cancel_ends_a_chain_and_what_comes_back_by_itself(cluster, run, tmp_pat
     wait_for((run / f"logs/slurm-{first}.out").is_file)
     text = modtrain(cluster, tmp_path, "cancel", "run=x")
     assert f"job {first}: asked to save" in text
-    assert "can go on from step 5, saved now" in text
+    assert "can be resumed from step 5, saved now" in text
     assert [cluster.state(job) for job in (first, second)] == ["CANCELLED", "CANCELLED"]
     assert cluster.output(first).count("told") == 1
     assert not (run / f"logs/slurm-{second}.out").exists()
