@@ -61,7 +61,7 @@ def test_make_quickstart(tmp_path):
     process = start(folder, tmp_path / "last.log")
     assert process.wait(timeout=1800) == 0
     shown = (tmp_path / "last.log").read_text()
-    assert "goes on from step" in shown
+    assert "resumes from step" in shown
     for said in ("causal loss", "top-k loss, not causal", "forward FLOPs a token", "step time"):
         assert said in shown
     assert re.search(r"mod (beats|loses to|equals) dense", shown)

@@ -84,9 +84,9 @@ def _row(path: Path) -> tuple[str, str, str, str, str]:
 
 
 def _prune(config: CheckpointsConfig, run: RunDirectory, console: Console) -> None:
-    keeps = run.keeps()
-    keep_last = config.keep_last or keeps.keep_last
-    keep_every = config.keep_every or keeps.keep_every
+    retention = run.retention()
+    keep_last = config.keep_last or retention.keep_last
+    keep_every = config.keep_every or retention.keep_every
     # A run that trains prunes for itself, and a run that starts may be reading one.
     with run.locked():
         removed = prune(run.checkpoints, keep_last, keep_every, contents=True)

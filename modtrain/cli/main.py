@@ -61,9 +61,9 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.training.stop_signal import STOP
 
     STOP.install()
-    from modtrain.training.outcome import told
+    from modtrain.training.outcome import report_outcome
 
-    with told() as outcome:
+    with report_outcome() as outcome:
         from modtrain.cli.compose import compose
 
         _no_sweep(overrides)

@@ -25,7 +25,7 @@ from modtrain.common.overrides import spelled
 from modtrain.training.config import TrainConfig
 from modtrain.training.memory import device_bytes, gibibytes
 from modtrain.training.plan import resolve
-from modtrain.training.run_directory import check_goes_on
+from modtrain.training.run_directory import check_resumable
 
 # Messages of sbatch where it finds no controller.
 _UNREACHABLE = ("Could not establish a configuration source", "Unable to contact slurm")
@@ -252,7 +252,7 @@ def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
         CheckpointError: its directory has another run.
     """
     resolved, plan = resolve(run, launch=config.launch)
-    check_goes_on(run, resolved)
+    check_resumable(run, resolved)
     if resolved.strategy.accelerator == "cuda" and config.gpus == 0:
         remedy = "request GPUs, or set strategy.accelerator=cpu"
         return [Problem("gpus_per_node", 0, "and strategy.accelerator=cuda", remedy)]

@@ -1,4 +1,4 @@
-"""Where metrics go: one line of JSON a record, and TensorBoard by step, tokens and TFLOPs."""
+"""Metrics as one line of JSON a record, and in TensorBoard by step, tokens and TFLOPs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from modtrain.training.run_directory import RunDirectory
 
 
 class MetricsLog:
-    """Writes each record with its step, tokens and FLOPs; of several ranks the first one does.
+    """Writes each record with its step, tokens and FLOPs; on several ranks rank 0 does.
 
-    On a resumed run, what was written after the checkpoint is dropped first, so every step stands
-    there once.
+    A resumed run first removes the records after its checkpoint, so that every step is there once.
     """
 
     def __init__(
@@ -29,16 +28,16 @@ class MetricsLog:
         tensorboard: bool,
         writes: bool = True,
     ) -> None:
-        """Open the files. writes: False where another rank does."""
+        """Open the files. writes: False on ranks that do not write."""
         self.plan, self.writes = plan, writes
         self._file: TextIO | None = None
         self._writers: dict[str, SummaryWriter] = {}
         if not writes:
             return
-        _drop_after(run.metrics, start_step)
+        _remove_after(run.metrics, start_step)
         self._file = run.metrics.open("a")
-        # TensorBoard's step is a whole number, and one file has one kind of step: an event file an
-        # axis. FLOPs do not fit into 64 bits; TFLOPs do.
+        # TensorBoard's step is an integer, and a file has one kind of step: one file for each axis.
+        # FLOPs do not fit into 64 bits; TFLOPs do.
         if tensorboard:
             starts = {
                 "step": start_step,
@@ -63,13 +62,19 @@ class MetricsLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for axis, writer in self._writers.items():
-            at = {"step": step, "tokens": record["tokens"], "TFLOPs": self._teraflops(step)}[axis]
+            position = {
+                "step": step,
+                "tokens": record["tokens"],
+                "TFLOPs": self._teraflops(step),
+            }[axis]
             for name, value in values.items():
                 if axis == "step" or name.startswith(("loss", "held_out")):
-                    writer.add_scalar(f"{name} by {axis}" if axis != "step" else name, value, at)
+                    writer.add_scalar(
+                        f"{name} by {axis}" if axis != "step" else name, value, position
+                    )
 
-    def picture(self, step: int, name: str, image_CHW: Tensor) -> None:
-        """Record a picture in TensorBoard."""
+    def add_image(self, step: int, name: str, image_CHW: Tensor) -> None:
+        """Record an image in TensorBoard."""
         if writer := self._writers.get("step"):
             writer.add_image(name, image_CHW, step)
 
@@ -85,7 +90,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file; a last line cut short by a kill is left out."""
+    """Return the records of a metrics file, without a line that a kill truncated."""
     if not path.is_file():
         return []
     records = []
@@ -97,7 +102,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _remove_after(path: Path, step: int) -> None:
     if path.is_file():
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

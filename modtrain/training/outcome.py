@@ -1,6 +1,6 @@
-"""What became of a process, told to the script that started it. Imports nothing heavy.
+"""The exit code and error of a process, in a file for the job's script. Imports nothing heavy.
 
-Between a rank and the script stand srun or torchrun, which have one exit code for many failures.
+srun and torchrun, which the script starts, have one exit code for many failures.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ OUTCOME = "MODTRAIN_OUTCOME"
 """The variable that names the file: the exit code on its first line, the reason on its second."""
 
 
-class Outcome:
-    """What the block comes to; its user sets the exit code."""
+class ProcessOutcome:
+    """The outcome of a block, which sets the exit code."""
 
     exit_code = 0
 
 
 @contextmanager
-def told() -> Iterator[Outcome]:
-    """Write what the block came to into the file that the environment names, if it names one.
+def report_outcome() -> Iterator[ProcessOutcome]:
+    """Write the block's outcome to the file that the environment names, if it names one.
 
-    Rank 0 writes; one file is enough, and a rank whose peer failed knows who and why.
+    Rank 0 writes: its error names the rank that failed and the reason.
     """
-    outcome, reason = Outcome(), ""
+    outcome, reason = ProcessOutcome(), ""
     try:
         yield outcome
     except BaseException as error:

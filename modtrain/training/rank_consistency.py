@@ -1,6 +1,6 @@
-"""Whether all ranks are of one mind before they train: configuration, code, packages, data.
+"""Checks before training that all ranks have the same configuration, code, packages and data.
 
-Ranks that differ would train on without a word, or wait for each other in different collectives.
+Ranks that differ would silently train something else, or wait in different collectives.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from modtrain.common.atomic_io import digest
 from modtrain.common.errors import RankError
 from modtrain.distributed.process_group import Ranks
 from modtrain.training.config import TrainConfig
-from modtrain.training.run_directory import code_version, flat, package_versions
+from modtrain.training.run_directory import code_version, dotted_values, package_versions
 
 
-def check_alike(config: TrainConfig, data_fingerprint: str, ranks: Ranks) -> None:
-    """Raise on every rank unless all are as rank 0 is; collective.
+def check_rank_consistency(config: TrainConfig, data_fingerprint: str, ranks: Ranks) -> None:
+    """Raise on every rank unless all agree with rank 0; collective.
 
     Raises:
         RankError: names a rank, its host, and what differs with both values.
     """
-    here = facts(config, data_fingerprint)
-    first = ranks.broadcast_from_rank0(here)
+    own = compared_values(config, data_fingerprint)
+    rank0 = ranks.broadcast_from_rank0(own)
     with ranks.raise_on_all_ranks():
         differing = [
-            f"  {key}: {_shown(first.get(key))} on rank 0, {_shown(here.get(key))} here"
-            for key in sorted(first.keys() | here.keys())
-            if first.get(key) != here.get(key)
+            f"  {key}: {_shown(rank0.get(key))} on rank 0, {_shown(own.get(key))} here"
+            for key in sorted(rank0.keys() | own.keys())
+            if rank0.get(key) != own.get(key)
         ]
         if differing:
             raise RankError(
@@ -39,17 +39,17 @@ def check_alike(config: TrainConfig, data_fingerprint: str, ranks: Ranks) -> Non
             )
 
 
-def facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
-    """Return what has to be the same everywhere, by name."""
+def compared_values(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
+    """Return what must be the same on all ranks, by name."""
     code = code_version()
-    told: dict[str, Any] = {
+    values: dict[str, Any] = {
         "python": platform.python_version(),
         "code.commit": code and code["commit"],
         "code.uncommitted changes": code and digest(code["diff"])[:12],
         "data fingerprint": data_fingerprint,
     }
-    told |= {f"package {name}": version for name, version in package_versions().items()}
-    return told | flat(config)
+    values |= {f"package {name}": version for name, version in package_versions().items()}
+    return values | dotted_values(config)
 
 
 def _shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""One run from its configuration to its end, resumed where it was left."""
+"""A training run: from its newest checkpoint, or its start, to its end."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from modtrain.checkpoint.checkpointer import Checkpointer
-from modtrain.checkpoint.recovery import recover, whole_checkpoints
+from modtrain.checkpoint.recovery import whole_checkpoints
 from modtrain.common.errors import CheckpointError, ModtrainError, RankError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
@@ -36,15 +35,15 @@ from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve, strategy_options
-from modtrain.training.rank_consistency import check_alike
+from modtrain.training.rank_consistency import check_rank_consistency
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.spikes.detector import RollBackError, SpikeTrace
+from modtrain.training.spikes.journal import RollBackError, SpikeJournal
 from modtrain.training.stop_signal import STOP
 from modtrain.training.trainer import make_trainer
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """How a run ended. status: ``complete``, ``already complete`` or ``stopped``."""
 
     status: str
@@ -52,19 +51,19 @@ class Outcome:
     exit_code: int = 0
 
 
-def train(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> Outcome:
+def train(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> TrainResult:
     """Train the run that ``config`` describes, from its newest whole checkpoint if it has one.
 
     Collective where torchrun or srun started several processes.
 
-    callbacks: more of Lightning's, to look on; they come first.
+    callbacks: further Lightning callbacks; they are called first.
 
     Raises:
-        ModtrainError: what a user can mend, with the remedy.
+        ModtrainError: an error that the user can correct, with the remedy.
     """
     launch = Launch.from_environment()
     launch.export()
-    # Frozen as it is here: on another device ``auto`` might mean another precision midway.
+    # Resolved once: on another device ``auto`` could mean another precision after a resume.
     accelerator = resolve_accelerator(config.strategy.accelerator)
     config = replace(config, precision=resolve_precision(config.precision, accelerator))
     timeout = timedelta(seconds=config.strategy.timeout)
@@ -104,107 +103,116 @@ class _Run:
             eval_sequences=config.eval.sequences,
         )
 
-    def train(self) -> Outcome:
-        """Train what is left of it."""
+    def train(self) -> TrainResult:
+        """Train the steps that are left."""
         run, ranks = self.directory, self.ranks
         if ranks.broadcast_from_rank0(run.is_complete):
             with ranks.raise_on_all_ranks():
                 run.check_same(self.config)
             self.console.print(f"{run.path} is complete: nothing to train")
-            return Outcome("already complete", run)
-        with ExitStack() as held:
+            return TrainResult("already complete", run)
+        with ExitStack() as lock:
             with ranks.raise_on_all_ranks():
                 if ranks.is_rank0:
-                    held.enter_context(run.locked())
+                    lock.enter_context(run.locked())
             return self._train_locked()
 
-    def _train_locked(self) -> Outcome:
+    def _train_locked(self) -> TrainResult:
         config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
         if config.strategy.num_threads is not None:
             torch.set_num_threads(config.strategy.num_threads)
         self._start()
-        trace, reached = SpikeTrace(run, ranks), None
-        while reached is None:
-            reached = self._go_on(trace)
-        if reached < plan.steps:
+        journal, last_step = SpikeJournal(run, ranks), None
+        while last_step is None:
+            last_step = self._resume(journal)
+        if last_step < plan.steps:
             return self._stopped()
         with ranks.raise_on_all_ranks():
             if ranks.is_rank0:
                 run.complete(_result(plan, run))
         self.console.print(f"{run.path} is complete: {plan.steps} steps, {plan.flops:.3g} FLOPs")
-        return Outcome("complete", run)
-
-    def _go_on(self, trace: SpikeTrace) -> int | None:
-        """Train from the newest whole checkpoint; return the step reached, None to go back."""
-        config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
-        # The last fit may have left its model in a cycle of references.
-        gc.collect()
-        if self.watchdog is not None:
-            self.watchdog.heartbeat("the choice of a checkpoint", SLOW_TIMEOUT)
-        found = recover(run.checkpoints, ranks)
-        start_step, path = found if found is not None else (0, None)
-        rolled_back = trace.go_on(start_step, plan.sequences_per_step, config.spike)
-        self.data.left_out = trace.left_out
-        for said in rolled_back:
-            self.console.print(said)
-        if start_step:
-            self.console.print(f"{run.path} goes on from step {start_step} of {plan.steps}")
-        log = MetricsLog(run, plan, start_step, config.log.tensorboard, ranks.is_rank0)
-        try:
-            if rolled_back:
-                log.write(start_step, {"spike/rollbacks": trace.rollbacks})
-            if start_step == plan.steps:
-                return start_step
-            return self._fit(log, start_step, path, trace)
-        except RollBackError as error:
-            trace.pending = (error.spike, error.samples)
-            return None
-        finally:
-            log.close()
+        return TrainResult("complete", run)
 
     def _start(self) -> None:
-        """Write down that the run starts, once all ranks are of one mind."""
+        """Record the start of the run, once all ranks agree on what they run."""
         with self.ranks.raise_on_all_ranks():
             fingerprint = self.data.index.summary.fingerprint
-        check_alike(self.config, fingerprint, self.ranks)
+        check_rank_consistency(self.config, fingerprint, self.ranks)
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_rank0:
                 device = resolve_accelerator(self.config.strategy.accelerator)
                 self.directory.start(self.config, fingerprint, device)
         with self.ranks.raise_on_all_ranks():
-            self.directory.check_seen()
+            self.directory.check_visible()
 
-    def _fit(self, log: MetricsLog, start_step: int, path: Path | None, trace: SpikeTrace) -> int:
-        """Train from ``start_step`` and return the step reached: the last, or where it stopped."""
+    def _resume(self, journal: SpikeJournal) -> int | None:
+        """Train from the newest whole checkpoint; return the last step, None to roll back."""
+        # The fit before may have left its model in a reference cycle.
+        gc.collect()
+        saving = self.config.checkpoint
+        checkpointer = Checkpointer(self.ranks, saving.keep_last, saving.keep_every)
+        with _closed(checkpointer):
+            return self._resume_with(checkpointer, journal)
+
+    def _resume_with(self, checkpointer: Checkpointer, journal: SpikeJournal) -> int | None:
+        config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
+        if self.watchdog is not None:
+            self.watchdog.heartbeat("the choice of a checkpoint", SLOW_TIMEOUT)
+        start_step, path = checkpointer.recover(run.checkpoints) or (0, None)
+        messages = journal.resume(start_step, plan.sequences_per_step, config.spike)
+        self.data.left_out = journal.left_out
+        for message in messages:
+            self.console.print(message)
+        if start_step:
+            self.console.print(f"{run.path} resumes from step {start_step} of {plan.steps}")
+        log = MetricsLog(run, plan, start_step, config.log.tensorboard, ranks.is_rank0)
+        try:
+            if messages:
+                log.write(start_step, {"spike/rollbacks": journal.rollbacks})
+            if start_step == plan.steps:
+                return start_step
+            return self._fit(log, start_step, path, checkpointer, journal)
+        except RollBackError as error:
+            journal.pending = (error.spike, error.samples)
+            return None
+        finally:
+            log.close()
+
+    def _fit(
+        self,
+        log: MetricsLog,
+        start_step: int,
+        path: Path | None,
+        checkpointer: Checkpointer,
+        journal: SpikeJournal,
+    ) -> int:
+        """Train from ``start_step``, or the checkpoint ``path``; return the last step made."""
         config, plan = self.config, self.plan
         accelerator = resolve_accelerator(config.strategy.accelerator)
-        saving = config.checkpoint
-        with _closed(Checkpointer(self.ranks, saving.keep_last, saving.keep_every)) as checkpointer:
-            strategy = make_strategy(strategy_options(config, plan), accelerator, checkpointer)
-            # What is drawn in training is drawn for other sequences on each data-parallel rank.
-            L.seed_everything((config.seed + strategy.data_rank) % 2**32, verbose=False)
-            module = LanguageModule(config, plan)
-            self.data.start_step = start_step
-            callbacks = self._callbacks(log, checkpointer, trace)
-            trainer = make_trainer(config, plan, strategy, self.launch, callbacks)
-            # A SIGTERM after Lightning's handlers are set and before ours are again would end the
-            # process with exit code 0. No step is lost by it, for none was made; but the run is
-            # unfinished.
-            with suppress(SIGTERMException):
-                trainer.fit(module, datamodule=self.data, ckpt_path=path)
-            return trainer.global_step
+        strategy = make_strategy(strategy_options(config, plan), accelerator, checkpointer)
+        # Data-parallel ranks have different sequences, and draw different numbers for them.
+        L.seed_everything((config.seed + strategy.data_rank) % 2**32, verbose=False)
+        module = LanguageModule(config, plan)
+        self.data.start_step = start_step
+        callbacks = self._callbacks(log, checkpointer, journal)
+        trainer = make_trainer(config, plan, strategy, self.launch, callbacks)
+        trainer.fit(module, datamodule=self.data, ckpt_path=path)
+        return trainer.global_step
 
     def _callbacks(
-        self, log: MetricsLog, checkpointer: Checkpointer, trace: SpikeTrace
+        self, log: MetricsLog, checkpointer: Checkpointer, journal: SpikeJournal
     ) -> list[L.Callback]:
         config, run, ranks = self.config, self.directory, self.ranks
         clock = StepClock()
         metrics = MetricsCallback(log, clock, config.log.every, config.precision, ranks)
-        due = [config.log.every, config.checkpoint.every, config.eval.every or config.log.every]
-        # In order: nothing may be recorded, judged or saved after a step that went wrong.
-        guard: StepCallback = FiniteLossGuard(run, self.data, due, checkpointer, ranks)
+        intervals = [
+            *(config.log.every, config.checkpoint.every),
+            config.eval.every or config.log.every,
+        ]
+        # The order matters: nothing is recorded, evaluated or saved after a bad step.
+        guard: StepCallback = FiniteLossGuard(run, self.data, intervals, checkpointer, ranks)
         if config.spike.action != "none":
-            guard = SpikeGuard(trace, self.data, due, checkpointer, log, self.console.print, ranks)
+            guard = SpikeGuard(journal, self.data, intervals, checkpointer, log, self.console.print)
         callbacks: list[L.Callback] = [
             guard,
             metrics,
@@ -217,23 +225,23 @@ class _Run:
             callbacks.append(HeartbeatCallback(self.watchdog))
         return [*self.more_callbacks, *callbacks]
 
-    def _stopped(self) -> Outcome:
+    def _stopped(self) -> TrainResult:
         run = self.directory
         newest = whole_checkpoints(run.checkpoints)[-1:]
         signums = self.ranks.all_gather_object(STOP.signum)
         if STOP.signum is None:
             # Another rank received it.
             STOP.signum = next((signum for signum in signums if signum is not None), None)
-        at = f"step {newest[0][0]} is saved" if newest else "nothing is saved yet"
-        self.console.print(f"stopped by {STOP.name}: {at}; the same command goes on from there")
-        return Outcome("stopped", run, STOP.exit_code)
+        saved = f"step {newest[0][0]} is saved" if newest else "nothing is saved yet"
+        self.console.print(f"stopped by {STOP.name}: {saved}; rerun the same command to resume")
+        return TrainResult("stopped", run, STOP.exit_code)
 
 
 @contextmanager
-def _closed(checkpointer: Checkpointer) -> Iterator[Checkpointer]:
-    """Let a save in flight come to its end, unless another rank is gone with which it is made."""
+def _closed(checkpointer: Checkpointer) -> Iterator[None]:
+    """Wait for a save in flight at the end, unless another rank failed that takes part in it."""
     try:
-        yield checkpointer
+        yield
     except ModtrainError as error:
         if not isinstance(error, RankError):
             with suppress(CheckpointError):
@@ -243,9 +251,8 @@ def _closed(checkpointer: Checkpointer) -> Iterator[Checkpointer]:
 
 
 def _result(plan: TrainingPlan, run: RunDirectory) -> dict[str, Any]:
-    """Return what the run came to: its size, and the last value of each metric."""
-    merged: dict[str, Any] = {}
+    """Return the content of the run's result: its size, and the last value of each metric."""
+    values: dict[str, Any] = {}
     for record in read_metrics(run.metrics):
-        merged.update(record)
-    size = {"steps": plan.steps, "tokens": plan.tokens, "flops": plan.flops}
-    return {**merged, **size}
+        values.update(record)
+    return {**values, "steps": plan.steps, "tokens": plan.tokens, "flops": plan.flops}

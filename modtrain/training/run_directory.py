@@ -1,6 +1,6 @@
-"""A run's directory: what was asked for, by which code, and what came of it.
+"""A run's directory: its configuration, the code's version, and its results.
 
-``runs/<name>/`` has the same path at every start, so a job that comes back finds it.
+``runs/<name>/`` has the same path at every start, so a job that is requeued finds it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from modtrain.common.renamed_keys import flatten, translate
 from modtrain.training.config import MUTABLE_KEYS, CheckpointConfig, TrainConfig
 
 VERSION_FILE = "VERSION.json"
-"""What a copy of the code says of the checkout that it was made from."""
+"""In a copy of the code: commit and changes of the checkout that it was made from."""
 
-# Whoever looks whether a run is held holds it for a moment; workers of a loader may outlive theirs.
-_PATIENCE = 3.0
+# Testing a lock holds it for a moment, and loader workers may outlive their process.
+_LOCK_TIMEOUT = 3.0
 _PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "webdataset", "numpy", "tokenizers")
 
 
@@ -61,23 +61,23 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run: two processes in one directory would spoil each other's files.
+        """Lock the run: two processes in one directory would corrupt each other's files.
 
         Raises:
-            CheckpointError: another process holds it, or the file system has no locks. The lock
-                ends with its process.
+            CheckpointError: another process has locked it, or the file system has no locks. The
+                lock ends with its process.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         reason = "is in use by another process: wait for it, or give another name="
         in_use = CheckpointError(f"{self.path} {reason}")
-        with acquire_lock(self.path / ".lock", in_use, _PATIENCE):
+        with acquire_lock(self.path / ".lock", in_use, _LOCK_TIMEOUT):
             yield
 
     def start(self, config: TrainConfig, data_fingerprint: str, device: str) -> None:
-        """Note this start; the first one freezes the configuration.
+        """Record this start; the first one freezes the configuration.
 
         Raises:
-            CheckpointError: the directory holds another run than ``config`` asks for.
+            CheckpointError: the directory is of a run with another configuration or other data.
         """
         for folder in (self.checkpoints, self.tensorboard, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
@@ -89,26 +89,26 @@ class RunDirectory:
             manifest = json.loads(self.manifest.read_text())
             if manifest["data_fingerprint"] != data_fingerprint:
                 raise CheckpointError(
-                    f"{self.path} was trained on other data than {config.data.path} holds now:"
+                    f"{self.path} was trained on other data than {config.data.path} has now:"
                     f" {manifest['data_fingerprint'][:12]} then, {data_fingerprint[:12]} now."
-                    " Give another name=, or bring the first data back"
+                    " Give another name=, or restore the first data"
                 )
         manifest["starts"].append(started)
         write_text(self.manifest, json.dumps(manifest, indent=1))
         if not self.config.is_file():
             write_text(self.path / "command.txt", shlex.join(sys.argv) + "\n")
-            # Last: a directory without it is a run that never started.
+            # Written last: a directory without it is a run that never started.
             write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
-    def check_seen(self) -> None:
-        """Raise unless this process sees what the first one wrote.
+    def check_visible(self) -> None:
+        """Raise unless this process sees what rank 0 wrote.
 
         Raises:
-            CheckpointError: ``runs_dir`` is another directory here.
+            CheckpointError: ``runs_dir`` is another directory on this node.
         """
         if not self.config.is_file():
             raise CheckpointError(
-                f"{self.path} was started by rank 0 and is not to be seen on {platform.node()}:"
+                f"{self.path} was started by rank 0 and is not visible on {platform.node()}:"
                 " runs_dir has to be on a file system that all nodes share"
             )
 
@@ -119,17 +119,17 @@ class RunDirectory:
             CheckpointError: there is none, or it is not one of this version.
         """
         try:
-            return typed(OmegaConf.to_container(OmegaConf.load(self.config)))
+            return to_train_config(OmegaConf.to_container(OmegaConf.load(self.config)))
         except FileNotFoundError:
-            raise CheckpointError(f"{self.path} holds no run: it has no config.yaml") from None
+            raise CheckpointError(f"{self.path} is not a run: it has no config.yaml") from None
         except Exception as error:
             raise CheckpointError(f"{self.config} cannot be read: {error}") from None
 
-    def keeps(self) -> CheckpointConfig:
-        """Return which checkpoints the newest start of the run was to keep.
+    def retention(self) -> CheckpointConfig:
+        """Return the checkpoint configuration of the run's newest start.
 
         Raises:
-            CheckpointError: there is no run here.
+            CheckpointError: the directory is not a run.
         """
         config = self.read_config().checkpoint
         starts = json.loads(self.manifest.read_text())["starts"] if self.manifest.is_file() else []
@@ -137,7 +137,7 @@ class RunDirectory:
         return replace(config, **translate(stored).get("checkpoint", {}))
 
     def check_same(self, config: TrainConfig) -> None:
-        """Raise unless ``config`` differs from the run's own only in what may change.
+        """Raise if ``config`` differs from the run's own in a key that may not change.
 
         Raises:
             OtherRunError: names each key that differs, with both values.
@@ -148,20 +148,20 @@ class RunDirectory:
         changed = differences(self.read_config(), config, "the run", free)
         if changed:
             raise OtherRunError(
-                "\n".join([f"{self.path} holds a run with another configuration:", *changed])
-                + "\nremedy: take these back to go on with it, or give another name= for a new run"
+                "\n".join([f"{self.path} is a run with another configuration:", *changed])
+                + "\nremedy: undo these changes to resume it, or give another name= for a new run"
             )
 
     def complete(self, result: dict[str, Any]) -> None:
-        """Write the result, then the mark that the run is at its end."""
+        """Write the result, then mark the run as complete."""
         write_text(self.result, json.dumps(result, indent=1))
         write_text(self.completed_mark, "")
 
 
-def check_goes_on(config: TrainConfig, resolved: TrainConfig) -> None:
-    """Raise where the run's directory holds another run, before anything is started.
+def check_resumable(config: TrainConfig, resolved: TrainConfig) -> None:
+    """Raise if the run's directory belongs to a run with another configuration.
 
-    config: as it was given. resolved: the same, made definite on this machine.
+    config: as given. resolved: the same after `resolve`.
 
     Raises:
         CheckpointError: as `RunDirectory.check_same` does, or the directory cannot be read.
@@ -169,17 +169,17 @@ def check_goes_on(config: TrainConfig, resolved: TrainConfig) -> None:
     run = RunDirectory.of(config)
     if run.config.is_file():
         if config.precision == "auto":
-            # It was made definite by the device on which the run started.
+            # The device on which the run started decided it.
             resolved = replace(resolved, precision=run.read_config().precision)
         run.check_same(resolved)
 
 
-def typed(content: Any) -> TrainConfig:
-    """Return the configuration whose values are ``content``; keys that it lacks are as by default.
+def to_train_config(content: Any) -> TrainConfig:
+    """Return the configuration with the values ``content``; missing keys have their defaults.
 
     Raises:
         OmegaConfBaseException: ``content`` is not one of this version.
-        TypeError: it is no configuration at all.
+        TypeError: it is not a configuration.
     """
     if not isinstance(content, Mapping):
         raise TypeError("it is not a run's configuration")
@@ -195,9 +195,9 @@ def differences(
 ) -> list[str]:
     """Return a line for each key that differs, with both values.
 
-    where: what ``before`` is of. free: keys that may differ, with all that is below them.
+    where: name of ``before`` in the text. free: keys that may differ, with all keys below them.
     """
-    ours, theirs = flat(before), flat(now)
+    ours, theirs = dotted_values(before), dotted_values(now)
     return [
         f"  {key}: {ours.get(key)} in {where}, {theirs.get(key)} now"
         for key in sorted(ours.keys() | theirs.keys())
@@ -206,14 +206,14 @@ def differences(
     ]
 
 
-def flat(config: TrainConfig) -> dict[str, Any]:
+def dotted_values(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration's values by dotted key."""
     content: Any = OmegaConf.to_container(OmegaConf.structured(config))
     return flatten(content)
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a run depends on."""
+    """Return the versions of the main packages."""
     return {name: metadata.version(name) for name in _PACKAGES}
 
 
@@ -233,19 +233,19 @@ def _describe_start(data_fingerprint: str, device: str) -> dict[str, Any]:
 
 
 def code_version() -> dict[str, str] | None:
-    """Commit and uncommitted changes of the checkout that this code runs or was copied from."""
+    """Return commit and uncommitted changes of the checkout that this code is in or a copy of."""
     root = Path(modtrain.__file__).parents[1]
     if (root / VERSION_FILE).is_file():
-        found: dict[str, str] | None = json.loads((root / VERSION_FILE).read_text())
-        return found
+        version: dict[str, str] | None = json.loads((root / VERSION_FILE).read_text())
+        return version
     if not (root / ".git").exists():
-        # An image says it by this variable.
+        # A container image sets this variable.
         commit = os.environ.get("MODTRAIN_REVISION")
         return {"commit": commit, "diff": ""} if commit else None
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
-        # A file of the user's may be in any encoding.
+        # The user's files may be in any encoding.
         done = subprocess.run(command, capture_output=True, check=False, timeout=30)  # noqa: S603
         return done.stdout.decode(errors="replace")
 

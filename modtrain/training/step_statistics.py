@@ -1,4 +1,4 @@
-"""What a run's steps come to between two records, summed up where they are made."""
+"""Statistics of the steps between two records, summed on the device."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Record = TypeVar("Record", RoutingRecord, ExpertRecord)
 
 @dataclass
 class StepStatistics:
-    """Sums over micro-batches since they were last read. They stay on the device: reading waits.
+    """Sums over the micro-batches since the last record. On the device: reading them waits.
 
-    loss, auxiliary: sums over ``count`` micro-batches, the latter by name and with their weights in
-    the objective. grad_norm: the trunk's, of the last step, before clipping. routing, experts: the
-    records of the last micro-batch.
+    loss, auxiliary: sums over ``count`` micro-batches; auxiliary losses by name, with their weights
+    in the objective. grad_norm: the trunk's, of the last step, before clipping. routing, experts:
+    the records of the last micro-batch.
     """
 
     loss: Tensor
@@ -34,16 +34,16 @@ class StepStatistics:
 
     @classmethod
     def zero(cls, device: torch.device) -> StepStatistics:
-        """Start anew."""
+        """Return empty statistics."""
         return cls(torch.zeros((), device=device))
 
     @property
     def total(self) -> Tensor:
-        """The objective: the loss with everything that is minimised beside it."""
+        """The objective: the loss and the auxiliary losses."""
         return sum(self.auxiliary.values(), start=self.loss)
 
     def add(self, output: ModelOutput) -> None:
-        """Take in one micro-batch."""
+        """Add one micro-batch."""
         if output.loss is not None:
             self.loss = self.loss + output.loss.detach()
         for name, value in output.auxiliary.items():
@@ -53,23 +53,23 @@ class StepStatistics:
         self.routing = tuple(_detached(record) for record in output.routing)
         self.experts = tuple(_detached(record) for record in output.experts)
 
-    def unless(self, is_left_out: Tensor, before: StepStatistics) -> None:
-        """Forget a step if it is left out: go back to the sums ``before``, but for the count."""
+    def restore_if(self, is_skipped: Tensor, before: StepStatistics) -> None:
+        """Go back to the sums ``before`` a step if it is skipped; ``count`` stays."""
         nan = torch.full_like(self.loss, torch.nan)
-        self.loss = torch.where(is_left_out, before.loss, self.loss)
+        self.loss = torch.where(is_skipped, before.loss, self.loss)
         for name, value in self.auxiliary.items():
             other = before.auxiliary.get(name, torch.zeros_like(value))
-            self.auxiliary[name] = torch.where(is_left_out, other, value)
+            self.auxiliary[name] = torch.where(is_skipped, other, value)
         if self.grad_norm is not None:
             other = nan if before.grad_norm is None else before.grad_norm
-            self.grad_norm = torch.where(is_left_out, other, self.grad_norm)
+            self.grad_norm = torch.where(is_skipped, other, self.grad_norm)
 
-    def drop(self, count: int) -> None:
-        """Take away the count of forgotten micro-batches."""
+    def discard(self, count: int) -> None:
+        """Subtract ``count`` micro-batches of skipped steps from the count."""
         self.count -= count
 
     def means(self) -> dict[str, float]:
-        """Return the loss and the auxiliary ones of a micro-batch; NaN where none is left."""
+        """Return the mean losses of a micro-batch; NaN without one."""
         sums = {"loss": self.loss, **{f"{name}_loss": v for name, v in self.auxiliary.items()}}
         return {
             name: float(total) / self.count if self.count else math.nan
@@ -77,14 +77,14 @@ class StepStatistics:
         }
 
     def mean(self, over_ranks: Callable[[Tensor], Tensor]) -> StepStatistics:
-        """Return the sums that ranks of equal shares have on average; collective."""
+        """Return the mean of the ranks' sums; collective."""
         flat = over_ranks(torch.stack([self.loss, *self.auxiliary.values()]).float())
         loss, *others = flat.unbind()
         names = self.auxiliary
         return replace(self, loss=loss, auxiliary=dict(zip(names, others, strict=True)))
 
     def state(self, accumulate: int) -> dict[str, Any]:
-        """Return what a checkpoint keeps. accumulate: micro-batches of a step."""
+        """Return what a checkpoint stores. accumulate: micro-batches a step."""
         return {
             "loss": self.loss.cpu(),
             "auxiliary": {name: value.cpu() for name, value in self.auxiliary.items()},
@@ -94,8 +94,10 @@ class StepStatistics:
         }
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], accumulate: int, device: torch.device) -> StepStatistics:
-        """Take up what `state` returned, also where a step now has other micro-batches."""
+    def from_state(
+        cls, state: Mapping[str, Any], accumulate: int, device: torch.device
+    ) -> StepStatistics:
+        """Restore what `state` returned, also where a step has other micro-batches now."""
         scale = accumulate / state["accumulate"]
         norm = state["grad_norm"]
         return cls(
@@ -107,6 +109,6 @@ class StepStatistics:
 
 
 def _detached(record: Record) -> Record:
-    """Let go of the graph: what is looked at later is numbers."""
+    """Return the record without its autograd graph."""
     values: list[Any] = [None if value is None else value.detach() for value in record]
     return type(record)(*values)

@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop. A handler only sets a flag; the run looks at it between steps.
+"""Signals that ask a run to stop. A handler only sets a flag, which the run reads between steps.
 
-Imported before torch and Lightning, so that a signal in the seconds of their imports is not lost.
+Imported before torch and Lightning, so that a signal during their slow imports is not lost.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# What a job's script says of the seconds between a signal and the end: before the time limit, and
-# where the job is preempted.
+# The variables in which a job's script gives the seconds between a signal and the kill: before the
+# time limit, and at a preemption.
 _TIME_LEFT: dict[int, str] = {signal.SIGUSR1: "MODTRAIN_LEAD", signal.SIGTERM: "MODTRAIN_GRACE"}
 
 
@@ -24,7 +24,7 @@ class StopRequest:
         self._since = 0.0
 
     def install(self) -> None:
-        """Take the stop signals over. May be called again, after others have set handlers."""
+        """Install the handlers. May be called again after others have been installed."""
         for signum in STOP_SIGNALS:
             signal.signal(signum, self._handle)
 
@@ -38,27 +38,27 @@ class StopRequest:
 
     @property
     def seconds_left(self) -> float | None:
-        """How long this process has before it is ended; None: nobody said."""
+        """Seconds until this process is killed, None if unknown."""
         name = _TIME_LEFT.get(self.signum or 0)
-        said = os.environ.get(name, "") if name else ""
-        if not said.isdecimal():
+        seconds = os.environ.get(name, "") if name else ""
+        if not seconds.isdecimal():
             return None
-        return int(said) - (time.monotonic() - self._since)
+        return int(seconds) - (time.monotonic() - self._since)
 
     @property
     def requested(self) -> bool:
-        """Whether a stop was asked for."""
+        """Whether a stop was requested."""
         return self.signum is not None
 
     def pause(self, seconds: float) -> None:
-        """Sleep for as long, or until a stop is asked for."""
+        """Sleep for ``seconds``, or until a stop is requested."""
         until = time.monotonic() + seconds
         while not self.requested and time.monotonic() < until:
             time.sleep(0.2)
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, as shells expect; else 75, which means: run me again."""
+        """130 after Ctrl-C, as shells expect; else 75 (EX_TEMPFAIL): run again."""
         return 130 if self.signum == signal.SIGINT else 75
 
     @property

@@ -291,7 +291,7 @@ def test_the_command_tells_and_fails(run, capsys):
     assert main([*asked, "run=r", "action=verify"]) == 1
     assert "damaged checkpoints:" in capsys.readouterr().err
     assert main([*asked, "run=gone"]) == 1
-    assert "holds no run" in capsys.readouterr().err
+    assert "is not a run" in capsys.readouterr().err
 
 
 def test_a_damaged_step_is_not_read(run):

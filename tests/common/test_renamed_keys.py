@@ -16,7 +16,7 @@ from modtrain.experiments.search.config import parse_space
 from modtrain.experiments.search.search import suggest
 from modtrain.experiments.search.study import open_study
 from modtrain.training.plan import resolve
-from modtrain.training.run_directory import RunDirectory, check_goes_on
+from modtrain.training.run_directory import RunDirectory, check_resumable
 
 TABLE = {
     "model.share": "model.capacity",
@@ -129,15 +129,15 @@ def test_a_run_that_stored_old_keys_goes_on(renamed, arguments, monkeypatch):
     manifest["starts"][-1]["checkpoint"] = {"keep": checkpoint.pop("keep_last"), **checkpoint}
     run.manifest.write_text(json.dumps(manifest))
     monkeypatch.setitem(RENAMED_KEYS, "checkpoint.keep", "checkpoint.keep_last")
-    assert run.keeps().keep_last == 3
+    assert run.retention().keep_last == 3
     assert run.read_config() == stored
     run.completed_mark.unlink()
     assert read_run(run.path, "r").steps == 4
     again = compose("train", arguments)
-    check_goes_on(again, resolve(again)[0])
+    check_resumable(again, resolve(again)[0])
     changed = compose("train", [*arguments, "model.capacity=0.25"])
     with pytest.raises(OtherRunError, match=r"model.capacity: 0.5 in the run, 0.25 now"):
-        check_goes_on(changed, resolve(changed)[0])
+        check_resumable(changed, resolve(changed)[0])
     assert cli.main(["train", *arguments]) == 0
     assert cli.main(["eval", "run=r", "sequences=8"]) == 0
     assert cli.main(["checkpoints", "run=r"]) == 0

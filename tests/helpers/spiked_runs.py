@@ -55,7 +55,7 @@ class Steps(L.Callback):
     """Notes whether each step changed any of weights, moments, counts of steps, buffers."""
 
     def __init__(self):
-        self.before, self.changed, self.judge = None, [], None
+        self.before, self.changed, self.detector = None, [], None
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -67,8 +67,9 @@ class Steps(L.Callback):
         same = [torch.equal(one, other) for one, other in zip(before, now, strict=True)]
         self.changed.append("none" if all(same) else "some" if any(same) else "all")
         self.before = now
-        if module.judge is not None:
-            self.judge = {key: value.tolist() for key, value in module.judge.state().items()}
+        if module.spikes is not None:
+            state = module.spikes.detector.state()
+            self.detector = {key: value.tolist() for key, value in state.items()}
 
 
 def spoil(bad: list[int], factor: float, rank: int | None = None) -> None:
@@ -95,11 +96,11 @@ def spoil(bad: list[int], factor: float, rank: int | None = None) -> None:
 
 
 def spiked(lines: list[str], bad: list[int], factor: float = 1e3, rank: int | None = None):
-    """Train on spoiled samples; returns the status, what each step changed, the judge's state."""
+    """Train on spoiled samples; return status, what each step changed, the detector's state."""
     spoil(bad, factor, rank)
     steps = Steps()
     status = train(compose("train", lines), [steps]).status
-    return status, steps.changed, steps.judge
+    return status, steps.changed, steps.detector
 
 
 def records(run: Path, key: str) -> dict[int, float]:

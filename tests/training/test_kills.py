@@ -93,4 +93,4 @@ def test_a_signal_at_any_moment_ends_unfinished_and_is_resumed(tiny, tmp_path, s
     assert not (tmp_path / "cut/COMPLETED").exists()
     done = run_modtrain("train", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "goes on from step" in done.stdout
+    assert "resumes from step" in done.stdout

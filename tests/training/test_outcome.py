@@ -8,7 +8,7 @@ import pytest
 
 from modtrain.common.errors import ConfigError, Problem, TrainingError
 from modtrain.training.metrics_log import read_metrics
-from modtrain.training.outcome import OUTCOME, told
+from modtrain.training.outcome import OUTCOME, report_outcome
 from modtrain.training.stop_signal import StopRequest
 from tests.conftest import modtrain_command
 
@@ -29,7 +29,7 @@ def last_step(metrics):
 )
 def test_an_error_is_told_in_two_lines_and_goes_on(error, code, tmp_path, monkeypatch):
     monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
-    with pytest.raises(type(error)), told():
+    with pytest.raises(type(error)), report_outcome():
         raise error
     first, second = (tmp_path / "outcome").read_text().splitlines()
     assert first == str(code)
@@ -40,18 +40,18 @@ def test_an_error_is_told_in_two_lines_and_goes_on(error, code, tmp_path, monkey
 def test_one_rank_tells(tmp_path, monkeypatch):
     monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
     monkeypatch.setenv("RANK", "1")
-    with told() as outcome:
+    with report_outcome() as outcome:
         outcome.exit_code = 75
     assert not (tmp_path / "outcome").exists()
     monkeypatch.setenv("RANK", "0")
-    with told() as outcome:
+    with report_outcome() as outcome:
         outcome.exit_code = 75
     assert (tmp_path / "outcome").read_text() == "75\n\n"
 
 
 def test_a_script_that_is_gone_spoils_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv(OUTCOME, str(tmp_path / "gone/outcome"))
-    with told():
+    with report_outcome():
         pass
 
 

@@ -19,7 +19,7 @@ from modtrain.common.renamed_keys import new_name, translate_flat
 from modtrain.data.stream.index import read_summary
 from modtrain.experiments.search.config import SearchConfig
 from modtrain.training.config import MUTABLE_KEYS, TrainConfig
-from modtrain.training.run_directory import differences, typed
+from modtrain.training.run_directory import differences, to_train_config
 
 # What may differ between trials that are ranked together: on eval.sequences a loss depends.
 _MUTABLE = (
@@ -86,7 +86,7 @@ def _check_settings_unchanged(study: optuna.Study, directory: Path, now: TrainCo
         study.set_user_attr("settings", content)
         return
     try:
-        before = typed(stored)
+        before = to_train_config(stored)
     except (OmegaConfBaseException, TypeError) as error:
         raise CheckpointError(f"the settings in {directory} cannot be read: {error}") from None
     _raise_if_changed(directory, differences(before, now, "the study", _MUTABLE))

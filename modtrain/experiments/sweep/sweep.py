@@ -37,7 +37,7 @@ from modtrain.experiments.sweep.jobs import (
 from modtrain.experiments.sweep.slurm_array import launch_on_slurm
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
-from modtrain.training.run_directory import RunDirectory, check_goes_on
+from modtrain.training.run_directory import RunDirectory, check_resumable
 from modtrain.training.stop_signal import STOP
 
 Compose = Callable[[Sequence[str]], TrainConfig]
@@ -192,7 +192,7 @@ def _check(config: TrainConfig, slurm_job: SubmitConfig | None) -> None:
             raise_if_any(run_problems(config, slurm_job))
         else:
             resolved, _ = resolve(config, launch=Launch())
-            check_goes_on(config, resolved)
+            check_resumable(config, resolved)
     except CheckpointError as error:
         remedy = "take the changes back, or give the sweep another name="
         raise ConfigError([Problem("name", config.name, str(error), remedy)]) from None

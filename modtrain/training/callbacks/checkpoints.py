@@ -1,4 +1,4 @@
-"""Saves at intervals, at the end, and where a signal asks the run to stop."""
+"""Saves at intervals, at the end, and after a signal that asks the run to stop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointCallback(StepCallback):
-    """Writes checkpoints, and removes old ones only when a newer one is safe on disk."""
+    """Saves checkpoints; old ones are removed only when a newer one is on disk."""
 
     def __init__(
         self,
@@ -34,18 +34,18 @@ class CheckpointCallback(StepCallback):
         self.checkpointer, self.ranks = checkpointer, ranks
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals back: Lightning has set handlers that would end the run unsaved."""
+        """Install the signal handlers, also for a run that no command line started."""
         del trainer, pl_module
         STOP.install()
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
-        """Save where it is due; after a stop signal save and end."""
-        # Every rank has to come to one answer, or some would save and others train on.
+        """Save when it is due; after a stop signal save and end."""
+        # All ranks must agree: a save is collective.
         stop = self.ranks.any_at_last_call(STOP.requested)
         if not stop and not is_due(step, self.config.every, module.plan.steps):
             self.checkpointer.poll()
             return
-        if stop and step < module.plan.steps and not self._has_time(step):
+        if stop and step < module.plan.steps and not self._has_time_to_save(step):
             trainer.should_stop = True
             return
         blocking = stop or step == module.plan.steps or not self.config.background
@@ -57,18 +57,18 @@ class CheckpointCallback(StepCallback):
         if stop:
             trainer.should_stop = True
 
-    def _has_time(self, step: int) -> bool:
-        """Whether a save comes to its end before the process does, as far as is known."""
-        left, takes = STOP.seconds_left, self.checkpointer.longest_save
-        late = left is not None and takes > left
-        # A rank that was not told knows of no end.
-        if not self.ranks.any(late):
+    def _has_time_to_save(self, step: int) -> bool:
+        """Whether a save will finish before the process is killed, as far as is known."""
+        left, needed = STOP.seconds_left, self.checkpointer.longest_save
+        is_late = left is not None and needed > left
+        # A rank that received no signal knows no deadline.
+        if not self.ranks.any(is_late):
             return True
         if self.ranks.is_rank0:
             log.warning(
-                "step %d is not saved: a save takes %.0f s, and %s s are left. What came after the"
-                " last checkpoint is made again; a longer cluster.lead or cluster.grace, or"
-                " checkpoints more often, would lose less",
-                *(step, takes, "fewer" if left is None else f"{left:.0f}"),
+                "step %d is not saved: a save takes %.0f s, and %s s are left. The steps after the"
+                " last checkpoint will be repeated; to lose less, set a longer cluster.lead or"
+                " cluster.grace, or save more often",
+                *(step, needed, "fewer" if left is None else f"{left:.0f}"),
             )
         return False

@@ -1,4 +1,4 @@
-"""Evaluates on held-out text at intervals."""
+"""Evaluates on held-out data at intervals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CAUSAL_FLOPS = "held_out/causal_flops_per_token"
 
 
 class HeldOutCallback(StepCallback):
-    """Records the causal loss, and beside it the top-k loss, which is not causal.
+    """Records the causal loss, and the top-k loss, which is not causal.
 
     watchdog: gets a heartbeat for each batch, because a large split may take long.
     """
@@ -44,12 +44,12 @@ class HeldOutCallback(StepCallback):
         self.ranks, self.watchdog = ranks, watchdog
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
-        """Evaluate where it is due."""
+        """Evaluate when it is due."""
         if not is_due(step, self.every, module.plan.steps):
             return
         data: TokenDataModule = trainer.datamodule  # type: ignore[attr-defined]
         with self.clock, _eager(module):
-            found = evaluate(
+            held_out = evaluate(
                 module.model,
                 self._with_heartbeats(data.val_dataloader(), step),
                 trainer.precision_plugin.forward_context(),
@@ -57,8 +57,8 @@ class HeldOutCallback(StepCallback):
                 capacities=module.plan.capacities_at(step - 1),
                 total=self._total(module, counts=not data.valid_batches().is_repeat),
             )
-            self.metrics_log.write(step, held_out_metrics(found))
-            self._draw(trainer, module, step)
+            self.metrics_log.write(step, held_out_metrics(held_out))
+            self._add_image(trainer, module, step)
         if self.watchdog is not None:
             # What follows, such as a save, has its own timeout.
             self.watchdog.heartbeat(f"the end of the evaluation after step {step}")
@@ -71,10 +71,10 @@ class HeldOutCallback(StepCallback):
             yield batch
 
     def _total(self, module: LanguageModule, counts: bool) -> Callable[[Tensor], Tensor]:
-        """Return the sum over ranks, in which those that read the same sequences count once.
+        """Return the sum over ranks; ranks that read the same sequences count once.
 
-        counts: False where this rank's sequences are a copy of another's, as where there are too
-        few: it computes them because a forward pass may be collective.
+        counts: False if this rank's sequences are a copy of another's, because there are too few:
+        it computes them because a forward pass may be collective.
         """
         sizes = module.plan.sizes
         share = sizes.data_parallel / sizes.world_size
@@ -84,15 +84,15 @@ class HeldOutCallback(StepCallback):
 
         return total
 
-    def _draw(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
-        """Show which tokens of the first held-out sequence each routed layer takes."""
+    def _add_image(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
+        """Record an image of the tokens of the first held-out sequence that each router chooses."""
         if not module.model.routers:
             return
         batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
         tokens_BS = batch[:1, :-1].to(module.device)
         eos_id = module.config.data.eos_id
         documents_BS = document_numbers_if_apart(tokens_BS, eos_id)
-        # Random routers draw: training is to go on as if nobody had looked.
+        # Random routers draw numbers; the generators are restored for training.
         cuda = [module.device] if module.device.type == "cuda" else []
         with (
             torch.no_grad(),
@@ -104,16 +104,16 @@ class HeldOutCallback(StepCallback):
                 capacities=module.plan.capacities_at(step - 1),
                 documents_BS=documents_BS,
             )
-        self.metrics_log.picture(
+        self.metrics_log.add_image(
             step, "router/chosen (layer x position)", chosen_picture(output.routing)
         )
 
 
 def _eager(module: LanguageModule) -> AbstractContextManager[Any]:
-    """Return the context to evaluate in: compiled layers run as they are written.
+    """Return the context to evaluate in, where compiled layers run eagerly.
 
-    Each decision, and each size of batch, would be one more graph of every layer at every stage of
-    the capacities, and a run dies at the limit of graphs. Graphs of training stay valid.
+    Each way of routing and each batch size would be one more graph of every layer at every stage of
+    the capacities, and exceed the limit of graphs. Graphs of training stay valid.
     """
     if not module.config.compile:
         return nullcontext()
@@ -122,9 +122,9 @@ def _eager(module: LanguageModule) -> AbstractContextManager[Any]:
 
 
 def held_out_metrics(held_out: HeldOut) -> dict[str, float]:
-    """Flatten the figures for the metrics; a model that never looks ahead has causal losses alone.
+    """Flatten the figures to metrics; a model without top-k routing has causal losses only.
 
-    The decision that a model is judged by has the short names, others stand beside it by theirs.
+    The model's main way of routing has the short names, the others have names of their own.
     """
     values: dict[str, float] = {}
     if held_out.causal is not None:

@@ -1,4 +1,4 @@
-"""Stops a run whose loss is no longer a number."""
+"""Stops a run whose loss or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from modtrain.training.run_directory import RunDirectory
 
 
 class FiniteLossGuard(Guard):
-    """Notes the first step with a NaN or infinite loss or gradient, on the device.
+    """Records the first step with a NaN or infinite loss or gradient, on the device.
 
-    It raises before anything is due after such a step, so no checkpoint holds weights from after.
+    It raises before anything that is due after such a step, so no checkpoint follows it.
     """
 
     def __init__(
@@ -29,11 +29,11 @@ class FiniteLossGuard(Guard):
         ranks: Ranks,
     ) -> None:
         super().__init__(run, data, intervals, checkpointer, ranks)
-        # The first step whose loss here is bad, and the first with a bad loss or gradient.
+        # The first step with a bad loss on this rank, and with a bad loss or gradient.
         self._first_bad_2: Tensor | None = None
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
-        """Note a bad step, and raise where one has been and something is due."""
+        """Record a bad step; raise if there was one and something is due."""
         statistics = module.statistics
         bad = ~torch.isfinite(statistics.total)
         bad_gradient = bad | overflowed(trainer)
@@ -44,7 +44,7 @@ class FiniteLossGuard(Guard):
             self._first_bad_2 = torch.full((2,), -1, dtype=torch.long, device=bad_2.device)
         is_new_2 = bad_2 & (self._first_bad_2 < 0)
         self._first_bad_2 = torch.where(is_new_2, step, self._first_bad_2)
-        if self.looks(trainer, step):
+        if self.is_check_due(trainer, step):
             self.check()
 
     def check(self) -> None:
@@ -54,14 +54,13 @@ class FiniteLossGuard(Guard):
             TrainingError: names the step, its samples, and the checkpoint to go back to.
         """
         own = [-1, -1] if self._first_bad_2 is None else self._first_bad_2.tolist()
-        # Where one rank's loss is bad, its gradient spoils all the others' as well: they stop
-        # together, and say where it began.
+        # One rank's bad loss makes all gradients bad: they stop together, and name that rank.
         ranks = self.ranks
         if not ranks.any(own[1] >= 0):
             return
-        found = ranks.all_gather_object(own)
-        first = min(step for _, step in found if step >= 0)
-        here = [str(rank) for rank, (step, _) in enumerate(found) if step == first]
-        on_ranks = f" on rank {', '.join(here)}" if here and ranks.world_size > 1 else ""
-        said = f"the loss or its gradient is NaN or infinite at step {first}{on_ranks}"
-        raise self.stopped(said, self.data.sample_numbers(first - 1), is_finite=False)
+        firsts = ranks.all_gather_object(own)
+        first = min(step for _, step in firsts if step >= 0)
+        bad_ranks = [str(rank) for rank, (step, _) in enumerate(firsts) if step == first]
+        where = f" on rank {', '.join(bad_ranks)}" if bad_ranks and ranks.world_size > 1 else ""
+        reason = f"the loss or its gradient is NaN or infinite at step {first}{where}"
+        raise self.stop_error(reason, self.data.sample_numbers(first - 1), is_finite=False)

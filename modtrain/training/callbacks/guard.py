@@ -1,4 +1,4 @@
-"""What the guards against steps that went wrong have in common."""
+"""The base of the callbacks that stop or redirect a run after a bad step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from modtrain.distributed.process_group import Ranks
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.module import LanguageModule
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.spikes.detector import ways_on
+from modtrain.training.spikes.config import resume_remedy
 
 
 class Guard(StepCallback):
-    """Stands before what must not happen after a bad step: a record, an evaluation, a checkpoint.
+    """Prevents records, evaluations and checkpoints after a bad step.
 
-    Only when one of them is due does it look, which waits for the device.
+    It checks only when one of them is due, because a check waits for the device.
     """
 
     def __init__(
@@ -38,36 +38,36 @@ class Guard(StepCallback):
         self._module: LanguageModule | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Know whose steps they are."""
+        """Remember the module."""
         del trainer
         if isinstance(pl_module, LanguageModule):
             self._module = pl_module
 
     def on_save_checkpoint(self, *_args: Any) -> None:
-        """Never let a state be saved that nobody has seen to be sound, whoever asks."""
+        """Check before every save, whoever asks for it: no checkpoint follows a bad step."""
         self.check()
 
     @abstractmethod
     def check(self) -> Any:
-        """Act upon the steps since the last look; collective."""
+        """Act on the steps since the last check; collective."""
 
     @property
     def module(self) -> LanguageModule:
-        """The module that trains."""
+        """The module in training."""
         if self._module is None:
-            raise RuntimeError("there is no training to guard")
+            raise RuntimeError("a guard is used before training starts")
         return self._module
 
-    def looks(self, trainer: L.Trainer, step: int) -> bool:
-        """Whether it is time to look: something is due, or the host knows of a bad step already."""
+    def is_check_due(self, trainer: L.Trainer, step: int) -> bool:
+        """Whether to check after ``step``: something is due, or the host knows of a bad step."""
         last = self.module.plan.steps
         return overflowed(trainer) or any(is_due(step, every, last) for every in self.intervals)
 
-    def stopped(self, said: str, samples: list[int], is_finite: bool) -> TrainingError:
-        """Return what ends the run at a step; collective.
+    def stop_error(self, reason: str, samples: list[int], is_finite: bool) -> TrainingError:
+        """Return the error that ends the run at a step; collective.
 
-        said: the step and what is wrong. samples: its samples' numbers. is_finite: it has leapt,
-        and is no NaN or infinity.
+        reason: the step and what is wrong. samples: its samples' numbers. is_finite: the step is a
+        spike, and no NaN or infinity.
         """
         with suppress(CheckpointError):
             self.checkpointer.wait()
@@ -75,12 +75,12 @@ class Guard(StepCallback):
         shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
         config = self.module.config
         return TrainingError(
-            f"{said}; its samples are {shown}; the last good checkpoint is"
+            f"{reason}; its samples are {shown}; the last good checkpoint is"
             f" {good[1] if good else 'none: the run had not saved yet'}.\n"
-            f"remedy: {ways_on(config.spike, config.strategy.name, is_finite)}"
+            f"remedy: {resume_remedy(config.spike, config.strategy.name, is_finite)}"
         )
 
 
 def overflowed(trainer: L.Trainer) -> bool:
-    """Whether the strategy left out the last step: DeepSpeed does it where a gradient is NaN."""
+    """Whether the strategy skipped the last step: DeepSpeed does after a NaN in a gradient."""
     return bool(getattr(trainer.strategy, "overflowed", False))

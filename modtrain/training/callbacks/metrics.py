@@ -17,30 +17,30 @@ from modtrain.training.schedules import lr_factor
 
 
 class StepClock:
-    """Time spent on training steps alone: evaluations and checkpoints stop it."""
+    """Time spent on training steps only: evaluations and checkpoints pause it."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
         self._spent = 0.0
 
     def lap(self) -> float:
-        """Return the seconds since the last lap, less the pauses."""
+        """Return the seconds since the last lap, without pauses."""
         now = time.perf_counter()
         spent, self._spent = self._spent + now - self._since, 0.0
         self._since = now
         return spent
 
     def __enter__(self) -> None:
-        """Stop the clock."""
+        """Pause the clock."""
         self._spent += time.perf_counter() - self._since
 
     def __exit__(self, *_error: object) -> None:
-        """Let it go on."""
+        """Start it again."""
         self._since = time.perf_counter()
 
 
 class MetricsCallback(StepCallback):
-    """Writes a record every ``every`` steps. It is the one place where a step waits for numbers."""
+    """Writes a record every ``every`` steps. Only here a step waits for the device."""
 
     def __init__(
         self,
@@ -57,22 +57,22 @@ class MetricsCallback(StepCallback):
         self._peak: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock; say once if the utilisation cannot be known."""
+        """Start the clock; print once if the MFU cannot be computed."""
         self._last_step = trainer.global_step
         self._peak = peak_flops(pl_module.device, self.precision)
         if self._peak is None:
-            said = f"the peak FLOP/s of this device ({pl_module.device.type}, {self.precision})"
-            pl_module.print(f"{said} is not known: no MFU")
+            device = f"this device ({pl_module.device.type}, {self.precision})"
+            pl_module.print(f"no MFU: the peak FLOP/s of {device} are not known")
         self.clock.lap()
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
-        """Write a record where it is due."""
+        """Write a record when it is due."""
         if not is_due(step, self.every, module.plan.steps):
             return
         values = self._learning(trainer, module)
         last, self._last_step = self._last_step or 0, step
         steps = step - last
-        # Reading the loss above has waited for the device, so the time is that of finished steps.
+        # Reading the loss above waited for the device, so the time is that of finished steps.
         seconds = self.clock.lap()
         if steps > 0:
             values["throughput/tokens_per_second"] = steps * module.plan.tokens_per_step / seconds
@@ -95,11 +95,11 @@ class MetricsCallback(StepCallback):
         described |= expert_metrics(model.expert_labels, statistics.experts, model.experts.noop)
         values.update({name: float(value) for name, value in described.items()})
         if self.ranks.world_size > 1:
-            # Each has seen its share of the step; ranks of equal shares count alike.
-            here = torch.tensor(list(values.values()), dtype=torch.float64)
-            means = (self.ranks.sum(here) / self.ranks.world_size).tolist()
+            # Every rank has an equal share of the step.
+            own = torch.tensor(list(values.values()), dtype=torch.float64)
+            means = (self.ranks.sum(own) / self.ranks.world_size).tolist()
             values = dict(zip(values, means, strict=True))
-        # By now the scheduler stands at the next step; this one was made with the rate before.
+        # The scheduler is at the next step already.
         factor = lr_factor(module.config.schedule, trainer.global_step - 1, module.plan.steps)
         values["lr"] = module.config.optimizer.lr * factor
         return values

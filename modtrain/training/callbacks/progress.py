@@ -1,4 +1,4 @@
-"""Shows how far a run is: a bar on a terminal, lines elsewhere."""
+"""Shows a run's progress: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -30,35 +30,36 @@ class ProgressCallback(StepCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
         if not isinstance(pl_module, LanguageModule):
-            raise TypeError("these callbacks belong to a LanguageModule")
+            raise TypeError("these callbacks need a LanguageModule")
         self._started = self._last_line = time.monotonic()
         self._start_step = trainer.global_step
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[said]}"),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[figures]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=self.console,
             )
             self._task = self._bar.add_task(
-                self.label, total=pl_module.plan.steps, completed=trainer.global_step, said=""
+                self.label, total=pl_module.plan.steps, completed=trainer.global_step, figures=""
             )
             self._bar.start()
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
-        """Move the bar, or write a line every few seconds."""
+        """Update the bar, or print a line every few seconds."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, said=self._said(module, step))
+            self._bar.update(self._task, completed=step, figures=self._figures(module, step))
             return
         now = time.monotonic()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == module.plan.steps:
             self._last_line = now
             left = (now - self._started) / (step - self._start_step) * (module.plan.steps - step)
-            said = f"{self.label}: step {step}/{module.plan.steps}  {self._said(module, step)}"
-            self.console.print(f"{said}  {left:.0f} s left", soft_wrap=True)
+            figures = self._figures(module, step)
+            text = f"{self.label}: step {step}/{module.plan.steps}  {figures}  {left:.0f} s left"
+            self.console.print(text, soft_wrap=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""
@@ -67,10 +68,10 @@ class ProgressCallback(StepCallback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Close the bar, so that the message stands on a line of its own."""
+        """Close the bar, so that the message has a line of its own."""
         self._close()
 
-    def _said(self, module: LanguageModule, step: int) -> str:
+    def _figures(self, module: LanguageModule, step: int) -> str:
         plan, latest = module.plan, self.metrics.latest
         parts = [f"{plan.flops_until(step):.3g} of {plan.flops:.3g} FLOPs"]
         if "throughput/tokens_per_second" in latest:

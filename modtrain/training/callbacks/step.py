@@ -1,4 +1,4 @@
-"""A callback that acts between optimizer steps."""
+"""The base of callbacks that act between optimizer steps."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class StepCallback(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Find the ends of steps."""
+        """Call `on_step_end` after the last micro-batch of a step."""
         del outputs, batch
         if not isinstance(pl_module, LanguageModule):
-            raise TypeError("these callbacks belong to a LanguageModule")
+            raise TypeError("these callbacks need a LanguageModule")
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.on_step_end(trainer, pl_module, trainer.global_step)
 
 
 def is_due(step: int, every: int | None, last: int) -> bool:
-    """Whether something done ``every`` steps and at the end is due after ``step``."""
+    """Whether something due every ``every`` steps and at step ``last`` is due after ``step``."""
     return step == last or (every is not None and step % every == 0)

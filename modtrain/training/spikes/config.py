@@ -1,4 +1,4 @@
-"""What is done about a loss or gradient that leaps, as a user writes it. Imports nothing heavy."""
+"""Typed configuration of the handling of loss spikes. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, at_least, one_of
 
 SPIKE_ACTIONS = ("none", "stop", "skip", "roll_back")
+# What the run does after a spike, and the key that limits how often.
+_CONTINUES = {
+    "skip": "makes no update at such a step",
+    "roll_back": "leaves out the samples since the checkpoint",
+}
+_LIMITS = {"skip": "max_in_a_row", "roll_back": "max_rollbacks"}
 
 
 @dataclass
 class SpikeConfig:
-    """What is done where the loss or the gradient's norm leaps.
+    """What is done when the loss or the gradient norm spikes.
 
     A step is a spike if its loss (the mean over ranks and micro-batches) or the norm of its
     gradient before clipping lies more than ``threshold`` standard deviations above the mean of the
@@ -30,8 +36,8 @@ class SpikeConfig:
         null: of all since the checkpoint.
 
     Threshold and window are those of OLMo's step-skipping optimizer (github.com/allenai/OLMo-core,
-    ``optim/skip_step_optimizer.py``). PaLM went back to a checkpoint about 100 steps before the
-    spike and left out 200 to 500 batches (arXiv 2204.02311, section 5.1).
+    ``optim/skip_step_optimizer.py``). PaLM restarted from a checkpoint about 100 steps before
+    the spike and skipped 200 to 500 batches (arXiv 2204.02311, section 5.1).
     """
 
     action: str = "none"
@@ -53,9 +59,32 @@ class SpikeConfig:
         ]
 
     def strategy_problems(self, prefix: str, strategy: str) -> list[Problem]:
-        """Find an action that the strategy cannot take."""
+        """Find an action that the strategy does not support."""
         if self.action not in ("skip", "roll_back") or not strategy.startswith("deepspeed"):
             return []
-        reason = f"goes on after a NaN, and strategy.name={strategy} ends the run at one by itself"
+        reason = f"continues after a NaN, and strategy.name={strategy} ends the run at one"
         remedy = "use stop or none, or strategy=fsdp"
         return [Problem(f"{prefix}.action", self.action, reason, remedy)]
+
+
+def resume_remedy(config: SpikeConfig, strategy: str, is_finite: bool) -> str:
+    """Return how a run that stopped at a step can resume, and what would be another run.
+
+    config: under which it stopped. strategy: its name. is_finite: the step is a spike and no NaN or
+    infinity.
+    """
+    options = []
+    for action, effect in _CONTINUES.items():
+        if action == config.action:
+            # It reached its limit.
+            options.append(f"a larger spike.{_LIMITS[action]}")
+            continue
+        is_refused = SpikeConfig(action).strategy_problems("spike", strategy)
+        options.append(f"{'strategy=fsdp ' if is_refused else ''}spike={action}, which {effect}")
+    if is_finite:
+        options.append("spike=none or a larger spike.threshold, which let such a step pass")
+    return (
+        f"start it again with {'; or with '.join(options)}. Unchanged it comes to the same step,"
+        " unless a device was at fault. With another optimizer.lr or optimizer.grad_clip it is"
+        " another run: give another name= too"
+    )

@@ -133,7 +133,7 @@ def test_a_disturbed_run_comes_to_the_same_end(case, matrix, record_property):
         assert all(map(str.__contains__, result.causes, case.causes)), result.causes
     if result.restarts and case.faults[0]["step"] >= 8:
         # From the beginning it would come to the same bits.
-        assert "goes on from step" in result.said
+        assert "resumes from step" in result.said
     if case.ends == "COMPLETED":
         whole = matrix.undisturbed(case.strategy)
         assert len(result.weights) == max(1, len(case.tasks))

@@ -101,7 +101,7 @@ def test_a_chain_goes_on_where_the_last_job_stopped(cluster, tmp_path, words, la
     assert len(numbers) == 2
     cluster.wait(numbers[1], "COMPLETED", timeout=TIMEOUT)
     assert (run / "COMPLETED").is_file()
-    assert "goes on from step" in cluster.output(numbers[1])
+    assert "resumes from step" in cluster.output(numbers[1])
     assert not (run / "failures.tsv").exists()
 
 

@@ -220,7 +220,7 @@ def test_a_killed_trial_goes_on_with_its_parameters(arguments):
     (ended,) = study(one).trials
     assert ended.params == begun.params
     assert ended.state == TrialState.COMPLETE
-    assert "goes on from step" in (run(0).logs / "job.log").read_text()
+    assert "resumes from step" in (run(0).logs / "job.log").read_text()
 
 
 def known_trials(arguments, losses):

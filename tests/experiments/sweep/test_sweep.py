@@ -307,7 +307,7 @@ def test_what_stops_a_sweep_costs_nothing_that_is_saved(arguments, whole, signum
     assert again.exitcode == 0
     starts = [json.loads(run.manifest.read_text())["starts"] for run in (first, second)]
     assert [len(s) for s in starts] == [2, 1]
-    assert "goes on from step" in (first.logs / "job.log").read_text()
+    assert "resumes from step" in (first.logs / "job.log").read_text()
     assert_same_bits(whole, newest_tensors(first.path, STEPS))
     steps = [r["step"] for r in read_metrics(first.metrics) if "loss" in r]
     assert steps == sorted(set(steps))

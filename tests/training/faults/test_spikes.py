@@ -14,7 +14,7 @@ from modtrain.cli.compose import compose
 from modtrain.training import run as run_module
 from modtrain.training.module import LanguageModule
 from modtrain.training.run import train
-from modtrain.training.spikes.detector import SpikeTrace
+from modtrain.training.spikes.journal import SpikeJournal
 from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks
 from tests.helpers.saved import assert_same_bits, newest_tensors, tensors_of
 from tests.helpers.spiked_runs import (
@@ -205,14 +205,14 @@ def killed_in_a_roll_back(lines: list[str], bad: list[int], written: bool) -> st
     if written:
         original = run_module._Run._fit
 
-        def fit(run, log, start_step, path, trace):
-            if trace.rollbacks:
+        def fit(run, log, start_step, path, checkpointer, journal):
+            if journal.rollbacks:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(run, log, start_step, path, trace)
+            return original(run, log, start_step, path, checkpointer, journal)
 
         run_module._Run._fit = fit
     else:
-        SpikeTrace._roll_back = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        SpikeJournal._roll_back = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     return train(compose("train", lines)).status
 
 

@@ -64,7 +64,7 @@ def test_two_nodes_of_two_are_stopped_by_one_and_go_on(prepared, tmp_path):
     assert not (tmp_path / "cut/COMPLETED").exists()
     codes, said = finish(start(2, 2, cut, tmp_path))
     assert codes == [0, 0], said
-    assert "goes on from step" in said
+    assert "resumes from step" in said
     assert_same_bits(*(newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut")))
     starts = json.loads((tmp_path / "cut/manifest.json").read_text())["starts"]
     assert len(starts) == 2

@@ -18,16 +18,9 @@ from modtrain.data.stream.samplers import BatchPlan, RankBatchSampler, stream_po
 from modtrain.distributed.process_group import Ranks
 from modtrain.training.plan import resolve
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.spikes.config import SPIKE_ACTIONS, SpikeConfig
-from modtrain.training.spikes.detector import (
-    Spike,
-    SpikeJudge,
-    SpikeTrace,
-    check_left_out,
-    leave_out,
-    unless,
-    ways_on,
-)
+from modtrain.training.spikes.config import SPIKE_ACTIONS, SpikeConfig, resume_remedy
+from modtrain.training.spikes.detector import Spike, SpikeDetector, restore_if, skip_step
+from modtrain.training.spikes.journal import SpikeJournal, check_left_out
 from tests.training.test_no_sync import step  # noqa: F401 a fixture
 
 # Quarters, so that sums are exact and a value never lies on a limit by rounding alone.
@@ -83,57 +76,57 @@ class Slow:
         return True
 
 
-def judged(judge, number, seen):
-    return bool(judge.judge(number, torch.tensor(seen), torch.tensor(seen[0])))
+def judged(detector, number, seen):
+    return bool(detector.detect(number, torch.tensor(seen), torch.tensor(seen[0])))
 
 
 @settings(max_examples=150, deadline=None)
 @given(CONFIGS, st.lists(st.tuples(VALUES, VALUES, st.just(0.0)), max_size=24), st.integers(0, 24))
 def test_it_judges_as_the_slow_rule_does_also_when_resumed(config, steps, resumed):
-    slow, judge = Slow(config), SpikeJudge(config)
+    slow, detector = Slow(config), SpikeDetector(config)
     spikes = []
     for number, seen in enumerate(steps, 1):
         if number == resumed and not slow.halted:
-            spikes += judge.take().spikes
-            state = judge.state()
-            judge = SpikeJudge(config)
-            judge.load(state)
+            spikes += detector.take_report().spikes
+            state = detector.state()
+            detector = SpikeDetector(config)
+            detector.load(state)
         expected = slow.judge(seen)
         if slow.borders:
             return
-        assert judged(judge, number, seen) == expected
-        limits = judge._limit().tolist()
+        assert judged(detector, number, seen) == expected
+        limits = detector._limit().tolist()
         assert limits == pytest.approx(list(slow.limits()), rel=1e-4)
-    found = judge.take()
-    assert found.skipped == slow.skipped
+    found = detector.take_report()
+    assert found.num_skipped == slow.skipped
     assert len(spikes + found.spikes) == slow.skipped + slow.halted
     assert [spike.halts for spike in spikes + found.spikes] == [False] * slow.skipped + [
         True
     ] * slow.halted
-    assert judge.take().spikes == []
+    assert detector.take_report().spikes == []
 
 
 def test_what_else_is_not_finite_is_a_spike():
-    judge = SpikeJudge(SpikeConfig(action="skip"))
-    assert not judged(judge, 1, [1.0, 1.0, 1.0])
-    assert judged(judge, 2, [1.0, 1.0, math.nan])
+    detector = SpikeDetector(SpikeConfig(action="skip"))
+    assert not judged(detector, 1, [1.0, 1.0, 1.0])
+    assert judged(detector, 2, [1.0, 1.0, math.nan])
 
 
 def test_rounding_makes_no_spike_of_equal_values():
-    judge = SpikeJudge(SpikeConfig(action="skip", window=7, warmup=2))
-    assert not any(judged(judge, number, [0.1, 1 / 3]) for number in range(1, 60))
-    assert judged(judge, 60, [0.1001, 1 / 3])
+    detector = SpikeDetector(SpikeConfig(action="skip", window=7, warmup=2))
+    assert not any(judged(detector, number, [0.1, 1 / 3]) for number in range(1, 60))
+    assert judged(detector, 60, [0.1001, 1 / 3])
 
 
 @pytest.mark.parametrize("window", [3, 5, 12])
 def test_another_window_keeps_the_newest_values(window):
-    judge = SpikeJudge(SpikeConfig(action="skip", window=5, warmup=2))
+    detector = SpikeDetector(SpikeConfig(action="skip", window=5, warmup=2))
     values = [float(n) for n in range(8)]
     for number, value in enumerate(values):
         # Falling: none is above the mean.
-        assert not judged(judge, number, [-value, -value])
-    other = SpikeJudge(SpikeConfig(action="skip", window=window, warmup=2))
-    other.load(judge.state())
+        assert not judged(detector, number, [-value, -value])
+    other = SpikeDetector(SpikeConfig(action="skip", window=window, warmup=2))
+    other.load(detector.state())
     kept = -np.array(values[-min(5, window) :])
     for new in (-8.0, -9.0):
         assert other._limit()[0] == pytest.approx(kept.mean() + 6 * kept.std(ddof=1))
@@ -143,16 +136,16 @@ def test_another_window_keeps_the_newest_values(window):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_step_that_is_left_out_keeps_every_bit(fused, first):
+def test_a_step_that_is_skipped_keeps_every_bit(fused, first):
     matrix = torch.nn.Parameter(torch.randn(3, 4))
     vector = torch.nn.Parameter(torch.randn(4))
     optimizer = torch.optim.AdamW([{"params": [matrix]}, {"params": [vector]}], fused=fused)
 
-    def make_step(is_left_out, factor=1.0):
+    def make_step(is_skipped, factor=1.0):
         def closure():
             optimizer.zero_grad()
             ((matrix @ vector).square().sum() * factor).backward()
-            leave_out(optimizer, torch.tensor(is_left_out))
+            skip_step(optimizer, torch.tensor(is_skipped))
 
         optimizer.step(closure)
 
@@ -175,8 +168,8 @@ def test_a_step_that_is_left_out_keeps_every_bit(fused, first):
 
 def test_buffers_come_back_to_the_bit():
     buffers = [torch.tensor([0.1, -0.0]), torch.tensor(3)]
-    for is_left_out, expected in ((torch.tensor(True), 3), (torch.tensor(False), 4), (None, 5)):
-        with unless(is_left_out, buffers):
+    for is_skipped, expected in ((torch.tensor(True), 3), (torch.tensor(False), 4), (None, 5)):
+        with restore_if(is_skipped, buffers):
             buffers[0].add_(math.nan)
             buffers[1].add_(1)
         assert buffers[1] == expected
@@ -185,8 +178,8 @@ def test_buffers_come_back_to_the_bit():
 
 @pytest.mark.parametrize("more", [(), ("model.router.causal=[predictor,threshold]",)])
 def test_judging_waits_for_nothing(step, more):  # noqa: F811
-    judge = step("spike=skip", "spike.warmup=2", *more).judge
-    found = judge.take()
+    detector = step("spike=skip", "spike.warmup=2", *more).spikes.detector
+    found = detector.take_report()
     assert (found.spikes, found.last.step) == ([], 4)
 
 
@@ -240,7 +233,7 @@ LEAPS, NO_NUMBER = (True, False)
     ],
 )
 def test_a_run_that_stopped_is_told_what_it_can_do(action, strategy, is_finite, ways):
-    said = ways_on(SpikeConfig(action), strategy, is_finite)
+    said = resume_remedy(SpikeConfig(action), strategy, is_finite)
     found = said.partition(". ")[0].removeprefix("start it again with ").split("; or with ")
     assert len(found) == len(ways)
     assert all(one.startswith(other) for one, other in zip(found, ways, strict=True))
@@ -271,7 +264,7 @@ STRETCHES = st.lists(st.integers(0, 60), unique=True, max_size=8).map(
 
 @settings(deadline=None)
 @given(STRETCHES)
-def test_the_stream_goes_on_behind_what_is_left_out(stretches):
+def test_the_stream_goes_on_behind_what_is_skipped(stretches):
     gone = [n for first, stop in stretches for n in range(first, stop)]
     expected = np.delete(np.arange(200), gone)[:100]
     assert stream_positions(np.arange(100), stretches).tolist() == expected.tolist()
@@ -309,28 +302,28 @@ def a_spike(number):
 )
 def test_roll_backs_take_out_what_was_read_since(tmp_path_factory, rolls):
     """Each in turn, from any checkpoint: against a stream from which the samples are deleted."""
-    trace = SpikeTrace(RunDirectory(tmp_path_factory.mktemp("run")), Ranks.create())
+    journal = SpikeJournal(RunDirectory(tmp_path_factory.mktemp("run")), Ranks.create())
     stream = list(range(1000))
     for count, (to_step, steps, most) in enumerate(rolls, 1):
         last = to_step + steps
-        trace.pending = (a_spike(last), [1])
-        (said,) = trace.go_on(to_step, 4, SpikeConfig("roll_back", rollback_steps=most))
+        journal.pending = (a_spike(last), [1])
+        (said,) = journal.resume(to_step, 4, SpikeConfig("roll_back", rollback_steps=most))
         assert f"step {last} is a spike" in said
         first = to_step if most is None else max(to_step, last - most)
         del stream[4 * first : 4 * last]
-        found = stream_positions(np.arange(200), trace.left_out)
+        found = stream_positions(np.arange(200), journal.left_out)
         assert found.tolist() == stream[:200]
-        again = SpikeTrace(trace.run, Ranks.create())
-        assert (again.left_out, again.rollbacks) == (trace.left_out, count)
-        assert again.go_on(to_step, 4, SpikeConfig("roll_back")) == []
+        again = SpikeJournal(journal.run, Ranks.create())
+        assert (again.left_out, again.rollbacks) == (journal.left_out, count)
+        assert again.resume(to_step, 4, SpikeConfig("roll_back")) == []
 
 
 def test_events_stay_but_for_skips_that_come_again(tmp_path):
-    trace = SpikeTrace(RunDirectory(tmp_path), Ranks.create())
+    journal = SpikeJournal(RunDirectory(tmp_path), Ranks.create())
     for action, number in (("skip", 3), ("skip", 8), ("stop", 9), ("roll_back", 9)):
-        trace.write(action, a_spike(number), [7])
-    trace.go_on(5, 4, SpikeConfig("skip"))
-    found = [json.loads(line) for line in trace.events.read_text().splitlines()]
+        journal.write(action, a_spike(number), [7])
+    journal.resume(5, 4, SpikeConfig("skip"))
+    found = [json.loads(line) for line in journal.events.read_text().splitlines()]
     assert [(e["action"], e["step"]) for e in found] == [
         *(("skip", 3), ("stop", 9), ("roll_back", 9))
     ]
@@ -341,7 +334,7 @@ def test_events_stay_but_for_skips_that_come_again(tmp_path):
 def test_a_damaged_list_is_told(tmp_path, content):
     (tmp_path / "left_out.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"left_out\.json cannot be read"):
-        SpikeTrace(RunDirectory(tmp_path), Ranks.create())
+        SpikeJournal(RunDirectory(tmp_path), Ranks.create())
 
 
 def test_a_checkpoint_and_the_list_have_to_agree_as_far_as_it_read():

@@ -1,0 +1,85 @@
+"""Everything of Lightning's trainer that is patched or switched off, each with its reason.
+
+What here depends on Lightning's internals has a test in tests/training/test_lightning_overrides.py,
+which fails when they change. How strategies save and restore is in `modtrain.parallel.strategies`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from modtrain.distributed.launch import Launch
+
+SWITCHED_OFF: dict[str, Any] = {
+    # `MetricsLog` and `CheckpointCallback` write, and their files survive a kill at any moment.
+    "logger": False,
+    "enable_checkpointing": False,
+    # `ProgressCallback` and `modtrain plan` show these.
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    # `HeldOutCallback` evaluates, by steps and with the model's own ways of routing.
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    # The order of samples is a function of the step, and survives another number of ranks.
+    "use_distributed_sampler": False,
+    # The length is a number of steps.
+    "max_epochs": -1,
+}
+"""Arguments of Lightning's trainer that switch off what modtrain does in another way."""
+
+_IGNORED_WARNINGS = (
+    # A checkpoint between two epochs is the only kind here: an epoch has no end.
+    "You're resuming from a checkpoint that ended before",
+    # The data module chooses the number of workers; validation runs in a callback.
+    ".*does not have many workers.*",
+    "You passed in a `val_dataloader`",
+    # No code writes into what a layer returned.
+    "FSDP2-wrapped module .* returned a view tensor",
+    # The user chooses what starts the processes.
+    "The `srun` command is available on your system",
+    ".isinstance.treespec, LeafSpec.. is deprecated",
+)
+
+
+def silence_messages() -> None:
+    """Ignore messages of Lightning's that do not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in _IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def cluster_environment(launch: Launch) -> ClusterEnvironment:
+    """Return the environment that ``launch`` describes, whatever Lightning would detect.
+
+    In a Slurm job Lightning would add its own requeueing, which saves inside a signal handler.
+    """
+    return TorchElasticEnvironment() if launch.world_size > 1 else LightningEnvironment()
+
+
+def disable_signal_handlers(trainer: L.Trainer) -> None:
+    """Keep Lightning from replacing the handlers of `STOP`; it has no public switch.
+
+    Its SIGTERM handler runs a collective, and ends the rank that received the signal during setup
+    while the others wait for it.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def set_loop_position(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Set the micro-batch counters of Lightning's loop in ``checkpoint``, in place.
+
+    Lightning counts micro-batches, and finds the end of a step by their number. On another number
+    of data-parallel ranks a step has another number of micro-batches, ``accumulate``.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    shift = int(checkpoint["global_step"]) * accumulate - int(progress["current"]["ready"])
+    for counters in (progress["total"], progress["current"]):
+        for name, count in counters.items():
+            counters[name] = count + shift

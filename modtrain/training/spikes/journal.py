@@ -1,0 +1,167 @@
+"""The files in a run's directory about its loss spikes, and the samples that a roll back skips."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from modtrain.common.atomic_io import sync, write_json, write_text
+from modtrain.common.errors import CheckpointError
+from modtrain.data.stream.samplers import stream_positions
+from modtrain.distributed.process_group import Ranks
+from modtrain.training.metrics_log import read_metrics
+from modtrain.training.run_directory import RunDirectory
+from modtrain.training.spikes.config import SpikeConfig
+from modtrain.training.spikes.detector import Spike
+
+
+class RollBackError(Exception):
+    """Ends the fit on all ranks: the run resumes from a checkpoint before ``spike``.
+
+    samples: the numbers of the spike's samples.
+    """
+
+    def __init__(self, spike: Spike, samples: list[int]) -> None:
+        super().__init__(f"step {spike.step} is a spike")
+        self.spike, self.samples = spike, samples
+
+
+class SpikeJournal:
+    """A run's record of its spikes, the same on every rank; rank 0 writes.
+
+    ``events.jsonl``: one line a spike, with the action taken. ``left_out.json``: the samples that
+    roll backs removed from the stream for good; it is written before the run resumes.
+    """
+
+    def __init__(self, run: RunDirectory, ranks: Ranks) -> None:
+        """Read the files; collective.
+
+        Raises:
+            CheckpointError: ``left_out.json`` is damaged.
+        """
+        self.run, self.ranks = run, ranks
+        self.events, self._path = run.path / "events.jsonl", run.path / "left_out.json"
+        content: dict[str, Any] = {}
+        with ranks.raise_on_all_ranks():
+            if ranks.is_rank0:
+                content = self._read()
+        content = ranks.broadcast_from_rank0(content)
+        self.left_out: list[tuple[int, int]] = [
+            (start, stop) for start, stop in content["left_out"]
+        ]
+        self.rollbacks: int = content["rollbacks"]
+        # The spike that ended the fit, with its samples: the run has to roll back.
+        self.pending: tuple[Spike, list[int]] | None = None
+
+    def resume(self, start_step: int, samples_per_step: int, config: SpikeConfig) -> list[str]:
+        """Prepare to resume from ``start_step``, without a pending spike's samples; collective.
+
+        Returns messages for the user: none unless the run rolls back.
+        """
+        pending, self.pending = self.pending, None
+        messages = []
+        if pending is not None:
+            spike, samples = pending
+            start, stop = self._roll_back(
+                spike, samples, start_step, config.rollback_steps, samples_per_step
+            )
+            messages = [
+                f"{spike.description}: rolled back to step {start_step} ({self.rollbacks} of"
+                f" {config.max_rollbacks} times); the samples at {start} to {stop - 1} of the"
+                " stream are left out"
+            ]
+        self._remove_skips_after(start_step)
+        return messages
+
+    def _remove_skips_after(self, start_step: int) -> None:
+        """Remove the skips after ``start_step``: those steps are made again."""
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.is_rank0 and self.events.is_file():
+                kept = [
+                    event
+                    for event in read_metrics(self.events)
+                    if event["action"] != "skip" or event["step"] <= start_step
+                ]
+                write_text(self.events, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def write(self, action: str, spike: Spike, samples: list[int], **more: Any) -> None:
+        """Append a line to ``events.jsonl``; collective."""
+        figures = {
+            key: value if math.isfinite(value) else str(value)
+            for key, value in asdict(spike).items()
+            if key not in ("own_loss", "halts")
+        }
+        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        event = {"time": time, "action": action, **figures, "samples": samples, **more}
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.is_rank0:
+                with self.events.open("a") as file:
+                    file.write(json.dumps(event) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    def _roll_back(
+        self,
+        spike: Spike,
+        samples: list[int],
+        to_step: int,
+        steps: int | None,
+        samples_per_step: int,
+    ) -> tuple[int, int]:
+        """Remove samples from the stream, and record it.
+
+        to_step: of the checkpoint. steps: how many steps' samples are left out, the spike's the
+        last; None: all since ``to_step``. Returns the stream positions (start, stop).
+        """
+        last = spike.step
+        first = to_step if steps is None else max(to_step, last - steps)
+        ends = np.array([first * samples_per_step, last * samples_per_step - 1], dtype=np.int64)
+        start, end = stream_positions(ends, self.left_out).tolist()
+        interval = (start, end + 1)
+        # An older interval that starts inside the new one also ends inside: it is contained.
+        others = [other for other in self.left_out if not start <= other[0] <= end]
+        left_out, rollbacks = sorted([*others, interval]), self.rollbacks + 1
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.is_rank0:
+                content = {"left_out": left_out, "rollbacks": rollbacks}
+                write_json(self._path, content, self.run.path)
+                sync(self.run.path)
+        self.left_out, self.rollbacks = left_out, rollbacks
+        self.write("roll_back", spike, samples, to_step=to_step, left_out=interval)
+        return interval
+
+    def _read(self) -> dict[str, Any]:
+        if not self._path.is_file():
+            return {"left_out": [], "rollbacks": 0}
+        try:
+            content = json.loads(self._path.read_text())
+            intervals = [(int(start), int(stop)) for start, stop in content["left_out"]]
+            return {"left_out": intervals, "rollbacks": int(content["rollbacks"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._path} cannot be read: {error}. It lists the samples that the run leaves"
+                " out; restore it: progress.left_out of the newest checkpoint has the same list"
+            ) from None
+
+
+def check_left_out(
+    current: Sequence[Sequence[int]], saved: Sequence[Sequence[int]], position: int
+) -> None:
+    """Raise unless both intervals of samples left out agree before ``position`` of the stream.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    ours, theirs = ([list(i) for i in given if i[0] < position] for given in (current, saved))
+    if ours != theirs:
+        raise CheckpointError(
+            f"left_out.json in the run's directory leaves out the samples at {ours} of the stream,"
+            f" and the checkpoint to resume from left out {theirs}: restore the file as it was"
+        )
