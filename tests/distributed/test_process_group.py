@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from modtrain.common.errors import DataError, RankError
+from modtrain.common.errors import CheckpointError, DataError, RankError
 from modtrain.distributed.process_group import Ranks
 from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks
 
@@ -27,6 +27,27 @@ def _tells() -> tuple[object, ...]:
 
 def test_ranks_are_told_alike() -> None:
     assert on_ranks(_tells, 3) == [(rank, "by 0", [0, 10, 20], True, 6.0) for rank in range(3)]
+
+
+def _runs_on_rank0() -> list[str]:
+    ranks = Ranks.create().duplicate()
+    found = [ranks.run_on_rank0(lambda: f"made by {ranks.rank}")]
+    for error in (CheckpointError("full"), ValueError("odd")):
+
+        def fail(error: Exception = error) -> str:
+            raise error
+
+        try:
+            ranks.run_on_rank0(fail)
+        except Exception as raised:
+            found.append(f"{type(raised).__name__}: {raised}")
+    return found
+
+
+def test_what_rank_0_does_alone_is_known_to_all() -> None:
+    first, second = on_ranks(_runs_on_rank0, 2)
+    assert first == ["made by 0", "CheckpointError: full", "ValueError: odd"]
+    assert second == ["made by 0", "CheckpointError: full", "RankError: rank 0: odd"]
 
 
 def test_one_process_agrees_with_itself() -> None:

@@ -7,12 +7,15 @@ import math
 import os
 import signal
 import subprocess
+import time
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import modtrain
+from modtrain.checkpoint.layout import checkpoint_path
+from modtrain.checkpoint.parts import Staging
 from modtrain.checkpoint.recovery import latest, whole_checkpoints
 from modtrain.cli.compose import compose
 from modtrain.common.errors import CheckpointError, OtherRunError, TrainingError
@@ -23,7 +26,7 @@ from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory, code_version
 from modtrain.training.schedules import lr_factor
 from modtrain.training.stop_signal import STOP
-from tests.helpers.saved import newest_weights
+from tests.helpers.saved import assert_same_bits, newest_weights, tensors_of
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
 
@@ -57,6 +60,23 @@ def test_a_run_leaves_what_it_should_and_a_second_start_does_nothing(start):
     before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}
     assert start().status == "already complete"
     assert before == {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}
+
+
+def test_a_slow_copy_of_a_save_has_the_weights_of_its_step(start, monkeypatch):
+    more = ("budget.steps=3", "checkpoint.every=1", "checkpoint.keep_last=3")
+    expected = start("blocking", *more, "checkpoint.background=false").run
+    copy = Staging.copy
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return copy(*arguments)
+
+    monkeypatch.setattr(Staging, "copy", slow)
+    run = start("slow", *more).run
+    for step in (1, 2, 3):
+        assert_same_bits(
+            *(tensors_of(checkpoint_path(r.checkpoints, step)) for r in (run, expected))
+        )
 
 
 def test_metrics_stand_once_a_step_with_tokens_and_flops(start):
