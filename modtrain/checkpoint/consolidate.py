@@ -12,7 +12,7 @@ import torch
 
 from modtrain.checkpoint.reading import TensorReader
 from modtrain.checkpoint.state import MODEL
-from modtrain.common.atomic_io import written_aside
+from modtrain.common.atomic_io import atomic_writer
 
 # Names of the format: https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -55,7 +55,7 @@ def consolidate(
     )
     texts = {**(metadata or {}), "tied": json.dumps(tied)}
     header = _header(reader, keys, dtype, texts)
-    with written_aside(output, output.parent) as file:
+    with atomic_writer(output, output.parent) as file:
         file.write(header)
         for key in keys:
             _write_tensor(file, reader, key, _dtype(reader, key, dtype))

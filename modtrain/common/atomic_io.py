@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written aside, made durable, then renamed."""
+"""Files that are whole or absent: written under a temporary name, flushed to disk, renamed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class NoLocksError(CheckpointError):
 
 
 @contextmanager
-def written_aside(path: Path, aside: Path) -> Iterator[BinaryIO]:
-    """Open a file in the directory ``aside`` that becomes ``path`` when the block ends well.
+def atomic_writer(path: Path, temporary_dir: Path) -> Iterator[BinaryIO]:
+    """Open a file in ``temporary_dir`` that is renamed to ``path`` when the block succeeds.
 
-    Both must be on one file system. After an error only a stray file in ``aside`` is left.
+    Both must be on one file system. After an error only the file in ``temporary_dir`` is left.
     """
-    # The process number keeps apart two workers that write the same file after a restart.
-    temporary = aside / f".{path.name}.{os.getpid()}"
+    # The process id distinguishes two workers that write the same file after a restart.
+    temporary = temporary_dir / f".{path.name}.{os.getpid()}"
     with temporary.open("wb") as file:
         yield file
         file.flush()
@@ -37,19 +37,19 @@ def written_aside(path: Path, aside: Path) -> Iterator[BinaryIO]:
     temporary.replace(path)
 
 
-def write_bytes(path: Path, content: bytes, aside: Path) -> None:
-    """Write ``content`` to ``path`` by way of ``aside``."""
-    with written_aside(path, aside) as file:
+def write_bytes(path: Path, content: bytes, temporary_dir: Path) -> None:
+    """Write ``content`` to ``path`` atomically, through a file in ``temporary_dir``."""
+    with atomic_writer(path, temporary_dir) as file:
         file.write(content)
 
 
-def write_json(path: Path, content: Any, aside: Path) -> None:
-    """Write ``content`` as JSON to ``path`` by way of ``aside``, equal content as equal bytes."""
-    write_bytes(path, canonical_json(content) + b"\n", aside)
+def write_json(path: Path, content: Any, temporary_dir: Path) -> None:
+    """Write ``content`` as canonical JSON to ``path`` atomically."""
+    write_bytes(path, canonical_json(content) + b"\n", temporary_dir)
 
 
 def canonical_json(content: Any) -> bytes:
-    """One spelling for equal content."""
+    """Return ``content`` as JSON, equal content as equal bytes."""
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -65,7 +65,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` by way of a hidden file beside it."""
+    """Write ``text`` to ``path`` atomically, through a hidden file beside it."""
     write_bytes(path, text.encode(), path.parent)
 
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from modtrain.common.atomic_io import digest, write_json, written_aside
+from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
 from modtrain.data.prepare.readers import Flaw, UnitReader
 from modtrain.data.prepare.sources import SourceFile
@@ -115,7 +115,7 @@ def encode_unit(job: EncodeJob) -> UnitRecord:
     """
     aside = Path(job.work) / "aside"
     train, valid = (job.token_file(split) for split in SPLITS)
-    with written_aside(train, aside) as train_file, written_aside(valid, aside) as valid_file:
+    with atomic_writer(train, aside) as train_file, atomic_writer(valid, aside) as valid_file:
         record = _encode(job, {"train": train_file, "valid": valid_file})
     for file in job.unit.files:
         if SourceFile.of(file.path) != file:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modtrain.common.atomic_io import digest, file_sha256, write_json, written_aside
+from modtrain.common.atomic_io import atomic_writer, digest, file_sha256, write_json
 from modtrain.data.stream.index import ITEM_SIZES, Shard
 
 _OWNER = "modtrain"
@@ -138,7 +138,7 @@ def write_shard(job: ShardJob) -> Shard:
     aside = Path(job.work) / "aside"
     path = Path(job.path)
     counts = []
-    with written_aside(path, aside) as file:
+    with atomic_writer(path, aside) as file:
         with TarWriter(file, user=_OWNER, group=_OWNER, mtime=0, encoder=False) as tar:
             for start in range(0, len(sequences_NT), job.layout.sequences_per_sample):
                 part_NT = sequences_NT[start : start + job.layout.sequences_per_sample]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from modtrain.common.atomic_io import written_aside
+from modtrain.common.atomic_io import atomic_writer
 from modtrain.models.flops import dense_equivalent_flops, forward_flops
 from modtrain.training.callbacks.evaluation import CAUSAL_FLOPS, CAUSAL_LOSS, TOP_K_LOSS
 from modtrain.training.config import TrainConfig
@@ -142,7 +142,7 @@ def draw(arms: dict[str, list[TrainConfig]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.tight_layout()
-    with written_aside(path, path.parent) as file:
+    with atomic_writer(path, path.parent) as file:
         figure.savefig(file, dpi=130, format="png")
 
 

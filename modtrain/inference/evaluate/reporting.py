@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from modtrain.common.atomic_io import written_aside
+from modtrain.common.atomic_io import atomic_writer
 
 _TOP_K = "top-k, not causal"
 
@@ -125,7 +125,7 @@ def draw_sweep(figures: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.tight_layout()
-    with written_aside(path, path.parent) as file:
+    with atomic_writer(path, path.parent) as file:
         figure.savefig(file, dpi=130, format="png")
 
 

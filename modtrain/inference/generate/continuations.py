@@ -13,7 +13,7 @@ from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 
-from modtrain.common.atomic_io import written_aside
+from modtrain.common.atomic_io import atomic_writer
 from modtrain.inference.generate.decoder import End, Finish, Token
 from modtrain.inference.generate.text_stream import Piece, TextStream, color_by_depth, mark_depth
 
@@ -151,7 +151,7 @@ def output(path: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     target = Path(path)
-    with written_aside(target, target.parent) as file:
+    with atomic_writer(target, target.parent) as file:
         text = io.TextIOWrapper(file, encoding="utf-8")
         yield text
         text.flush()
