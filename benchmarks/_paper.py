@@ -38,8 +38,10 @@ from modtrain.checkpoint.parts import parts_of
 from modtrain.cli.compose import compose
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks
+from modtrain.parallel.config import dims_of
 from modtrain.parallel.meshes import Meshes
-from modtrain.parallel.strategies.base import Sharded, make_strategy
+from modtrain.parallel.strategies.factory import make_strategy
+from modtrain.parallel.strategies.fsdp import FSDPStrategy
 from modtrain.training.config import TrainConfig
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve, strategy_options
@@ -99,11 +101,11 @@ def trace(world_size: int, rank: int, seq_len: int, overrides: Sequence[str]) ->
     with fake_group(launch), tempfile.TemporaryDirectory() as folder:
         config, plan = _resolved(launch, seq_len, Path(folder), overrides)
         strategy = make_strategy(strategy_options(config, plan), "cpu", checkpointer)
-        if not isinstance(strategy, Sharded):
+        if not isinstance(strategy, FSDPStrategy):
             raise TypeError(f"strategy={config.strategy.name} does not cut parameters")
         paper = Paper(config, plan)
         axes = _axes(strategy.meshes)
-        paper.sizes = {name: group.size() for name, group in axes.items()}
+        paper.sizes = {name: groups[0].size() for name, groups in axes.items()}
         with _without_memory(), _Counting(axes) as counting:
             module = LanguageModule(config, plan)
             paper.shapes = {name: p.shape for name, p in module.model.named_parameters()}
@@ -128,8 +130,8 @@ def _resolved(
     lines = [f"{key}={value}" for key, value in common.items()]
     config: TrainConfig = compose("train", [*lines, *overrides])
     # Of a group that reads the same data each rank has a micro-batch, but the group one.
-    shared = (config.strategy.tensor_parallel or 1) * (config.strategy.context_parallel or 1)
-    config.batch.tokens //= shared
+    dims = dims_of(config.strategy, config.model, launch)
+    config.batch.tokens = dims.data_parallel * seq_len
     return resolve(config, needs_data=False, launch=launch)
 
 
@@ -184,11 +186,9 @@ class _Pieces:
         return self.tensor.narrow(self.dim, start, length)
 
 
-def _axes(meshes: Meshes) -> dict[str, ProcessGroup]:
-    names = meshes.whole.mesh_dim_names or ()
+def _axes(meshes: Meshes) -> dict[str, list[ProcessGroup]]:
     # Last the one of all ranks, which may be an axis as well.
-    groups = {name: meshes.whole.get_group(name) for name in names}
-    return groups | {ALL: torch.distributed.distributed_c10d._get_default_group()}
+    return meshes.axes() | {ALL: [torch.distributed.distributed_c10d._get_default_group()]}
 
 
 class _Batches:
@@ -208,9 +208,14 @@ class _Batches:
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what is dispatched, collectives by kind and axis."""
 
-    def __init__(self, axes: Mapping[str, ProcessGroup]) -> None:
+    def __init__(self, axes: Mapping[str, Sequence[ProcessGroup]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._names = {group.group_name: name for name, group in axes.items()}
+        self._names = {
+            # Groups of all ranks are one, whatever the axes.
+            group.group_name: ALL if group.size() == axes[ALL][0].size() else name
+            for name, groups in axes.items()
+            for group in groups
+        }
         self.clear()
 
     def clear(self) -> None:

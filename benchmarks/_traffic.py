@@ -17,6 +17,7 @@ from typing import NamedTuple
 from benchmarks._paper import ALL, Paper, sent
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.pattern import num_chosen
+from modtrain.parallel.context import local_length
 from modtrain.parallel.expert import sent_bytes
 
 _DECIDING = re.compile(r"\.(router|predictor|expert_router)\.")
@@ -88,8 +89,8 @@ def theory(paper: Paper) -> dict[Key, Theory]:
         is_all = paper.sizes["expert"] == paper.sizes[ALL]
         found["all-to-all", ALL if is_all else "expert"] = _exchanges(paper)
     if "tensor" in paper.sizes:
-        for kind, number, num_bytes in _slices(paper):
-            add(kind, "tensor", number, num_bytes)
+        for kind, number, num_bytes, padded_bytes in _slices(paper):
+            add(kind, "tensor", number, num_bytes, padded_bytes)
     if "context" in paper.sizes:
         for kind, number, num_bytes, padded_bytes in _shares(paper):
             add(kind, "context", number, num_bytes, padded_bytes)
@@ -103,7 +104,6 @@ def _width(paper: Paper) -> int:
 
 def _groups(paper: Paper) -> Iterator[_Group]:
     """Give what FSDP gathers together: each layer's matrices, its spread experts, and the rest."""
-    over = {"hsdp": "shard", "fsdp_tp": "data"}.get(paper.config.strategy.name, ALL)
     root: list[tuple[int, ...]] = []
     layers: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for name, shape in paper.shapes.items():
@@ -111,12 +111,12 @@ def _groups(paper: Paper) -> Iterator[_Group]:
             root.append(tuple(shape))
             continue
         number = name.split(".")[1]
-        axis = over
+        axis = "shard"
         local = list(shape)
-        if _EXPERTS.search(name) and paper.sizes.get("expert", 1) > 1:
-            axis = "expert_data"
+        if _EXPERTS.search(name) and "expert" in paper.sizes:
+            axis = "expert_shard"
             local[0] //= paper.sizes["expert"]
-        elif "tensor" in paper.sizes:
+        if "tensor" in paper.sizes:
             # Linear layers are (write, read), experts' matrices (expert, read, write).
             reads = bool(_READING.search(name))
             dim = (1 if reads else 2) if len(local) > 2 else int(reads)
@@ -124,7 +124,7 @@ def _groups(paper: Paper) -> Iterator[_Group]:
         layers.setdefault((number, axis), []).append(tuple(local))
     for (_, axis), shapes in layers.items():
         yield _Group(axis, False, shapes)
-    yield _Group("shard" if over == "shard" else ALL, True, root)
+    yield _Group("shard_tensor" if "tensor" in paper.sizes else "shard", True, root)
 
 
 def _padded(shape: tuple[int, ...], size: int) -> float:
@@ -148,62 +148,85 @@ def _running_states(model: ModelConfig) -> int:
 
 
 def _tokens(paper: Paper) -> Iterator[tuple[int, int]]:
-    """Give each layer's number and how many tokens go through it."""
+    """Give each layer's number and how many tokens of a sequence go through it."""
     seq_len = paper.plan.seq_len
     for layer, capacity in enumerate(paper.config.model.capacities):
         yield layer, seq_len if capacity is None else num_chosen(capacity, seq_len)
 
 
+class _Rows(NamedTuple):
+    """Pairs of a token and an expert that a rank sends: in theory, and at most."""
+
+    even: float
+    most: float
+
+
+def _rows(paper: Paper, tokens: int) -> _Rows:
+    """Return a rank's rows for the experts of a layer that ``tokens`` of a sequence go through."""
+    experts, context = paper.config.model.experts, paper.sizes.get("context", 1)
+    even = experts.computed_slots(tokens) / context
+    slots = experts.slots(tokens)
+    if slots is not None:
+        return _Rows(even, float((experts.count or 0) * -(-slots // context)))
+    # Without numbers it is not known how many go to no-ops: they count as if none did.
+    return _Rows(even, float(local_length(tokens, context) * experts.top_k))
+
+
 def _exchanges(paper: Paper) -> Theory:
     """Rows to their experts and back, and their gradients; before, where dropless, their counts."""
     model, size = paper.config.model, paper.sizes["expert"]
-    experts, number, balanced, most = model.experts, 0, 0.0, 0.0
+    number, balanced, most = 0, 0.0, 0.0
     for layer, tokens in _tokens(paper):
         if not model.has_experts(layer):
             continue
-        rows = experts.computed_slots(tokens)
-        bound: float = rows
+        rows = _rows(paper, tokens)
         number += 4
-        if experts.slots(tokens) is None:
-            # On paper nobody knows how many went to no-ops: they count as if none had.
-            bound = float(tokens * experts.top_k)
+        if model.experts.slots(tokens) is None:
             number += 1
-            counts = sent("all-to-all", 8 * (experts.count or 0), size)
+            counts = sent("all-to-all", 8 * (model.experts.count or 0), size)
             balanced, most = balanced + counts, most + counts
-        balanced += sent_bytes(rows, model.d_model, _width(paper), size)
-        most += sent_bytes(bound, model.d_model, _width(paper), size)
+        balanced += sent_bytes(rows.even, model.d_model, _width(paper), size)
+        most += sent_bytes(rows.most, model.d_model, _width(paper), size)
     return Theory(number, balanced, most)
 
 
-def _slices(paper: Paper) -> Iterator[tuple[str, int, float]]:
-    """Give kind, number and bytes of what blocks of slices exchange; see `tensor_parallel`.
+def _slices(paper: Paper) -> Iterator[_Exchange]:
+    """Give what blocks of slices exchange; see `modtrain.parallel.tensor`.
 
     Each of a block's two parts gathers its tokens and scatters its sums, forward, and backward
     the other way round; the block gathers its update, and the gradient of what went in. A mixture
-    has all tokens, and no no-op is told apart from others: it sums all rows, wide when backward.
+    has all tokens, and cannot tell no-ops from others: it sums all rows. Their gradients are as
+    wide as what came: float32, but for rows that travelled.
     """
     model, width = paper.config.model, _width(paper)
-    experts = model.experts
+    experts, context = model.experts, paper.sizes.get("context", 1)
+    row_width = width if "expert" in paper.sizes else 4
+
+    def of_tokens(kind: str, number: int, bytes_of_number: float, tokens: int) -> _Exchange:
+        # Of a sequence's tokens a rank of a context group has some, and some that are padding.
+        group = paper.sizes["tensor"] if kind != "all-reduce" else 1
+        padded = -(-local_length(tokens, context) // group) * group
+        features = bytes_of_number * model.d_model
+        return kind, number, features * tokens / context, features * padded
+
     for layer, tokens in _tokens(paper):
-        features = tokens * model.d_model
         if not model.has_experts(layer):
-            yield "all-gather", 6, (5 * width + 4) * features
-            yield "reduce-scatter", 4, 4 * width * features
+            yield of_tokens("all-gather", 6, 5 * width + 4, tokens)
+            yield of_tokens("reduce-scatter", 4, 4 * width, tokens)
             continue
-        yield "all-gather", 6, (2 * width + 4 * 4) * features
-        yield "reduce-scatter", 2, 2 * width * features
-        slots = experts.slots(tokens)
-        rows = tokens * experts.top_k if slots is None else (experts.count or 0) * slots
-        yield "all-reduce", 2, (width + 4) * rows * model.d_model
+        yield of_tokens("all-gather", 6, 2 * width + 4 * 4, tokens)
+        yield of_tokens("reduce-scatter", 2, 2 * width, tokens)
+        most = (width + row_width) * _rows(paper, tokens).most * model.d_model
+        yield "all-reduce", 2, most, most
         if experts.shared:
-            yield "all-reduce", 2, (width + 4) * features
+            yield of_tokens("all-reduce", 2, width + 4, tokens)
     # The head: the gradient of what went in, and the loss.
-    yield "all-gather", 1, 4 * paper.plan.seq_len * model.d_model
-    yield "all-reduce", 1, 4
+    yield of_tokens("all-gather", 1, 4, paper.plan.seq_len)
+    yield "all-reduce", 1, 4, 4
 
 
 def _shares(paper: Paper) -> Iterator[_Exchange]:
-    """Give what the ranks that share a sequence exchange; see `context_parallel`.
+    """Give what the ranks that share a sequence exchange; see `modtrain.parallel.context`.
 
     Keys and values are gathered; a routed block gathers its scores, sums
     the chosen tokens' features over the ranks and gathers their updates. Experts gather the
@@ -217,7 +240,8 @@ def _shares(paper: Paper) -> Iterator[_Exchange]:
             yield kind, 1, bytes_of_token * tokens, bytes_of_token * -(-tokens // size) * size
 
     for layer, tokens in _tokens(paper):
-        yield from there_and_back(width * 2 * model.kv_heads * model.head_width, tokens)
+        heads = model.kv_heads // paper.sizes.get("tensor", 1)
+        yield from there_and_back(width * 2 * heads * model.head_width, tokens)
         if model.capacities[layer] is not None:
             scores = 1 + any(name.startswith(f"layers.{layer}.predictor.") for name in paper.shapes)
             for _ in range(scores):

@@ -28,17 +28,17 @@ from benchmarks._harness import finish, fix_threads
 from benchmarks._paper import Paper, Traffic, trace
 from benchmarks._traffic import Theory, theory
 from modtrain.common.errors import ConfigError
+from modtrain.parallel.presets import PRESETS
 
 MIB, GIB = 2**20, 2**30
 MODELS = ("mod_3b", "staged_3b", "integrated_3b")
-# The ranks of a group stand behind the slash.
-SETUPS = ("fsdp", "hsdp/8", "hsdp/64", "fsdp_ep/8", "fsdp_ep/16", "fsdp_tp/4", "fsdp_cp/8")
-_GROUPS = {
-    "hsdp": "shard_size",
-    "fsdp_ep": "expert_parallel",
-    "fsdp_tp": "tensor_parallel",
-    "fsdp_cp": "context_parallel",
-}
+# Behind a slash stand degrees, with their kinds where the strategy's name does not say it.
+SETUPS = (
+    *("fsdp", "hsdp/8", "hsdp/64", "fsdp_ep/8", "fsdp_ep/16", "fsdp_tp/4", "fsdp_cp/8"),
+    *("fsdp/tp4/cp8", "hsdp/16/tp4", "hsdp/8/cp8"),
+    *("fsdp/ep16/tp4", "fsdp/ep16/cp8", "hsdp/64/ep16"),
+)
+_DEGREES = {"tp": "tensor_parallel", "cp": "context_parallel", "ep": "expert_parallel"}
 
 
 class Traced(NamedTuple):
@@ -74,7 +74,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--worlds", nargs="+", type=int, default=[8, 64, 256, 1024])
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="of conf/model")
     parser.add_argument("--growth", nargs="*", default=["staged_3b"], help="also on fewer ranks")
-    parser.add_argument("--setups", nargs="+", default=list(SETUPS), help="strategy/ranks a group")
+    parser.add_argument(
+        "--setups", nargs="+", default=list(SETUPS), help="strategy/degree/..., as hsdp/8/tp4"
+    )
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=0, help="which one is traced")
     parser.add_argument("--set", nargs="+", default=[], help="more overrides of modtrain train")
@@ -100,15 +102,20 @@ def _traced(options: argparse.Namespace) -> Iterator[Traced]:
 
 
 def overrides(setup: str) -> list[str]:
-    """Return what sets a strategy, with the ranks of its groups behind a slash."""
-    name, _, size = setup.partition("/")
-    return [f"strategy={name}", *([f"strategy.{_GROUPS[name]}={size}"] if size else [])]
+    """Return what sets a strategy, with its degrees behind slashes: ``fsdp/tp4/cp8``."""
+    name, *degrees = setup.split("/")
+    lines = [f"strategy={name}"]
+    for degree in degrees:
+        kind = degree.rstrip("0123456789")
+        key = _DEGREES[kind] if kind else PRESETS[name].default
+        lines.append(f"strategy.{key}={degree.removeprefix(kind)}")
+    return lines
 
 
 def print_steps(found: Sequence[Traced]) -> None:
     """Print what a step sends and what a rank keeps."""
     print(
-        f"{'model':<14} {'strategy':<11} {'collective':<15} {'axis':<12} {'ranks':>5} {'number':>6}"
+        f"{'model':<14} {'strategy':<13} {'collective':<15} {'axis':<12} {'ranks':>5} {'number':>6}"
         f" {'MiB sent':>10} {'in theory':>10} {'ratio':>6}"
     )
     for one in found:
@@ -118,7 +125,7 @@ def print_steps(found: Sequence[Traced]) -> None:
             expected = one.theory.get(key, Theory())
             over = f"{counted.sent / expected.sent:6.3f}" if expected.sent else f"{'-':>6}"
             print(
-                f"{one.model:<14} {one.setup:<11} {key[0]:<15} {key[1]:<12}"
+                f"{one.model:<14} {one.setup:<13} {key[0]:<15} {key[1]:<12}"
                 f" {paper.sizes[key[1]]:>5} {counted.number:>6} {counted.sent / MIB:>10.3f}"
                 f" {expected.sent / MIB:>10.3f} {over}"
             )
@@ -128,13 +135,13 @@ def print_steps(found: Sequence[Traced]) -> None:
 def print_growth(found: Sequence[Traced]) -> None:
     """Print how a rank's share of a step changes with the number of ranks."""
     print(
-        f"{'model':<14} {'strategy':<11} {'ranks':>5} {'collectives':>11}"
+        f"{'model':<14} {'strategy':<13} {'ranks':>5} {'collectives':>11}"
         f" {'MiB sent':>9} {'GiB of parameters':>17} {'gradients':>9} {'optimizer':>9}"
     )
     for one in found:
         paper, state = one.paper, one.paper.state
         print(
-            f"{one.model:<14} {one.setup:<11} {one.world_size:>5} {_collectives(one):>11}"
+            f"{one.model:<14} {one.setup:<13} {one.world_size:>5} {_collectives(one):>11}"
             f" {sum(t.sent for t in paper.traffic.values()) / MIB:>9.0f}"
             f" {state['parameters'] / GIB:>17.3f} {state['gradients'] / GIB:>9.3f}"
             f" {state['optimizer'] / GIB:>9.3f}"
@@ -145,13 +152,13 @@ def print_growth(found: Sequence[Traced]) -> None:
 def print_control(found: Sequence[Traced], worlds: Sequence[int]) -> None:
     """Print what saves and the watchdog's store cost."""
     print(
-        f"{'model':<14} {'strategy':<11} {'ranks':>5} {'entries of a save':>17}"
+        f"{'model':<14} {'strategy':<13} {'ranks':>5} {'entries of a save':>17}"
         f" {'MiB sent to rank 0':>18} {'MiB of metadata':>15}"
     )
     for one in found:
         cost = save_cost(one.paper.items, one.world_size)
         print(
-            f"{one.model:<14} {one.setup:<11} {one.world_size:>5} {cost.entries:>17}"
+            f"{one.model:<14} {one.setup:<13} {one.world_size:>5} {cost.entries:>17}"
             f" {cost.told / MIB:>18.1f} {cost.metadata / MIB:>15.1f}"
         )
     print(f"\n{'ranks':>5}  requests of a rank to the store: a heartbeat, and a broken collective")

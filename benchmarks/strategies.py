@@ -29,7 +29,7 @@ from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.parallel.config import STRATEGIES, StrategyConfig
-from modtrain.parallel.validation import size_problems
+from modtrain.parallel.validation import dims_problems
 from modtrain.training.config import (
     BatchConfig,
     BudgetConfig,
@@ -106,19 +106,15 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
         for processes in options.processes:
             launch = Launch(processes, 0, 0, processes)
             for name in options.models:
-                if not size_problems(_strategy(strategy, processes), "", MODELS[name], launch):
+                if not dims_problems(_strategy(strategy, processes), "", MODELS[name], launch):
                     yield strategy, processes, name
 
 
 def _strategy(name: str, processes: int) -> StrategyConfig:
     # On four processes groups of two, so that both axes of a mesh have something to do.
     config = StrategyConfig(name, accelerator="cpu", num_threads=1, timeout=120.0)
-    own = {
-        **{"hsdp": "shard_size", "fsdp_tp": "tensor_parallel", "fsdp_ep": "expert_parallel"},
-        "fsdp_cp": "context_parallel",
-    }
-    if name in own:
-        setattr(config, own[name], min(2, processes))
+    if config.preset.default is not None:
+        setattr(config, config.preset.default, min(2, processes))
     return config
 
 

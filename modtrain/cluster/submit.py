@@ -257,7 +257,7 @@ def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
         remedy = "request GPUs, or set strategy.accelerator=cpu"
         return [Problem("gpus_per_node", 0, "and strategy.accelerator=cuda", remedy)]
     memory = config.cluster.gpu_memory
-    needed = device_bytes(resolved, plan.sizes)
+    needed = device_bytes(resolved, plan.dims)
     if memory is None or config.gpus == 0 or needed < memory * 2**30:
         return []
     reason = (

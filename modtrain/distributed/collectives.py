@@ -1,7 +1,7 @@
 """What the ranks of a group exchange within a layer, with the gradient that each exchange has.
 
-Tensor and context parallelism are made of it. The last rank's share of a sequence may end in
-padding: any number of tokens goes.
+Tensor, context and expert parallelism are made of it. The last rank's chunk of a sequence may end
+in padding: a sequence of any length can be split.
 
 Shapes: B batch, S sequence, D model, n ranks of the group, L = ceil(S / n).
 """
@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import GroupName
 
 
 class Group(NamedTuple):
-    """The ranks that have a layer's work between them, and what they tell each other."""
+    """The ranks that compute a layer together, and their collectives."""
 
     name: GroupName
     size: int
@@ -32,55 +32,68 @@ class Group(NamedTuple):
         """Return this rank's group of a 1-D mesh."""
         return cls(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
 
-    def cut(self, x_BSD: Tensor) -> Tensor:
-        """Whole to share (B, L, D); the gradient is gathered."""
-        return _exchanged(x_BSD, self.own_share, partial(self.gathered, length=x_BSD.shape[1]))
+    # Differentiable.
 
-    def join(self, x_BLD: Tensor, length: int) -> Tensor:
-        """Shares to whole (B, S, D); of the gradient, which all ranks have alike, the share."""
-        return _exchanged(x_BLD, partial(self.gathered, length=length), self.own_share)
+    def scatter_seq(self, x_BSD: Tensor) -> Tensor:
+        """Take this rank's chunk (B, L, D) of what all have; the gradient is gathered."""
+        gather = partial(self.all_gather, length=x_BSD.shape[1])
+        return _exchange(x_BSD, self.local_seq_chunk, gather)
 
-    def spread(self, x_BLD: Tensor, length: int) -> Tensor:
-        """The same, for what each rank makes a part of the result of: gradients are summed."""
-        return _exchanged(x_BLD, partial(self.gathered, length=length), self.scattered)
+    def gather_seq(self, x_BLD: Tensor, length: int) -> Tensor:
+        """Gather the chunks (B, S, D); of the gradient, equal on all ranks, take the chunk."""
+        gather = partial(self.all_gather, length=length)
+        return _exchange(x_BLD, gather, self.local_seq_chunk)
 
-    def collect(self, x_BSD: Tensor) -> Tensor:
-        """Parts of a sum to this rank's share of it (B, L, D); the gradient is gathered."""
-        return _exchanged(x_BSD, self.scattered, partial(self.gathered, length=x_BSD.shape[1]))
+    def gather_seq_sum_grad(self, x_BLD: Tensor, length: int) -> Tensor:
+        """Gather the chunks (B, S, D); the ranks' gradients, which differ, are summed."""
+        return _exchange(x_BLD, partial(self.all_gather, length=length), self.reduce_scatter)
 
-    def each(self, x: Tensor) -> Tensor:
-        """As it is, for what each rank makes a part of the result of: gradients are summed."""
-        return _exchanged(x, _same, self.summed)
+    def reduce_scatter_seq(self, x_BSD: Tensor) -> Tensor:
+        """Sum over the ranks and keep this rank's chunk (B, L, D); the gradient is gathered."""
+        gather = partial(self.all_gather, length=x_BSD.shape[1])
+        return _exchange(x_BSD, self.reduce_scatter, gather)
 
-    def total(self, x: Tensor) -> Tensor:
-        """Parts of a sum to the sum; all ranks have its gradient alike."""
-        return _exchanged(x, self.summed, _same)
+    def copy_sum_grad(self, x: Tensor) -> Tensor:
+        """Return ``x`` as it is; the ranks' gradients, which differ, are summed."""
+        return _exchange(x, _identity, self.all_reduce)
 
-    def counted(self, x: Tensor) -> Tensor:
-        """As it is; a gradient that is a part of a sum counts n times, for a mean over ranks."""
-        return _exchanged(x, _same, partial(torch.mul, other=self.size))
+    def sum_copy_grad(self, x: Tensor) -> Tensor:
+        """Sum over the ranks; the gradient, equal on all ranks, stays as it is."""
+        return _exchange(x, self.all_reduce, _identity)
 
-    def own_share(self, x_BSD: Tensor, fill: float = 0) -> Tensor:
-        """Take this rank's share of the sequence (B, L, ...), ``fill`` behind the last token."""
-        share = -(-x_BSD.shape[1] // self.size)
-        return lengthened(x_BSD, self.size, fill).narrow(1, self.rank * share, share).contiguous()
+    def scale_grad(self, x: Tensor) -> Tensor:
+        """Return ``x`` as it is; its gradient times n, so that a mean over ranks is a sum."""
+        return scale_grad(x, self.size)
 
-    def gathered(self, x_BLD: Tensor, length: int) -> Tensor:
-        """Return the shares one behind another (B, S, D)."""
+    # Not differentiable.
+
+    def local_seq_chunk(self, x_BSD: Tensor, fill: float = 0) -> Tensor:
+        """Take this rank's chunk of the sequence (B, L, ...), ``fill`` behind the last token."""
+        chunk = -(-x_BSD.shape[1] // self.size)
+        padded = pad_to_multiple(x_BSD, self.size, fill)
+        return padded.narrow(1, self.rank * chunk, chunk).contiguous()
+
+    def all_gather(self, x_BLD: Tensor, length: int) -> Tensor:
+        """Return the chunks one behind another (B, S, D)."""
         x = collectives.all_gather_single(x_BLD.contiguous(), 1, self.name)
-        return _arrived(x).narrow(1, 0, length).contiguous()
+        return _wait(x).narrow(1, 0, length).contiguous()
 
-    def scattered(self, x_BSD: Tensor) -> Tensor:
-        """Return this rank's share (B, L, D) of the sum over the ranks."""
-        x = lengthened(x_BSD, self.size).contiguous()
-        return _arrived(collectives.reduce_scatter_single(x, "sum", 1, self.name))
+    def reduce_scatter(self, x_BSD: Tensor) -> Tensor:
+        """Return this rank's chunk (B, L, D) of the sum over the ranks."""
+        x = pad_to_multiple(x_BSD, self.size).contiguous()
+        return _wait(collectives.reduce_scatter_single(x, "sum", 1, self.name))
 
-    def summed(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks."""
-        return _arrived(collectives.all_reduce(x.contiguous(), "sum", self.name))
+        return _wait(collectives.all_reduce(x.contiguous(), "sum", self.name))
 
 
-def lengthened(x_BSD: Tensor, multiple: int, fill: float = 0) -> Tensor:
+def scale_grad(x: Tensor, factor: float) -> Tensor:
+    """Return ``x`` as it is; its gradient is multiplied by ``factor``."""
+    return _exchange(x, _identity, partial(torch.mul, other=factor))
+
+
+def pad_to_multiple(x_BSD: Tensor, multiple: int, fill: float = 0) -> Tensor:
     """Put ``fill`` behind the last token until the sequence's length is a multiple."""
     missing = -x_BSD.shape[1] % multiple
     if not missing:
@@ -88,8 +101,8 @@ def lengthened(x_BSD: Tensor, multiple: int, fill: float = 0) -> Tensor:
     return F.pad(x_BSD, (0, 0) * (x_BSD.ndim - 2) + (0, missing), value=fill)
 
 
-def as_multiplied(x: Tensor) -> Tensor:
-    """Cast as the products behind would, before it travels: in bf16 half as much does."""
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """Cast to autocast's type before sending: bf16 halves what travels."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
@@ -99,27 +112,30 @@ def as_multiplied(x: Tensor) -> Tensor:
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+        ctx: Any,
+        x: Tensor,
+        forward: Callable[[Tensor], Tensor],
+        backward: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        ctx.back = back
-        return there(x)
+        ctx.apply_backward = backward
+        return forward(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back(gradient), None, None
+        return ctx.apply_backward(gradient), None, None
 
 
-def _exchanged(
-    x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+def _exchange(
+    x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    found: Tensor = _Exchange.apply(x, there, back)  # type: ignore[no-untyped-call]
-    return found
+    output: Tensor = _Exchange.apply(x, forward, backward)  # type: ignore[no-untyped-call]
+    return output
 
 
-def _same(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x.view_as(x)
 
 
-def _arrived(x: Tensor) -> Tensor:
-    found: Tensor = collectives.wait_tensor(x)  # type: ignore[no-untyped-call]
-    return found
+def _wait(x: Tensor) -> Tensor:
+    output: Tensor = collectives.wait_tensor(x)  # type: ignore[no-untyped-call]
+    return output

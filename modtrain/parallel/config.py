@@ -9,22 +9,13 @@ from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, at_least, one_of
 from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
+from modtrain.parallel.dims import ParallelDims
+from modtrain.parallel.presets import DEGREES, PRESETS, Preset, names_with
 
-STRATEGIES = (
-    *("single", "ddp", "fsdp", "hsdp", "fsdp_tp", "fsdp_ep", "fsdp_cp"),
-    *("deepspeed_1", "deepspeed_2", "deepspeed_3"),
-)
+STRATEGIES = tuple(PRESETS)
 ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
-# What only one strategy, or one family, goes by.
-_OWN_KEYS = {
-    "shard_size": ("hsdp",),
-    "tensor_parallel": ("fsdp_tp",),
-    "expert_parallel": ("fsdp_ep",),
-    "context_parallel": ("fsdp_cp",),
-    "offload": ("deepspeed_1", "deepspeed_2", "deepspeed_3"),
-}
 # Processes of a node where no launcher says it: those of the usual machine with eight GPUs.
 _USUAL_NODE = 8
 
@@ -34,11 +25,10 @@ class StrategyConfig:
     """Where the run computes, and what each process holds of it.
 
     name: ``single``: one process. ``ddp``: each has the whole model. ``fsdp``: parameters,
-        gradients and optimizer state are cut over all processes (FSDP2). ``hsdp``: over the
-        ``shard_size`` processes of a group, each group with a copy. ``fsdp_tp``: within a group of
-        ``tensor_parallel`` processes each layer's products are cut as well. ``fsdp_ep``: experts
-        are spread over ``expert_parallel`` processes. ``fsdp_cp``: each sequence is shared out over
-        ``context_parallel`` processes. ``deepspeed_1|2|3``: ZeRO's stages.
+        gradients and optimizer state are sharded over all processes (FSDP2). ``hsdp``: over
+        ``shard_size`` processes, in several copies. ``fsdp_tp``, ``fsdp_ep``, ``fsdp_cp``: as
+        ``fsdp``, with tensor, expert or context parallelism on by default.
+        ``deepspeed_1|2|3``: ZeRO's stages.
     accelerator: ``auto`` takes CUDA, then MPS, then the CPU.
     num_threads: CPU threads of the process; null leaves torch's choice.
     activation_checkpointing: what the backward pass computes again in place of keeping it:
@@ -47,11 +37,14 @@ class StrategyConfig:
         count.
     world_size: how many processes the run is to have; null: as many as the launcher started. A
         launcher that started another number is an error; `modtrain plan` plans for this many.
-    shard_size: processes that hold one copy together; null: those of a node.
-    tensor_parallel: processes that share each layer's products; null: those of a node.
-    expert_parallel: processes that share the experts; null: the most that divides both the
-        processes and the experts.
-    context_parallel: processes that share each sequence; null: those of a node.
+    shard_size: of ``hsdp``: processes that one copy is sharded over, beside the tensor- and
+        context-parallel ones; null: those of a node.
+    tensor_parallel: processes that share each matrix of a layer; null: 1, with ``fsdp_tp`` those
+        of a node. Degrees combine under ``fsdp``, ``hsdp`` and ``fsdp_*``.
+    expert_parallel: processes that share the experts; null: 1, with ``fsdp_ep`` the most that
+        divides both the processes and the experts.
+    context_parallel: processes that share each sequence; null: 1, with ``fsdp_cp`` those of a
+        node.
     offload: keep optimizer state, and with stage 3 parameters, in the CPU's memory.
     timeout: seconds after which a process that waits for another one gives up.
     """
@@ -69,46 +62,29 @@ class StrategyConfig:
     timeout: float = 600.0
 
     @property
+    def preset(self) -> Preset:
+        """What the name stands for. Raises KeyError for a name that is not known."""
+        return PRESETS[self.name]
+
+    @property
     def stage(self) -> int | None:
         """ZeRO's stage; None where the strategy is not DeepSpeed's."""
-        return int(self.name[-1]) if self.name.startswith("deepspeed") else None
+        return self.preset.zero_stage if self.name in PRESETS else None
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the strategy that needs no model and no launcher to see."""
-        found = one_of(self, prefix, "name", STRATEGIES)
-        found += one_of(self, prefix, "accelerator", ACCELERATORS)
-        found += one_of(self, prefix, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
-        sizes = ("shard_size", "tensor_parallel", "expert_parallel", "context_parallel")
-        found += at_least(self, prefix, 1, "num_threads", "world_size", *sizes)
-        found += above_zero(self, prefix, "timeout")
-        for key, names in _OWN_KEYS.items():
+        problems = one_of(self, prefix, "name", STRATEGIES)
+        problems += one_of(self, prefix, "accelerator", ACCELERATORS)
+        problems += one_of(self, prefix, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
+        problems += at_least(self, prefix, 1, "num_threads", "world_size", "shard_size", *DEGREES)
+        problems += above_zero(self, prefix, "timeout")
+        for key in ("shard_size", *DEGREES, "offload"):
             value = getattr(self, key)
-            if value and self.name in STRATEGIES and self.name not in names:
-                reason = f"has no meaning with {prefix}.name={self.name}"
-                remedy = f"leave it out, or use {' or '.join(names)}"
-                found.append(Problem(f"{prefix}.{key}", value, reason, remedy))
-        return found
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many processes there are, and in what groups; groups that are not used have size 1.
-
-    world_size: all. shard: those that hold one copy of the parameters together. tensor: those that
-    cut each layer's products. expert: those that share out the experts. context: those that share
-    out each sequence.
-    """
-
-    world_size: int = 1
-    shard: int = 1
-    tensor: int = 1
-    expert: int = 1
-    context: int = 1
-
-    @property
-    def data_parallel(self) -> int:
-        """How many ranks, or groups of them, read different data."""
-        return self.world_size // (self.tensor * self.context)
+            if value and self.name in PRESETS and key not in self.preset.keys:
+                reason = f"cannot be combined with {prefix}.name={self.name}"
+                remedy = f"leave it out, or use {' or '.join(names_with(key))}"
+                problems.append(Problem(f"{prefix}.{key}", value, reason, remedy))
+        return problems
 
 
 def expected_launch(config: StrategyConfig, launch: Launch) -> Launch:
@@ -119,23 +95,30 @@ def expected_launch(config: StrategyConfig, launch: Launch) -> Launch:
     return replace(launch, world_size=config.world_size, local_world_size=local)
 
 
-def sizes_of(config: StrategyConfig, model: ModelConfig, launch: Launch) -> Sizes:
-    """Return the groups that the strategy makes of the processes of ``launch``."""
-    world, node = launch.world_size, launch.local_world_size
-    sizes = Sizes(world)
-    if config.name in ("fsdp", "fsdp_ep", "fsdp_cp"):
-        sizes = replace(sizes, shard=world)
-    if config.name == "hsdp":
-        sizes = replace(sizes, shard=config.shard_size or node)
-    if config.name == "fsdp_tp":
-        tensor = config.tensor_parallel or node
-        sizes = replace(sizes, tensor=tensor, shard=max(1, world // tensor))
-    if config.name == "fsdp_ep":
-        expert = config.expert_parallel or math.gcd(model.experts.count or 1, world)
-        sizes = replace(sizes, expert=expert)
-    if config.name == "fsdp_cp":
-        sizes = replace(sizes, context=config.context_parallel or node)
-    return sizes
+def dims_of(config: StrategyConfig, model: ModelConfig, launch: Launch) -> ParallelDims:
+    """Return the degrees that the strategy gives to the processes of ``launch``.
+
+    They may not fit: see `ParallelDims.problems` and `validation.dims_problems`.
+    """
+    world, node, preset = launch.world_size, launch.local_world_size, config.preset
+    if not preset.is_sharded:
+        return ParallelDims(world, replicate=world)
+
+    def degree(key: str, others: int) -> int:
+        """The degree that is set, or by default what ``others`` leave of a node."""
+        by_default = max(1, node // others) if preset.default == key else 1
+        return getattr(config, key) or by_default
+
+    tensor = degree("tensor_parallel", config.context_parallel or 1)
+    context = degree("context_parallel", tensor)
+    shard = max(1, world // (tensor * context))
+    if preset.default == "shard_size":
+        shard = degree("shard_size", tensor * context)
+    replicate = max(1, world // (shard * context * tensor))
+    expert = config.expert_parallel or 1
+    if preset.default == "expert_parallel" and config.expert_parallel is None:
+        expert = math.gcd(model.experts.count or 1, shard * context)
+    return ParallelDims(world, replicate, shard, context, tensor, expert)
 
 
 @dataclass(frozen=True)
@@ -157,11 +140,11 @@ class LayerOptions:
 class StrategyOptions:
     """All that a strategy needs to know of a run.
 
-    config: the strategy's own keys. sizes: the groups that follow from them and the processes.
+    config: the strategy's own keys. dims: the degrees that follow from them and the processes.
     layers: what is done to each layer. accumulate: micro-batches of a step on each rank.
     """
 
     config: StrategyConfig
-    sizes: Sizes
+    dims: ParallelDims
     layers: LayerOptions
     accumulate: int

@@ -11,7 +11,7 @@ norms, products and loss. What goes by the whole sequence is gathered:
   every expert's places, for which all tokens' normed features are gathered and the updates summed.
   Without a limit each rank sends its own tokens to experts.
 
-A sequence of S tokens is cut into 2 n pieces of h = ceil(S / 2n), zeros standing behind the last
+A sequence of S tokens is split into 2 n pieces of h = ceil(S / 2n), zeros standing behind the last
 token, and rank r has the pieces r and 2 n - 1 - r: an early and a late one, whose queries together
 see as many keys on every rank. The context of a module is that of its whole sequence; only its
 features, and the rows of `attention_mask_BSS`, are of the share. Those are L S numbers for each
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from modtrain.common.errors import raise_if_any
-from modtrain.distributed.collectives import Group, as_multiplied, lengthened
+from modtrain.distributed.collectives import Group, cast_for_autocast, pad_to_multiple
 from modtrain.models.attention import Attention, attend
 from modtrain.models.block import Block
 from modtrain.models.convolution import Convolution, LeftContext, apply_taps
@@ -56,10 +56,11 @@ from modtrain.models.feed_forward import FeedForward
 from modtrain.models.loss import IGNORED
 from modtrain.models.sequence import Output, SequenceContext
 from modtrain.models.transformer import ModelOutput, Transformer
+from modtrain.parallel.swap import swap_class
 from modtrain.parallel.validation import context_problems
 
 
-def share_sequences(model: Transformer, mesh: DeviceMesh) -> None:
+def apply_context_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     """Let each rank of a group keep its share of every sequence. The parameters stay as they are.
 
     The model is still called with whole sequences, the same on all ranks of the group, and returns
@@ -71,20 +72,24 @@ def share_sequences(model: Transformer, mesh: DeviceMesh) -> None:
 
     Raises:
         ConfigError: the model cannot be computed so.
+        TypeError: a module is of a type that context parallelism does not support.
     """
     raise_if_any(context_problems(model.config, mesh.size()))
     if mesh.size() == 1:
         return
-    shares = Shares(Group.of(mesh))
+    chunks = SequenceChunks(Group.of(mesh))
     for part in _parts(model):
-        if type(part) not in {*_KINDS, FeedForward}:
-            raise TypeError(f"nobody said how to share out the tokens of {type(part).__name__}")
+        if not isinstance(part, (*_KINDS, FeedForward)):
+            raise TypeError(f"context parallelism does not support {type(part).__name__}")
     for module in model.modules():
-        kind = _KINDS.get(type(module))
-        if kind is not None:
-            # Computed in another way; parameters and their names stay what they are.
-            module.__class__ = kind
-            module.shares = shares  # type: ignore[assignment]
+        for base, kind in _KINDS.items():
+            if isinstance(module, base):
+                swap_class(module, kind, chunks=chunks)
+
+
+def local_length(length: int, context_size: int) -> int:
+    """Return how many tokens of a sequence each of ``context_size`` ranks has, with padding."""
+    return length if context_size == 1 else 2 * -(-length // (2 * context_size))
 
 
 def _parts(model: Transformer) -> Iterator[nn.Module]:
@@ -94,57 +99,57 @@ def _parts(model: Transformer) -> Iterator[nn.Module]:
             yield from (block.attention, block.mlp) if isinstance(block, Block) else (block,)
 
 
-class Shares(NamedTuple):
+class SequenceChunks(NamedTuple):
     """Which tokens of a sequence each rank of a group has, and how they get together."""
 
     group: Group
 
-    def firsts(self, length: int) -> tuple[int, int, int]:
+    def chunk_offsets(self, length: int) -> tuple[int, int, int]:
         """Return where this rank's two pieces begin, and h."""
         size, rank = self.group.size, self.group.rank
         piece = -(-length // (2 * size))
         return rank * piece, (2 * size - 1 - rank) * piece, piece
 
-    def places(self, length: int, device: torch.device) -> Tensor:
+    def local_positions(self, length: int, device: torch.device) -> Tensor:
         """Return the places (L) of this rank's tokens; padding has the last token's."""
-        early, late, piece = self.firsts(length)
+        early, late, piece = self.chunk_offsets(length)
         place_L = torch.cat(
             [torch.arange(first, first + piece, device=device) for first in (early, late)]
         )
         return place_L.clamp(max=length - 1)
 
-    def held(self, index_BK: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def local_index_and_mask(self, index_BK: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Say where in this rank's share the tokens ``index_BK`` are, and which it has at all."""
-        _, _, piece = self.firsts(length)
+        _, _, piece = self.chunk_offsets(length)
         size = self.group.size
         piece_BK = index_BK // piece
         is_late_BK = piece_BK >= size
         owner_BK = torch.where(is_late_BK, 2 * size - 1 - piece_BK, piece_BK)
         return index_BK % piece + piece * is_late_BK, owner_BK == self.group.rank
 
-    def own(self, x_BSD: Tensor, fill: float = 0) -> Tensor:
+    def local_chunk(self, x_BSD: Tensor, fill: float = 0) -> Tensor:
         """Take this rank's share (B, L, ...) of what all ranks have; ``fill`` is its padding."""
-        early, late, piece = self.firsts(x_BSD.shape[1])
-        x_BSD = lengthened(x_BSD, 2 * self.group.size, fill)
+        early, late, piece = self.chunk_offsets(x_BSD.shape[1])
+        x_BSD = pad_to_multiple(x_BSD, 2 * self.group.size, fill)
         return torch.cat([x_BSD.narrow(1, first, piece) for first in (early, late)], dim=1)
 
-    def whole(self, x_BLD: Tensor, length: int) -> Tensor:
+    def gather(self, x_BLD: Tensor, length: int) -> Tensor:
         """Gather the shares in the tokens' order (B, S, ...); the ranks' gradients are summed."""
-        return self.padded(x_BLD).narrow(1, 0, length)
+        return self.gather_padded(x_BLD).narrow(1, 0, length)
 
-    def padded(self, x_BLD: Tensor) -> Tensor:
+    def gather_padded(self, x_BLD: Tensor) -> Tensor:
         """Return the same with the padding behind (B, 2 n h, ...)."""
         size = self.group.size
-        x = self.group.spread(x_BLD, size * x_BLD.shape[1])
+        x = self.group.gather_seq_sum_grad(x_BLD, size * x_BLD.shape[1])
         # They come by rank: 0, 2n - 1, 1, 2n - 2, ...
         early = range(0, 2 * size, 2)
         return _pieces(x, [*early, *(place + 1 for place in reversed(early))])
 
-    def sum(self, x_BSD: Tensor) -> Tensor:
+    def reduce_scatter(self, x_BSD: Tensor) -> Tensor:
         """Return this rank's share (B, L, ...) of the sum over ranks; its gradient is gathered."""
         size = self.group.size
         order = [piece for rank in range(size) for piece in (rank, 2 * size - 1 - rank)]
-        return self.group.collect(_pieces(lengthened(x_BSD, 2 * size), order))
+        return self.group.reduce_scatter_seq(_pieces(pad_to_multiple(x_BSD, 2 * size), order))
 
 
 def _pieces(x_BSD: Tensor, order: list[int]) -> Tensor:
@@ -153,10 +158,10 @@ def _pieces(x_BSD: Tensor, order: list[int]) -> Tensor:
     return torch.cat([pieces[number] for number in order], dim=1)
 
 
-class _SharedTransformer(Transformer):
+class CPTransformer(Transformer):
     """A model that is given whole sequences and has a share of their tokens."""
 
-    shares: Shares
+    chunks: SequenceChunks
 
     def forward(
         self,
@@ -169,7 +174,7 @@ class _SharedTransformer(Transformer):
         found = super().forward(tokens_BS, targets_BS, selection, **others)  # type: ignore[arg-type]
         if found.logits_BSV is None:
             return found
-        return found._replace(logits_BSV=self.shares.whole(found.logits_BSV, tokens_BS.shape[1]))
+        return found._replace(logits_BSV=self.chunks.gather(found.logits_BSV, tokens_BS.shape[1]))
 
     def _context(self, tokens_BS: Tensor, *others: Any) -> SequenceContext:
         context = super()._context(tokens_BS, *others)
@@ -177,7 +182,7 @@ class _SharedTransformer(Transformer):
         if sees_BLS is None:
             return context
         # What is added to attention's scores: of a mask each layer would make, and keep, its own.
-        bias = as_multiplied(self.embedding.weight.new_zeros(()))
+        bias = cast_for_autocast(self.embedding.weight.new_zeros(()))
         return context._replace(attention_mask_BSS=torch.where(sees_BLS, bias, float("-inf")))
 
     def extend(self, *_args: Any, **_others: Any) -> ModelOutput:
@@ -186,47 +191,48 @@ class _SharedTransformer(Transformer):
 
     def local_query_indices(self, tokens_BS: Tensor) -> Tensor:
         """Return the places (L) of this rank's tokens."""
-        return self.shares.places(tokens_BS.shape[1], tokens_BS.device)
+        return self.chunks.local_positions(tokens_BS.shape[1], tokens_BS.device)
 
     def token_loss(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
         """Return the mean over the whole sequences' tokens, of the share (B, L, D) of them."""
-        group = self.shares.group
-        own_BL = self.shares.own(targets_BS, IGNORED)
+        group = self.chunks.group
+        own_BL = self.chunks.local_chunk(targets_BS, IGNORED)
         loss = super().token_loss(x_BSD, weight_VD, own_BL)
         own, all_of_them = ((t != IGNORED).sum().to(loss.dtype) for t in (own_BL, targets_BS))
-        return group.counted(group.total(loss * (own / all_of_them.clamp(min=1))))
+        return group.scale_grad(group.sum_copy_grad(loss * (own / all_of_them.clamp(min=1))))
 
 
-class _SharedEmbedding(nn.Embedding):
+class CPEmbedding(nn.Embedding):
     """Embeds this rank's share of the tokens."""
 
-    shares: Shares
+    chunks: SequenceChunks
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Return their features (B, L, D)."""
-        return super().forward(self.shares.own(tokens_BS))
+        return super().forward(self.chunks.local_chunk(tokens_BS))
 
 
-class _SharedAttention(Attention):
+class CPAttention(Attention):
     """Attention of this rank's queries to all keys before them."""
 
-    shares: Shares
+    chunks: SequenceChunks
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor | Output:
         """Return the update of the share (B, L, D)."""
-        cos_BLW, sin_BLW = self.shares.own(context.cos_BSW), self.shares.own(context.sin_BSW)
+        local = self.chunks.local_chunk
+        cos_BLW, sin_BLW = local(context.cos_BSW), local(context.sin_BSW)
         return super().forward(x_BSD, context._replace(cos_BSW=cos_BLW, sin_BSW=sin_BLW))
 
     def mix(
         self, q_BSHW: Tensor, k_BSGW: Tensor, v_BSGW: Tensor, context: SequenceContext
     ) -> Tensor:
         """Return what each query of the share attends to (B, L, H, W)."""
-        q_BLHW, k_BLGW, v_BLGW = map(as_multiplied, (q_BSHW, k_BSGW, v_BSGW))
-        k, v = self.shares.padded(torch.cat([k_BLGW, v_BLGW], dim=2)).chunk(2, dim=2)
+        q_BLHW, k_BLGW, v_BLGW = map(cast_for_autocast, (q_BSHW, k_BSGW, v_BSGW))
+        k, v = self.chunks.gather_padded(torch.cat([k_BLGW, v_BLGW], dim=2)).chunk(2, dim=2)
         length, sees_BLS = context.positions_BS.shape[1], context.attention_mask_BSS
         if sees_BLS is None:
-            raise ValueError("the context does not tell what the queries of this share see")
-        early, late, piece = self.shares.firsts(length)
+            raise ValueError("the context lacks what the queries of this share see")
+        early, late, piece = self.chunks.chunk_offsets(length)
         found = []
         for own, first in ((slice(0, piece), early), (slice(piece, None), late)):
             # What stands behind a piece none of its queries sees: there the balance is.
@@ -236,36 +242,36 @@ class _SharedAttention(Attention):
         return torch.cat(found, dim=1)
 
 
-class _SharedConvolution(Convolution):
+class CPConvolution(Convolution):
     """A convolution over this rank's tokens and those that stand before them."""
 
-    shares: Shares
+    chunks: SequenceChunks
 
     def mix(self, value_BSD: Tensor, taps_WD: Tensor, context: SequenceContext) -> Tensor:
-        """Return the mixed values of the share (B, L, D)."""
+        """Return the apply_taps values of the share (B, L, D)."""
         length, batch = context.positions_BS.shape[1], len(value_BSD)
-        early, late, piece = self.shares.firsts(length)
+        early, late, piece = self.chunks.chunk_offsets(length)
         reach = len(taps_WD) - 1
 
         def windows(x_BTD: Tensor, fill: float) -> Tensor:
             # The pieces as two batches, each with its own tokens before it.
-            behind = 2 * self.shares.group.size * piece - x_BTD.shape[1]
+            behind = 2 * self.chunks.group.size * piece - x_BTD.shape[1]
             sides = (0, 0) * (x_BTD.ndim - 2) + (reach, behind)
             x_BTD = F.pad(x_BTD.expand(batch, *x_BTD.shape[1:]), sides, value=fill)
             return torch.cat([x_BTD.narrow(1, first, reach + piece) for first in (early, late)])
 
         before = LeftContext(
-            windows(self.shares.padded(value_BSD), 0),
+            windows(self.chunks.gather_padded(value_BSD), 0),
             None if context.documents_BS is None else windows(context.documents_BS, -1),
             None if context.valid_BS is None else windows(context.valid_BS, False),
         )
         return torch.cat(apply_taps(before, taps_WD).chunk(2), dim=1)
 
 
-class _SharedDepths(MixtureOfDepths):
+class CPMixtureOfDepths(MixtureOfDepths):
     """Chooses over the whole sequence, and computes a share of the chosen."""
 
-    shares: Shares
+    chunks: SequenceChunks
 
     def _scores(self, x_BSD: Tensor, context: SequenceContext, count: int) -> Tensor:
         length = context.positions_BS.shape[1]
@@ -273,56 +279,56 @@ class _SharedDepths(MixtureOfDepths):
             # They go by the shape alone, and are the same on all ranks of the group.
             shape_BS0 = x_BSD.new_empty(x_BSD.shape[0], length, 0)
             return super()._scores(shape_BS0, context, count)
-        return self.shares.whole(super()._scores(x_BSD, context, count), length)
+        return self.chunks.gather(super()._scores(x_BSD, context, count), length)
 
     def _predicted(self, x_BSD: Tensor, context: SequenceContext) -> Tensor | None:
         found_BL = super()._predicted(x_BSD, context)
         length = context.positions_BS.shape[1]
-        return None if found_BL is None else self.shares.whole(found_BL, length)
+        return None if found_BL is None else self.chunks.gather(found_BL, length)
 
     def _route(
         self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, places: TokenSlots
     ) -> Output:
-        shares, index_BK, slot_mask_BK = self.shares, places.index_BK, places.slot_mask_BK
+        chunks, index_BK, slot_mask_BK = self.chunks, places.index_BK, places.slot_mask_BK
         (batch, share, dim), count = x_BSD.shape, index_BK.shape[1]
-        place_BK, is_held_BK = shares.held(index_BK, scores_BS.shape[1])
+        place_BK, is_held_BK = chunks.local_index_and_mask(index_BK, scores_BS.shape[1])
         is_held_BK1 = is_held_BK.unsqueeze(-1)
         number_B1 = torch.arange(batch, device=x_BSD.device).unsqueeze(1)
         row_N = (place_BK + number_B1 * share).flatten()
         x_ND = x_BSD.reshape(-1, dim)
         # One rank has the token, the others add zero.
         held_BKD = x_ND.index_select(0, row_N).view(batch, count, dim).where(is_held_BK1, 0)
-        chosen_BJD = shares.sum(held_BKD)
-        query_index_J = shares.places(count, x_BSD.device)
+        chosen_BJD = chunks.reduce_scatter(held_BKD)
+        query_index_J = chunks.local_positions(count, x_BSD.device)
         found = self._update(
             chosen_BJD,
             context.gather(index_BK, slot_mask_BK, query_index_J),
-            scores_BS.gather(1, shares.own(index_BK)),
-            None if slot_mask_BK is None else shares.own(slot_mask_BK, False),
+            scores_BS.gather(1, chunks.local_chunk(index_BK)),
+            None if slot_mask_BK is None else chunks.local_chunk(slot_mask_BK, False),
         )
         # Minus zero for who is not here: it changes no bit.
-        update_BKD = shares.whole(found.value_BSD, count).where(is_held_BK1, -0.0)
+        update_BKD = chunks.gather(found.value_BSD, count).where(is_held_BK1, -0.0)
         out_ND = x_ND.index_add(0, row_N, update_BKD.reshape(-1, dim))
         return found._replace(value_BSD=out_ND.view_as(x_BSD))
 
 
-class _SharedExperts(Experts):
+class CPExperts(Experts):
     """A mixture that is given a share of the tokens and chooses as if it had all of them."""
 
-    shares: Shares
+    chunks: SequenceChunks
 
-    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
+    def mix(self, x_BSD: Tensor, context: SequenceContext) -> Output:
         """Return the update of the share (B, L, D) and the record of the whole sequences."""
         batch, length = len(x_BSD), context.positions_BS.shape[1]
         valid_BS = context.valid_BS
         if valid_BS is None:
             valid_BS = torch.ones(batch, length, dtype=torch.bool, device=x_BSD.device)
-        own_BL = self.shares.own(valid_BS, False)
+        own_BL = self.chunks.local_chunk(valid_BS, False)
         # What padding holds may be anything, and NaN times zero is NaN.
         x_BSD = torch.where(own_BL.unsqueeze(-1), x_BSD, 0)
         normed_BLD = self.norm(x_BSD)
         logits_BLR = self.expert_router(normed_BLD.flatten(0, 1)).view(batch, -1, self.choices)
-        logits_TR = self.shares.whole(logits_BLR, length).flatten(0, 1)
+        logits_TR = self.chunks.gather(logits_BLR, length).flatten(0, 1)
         normaliser_T1 = logits_TR.logsumexp(-1, keepdim=True)
         trains = context.selection in TRAINING_SELECTIONS
         slots = self.config.slots(length) if trains else None
@@ -345,27 +351,27 @@ class _SharedExperts(Experts):
 
     def _counted(self, rows: Rows) -> Rows:
         """Count the choices of all ranks."""
-        counts = self.shares.group.summed(torch.cat([rows.load_R, rows.executed_E]))
+        counts = self.chunks.group.all_reduce(torch.cat([rows.load_R, rows.executed_E]))
         load_R, executed_E = torch.split(counts, [len(rows.load_R), len(rows.executed_E)])
         return rows._replace(load_R=load_R, executed_E=executed_E)
 
     def _by_places(self, rows: Rows, normed_BLD: Tensor, length: int, dtype: torch.dtype) -> Tensor:
         """Compute some of each expert's places, of whichever tokens; all have the same number."""
-        group, places = self.shares.group, len(rows.token_M) // (self.count * len(normed_BLD))
+        group, places = self.chunks.group, len(rows.token_M) // (self.count * len(normed_BLD))
         token_XJ, weight_XJ = (
-            group.own_share(x_M.view(-1, places)) for x_M in (rows.token_M, rows.weight_M)
+            group.local_seq_chunk(x_M.view(-1, places)) for x_M in (rows.token_M, rows.weight_M)
         )
         own = rows._replace(token_M=token_XJ.flatten(), weight_M=weight_XJ.flatten())
-        normed_BSD = self.shares.whole(as_multiplied(normed_BLD), length)
+        normed_BSD = self.chunks.gather(cast_for_autocast(normed_BLD), length)
         update_TD = self._update(own, normed_BSD.flatten(0, 1), dtype)
-        return self.shares.sum(update_TD.view(normed_BSD.shape))
+        return self.chunks.reduce_scatter(update_TD.view(normed_BSD.shape))
 
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
-    Attention: _SharedAttention,
-    Convolution: _SharedConvolution,
-    MixtureOfDepths: _SharedDepths,
-    Experts: _SharedExperts,
-    nn.Embedding: _SharedEmbedding,
-    Transformer: _SharedTransformer,
+    Attention: CPAttention,
+    Convolution: CPConvolution,
+    MixtureOfDepths: CPMixtureOfDepths,
+    Experts: CPExperts,
+    nn.Embedding: CPEmbedding,
+    Transformer: CPTransformer,
 }

@@ -1,10 +1,10 @@
 """Expert parallelism: a layer's experts spread over ranks, and rows that travel to them and back.
 
-The ranks of an ``expert`` mesh share the experts, each holding E / R of them; those of an
-``expert_data`` mesh hold the same ones, in parts (FSDP2). Every rank reads data of its own: both
-are data-parallel to the rest of the model. `parallelize.fsdp_ep` puts it together.
+The ranks of an ``expert`` group share the experts, each holding E / R of them; ranks with the same
+ones shard them (FSDP2). An expert group is made of data- and context-parallel ranks: each has
+tokens of its own. Where matrices are sliced (tensor parallel) before, so are each expert's here.
 
-Rows of no-op experts and of nobody stay where they are. A training step sends each of the others
+Rows of no-op experts and of padding stay where they are. A training step sends each of the others
 four times: there and back, and its gradients likewise; see `sent_bytes`.
 
 - Static shapes (experts with a capacity, in training): all ranks send as much to all, and nothing
@@ -18,7 +18,7 @@ R ranks that share them, L = E / R experts of a rank, C rows of each expert from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,88 +28,35 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
-from modtrain.common.errors import Problem, raise_if_any
-from modtrain.distributed.collectives import as_multiplied
+from modtrain.distributed.collectives import Group, cast_for_autocast, scale_grad
 from modtrain.models.experts.layer import ExpertMLPs, Experts
+from modtrain.parallel.swap import swap_class
 
-Placement = Callable[[nn.Parameter], Shard | ShardPlacementResult | None]
 
-
-def shard_experts(model: nn.Module, expert: DeviceMesh, expert_data: DeviceMesh) -> None:
+def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     """Leave each rank its own experts of every mixture, and let rows travel to them.
 
-    The matrices become DTensors, Shard(0) over the 1-D mesh ``expert``, under the names that they
-    had. All ranks have to hold equal weights. An expert's gradient is then the sum over the ranks
-    that share the experts: FSDP still has to make a mean of it, as `average` tells it to.
+    The matrices become DTensors, Shard(0) over the ``expert`` axis, under the names that they had.
+    All ranks have to hold equal weights. An expert's gradient, a sum over the rows of all ranks of
+    the group, is divided by their number: FSDP's mean over the ranks that hold the same experts
+    then makes it a mean over all ranks, as every other gradient.
 
-    Where ``expert`` has one rank nothing changes, and experts are like any other matrices.
-
-    Raises:
-        ConfigError: the experts cannot be split so.
+    mesh: (expert,), or (expert, tensor) where the matrices are sliced over ``tensor``. The numbers
+    have to fit: see `modtrain.parallel.validation.expert_problems`.
     """
-    raise_if_any(problems(model, expert.size(), expert_data.size()))
-    for mixture in _mixtures(model):
-        if expert.size() > 1 and not isinstance(mixture.inner, SpreadMLPs):
-            mixture.inner = SpreadMLPs(mixture.inner, expert)
+    group = Group.of(mesh["expert"] if mesh.ndim > 1 else mesh)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            spread_experts(module.inner, mesh, group)
 
 
-def placement(expert_data: DeviceMesh, other: Placement) -> Placement:
-    """Tell FSDP to cut matrices of spread experts over ``expert_data``; the rest as ``other`` says.
-
-    They belong to the group of their layer, and are gathered with it: no hook stands within the
-    layer's graph.
-    """
-    # The same object each time: FSDP groups parameters by it.
-    mesh = FSDPMeshInfo(mesh=expert_data, shard_mesh_dim=0)
-
-    def place(weight: nn.Parameter) -> Shard | ShardPlacementResult | None:
-        if not isinstance(weight, DTensor):
-            return other(weight)
-        # Dim 0 is the experts'; of the others only even parts are possible.
-        dim = 1 if weight.shape[1] % expert_data.size() == 0 else 2
-        return ShardPlacementResult(Shard(dim), mesh)
-
-    return place
-
-
-def average(layer: FSDPModule, expert_data: DeviceMesh, world_size: int) -> None:
-    """Let the gradients of a layer, its spread experts' among them, be means over all ranks."""
-    layer.set_gradient_divide_factor(float(world_size))
-    if 1 < expert_data.size() < world_size:
-        # NCCL could weigh the sum, gloo cannot. In a group of one torch 2.13 would divide twice.
-        layer.set_force_sum_reduction_for_comms(True)
-
-
-def problems(model: nn.Module, expert_size: int, data_size: int = 1) -> list[Problem]:
-    """Say why the experts of ``model``, on any device, cannot be split over meshes of these sizes.
-
-    expert_size: ranks that share the experts. data_size: ranks that hold parts of the same ones.
-    """
-    mixtures = _mixtures(model)
-    if not mixtures:
-        reason = "leaves expert parallelism nothing to spread: the model has no experts"
-        return [Problem("model.experts.count", "null", reason, "set it, or use strategy=fsdp")]
-    if expert_size == 1:
-        return []
-    found = []
-    count, dim, width = mixtures[0].inner.up.shape
-    if count % expert_size:
-        fitting = [str(size) for size in range(1, min(count, expert_size) + 1) if not count % size]
-        reason = f"does not divide model.experts.count={count}"
-        remedy = f"use one of {', '.join(fitting)}, or another number of experts"
-        found.append(Problem("strategy.expert_parallel", expert_size, reason, remedy))
-    if dim % data_size and width % data_size:
-        reason = (
-            f"nor model.d_model={dim} can be cut evenly for the {data_size} ranks that hold parts"
-            " of the same experts"
-        )
-        remedy = f"make one of the two a multiple of {data_size}, or raise strategy.expert_parallel"
-        found.append(Problem("model.experts.dim", width, reason, remedy))
-    return found
+def spread_experts(experts: ExpertMLPs, mesh: DeviceMesh, group: Group) -> None:
+    """Leave this rank its own of ``experts``, in place."""
+    for name, weight in experts.named_parameters():
+        setattr(experts, name, _own_experts(weight, mesh, group))
+    swap_class(experts, ExpertParallelMLPs, expert_group=group)
 
 
 def sent_bytes(rows: float, d_model: int, itemsize: int, expert_size: int) -> float:
@@ -126,55 +73,51 @@ def sent_bytes(rows: float, d_model: int, itemsize: int, expert_size: int) -> fl
     return 4 * rows * d_model * itemsize * (1 - 1 / expert_size)
 
 
-class SpreadMLPs(ExpertMLPs):
+class ExpertParallelMLPs(ExpertMLPs):
     """The experts' matrices where each rank has L of the E: rows go to their experts and return.
 
     Takes and gives what `ExpertMLPs` does. Collective over the ranks that share the experts: each
     has to call it as often, and go backward through it.
     """
 
-    def __init__(self, whole: ExpertMLPs, mesh: DeviceMesh) -> None:
-        """Take this rank's experts of ``whole``; mesh: 1-D, of the ranks that share them."""
-        nn.Module.__init__(self)  # no matrices of their own: they are whole's
-        self.size, self.group = mesh.size(), mesh.get_group().group_name
-        for name, weight in whole.named_parameters():
-            self.register_parameter(name, _own_experts(weight, mesh))
-        if whole.gate is None:
-            self.gate = None
+    expert_group: Group
 
     def forward(self, x_MD: Tensor, offsets_E: Tensor | None) -> Tensor:
         """See `ExpertMLPs.forward`."""
-        x_MD = as_multiplied(x_MD)
+        x_MD = cast_for_autocast(x_MD)
         if offsets_E is None:
             return self._forward_even(x_MD)
         return self._forward_uneven(x_MD, offsets_E)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return the matrices of this rank's experts, (L, D, W) and (L, W, D)."""
-        gate = None if self.gate is None else _local(self.gate)
-        return _local(self.up), gate, _local(self.down)
+        gate = None if self.gate is None else self._own(self.gate)
+        return self._own(self.up), gate, self._own(self.down)
+
+    def _own(self, weight: Tensor) -> Tensor:
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        return scale_grad(local, 1 / self.expert_group.size)
 
     def _forward_even(self, x_MD: Tensor) -> Tensor:
-        rows, dim = x_MD.shape
-        sizes = [rows // self.size] * self.size
-        own = self.up.shape[0] // self.size
-        x_RLCD = exchange(x_MD, sizes, sizes, rows, self.group).view(self.size, own, -1, dim)
+        (rows, dim), (name, size, _) = x_MD.shape, self.expert_group
+        even, own = [rows // size] * size, self.up.shape[0] // size
+        x_RLCD = exchange(x_MD, even, even, rows, name).view(size, own, -1, dim)
         y_ND = super().forward(x_RLCD.transpose(0, 1).flatten(0, 2), None)
-        y_RLCD = y_ND.view(own, self.size, -1, dim).transpose(0, 1)
-        return exchange(y_RLCD.flatten(0, 2), sizes, sizes, rows, self.group)
+        y_RLCD = y_ND.view(own, size, -1, dim).transpose(0, 1)
+        return exchange(y_RLCD.flatten(0, 2), even, even, rows, name)
 
     def _forward_uneven(self, x_MD: Tensor, offsets_E: Tensor) -> Tensor:
-        rows = x_MD.shape[0]
-        sent_RL = offsets_E.long().diff(prepend=offsets_E.new_zeros(1)).view(self.size, -1)
-        ones = [1] * self.size
-        received_RL = exchange(sent_RL, ones, ones, self.size, self.group)
+        rows, (name, size, _) = x_MD.shape[0], self.expert_group
+        sent_RL = offsets_E.long().diff(prepend=offsets_E.new_zeros(1)).view(size, -1)
+        ones = [1] * size
+        received_RL = exchange(sent_RL, ones, ones, size, name)
         sent, received = _sizes(sent_RL, received_RL, rows)
-        x_ND = exchange(x_MD, received, sent, sum(received), self.group)
+        x_ND = exchange(x_MD, received, sent, sum(received), name)
         # They come sorted by rank, then expert; grouped products want them sorted by expert.
         place_N = by_expert(received_RL, x_ND.shape[0])
         x_ND = torch.empty_like(x_ND).index_copy(0, place_N, x_ND)
         y_ND = super().forward(x_ND, received_RL.sum(0).cumsum(0).int()).index_select(0, place_N)
-        return exchange(y_ND, sent, received, rows, self.group)
+        return exchange(y_ND, sent, received, rows, name)
 
 
 def exchange(
@@ -253,16 +196,13 @@ def _sizes(sent_RL: Tensor, received_RL: Tensor, rows: int) -> tuple[list[int], 
     return sent, received
 
 
-def _mixtures(model: nn.Module) -> list[Experts]:
-    return [module for module in model.modules() if isinstance(module, Experts)]
-
-
-def _own_experts(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+def _own_experts(weight: nn.Parameter, mesh: DeviceMesh, group: Group) -> nn.Parameter:
+    local: Tensor = weight.detach()
+    slices: tuple[Placement, ...] = ()
+    if isinstance(weight, DTensor):
+        local, slices = weight.to_local().detach(), weight.placements
     # A copy: a view would keep the memory of all experts.
-    own = weight.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
-    spread = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
+    own = local.chunk(group.size)[group.rank].clone()
+    placements: list[Placement] = [Shard(0), *slices]
+    spread = DTensor.from_local(own, mesh, placements, run_check=False)
     return nn.Parameter(spread, requires_grad=weight.requires_grad)
-
-
-def _local(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight

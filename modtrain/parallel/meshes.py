@@ -1,8 +1,4 @@
-"""Which ranks do what together: the axes of a run's processes, by strategy.
-
-Neighbours share a group wherever groups are small: the ranks of one node have neighbouring numbers,
-and tensor, expert and shard groups are what needs the fastest links.
-"""
+"""Which ranks do what together: the meshes that follow from a run's degrees of parallelism."""
 
 from __future__ import annotations
 
@@ -11,83 +7,79 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-AXES = {
-    "fsdp": ("data",),
-    "hsdp": ("replicate", "shard"),
-    "fsdp_tp": ("data", "tensor"),
-    "fsdp_ep": ("expert_data", "expert"),
-    "fsdp_cp": ("data", "context"),
-}
-"""The strategies whose parameters lie in pieces on the ranks, and the axes of each one's mesh."""
+from modtrain.parallel.dims import ParallelDims
 
 
 @dataclass(frozen=True)
 class Meshes:
     """The ranks' meshes: made once in a run, for making them is collective.
 
-    whole: all ranks, with the strategy's `AXES`.
-    data_size, data_rank: how many ranks read different data, and which of them this one is. The
-        ranks of one tensor-parallel or context-parallel group read the same.
-    layers: what FSDP cuts the matrices of a layer over, experts under fsdp_ep left out; 1-D, or
-        (replicate, shard).
-    rest: what it cuts everything else over: all ranks, 1-D or (replicate, shard).
+    The axes of FSDP's meshes are (shard,) or, where the model has several copies,
+    (replicate, shard).
+
+    dims: the degrees that they are made of.
+    layers: what FSDP shards the matrices of a layer over: shard and context ranks.
+    root: what it shards everything else over: tensor ranks as well.
+    tensor: 1-D, the ranks that share each matrix; None where each has it whole.
+    context: 1-D, the ranks that share each sequence; None where each has it whole.
+    expert: the ranks that share the experts, (expert,) or with tensor parallelism
+        (expert, tensor); None where each has all of them.
+    experts: what FSDP shards the spread experts over; None where ``expert`` is.
     """
 
-    whole: DeviceMesh
-    data_size: int
-    data_rank: int
+    dims: ParallelDims
     layers: DeviceMesh
-    rest: DeviceMesh
+    root: DeviceMesh
+    tensor: DeviceMesh | None = None
+    context: DeviceMesh | None = None
+    expert: DeviceMesh | None = None
+    experts: DeviceMesh | None = None
 
     @property
-    def tensor(self) -> DeviceMesh:
-        """The group whose ranks have slices of each matrix. Raises KeyError without such groups."""
-        return self.whole["tensor"]
+    def data_size(self) -> int:
+        """How many ranks, or groups of them, read different data."""
+        return self.dims.data_parallel
 
     @property
-    def context(self) -> DeviceMesh:
-        """The group whose ranks have shares of a sequence. Raises KeyError without such groups."""
-        return self.whole["context"]
+    def data_rank(self) -> int:
+        """Which of them this rank is in."""
+        return self.dims.data_rank(dist.get_rank())
+
+    def axes(self) -> dict[str, list[dist.ProcessGroup]]:
+        """Return this rank's process groups by the axis that they are of."""
+        groups: dict[str, list[dist.ProcessGroup]] = {}
+        meshes = (self.layers, self.root, self.tensor, self.context, self.expert, self.experts)
+        for mesh in filter(None, meshes):
+            for axis in mesh.mesh_dim_names or ():
+                groups.setdefault(axis, []).append(mesh.get_group(axis))
+        return groups
 
 
-def make_meshes(
-    strategy: str,
-    world_size: int,
-    tensor_parallel: int = 1,
-    expert_parallel: int = 1,
-    shard_size: int | None = None,
-    device_type: str = "cpu",
-    context_parallel: int = 1,
-) -> Meshes:
+def make_meshes(dims: ParallelDims, device_type: str = "cpu") -> Meshes:
     """Make the meshes of all ranks; collective, and the same on each of them.
 
-    tensor_parallel, expert_parallel, context_parallel: ranks of a group of fsdp_tp, fsdp_ep,
-    fsdp_cp; other strategies leave them alone. shard_size: ranks of hsdp that share one copy of the
-    model; None: all.
-
     Raises:
-        ValueError: ``strategy`` has no meshes, or a group does not divide the ranks.
+        ValueError: the degrees do not fit the ranks that there are.
     """
-    if strategy not in AXES:
-        raise ValueError(f"{strategy} has no meshes; {', '.join(AXES)} have")
-    inner = {
-        "fsdp": 1,
-        "hsdp": shard_size or world_size,
-        "fsdp_tp": tensor_parallel,
-        "fsdp_ep": expert_parallel,
-        "fsdp_cp": context_parallel,
-    }[strategy]
-    if inner < 1 or world_size % inner:
-        raise ValueError(f"groups of {inner} do not divide {world_size} ranks")
-    outer, rank = world_size // inner, dist.get_rank()
-    axes = AXES[strategy]
-    shape = (outer, inner)[: len(axes)]
-    whole = init_device_mesh(device_type, shape, mesh_dim_names=axes)
-    if strategy in ("fsdp", "hsdp"):
-        return Meshes(whole, world_size, rank, whole, whole)
-    everyone = init_device_mesh(device_type, (world_size,), mesh_dim_names=("everyone",))
-    if strategy == "fsdp_tp":
-        return Meshes(whole, outer, rank // inner, whole["data"], everyone)
-    if strategy == "fsdp_cp":
-        return Meshes(whole, outer, rank // inner, everyone, everyone)
-    return Meshes(whole, world_size, rank, everyone, everyone)
+    if problems := dims.problems("strategy", shard_is_set=True):
+        raise ValueError("; ".join(map(str, problems)))
+    if dims.world_size != dist.get_world_size():
+        raise ValueError(f"meshes for {dims.world_size} of {dist.get_world_size()} ranks")
+
+    def mesh(**axes: int) -> DeviceMesh:
+        return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+    copies = {"replicate": dims.replicate} if dims.replicate > 1 else {}
+    slices = {"tensor": dims.tensor} if dims.tensor > 1 else {}
+    whole = mesh(**copies, shard=dims.fsdp, **slices)
+    layers = whole[(*copies, "shard")] if slices else whole
+    # What is whole on every tensor rank is sharded over these too.
+    root = mesh(**copies, shard_tensor=dims.copy) if slices else layers
+    context = expert = experts = None
+    if dims.context > 1:
+        context = mesh(data=dims.data_parallel, context=dims.context, **slices)["context"]
+    if dims.expert > 1:
+        spread = mesh(**copies, expert_shard=dims.expert_shard, expert=dims.expert, **slices)
+        expert = spread[("expert", *slices)]
+        experts = spread[(*copies, "expert_shard")]
+    return Meshes(dims, layers, root, whole["tensor"] if slices else None, context, expert, experts)

@@ -3,30 +3,31 @@
 Each rank of a group has a slice of every matrix of a layer: some heads of an attention, some hidden
 features of an MLP and of every expert. What a router sees, the residual stream between the parts,
 is whole on each rank and the same to the bit, so all choose alike. A part (a block, or an attention
-or an MLP routed by itself) cuts it along the sequence where it begins:
+or an MLP routed by itself) scatters it along the sequence where it begins:
 
-    whole stream --cut--> share --norm, spread--> all tokens --slices of matrices-->
-    partial sums --collect--> share: residual, next norm, ... --join--> whole update
+    whole stream --scatter_seq--> chunk --norm, gather_seq_sum_grad--> all tokens
+    --slices of matrices--> partial sums --reduce_scatter_seq--> chunk: residual, next norm, ...
+    --gather_seq--> whole update
 
-Shares are ceil(S / n) tokens long on every rank, zeros standing behind the last token, so any
-number of tokens goes, as top-k and causal decisions leave it. Routers, gates, a mixture's norm and
-choice of experts run whole on each rank; the experts' results are summed over the group. The loss
-is made by each rank for its share of the tokens.
+Chunks are ceil(S / n) tokens long on every rank, zeros standing behind the last token, so any
+number of tokens can be split, as top-k and causal decisions leave it. Routers, gates, a mixture's
+norm and choice of experts run whole on each rank; the experts' results are summed over the group.
+The loss is made by each rank for its chunk of the tokens.
 
 Costs of a block in forward, in bytes of its K tokens' features, D wide: two gathers, two
 reduce-scatters and a gather at the end; backward as many. With experts the MLP's two become a
 gather and a sum over their rows, of which token choice has top_k a token.
 
 A gradient of what is whole on each rank comes out whole, and the same on all: the mean over the
-group that FSDP takes of it leaves it as it is. Where only a share of the tokens or heads went
+group that FSDP takes of it leaves it as it is. Where only a chunk of the tokens or some heads went
 through a parameter, its gradient counts as often as there are ranks, so that the mean is the sum.
+
+Under context parallelism "all tokens" are those of this rank's share of the sequences.
 
 Shapes: B batch, S sequence, D model, V vocabulary, M rows, n ranks of the group, L = ceil(S / n).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from modtrain.common.errors import raise_if_any
-from modtrain.distributed.collectives import Group, as_multiplied
+from modtrain.distributed.collectives import Group, cast_for_autocast
 from modtrain.models.attention import Attention
 from modtrain.models.block import Block
 from modtrain.models.convolution import Convolution
@@ -45,81 +46,96 @@ from modtrain.models.loss import IGNORED
 from modtrain.models.norm import RMSNorm
 from modtrain.models.sequence import Output, SequenceContext
 from modtrain.models.transformer import Transformer
+from modtrain.parallel.context import local_length
+from modtrain.parallel.swap import swap_class
 from modtrain.parallel.validation import tensor_problems
 
 
-def slice_layers(model: Transformer, mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, context_size: int = 1) -> None:
     """Leave each rank its slices of the layers' matrices, as DTensors under the names they had.
 
     mesh: the group's, 1-D. All of its ranks have to hold equal weights, read the same data and draw
     the same random numbers. The gradients of what stays whole are then to be averaged over it.
+    context_size: ranks that share each sequence, where context parallelism follows.
 
     Raises:
-        ConfigError: they cannot be cut so.
+        ConfigError: they cannot be sliced so.
+        TypeError: a module is of a type that tensor parallelism does not support.
     """
     raise_if_any(tensor_problems(model.config, mesh.size()))
     group = Group.of(mesh)
     parts = [m.module for m in model.modules() if isinstance(m, Residual | MixtureOfDepths)]
     for part in parts:
         if isinstance(part, Block):
-            _become(part, _SlicedBlock, group=group)
-            _slice_part(part.attention, group, mesh, is_alone=False)
-            _slice_part(part.mlp, group, mesh, is_alone=False)
+            swap_class(part, TPBlock, group=group)
+            _slice_part(part.attention, group, mesh, context_size, is_alone=False)
+            _slice_part(part.mlp, group, mesh, context_size, is_alone=False)
         else:
-            _slice_part(part, group, mesh, is_alone=True)
-    _become(model, _TokenParallel, group=group)
+            _slice_part(part, group, mesh, context_size, is_alone=True)
+    swap_class(model, TPTransformer, group=group)
 
 
-class _TokenParallel(Transformer):
-    """A model whose ranks each make the loss of their share of the tokens."""
+class TPTransformer(Transformer):
+    """A model whose ranks each make the loss of their chunk of the tokens."""
 
     group: Group
 
     def token_loss(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
         """Return the mean over all tokens, on every rank."""
         group = self.group
-        own_BL = group.own_share(targets_BS, IGNORED)
-        loss = super().token_loss(group.cut(x_BSD), group.counted(weight_VD), own_BL)
-        own, all_of_them = ((t != IGNORED).sum().to(loss.dtype) for t in (own_BL, targets_BS))
-        return group.total(loss * (own / all_of_them.clamp(min=1)))
+        own_BL = group.local_seq_chunk(targets_BS, IGNORED)
+        loss = super().token_loss(group.scatter_seq(x_BSD), group.scale_grad(weight_VD), own_BL)
+        own, total = ((t != IGNORED).sum().to(loss.dtype) for t in (own_BL, targets_BS))
+        return group.sum_copy_grad(loss * (own / total.clamp(min=1)))
 
 
-class _SlicedBlock(Block):
-    """A block between whose parts each rank has its share of the tokens."""
+class TPBlock(Block):
+    """A block between whose parts each rank has its chunk of the tokens."""
 
     group: Group
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
         """Return the whole update (B, S, D)."""
-        found = super().forward(self.group.cut(x_BSD), context)
-        return found._replace(value_BSD=self.group.join(found.value_BSD, x_BSD.shape[1]))
+        output = super().forward(self.group.scatter_seq(x_BSD), context)
+        return output._replace(value_BSD=self.group.gather_seq(output.value_BSD, x_BSD.shape[1]))
 
 
-class _Sliced(nn.Module):
-    """A mixer or an MLP: from a share of the tokens, by way of all of them, to a share.
+class _TPPart(nn.Module):
+    """A part of a layer.
 
-    is_alone: no block cuts the stream around it.
+    is_alone: no block scatters the stream around it.
     """
 
     group: Group
+    context_size: int
     is_alone: bool
+
+    def num_tokens(self, context: SequenceContext) -> int:
+        """Return how many tokens the ranks of the group have together."""
+        return local_length(context.positions_BS.shape[1], self.context_size)
+
+
+class _TPModule(_TPPart):
+    """A mixer or an MLP: from a chunk of the tokens, by way of all of them, to a chunk."""
+
     norm: RMSNorm
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """Return the update of the share (B, L, D), or alone the whole one (B, S, D)."""
-        length = context.positions_BS.shape[1]
-        x_BLD = _normed(self.norm, self.group.cut(x) if self.is_alone else x, self.group)
-        all_BSD = self.group.spread(as_multiplied(x_BLD), length)
+        """Return the update of the chunk (B, L, D), or alone the whole one (B, S, D)."""
+        length = self.num_tokens(context)
+        x_BLD = self.group.scatter_seq(x) if self.is_alone else x
+        normed_BLD = _norm_of_part(self.norm, x_BLD, self.group)
+        all_BSD = self.group.gather_seq_sum_grad(cast_for_autocast(normed_BLD), length)
         update_BSD: Tensor = super().forward(all_BSD, context)
-        update_BLD = self.group.collect(update_BSD)
-        return self.group.join(update_BLD, length) if self.is_alone else update_BLD
+        update_BLD = self.group.reduce_scatter_seq(update_BSD)
+        return self.group.gather_seq(update_BLD, length) if self.is_alone else update_BLD
 
 
-class _SlicedAttention(_Sliced, Attention):
+class TPAttention(_TPModule, Attention):
     """Attention with some of the heads."""
 
 
-class _SlicedConvolution(_Sliced, Convolution):
+class TPConvolution(_TPModule, Convolution):
     """A convolution of some of the features."""
 
     def weights(self) -> Tensor:
@@ -127,35 +143,34 @@ class _SlicedConvolution(_Sliced, Convolution):
         return _local(self.taps)
 
 
-class _SlicedFeedForward(_Sliced, FeedForward):
+class TPFeedForward(_TPModule, FeedForward):
     """An MLP with some of the hidden features."""
 
 
-class _ApartExperts(Experts):
+class TPExperts(_TPPart, Experts):
     """A mixture that runs whole on each rank, but for its experts' matrices."""
 
-    group: Group
-    is_alone: bool
-
     def forward(self, x: Tensor, context: SequenceContext) -> Output:
-        """Return the update of the share (B, L, D), or alone the whole one (B, S, D)."""
-        length = context.positions_BS.shape[1]
-        found = super().forward(x if self.is_alone else self.group.join(x, length), context)
-        update = self.group.cut(found.value_BSD)
+        """Return the update of the chunk (B, L, D), or alone the whole one (B, S, D)."""
+        length = self.num_tokens(context)
+        x_BSD = x if self.is_alone else self.group.gather_seq(x, length)
+        output = super().forward(x_BSD, context)
+        update = self.group.scatter_seq(output.value_BSD)
         if self.is_alone:
             # Sums over experts may differ in their last bits, and the ranks have to choose alike.
-            update = self.group.join(update, length)
-        return found._replace(value_BSD=update)
+            update = self.group.gather_seq(update, length)
+        return output._replace(value_BSD=update)
 
 
-class _SlicedExpertMLPs(ExpertMLPs):
+class TPExpertMLPs(ExpertMLPs):
     """Experts with some of the hidden features each."""
 
     group: Group
 
     def forward(self, x_MD: Tensor, offsets_E: Tensor | None) -> Tensor:
         """Return what the whole experts make of the rows."""
-        return self.group.total(super().forward(self.group.each(x_MD), offsets_E))
+        y_MD = super().forward(self.group.copy_sum_grad(x_MD), offsets_E)
+        return self.group.sum_copy_grad(y_MD)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return this rank's slices."""
@@ -163,71 +178,76 @@ class _SlicedExpertMLPs(ExpertMLPs):
         return _local(self.up), gate, _local(self.down)
 
 
-class _SlicedMLP(MLP):
+class TPMLP(MLP):
     """The shared experts, with some of the hidden features."""
 
     group: Group
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the whole MLP makes of the tokens."""
-        return self.group.total(super().forward(self.group.each(x)))
+        return self.group.sum_copy_grad(super().forward(self.group.copy_sum_grad(x)))
 
 
-class _SlicedLinear(nn.Linear):
+class TPLinear(nn.Linear):
     """Some of the features in, or out; then the results are parts of a sum."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the slice's product."""
         return F.linear(x, _local(self.weight))
 
 
-class _PartNorm(RMSNorm):
+class TPHeadNorm(RMSNorm):
     """A norm that sees some of the heads."""
 
     group: Group
 
     def forward(self, x: Tensor) -> Tensor:
-        return _normed(self, x, self.group)
+        """Return the normed heads."""
+        return _norm_of_part(self, x, self.group)
 
 
-class _NormBefore(RMSNorm):
-    """A norm that was applied to a share of the tokens, before its module got all of them."""
+class TPAppliedNorm(RMSNorm):
+    """A norm that was applied to a chunk of the tokens, before its module got all of them."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
         return x
 
 
-def _normed(norm: RMSNorm, x: Tensor, group: Group) -> Tensor:
+def _norm_of_part(norm: RMSNorm, x: Tensor, group: Group) -> Tensor:
     """Normalise what is but a part of all that the gain is learned from."""
-    return F.rms_norm(x, (x.shape[-1],), group.counted(norm.gain), norm.eps)
+    return F.rms_norm(x, (x.shape[-1],), group.scale_grad(norm.gain), norm.eps)
 
 
-def _slice_part(module: nn.Module, group: Group, mesh: DeviceMesh, is_alone: bool) -> None:
-    how = {"group": group, "is_alone": is_alone}
+def _slice_part(
+    module: nn.Module, group: Group, mesh: DeviceMesh, context_size: int, is_alone: bool
+) -> None:
+    kind: type[_TPPart]
     if isinstance(module, Experts):
+        kind = TPExperts
         _slice(module.inner, mesh, up=2, gate=2, down=1)
-        _become(module.inner, _SlicedExpertMLPs, group=group)
+        swap_class(module.inner, TPExpertMLPs, group=group)
         if module.shared is not None:
             _slice_mlp(module.shared, mesh)
-            _become(module.shared, _SlicedMLP, group=group)
-        _become(module, _ApartExperts, **how)
-        return
-    if isinstance(module, Attention):
+            swap_class(module.shared, TPMLP, group=group)
+    elif isinstance(module, Attention):
+        kind = TPAttention
         _slice_linears(mesh, [module.q, module.k, module.v], module.out)
         for norm in (module.q_norm, module.k_norm):
             if norm is not None:
-                _become(norm, _PartNorm, group=group)
-        kind: type[_Sliced] = _SlicedAttention
+                swap_class(norm, TPHeadNorm, group=group)
     elif isinstance(module, Convolution):
+        kind = TPConvolution
         _slice_linears(mesh, [module.value, module.gate], module.out)
         _slice(module, mesh, taps=1)
-        kind = _SlicedConvolution
     elif isinstance(module, FeedForward):
+        kind = TPFeedForward
         _slice_mlp(module.inner, mesh)
-        kind = _SlicedFeedForward
     else:
-        raise TypeError(f"nobody said how to slice {type(module).__name__}")
-    _become(module.norm, _NormBefore)
-    _become(module, kind, **how)
+        raise TypeError(f"tensor parallelism does not support {type(module).__name__}")
+    if issubclass(kind, _TPModule):
+        swap_class(module.norm, TPAppliedNorm)
+    swap_class(module, kind, group=group, context_size=context_size, is_alone=is_alone)
 
 
 def _slice_mlp(mlp: MLP, mesh: DeviceMesh) -> None:
@@ -239,11 +259,11 @@ def _slice_linears(mesh: DeviceMesh, to_hidden: list[nn.Linear], from_hidden: nn
         _slice(linear, mesh, weight=0)
     _slice(from_hidden, mesh, weight=1)
     for linear in (*to_hidden, from_hidden):
-        _become(linear, _SlicedLinear)
+        swap_class(linear, TPLinear)
 
 
 def _slice(module: nn.Module, mesh: DeviceMesh, **dims: int) -> None:
-    """Keep this rank's slice of the parameters of these names, cut by the dim that each has."""
+    """Keep this rank's slice of the parameters of these names, along the dim that each has."""
     for name, dim in dims.items():
         whole = module._parameters.get(name)
         if whole is not None:
@@ -254,12 +274,5 @@ def _slice(module: nn.Module, mesh: DeviceMesh, **dims: int) -> None:
 
 def _local(parameter: Tensor | None) -> Tensor:
     if not isinstance(parameter, DTensor):
-        raise TypeError("this parameter has not been cut into slices")
+        raise TypeError("this parameter is not sliced")
     return parameter.to_local()
-
-
-def _become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
-    """Let a module compute in another way; its parameters and their names stay what they are."""
-    module.__class__ = kind
-    for name, value in attributes.items():
-        setattr(module, name, value)

@@ -1,97 +1,103 @@
-"""What a strategy cannot do with a model, told before either exists. Imports nothing heavy."""
+"""What a strategy cannot do with a model, found before either exists. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from modtrain.common.errors import Problem
 from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
-from modtrain.parallel.config import Sizes, StrategyConfig, sizes_of
+from modtrain.parallel.config import StrategyConfig, dims_of
+from modtrain.parallel.dims import ParallelDims
 
 
-def size_problems(
+def dims_problems(
     config: StrategyConfig, prefix: str, model: ModelConfig, launch: Launch
 ) -> list[Problem]:
     """Everything wrong with the strategy for this model on the processes of ``launch``."""
     world = launch.world_size
-    found: list[Problem] = []
+    problems: list[Problem] = []
     if config.world_size not in (None, world):
         reason = f"is not the number of processes that were started: {world}"
         remedy = "leave it null, or start as many with torchrun or srun"
-        found.append(Problem(f"{prefix}.world_size", config.world_size, reason, remedy))
+        problems.append(Problem(f"{prefix}.world_size", config.world_size, reason, remedy))
     if config.name == "single" and world > 1:
         reason = f"is for one process, and {world} were started"
         remedy = "choose strategy=ddp, or strategy=fsdp where the model is too large for it"
-        found.append(Problem(f"{prefix}.name", config.name, reason, remedy))
-    sizes = sizes_of(config, model, launch)
-    for key, size in (
-        ("shard_size", sizes.shard if config.name == "hsdp" else 1),
-        ("tensor_parallel", sizes.tensor),
-        ("expert_parallel", sizes.expert),
-        ("context_parallel", sizes.context),
-    ):
-        if world % size:
-            remedy = "give a divisor of it"
-            reason = f"does not divide the {world} processes"
-            found.append(Problem(f"{prefix}.{key}", size, reason, remedy))
-    if found:
-        return found
-    if config.name == "fsdp_tp":
-        found += tensor_problems(model, sizes.tensor)
-    found += piece_problems(config, prefix, model, sizes)
-    if config.name == "fsdp_ep":
-        found += expert_problems(config, prefix, model, sizes)
-    if config.name == "fsdp_cp":
-        found += context_problems(model, sizes.context)
-    return found
+        problems.append(Problem(f"{prefix}.name", config.name, reason, remedy))
+    dims = dims_of(config, model, launch)
+    if config.preset.is_sharded:
+        problems += dims.problems(prefix, shard_is_set="shard_size" in config.preset.keys)
+    if problems:
+        return problems
+    if asks_for_experts(config):
+        problems += expert_problems(config, prefix, model, dims)
+    if dims.expert == 1 and not problems:
+        problems += even_expert_problems(config, prefix, model, dims)
+    problems += tensor_problems(model, dims.tensor)
+    if dims.tensor == 1:
+        problems += context_problems(model, dims.context)
+    return problems
 
 
-def piece_problems(
-    config: StrategyConfig, prefix: str, model: ModelConfig, sizes: Sizes
+def asks_for_experts(config: StrategyConfig) -> bool:
+    """Whether experts are to be spread over processes."""
+    return (config.expert_parallel or 1) > 1 or config.preset.default == "expert_parallel"
+
+
+def even_expert_problems(
+    config: StrategyConfig, prefix: str, model: ModelConfig, dims: ParallelDims
 ) -> list[Problem]:
-    """Say why a layer's experts cannot be cut into one piece a rank without much waste.
+    """Say why FSDP cannot shard a layer's experts without much waste.
 
-    FSDP cuts evenly along other dims than the first, and fills up along the first: 16 experts on
+    FSDP shards evenly along other dims than the first, and pads along the first: 16 experts on
     1,024 ranks would be 64 times what there is.
     """
-    experts, pieces = model.experts, sizes.shard
-    dims = (model.d_model, experts.width(model.ff_width) // sizes.tensor)
-    if config.name == "fsdp_ep" or experts.count is None or experts.count >= pieces:
+    experts, pieces = model.experts, dims.fsdp
+    if not config.preset.is_sharded or experts.count is None or experts.count >= pieces:
         return []
-    if not all(dim % pieces for dim in dims):
+    matrix = (model.d_model, experts.width(model.ff_width) // dims.tensor)
+    if not all(dim % pieces for dim in matrix):
         return []
     reason = (
-        f"cuts {experts.count} experts of {dims[0]} x {dims[1]} into {pieces} pieces, and neither"
-        " number comes out even"
+        f"shards {experts.count} experts of {matrix[0]} x {matrix[1]} over {pieces} processes, and"
+        " neither number is a multiple of it"
     )
-    remedy = f"use strategy=hsdp with a {prefix}.shard_size that divides one, or strategy=fsdp_ep"
+    remedy = (
+        f"use strategy=hsdp with a {prefix}.shard_size that divides one, or"
+        f" {prefix}.expert_parallel"
+    )
     return [Problem(f"{prefix}.name", config.name, reason, remedy)]
 
 
 def expert_problems(
-    config: StrategyConfig, prefix: str, model: ModelConfig, sizes: Sizes
+    config: StrategyConfig, prefix: str, model: ModelConfig, dims: ParallelDims
 ) -> list[Problem]:
     """Say why the experts of such a model cannot be spread so."""
     experts, key = model.experts, f"{prefix}.expert_parallel"
     if experts.count is None:
         reason = "spreads experts over processes, and model.experts.count is null"
-        remedy = "use strategy=fsdp, or give the model experts"
-        return [Problem(f"{prefix}.name", config.name, reason, remedy)]
-    if experts.count % sizes.expert:
+        if config.expert_parallel is None:
+            remedy = "use strategy=fsdp, or give the model experts"
+            return [Problem(f"{prefix}.name", config.name, reason, remedy)]
+        remedy = "leave it null, or give the model experts"
+        return [Problem(key, config.expert_parallel, reason, remedy)]
+    if experts.count % dims.expert:
         reason = f"does not divide model.experts.count={experts.count}"
-        return [Problem(key, sizes.expert, reason, "give a divisor of both, or null")]
-    copies, width = sizes.world_size // sizes.expert, experts.width(model.ff_width)
-    if sizes.expert > 1 and model.d_model % copies and width % copies:
+        return [Problem(key, dims.expert, reason, "give a divisor of both, or null")]
+    width = experts.width(model.ff_width) // dims.tensor
+    if dims.expert > 1 and model.d_model % dims.expert_shard and width % dims.expert_shard:
+        sliced = f" / {dims.tensor}" if dims.tensor > 1 else ""
         reason = (
-            f"leaves {copies} processes with the same experts, which cut them evenly: neither"
-            f" model.d_model={model.d_model} nor the experts' width {width} is a multiple of it"
+            f"leaves {dims.expert_shard} processes with the same experts, which shard them evenly:"
+            f" neither model.d_model={model.d_model} nor the experts' width"
+            f" {width * dims.tensor}{sliced} is a multiple of it"
         )
-        return [Problem(key, sizes.expert, reason, "raise it, or change one of the two")]
+        return [Problem(key, dims.expert, reason, "raise it, or change one of the two")]
     return []
 
 
 def tensor_problems(config: ModelConfig, size: int, prefix: str = "model") -> list[Problem]:
-    """Say why the layers of such a model cannot be cut over groups of ``size`` ranks."""
-    found = []
+    """Say why the layers of such a model cannot be sliced over groups of ``size`` ranks."""
+    problems = []
     numbers: list[tuple[str, int]] = []
     if "attention" in config.mixers:
         numbers += [("num_heads", config.num_heads), ("num_kv_heads", config.kv_heads)]
@@ -106,20 +112,22 @@ def tensor_problems(config: ModelConfig, size: int, prefix: str = "model") -> li
         if value % size:
             reason = f"cannot be split evenly over {size} processes"
             remedy = f"use a multiple of {size}, or another strategy.tensor_parallel"
-            found.append(Problem(f"{prefix}.{name}", value, reason, remedy))
-    if config.is_routed and config.router.score == "attention" and size > 1:
-        reason = "is made of all heads, of which each process has some"
-        remedy = "use a learned score, or strategy=fsdp"
-        found.append(Problem(f"{prefix}.router.score", config.router.score, reason, remedy))
-    return found
+            problems.append(Problem(f"{prefix}.{name}", value, reason, remedy))
+    if size > 1:
+        problems += _attention_score_problems(config, "heads", prefix)
+    return problems
 
 
 def context_problems(config: ModelConfig, size: int, prefix: str = "model") -> list[Problem]:
-    """Say why sequences of such a model cannot be shared out over groups of ``size`` ranks."""
-    if size == 1 or not config.is_routed or config.router.score != "attention":
+    """Say why groups of ``size`` ranks cannot share the sequences of such a model."""
+    return _attention_score_problems(config, "queries", prefix) if size > 1 else []
+
+
+def _attention_score_problems(config: ModelConfig, of_all: str, prefix: str) -> list[Problem]:
+    if not config.is_routed or config.router.score != "attention":
         return []
-    reason = "is made of all queries, of which each process has some"
-    remedy = "use a learned score, or strategy=fsdp"
+    reason = f"is made of all {of_all}, of which each process has some"
+    remedy = "use a learned score, or strategy=fsdp without tensor_parallel and context_parallel"
     return [Problem(f"{prefix}.router.score", config.router.score, reason, remedy)]
 
 
@@ -129,16 +137,20 @@ def run_problems(config: StrategyConfig, prefix: str, compiles: bool) -> list[Pr
     compiles: whether layers are compiled.
     """
     mode, key = config.activation_checkpointing, f"{prefix}.activation_checkpointing"
-    found = []
+    problems = []
     if config.stage == 3 and compiles:
         reason = "makes one graph of a layer, and stage 3 gathers parameters by hooks within it"
         remedy = "use false, or strategy=deepspeed_2 or strategy=fsdp"
-        found.append(Problem("compile", True, reason, remedy))
+        problems.append(Problem("compile", True, reason, remedy))
     if config.stage == 3 and mode == "selective":
         reason = "would take what gathers stage 3's parameters for the layer's own operations"
         remedy = "use full or none, or strategy=deepspeed_2 or strategy=fsdp"
-        found.append(Problem(key, mode, reason, remedy))
-    if config.name == "fsdp_tp" and compiles and mode == "full":
-        reason = "with compile=true: torch 2.13 would keep a mesh among the tensors for backward"
-        found.append(Problem(key, mode, reason, "use selective or none, or compile=false"))
-    return found
+        problems.append(Problem(key, mode, reason, remedy))
+    slices = config.name == "fsdp_tp" or (config.tensor_parallel or 1) > 1
+    if slices and compiles and mode == "full":
+        reason = (
+            "with compile=true and tensor parallelism: torch 2.13 would keep a mesh among the"
+            " tensors for backward"
+        )
+        problems.append(Problem(key, mode, reason, "use selective or none, or compile=false"))
+    return problems

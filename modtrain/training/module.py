@@ -48,7 +48,7 @@ class LanguageModule(L.LightningModule):
     def configure_model(self) -> None:
         """Let the strategy parallelize the model, once."""
         if not self._forward:
-            self._forward = [self._strategy.cut(self.model)]
+            self._forward = [self._strategy.parallelize(self.model)]
 
     @property
     def _strategy(self) -> TrainingStrategy:
@@ -158,7 +158,7 @@ class LanguageModule(L.LightningModule):
             "left_out": left_out,
             "tokens": step * self.plan.tokens_per_step,
             "flops": self.plan.flops_until(step),
-            "data_parallel": self.plan.sizes.data_parallel,
+            "data_parallel": self.plan.dims.data_parallel,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ class LanguageModule(L.LightningModule):
         check_left_out(self._left_out_samples(), saved, progress["samples"])
         if self.spikes is not None and "spikes" in checkpoint:
             self.spikes.detector.load(checkpoint["spikes"])
-        own, data_parallel = checkpoint["rank_state"], self.plan.sizes.data_parallel
+        own, data_parallel = checkpoint["rank_state"], self.plan.dims.data_parallel
         # Ranks that read the same data must draw the same numbers: the saved states are of use only
         # where the same ranks read the same data.
         if own is not None and progress.get("data_parallel", data_parallel) == data_parallel:

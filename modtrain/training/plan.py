@@ -13,18 +13,13 @@ from modtrain.data.stream.index import IndexSummary, read_summary
 from modtrain.distributed.launch import Launch
 from modtrain.models.depth.pattern import PATTERNS
 from modtrain.models.flops import training_flops_per_token
-from modtrain.parallel.config import (
-    LayerOptions,
-    Sizes,
-    StrategyOptions,
-    expected_launch,
-    sizes_of,
-)
-from modtrain.parallel.validation import size_problems
+from modtrain.parallel.config import LayerOptions, StrategyOptions, dims_of, expected_launch
+from modtrain.parallel.dims import ParallelDims
+from modtrain.parallel.validation import dims_problems
 from modtrain.training.capacity_schedule import CapacityStage, capacity_stages
 from modtrain.training.config import TrainConfig
 
-_ALONE = Sizes()
+_ALONE = ParallelDims()
 
 
 @dataclass(frozen=True)
@@ -40,14 +35,14 @@ class TrainingPlan:
 
     seq_len: tokens a sequence. sequences_per_step: over all devices and accumulation.
     accumulate: micro-batches a step on each device. stages: one after the other, without a gap,
-    from step 0 to the last; a run without a schedule of capacities has one. sizes: the processes.
+    from step 0 to the last; a run without a schedule of capacities has one. dims: the processes.
     """
 
     seq_len: int
     sequences_per_step: int
     accumulate: int
     stages: tuple[CostedStage, ...]
-    sizes: Sizes = _ALONE
+    dims: ParallelDims = _ALONE
 
     @property
     def steps(self) -> int:
@@ -136,13 +131,13 @@ def resolve(
     seq_len, length_problems = _sequence_length(config, summary, needs_data)
     found += length_problems
     launch = expected_launch(config.strategy, Launch()) if launch is None else launch
-    sizes = _ALONE
+    dims = _ALONE
     if not config.strategy.problems("strategy") and not config.model.problems("model"):
-        misfits = size_problems(config.strategy, "strategy", config.model, launch)
-        sizes = _ALONE if misfits else sizes_of(config.strategy, config.model, launch)
+        misfits = dims_problems(config.strategy, "strategy", config.model, launch)
+        dims = _ALONE if misfits else dims_of(config.strategy, config.model, launch)
         found += misfits
     if seq_len > 0:
-        found += _batch_problems(config, seq_len, sizes.data_parallel)
+        found += _batch_problems(config, seq_len, dims.data_parallel)
         found += _capacity_problems(config, seq_len)
     eos_id, eos_problems = _end_of_document(config, summary)
     found += eos_problems
@@ -153,10 +148,10 @@ def resolve(
         model=replace(config.model, vocab_size=vocab_size),
         data=replace(config.data, seq_len=seq_len, eos_id=eos_id),
     )
-    return resolved, derive(resolved, sizes)
+    return resolved, derive(resolved, dims)
 
 
-def derive(config: TrainConfig, sizes: Sizes = _ALONE) -> TrainingPlan:
+def derive(config: TrainConfig, dims: ParallelDims = _ALONE) -> TrainingPlan:
     """Derive the plan of a configuration in which nothing is open.
 
     Raises:
@@ -189,14 +184,14 @@ def derive(config: TrainConfig, sizes: Sizes = _ALONE) -> TrainingPlan:
                 )
             ]
         )
-    accumulate = sequences // (config.batch.micro_batch_size * sizes.data_parallel)
+    accumulate = sequences // (config.batch.micro_batch_size * dims.data_parallel)
     stages = costs.stages(steps)
     if stages[-1].capacities != tuple(costs.final):
         reason = f"leaves none of the {steps} steps at the model's own capacities"
         key = "capacity_schedule.end"
         remedy = "lower it, or train longer"
         raise_if_any([Problem(key, config.capacity_schedule.end, reason, remedy)])
-    return TrainingPlan(seq_len, sequences, accumulate, stages, sizes)
+    return TrainingPlan(seq_len, sequences, accumulate, stages, dims)
 
 
 class _Costs:
@@ -361,4 +356,4 @@ def strategy_options(config: TrainConfig, plan: TrainingPlan) -> StrategyOptions
         config.compile,
         len(plan.stages),
     )
-    return StrategyOptions(config.strategy, plan.sizes, layers, plan.accumulate)
+    return StrategyOptions(config.strategy, plan.dims, layers, plan.accumulate)

@@ -16,7 +16,7 @@ from modtrain.models.flops import (
     forward_flops,
     parameters,
 )
-from modtrain.parallel.config import Sizes
+from modtrain.parallel.dims import ParallelDims
 from modtrain.training.config import TrainConfig
 from modtrain.training.memory import gibibytes, state_bytes
 from modtrain.training.plan import TrainingPlan, data_mismatches, resolve
@@ -38,7 +38,7 @@ def show(config: TrainConfig) -> None:
     console.print(_run(config, plan))
     if len(plan.stages) > 1:
         console.print(_stages(plan))
-    console.print(_memory(config, plan.sizes))
+    console.print(_memory(config, plan.dims))
     console.print("FLOP conventions:")
     for line in CONVENTIONS:
         console.print(f"  - {line}")
@@ -83,7 +83,7 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     peak = config.optimizer.lr
     warmup = max(1, round(config.schedule.warmup * plan.steps))
     last = peak * lr_factor(config.schedule, plan.steps - 1, plan.steps)
-    ranks = plan.sizes.data_parallel
+    ranks = plan.dims.data_parallel
     each = f" on each of {ranks} data-parallel ranks" if ranks > 1 else ""
     rows = {
         "routed layers": shown,
@@ -139,11 +139,11 @@ def _range(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _memory(config: TrainConfig, sizes: Sizes) -> Table:
-    many = f" ({config.strategy.name}, {sizes.world_size} processes)"
-    where = many if sizes.world_size > 1 else ""
+def _memory(config: TrainConfig, dims: ParallelDims) -> Table:
+    many = f" ({config.strategy.name}, {dims.world_size} processes)"
+    where = many if dims.world_size > 1 else ""
     table = Table(title=f"memory of a device, without activations{where}", show_header=False)
-    held = state_bytes(config, sizes)
+    held = state_bytes(config, dims)
     for name, (size, pieces) in held.items():
         cut = f" (1/{pieces})" if pieces > 1 else ""
         table.add_row(name + cut, gibibytes(size))

@@ -21,7 +21,7 @@ from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks, init_ranks
 from modtrain.distributed.watchdog import SLOW_TIMEOUT, Watchdog, run_watchdog
-from modtrain.parallel.strategies.base import make_strategy
+from modtrain.parallel.strategies.factory import make_strategy
 from modtrain.training.callbacks.checkpoints import CheckpointCallback
 from modtrain.training.callbacks.evaluation import HeldOutCallback
 from modtrain.training.callbacks.finite import FiniteLossGuard

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from benchmarks._paper import ALL, Paper, fake_group, trace
 from benchmarks._traffic import theory
 from benchmarks.scale import overrides
 from modtrain.distributed.launch import Launch
+from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.expert import sent_bytes
 from modtrain.parallel.meshes import make_meshes
 
@@ -30,7 +32,10 @@ _MODE = (
     *("model.experts.noop=4", "model.experts.dim=64", "model.experts.balance=bias"),
 )
 _LIMITED = (*_MOD, "model.experts.count=6", "model.experts.capacity_factor=1.25")
-SETUPS = ("fsdp", "hsdp/8", "fsdp_ep/4", "fsdp_tp/2", "fsdp_cp/2")
+SETUPS = (
+    *("fsdp", "hsdp/8", "fsdp_ep/4", "fsdp_tp/2", "fsdp_cp/2"),
+    *("fsdp/tp2/cp2", "hsdp/4/tp2", "fsdp/ep4/tp2", "fsdp/ep4/cp2", "hsdp/4/cp2/ep4"),
+)
 
 
 @functools.cache
@@ -152,13 +157,17 @@ def calls_of(work: Callable[[], object]) -> int:
     return next(count)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "fsdp_tp", "fsdp_ep"])
-def test_meshes_take_work_and_memory_by_the_rank_at_most(strategy):
+@pytest.mark.parametrize(
+    "degrees", [{}, {"replicate": 8}, {"tensor": 8}, {"context": 2, "tensor": 4, "expert": 8}]
+)
+def test_meshes_take_work_and_memory_by_the_rank_at_most(degrees):
     def made(world_size: int) -> tuple[int, int]:
         kept = []
 
         def make() -> None:
-            kept.append(make_meshes(strategy, world_size, 8, 8, 8))
+            others = math.prod(degrees.values()) // degrees.get("expert", 1)
+            shard = world_size // others
+            kept.append(make_meshes(ParallelDims(world_size, shard=shard, **degrees)))
 
         with fake_group(Launch(world_size, 0, 0, 8)):
             before = sys.getallocatedblocks()

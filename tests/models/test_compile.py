@@ -15,7 +15,7 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import Transformer
-from modtrain.parallel.strategies.base import compiled as compiled_for
+from modtrain.parallel.compile import compile_model
 from modtrain.training.config import OptimizerConfig
 from modtrain.training.module import adamw
 from tests.helpers.model_cases import lively, random_tokens, small
@@ -212,7 +212,7 @@ def check_graphs(monkeypatch, schedule: list[tuple[float | None, ...]]) -> None:
     model = lively(small(num_layers=1, pattern="every"), dtype=torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    call = compiled_for(model, len(schedule))
+    call = compile_model(model, len(schedule))
     tokens_BS = random_tokens(BATCH, LENGTH)
     for times in range(2):
         for stage, capacities in enumerate(schedule):

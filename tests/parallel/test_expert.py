@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, M rows, D model, E experts, R ranks that share them
 
 from __future__ import annotations
 
-from collections import Counter
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,37 +17,36 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modtrain.distributed.collectives import Group
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.experts.layer import ExpertMLPs
 from modtrain.models.transformer import ModelOutput, Transformer
 from modtrain.parallel.config import LayerOptions
+from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.expert import (
-    SpreadMLPs,
+    apply_expert_parallel,
     by_expert,
-    problems,
     sent_bytes,
-    shard_experts,
+    spread_experts,
 )
-from modtrain.parallel.fsdp import fsdp_ep
 from modtrain.parallel.meshes import Meshes, make_meshes
-from modtrain.training.config import OptimizerConfig
-from modtrain.training.module import adamw
+from modtrain.parallel.parallelize import parallelize
 from tests.helpers.model_cases import lively, quick, random_tokens, small
-from tests.helpers.ranks import on_ranks, outcomes_on_ranks
+from tests.helpers.ranks import on_ranks
 
 TOLERANCE = 1e-5
-MESHES = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)]  # data x expert
 BATCH, LENGTH, DIM = 4, 16, 16
 
 
 def meshes_of(data: int, expert: int) -> Meshes:
-    return make_meshes("fsdp_ep", data * expert, expert_parallel=expert)
+    ranks = data * expert
+    return make_meshes(ParallelDims(ranks, shard=ranks, expert=expert))
 
 
 def model_of(variant: str, **changes: Any) -> ModelConfig:
@@ -95,7 +94,8 @@ def _exchanged(counts_RE: list[list[int]], activation: str, mesh: DeviceMesh) ->
     whole = ExpertMLPs(len(counts_E), 6, 5, activation).double()
     for weight in whole.parameters():
         nn.init.normal_(weight)
-    apart = SpreadMLPs(whole, mesh)
+    apart = copy.deepcopy(whole)
+    spread_experts(apart, mesh, Group.of(mesh))
     torch.manual_seed(1 + rank)
     # Behind them are rows of nobody.
     x_MD = torch.randn(rows + rank, 6, dtype=torch.float64)
@@ -110,7 +110,7 @@ def _exchanged(counts_RE: list[list[int]], activation: str, mesh: DeviceMesh) ->
     assert not any(tensor[rows:].any() for tensor in found[1])
     for name, weight in whole.named_parameters():
         dist.all_reduce(weight.grad)
-        found[0].append(weight.grad)
+        found[0].append(weight.grad / mesh.size())
         found[1].append(apart.get_parameter(name).grad.full_tensor())
     return max(_distance(one, other) for one, other in zip(*found, strict=True))
 
@@ -166,8 +166,7 @@ def objective(output: ModelOutput) -> Tensor:
 def pair_of(config: ModelConfig, meshes: Meshes, **options: Any) -> list[Transformer]:
     """One model as it is, and the same one sharded."""
     models = [lively(config, dtype=torch.float32) for _ in range(2)]
-    for _ in range(2):
-        fsdp_ep(models[1], meshes, LayerOptions(**options))
+    parallelize(models[1], meshes, LayerOptions(**options))
     return models
 
 
@@ -181,126 +180,6 @@ def gradient_errors(whole: nn.Module, sharded: nn.Module) -> dict[str, float]:
         else:
             errors[name] = _distance(expected.grad, actual.grad.full_tensor())
     return errors
-
-
-def _steps(variant: str, data: int, expert: int) -> dict[str, float]:
-    """Two steps of one process on the whole batch and of the ranks on a share each."""
-    config = model_of(variant)
-    models = pair_of(config, meshes_of(data, expert))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    optimizers = [adamw(model, OptimizerConfig(lr=1e-3)) for model in models]
-    errors: Counter[str] = Counter()
-    for step in range(2):
-        shares = random_tokens(BATCH, LENGTH + 1, step).chunk(world)
-        # The balance loss is a product of means over a micro-batch, as under any data parallelism,
-        # and means over chosen tokens are not those of the whole where ranks choose more or fewer.
-        apart = config.experts.balance_kind == "loss" or config.router.choice == "token"
-        batches = shares if apart else [torch.cat(shares)]
-        expected = [models[0](batch[:, :-1], batch[:, 1:]) for batch in batches]
-        mean = sum(objective(output) for output in expected) / len(batches)
-        mean.backward()
-        output = models[1](shares[rank][:, :-1], shares[rank][:, 1:])
-        total = objective(output)
-        total.backward()
-        loss = total.detach() / world
-        dist.all_reduce(loss)
-        errors["loss"] = max(errors["loss"], _distance(mean, loss))
-        _same_choices(config, models[0], shares[rank], output, expected, len(batches) == 1)
-        for name, error in gradient_errors(*models).items():
-            errors[name] = max(errors[name], error)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        if config.experts.balance_kind == "bias":
-            _absorb(models, expected[0], output)
-    for (name, one), other in zip(
-        models[0].state_dict().items(), models[1].state_dict().values(), strict=True
-    ):
-        full = other.full_tensor() if isinstance(other, DTensor) else other
-        errors[f"{name} after steps"] = _distance(one, full)
-    return dict(errors)
-
-
-def _same_choices(
-    config: ModelConfig,
-    whole: Transformer,
-    share: Tensor,
-    output: ModelOutput,
-    expected: list[ModelOutput],
-    is_whole: bool,
-) -> None:
-    """This rank's tokens chose in its share as they do in one process."""
-    with torch.no_grad():
-        alone = whole(share[:, :-1], share[:, 1:])
-    for ours, theirs in zip(output.routing, alone.routing, strict=True):
-        assert torch.equal(ours.chosen_BS, theirs.chosen_BS)
-    assert len(output.experts) == sum(config.has_experts(i) for i in range(config.num_layers))
-    for number, (ours, theirs) in enumerate(zip(output.experts, alone.experts, strict=True)):
-        assert torch.equal(ours.load_E, theirs.load_E)
-        assert torch.equal(ours.executed_E, theirs.executed_E)
-        executed_E = ours.executed_E.clone()
-        dist.all_reduce(executed_E)
-        if is_whole:
-            assert torch.equal(executed_E, expected[0].experts[number].executed_E)
-
-
-def _absorb(models: list[Transformer], expected: ModelOutput, output: ModelOutput) -> None:
-    observed = models[1].batch_stats(output)
-    for value in observed:
-        dist.all_reduce(value)
-        value.div_(dist.get_world_size())
-    models[0].update_running_stats(observed)
-    models[1].update_running_stats(observed)
-
-
-QUICK = {
-    ("staged", (2, 2)),
-    ("integrated", (1, 2)),
-    ("integrated", (2, 2)),
-    ("limited", (1, 4)),
-    ("expert choice", (2, 1)),
-    ("expert choice", (2, 2)),
-    ("narrow expert choice", (1, 1)),
-    ("all no-ops but one", (1, 4)),
-    ("token choice of depth", (1, 2)),
-}
-MATRIX = [
-    pytest.param(
-        variant,
-        mesh,
-        marks=[] if (variant, mesh) in QUICK else pytest.mark.slow,
-        id=f"{variant}-{mesh}",
-    )
-    for variant in VARIANTS
-    for mesh in MESHES
-]
-
-
-@pytest.mark.on_commit(9)
-@pytest.mark.parametrize(("variant", "mesh"), MATRIX)
-def test_ranks_step_as_one_process(variant, mesh):
-    for errors in on_ranks(_steps, mesh[0] * mesh[1], variant, *mesh):
-        worst = max(errors, key=errors.__getitem__)
-        assert errors[worst] < TOLERANCE, worst
-
-
-def _evaluated(data: int, expert: int) -> tuple[list[int], float]:
-    """Causal evaluation: how many tokens enter a layer differs between ranks."""
-    config = model_of("learned causally")
-    whole, sharded = pair_of(config, meshes_of(data, expert))
-    tokens_BS = random_tokens(BATCH, LENGTH, 5).chunk(data * expert)[dist.get_rank()]
-    with torch.no_grad():
-        expected = whole(tokens_BS, selection="predictor")
-        actual = sharded(tokens_BS, selection="predictor")
-    entered = [int(record.chosen_BS.sum()) for record in actual.routing]
-    assert entered == [int(record.chosen_BS.sum()) for record in expected.routing]
-    return entered, _distance(expected.require_logits(), actual.require_logits())
-
-
-def test_ranks_evaluate_causally():
-    found = on_ranks(_evaluated, 4, 1, 4)
-    assert len({tuple(entered) for entered, _ in found}) > 1
-    assert max(error for _, error in found) < TOLERANCE
 
 
 # What becomes of the parameters.
@@ -325,7 +204,7 @@ def _placed() -> dict[str, tuple[Any, ...]]:
 def test_experts_lie_on_both_axes_and_the_rest_on_all_ranks():
     for found in on_ranks(_placed, 4):
         placements, axes, shape = found["layers.1.module.mlp.inner.up"]
-        assert (placements, axes) == ((Shard(1), Shard(0)), ("expert_data", "expert"))
+        assert (placements, axes) == ((Shard(1), Shard(0)), ("expert_shard", "expert"))
         assert shape == (2, DIM // 2, 8)
         placements, axes, shape = found["embedding.weight"]
         assert placements == (Shard(0),) and len(axes) == 1 and shape == (12, DIM)
@@ -333,9 +212,7 @@ def test_experts_lie_on_both_axes_and_the_rest_on_all_ranks():
 
 def _spread_alone() -> int:
     model = lively(model_of("limited"), dtype=torch.float32)
-    meshes = meshes_of(1, 2)
-    for _ in range(2):
-        shard_experts(model, meshes.whole["expert"], meshes.whole["expert_data"])
+    apply_expert_parallel(model, meshes_of(1, 2).expert)
     up = model.mixtures[0].inner.up
     dist.barrier()  # none leaves while another still makes its groups
     return int(up.to_local().untyped_storage().nbytes() / up.numel() / up.element_size() * 100)
@@ -343,31 +220,6 @@ def _spread_alone() -> int:
 
 def test_a_rank_keeps_the_memory_of_its_own_experts_alone():
     assert on_ranks(_spread_alone, 2) == [50, 50]
-
-
-def _refused() -> None:
-    meshes = meshes_of(1, 3)
-    dist.barrier()
-    fsdp_ep(Transformer(model_of("limited")), meshes, LayerOptions())
-
-
-def test_experts_that_cannot_be_split_are_told():
-    for outcome in outcomes_on_ranks(_refused, 3):
-        assert outcome.kind == "ConfigError"
-        assert "strategy.expert_parallel=3: does not divide model.experts.count=4" in outcome.said
-        assert "use one of 1, 2, or another number of experts" in outcome.said
-
-
-def test_problems_are_found_without_ranks():
-    model, dense = Transformer(model_of("limited")), Transformer(small())
-    assert problems(model, 4, 8) == problems(model, 1, 16) == []
-    (found,) = problems(model, 2, 3)
-    assert (found.key, found.value) == ("model.experts.dim", 8) and "d_model=16" in found.reason
-    assert [found.key for found in problems(model, 8, 3)] == [
-        "strategy.expert_parallel",
-        "model.experts.dim",
-    ]
-    assert "no experts" in problems(dense, 2)[0].reason
 
 
 # What travels.
@@ -485,8 +337,7 @@ def _compiled() -> float:
     """A mixture in one graph, its exchange in it."""
     config = model_of("expert choice", pattern="dense")
     model = lively(config, dtype=torch.float32)
-    meshes = meshes_of(1, 2)
-    shard_experts(model, meshes.whole["expert"], meshes.whole["expert_data"])
+    apply_expert_parallel(model, meshes_of(1, 2).expert)
     inner = model.mixtures[0].inner
     torch.manual_seed(dist.get_rank())
     x_MD = torch.randn(16, DIM)
@@ -509,8 +360,8 @@ def _on_paper() -> list[tuple[int, ...]]:
     dist.init_process_group("fake", rank=3, world_size=8, store=FakeStore())
     mesh = init_device_mesh("cpu", (8,))
     with FakeTensorMode():
-        whole = ExpertMLPs(16, 6, 5, "gelu")
-        apart = SpreadMLPs(whole, mesh)
+        apart = ExpertMLPs(16, 6, 5, "gelu")
+        spread_experts(apart, mesh, Group.of(mesh))
         x_MD = torch.empty(80, 6, requires_grad=True)
         shapes = []
         for offsets_E in (None, torch.empty(16, dtype=torch.int32)):

@@ -10,7 +10,7 @@ import torch
 from modtrain.data.stream.documents import document_numbers_if_apart
 from modtrain.models.transformer import Transformer
 from modtrain.parallel import activation_checkpointing
-from modtrain.parallel.strategies.base import compiled
+from modtrain.parallel.compile import compile_model
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.module import adamw
@@ -40,7 +40,7 @@ class _TimedStep:
         model = Transformer(config.model, seed=config.seed).to(self.device)
         activation_checkpointing.apply(model, config.strategy.activation_checkpointing)
         self.optimizer = adamw(model, config.optimizer)
-        self.model = compiled(model) if config.compile else model
+        self.model = compile_model(model) if config.compile else model
         generator = torch.Generator().manual_seed(0)
         shape = (config.batch.micro_batch_size, (config.data.seq_len or 1) + 1)
         tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)

@@ -138,6 +138,13 @@ class Experts(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
         """Return the update (B, S, D) and one `ExpertRecord`."""
+        return self.mix(x_BSD, context)
+
+    def mix(self, x_BSD: Tensor, context: SequenceContext) -> Output:
+        """See `forward`.
+
+        A method, so that ranks that have shares of a sequence can choose over all of it.
+        """
         valid_BS = context.valid_BS
         if valid_BS is not None:
             valid_BS = valid_BS.expand(x_BSD.shape[:2])

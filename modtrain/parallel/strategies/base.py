@@ -1,15 +1,13 @@
-"""Lightning's strategies as modtrain uses them: one class a way to spread a run over processes.
+"""What modtrain adds to every strategy of Lightning's.
 
-What they add is the same for all: the model is cut up from outside before it is trained, gradients
-are clipped by exact norms, and state goes in and out of checkpoints by name, so that a run may go
-on under another strategy.
+The model is parallelized from outside before it is trained, gradients are clipped by exact norms,
+and state goes in and out of checkpoints by name, so that a run may resume under another strategy.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,15 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.state import RestoredState, named_state
 from modtrain.models.transformer import ModelOutput, Transformer
-from modtrain.parallel import activation_checkpointing, fsdp
 from modtrain.parallel.config import StrategyOptions
 from modtrain.parallel.grad_clip import clip
-from modtrain.parallel.meshes import Meshes, make_meshes
 
 Forward = Callable[..., ModelOutput]
 
@@ -72,7 +63,7 @@ class TrainingStrategy(Strategy):
         return super().optimizer_step(optimizer, wait_after_backward, model, **kwargs)
 
     @abstractmethod
-    def cut(self, model: Transformer) -> Forward:
+    def parallelize(self, model: Transformer) -> Forward:
         """Spread ``model`` over the ranks, in place; return what a training step calls."""
 
     def clip_gradients(
@@ -163,68 +154,6 @@ class TrainingStrategy(Strategy):
         return model
 
 
-class OneProcess(TrainingStrategy, SingleDeviceStrategy):
-    """One process with the whole model, which is compiled as one graph."""
-
-    def cut(self, model: Transformer) -> Forward:
-        """Leave the model whole."""
-        options = self.options.layers
-        activation_checkpointing.apply(model, options.activation_checkpointing)
-        if not options.compile:
-            return model
-        whole: Forward = compiled(model, options.num_stages)
-        return whole
-
-
-class DataParallel(TrainingStrategy, DDPStrategy):
-    """The whole model on every rank; gradients are averaged while backward runs."""
-
-    def __init__(self, timeout: timedelta) -> None:
-        super().__init__(
-            timeout=timeout,
-            # Thresholds and biases move alike on all ranks: see `LanguageModule.optimizer_step`.
-            forward_sync_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-
-    def cut(self, model: Transformer) -> Forward:
-        """Leave the model whole; layers are compiled one by one, so that gradients come early."""
-        fsdp.prepare_layers(model, self.options.layers)
-        return model
-
-
-class Sharded(TrainingStrategy, ModelParallelStrategy):
-    """FSDP2, with what else is cut: a layer's products, its experts, or the sequences."""
-
-    def __init__(self, meshes: Meshes, timeout: timedelta) -> None:
-        super().__init__(timeout=timeout)
-        self.meshes = meshes
-
-    def setup_environment(self) -> None:
-        """Take the meshes that there are: Lightning knows two axes, and not these names."""
-        if self.accelerator is None:
-            raise RuntimeError("Lightning has given no accelerator")
-        self.accelerator.setup_device(self.root_device)
-        self.set_world_ranks()
-        self._device_mesh = self.meshes.whole
-
-    @property
-    def data_rank(self) -> int:
-        """Return this rank's number among those that read different data."""
-        return self.meshes.data_rank
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """How the data is shared out."""
-        return {"num_replicas": self.meshes.data_size, "rank": self.meshes.data_rank}
-
-    def cut(self, model: Transformer) -> Forward:
-        """Keep this rank's pieces of the parameters."""
-        cut = getattr(fsdp, self.options.config.name)
-        cut(model, self.meshes, self.options.layers)
-        return model
-
-
 def _recount(checkpoint: dict[str, Any], accumulate: int) -> None:
     """Let Lightning's loop stand where ``checkpoint``'s step is, in place.
 
@@ -236,50 +165,3 @@ def _recount(checkpoint: dict[str, Any], accumulate: int) -> None:
     for counts in (progress["total"], progress["current"]):
         for name, count in counts.items():
             counts[name] = count + behind
-
-
-def compiled(model: nn.Module, num_stages: int = 1) -> Any:
-    """Compile the whole model in one graph for each stage of the schedule of capacities.
-
-    Graphs of other models in the process, as in a comparison, do not count against its limit.
-    """
-    # Unknown to the types of torch 2.13.
-    options: dict[str, Any] = {
-        "recompile_limit": max(8, num_stages + 1),
-        "isolate_recompiles": True,
-    }
-    return torch.compile(model, fullgraph=True, dynamic=False, **options)
-
-
-def make_strategy(
-    options: StrategyOptions, device_type: str, checkpointer: Checkpointer
-) -> TrainingStrategy:
-    """Make the strategy that ``options.config`` names; collective.
-
-    Raises:
-        ConfigError: it cannot be had here.
-    """
-    config, sizes = options.config, options.sizes
-    name, timeout = config.name, timedelta(seconds=config.timeout)
-    strategy: TrainingStrategy
-    if name == "single":
-        strategy = OneProcess(torch.device(device_type))
-    elif name == "ddp":
-        strategy = DataParallel(timeout)
-    elif config.stage is not None:
-        from modtrain.parallel.strategies.deepspeed import ZeRO  # noqa: PLC0415 takes seconds to import
-
-        strategy = ZeRO(config.stage, device_type, config.offload, timeout)
-    else:
-        meshes = make_meshes(
-            name,
-            sizes.world_size,
-            sizes.tensor,
-            sizes.expert,
-            sizes.shard,
-            device_type,
-            sizes.context,
-        )
-        strategy = Sharded(meshes, timeout)
-    strategy.attach(options, checkpointer)
-    return strategy

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from modtrain.checkpoint.state import RestoredState, optimizer_groups, tied_names
 from modtrain.common.errors import ConfigError, Problem, TrainingError
 from modtrain.models.transformer import Transformer
-from modtrain.parallel.fsdp import prepare_layers
+from modtrain.parallel.config import StrategyOptions
+from modtrain.parallel.parallelize import prepare_layers
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 from modtrain.parallel.strategies.deepspeed_state import (
     clip_gradients,
@@ -46,7 +47,7 @@ from modtrain.parallel.strategies.deepspeed_state import (
 _BUCKET = 50_000_000
 
 
-class ZeRO(TrainingStrategy, DDPStrategy):
+class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
     """Trains under ZeRO; all else is Lightning's plain data parallelism."""
 
     def __init__(
@@ -73,7 +74,7 @@ class ZeRO(TrainingStrategy, DDPStrategy):
         self._boundary = True
         self._groups: list[dict[str, Any]] = []
 
-    def cut(self, model: Transformer) -> Forward:
+    def parallelize(self, model: Transformer) -> Forward:
         """Prepare the layers; the engine does the rest when there is an optimizer."""
         prepare_layers(model, self.options.layers)
         return model
@@ -240,6 +241,19 @@ class ZeRO(TrainingStrategy, DDPStrategy):
             self.engine.destroy()
             self.engine, self.model = None, self.lightning_module
         super().teardown()
+
+
+def make(options: StrategyOptions, device_type: str) -> TrainingStrategy:
+    """Make the strategy of the stage that ``options`` names.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or cannot use the device.
+    """
+    config = options.config
+    if config.stage is None:
+        raise ValueError(f"{config.name} is no stage of ZeRO")
+    timeout = timedelta(seconds=config.timeout)
+    return DeepSpeedStrategy(config.stage, device_type, config.offload, timeout)
 
 
 class _Step:

@@ -76,8 +76,8 @@ class HeldOutCallback(StepCallback):
         counts: False if this rank's sequences are a copy of another's, because there are too few:
         it computes them because a forward pass may be collective.
         """
-        sizes = module.plan.sizes
-        share = sizes.data_parallel / sizes.world_size
+        dims = module.plan.dims
+        share = dims.data_parallel / dims.world_size
 
         def total(values: Tensor) -> Tensor:
             return self.ranks.sum(values if counts else torch.zeros_like(values)) * share

@@ -80,7 +80,7 @@ class MetricsCallback(StepCallback):
             if self._peak is not None:
                 spent = module.plan.flops_until(step) - module.plan.flops_until(last)
                 values["throughput/mfu"] = spent / (
-                    seconds * self._peak * module.plan.sizes.world_size
+                    seconds * self._peak * module.plan.dims.world_size
                 )
         self.latest = values
         self.metrics_log.write(step, values)

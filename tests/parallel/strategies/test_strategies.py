@@ -42,23 +42,6 @@ def close(one: dict[str, float], other: dict[str, float]) -> None:
         assert other[key] == pytest.approx(value, abs=2e-5, rel=1e-5), key
 
 
-FAMILY = {
-    "mod": [],
-    "dense": ["model.pattern=dense"],
-}
-
-
-@pytest.mark.parametrize("strategy", QUICK)
-@pytest.mark.parametrize("model", FAMILY)
-def test_two_ranks_are_as_one_process(prepared, tmp_path, strategy, model):
-    lines = overrides(prepared, tmp_path, "one", *FAMILY[model])
-    assert on_ranks(run, 1, lines, joins=False) == ["complete"]
-    lines = overrides(prepared, tmp_path, "two", f"strategy={strategy}", *FAMILY[model])
-    assert on_ranks(run, 2, lines, joins=False) == ["complete"] * 2
-    for one, two in zip(records_of(tmp_path, "one"), records_of(tmp_path, "two"), strict=True):
-        close(one, two)
-
-
 @pytest.mark.parametrize("strategy", QUICK)
 def test_a_rank_without_a_held_out_sequence_changes_no_mean(prepared, tmp_path, strategy):
     own = ["batch.tokens=384", "eval.sequences=2", "budget.steps=3"]

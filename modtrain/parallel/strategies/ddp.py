@@ -1,0 +1,35 @@
+"""The whole model on every rank; gradients are averaged while backward runs."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from lightning.pytorch.strategies import DDPStrategy
+
+from modtrain.models.transformer import Transformer
+from modtrain.parallel.config import StrategyOptions
+from modtrain.parallel.parallelize import prepare_layers
+from modtrain.parallel.strategies.base import Forward, TrainingStrategy
+
+
+class DataParallelStrategy(TrainingStrategy, DDPStrategy):
+    """torch's DistributedDataParallel."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        super().__init__(
+            timeout=timeout,
+            # Thresholds and biases move alike on all ranks: see `LanguageModule.optimizer_step`.
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def parallelize(self, model: Transformer) -> Forward:
+        """Leave the model whole; layers are compiled one by one, so that gradients come early."""
+        prepare_layers(model, self.options.layers)
+        return model
+
+
+def make(options: StrategyOptions, device_type: str) -> TrainingStrategy:
+    """Make the strategy; Lightning chooses the device."""
+    del device_type
+    return DataParallelStrategy(timedelta(seconds=options.config.timeout))
