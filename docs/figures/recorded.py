@@ -120,8 +120,10 @@ def tensorboard() -> None:
         def shoot(browser: Page, mode: str) -> None:
             dark = str(mode == "dark").lower()
             tags = "held_out%2Fcausal_loss%24%7C%5Eloss%24%7Clayer_01%2F(mean%7Cabove)"
-            browser.goto(f"{address}/?darkMode={dark}&tagFilter={tags}#timeseries")
+            shown = f"darkMode={dark}&smoothing=0&runFilter=by_step&tagFilter={tags}"
+            browser.goto(f"{address}/?{shown}#timeseries")
             browser.wait_for_selector("line-chart, .line-chart", timeout=120_000)
+            browser.get_by_role("button", name="Settings", exact=True).click()
             browser.wait_for_timeout(8_000)
             browser.screenshot(path=IMAGES / f"tensorboard-{mode}.png")
 

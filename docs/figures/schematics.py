@@ -75,7 +75,7 @@ def _contract_rows() -> list[list[str]]:
 
 def _edges(names: list[str]) -> set[tuple[str, str]]:
     """Return which package imports which, less what follows from the others."""
-    graph = grimp.build_graph("modtrain")
+    graph = grimp.build_graph("modtrain", cache_dir=None)
     direct = {
         above: {
             below
