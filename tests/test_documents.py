@@ -49,6 +49,9 @@ def workplace(tmp_path_factory):
         if entry.name not in {".venv", "data", "runs"}:
             (folder / entry.name).symlink_to(entry)
     (folder / ".venv").symlink_to(sys.prefix)
+    printed = folder / "prepared"
+    # What `make quickstart` has made ready before a reader comes to any other command.
+    assert run_forked(run_main, ["prepare", "corpus=sotu"], folder, printed) == 0, printed
     return folder
 
 

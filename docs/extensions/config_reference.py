@@ -93,7 +93,8 @@ def _walk(schema: type, value: Any, prefix: str) -> Iterator[Section]:
             raise ValueError(f"{schema.__name__}: its docstring says nothing of {field.name!r}")
         else:
             default = _shown(at)
-            keys.append(Key(name, str(field.type), default, said[field.name]))
+            annotation = str(field.type).replace("Any", "str | list")
+            keys.append(Key(name, annotation, default, said[field.name]))
     yield Section(schema, prefix, about(schema), keys)
     for part in parts:
         yield from _walk(*part)
