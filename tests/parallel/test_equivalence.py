@@ -472,7 +472,9 @@ def _passes_on(layout: str | None, model_name: str, given: Path | None, path: Pa
 def _assert_checkpoints_cross(layouts: list[str | None], model: str, root: Path) -> None:
     given = None
     for number, layout in enumerate(layouts):
-        path = checkpoint_path(root / str(number), 1)
+        folder = root / str(number)
+        folder.mkdir()
+        path = checkpoint_path(folder, 1)
         world_size = 1 if layout is None else LAYOUTS[layout].world_size
         on_ranks(_passes_on, world_size, layout, model, given, path)
         found = tensors_of(path)
