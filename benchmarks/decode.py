@@ -43,8 +43,8 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.flops import Load, realised_flops
 from modtrain.models.transformer import Transformer
-from modtrain.training.config import OptimizerConfig
-from modtrain.training.module import adamw
+from modtrain.optimizers.config import OptimizerConfig
+from modtrain.optimizers.registry import build_optimizer
 
 CAPACITY = 0.125
 
@@ -134,7 +134,7 @@ class _MarkovText:
 
 
 def _trained(model: Transformer, text: _MarkovText, options: argparse.Namespace) -> Transformer:
-    optimizer = adamw(model, OptimizerConfig(lr=1e-3))
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3))
     loss = 0.0
     for step in range(options.train_steps):
         tokens_BT = text.draw(4, 257, seed=1000 + step)

@@ -30,8 +30,8 @@ from benchmarks._harness import (
 from modtrain.models.config import ModelConfig
 from modtrain.models.flops import CONVENTIONS, forward_flops, training_flops_per_token
 from modtrain.models.transformer import Transformer
-from modtrain.training.config import OptimizerConfig
-from modtrain.training.module import adamw
+from modtrain.optimizers.config import OptimizerConfig
+from modtrain.optimizers.registry import build_optimizer
 
 PATTERNS = {"dense": "dense", "mod": "every_other"}
 # What routing adds: the choice, rows out of the stream and back into it, and their gradients.
@@ -119,7 +119,7 @@ def _step(options: argparse.Namespace, config: ModelConfig, compiled: bool) -> C
     model = Transformer(config)
     # torch.compile's own type says less than what it returns: the module, called alike.
     forward: Any = torch.compile(model, fullgraph=True) if compiled else model
-    optimizer = adamw(model, OptimizerConfig())
+    optimizer = build_optimizer(model, OptimizerConfig())
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch, options.seq_len + 1)
     batch_BT = torch.randint(options.vocab, shape, generator=generator)

@@ -25,8 +25,9 @@ Training on any number of ranks, including one::
     checkpointer.close()                                       # at the end
 
 Every rank calls the methods of `Checkpointer` alike; what fails on one rank is raised on all.
-``model`` may be wrapped (DistributedDataParallel, FSDP2, torch.compile); ``optimizer`` is a torch
-AdamW over its parameters, new or used. State of another form, such as DeepSpeed's, is passed as
-whole tensors under the same keys, each on one rank, with ``save(…, deduplicate=False)``, and
-restored with ``load(path, fill)`` from a `TensorReader`, a mapping that reads a tensor on access.
+``model`` may be wrapped (DistributedDataParallel, FSDP2, torch.compile); ``optimizer`` is one of
+`modtrain.optimizers` over its parameters, new or used. State of another form, such as DeepSpeed's,
+is passed as whole tensors under the same keys, each on one rank, with
+``save(…, deduplicate=False)``, and restored with ``load(path, fill)`` from a `TensorReader`, a
+mapping that reads a tensor on access.
 """

@@ -1,8 +1,8 @@
 """The state of a model and its optimizer by name, independent of the parallel layout.
 
 Tensors are plain or DTensors. Their keys are made of the names that the bare model gives its
-parameters: ``state_dict.<name>``, and ``optimizer.<name>.<exp_avg, exp_avg_sq or step>``. So a
-checkpoint of one strategy fits the others.
+parameters: ``state_dict.<name>``, and ``optimizer.<name>.<key>`` with the keys of the optimizer's
+own state (AdamW: exp_avg, exp_avg_sq, step). So a checkpoint of one strategy fits the others.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from modtrain.checkpoint.layout import Manifest
 from modtrain.checkpoint.rank_state import read_rank_state
 from modtrain.checkpoint.reading import TensorReader, format_names, read_extra_state
 from modtrain.common.errors import CheckpointError
 from modtrain.distributed.process_group import ONE_PROCESS, Ranks
+from modtrain.optimizers.registry import initial_state
 
 MODEL, OPTIMIZER = "state_dict.", "optimizer."
 GROUPS, TIED = "optimizer_groups", "tied"
@@ -44,7 +44,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return AdamW's tensors as ``optimizer.<name>.<exp_avg, exp_avg_sq or step>``: views."""
+    """Return the optimizer's tensors as ``optimizer.<name>.<key>``: views, not copies."""
     return {
         f"{OPTIMIZER}{name}.{key}": value
         for name, parameter in _owned(model, optimizer)
@@ -217,7 +217,7 @@ def _allocate(
             if names[id(parameter)] in stateless:
                 optimizer.state.pop(parameter, None)
             elif not optimizer.state.get(parameter):
-                optimizer.state[parameter] = _fresh(optimizer, group, parameter)
+                optimizer.state[parameter] = initial_state(optimizer, group, parameter)
 
 
 def _apply_groups(
@@ -243,21 +243,3 @@ def _apply_groups(
 
 # Implementation choices, which depend on the device, not on the checkpoint.
 _IMPLEMENTATION_KEYS = ("fused", "foreach", "capturable", "differentiable")
-
-
-def _fresh(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
-    """Return the state of a parameter before its first step, as torch's Adam makes it."""
-    if not isinstance(optimizer, Adam):
-        raise CheckpointError(
-            f"the state of {type(optimizer).__name__} cannot be allocated: use AdamW"
-        )
-    like: Callable[[], Tensor] = lambda: torch.zeros_like(  # noqa: E731
-        parameter.detach(), memory_format=torch.preserve_format
-    )
-    # On the host unless the step itself runs on the device (torch.optim.Adam._init_group).
-    device = parameter.device if group["capturable"] or group["fused"] else torch.device("cpu")
-    state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
-    state |= {"exp_avg": like(), "exp_avg_sq": like()}
-    if group["amsgrad"]:
-        state["max_exp_avg_sq"] = like()
-    return state

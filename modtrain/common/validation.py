@@ -34,6 +34,15 @@ def above_zero(config: object, prefix: str, *names: str) -> list[Problem]:
     ]
 
 
+def not_negative(config: object, prefix: str, *names: str) -> list[Problem]:
+    """Find the fields that are not finite or below 0; None passes."""
+    return [
+        Problem(key_of(prefix, name), value, "is not 0 or more", "give 0 or a positive number")
+        for name, value in _values(config, names)
+        if value is not None and not (0 <= value < math.inf)
+    ]
+
+
 def shares(config: object, prefix: str, *names: str) -> list[Problem]:
     """Find the fields outside [0, 1]."""
     return [

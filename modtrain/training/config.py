@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass, field
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, at_least, decays, one_of, shares
+from modtrain.common.validation import at_least, one_of, shares
 from modtrain.data.config import DataConfig
 from modtrain.models.config import ModelConfig
+from modtrain.optimizers.config import OptimizerConfig
+from modtrain.optimizers.registry import find_problems as optimizer_problems
 from modtrain.parallel.config import StrategyConfig
 from modtrain.parallel.validation import run_problems
 from modtrain.training.spikes.config import SpikeConfig
@@ -87,39 +89,6 @@ class BatchConfig:
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the batch that needs no data to see."""
         return at_least(self, prefix, 1, "tokens", "micro_batch_size")
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW with decoupled weight decay (arXiv 1711.05101).
-
-    name: ``adamw``.
-    lr: the highest learning rate.
-    beta1, beta2: decay of the first and of the second moment.
-    eps: added to the root of the second moment.
-    weight_decay: of matrices; norms' gains, biases and router vectors have none.
-    grad_clip: largest global norm of the gradient, null for no clipping. Predictors are clipped
-    by themselves, so that they cannot change the trunk's step.
-    """
-
-    name: str = "adamw"
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float | None = 1.0
-
-    def problems(self, prefix: str) -> list[Problem]:
-        """Everything wrong with the optimizer."""
-        found = one_of(self, prefix, "name", ("adamw",))
-        found += above_zero(self, prefix, "lr", "eps", "grad_clip")
-        found += decays(self, prefix, "beta1", "beta2")
-        if not self.weight_decay >= 0:
-            found.append(
-                Problem(f"{prefix}.weight_decay", self.weight_decay, "is negative", "try 0.1")
-            )
-        return found
 
 
 @dataclass
@@ -301,6 +270,8 @@ class TrainConfig:
             *("capacity_schedule", "strategy", "eval", "checkpoint", "spike", "log"),
         ):
             found += getattr(self, part).problems(part)
+        uses_zero = self.strategy.stage is not None
+        found += optimizer_problems(self.optimizer, "optimizer", uses_zero)
         found += run_problems(self.strategy, "strategy", self.compile)
         found += self.spike.strategy_problems("spike", self.strategy.name)
         return found + self._routing_problems()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from modtrain.data.stream.documents import document_numbers_if_apart
 from modtrain.data.stream.samplers import stream_positions
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
+from modtrain.optimizers.registry import build_optimizer
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
-from modtrain.training.config import OptimizerConfig, TrainConfig
+from modtrain.training.config import TrainConfig
 from modtrain.training.lightning_overrides import set_loop_position
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.random_state import random_states, restore_random_states
@@ -109,7 +110,7 @@ class LanguageModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the learning-rate schedule by step."""
         config = self.config
-        optimizer = adamw(self.model, config.optimizer)
+        optimizer = build_optimizer(self.model, config.optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(config.schedule, step, self.plan.steps)
         )
@@ -192,19 +193,3 @@ class LanguageModule(L.LightningModule):
             return 0
         last = np.array(step * self.plan.sequences_per_step - 1, dtype=np.int64)
         return int(stream_positions(last, [(start, stop) for start, stop in left_out])) + 1
-
-
-def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices decay, vectors (gains, biases, routers) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=parameters[0].device.type in ("cpu", "cuda"),
-    )

@@ -15,9 +15,9 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import Transformer
+from modtrain.optimizers.config import OptimizerConfig
+from modtrain.optimizers.registry import build_optimizer
 from modtrain.parallel.compile import compile_model
-from modtrain.training.config import OptimizerConfig
-from modtrain.training.module import adamw
 from tests.helpers.model_cases import lively, random_tokens, small
 
 PATTERNS = ["dense", "every_other", "every"]
@@ -196,7 +196,7 @@ def test_a_router_on_no_path_to_the_loss_trains_compiled_as_it_does_in_eager():
     for forward in (model, call):
         weights = {name: p.clone() for name, p in model.state_dict().items()}
         step(model, forward)
-        adamw(model, OptimizerConfig()).step()
+        build_optimizer(model, OptimizerConfig()).step()
         trained.append(model.layers[1].router.hidden.weight.clone())
         model.load_state_dict(weights)
     assert torch.equal(*trained)

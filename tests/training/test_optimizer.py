@@ -2,13 +2,13 @@ import torch
 
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
-from modtrain.training.config import OptimizerConfig
-from modtrain.training.module import adamw
+from modtrain.optimizers.config import OptimizerConfig
+from modtrain.optimizers.registry import build_optimizer
 
 
 def test_matrices_decay_and_vectors_do_not():
     model = Transformer(ModelConfig(d_model=32, num_layers=2, num_heads=2, vocab_size=20))
-    optimizer = adamw(model, OptimizerConfig(lr=0.5, weight_decay=0.2))
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.5, weight_decay=0.2))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -24,6 +24,6 @@ def test_every_parameter_is_optimised_once():
     model = Transformer(
         ModelConfig(d_model=32, num_layers=2, num_heads=2, vocab_size=20, tie_embeddings=True)
     )
-    groups = adamw(model, OptimizerConfig()).param_groups
+    groups = build_optimizer(model, OptimizerConfig()).param_groups
     given = [id(p) for group in groups for p in group["params"]]
     assert sorted(given) == sorted(id(p) for p in model.parameters())

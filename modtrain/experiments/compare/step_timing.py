@@ -9,11 +9,11 @@ import torch
 
 from modtrain.data.stream.documents import document_numbers_if_apart
 from modtrain.models.transformer import Transformer
+from modtrain.optimizers.registry import build_optimizer
 from modtrain.parallel import activation_checkpointing
 from modtrain.parallel.compile import compile_model
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
-from modtrain.training.module import adamw
 
 
 def step_seconds(configs: dict[str, TrainConfig], rounds: int) -> dict[str, float]:
@@ -39,7 +39,7 @@ class _TimedStep:
         self.bf16 = resolve_precision(config.precision, self.device.type) == "bf16"
         model = Transformer(config.model, seed=config.seed).to(self.device)
         activation_checkpointing.apply(model, config.strategy.activation_checkpointing)
-        self.optimizer = adamw(model, config.optimizer)
+        self.optimizer = build_optimizer(model, config.optimizer)
         self.model = compile_model(model) if config.compile else model
         generator = torch.Generator().manual_seed(0)
         shape = (config.batch.micro_batch_size, (config.data.seq_len or 1) + 1)

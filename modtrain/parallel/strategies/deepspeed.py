@@ -226,7 +226,7 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
             path, lambda reader, _: put(self.engine, self._transformer, reader)
         )
         publish(self.engine)
-        take_groups(self.engine.optimizer.param_groups, self._groups, restored.extra_state)
+        take_groups(self.engine, self._groups, restored.extra_state)
         return restored
 
     @property

@@ -1,4 +1,4 @@
-"""What a ZeRO engine holds, by the parameters' names: weights, AdamW's state, gradients.
+"""What a ZeRO engine holds, by the parameters' names: weights, optimizer state, gradients.
 
 Each rank steps a part of each parameter, in fp32: of stages 1 and 2 a piece of one flat tensor, of
 stage 3 an even share with padding behind. Everything here goes by those parts, whatever the stage.
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from modtrain.checkpoint.state import MODEL, OPTIMIZER
 from modtrain.common.errors import CheckpointError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from modtrain.optimizers.registry import spec_of
 
 
 class Fragment(NamedTuple):
@@ -30,7 +29,7 @@ class Fragment(NamedTuple):
 
 
 def fragment(engine: Any, parameter: Any, moment: str | None = None) -> Fragment | None:
-    """Return this rank's part of the fp32 weight, or of AdamW's ``moment``; None where it has none.
+    """Return this rank's part of the fp32 weight, or of a ``moment``; None where it has none.
 
     Of stages 1 and 2 it is what is stepped, of stage 3 it may be a copy. Of a frozen weight it is
     what is computed with, which stages 1 and 2 have whole on every rank.
@@ -138,22 +137,22 @@ def _scale_gradient(parameter: Any, factor: Tensor) -> None:
 
 @torch.no_grad()
 def tensors(engine: Any, model: nn.Module) -> dict[str, Tensor]:
-    """Return this rank's share of the weights and AdamW's state by name, on the host.
+    """Return this rank's share of the weights and the optimizer's state by name, on the host.
 
     model: the part of the engine's module whose names count. Keys are as in
     `modtrain.checkpoint`: ``state_dict.<name>``, which buffers are among, and
-    ``optimizer.<name>.<exp_avg, exp_avg_sq or step>``; before the first step there is no optimizer
-    state, and a frozen weight never has one. Parameter i goes to rank i modulo the number of ranks:
-    all shares together are what plain AdamW and a whole model have, bit by bit. Collective; one
+    ``optimizer.<name>.<moment or step>``; before the first step there is no optimizer state, and a
+    frozen weight never has one. Parameter i goes to rank i modulo the number of ranks: all shares
+    together are what the plain optimizer and a whole model have, bit by bit. Collective; one
     parameter at a time.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    made = _steps(engine)
+    made, moments = _steps(engine), _moments(engine)
     found: dict[str, Tensor] = {}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         owner = number % world_size
         steps = made if parameter.requires_grad else 0.0
-        for moment in (None, *MOMENTS) if steps else (None,):
+        for moment in (None, *moments) if steps else (None,):
             whole = _gathered(engine, parameter, moment, owner)
             if whole is not None:
                 found[_key(name, moment)] = whole
@@ -196,32 +195,32 @@ def put(engine: Any, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     steps = {float(_of_shape(state, key, torch.Size())) for key in keys if key in state}
     if len(steps) > 1:
         raise CheckpointError(
-            f"the parameters are at different steps of AdamW, {sorted(steps)}: DeepSpeed keeps one"
-            " for all. Go on with the strategy that saved them, or with fsdp"
+            f"the parameters are at different steps of the optimizer, {sorted(steps)}: DeepSpeed"
+            " keeps one for all. Go on with the strategy that saved them, or with fsdp"
         )
     for step in steps:
         _set_steps(engine, step)
+    moments = _moments(engine)
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        for moment in (None, *MOMENTS) if steps and parameter.requires_grad else (None,):
+        for moment in (None, *moments) if steps and parameter.requires_grad else (None,):
             whole = _of_shape(state, _key(name, moment), shape)
             set_fragment(engine, parameter, whole, moment)
     for name, buffer in _buffers(model):
         buffer.copy_(_of_shape(state, _key(name), buffer.shape))
 
 
-def take_groups(
-    groups: list[dict[str, Any]], known: list[dict[str, Any]], rest: Mapping[str, Any]
-) -> None:
+def take_groups(engine: Any, known: list[dict[str, Any]], rest: Mapping[str, Any]) -> None:
     """Take over a checkpoint's hyperparameters, of which the rate is the schedule's.
 
-    groups: the engine's, in place. known: the same with the parameters' names.
+    engine: its groups of parameters are changed. known: the same with the parameters' names.
     """
+    keys = spec_of(engine.optimizer.optimizer).zero_hyperparameters
     origin_of = {name: saved for saved in rest["optimizer_groups"] for name in saved["params"]}
-    for group, own in zip(groups, known, strict=True):
+    for group, own in zip(engine.optimizer.param_groups, known, strict=True):
         origin = origin_of[own["params"][0]]
         # How a step is computed is this process's affair.
-        for key in ("lr", "initial_lr", "betas", "eps", "weight_decay"):
+        for key in keys:
             group[key] = origin[key]
 
 
@@ -244,29 +243,42 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _flats(engine: Any) -> list[Tensor]:
-    """Return the flat fp32 tensors that this rank's AdamW steps."""
+    """Return the flat fp32 tensors that this rank's optimizer steps."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
     return list(optimizer.single_partition_of_fp32_groups)
 
 
+def _moments(engine: Any) -> tuple[str, ...]:
+    """Return the names of the optimizer's state that has the shape of the parameters.
+
+    Raises:
+        TypeError: ZeRO cannot run such an optimizer.
+    """
+    optimizer = engine.optimizer.optimizer
+    moments = spec_of(optimizer).zero_state
+    if moments is None:
+        raise TypeError(f"ZeRO cannot run {type(optimizer).__name__}")
+    return moments
+
+
 def _steps(engine: Any) -> float:
-    """Return how many steps AdamW made, 0 before the first."""
+    """Return how many steps the optimizer made, 0 before the first."""
     state = engine.optimizer.optimizer.state
     return max(float(state[flat]["step"]) if state.get(flat) else 0.0 for flat in _flats(engine))
 
 
 def _set_steps(engine: Any, steps: float) -> None:
-    """Set AdamW's count, and make room for its moments where it did not make a step yet."""
-    adamw = engine.optimizer.optimizer
+    """Set the count of steps, and make room for the moments before the first one."""
+    optimizer, moments = engine.optimizer.optimizer, _moments(engine)
     for flat in _flats(engine):
-        if not adamw.state[flat]:
-            device = flat.device if adamw.defaults["fused"] else "cpu"
-            adamw.state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            for moment in MOMENTS:
-                adamw.state[flat][moment] = torch.zeros_like(flat)
-        adamw.state[flat]["step"].fill_(steps)
+        if not optimizer.state[flat]:
+            device = flat.device if optimizer.defaults.get("fused") else "cpu"
+            optimizer.state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for moment in moments:
+                optimizer.state[flat][moment] = torch.zeros_like(flat)
+        optimizer.state[flat]["step"].fill_(steps)
 
 
 @torch.no_grad()

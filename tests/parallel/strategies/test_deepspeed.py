@@ -21,12 +21,13 @@ from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.held_out import evaluate
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
+from modtrain.optimizers.config import OptimizerConfig
 from modtrain.parallel.config import StrategyConfig
 from modtrain.parallel.strategies import deepspeed as zero
 from modtrain.parallel.strategies import deepspeed_state as state
 from modtrain.parallel.strategies.factory import make_strategy
 from modtrain.parallel.validation import run_problems
-from modtrain.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from modtrain.training.config import ScheduleConfig, TrainConfig
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import CostedStage, TrainingPlan, strategy_options
 from modtrain.training.trainer import make_trainer

@@ -1,0 +1,1 @@
+"""Optimizers by name: what builds each one, and what a run has to know of it."""

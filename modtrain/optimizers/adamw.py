@@ -1,0 +1,81 @@
+"""AdamW (arXiv 1711.05101): torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from modtrain.models.config import ModelConfig
+from modtrain.models.flops import parameters
+from modtrain.optimizers.base import OptimizerSpec
+from modtrain.optimizers.config import OptimizerConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import AdamW, Optimizer
+
+BYTES_PER_PARAMETER = 8
+"""Two moments in fp32."""
+
+
+class AdamWSpec(OptimizerSpec):
+    """AdamW over all parameters."""
+
+    name = "adamw"
+    state_label = "AdamW moments"
+    zero_state = ("exp_avg", "exp_avg_sq")
+    zero_hyperparameters = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+
+    def build(self, model: nn.Module, config: OptimizerConfig) -> Optimizer:
+        """See `OptimizerSpec.build`."""
+        return adamw([p for p in model.parameters() if p.requires_grad], config)
+
+    def is_instance(self, optimizer: Optimizer) -> bool:
+        """See `OptimizerSpec.is_instance`."""
+        from torch.optim import Adam  # noqa: PLC0415
+
+        return isinstance(optimizer, Adam)
+
+    def initial_state(
+        self, optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
+    ) -> dict[str, Tensor]:
+        """See `OptimizerSpec.initial_state`."""
+        del optimizer
+        return initial_state(group, parameter)
+
+    def state_bytes(self, model: ModelConfig) -> int:
+        """See `OptimizerSpec.state_bytes`."""
+        return BYTES_PER_PARAMETER * parameters(model).total
+
+
+def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> AdamW:
+    """AdamW over two groups: matrices decay, vectors (gains, biases, routers) do not."""
+    from torch.optim import AdamW  # noqa: PLC0415
+
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=parameters[0].device.type in ("cpu", "cuda"),
+    )
+
+
+def initial_state(group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+    """Return the state of a parameter as torch's Adam makes it in its first step."""
+    import torch  # noqa: PLC0415
+
+    def zeros() -> Tensor:
+        return torch.zeros_like(parameter.detach(), memory_format=torch.preserve_format)
+
+    # On the host unless the step itself runs on the device (torch.optim.Adam._init_group).
+    device = parameter.device if group["capturable"] or group["fused"] else torch.device("cpu")
+    state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+    state |= {"exp_avg": zeros(), "exp_avg_sq": zeros()}
+    if group["amsgrad"]:
+        state["max_exp_avg_sq"] = zeros()
+    return state

@@ -1,0 +1,58 @@
+"""The optimizers that there are. A new one is a file beside this one and a line in `OPTIMIZERS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from modtrain.common.errors import Problem
+from modtrain.common.validation import one_of
+from modtrain.optimizers.adamw import AdamWSpec
+from modtrain.optimizers.base import OptimizerSpec
+from modtrain.optimizers.config import OptimizerConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adamw": AdamWSpec(),
+}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Make the optimizer that ``config`` names, over the parameters that need gradients."""
+    return OPTIMIZERS[config.name].build(model, config)
+
+
+def find_problems(config: OptimizerConfig, prefix: str, uses_zero: bool = False) -> list[Problem]:
+    """Everything wrong with the name of the optimizer.
+
+    uses_zero: the run is DeepSpeed's.
+    """
+    problems = one_of(config, prefix, "name", tuple(OPTIMIZERS))
+    if not problems and uses_zero and OPTIMIZERS[config.name].zero_state is None:
+        able = " or ".join(f"optimizer={n}" for n, s in OPTIMIZERS.items() if s.zero_state)
+        reason = "cannot run under DeepSpeed's ZeRO, which steps flat pieces of the parameters"
+        remedy = f"use {able}, or strategy=ddp or strategy=fsdp"
+        problems.append(Problem(f"{prefix}.name", config.name, reason, remedy))
+    return problems
+
+
+def spec_of(optimizer: Optimizer) -> OptimizerSpec:
+    """Return what is known of the kind of ``optimizer``.
+
+    Raises:
+        TypeError: it is none of `OPTIMIZERS`.
+    """
+    for spec in OPTIMIZERS.values():
+        if spec.is_instance(optimizer):
+            return spec
+    raise TypeError(f"{type(optimizer).__name__} is none of {', '.join(OPTIMIZERS)}")
+
+
+def initial_state(
+    optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
+) -> dict[str, Tensor]:
+    """Return the state of a parameter of ``group`` before its first step; TypeError: see above."""
+    return spec_of(optimizer).initial_state(optimizer, group, parameter)
