@@ -121,6 +121,9 @@ def restore(
             _allocate(path, model, optimizer, extra_state.get(GROUPS))
         tensors, _ = named_state(model, optimizer)
         _fill(reader, model, tensors, (MODEL,) if optimizer is None else (MODEL, OPTIMIZER))
+        # Last: where the optimizer is another one, its state's names say it better than its groups.
+        if optimizer is not None and GROUPS in extra_state:
+            _apply_groups(path, model, optimizer, extra_state[GROUPS])
 
     return load(path, fill, ranks)
 
@@ -206,10 +209,13 @@ def _owned(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
 def _allocate(
     path: Path, model: nn.Module, optimizer: Optimizer, saved: list[dict[str, Any]] | None
 ) -> None:
-    """Set the saved hyperparameters, and allocate the state that the saved parameters had."""
+    """Allocate the state that the saved parameters had."""
     stateless: set[str] = set()
     if saved is not None:
-        _apply_groups(path, model, optimizer, saved)
+        known = {name for group in saved for name in group["params"]}
+        unknown = [name for name, _ in _owned(model, optimizer) if name not in known]
+        if unknown:
+            raise CheckpointError(f"{path} has no optimizer state of {format_names(unknown)}")
         stateless = {name for group in saved for name in group["stateless"]}
     names = _names_of(model)
     for group in optimizer.param_groups:
@@ -223,11 +229,9 @@ def _allocate(
 def _apply_groups(
     path: Path, model: nn.Module, optimizer: Optimizer, saved: list[dict[str, Any]]
 ) -> None:
+    """Set the saved hyperparameters."""
     origin_of = {name: group for group in saved for name in group["params"]}
     names = _names_of(model)
-    unknown = [name for name, _ in _owned(model, optimizer) if name not in origin_of]
-    if unknown:
-        raise CheckpointError(f"{path} has no optimizer state of {format_names(unknown)}")
     for group in optimizer.param_groups:
         origins = [origin_of[names[id(p)]] for p in group["params"]]
         for key in group.keys() - {"params", *_IMPLEMENTATION_KEYS}:

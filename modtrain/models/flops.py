@@ -24,6 +24,8 @@ CONVENTIONS = (
     "experts count the tokens that they compute, padding up to a fixed capacity included; token"
     " choice among no-op experts counts the balanced load, as on devices with grouped products",
     "backward = 2 x forward, for every part",
+    "the optimizer's step is left out of training FLOPs and of the budget: AdamW has no matrix"
+    " products, those of Muon are printed by themselves",
     "dense-equivalent: the same model without skipping: nothing routed, no no-op experts, each"
     " token with its top_k experts and no padding",
 )
@@ -152,6 +154,27 @@ def parameters(config: ModelConfig) -> Cost:
     for _ in config.routed_parts:
         total += routing
     return total
+
+
+def hidden_matrix_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """Shapes (out, in) of the matrices that the layers multiply by, in no order.
+
+    Those of `modtrain.models.parameter_roles.hidden_matrices`: routed experts are left out.
+    """
+    shapes: list[tuple[int, int]] = []
+    d = config.d_model
+    query_dim, kv_dim = config.num_heads * config.head_width, config.kv_heads * config.head_width
+    for layer, mixer in enumerate(config.mixers):
+        if mixer == "convolution":
+            shapes += [(d, d)] * 3
+        else:
+            shapes += [(query_dim, d), (kv_dim, d), (kv_dim, d), (d, query_dim)]
+        width = config.ff_width
+        if config.has_experts(layer):
+            width = config.experts.shared * config.experts.width(width)
+        if width:
+            shapes += [(width, d)] * (_matrices(config) - 1) + [(d, width)]
+    return shapes
 
 
 def _matrices(config: ModelConfig) -> int:

@@ -19,6 +19,7 @@ class OptimizerSpec(ABC):
 
     name: its `OptimizerConfig.name`.
     state_label: what it keeps between steps, as `modtrain plan` prints it.
+    section: the field of `OptimizerConfig` that holds the keys of its own, if it has any.
     zero_state: the names of its state's tensors if DeepSpeed's ZeRO can run it: its step is
         elementwise, with these tensors, which have the shape of the parameter, and a ``step``.
         None: ZeRO, which steps flat pieces of several parameters, cannot run it.
@@ -27,6 +28,7 @@ class OptimizerSpec(ABC):
 
     name: ClassVar[str]
     state_label: ClassVar[str]
+    section: ClassVar[str | None] = None
     zero_state: ClassVar[tuple[str, ...] | None] = None
     zero_hyperparameters: ClassVar[tuple[str, ...]] = ()
 
@@ -47,6 +49,10 @@ class OptimizerSpec(ABC):
     @abstractmethod
     def state_bytes(self, model: ModelConfig) -> int:
         """Return the bytes of its state for the whole model, all parameters being trained."""
+
+    def rates(self, config: OptimizerConfig) -> dict[str, float]:
+        """Return the highest learning rate of each part, by the name that records have it under."""
+        return {"lr": config.lr}
 
     def step_flops(self, model: ModelConfig, config: OptimizerConfig) -> int:
         """Return the FLOPs of the matrix products of one step for the whole model."""

@@ -2,17 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, decays, not_negative
+from modtrain.common.validation import above_zero, at_least, decays, not_negative, one_of
+
+ADJUST_LR = ("match_rms_adamw", "original")
+
+
+@dataclass
+class MuonConfig:
+    """What Muon does with the layers' matrices; AdamW's keys hold for all other parameters.
+
+    lr: the highest learning rate of these matrices; null takes ``optimizer.lr``.
+    weight_decay: of these matrices; null takes ``optimizer.weight_decay``.
+    momentum: decay of the running mean of gradients.
+    nesterov: whether the gradient counts once more on top of the mean.
+    ns_steps: Newton-Schulz iterations.
+    adjust_lr: how the rate follows a matrix's shape (A, B). ``match_rms_adamw``: times 0.2
+    sqrt(max(A, B)), after which AdamW's rates fit (arXiv 2502.16982). ``original``: times
+    sqrt(max(1, A / B)), with rates around 0.02.
+    """
+
+    lr: float | None = None
+    weight_decay: float | None = None
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    adjust_lr: str = "match_rms_adamw"
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the values."""
+        found = [
+            *above_zero(self, prefix, "lr"),
+            *not_negative(self, prefix, "weight_decay"),
+            *decays(self, prefix, "momentum"),
+            *at_least(self, prefix, 1, "ns_steps"),
+            *one_of(self, prefix, "adjust_lr", ADJUST_LR),
+        ]
+        if self.ns_steps >= _TOO_MANY:
+            reason, remedy = f"is not below torch's limit of {_TOO_MANY}", "5 is usual"
+            found.append(Problem(f"{prefix}.ns_steps", self.ns_steps, reason, remedy))
+        return found
+
+
+# torch.optim.Muon raises at its first step.
+_TOO_MANY = 100
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with decoupled weight decay (arXiv 1711.05101).
+    """AdamW with decoupled weight decay (arXiv 1711.05101), or Muon for the layers' matrices.
 
-    name: ``adamw``.
+    name: ``adamw``, or ``muon``: see ``optimizer.muon``.
     lr: the highest learning rate.
     beta1, beta2: decay of the first and of the second moment.
     eps: added to the root of the second moment.
@@ -28,6 +70,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     grad_clip: float | None = 1.0
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the values; `registry.find_problems` knows the name."""
@@ -35,4 +78,5 @@ class OptimizerConfig:
             *above_zero(self, prefix, "lr", "eps", "grad_clip"),
             *decays(self, prefix, "beta1", "beta2"),
             *not_negative(self, prefix, "weight_decay"),
+            *self.muon.problems(f"{prefix}.muon"),
         ]

@@ -10,6 +10,7 @@ from modtrain.common.validation import one_of
 from modtrain.optimizers.adamw import AdamWSpec
 from modtrain.optimizers.base import OptimizerSpec
 from modtrain.optimizers.config import OptimizerConfig
+from modtrain.optimizers.muon import MuonSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": AdamWSpec(),
+    "muon": MuonSpec(),
 }
 
 
@@ -26,11 +28,17 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def find_problems(config: OptimizerConfig, prefix: str, uses_zero: bool = False) -> list[Problem]:
-    """Everything wrong with the name of the optimizer.
+    """Everything wrong with the choice of the optimizer.
 
     uses_zero: the run is DeepSpeed's.
     """
     problems = one_of(config, prefix, "name", tuple(OPTIMIZERS))
+    for name, spec in OPTIMIZERS.items():
+        own = None if spec.section is None else getattr(config, spec.section)
+        if not problems and name != config.name and own is not None and own != type(own)():
+            key = f"{prefix}.{spec.section}"
+            reason = f"has no effect with {prefix}.name={config.name}"
+            problems.append(Problem(key, own, reason, f"leave it out, or use optimizer={name}"))
     if not problems and uses_zero and OPTIMIZERS[config.name].zero_state is None:
         able = " or ".join(f"optimizer={n}" for n, s in OPTIMIZERS.items() if s.zero_state)
         reason = "cannot run under DeepSpeed's ZeRO, which steps flat pieces of the parameters"

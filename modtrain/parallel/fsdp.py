@@ -27,8 +27,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from modtrain.models.depth.layer import MixtureOfDepths
-from modtrain.models.experts.layer import Experts
+from modtrain.models.parameter_roles import deciding_parameters
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.meshes import Meshes
 
@@ -80,14 +79,7 @@ def _reshard_after_evaluation(model: nn.Module, _inputs: Any, _output: Any) -> N
 
 def _matrices(layer: nn.Module) -> Iterator[nn.Parameter]:
     """Give the parameters that a layer's products are made of, but for those that decide."""
-    deciding: set[nn.Parameter] = set()
-    for module in layer.modules():
-        parts: tuple[nn.Module | None, ...] = ()
-        if isinstance(module, MixtureOfDepths):
-            parts = (module.router, module.predictor, module.gate)
-        elif isinstance(module, Experts):
-            parts = (module.expert_router,)
-        deciding.update(p for part in parts if part is not None for p in part.parameters())
+    deciding = deciding_parameters(layer)
     for parameter in layer.parameters():
         if parameter.ndim >= 2 and parameter not in deciding:
             yield parameter

@@ -16,6 +16,7 @@ from modtrain.models.flops import (
     forward_flops,
     parameters,
 )
+from modtrain.optimizers.registry import OPTIMIZERS
 from modtrain.parallel.dims import ParallelDims
 from modtrain.training.config import TrainConfig
 from modtrain.training.memory import gibibytes, state_bytes
@@ -97,6 +98,7 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
         "training FLOPs": f"{plan.flops:.4e}",
         "schedule": f"{config.schedule.name}, {warmup:,} steps of warm-up to {peak:g},"
         f" {last:g} at the end",
+        "optimizer": _optimizer(config, plan),
     }
     experts = config.model.experts
     if experts.count is not None:
@@ -115,6 +117,21 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _optimizer(config: TrainConfig, plan: TrainingPlan) -> str:
+    """Describe the optimizer: its rates where it has several, its state and its products."""
+    spec, model = OPTIMIZERS[config.optimizer.name], config.model
+    each = spec.state_bytes(model) / parameters(model).total
+    parts = [spec.name, f"{each:.3g} bytes of state a parameter"]
+    rates = spec.rates(config.optimizer)
+    if len(rates) > 1:
+        parts.append(", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
+    flops = spec.step_flops(model, config.optimizer)
+    share = flops * plan.steps / plan.flops
+    costs = f"products of {flops:.3e} FLOPs a step, {flops * plan.steps:.4e} in all"
+    parts.append(f"{costs}: {share:.2%} on top of the training FLOPs" if flops else "no products")
+    return "; ".join(parts)
 
 
 def _stages(plan: TrainingPlan) -> Table:

@@ -27,8 +27,6 @@ from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.experts.layer import ExpertMLPs
 from modtrain.models.transformer import ModelOutput, Transformer
-from modtrain.optimizers.config import OptimizerConfig
-from modtrain.optimizers.registry import build_optimizer
 from modtrain.parallel.config import LayerOptions
 from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.expert import (

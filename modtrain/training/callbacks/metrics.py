@@ -9,6 +9,7 @@ import torch
 
 from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.routing_metrics import expert_metrics, routing_metrics
+from modtrain.optimizers.registry import OPTIMIZERS
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.hardware import peak_flops
 from modtrain.training.metrics_log import MetricsLog
@@ -101,5 +102,6 @@ class MetricsCallback(StepCallback):
             values = dict(zip(values, means, strict=True))
         # The scheduler is at the next step already.
         factor = lr_factor(module.config.schedule, trainer.global_step - 1, module.plan.steps)
-        values["lr"] = module.config.optimizer.lr * factor
+        rates = OPTIMIZERS[module.config.optimizer.name].rates(module.config.optimizer)
+        values |= {name: rate * factor for name, rate in rates.items()}
         return values

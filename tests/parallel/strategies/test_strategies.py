@@ -42,6 +42,22 @@ def close(one: dict[str, float], other: dict[str, float]) -> None:
         assert other[key] == pytest.approx(value, abs=2e-5, rel=1e-5), key
 
 
+# Rounding of gradients grows in the iteration: see docs/concepts/optimizers.md.
+MUON = ["optimizer=muon", "optimizer.muon.lr=2e-4", "model.pattern=dense"]
+
+
+@pytest.mark.slow
+@pytest.mark.on_commit("fsdp")
+@pytest.mark.parametrize("strategy", QUICK)
+def test_two_ranks_train_by_muon_as_one_process(prepared, tmp_path, strategy):
+    lines = overrides(prepared, tmp_path, "one", *MUON)
+    assert on_ranks(run, 1, lines, joins=False) == ["complete"]
+    lines = overrides(prepared, tmp_path, "two", f"strategy={strategy}", *MUON)
+    assert on_ranks(run, 2, lines, joins=False) == ["complete"] * 2
+    for one, two in zip(records_of(tmp_path, "one"), records_of(tmp_path, "two"), strict=True):
+        close(one, two)
+
+
 @pytest.mark.parametrize("strategy", QUICK)
 def test_a_rank_without_a_held_out_sequence_changes_no_mean(prepared, tmp_path, strategy):
     own = ["batch.tokens=384", "eval.sequences=2", "budget.steps=3"]
