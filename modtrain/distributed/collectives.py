@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
 
+from modtrain.common.torch_compat import all_gather_single, reduce_scatter_single
+
 
 class Group(NamedTuple):
     """The ranks that compute a layer together, and their collectives."""
@@ -75,13 +77,13 @@ class Group(NamedTuple):
 
     def all_gather(self, x_BLD: Tensor, length: int) -> Tensor:
         """Return the chunks one behind another (B, S, D)."""
-        x = collectives.all_gather_single(x_BLD.contiguous(), 1, self.name)
+        x = all_gather_single(x_BLD.contiguous(), 1, self.name)
         return _wait(x).narrow(1, 0, length).contiguous()
 
     def reduce_scatter(self, x_BSD: Tensor) -> Tensor:
         """Return this rank's chunk (B, L, D) of the sum over the ranks."""
         x = pad_to_multiple(x_BSD, self.size).contiguous()
-        return _wait(collectives.reduce_scatter_single(x, "sum", 1, self.name))
+        return _wait(reduce_scatter_single(x, "sum", 1, self.name))
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from modtrain.common.torch_compat import compile_options
+
 
 def compile_model(model: nn.Module, num_stages: int = 1) -> Any:
     """Compile the whole model in one graph for each stage of the schedule of capacities."""
@@ -26,7 +28,6 @@ def _options(num_stages: int) -> dict[str, Any]:
     return {
         "fullgraph": True,
         "dynamic": False,
-        "recompile_limit": max(8, num_stages + 1),
         # Layers, and other models in the process, do not count against each other's limit.
-        "isolate_recompiles": True,
+        **compile_options(recompile_limit=max(8, num_stages + 1)),
     }

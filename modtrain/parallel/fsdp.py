@@ -20,18 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import (
-    FSDPMeshInfo,
-    HSDPMeshInfo,
-    ShardPlacementResult,
-)
 from torch.distributed.tensor import DTensor, Shard
 
+from modtrain.common.torch_compat import shard_over
 from modtrain.models.parameter_roles import deciding_parameters
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.meshes import Meshes
 
-_Placement = Callable[[nn.Parameter], Shard | ShardPlacementResult | None]
+# A dim to shard by, with or without a mesh of its own, or None for the first dim.
+_Placement = Callable[[nn.Parameter], Any]
 
 
 def apply_fsdp(model: Transformer, meshes: Meshes, precision: str = "fp32") -> None:
@@ -109,15 +106,10 @@ def _expert_placement(experts: DeviceMesh, other: _Placement) -> _Placement:
     They belong to the group of their layer, and are gathered with it: no hook stands within the
     layer's graph.
     """
-    # The same object each time: FSDP groups parameters by it.
-    info = (
-        FSDPMeshInfo(mesh=experts, shard_mesh_dim=0)
-        if experts.ndim == 1
-        else HSDPMeshInfo(mesh=experts, shard_mesh_dim=1, replicate_mesh_dim=0)
-    )
+    shard = shard_over(experts)
     size = experts.size(experts.ndim - 1)
 
-    def place(weight: nn.Parameter) -> Shard | ShardPlacementResult | None:
+    def place(weight: nn.Parameter) -> Any:
         if not isinstance(weight, DTensor) or "expert" not in (
             weight.device_mesh.mesh_dim_names or ()
         ):
@@ -127,7 +119,7 @@ def _expert_placement(experts: DeviceMesh, other: _Placement) -> _Placement:
         sliced = {p.dim for p in weight.placements if isinstance(p, Shard)}
         even = [dim for dim in (1, 2) if _local(weight).shape[dim] % size == 0]
         dim = min(even, key=lambda dim: (dim in sliced, dim))
-        return ShardPlacementResult(Shard(dim), info)
+        return shard(dim)
 
     return place
 

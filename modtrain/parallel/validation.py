@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import version
+
 from modtrain.common.errors import Problem
 from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
@@ -80,6 +83,9 @@ def expert_problems(
             return [Problem(f"{prefix}.name", config.name, reason, remedy)]
         remedy = "leave it null, or give the model experts"
         return [Problem(key, config.expert_parallel, reason, remedy)]
+    if dims.expert > 1 and torch_release() < (2, 12):
+        reason = f"needs torch 2.12 or newer, and {version('torch')} is installed"
+        return [Problem(key, dims.expert, reason, "install torch 2.12, or use strategy=fsdp")]
     if experts.count % dims.expert:
         reason = f"does not divide model.experts.count={experts.count}"
         return [Problem(key, dims.expert, reason, "give a divisor of both, or null")]
@@ -154,3 +160,9 @@ def run_problems(config: StrategyConfig, prefix: str, compiles: bool) -> list[Pr
         )
         problems.append(Problem(key, mode, reason, "use selective or none, or compile=false"))
     return problems
+
+
+def torch_release() -> tuple[int, int]:
+    """Return the first two numbers of the installed torch's version, without importing it."""
+    major, minor = re.findall(r"\d+", version("torch"))[:2]
+    return int(major), int(minor)

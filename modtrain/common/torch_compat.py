@@ -1,0 +1,84 @@
+"""What versions of torch from 2.11 to 2.15 do not have in common, in one place.
+
+Each name here says from which version torch has it, and what stands in for it before. Found by
+asking torch, not by its version: nightly builds and vendors' builds differ from their numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import GroupName
+from torch.distributed.tensor import Shard
+
+# torch 2.13 renamed these two; the old names warn since then.
+_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
+
+HAS_ISOLATED_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether each `torch.compile` call has a limit of graphs of its own (torch 2.13)."""
+
+
+def all_gather_single(x: Tensor, dim: int, group_name: GroupName) -> Tensor:
+    """Gather ``x`` of all ranks along ``dim``; asynchronous, traceable."""
+    gathered: Tensor = _gather(x, dim, group_name)
+    return gathered
+
+
+def reduce_scatter_single(x: Tensor, op: str, dim: int, group_name: GroupName) -> Tensor:
+    """Reduce ``x`` over the ranks and return this rank's part along ``dim``; asynchronous."""
+    scattered: Tensor = _scatter(x, op, dim, group_name)
+    return scattered
+
+
+try:
+    from torch.distributed.fsdp._fully_shard._fsdp_common import (
+        FSDPMeshInfo,
+        HSDPMeshInfo,
+        ShardPlacementResult,
+    )
+
+    HAS_PARAMETER_MESHES = True
+except ImportError:
+    HAS_PARAMETER_MESHES = False
+"""Whether FSDP2 shards parameters of one group over different meshes (torch 2.12)."""
+
+
+def shard_over(mesh: DeviceMesh) -> Callable[[int], Any]:
+    """Return what turns a dim into an answer of `fully_shard`'s ``shard_placement_fn``.
+
+    The parameter is then sharded by this dim over ``mesh``, whatever the mesh of its group is.
+
+    mesh: 1-D, or (replicate, shard).
+
+    Raises:
+        RuntimeError: this torch cannot; `modtrain.parallel.validation` refuses it at start.
+    """
+    if not HAS_PARAMETER_MESHES:
+        raise RuntimeError(f"torch {torch.__version__} cannot shard experts over their own mesh")
+    # The same object each time: FSDP groups parameters by it.
+    info = (
+        FSDPMeshInfo(mesh=mesh, shard_mesh_dim=0)
+        if mesh.ndim == 1
+        else HSDPMeshInfo(mesh=mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+    )
+    return lambda dim: ShardPlacementResult(Shard(dim), info)
+
+
+def compile_options(recompile_limit: int) -> dict[str, Any]:
+    """Return options of `torch.compile` for one that may make ``recompile_limit`` graphs.
+
+    Graphs of other models in the process do not count against the limit. Before torch 2.13 the
+    limit is one for the process: it is raised there, and graphs of others do count.
+    """
+    if HAS_ISOLATED_RECOMPILES:
+        return {"recompile_limit": recompile_limit, "isolate_recompiles": True}
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 8 * recompile_limit)
+    return {}

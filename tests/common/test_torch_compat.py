@@ -1,0 +1,56 @@
+"""What stands in for what a version of torch lacks does the same."""
+
+from importlib.metadata import version
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+
+from modtrain.common import torch_compat
+from modtrain.models.config import ModelConfig
+from modtrain.models.experts.config import ExpertsConfig
+from modtrain.parallel import validation
+from modtrain.parallel.config import StrategyConfig
+from modtrain.parallel.dims import ParallelDims
+from tests.helpers.ranks import on_ranks
+
+
+def _exchanges() -> list[tuple[list, list]]:
+    group = dist.group.WORLD.group_name
+    x = torch.arange(8.0).view(2, 4) + dist.get_rank()
+    both = []
+    names = (
+        ("all_gather_single", "all_gather_tensor", (1,)),
+        ("reduce_scatter_single", "reduce_scatter_tensor", ("sum", 1)),
+    )
+    for name, older, more in names:
+        here = getattr(torch_compat, name)(x, *more, group)
+        there = getattr(collectives, older)(x, *more, group)
+        both.append(tuple(collectives.wait_tensor(y).tolist() for y in (here, there)))
+    return both
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_collectives_of_either_name_do_the_same():
+    for exchanges in on_ranks(_exchanges, 2):
+        for here, there in exchanges:
+            assert here == there
+
+
+def test_a_limit_of_graphs_is_set_whichever_way_torch_takes_it(monkeypatch):
+    monkeypatch.setattr(torch_compat, "HAS_ISOLATED_RECOMPILES", False)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    assert torch_compat.compile_options(9) == {}
+    assert torch._dynamo.config.recompile_limit >= 9
+
+
+def test_experts_cannot_be_spread_before_torch_has_what_it_takes(monkeypatch):
+    config = StrategyConfig(name="fsdp_ep", expert_parallel=2)
+    model = ModelConfig(experts=ExpertsConfig(count=4))
+    dims = ParallelDims(2, shard=2, expert=2)
+    assert validation.expert_problems(config, "strategy", model, dims) == []
+    monkeypatch.setattr(validation, "torch_release", lambda: (2, 11))
+    (problem,) = validation.expert_problems(config, "strategy", model, dims)
+    assert problem.key == "strategy.expert_parallel"
+    assert version("torch") in problem.reason
