@@ -264,7 +264,7 @@ def mesh() -> Drawing:
     for shard in range(2):
         x = 6 + shard * 270
         drawing.box(x, 54, 258, 318, "", "", "plain")
-        drawing.text(x + 129, 76, f"shard {shard}: half of every parameter", "ink", 13, bold=True)
+        drawing.text(x + 129, 76, f"shard {shard}: its own samples", "ink", 13, bold=True)
         for context in range(2):
             y = 92 + context * 138
             drawing.text(
@@ -283,9 +283,11 @@ def mesh() -> Drawing:
                     16,
                 )
     drawing.text(
-        270, 396, "Ranks that differ in tensor or context work on the same samples.", "muted", 13
+        270, 396, "FSDP shards parameters over the four shard and context ranks;", "muted", 13
     )
-    drawing.text(270, 416, "Ranks that differ in shard read different ones.", "muted", 13)
+    drawing.text(
+        270, 416, "tensor ranks are neighbours, and share each matrix of a layer.", "muted", 13
+    )
     return drawing
 
 
