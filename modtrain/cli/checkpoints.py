@@ -1,4 +1,4 @@
-"""A run's checkpoints: listed, verified, pruned, and one of them consolidated."""
+"""`modtrain checkpoints`: lists, verifies, prunes and consolidates a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _TIED = {"head.weight": "embedding.weight"}
 
 
 def run_checkpoints(config: CheckpointsConfig, console: Console | None = None) -> None:
-    """Do what ``config`` asks for and print what came of it.
+    """Run the action of ``config`` and print the result.
 
     Raises:
-        ConfigError, CheckpointError: what cannot be done; of damaged checkpoints each one.
+        ConfigError, CheckpointError: the action is not possible; names every damaged checkpoint.
     """
     raise_if_any(config.problems())
     run = RunDirectory(Path(config.runs_dir) / str(config.run))
@@ -45,7 +45,7 @@ def run_checkpoints(config: CheckpointsConfig, console: Console | None = None) -
 
 
 def _list(run: RunDirectory, console: Console, contents: bool) -> None:
-    """Print a line for each; with ``contents`` read every byte, and fail where one is damaged."""
+    """Print a row for each; with ``contents`` read every byte, and raise if one is damaged."""
     table = Table(title=str(run.checkpoints))
     headings = ("step", "bytes", "ranks", "tokens", "FLOPs", "verified" if contents else "whole")
     for heading in headings:
@@ -57,7 +57,7 @@ def _list(run: RunDirectory, console: Console, contents: bool) -> None:
             table.add_row(*_row(path), "yes")
         except CheckpointError as error:
             if not path.exists():
-                # A run that trains has pruned it meanwhile.
+                # A training process has pruned it meanwhile.
                 continue
             damaged.append(str(error))
             table.add_row(path.name.removeprefix(STEP_PREFIX), "", "", "", "", "no")
@@ -87,7 +87,7 @@ def _prune(config: CheckpointsConfig, run: RunDirectory, console: Console) -> No
     retention = run.retention()
     keep_last = config.keep_last or retention.keep_last
     keep_every = config.keep_every or retention.keep_every
-    # A run that trains prunes for itself, and a run that starts may be reading one.
+    # A training process prunes by itself, and one that starts may be reading a checkpoint.
     with run.locked():
         removed = prune(run.checkpoints, keep_last, keep_every, contents=True)
     for path in removed:

@@ -1,4 +1,4 @@
-"""From the command line to a typed configuration, with everything that is wrong told at once.
+"""From the command line to a typed configuration, with all problems reported at once.
 
 Hydra composes the YAML of ``conf/`` onto the dataclasses registered here.
 """
@@ -79,12 +79,12 @@ def compose(
     caller takes itself, which a misspelt one may have meant.
 
     Raises:
-        ConfigError: overrides that are not understood or do not fit, every one of them; a file of
-            ``config_dir`` that is no YAML.
+        ConfigError: all overrides that cannot be parsed or do not fit; a file of ``config_dir``
+            that is not YAML.
     """
     _register()
     if config_dir is not None and not Path(config_dir).is_dir():
-        problem = Problem("--config-dir", config_dir, "is no directory", "give one that exists")
+        problem = Problem("--config-dir", config_dir, "is not a directory", "give one that exists")
         raise ConfigError([problem])
     parsed, problems = parse(overrides)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -96,14 +96,14 @@ def compose(
     problems += override_problems + _misread_problems(config, sound)
     typed = OmegaConf.to_object(config)
     if problems:
-        # What else is wrong belongs into the same message.
+        # Report all problems in one message.
         problems += _config_problems(verb, typed, {problem.key for problem in problems})
     raise_if_any(problems)
     return typed
 
 
 class _Composer:
-    """Composes, and where that fails finds the overrides that are to blame."""
+    """Composes a configuration, and on failure finds the overrides that cause it."""
 
     def __init__(self, verb: str, config_dir: str | None, extra_keys: Sequence[str]) -> None:
         self.verb = verb
@@ -175,8 +175,8 @@ class _Composer:
         try:
             config = hydra_compose(self.verb, overrides=[*self.search, *lines])
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = f"has a file that is no YAML: {' '.join(str(error).split())}"
-            problem = Problem("--config-dir", self.user_dir or "", reason, "mend that file")
+            reason = f"has a file that is not YAML: {' '.join(str(error).split())}"
+            problem = Problem("--config-dir", self.user_dir or "", reason, "correct that file")
             raise ConfigError([problem]) from None
         OmegaConf.to_container(config, resolve=True)
         return config
@@ -189,15 +189,15 @@ def _register() -> None:
 
 
 def _misread_problems(config: DictConfig, overrides: Sequence[Override]) -> list[Problem]:
-    """Find the texts of the configuration that Hydra has read as something else."""
+    """Find texts that Hydra has parsed as another type."""
     texts = [o for o in overrides if isinstance(OmegaConf.select(config, o.key_or_group), str)]
     return [problem for override in texts if (problem := misread(override)) is not None]
 
 
 def _combined_error(verb: str, overrides: list[Override], error: Exception) -> ConfigError:
-    """What to say where no single override is to blame."""
+    """Return the error for overrides that only fail together."""
     names = " ".join(str(override.input_line) for override in overrides)
-    remedy = "mend the named file, or leave one of them out"
+    remedy = "correct the named file, or leave one of them out"
     return ConfigError([Problem(names or verb, "", plain(error), remedy)])
 
 
@@ -218,7 +218,7 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
     """Return a comparison with the training configurations of its arms.
 
     Raises:
-        ConfigError: the comparison or an arm is wrong; an arm's name stands before its keys.
+        ConfigError: the comparison or an arm is wrong; an arm's keys are prefixed by its name.
     """
     config = compose("compare", overrides, config_dir)
     raise_if_any(config.problems())
@@ -267,7 +267,7 @@ def _runs_of_an_arm(config: TrainConfig, name: str, seeds: list[int]) -> list[Tr
 
 
 SUBMITTED = ("train", "prepare", "eval", "compare", "search", "debug")
-"""What a job can do: these verbs, and ``debug``, which holds nodes to look around on."""
+"""The verbs that a job can run, and ``debug``, which keeps nodes for interactive use."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class Submission:
 
 
 def compose_submission(words: Sequence[str], config_dir: str | None = None) -> Submission:
-    """Return the job that ``submit`` is asked for: a verb, its overrides and the job's own.
+    """Return the job that ``submit`` describes: a verb, its overrides and the job's own.
 
     Raises:
         ConfigError: everything wrong with either.
@@ -288,7 +288,7 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     verb, *overrides = words or [""]
     if verb not in SUBMITTED:
         remedy = f"write modtrain submit VERB ..., VERB one of {', '.join(SUBMITTED)}"
-        raise ConfigError([Problem("submit", verb, "is nothing that a job can do", remedy)])
+        raise ConfigError([Problem("submit", verb, "is not a verb that a job can run", remedy)])
     verb_overrides = [text for text in overrides if verb != "debug" and not is_of_job(text)]
     job_overrides = [text for text in overrides if text not in verb_overrides]
     problems: list[Problem] = []
@@ -331,15 +331,15 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
 
 
 def compose_job(overrides: Sequence[str], config_dir: str | None = None) -> SubmitConfig:
-    """Return what a job of Slurm's is to be, whatever it does; raises ConfigError."""
-    # To Hydra 12_3 is the number 123, to Slurm a task of an array.
+    """Return the configuration of a Slurm job, whatever it runs; raises ConfigError."""
+    # Hydra parses 12_3 as the number 123; for Slurm it is a task of an array.
     quoted_overrides = [re.sub(r"^after=(\d+_\d+)$", r"after='\1'", text) for text in overrides]
     config: SubmitConfig = compose("submit", quoted_overrides, config_dir)
     return config
 
 
 def _compose_verb(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
-    """Return the configuration of what a job does; raises ConfigError."""
+    """Return the configuration of what a job runs; raises ConfigError."""
     shared = join_space(overrides) if verb == "search" else overrides
     composed = compose(verb, shared, config_dir, job_keys())
     if verb == "compare":
@@ -348,7 +348,7 @@ def _compose_verb(verb: str, overrides: Sequence[str], config_dir: str | None) -
 
 
 def _directory_of(verb: str, config: Any) -> Path:
-    """Return where the files of a job lie: in its run's directory, if it has one."""
+    """Return the directory of a job's files: its run's, if it has one."""
     if verb == "prepare":
         return Path("runs") / f"prepare-{Path(config.output).name}"
     name = {"eval": "run", "search": "study"}.get(verb, "name")

@@ -1,4 +1,4 @@
-"""What is here, and what is missing for which use."""
+"""`modtrain doctor`: what is installed, and what is missing for which use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SMALL = 2**30
 class Finding:
     """A line of the report.
 
-    missing: what to do about it, empty where all is well. need: the word of `NEEDS` it answers to.
+    missing: the remedy; empty where nothing is missing. need: the item of `NEEDS` it belongs to.
     """
 
     name: str
@@ -42,9 +42,9 @@ class Finding:
 
 
 def examine(imported: bool = False) -> list[Finding]:
-    """Look at versions, devices, back ends, disk, shared memory, compiler and Slurm.
+    """Check versions, devices, back ends, disk, shared memory, compiler and Slurm.
 
-    imported: import each package too, which takes seconds: its files may be there and not work.
+    imported: also import each package, which takes seconds: an installed one may be broken.
     """
     return [
         Finding("modtrain", modtrain.__version__),
@@ -59,12 +59,10 @@ def examine(imported: bool = False) -> list[Finding]:
 
 
 def show(require: Sequence[str] = ()) -> int:
-    """Print what was found, and return 1 where something of ``require`` is missing, else 0.
-
-    What is missing and not required is no failure: it may not be needed.
+    """Print the findings, and return 1 if something in ``require`` is missing, else 0.
 
     Raises:
-        ConfigError: ``require`` asks for what is not in `NEEDS`.
+        ConfigError: ``require`` has an item that is not in `NEEDS`.
     """
     unknown = [need for need in require if need not in NEEDS]
     if unknown:

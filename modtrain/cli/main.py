@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return verb(overrides, arguments.config_dir)
     except ModtrainError as error:
-        # Of what all ranks find, and of what one told the others, rank 0 speaks.
+        # Errors that all ranks raise are printed by rank 0 only.
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         if rank == "0" or not isinstance(error, ConfigError | RankError):
             print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)  # noqa: T201
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"modtrain {arguments.verb}: {where}{error.strerror or error}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)  # noqa: T201
+        print("\ninterrupted: the same command resumes", file=sys.stderr)  # noqa: T201
         return 130
 
 
@@ -84,7 +84,7 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
 
 
 def _no_sweep(overrides: list[str]) -> None:
-    """Raise ConfigError for what only a sweep listens to."""
+    """Raise ConfigError for options that only a sweep uses."""
     for_sweeps = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep."))]
     if for_sweeps:
         reason, remedy = "is for a sweep", "add -m, or leave it out"
@@ -240,26 +240,26 @@ def _doctor(overrides: list[str], config_dir: str | None) -> int:
             requested = None
         if not isinstance(requested, str | list):
             remedy = "write require=[packages,cuda] or leave it out"
-            raise ConfigError([Problem(text, "", "doctor takes require=[...] alone", remedy)])
+            raise ConfigError([Problem(text, "", "doctor takes only require=[...]", remedy)])
         require += [requested] if isinstance(requested, str) else [str(need) for need in requested]
     return show(require)
 
 
 _VERBS: dict[str, tuple[Verb, str]] = {
     "prepare": (_prepare, "text to tokenizer and shards"),
-    "train": (_train, "train a run, or go on with it"),
+    "train": (_train, "train a run, or resume it"),
     "compare": (_compare, "train several models on one budget and report them side by side"),
     "eval": (_eval, "held-out losses of a run, causal and not"),
-    "search": (_search, "look for the best values of some keys, by Optuna"),
+    "search": (_search, "search the best values of some keys, with Optuna"),
     "inspect": (_inspect, "a page that shows what a run's routers do with a text"),
     "generate": (_generate, "continue texts with a run"),
     "checkpoints": (_checkpoints, "list, verify, prune or consolidate a run's checkpoints"),
-    "submit": (_submit, "train, prepare, eval, ... as a job of Slurm's"),
-    "status": (_status, "what runs do: state, step, loss, restarts, checkpoint, job"),
-    "logs": (_logs, "what a run's newest job printed, and prints"),
+    "submit": (_submit, "train, prepare, eval, ... as a Slurm job"),
+    "status": (_status, "state, step, loss, restarts, checkpoint and job of runs"),
+    "logs": (_logs, "output of a run's newest job"),
     "cancel": (_cancel, "end a run's jobs, after a checkpoint"),
-    "plan": (_plan, "what a run would take: parameters, FLOPs, steps, memory"),
-    "doctor": (_doctor, "versions, devices, and what is missing here"),
+    "plan": (_plan, "parameters, FLOPs, steps and memory of a run, without starting it"),
+    "doctor": (_doctor, "versions, devices, and what is missing on this machine"),
 }
 
 
@@ -297,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _option_overrides(arguments: argparse.Namespace) -> list[str]:
-    """Return the overrides that options are another spelling of."""
+    """Return the overrides that the options stand for."""
     overrides = []
     if arguments.show_depth:
         overrides.append("show_depth=true")

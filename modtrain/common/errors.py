@@ -1,6 +1,6 @@
-"""Errors that a user caused or can mend: they are printed as text, never as a traceback.
+"""Errors that a user can fix: they are printed as text, never as a traceback.
 
-Every other layer may import this module; it imports nothing of modtrain.
+Every layer may import this module; it imports nothing from modtrain.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Problem:
     """One thing wrong with a configuration.
 
     key: the dotted config key, as a user would override it (``model.capacity``).
-    value: the value found there.
+    value: its value.
     reason: what is wrong with it.
     remedy: what to write instead.
     """
@@ -39,7 +39,7 @@ class ModtrainError(Exception):
 
 
 class ConfigError(ModtrainError):
-    """A configuration that cannot run. Carries every problem found, not the first one."""
+    """A configuration that cannot run. It has all problems, not only the first."""
 
     exit_code = 2
 
@@ -59,7 +59,7 @@ class CheckpointError(ModtrainError):
 
 
 class OtherRunError(CheckpointError):
-    """A run directory that holds a run with another configuration: starting again cannot help."""
+    """A run directory with a run of another configuration: a retry cannot help."""
 
     exit_code = 2
 
@@ -73,6 +73,6 @@ class RankError(ModtrainError):
 
 
 def raise_if_any(problems: Sequence[Problem]) -> None:
-    """Raise one `ConfigError` that tells all ``problems``, if there are any."""
+    """Raise one `ConfigError` with all ``problems``, if there are any."""
     if problems:
         raise ConfigError(problems)

@@ -1,4 +1,4 @@
-"""Hydra's overrides: as a user gave them, with what is wrong said in a form that works.
+"""Hydra's overrides as a user writes them, and remedies for wrong ones.
 
 Imports nothing heavy.
 """
@@ -19,14 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 from modtrain.common.errors import Problem
 from modtrain.common.renamed_keys import renamed_problem
 
-# What Hydra reads as it stands; it takes 1_2, 1e5 and null for something else.
+# Texts that Hydra does not convert; it parses 1_2, 1e5 and null as other types.
 _PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z][A-Za-z0-9_./-]*|[1-9]\d*", re.I)
 
 
 def parse(overrides: Sequence[str], sweeps: bool = False) -> tuple[list[Override], list[Problem]]:
-    """Return what Hydra's grammar takes, and what is wrong with the others.
+    """Return the overrides that Hydra can parse, and the problems of the others.
 
-    sweeps: whether one may name several values.
+    sweeps: whether an override may have several values.
     """
     parser = OverridesParser.create()
     parsed: list[Override] = []
@@ -34,7 +34,7 @@ def parse(overrides: Sequence[str], sweeps: bool = False) -> tuple[list[Override
     for text in overrides:
         key, _, value = text.partition("=")
         if not key.strip("+~ "):
-            problems.append(Problem(text, "", "names no key", "write key=value or group=name"))
+            problems.append(Problem(text, "", "has no key", "write key=value or group=name"))
             continue
         try:
             override = parser.parse_override(text)
@@ -50,31 +50,29 @@ def parse(overrides: Sequence[str], sweeps: bool = False) -> tuple[list[Override
             problems.append(old_key)
         elif is_sweep and not sweeps:
             remedy = "give one value; a list stands in brackets, a text with commas in quotes"
-            problems.append(
-                Problem(override.get_key_element(), text, "names several values", remedy)
-            )
+            problems.append(Problem(override.get_key_element(), text, "has several values", remedy))
         else:
             parsed.append(override)
     return parsed, problems
 
 
 def quoted(text: str) -> str:
-    """Return ``text`` as a value that Hydra reads back unchanged."""
+    """Quote ``text`` so that Hydra parses it unchanged."""
     return QuotedString(text, Quote.double).with_quotes()
 
 
 def spelled(key: str, value: str) -> str:
-    """Spell ``key=value`` so that shell and Hydra both take it as it is."""
+    """Write ``key=value`` so that both the shell and Hydra take it as it is."""
     return f"{key}={value}" if _PLAIN.fullmatch(value) else in_quotes(key, value)
 
 
 def in_quotes(key: str, value: str) -> str:
-    """Return the override that gives ``value`` as text, as a shell takes it."""
+    """Return the override that gives ``value`` as text, quoted for a shell."""
     return shlex.quote(f"{key}={quoted(value)}")
 
 
 def misread(override: Override) -> Problem | None:
-    """Say that a text is a number or a truth value to Hydra, which writes it otherwise."""
+    """Return the problem of a text that Hydra parses as a number or boolean and changes."""
     value, text = override.value(), str(override.input_line).partition("=")[2].strip()
     if not isinstance(value, int | float) or str(value) == text:
         return None
@@ -83,7 +81,7 @@ def misread(override: Override) -> Problem | None:
 
 
 def _form_of(key: str, value: str) -> str:
-    """Return the remedy for what Hydra's grammar does not take."""
+    """Return the remedy for an override that Hydra cannot parse."""
     if re.fullmatch(r"\+{0,2}[A-Za-z_][\w./]*", key) and value.strip()[:1] not in ("", "[", "{"):
         return f"write a text as {in_quotes(key, value)}"
     return """write a list as 'key=[1, 2]', a text as 'key="a value with = or brackets"'"""
@@ -92,9 +90,9 @@ def _form_of(key: str, value: str) -> str:
 def explain(
     override: Override, base: DictConfig, error: Exception, extra_keys: Sequence[str]
 ) -> Problem:
-    """Say what is wrong with an override that does not compose.
+    """Return the problem of an override that does not compose.
 
-    base: the configuration without it. beside: keys that it may have meant, which are not there.
+    base: the configuration without it. extra_keys: keys outside ``base`` to suggest.
     """
     key = override.get_key_element().lstrip("+~")
     value = str(override.input_line).partition("=")[2]
@@ -111,9 +109,9 @@ def explain(
     reason = plain(error).removeprefix(f"Error merging override {override.input_line}").strip()
     current = OmegaConf.select(base, key)
     if re.match(r"Key \S+ \(\w+\) is incompatible with \(str\)", reason):
-        remedy = "begin the name with a letter, such as run_1: Hydra reads this one otherwise"
+        remedy = "begin the name with a letter, as in run_1: Hydra does not read this one as text"
     elif reason.endswith("is not in struct"):
-        remedy = f"new entries come with a plus: +{override.input_line}"
+        remedy = f"add a new entry with a plus: +{override.input_line}"
     elif current is not None:
         remedy = f"give a value such as {current}"
     else:
@@ -126,7 +124,7 @@ def plain(error: BaseException) -> str:
     while error.__cause__ is not None and str(error.__cause__) not in ("", "None"):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines()]
-    # Hydra says on the first line where, and on the second one what.
+    # The first line says where, the second one what.
     return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
 
 

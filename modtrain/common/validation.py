@@ -1,4 +1,4 @@
-"""The checks that every part's configuration is made of.
+"""Checks for typed configurations.
 
 Each returns the problems of the fields ``names`` of ``config``, whose keys begin with ``prefix``.
 """
@@ -17,7 +17,7 @@ def key_of(prefix: str, name: str) -> str:
 
 
 def at_least(config: object, prefix: str, least: int, *names: str) -> list[Problem]:
-    """Find the fields that are not finite or below ``least``; None is open and passes."""
+    """Find the fields that are not finite or below ``least``; None passes."""
     return [
         Problem(key_of(prefix, name), value, f"is not {least} or more", f"give {least} or more")
         for name, value in _values(config, names)

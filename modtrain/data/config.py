@@ -120,7 +120,7 @@ class PrepareConfig:
     sequences_per_sample: sequences packed in one sample of a tar shard.
     samples_per_shard: samples in one tar shard.
     valid_fraction: share of the documents held out, chosen by a hash of seed and text.
-    on_error: ``skip`` counts damaged input and goes on, ``stop`` raises at the first.
+    on_error: ``skip`` counts and skips damaged input, ``stop`` raises at the first.
     num_workers: processes; 0 takes every usable CPU, 1 works in this process.
     seed: seed of the choice of held-out documents.
     """

@@ -1,8 +1,8 @@
-"""TensorBoard's HParams page: a row a run, by what set it apart, with its loss and its FLOPs.
+"""TensorBoard's HParams page: a row for each run, with swept keys, loss and FLOPs.
 
-Written with TensorBoard's own messages. The experiment is declared once, beside the runs, for a
-later start may sweep other keys; each run is a session whose group is its name, so a run that was
-resumed, or written twice, is one row.
+Written as TensorBoard's own messages. The experiment is declared in a folder of its own, since a
+later start may sweep other keys. Each run is a session whose group is its name, so that a run which
+was resumed, or written twice, is one row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _METRICS = {
 def write_experiment(directory: Path, keys: Iterable[str]) -> None:
     """Declare the table of the runs below ``directory``: its columns are ``keys`` and the metrics.
 
-    Replaces what an earlier start declared.
+    Replaces the declaration of an earlier start.
     """
     message = summary_v2.hparams_config_pb(
         hparams=[summary_v2.HParam(key) for key in sorted(keys)],
@@ -46,9 +46,9 @@ def write_experiment(directory: Path, keys: Iterable[str]) -> None:
 
 
 def write_swept(run: RunDirectory) -> None:
-    """Add a complete run to the table of the sweep that it is a job of, if it is one.
+    """Add a complete run to the table of its sweep, if it belongs to one.
 
-    Rank 0 alone writes. A run without TensorBoard's files gets none.
+    Only rank 0 writes. A run with log.tensorboard=false is skipped.
     """
     if Launch.from_environment().rank != 0:
         return
@@ -58,11 +58,11 @@ def write_swept(run: RunDirectory) -> None:
 
 
 def write_run(run: RunDirectory, swept: Mapping[str, str]) -> None:
-    """Add a complete run to the table, or write its row anew."""
+    """Add a complete run to the table, or replace its row."""
     config = run.read_config()
     result = json.loads(run.result.read_text())
     seq_len = config.data.seq_len or 1
-    # FLOPs as a TensorBoard scalar are a 32-bit float, which 1e38 still fits; TFLOPs read better.
+    # A TensorBoard scalar is a 32-bit float, with a maximum of about 3e38; TFLOPs read better.
     metrics = {
         LOSS: result.get(LOSS),
         TRAINING_FLOPS: result["flops"] / 1e12,
@@ -82,7 +82,7 @@ def write_run(run: RunDirectory, swept: Mapping[str, str]) -> None:
 
 
 def _session_end() -> Summary:
-    # TensorBoard's own function for it asks for TensorFlow.
+    # TensorBoard's own function for this needs TensorFlow.
     info = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
     data = plugin_data_pb2.HParamsPluginData(session_end_info=info)
     value = Summary.Value(
@@ -105,7 +105,7 @@ def _write(directory: Path, summaries: list[tuple[int, Any]]) -> None:
 
 
 def _value(text: str) -> float | str | bool:
-    """Return a number as a number, so that the page sorts and draws it as one."""
+    """Convert a number, so that the page sorts and plots it as one."""
     if text in ("true", "false"):
         return text == "true"
     try:

@@ -1,8 +1,8 @@
 """Corpus → tokenizer, token shards and their index: parallel, resumable, the same to the byte.
 
-The work is cut in units that depend on the corpus alone, every file is written aside and renamed,
-and ``index.json`` comes last. So neither the number of workers nor an interruption can be seen in
-the output, and a directory without an index is never taken for whole.
+The work is split into units that depend only on the corpus. Every file is written under a temporary
+name and renamed, and ``index.json`` comes last. So the output does not depend on the number of
+workers or on interruptions, and a directory without an index is never taken for complete.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ from modtrain.data.stream.index import (
 )
 
 WORK_NAME = ".work"
-# What the output was made of, apart from the index: times of change are no part of the data.
+# The options and sources of the output; kept out of the index, since file times are not data.
 REQUEST_NAME = ".prepared.json"
 _TIMES = "times of change"
 # Tokens of 16 bits number this many.
@@ -80,7 +80,7 @@ Result = TypeVar("Result")
 
 
 def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
-    """Make the prepared directory that ``config`` describes, or go on with one half made.
+    """Make the prepared directory that ``config`` describes, or resume a partial one.
 
     progress: show a bar on a terminal, or log lines elsewhere.
     Raises ConfigError for a configuration that cannot work; DataError for a corpus that cannot be
@@ -169,12 +169,14 @@ def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
     )
     if keys == [_TIMES]:
         # A corpus copied or installed anew has new times and the same text.
-        _log.warning("the sources' times of change differ, names and sizes do not: taken as equal")
+        _log.warning(
+            "the sources have other modification times, but equal names and sizes: taken as equal"
+        )
     elif keys:
         raise DataError(
-            f"{output} holds data that was prepared otherwise: it differs in {', '.join(keys)} "
+            f"{output} has data that was prepared with other options: {', '.join(keys)} differ "
             f"(contents: names and sizes of the sources). "
-            f"Choose another output, or remove {output} to make it anew."
+            f"Choose another output, or remove {output} to prepare it again."
         )
     summary = ShardIndex.load(output).summary
     # Left if a run was killed between its last two steps.
@@ -188,7 +190,7 @@ def _work_directory(output: Path) -> Iterator[Path]:
     work = output / WORK_NAME
     if output.exists() and not work.exists() and any(output.iterdir()):
         raise DataError(
-            f"{output} is not empty, and no prepare began in it. Choose another output."
+            f"{output} is not empty and was not made by prepare. Choose another output."
         )
     work.mkdir(parents=True, exist_ok=True)
     in_use = DataError(f"another prepare is writing {output}. Wait for it.")

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, lines in a log elsewhere."""
+"""Progress of a long job: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def progress_over(label: str, total: int, shown: bool) -> Iterator[Advance]:
-    """Yield a function that is told each number of bytes done, ``total`` in all."""
+    """Yield a function that takes each number of bytes done, of ``total`` in all."""
     console = Console(stderr=True)
     if not shown:
         yield lambda _: None

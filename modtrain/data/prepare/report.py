@@ -1,4 +1,4 @@
-"""What ``modtrain prepare`` did, for people."""
+"""The report of ``modtrain prepare``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The corpus cut in units of work. The cut depends on the files alone, not on the workers."""
+"""The corpus split into units of work, independent of the number of workers."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Unit:
     first_row: int = 0
 
     def description(self) -> dict[str, Any]:
-        """What tells this unit from every other, changed files included."""
+        """Identifies the unit and the state of its files."""
         return asdict(self)
 
 
 def plan_units(files: Sequence[SourceFile], text_column: str) -> list[Unit]:
-    """Cut the corpus in units, in the order of the files.
+    """Split the corpus into units, in the order of the files.
 
     Raises DataError for a parquet file without the column ``text_column``.
     """

@@ -100,7 +100,7 @@ class TokenDataModule(lightning.LightningDataModule):
         return SampleOrder(len(self.train_data), self.config.seed, self.config.shuffle)
 
     def plan(self) -> BatchPlan:
-        """How a step's samples are shared out, as seen from this rank."""
+        """How a step's samples are assigned, as seen from this rank."""
         world_size, rank = self._world()
         return BatchPlan(self.micro_batch_size, self.accumulate, self.num_steps, world_size, rank)
 
@@ -130,7 +130,7 @@ class TokenDataModule(lightning.LightningDataModule):
         return self._loader(self.valid_data, self.valid_batches())
 
     def valid_batches(self) -> EvalBatchSampler:
-        """Which samples this rank validates on, and whether they are another's, not to be counted.
+        """The samples that this rank validates on; they may repeat another rank's.
 
         Raises DataError where the shards are missing or damaged, or there is no sample.
         """
@@ -159,7 +159,7 @@ class TokenDataModule(lightning.LightningDataModule):
             persistent_workers=workers > 0,
             prefetch_factor=self.config.prefetch_factor if workers else None,
             # A loader without a generator draws from the global one, and a resumed run, which
-            # makes its loaders at another point, would go on with other random numbers.
+            # makes its loaders at another point, would continue with other random numbers.
             generator=torch.Generator().manual_seed(self.config.seed),
         )
 

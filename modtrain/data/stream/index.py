@@ -249,7 +249,7 @@ def _read(directory: Path) -> _Object:
     except FileNotFoundError as error:
         raise DataError(
             f"{file}: missing, so {directory} holds no finished data. "
-            f"Run modtrain prepare; one that was interrupted goes on where it stopped."
+            f"Run modtrain prepare; an interrupted one is resumed."
         ) from error
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error

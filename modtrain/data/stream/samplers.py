@@ -1,4 +1,4 @@
-"""Who reads what when: the positions of the stream shared out to steps, ranks and micro-batches.
+"""Samplers: the positions of the stream that each step, rank and micro-batch reads.
 
 Of a step of G samples, sample j is slot i of micro-batch a on rank r, where j = (a·W + r)·m + i
 with W ranks and micro-batches of m. So the stream of samples is one and the same for every world
@@ -24,7 +24,7 @@ _LOOKUP_POSITIONS = 1 << 14
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step's samples are shared out.
+    """How a step's samples are assigned to ranks and micro-batches.
 
     micro_batch_size: samples in one forward pass of one rank (m).
     accumulate: micro-batches of a rank in a step (A).

@@ -27,17 +27,17 @@ from modtrain.training.run_directory import RunDirectory
 def compare(comparison: Comparison) -> int:
     """Train each arm to its end, then print and draw the comparison.
 
-    Seed after seed, each with all its arms: what is interrupted has whole comparisons behind it.
+    All arms of one seed come before the next seed, so that an interrupted comparison is balanced.
 
     Returns:
-        The exit code: 0, or that of an arm which a signal stopped.
+        The exit code: 0, or that of an arm that a signal stopped.
 
     Raises:
-        ModtrainError: an arm cannot run; nothing is trained before all of them are checked.
+        ModtrainError: an arm cannot run; all are checked before any is trained.
     """
     if (processes := Launch.from_environment().world_size) > 1:
-        reason = f"trains in one process, and {processes} were started"
-        remedy = "leave torchrun or srun out, or start an arm by itself with modtrain train"
+        reason = f"trains in one process, but {processes} were started"
+        remedy = "run it without torchrun or srun, or start a single arm with modtrain train"
         raise ConfigError([Problem("compare", "", reason, remedy)])
     console = Console()
     arms = {
@@ -47,7 +47,7 @@ def compare(comparison: Comparison) -> int:
     if comparison.train:
         report_path = comparison.directory / "compare.json"
         if not all(map(_is_complete, arms.values())):
-            # What it says is about to be old; it comes back when everything is trained.
+            # The report is outdated; it is written again when everything is trained.
             report_path.unlink(missing_ok=True)
         for arms_of_seed in zip(*arms.values(), strict=True):
             for config in arms_of_seed:
@@ -80,7 +80,7 @@ def _is_complete(configs: list[TrainConfig]) -> bool:
 
 
 def _complete_runs(arms: dict[str, list[TrainConfig]]) -> dict[str, list[TrainConfig]]:
-    """Leave out what is not complete. Raises TrainingError where nothing is."""
+    """Return the complete runs only. Raises TrainingError where there are none."""
     complete = {
         name: [config for config in configs if RunDirectory.of(config).is_complete]
         for name, configs in arms.items()
@@ -92,7 +92,7 @@ def _complete_runs(arms: dict[str, list[TrainConfig]]) -> dict[str, list[TrainCo
 
 
 def _is_current(report: Path, arms: dict[str, list[TrainConfig]]) -> bool:
-    """Whether the report is there and of these arms and runs, the first one the same."""
+    """Whether the report exists and has these arms and runs in this order."""
     if not report.is_file():
         return False
     stored = json.loads(report.read_text())
@@ -102,7 +102,7 @@ def _is_current(report: Path, arms: dict[str, list[TrainConfig]]) -> bool:
 
 
 def _tensorboard() -> str:
-    """The command as it can be typed here: that of this environment, active or not."""
+    """The tensorboard command of this environment, which may not be on the PATH."""
     beside = Path(sys.executable).with_name("tensorboard")
     if not beside.is_file():
         return "tensorboard"
@@ -117,6 +117,6 @@ def _report(arms: dict[str, list[TrainConfig]], rounds: int) -> dict[str, dict[s
         try:
             times = step_seconds({name: configs[0] for name, configs in arms.items()}, rounds)
         except torch.OutOfMemoryError:
-            # Each fits alone, all together do not: the losses are worth more than the times.
+            # Not all models fit together: report the losses without the times.
             times = dict.fromkeys(arms)
     return {name: describe(configs, times[name]) for name, configs in arms.items()}

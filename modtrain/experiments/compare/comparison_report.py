@@ -1,4 +1,4 @@
-"""A comparison as figures, a table, words and a picture."""
+"""A comparison as numbers, a table, sentences and a figure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run_directory import RunDirectory
 
 _OTHER = "held_out/causal_loss_"
-# Two standard errors: what lies within is not told apart from nothing.
+# Differences within two standard errors are not significant.
 _NUM_STANDARD_ERRORS = 2.0
 
 
@@ -54,7 +54,7 @@ def describe(configs: list[TrainConfig], seconds: float | None) -> dict[str, Any
 
 
 def show(report: dict[str, dict[str, Any]], console: Console) -> None:
-    """Print the report as a table, and in words who came out ahead."""
+    """Print the report as a table, and the result in sentences."""
     flops = [arm["flops"] for arm in report.values()]
     equal = "equal" if max(flops) <= 1.02 * min(flops) else "UNEQUAL"
     columns = {
@@ -74,7 +74,7 @@ def show(report: dict[str, dict[str, Any]], console: Console) -> None:
         scale = 1000 if key == "micro_batch_seconds" else 1
         if key not in ("causal_loss_spread", "micro_batch_seconds") or any(values):
             rows.append([title, *("-" if v is None else form.format(v * scale) for v in values)])
-    # Many arms stand below each other, or the table would be wider than any terminal.
+    # Many arms are rows instead of columns, or the table would be wider than a terminal.
     across = [["", *report], *rows]
     if len(report) > 4:
         across = [list(row) for row in zip(*across, strict=True)]
@@ -89,7 +89,7 @@ def show(report: dict[str, dict[str, Any]], console: Console) -> None:
 
 
 def verdict(report: dict[str, dict[str, Any]]) -> list[str]:
-    """Say in words how each arm does against the first, for better or worse."""
+    """Compare each arm with the first one, in a sentence each."""
     (first, base), *others = report.items()
     lines = []
     for name, arm in others:
@@ -108,7 +108,7 @@ def verdict(report: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _change(arm: dict[str, Any], base: dict[str, Any]) -> tuple[float, str, str]:
-    """Return the change of the loss, a word for it, and how sure it is over the shared seeds."""
+    """Return the change of the loss, a word for it, and its standard error over shared seeds."""
     arm_losses, base_losses = arm["causal_losses"], base["causal_losses"]
     pairs = [arm_losses[seed] / base_losses[seed] - 1 for seed in arm_losses if seed in base_losses]
     change = statistics.mean(pairs) if pairs else arm["causal_loss"] / base["causal_loss"] - 1
@@ -117,7 +117,7 @@ def _change(arm: dict[str, Any], base: dict[str, Any]) -> tuple[float, str, str]
         return change, word, ""
     error = statistics.stdev(pairs) / math.sqrt(len(pairs))
     if abs(change) < _NUM_STANDARD_ERRORS * error:
-        word = "is not told apart from"
+        word = "does not differ significantly from"
     return change, word, f" ± {error:.2%} (standard error over {len(pairs)} seeds)"
 
 

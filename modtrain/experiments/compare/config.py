@@ -18,8 +18,8 @@ class CompareConfig(TrainConfig):
         first is what the others are compared with.
     seeds: each arm is trained with every one of these, for its weights and the order of its data;
         empty: once, as ``seed`` and ``data.seed`` say.
-    only: arms to train and to tell of; empty: all of them.
-    train: false tells of the runs that are complete and trains none.
+    only: arms to train and report; empty: all of them.
+    train: false reports the complete runs and trains none.
     timed_rounds: training steps of each arm that are timed side by side at the end; 0: none.
     """
 
@@ -31,18 +31,18 @@ class CompareConfig(TrainConfig):
 
     @property
     def chosen_arms(self) -> dict[str, list[str]]:
-        """The arms that this start is about, in their order."""
+        """The arms selected by ``only``, in their order."""
         return {k: v for k, v in self.arms.items() if not self.only or k in self.only}
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
-        """Everything wrong with the comparison and what its arms share."""
+        """Everything wrong with the comparison and with what its arms share."""
         problems = super().problems(needs_name)
         if len(self.arms) < 2:
             problems.append(
                 Problem(
                     "arms",
                     dict(self.arms),
-                    "a comparison has at least two arms",
+                    "a comparison needs at least two arms",
                     """add '+arms={a: ["model.capacity=0.5"], b: ["model.capacity=0.25"]}'""",
                 )
             )

@@ -1,4 +1,4 @@
-"""Typed configuration of a search, and the space that it searches. Imports nothing heavy."""
+"""Typed configuration of a search and its space. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PRUNERS = ("none", "median", "halving")
 class Dimension:
     """One key that is searched.
 
-    values: of a choice, as text for an override. low, high: ends of an interval, both belong to
-    it. whole: integers alone. log: uniform in the logarithm. step: of a range.
+    values: of a choice, as text for an override. low, high: ends of an interval, inclusive. whole:
+    integers only. log: uniform in the logarithm. step: of a range.
     """
 
     key: str
@@ -40,7 +40,7 @@ class Dimension:
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """What is to be tried before a search starts: each value of a choice, or both ends."""
+        """Values to check before a search starts: each value of a choice, or both ends."""
         return self.values or (str(self.low), str(self.high))
 
 
@@ -48,12 +48,12 @@ class Dimension:
 class SearchConfig(TrainConfig):
     """Runs that share everything but what Optuna draws from ``space``.
 
-    study: its directory under ``runs_dir``; the same study goes on.
+    study: its directory under ``runs_dir``; the same study is resumed.
     space: key → ``interval(a, b)``, ``int(interval(a, b))``, ``range(a, b, step)`` or
         ``choice(x, y)``; ``tag(log, interval(a, b))`` is uniform in the logarithm.
-    trials: how many the study is to have in all, whoever makes them.
-    directions: what is made small: ``causal_loss`` (held out), ``forward_flops`` (a token).
-    pruner: ``median`` or ``halving`` ends a trial that does badly at an evaluation; ``none``.
+    trials: number of trials of the study in all, over all starts and workers.
+    directions: objectives to minimize: ``causal_loss`` (held out), ``forward_flops`` (per token).
+    pruner: ``median`` or ``halving`` stops a trial that is behind at an evaluation; ``none``.
     search_seed: seed of what Optuna draws.
     """
 
@@ -65,10 +65,10 @@ class SearchConfig(TrainConfig):
     search_seed: int = 0
 
     def problems(self, needs_name: bool = False) -> list[Problem]:
-        """Everything wrong with the search and what its trials share."""
+        """Everything wrong with the search and with what its trials share."""
         problems = super().problems(needs_name)
         if not self.study:
-            remedy = "add study=my_search: the same study goes on"
+            remedy = "add study=my_search: the same study is resumed"
             problems.append(Problem("study", "null", "a search needs a name", remedy))
         elif self.study.startswith("/") or {"", ".."} & set(self.study.split("/")):
             reason, remedy = "is not a directory below runs_dir", "use a plain name"
@@ -86,30 +86,30 @@ class SearchConfig(TrainConfig):
         if self.pruner == "none":
             return []
         if self.directions != ["causal_loss"]:
-            reason = "goes with directions=[causal_loss] alone: Optuna prunes by one objective"
+            reason = "needs directions=[causal_loss]: Optuna prunes by one objective"
             remedy = "leave it out"
             return [Problem("pruner", self.pruner, reason, remedy)]
         if self.eval.every is None:
-            reason, remedy = "looks at evaluations, and there is one at the end", "set eval.every"
+            reason, remedy = "needs evaluations before the end", "set eval.every"
             return [Problem("pruner", self.pruner, reason, remedy)]
         return []
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search that is checked. compose: the configuration of a trial from its overrides."""
+    """A search after its checks. compose: builds a trial's configuration from its overrides."""
 
     config: SearchConfig
     compose: Callable[[Sequence[str], str], TrainConfig]
 
     @property
     def directory(self) -> Path:
-        """Where the study and its trials are."""
+        """The directory of the study and its trials."""
         return Path(self.config.runs_dir) / str(self.config.study)
 
 
 def join_space(overrides: Sequence[str]) -> list[str]:
-    """Make of all ``space.KEY=RANGE`` one override, which is not taken for a sweep of Hydra's."""
+    """Join all ``space.KEY=RANGE`` to one override, which Hydra does not parse as a sweep."""
     space_overrides = [text for text in overrides if text.lstrip("+").startswith("space.")]
     if not space_overrides:
         return list(overrides)

@@ -1,8 +1,8 @@
-"""A search by Optuna: trials that are runs, each in a directory, none lost and none made twice.
+"""A search by Optuna whose trials are runs, each in a directory of its own.
 
-Whoever works on a trial holds a lock that ends with its process; a trial that is unfinished and not
-held is gone on with, with the same parameters and from its checkpoint. So a search may be killed,
-and have several workers. The study is in `modtrain.experiments.search.study`.
+The worker of a trial holds a lock that ends with its process. An unfinished trial without a lock is
+resumed with the same parameters from its checkpoint, so a search may be killed and may have several
+workers: no trial is lost or made twice. The study is in `modtrain.experiments.search.study`.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from modtrain.training.plan import resolve
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
-# Seconds between two looks at whether a trial is free.
+# Seconds between two checks for a free trial.
 _POLL_SECONDS = 5.0
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def search(search: Search) -> int:
-    """Make the trials that the study lacks, one after the other, and tell the best.
+    """Run the trials that the study lacks, one after the other, and report the best.
 
     Returns:
         0 where the study has all its trials; 130 or 75 where a signal stopped it, or other workers
-        are still at theirs; 1 where no trial came to an end.
+        are still running; 1 where no trial completed.
 
     Raises:
-        ModtrainError: the study is another one's, this process is one of several, or the file
+        ModtrainError: the study has other settings, this process is one of several, or the file
             system has no locks.
     """
     if (processes := Launch.from_environment().world_size) > 1:
-        reason = f"trains in one process, and {processes} were started"
-        remedy = "leave torchrun or srun out; start the command several times for several workers"
+        reason = f"trains in one process, but {processes} were started"
+        remedy = "run it without torchrun or srun; for several workers start it several times"
         raise ConfigError([Problem("search", "", reason, remedy)])
     return _Searcher(search).run()
 
@@ -64,7 +64,7 @@ class _Searcher:
     def __init__(self, search: Search) -> None:
         self.search, self.config, self.directory = search, search.config, search.directory
         self.dimensions, _ = parse_space(self.config.space)
-        # All that can be wrong with the ends of the space, before the study is there.
+        # Check the ends of the space before the study is created.
         shared = self._check_ends()
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._locked():
@@ -82,7 +82,7 @@ class _Searcher:
                     continue
             if not self._has_unfinished_trials():
                 break
-            # One of them may die, and its trial is free then.
+            # A worker may die, which frees its trial.
             STOP.pause(_POLL_SECONDS)
         return self._report()
 
@@ -94,7 +94,7 @@ class _Searcher:
         """Return the trial at the first of all ends, resolved.
 
         Raises:
-            ConfigError: what is wrong with any end.
+            ConfigError: everything wrong at any end.
         """
         problems: dict[Problem, None] = {}
         resolved: list[TrainConfig] = []
@@ -114,7 +114,7 @@ class _Searcher:
         return [[f"{key}={value}" for key, value in at.items()] for at in tried]
 
     def _claim(self, locks: ExitStack) -> optuna.Trial | None:
-        """Take an unfinished trial that nobody works on, or a new one; None where all are taken."""
+        """Acquire an unfinished trial without a worker, or a new one; None if there is neither."""
         with self._locked():
             trials = self.study.get_trials(deepcopy=False)
             for frozen in trials:
@@ -122,7 +122,7 @@ class _Searcher:
                     return optuna.Trial(self.study, frozen._trial_id)
             if len(trials) >= self.config.trials:
                 return None
-            # Not the same draws again at each start.
+            # Each start draws other values.
             seed = self.config.search_seed + len(trials)
             self.study.sampler = optuna.samplers.TPESampler(seed=seed)
             trial = self.study.ask()
@@ -139,7 +139,7 @@ class _Searcher:
         return True
 
     def _run_trial(self, trial: optuna.Trial) -> None:
-        """Train a trial's run to its end and tell the study what came of it."""
+        """Train a trial's run to its end and report the result to the study."""
         overrides = {d.key: suggest(trial, d, self.names.get(d.key)) for d in self.dimensions}
         name, run = self._name(trial.number), self._run(trial.number)
         parameters = ",".join(f"{key}={value}" for key, value in overrides.items())
@@ -157,7 +157,7 @@ class _Searcher:
         elif run.is_complete:
             values = _values(run, self.config.directions)
             if None in values:
-                return self._fail(trial, "the model has no causal decision to be judged by")
+                return self._fail(trial, "the model has no causal decision, and so no causal loss")
             self.study.tell(trial, [value for value in values if value is not None])
         elif state_of(run) == "failed":
             return self._fail(trial, failure_text(run))
@@ -187,7 +187,7 @@ class _Searcher:
             values = ", ".join(f"{key} {value:.6g}" for key, value in entry["values"].items())
             print_line(f"  {entry['run']}: {values}; {entry['parameters']}")
         if STOP.requested and num_left > 0:
-            print_line(f"stopped by {STOP.name}: the same command goes on from here")
+            print_line(f"stopped by {STOP.name}: the same command resumes")
             return STOP.exit_code
         return 0 if best else 1
 
@@ -206,13 +206,13 @@ class _Searcher:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the study for a moment against other workers."""
+        """Hold the lock of the study against other workers."""
         with acquire_lock(self.directory / ".search.lock", timeout=math.inf):
             yield
 
 
 def suggest(trial: optuna.Trial, dimension: Dimension, name: str | None = None) -> str:
-    """Return the trial's value, drawn or as it was drawn before, as text for an override.
+    """Return the trial's value, drawn now or before, as text for an override.
 
     name: of the parameter in the study, where it is not the dimension's key.
     """
@@ -238,7 +238,7 @@ def _values(run: RunDirectory, directions: Sequence[str]) -> list[float | None]:
 def _train_trial(
     config: TrainConfig, search: SearchConfig, number: int, overrides: dict[str, str]
 ) -> int:
-    """Train a trial in the process of its own; a study is opened anew there."""
+    """Train a trial in its own process, which opens the study again."""
     # Not in the process that forks.
     from modtrain.experiments.search.trial_callback import train_or_prune  # noqa: PLC0415
 

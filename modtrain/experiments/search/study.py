@@ -1,6 +1,6 @@
-"""A search's study: Optuna's journal, and what all its trials have in common.
+"""A search's study: Optuna's journal, and the settings that all its trials share.
 
-The journal's lock holds on a network file system, where SQLite's does not.
+The journal's lock works on a network file system, where SQLite's does not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from modtrain.experiments.search.config import SearchConfig
 from modtrain.training.config import MUTABLE_KEYS, TrainConfig
 from modtrain.training.run_directory import differences, to_train_config
 
-# What may differ between trials that are ranked together: on eval.sequences a loss depends.
+# Keys that may differ between trials that are compared; eval.sequences changes the loss.
 _MUTABLE = (
     *(key for key in MUTABLE_KEYS if key != "eval"),
     *("name", "eval.every", "eval.batch_size"),
@@ -31,14 +31,13 @@ _MUTABLE = (
 def open_study(
     directory: Path, config: SearchConfig, shared: TrainConfig | None = None
 ) -> optuna.Study:
-    """Open the study in ``directory``, or make it.
+    """Open the study in ``directory``, or create it.
 
-    shared: a trial, resolved, the same one of the space each time: it is to be what it was for the
-        study's other trials. None: that has been looked at.
+    shared: a resolved trial, at the same point of the space each time, which must match the
+        study's other trials. None: this was checked already.
 
     Raises:
-        OtherRunError: the study searches another space, for something else, or under other
-            settings.
+        OtherRunError: the study has another space, other directions, or other settings.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = directory / "study.journal"
@@ -56,7 +55,7 @@ def open_study(
     )
     if shared is not None:
         _check_settings_unchanged(study, directory, shared)
-        # Data may have been prepared anew in the same place.
+        # The data may have been prepared again in the same place.
         _check_unchanged(
             study, directory, {"data fingerprint": read_summary(shared.data.path).fingerprint}
         )
@@ -64,7 +63,7 @@ def open_study(
 
 
 def _check_unchanged(study: optuna.Study, directory: Path, now: dict[str, Any]) -> None:
-    """Raise unless the study was begun with what is asked for ``now``; a new one is."""
+    """Raise if the study was created with other values than ``now``; store those of a new one."""
     before = study.user_attrs
     if "space" in before:
         before["space"] = translate_flat(before["space"])
@@ -95,8 +94,8 @@ def _check_settings_unchanged(study: optuna.Study, directory: Path, now: TrainCo
 def _raise_if_changed(directory: Path, changed: list[str]) -> None:
     if changed:
         raise OtherRunError(
-            "\n".join([f"{directory} holds another search:", *changed])
-            + "\nremedy: take these back to go on with it, or give another study= for a new search"
+            "\n".join([f"{directory} has another search:", *changed])
+            + "\nremedy: undo these changes to resume it, or give another study= for a new search"
         )
 
 
@@ -116,7 +115,7 @@ def _pruner(name: str) -> optuna.pruners.BasePruner:
 
 
 def _drop_partial_line(path: Path, lock: JournalFileSymlinkLock) -> None:
-    """Drop a last line that a power cut has left half: after it the journal could not be read."""
+    """Drop a partial last line, left by a power cut, which would make the journal unreadable."""
     if not path.is_file():
         return
     lock.acquire()

@@ -1,4 +1,4 @@
-"""A trial in training: what Optuna is told of it, and how it ends one that does badly."""
+"""A trial in training: reports its losses to Optuna, and stops when Optuna prunes it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from modtrain.training.run_directory import RunDirectory
 
 
 class PrunedError(TrainingError):
-    """The trial does badly, and the search wants no more of it."""
+    """The trial was pruned by the search."""
 
 
 class PruningCallback(L.Callback):
-    """Reports each held-out causal loss to the study, and stops the run where Optuna says so.
+    """Reports each held-out causal loss to the study, and stops the run when it is pruned.
 
-    It looks before a step at what the evaluation after the last one has written.
+    Before a step it reads what the evaluation after the last step has written.
     """
 
     def __init__(self, run: RunDirectory, trial: optuna.Trial) -> None:
@@ -35,7 +35,7 @@ class PruningCallback(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Report what is new. Raises PrunedError where the trial is to end."""
+        """Report a new loss. Raises PrunedError if the trial is pruned."""
         del pl_module, batch, batch_idx
         if trainer.global_step == self._seen:
             return
@@ -53,7 +53,7 @@ def train_or_prune(
 ) -> int:
     """Train a trial's run; return its exit code, 0 for one that was pruned.
 
-    study: what it reports to; None: nobody.
+    study: receives the losses; None: no pruning.
     """
     run = RunDirectory.of(config)
     callbacks = []

@@ -16,9 +16,9 @@ _PREFIX = "sweep."
 
 @dataclass
 class SweepConfig:
-    """What a sweep does that is no matter of its runs.
+    """Options of a sweep itself, not of its runs.
 
-    retry: start the jobs again that failed; they go on from their checkpoints.
+    retry: restart failed jobs; they resume from their checkpoints.
     """
 
     retry: bool = False
@@ -39,7 +39,7 @@ def split_sweep_options(
             merged = OmegaConf.merge(merged, {name: value})
         except OmegaConfBaseException:
             text = str(override.input_line).partition("=")[2]
-            reason = "is no option of a sweep, or does not fit"
+            reason = "is not an option of a sweep, or does not fit"
             remedy = "there is sweep.retry=true"
             problems.append(Problem(override.key_or_group, text, reason, remedy))
     config = OmegaConf.to_object(merged)

@@ -1,4 +1,4 @@
-"""Hydra's side of a sweep: its sweeper and launchers, told where each job's directory is."""
+"""Hydra's side of a sweep: its sweeper and launchers, with a directory for each job."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none")
 
 
 def print_line(text: str) -> None:
-    """Print a line as it is."""
+    """Print a line without markup or wrapping."""
     Console(soft_wrap=True, markup=False, highlight=False).print(text)
 
 
 class Multirun:
     """Hydra's multirun under ``overrides``, those of ``hydra`` itself, over ``axes``, the others.
 
-    conf_dir, own_dir: where Hydra finds YAML. is_on_slurm: whether each job is one of Slurm's.
+    conf_dir, user_dir: where Hydra finds YAML. is_on_slurm: whether the jobs run on Slurm.
     """
 
     def __init__(
@@ -72,26 +72,26 @@ class Multirun:
         self.overrides, self.conf_dir = [*_QUIET, *hydra_overrides, *search], conf_dir
 
     def problems(self) -> list[Problem]:
-        """Everything that Hydra has to say against the overrides."""
+        """Everything that Hydra finds wrong with the overrides."""
         with self._hydra() as hydra:
             try:
                 config = self._compose(hydra, [])
                 OmegaConf.to_container(config.hydra.launcher, resolve=True)
                 chosen = str(config.hydra.runtime.choices["hydra/launcher"])
                 if chosen not in _LAUNCHERS:
-                    raise HydraException(f"hydra/launcher={chosen} is none of modtrain's")
+                    raise HydraException(f"hydra/launcher={chosen} is not supported by modtrain")
             except (HydraException, OmegaConfBaseException) as error:
                 reason = " ".join(str(error).split())
                 remedy = (
                     "hydra/launcher is basic, joblib or slurm; see docs/how-to/sweep-and-search.md"
                 )
                 if self.is_on_slurm:
-                    remedy = "say it as to modtrain submit: cluster.partition=gpu, nodes=2"
+                    remedy = "use the keys of modtrain submit: cluster.partition=gpu, nodes=2"
                 return [Problem(" ".join(self.overrides[len(_QUIET) :]), "", reason, remedy)]
         return []
 
     def launch(self, jobs: Sequence[tuple[SweepJob, TrainConfig]], directory: Path) -> None:
-        """Start ``jobs`` and wait for them. How each ended, its directory tells."""
+        """Start ``jobs`` and wait for them. The outcome of each is in its directory."""
         started = {
             tuple(job.overrides): [
                 *overrides_of(job, config),
@@ -110,8 +110,8 @@ class Multirun:
             try:
                 sweeper.sweep(arguments=self.axes)
             except Exception as error:
-                # Most often a worker that died, by the very signal that ends the sweep.
-                print_line(f"the launcher gave up: {type(error).__name__}: {error}")
+                # Most often a worker that was killed by the signal that stops the sweep.
+                print_line(f"the launcher failed: {type(error).__name__}: {error}")
 
     @contextmanager
     def _hydra(self) -> Iterator[Hydra]:
@@ -130,30 +130,30 @@ class Multirun:
 
 
 class _FilteringLauncher(Launcher):
-    """A launcher of Hydra's that starts those jobs alone that are wanted, each in its directory.
+    """A launcher of Hydra's that starts only some of the jobs, each in its directory.
 
-    started: by the overrides that the sweeper made a job of, those to start it with.
+    started: overrides of a job as the sweeper made it → overrides to start it with.
     """
 
     def __init__(self, launcher: Launcher, started: dict[tuple[str, ...], list[str]]) -> None:
         self.launcher, self.started = launcher, started
 
     def setup(self, **_settings: Any) -> None:
-        """Nothing: the launcher behind is set up."""
+        """Nothing: the wrapped launcher is set up already."""
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Start what is wanted and wait for it."""
+        """Start the jobs in ``started`` and wait for them."""
         job_keys = [tuple(overrides) for overrides in job_overrides]
         jobs = [self.started[overrides] for overrides in job_keys if overrides in self.started]
         return self.launcher.launch(jobs, initial_job_idx)
 
 
 class TrainTask:
-    """What a launcher calls for each job, here or in one of its workers; it is pickled.
+    """The task function that a launcher calls for each job, in this process or a worker.
 
-    main_pid: the sweep's process. jobs: by the name of the run.
+    It is pickled. main_pid: the sweep's process. jobs: by the name of the run.
     """
 
     def __init__(self, main_pid: int, jobs: dict[str, SweepJob]) -> None:
@@ -166,7 +166,7 @@ class TrainTask:
             raise TypeError("a job is a training run")
         job, run = self.jobs[str(typed.name)], RunDirectory.of(typed)
         work = partial(train_job, typed)
-        # In a worker nobody has done so; between two jobs Lightning's are not in the way either.
+        # A worker has no handlers yet, and between two jobs Lightning has none installed.
         if os.getpid() != self.main_pid:
             STOP.install()
             _exit_with_main_process(self.main_pid)
@@ -181,9 +181,9 @@ class TrainTask:
 
 @cache
 def _exit_with_main_process(main_pid: int) -> None:
-    """End this worker once the sweep's process has died and its job, which stops then, has ended.
+    """Exit this worker once the sweep's process has died and the worker's job has ended.
 
-    joblib's would wait for ever: for the next job, or for somebody to take the last one's result.
+    A joblib worker would wait for ever for its next job.
     """
 
     def watch() -> None:
@@ -208,13 +208,13 @@ def train_job(config: TrainConfig) -> int:
 
 @contextmanager
 def _signals_forwarded_to_workers() -> Iterator[None]:
-    """Tell a launcher's workers of a stop signal that came to this process alone."""
+    """Forward a stop signal of this process to the launcher's workers."""
 
     def handle(signum: int, frame: FrameType | None) -> None:
         STOP._handle(signum, frame)
         for child in multiprocessing.active_children():
             if child.pid is not None:
-                # Not as a Ctrl-C, of which a terminal has sent each one its own.
+                # Not as SIGINT: a terminal sends Ctrl-C to every process itself.
                 os.kill(child.pid, signal.SIGTERM)
 
     before = {signum: signal.signal(signum, handle) for signum in STOP_SIGNALS}

@@ -1,8 +1,8 @@
-"""A job in a process of its own, so that what ends it ends nothing else.
+"""A job in a process of its own, so that its crash does not end the sweep.
 
-A crash of one job must not end the sweep, its memory must not stay for the next one, and signal
-handlers belong to a process as a whole. The process is forked: the one that forks has imported
-neither torch nor CUDA, which do not bear it once they have started threads.
+Its memory is also released for the next job, and signal handlers are per process. The process is
+forked: the parent has imported neither torch nor CUDA, which cannot be forked once they have
+started threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from modtrain.training.stop_signal import STOP
 
 _CONTEXT = multiprocessing.get_context("fork")
 _POLL_SECONDS = 0.1
-# A job whose sweep was killed saves and ends; a new sweep may come while it does.
+# A job whose sweep was killed saves and ends; a new sweep may start meanwhile.
 LOCK_TIMEOUT = 60.0
 EXIT_RESUMABLE = 75
 _FORWARDED_SIGNALS = {signal.SIGUSR1: signal.SIGUSR1}
@@ -33,13 +33,13 @@ _FORWARDED_SIGNALS = {signal.SIGUSR1: signal.SIGUSR1}
 def run_in_process(run: RunDirectory, work: Callable[[], int], main_pid: int | None = None) -> int:
     """Call ``work`` in a process of its own and return its exit code.
 
-    What it prints goes to ``logs/job.log`` of ``run``; why it failed, to ``failure.json``. A stop
-    signal to this process is handed on to it, and when this process dies it stops as well.
+    Its output goes to ``logs/job.log`` of ``run``; the reason of a failure to ``failure.json``. A
+    stop signal to this process is forwarded to it, and it stops when this process dies.
 
-    main_pid: the process whose end is to stop the job too, where that is not this one.
+    main_pid: the process whose end stops the job too, if not this one.
 
     Returns:
-        0, 75 or 130 where the run is complete or can go on, or else what a failed one ended with.
+        0 for a complete run, 75 or 130 for a resumable one, else the exit code of a failed one.
     """
     deadline = time.monotonic() + LOCK_TIMEOUT
     while is_in_use(run) and time.monotonic() < deadline and not STOP.requested:
@@ -59,7 +59,7 @@ def run_in_process(run: RunDirectory, work: Callable[[], int], main_pid: int | N
         if not STOP.requested and _is_orphan(main_pid):
             STOP.signum = signal.SIGTERM
         if STOP.requested and child.pid is not None and child.is_alive():
-            # Not as a Ctrl-C: of those the second one ends a run at once. Again does no harm.
+            # Not as SIGINT: a second one ends a run at once. Repeating the others does no harm.
             os.kill(child.pid, _FORWARDED_SIGNALS.get(STOP.signum or 0, signal.SIGTERM))
     return _record_end(run, child.exitcode or 0)
 
@@ -69,7 +69,7 @@ def _is_orphan(main_pid: int | None) -> bool:
 
 
 def _record_end(run: RunDirectory, code: int) -> int:
-    """Write down a failure that the process could not tell by itself."""
+    """Record a failure that the process could not record itself."""
     if (
         code in (0, EXIT_RESUMABLE, 130)
         or failure_path(run).is_file()
@@ -78,19 +78,19 @@ def _record_end(run: RunDirectory, code: int) -> int:
         return code
     if code < 0:
         name = signal.Signals(-code).name
-        hint = ": out of memory, perhaps" if -code == signal.SIGKILL else ""
-        write_failure(run, "killed", f"the process was ended by {name}{hint}")
+        hint = ": perhaps out of memory" if -code == signal.SIGKILL else ""
+        write_failure(run, "killed", f"the process was killed by {name}{hint}")
     else:
         write_failure(run, "ended", f"the process ended with exit code {code}")
     return code
 
 
 def _run_child(run: RunDirectory, work: Callable[[], int]) -> None:
-    # A group of its own: a terminal's Ctrl-C comes by way of the sweep, once.
+    # A process group of its own: the sweep forwards a terminal's Ctrl-C, once.
     os.setpgid(0, 0)
     STOP.install()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    # Lines as they come: a job that is killed has said what it said.
+    # Line-buffered: the output of a killed job is kept.
     with (run.logs / "job.log").open("a", buffering=1) as log:
         for number in (1, 2):
             os.dup2(log.fileno(), number)
@@ -103,7 +103,7 @@ def _call(run: RunDirectory, work: Callable[[], int]) -> int:
         return work()
     except BaseException as error:
         if is_in_use(run):
-            # Another process was quicker by a moment.
+            # Another process has acquired the run's lock first.
             return EXIT_RESUMABLE
         traceback.print_exc()
         write_failure(run, type(error).__name__, str(error) or repr(error))

@@ -1,4 +1,4 @@
-"""How a job of a sweep or a search stands, as its directory tells it."""
+"""The state of a job of a sweep or a search, read from its directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATES = ("complete", "running", "failed", "pruned", "stopped", "not started")
 
 
 def state_of(run: RunDirectory) -> str:
-    """Return one of `STATES`. A run that nobody works on and that has no end is ``stopped``."""
+    """Return one of `STATES`; ``stopped``: started, not complete, and no process works on it."""
     if run.is_complete:
         return "complete"
     if is_in_use(run):
@@ -31,17 +31,17 @@ def is_in_use(run: RunDirectory) -> bool:
 
 
 def failure_path(run: RunDirectory) -> Path:
-    """Return where it is written why a job failed."""
+    """Return the file that records why a job failed."""
     return run.path / "failure.json"
 
 
 def pruned_mark(run: RunDirectory) -> Path:
-    """Return the file that says that a search ended the run early."""
+    """Return the file that marks a run as pruned by a search."""
     return run.path / "PRUNED"
 
 
 def write_failure(run: RunDirectory, kind: str, text: str) -> None:
-    """Keep why the job failed. kind: the error's class, or how the process ended."""
+    """Record why the job failed. kind: the error's class, or how the process ended."""
     run.path.mkdir(parents=True, exist_ok=True)
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     failure = {"kind": kind, "text": text, "time": time}
@@ -49,7 +49,7 @@ def write_failure(run: RunDirectory, kind: str, text: str) -> None:
 
 
 def failure_text(run: RunDirectory) -> str:
-    """Return the kind and the text of the failure, empty where there is none."""
+    """Return the kind and the text of the failure; empty without one."""
     try:
         failure = json.loads(failure_path(run).read_text())
     except (OSError, ValueError):

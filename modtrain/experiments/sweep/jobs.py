@@ -1,4 +1,4 @@
-"""The jobs of a sweep: which there are, what they are called, and the file that lists them."""
+"""The jobs of a sweep: their overrides, their names, and the file that lists them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+-]")
 class SweepJob:
     """One run of a sweep.
 
-    name: its directory below the sweep's. swept: the overrides that set it apart, key → value as
-    text. overrides: all of its training configuration's, with the sweep's ``name``.
+    name: its directory below the sweep's. swept: the overrides that differ between jobs, key →
+    value as text. overrides: all of its training configuration, with the sweep's ``name``.
     """
 
     name: str
@@ -36,10 +36,10 @@ class SweepJob:
 
 
 def expand(overrides: Sequence[Override]) -> tuple[list[SweepJob], list[Problem]]:
-    """Return the jobs that Hydra's basic sweeper makes of ``overrides``, in its order."""
+    """Return the jobs that Hydra's basic sweeper makes from ``overrides``, in its order."""
     endless = [o for o in overrides if o.is_sweep_override() and not o.is_discrete_sweep()]
     if endless:
-        reason, remedy = "has no end of values", "list them, or use modtrain search"
+        reason, remedy = "has infinitely many values", "list them, or use modtrain search"
         return [], [
             Problem(o.get_key_element(), o.input_line or "", reason, remedy) for o in endless
         ]
@@ -59,16 +59,16 @@ def expand(overrides: Sequence[Override]) -> tuple[list[SweepJob], list[Problem]
         name = job_name(job_overrides)
         if name in jobs:
             remedy = "name each value once"
-            problems.append(Problem(name, "", "is there twice", remedy))
+            problems.append(Problem(name, "", "occurs twice", remedy))
         jobs[name] = SweepJob(name, job_overrides, list(arguments))
     return list(jobs.values()), problems
 
 
 def job_name(swept: Mapping[str, str]) -> str:
-    """Return a directory's name for these overrides: the same for the same, whatever their order.
+    """Return a directory name for these overrides, independent of their order.
 
-    What a file system or a shell could stumble over is replaced, and what is very long is cut;
-    then a digest keeps apart what would be equal.
+    Characters that are special to a file system or a shell are replaced, and long names are cut; a
+    digest is then appended, so that different overrides have different names.
     """
     text = ",".join(f"{key}={value}" for key, value in sorted(swept.items()))
     safe = _UNSAFE.sub("_", text)
@@ -78,13 +78,13 @@ def job_name(swept: Mapping[str, str]) -> str:
 
 
 def overrides_of(job: SweepJob, config: TrainConfig) -> list[str]:
-    """Return the overrides of a job's run alone. config: the run's, which has its name."""
+    """Return the overrides of a job's run. config: the run's, with its name."""
     unnamed = [text for text in job.overrides if not text.startswith("name=")]
     return [*unnamed, f"name={quoted(str(config.name))}"]
 
 
 def read_jobs(directory: Path) -> dict[str, dict[str, str]]:
-    """Return the sweep's jobs by name, with what was swept; none where there is no sweep."""
+    """Return the swept overrides of the sweep's jobs by name; empty without a sweep."""
     path = directory / "sweep.json"
     if not path.is_file():
         return {}
@@ -101,7 +101,7 @@ def stored_names(directory: Path) -> dict[frozenset[tuple[str, str]], str]:
 
 
 def write_jobs(directory: Path, jobs: Sequence[SweepJob]) -> None:
-    """Add ``jobs`` to those that the sweep has already."""
+    """Add ``jobs`` to the sweep's list."""
     listed = read_jobs(directory) | {job.name: job.swept for job in jobs}
     directory.mkdir(parents=True, exist_ok=True)
     content = {"jobs": {name: {"overrides": swept} for name, swept in listed.items()}}

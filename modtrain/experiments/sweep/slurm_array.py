@@ -1,9 +1,9 @@
-"""The jobs of a sweep on Slurm: an array as `modtrain submit` makes one, awaited.
+"""The jobs of a sweep on Slurm: submits an array as `modtrain submit` does, and waits for it.
 
-Hydra's launcher for Slurm, submitit's, does not serve: its jobs lose the signals that come before
-Python listens, take SIGTERM for nothing, come back by a count instead of by what there is left to
-do, and are asked for by ``sacct``, which many sites do not have. They know no site, no container
-and no frozen code, and are handed their work as a pickle.
+Hydra's launcher for Slurm (submitit) is not used: its jobs lose signals that arrive before Python
+handles them, ignore SIGTERM, are requeued a fixed number of times instead of until they are done,
+and are queried with ``sacct``, which many sites lack. They have no site configuration, no container
+and no frozen code, and receive their work as a pickle.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
-# Seconds between two questions to Slurm: often at first, where a mistake shows.
+# Seconds between two queries to Slurm: shorter at first, when mistakes show.
 _FIRST_POLL_SECONDS, _POLL_SECONDS, _FIRST_POLLS_FOR = 2.0, 15.0, 120.0
-# squeue may not know a job yet, or not see it for a moment while it is requeued.
+# squeue may not list a job yet, or not for a moment while it is requeued.
 _POLLS_UNTIL_GONE = 3
-# So long the controller may be away.
+# Seconds for which the controller may be unreachable.
 _TIMEOUT = 600.0
-# These end a job without its script, which would have told why.
+# States in which a job ends before its script can record why.
 _SLURM_FAILURES = frozenset(("OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"))
 
 Print = Callable[[str], None]
@@ -43,12 +43,12 @@ def launch_on_slurm(
     config_dir: Path | None,
     print_line: Print,
 ) -> None:
-    """Submit what is not in the queue already, and wait until nothing is left of it there.
+    """Submit the jobs that are not in the queue, and wait until all have ended.
 
     directory: the sweep's. config: of the Slurm jobs. A stop signal ends the waiting, not the jobs.
 
     Raises:
-        ConfigError, ScriptError, SlurmError: Slurm does not take the jobs, or cannot be asked.
+        ConfigError, ScriptError, SlurmError: Slurm rejects the jobs, or does not answer.
     """
     runs = {job.name: RunDirectory.of(run) for job, run in jobs}
     last_jobs = {name: job for name, run in runs.items() if (job := _last_job(run))}
@@ -74,14 +74,14 @@ def launch_on_slurm(
 
 @dataclass
 class _Waiting:
-    """The runs that are awaited, by name, and how often each one's job was looked for in vain."""
+    """The runs that are awaited, by name, and how often each one's job was not listed."""
 
     remaining: dict[str, RunDirectory]
     print_line: Print
     num_missed: dict[str, int] = field(default_factory=dict)
 
     def wait(self) -> None:
-        """Wait until Slurm is done with all of them, or a signal comes."""
+        """Wait until all jobs have ended, or a signal arrives."""
         began = last_answer = time.monotonic()
         while self.remaining and not STOP.requested:
             try:
@@ -90,16 +90,16 @@ class _Waiting:
             except SlurmError as error:
                 if not slurm.has_slurm() or time.monotonic() - last_answer > _TIMEOUT:
                     raise
-                self.print_line(f"asks again: {error}")
+                self.print_line(f"retrying: {error}")
             is_recent = time.monotonic() - began < _FIRST_POLLS_FOR
             if self.remaining:
                 STOP.pause(_FIRST_POLL_SECONDS if is_recent else _POLL_SECONDS)
         if self.remaining:
             jobs = " ".join(str(_last_job(run)) for run in self.remaining.values())
-            self.print_line(f"the jobs go on: {jobs}; the same command waits for them again")
+            self.print_line(f"the jobs continue: {jobs}; the same command waits for them again")
 
     def _poll(self) -> None:
-        # One that submits itself again goes on under another number.
+        # A job that resubmits itself has a new id.
         jobs = {name: str(_last_job(run)) for name, run in self.remaining.items()}
         jobs_by_id = slurm.jobs(set(jobs.values()))
         for name, number in jobs.items():

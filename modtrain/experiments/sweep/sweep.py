@@ -1,9 +1,9 @@
-"""A sweep: Hydra's multirun, whose jobs have directories by their overrides and can go on.
+"""A sweep: Hydra's multirun, with directories named by overrides, and resumable.
 
-Hydra's sweeper makes the jobs and its launcher, any of them, starts them. What is ours: each job is
-checked before the first one starts, a job that is complete or failed is left out, and a job is a
-process of its own (`modtrain.experiments.sweep.job_process`). How the sweep ended is read from the
-directories: it holds for jobs of an earlier start, and for those whose launcher died.
+Hydra's sweeper makes the jobs and any of its launchers starts them. modtrain adds: all jobs are
+checked before the first one starts, complete and failed jobs are skipped, and each job is a process
+of its own (`modtrain.experiments.sweep.job_process`). The outcome is read from the directories, so
+that jobs of an earlier start, and of a launcher that died, are included.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ def sweep(
     conf_dir: Path,
     user_dir: str | None,
 ) -> int:
-    """Train every job that ``overrides`` make, where it is not complete.
+    """Train every job of ``overrides`` that is not complete.
 
-    compose: a training configuration from overrides without several values. compose_job: what a
-    job of Slurm's is to be, from its overrides and own_dir. conf_dir, own_dir: where YAML is.
+    compose: builds a training configuration from overrides with one value each. compose_job: builds
+    the configuration of a Slurm job from its overrides and user_dir. conf_dir, user_dir: of YAML.
 
     Returns:
         0 where every job is complete; 130 or 75 where a signal stopped the sweep or one of its
         jobs; else 1.
 
     Raises:
-        ConfigError: whatever is wrong with any job, before one starts.
+        ConfigError: everything wrong with any job, before one starts.
     """
     if (processes := Launch.from_environment().world_size) > 1:
-        reason = f"starts its runs itself, and {processes} processes were started"
-        remedy = f"leave torchrun or srun out, or let {_ON_SLURM} start them"
+        reason = f"starts its runs itself, but {processes} processes were started"
+        remedy = f"run it without torchrun or srun, or add {_ON_SLURM}"
         raise ConfigError([Problem("-m", "", reason, remedy)])
     parsed, problems = parse(overrides, sweeps=True)
     raise_if_any(problems)
@@ -103,7 +103,7 @@ def sweep(
 
 
 def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
-    reason = "is not for modtrain's sweeps, whose jobs are known before the first one starts"
+    reason = "is not supported by modtrain's sweeps, whose jobs are known before the first starts"
     return [
         Problem(
             o.key_or_group, o.input_line or "", reason, "leave it out; to search: modtrain search"
@@ -115,7 +115,7 @@ def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
 
 
 def _name_problems(axes: Sequence[Override]) -> list[Problem]:
-    """Find a name that Hydra takes for a number: the jobs are made of what it has read."""
+    """Find a name that Hydra parses as a number."""
     names = [o for o in axes if o.key_or_group == "name" and not o.is_sweep_override()]
     return [problem for override in names if (problem := misread(override)) is not None]
 
@@ -125,18 +125,18 @@ def _slurm_job(
     multirun: Multirun,
     compose_job: Callable[[Sequence[str]], SubmitConfig],
 ) -> SubmitConfig | None:
-    """Return what the sweep's jobs on Slurm are to be; None where they run on this machine."""
+    """Return the configuration of the sweep's Slurm jobs; None where they run on this machine."""
     problems = []
     for override in overrides:
         key, _, value = str(override.input_line).partition("=")
         if not multirun.is_on_slurm:
             remedy = f"add {_ON_SLURM}, or leave it out"
-            problems.append(Problem(key, value, "is for jobs of Slurm's", remedy))
+            problems.append(Problem(key, value, "is for Slurm jobs", remedy))
         elif override.is_sweep_override():
-            reason, remedy = "has several values", "sweep what a run is, not where it runs"
+            reason, remedy = "has several values", "give one: options of the job cannot be swept"
             problems.append(Problem(key, value, reason, remedy))
         elif key.lstrip("+~").split(".")[0] in ("array", "chain"):
-            remedy = "leave it out: the sweep's jobs are an array, which comes back by itself"
+            remedy = "leave it out: the sweep's jobs are an array, which is requeued by itself"
             problems.append(Problem(key, value, "is not for a sweep", remedy))
     raise_if_any(problems)
     if not multirun.is_on_slurm:
@@ -156,7 +156,7 @@ def _checked(
     """Return what the jobs share, the jobs under their final names, and each one's configuration.
 
     Raises:
-        ConfigError: what is wrong, of all the jobs; what all of them share, once.
+        ConfigError: the problems of all jobs; problems that all share are listed once.
     """
     wrong: dict[Problem, list[str]] = {}
     runs: dict[str, TrainConfig] = {}
@@ -200,7 +200,7 @@ def _check(config: TrainConfig, slurm_job: SubmitConfig | None) -> None:
 
 @dataclass(frozen=True)
 class _Sweep:
-    """A sweep that is checked. runs: the configuration of each job by its name."""
+    """A sweep after its checks. runs: the configuration of each job by its name."""
 
     base: TrainConfig
     jobs: list[SweepJob]
@@ -209,7 +209,7 @@ class _Sweep:
 
     @property
     def directory(self) -> Path:
-        """Where the sweep and its jobs are."""
+        """The directory of the sweep and its jobs."""
         return RunDirectory.of(self.base).path
 
     def run(self, job: SweepJob) -> RunDirectory:
@@ -218,7 +218,7 @@ class _Sweep:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the sweep.
+        """Hold the lock of the sweep.
 
         Raises:
             CheckpointError: another process has it, or the file system has no locks.
@@ -229,18 +229,18 @@ class _Sweep:
             yield
 
     def is_to_start(self, job: SweepJob) -> bool:
-        """Whether the job is to be started."""
+        """Whether to start the job."""
         state = state_of(self.run(job))
         return state in ("stopped", "not started", "running") or (
             state == "failed" and self.options.retry
         )
 
     def jobs_to_start(self) -> list[tuple[SweepJob, TrainConfig]]:
-        """Return what is to be started."""
+        """Return the jobs to start."""
         return [(job, self.runs[job.name]) for job in self.jobs if self.is_to_start(job)]
 
     def report(self) -> int:
-        """Say how every job stands, and return the exit code."""
+        """Print the state of the jobs, and return the exit code."""
         states = [(job, state_of(self.run(job))) for job in self.jobs]
         counts = collections.Counter(state for _, state in states)
         counts_text = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
@@ -248,10 +248,10 @@ class _Sweep:
         for job in (job for job, state in states if state == "failed"):
             print_line(f"  {job.name} failed: {failure_text(self.run(job))}")
         if counts["failed"]:
-            print_line("  the same command with sweep.retry=true starts these again")
+            print_line("  the same command with sweep.retry=true restarts these")
         if counts["complete"] == len(states):
             return 0
         if STOP.requested:
-            print_line(f"stopped by {STOP.name}: the same command goes on from here")
+            print_line(f"stopped by {STOP.name}: the same command resumes")
             return STOP.exit_code
         return 1 if counts["failed"] else EXIT_RESUMABLE

@@ -1,4 +1,4 @@
-"""A sweep, or a search, as a table: how each of its runs stands."""
+"""A sweep or a search as a table of the states of its runs."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _NONE = "-"
 
 
 def sweep_table(directory: Path) -> Table:
-    """Return a row a job: what set it apart, its state, how far it is, and why it failed.
+    """Return a table with a row for each job: swept overrides, state, progress, and failure.
 
-    Losses are the last ones, in nats a token; training FLOPs those executed so far.
+    Losses are the last ones, in nats a token; training FLOPs are those executed so far.
 
     Raises:
-        CheckpointError: ``directory`` holds no sweep.
+        CheckpointError: ``directory`` has no sweep.
     """
     jobs = read_jobs(directory)
     if not jobs:
-        raise CheckpointError(f"{directory} holds no sweep: it has no sweep.json")
+        raise CheckpointError(f"{directory} has no sweep: sweep.json is missing")
     keys = sorted({key for swept in jobs.values() for key in swept})
     table = Table(title=str(directory))
     for key in keys:
@@ -65,7 +65,7 @@ def _figures(run: RunDirectory) -> list[str]:
         forward = f"{forward_flops(config.model, seq_len).total / seq_len:,.0f}"
         steps = f"{resolve(config, needs_data=False)[1].steps:,}"
     except ModtrainError:
-        # Not started, or its data are no longer here.
+        # Not started, or its data is not here any more.
         pass
     return [
         state_of(run),

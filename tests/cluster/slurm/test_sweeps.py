@@ -140,7 +140,7 @@ def test_a_cancelled_job_is_not_waited_for_and_a_new_value_is_added(cluster, tin
     first_of_all = job_of(first)
     sweep_process_ends(cluster, tmp_path)
     assert sweep.result()[0] == 75
-    assert "the jobs go on" in sweep.result()[1]
+    assert "the jobs continue" in sweep.result()[1]
     more = Sweep(cluster, tiny, tmp_path, "model.capacity=0.25,0.5,0.75", "budget.steps=20000")
     more.start()
     third = RunDirectory(tmp_path / "runs/s/model.capacity=0.75")

@@ -94,7 +94,7 @@ def test_a_difference_within_the_spread_of_the_seeds_is_not_told_apart():
     noisy = arm(1.99, by_seed={"0": 2.0, "1": 1.9, "2": 2.07})
     steady = arm(1.95, by_seed={"0": 1.851, "1": 1.95, "2": 2.049})
     said = verdict({"base": base, "noisy": noisy, "steady": steady})
-    assert said[0].startswith("noisy is not told apart from base")
+    assert said[0].startswith("noisy does not differ significantly from base")
     assert said[1].startswith("steady beats base")
     assert "over 3 seeds" in said[1]
 

@@ -155,9 +155,9 @@ def test_a_search_makes_its_trials_once_and_tells_the_front(arguments, capsys):
         p: p.stat().st_mtime_ns for p in run(0).path.rglob("*") if p.name != ".claim"
     } | {p: t for p, t in before.items() if p.name == ".claim"}
     assert sweep_table(Path("runs/q")).row_count == 2
-    with pytest.raises(OtherRunError, match="holds another search:\n  directions: "):
+    with pytest.raises(OtherRunError, match="has another search:\n  directions: "):
         study(arguments("directions=[causal_loss]"))
-    with pytest.raises(OtherRunError, match="holds another search:\n  space: "):
+    with pytest.raises(OtherRunError, match="has another search:\n  space: "):
         study(arguments("directions=[causal_loss,forward_flops]", space=SPACE[:1]))
 
 

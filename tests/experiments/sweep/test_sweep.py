@@ -96,7 +96,7 @@ def test_the_mistakes_of_all_jobs_are_told_before_the_first_starts(arguments, ca
     ("more", "said"),
     [
         (["model.capacity=0.5"], "sweeps nothing"),
-        ([CAPACITIES, "sweep.retries=true"], "is no option of a sweep"),
+        ([CAPACITIES, "sweep.retries=true"], "is not an option of a sweep"),
         ([CAPACITIES, "sweep.retry=often"], "does not fit"),
         ([CAPACITIES, "hydra/launcher=cluster"], "cluster"),
         ([CAPACITIES, "hydra.launcher.n_jobz=2"], "n_jobz"),
@@ -105,9 +105,9 @@ def test_the_mistakes_of_all_jobs_are_told_before_the_first_starts(arguments, ca
         ([CAPACITIES, "cluster=cpu", "nodes=2"], "add hydra/launcher=slurm"),
         ([CAPACITIES, *ON_SLURM, "hydra.launcher.partition=gpu"], "cluster.partition=gpu"),
         ([CAPACITIES, *ON_SLURM, "nodes=1,2"], "has several values"),
-        ([CAPACITIES, *ON_SLURM, "chain=3"], "comes back by itself"),
+        ([CAPACITIES, *ON_SLURM, "chain=3"], "is requeued by itself"),
         # Quotes may be there; the job is not trained here for them.
-        ([CAPACITIES, "hydra/launcher='slurm'", "chain=3"], "comes back by itself"),
+        ([CAPACITIES, "hydra/launcher='slurm'", "chain=3"], "is requeued by itself"),
         ([CAPACITIES, *ON_SLURM, "at_once=0"], "at_once=0"),
         ([CAPACITIES, *ON_SLURM, "cluster.shape=round"], "shape"),
         ([CAPACITIES, *ON_SLURM, "processes_per_node=2"], "strategy"),
@@ -337,7 +337,7 @@ def test_a_file_system_without_locks_is_named(arguments, monkeypatch, capsys):
 
 
 def test_there_is_no_table_without_a_sweep(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no sweep\.json"):
+    with pytest.raises(CheckpointError, match=r"sweep\.json is missing"):
         sweep_table(tmp_path)
 
 
