@@ -1,32 +1,32 @@
 # shellcheck shell=bash
-# What every job script here has in common; it is sourced, and docs/concepts/slurm-jobs.md explains it.
+# Common part of all job scripts, which source it; see docs/concepts/slurm-jobs.md.
 #
-# What a script may set before (all have a default):
+# Variables that a script may set before (all have a default):
 #   code           directory that holds modtrain/ and slurm/: a checkout, or what `modtrain submit` froze
 #   python         interpreter that has modtrain's packages; in a container, the one inside
-#   run_directory  where failures are noted and checkpoints are looked for; empty: nowhere
+#   run_directory  where failures are recorded and checkpoints are searched; empty: nowhere
 #   launcher       srun (a task for each process) or torchrun (a task for each node)
 #   processes      processes on each node
-#   container      none, apptainer or pyxis; image, mounts: what runs in it, and what it sees
+#   container      none, apptainer or pyxis; image, mounts: its image, and the paths it can see
 #   site_files     files to source; modules: modules to load; variables: NAME=VALUE to export
 #   scratch        directory on the node's own disk for temporary files; empty: the system's
-#   again          what comes after a stop with work left: requeue, resubmit or nothing
-#   lead, grace    seconds from the signal before the time limit, and from that of a preemption, to
-#                  the end; a save that takes longer is not begun
-#   script, verb   what is submitted again, with the same arguments, and what it does
+#   again          what follows a stop with work left: requeue, resubmit or nothing
+#   lead, grace    seconds between the signal and the end, before the time limit and at a
+#                  preemption; a save that takes longer is not started
+#   script, verb   the script to resubmit with the same arguments, and the verb that it runs
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
-  echo "bash 4.4 or newer is needed here, and this is $BASH_VERSION" >&2
+  echo "bash 4.4 or newer is needed, and this is $BASH_VERSION" >&2
   exit 2
 }
 arguments=("$@")
-# How times are shown is read here, and what this job's environment lets through is all or nothing.
+# Times are parsed below in their default format. The environment is passed on as a whole.
 unset SLURM_TIME_FORMAT
 export SLURM_EXPORT_ENV=ALL
 : "${code:=${MODTRAIN_CODE:-${SLURM_SUBMIT_DIR:-$PWD}}}"
 : "${run_directory:=}" "${launcher:=srun}" "${processes:=${SLURM_NTASKS_PER_NODE:-1}}"
 : "${container:=none}" "${image:=}" "${scratch:=}" "${again:=requeue}" "${lead:=300}"
-: "${grace:=30}" "${alike_failures:=3}" "${script:=$0}" "${verb:=train}"
+: "${grace:=30}" "${max_equal_failures:=3}" "${script:=$0}" "${verb:=train}"
 mounts=(${mounts[@]+"${mounts[@]}"}) site_files=(${site_files[@]+"${site_files[@]}"})
 modules=(${modules[@]+"${modules[@]}"}) variables=(${variables[@]+"${variables[@]}"})
 if [[ -z ${python:-} ]]; then
@@ -34,10 +34,10 @@ if [[ -z ${python:-} ]]; then
   [[ $container != none || ! -x $code/.venv/bin/python ]] || python=$code/.venv/bin/python
 fi
 
-# The log may lie where nothing can be written just now, which is no reason to end.
+# A log that cannot be written at the moment must not end the job.
 say() { printf '[%(%F %T)T] job %s: %s\n' -1 "$(job_id)" "$*" || true; }
 
-# The name under which Slurm requeues this job: an array's task is not known by its number alone.
+# The id by which Slurm requeues this job: an array's task needs its index.
 job_id() {
   if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
     echo "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
@@ -48,51 +48,51 @@ job_id() {
 
 # ---- the node ----------------------------------------------------------------------------------
 
-# False where this node is of no use, and then says why in `unfit`.
+# False if this node cannot be used; `node_error` has the reason.
 prepare_node() {
   local entry host
-  unfit=
-  # Their own variables are not ours to judge.
+  node_error=
+  # A site's files may use unset variables.
   set +u
   for entry in "${site_files[@]}"; do
     # shellcheck disable=SC1090
-    source "$entry" || say "$entry ended with $?: goes on"
+    source "$entry" || say "$entry ended with $?: continuing"
   done
   if [[ ${#modules[@]} -gt 0 ]] && ! module load "${modules[@]}"; then
-    unfit="${modules[*]} could not be loaded on $(hostname)"
+    node_error="${modules[*]} could not be loaded on $(hostname)"
   fi
   set -u
   for entry in "${variables[@]}"; do export "${entry?}"; done
   [[ -z $scratch ]] || export TMPDIR="$scratch"
-  # A container has packages of its own, which the host's must not hide.
+  # The host's packages must not shadow those of the container.
   [[ $container = none ]] || PYTHONPATH=
   export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-  # Without it each task of a step would be given a single CPU since Slurm 22.05.
+  # Since Slurm 22.05 each task of a step would get a single CPU without this.
   export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
   node_cpus=$((SRUN_CPUS_PER_TASK * ${SLURM_NTASKS_PER_NODE:-1}))
-  local share=$((several == 1 ? node_cpus / processes : SRUN_CPUS_PER_TASK))
+  local share=$((is_distributed == 1 ? node_cpus / processes : SRUN_CPUS_PER_TASK))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}"
-  # Not through a pipe: of many names scontrol would not be done when the reader is.
-  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || unfit="no names of $SLURM_JOB_NODELIST"
+  # Not through a pipe: with many names scontrol would fail when the reader exits first.
+  host=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || node_error="no names of $SLURM_JOB_NODELIST"
   host=${host%%$'\n'*}
-  # Below the ports that the system gives away; another one for each job on a node.
+  # Below the ephemeral ports; differs between jobs on a node.
   export MASTER_ADDR="$host" MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
   export MODTRAIN_LEAD="$lead" MODTRAIN_GRACE="$grace"
-  # How srun is to start the processes, where it does not have it from the job.
+  # The layout for srun where it does not follow from the job.
   local each=$processes cpus=$SRUN_CPUS_PER_TASK
   [[ $launcher != torchrun ]] || each=1 cpus=$node_cpus
-  spread=(--ntasks=$((SLURM_JOB_NUM_NODES * each)) --ntasks-per-node="$each" --cpus-per-task="$cpus")
-  # A container sees it like any other node's directory.
+  srun_layout=(--ntasks=$((SLURM_JOB_NUM_NODES * each)) --ntasks-per-node="$each" --cpus-per-task="$cpus")
+  # The container needs scratch mounted.
   [[ -z $scratch || " ${mounts[*]}" = *" $scratch"* ]] || mounts+=("$scratch")
-  [[ -z $unfit ]]
+  [[ -z $node_error ]]
 }
 
-# modtrain VERB OVERRIDE...: what to run on a node, in the container where there is one.
+# set_command VERB OVERRIDE...: the command for a node, inside the container if there is one.
 set_command() {
   local mount launch=("$python" -m modtrain)
   local signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-  if [[ $launcher = torchrun && $several -eq 1 ]]; then
-    # The signals go on to the workers, which have as long as the job to save.
+  if [[ $launcher = torchrun && $is_distributed -eq 1 ]]; then
+    # Signals are forwarded to the workers, which have the job's time to save.
     launch=("$python" -m torch.distributed.run
       --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$processes" --max-restarts 0
       --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"
@@ -111,7 +111,7 @@ set_command() {
       ;;
     pyxis)
       local pairs=()
-      # Both sides are named there.
+      # pyxis needs both sides of a mount.
       for mount in "${mounts[@]}"; do pairs+=("$mount$([[ $mount = *:* ]] || echo ":$mount")"); done
       in_container=(--container-image="$image" --container-workdir="$PWD" --no-container-mount-home)
       [[ ${#pairs[@]} -eq 0 ]] || in_container+=(--container-mounts="$(IFS=,; echo "${pairs[*]}")")
@@ -122,7 +122,7 @@ set_command() {
 
 # ---- the step ----------------------------------------------------------------------------------
 
-# Runs a step to its end, whatever signals come meanwhile; leaves its exit code in `status`.
+# Runs a step to its end, whatever signals arrive; sets `status` to its exit code.
 run_step() {
   local step
   MODTRAIN_OUTCOME=$(outcome_file)
@@ -131,7 +131,7 @@ run_step() {
   srun --kill-on-bad-exit=1 --label "$@" &
   step=$!
   step_pid=$step
-  [[ -z $asked ]] || pass_on "$asked"
+  [[ -z $received_signal ]] || forward_signal "$received_signal"
   while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
   status=0
   wait "$step" || status=$?
@@ -145,26 +145,26 @@ outcome_file() {
   echo "$folder/.outcome-$(job_id)"
 }
 
-# This shell has the signals (--signal=B:USR1@...), so that none is lost before the step begins.
-watch_signals() {
-  asked='' step_pid='' warned='' shown=''
+# This shell receives the signals (--signal=B:USR1@...), so that none is lost before the step starts.
+trap_signals() {
+  received_signal='' step_pid='' got_usr1='' job_state=''
   trap 'on_signal USR1' USR1
   trap 'on_signal TERM' TERM
 }
 
 on_signal() {
-  local first=$asked
-  asked=$1
-  [[ $1 != USR1 ]] || warned=yes
-  # Some sites send the signal of the time limit for a preemption too, which leaves less time.
-  [[ $1 != USR1 ]] || ! is_preempted || asked=TERM
-  [[ -n $first || -z $step_pid ]] || pass_on "$asked"
+  local first=$received_signal
+  received_signal=$1
+  [[ $1 != USR1 ]] || got_usr1=yes
+  # Some sites send this signal for a preemption too, which leaves less time.
+  [[ $1 != USR1 ]] || ! is_preempted || received_signal=TERM
+  [[ -n $first || -z $step_pid ]] || forward_signal "$received_signal"
 }
 
-pass_on() {
-  say "$1: the step is asked to save and to end"
-  # By the task's own name: the number of an array's last task is that of the array, too.
-  # Through Slurm, which reaches the tasks on all nodes; srun keeps the signal for itself at times.
+forward_signal() {
+  say "$1: the step is signalled to save and stop"
+  # By the full id: the number of an array's last task is also that of the array. By scancel, which
+  # reaches the tasks on all nodes; srun does not always forward a signal.
   scancel --signal="$1" "$(job_id)" || kill -"$1" "$step_pid" 2>/dev/null || true
 }
 
@@ -175,10 +175,10 @@ source "${BASH_SOURCE[0]%/*}/ending.sh"
 
 # on_all VERB OVERRIDE...: `processes` on each node, one for each GPU.
 on_all() {
-  several=1
+  is_distributed=1
   begin "$@"
   if [[ $launcher = torchrun ]]; then
-    run_step "${spread[@]}" "${in_container[@]}" "${command[@]}"
+    run_step "${srun_layout[@]}" "${in_container[@]}" "${command[@]}"
   else
     run_step "${in_container[@]}" "${command[@]}"
   fi
@@ -187,36 +187,36 @@ on_all() {
 
 # on_one VERB OVERRIDE...: a single process.
 on_one() {
-  several=0
+  is_distributed=0
   begin "$@"
   run_step --nodes=1 --ntasks=1 "${in_container[@]}" "${command[@]}"
   finish
 }
 
 begin() {
-  watch_signals
+  trap_signals
   [[ -n $run_directory || $1 != train ]] || run_directory=$(run_of "${@:2}")
   say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"
-  # A job that was requeued may start before it is taken out of the queue.
-  stop_if_cancelled
-  note_job || true
-  forgive || true
-  prepare_node || fail 1 "$unfit"
+  # A requeued job may start before scancel takes it out of the queue.
+  exit_if_cancelled
+  record_job || true
+  clear_failure || true
+  prepare_node || fail 1 "$node_error"
   set_command "$@"
-  if [[ -n $asked ]]; then go_on "stopped by $asked before it began"; fi
+  if [[ -n $received_signal ]]; then restart_job "stopped by $received_signal before it started"; fi
 }
 
-# Keeps the nodes until the job is cancelled or its time is over, and tells how to use them.
-hold() {
-  several=1
-  prepare_node || say "$unfit"
+# Keeps the nodes until the job is cancelled or its time is over, and prints how to use them.
+keep_nodes() {
+  is_distributed=1
+  prepare_node || say "$node_error"
   set_command train name=debug
   local environment=(MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" PYTHONPATH="$PYTHONPATH"
     OMP_NUM_THREADS="$OMP_NUM_THREADS" "${variables[@]}")
   say "on $SLURM_JOB_NODELIST; a shell on the first node:"
   echo "  srun --jobid=$SLURM_JOB_ID --overlap --nodes=1 --ntasks=1 ${in_container[*]@Q} --pty bash -l"
   say "a run on all of them:"
-  echo "  env ${environment[*]@Q} srun --jobid=$SLURM_JOB_ID --overlap ${spread[*]} ${in_container[*]@Q} ${command[*]@Q}"
-  say "give them back by: scancel $SLURM_JOB_ID"
+  echo "  env ${environment[*]@Q} srun --jobid=$SLURM_JOB_ID --overlap ${srun_layout[*]} ${in_container[*]@Q} ${command[*]@Q}"
+  say "release them with: scancel $SLURM_JOB_ID"
   sleep infinity
 }

@@ -168,7 +168,7 @@ class _Cancellation:
         elif unsaved:
             slurm.signal_save(unsaved)
             self.signalled.update(unsaved)
-            text = f"job {', '.join(unsaved)}: asked to save and to end"
+            text = f"job {', '.join(unsaved)}: signalled to save and stop"
             self.print_line(f"{text}; {self.config.wait:g} s for it")
 
     def _refresh(self) -> list[SlurmJob]:

@@ -59,12 +59,12 @@ class BudgetConfig:
             if (value := getattr(self, name)) is not None
         }
         if len(given) != 1:
-            said = "none is given" if not given else f"{len(given)} are given"
+            count = "none is given" if not given else f"{len(given)} are given"
             return [
                 Problem(
                     prefix,
                     given or "null",
-                    f"{said}; a run has exactly one budget",
+                    f"{count}; a run has exactly one budget",
                     f"set one of {prefix}.flops, {prefix}.tokens, {prefix}.steps"
                     " and leave the others null",
                 )

@@ -28,12 +28,12 @@ def state_bytes(config: TrainConfig, dims: ParallelDims) -> dict[str, tuple[int,
 
 def device_bytes(config: TrainConfig, dims: ParallelDims) -> int:
     """Return the bytes of the state that a process keeps on its device, without activations."""
-    held = state_bytes(config, dims)
+    sizes = state_bytes(config, dims)
     label = OPTIMIZERS[config.optimizer.name].state_label
     off = {label} if config.strategy.offload else set()
     if config.strategy.offload and config.strategy.stage == 3:
         off.add("weights")
-    return sum(size for name, (size, _) in held.items() if name not in off)
+    return sum(size for name, (size, _) in sizes.items() if name not in off)
 
 
 def gibibytes(size: int) -> str:

@@ -160,10 +160,10 @@ def _memory(config: TrainConfig, dims: ParallelDims) -> Table:
     many = f" ({config.strategy.name}, {dims.world_size} processes)"
     where = many if dims.world_size > 1 else ""
     table = Table(title=f"memory of a device, without activations{where}", show_header=False)
-    held = state_bytes(config, dims)
-    for name, (size, pieces) in held.items():
-        cut = f" (1/{pieces})" if pieces > 1 else ""
-        table.add_row(name + cut, gibibytes(size))
+    sizes = state_bytes(config, dims)
+    for name, (size, pieces) in sizes.items():
+        share = f" (1/{pieces})" if pieces > 1 else ""
+        table.add_row(name + share, gibibytes(size))
     table.add_section()
-    table.add_row("total", gibibytes(sum(size for size, _ in held.values())))
+    table.add_row("total", gibibytes(sum(size for size, _ in sizes.values())))
     return table

@@ -111,7 +111,7 @@ def test_cancel_ends_a_chain_and_what_comes_back_by_itself(cluster, run, tmp_pat
     second = start(cluster, run, f"--dependency=afterany:{first}")
     wait_for((run / f"logs/slurm-{first}.out").is_file)
     text = modtrain(cluster, tmp_path, "cancel", "run=x")
-    assert f"job {first}: asked to save" in text
+    assert f"job {first}: signalled to save" in text
     assert "can be resumed from step 5, saved now" in text
     assert [cluster.state(job) for job in (first, second)] == ["CANCELLED", "CANCELLED"]
     assert cluster.output(first).count("told") == 1
@@ -125,7 +125,7 @@ def test_cancel_of_an_array_asks_every_task(cluster, run, tmp_path):
     job = start(cluster, run, "--array=0-2", "--output=logs/slurm-%A_%a.out")
     wait_for(lambda: sum("start" in p.read_text() for p in run.glob("logs/slurm-*.out")) == 3)
     text = modtrain(cluster, tmp_path, "cancel", "run=x")
-    assert f"job {job}_0, {job}_1, {job}_2: asked to save" in text
+    assert f"job {job}_0, {job}_1, {job}_2: signalled to save" in text
     for task in range(3):
         assert cluster.state(f"{job}_{task}") == "CANCELLED"
         assert (run / f"logs/slurm-{job}_{task}.out").read_text().count("told") == 1

@@ -124,7 +124,7 @@ def test_who_ends_a_job_by_scancel_has_ended_it(cluster, tmp_path, words, monkey
     cluster.run("scancel", job)
     cluster.wait(job, "CANCELLED", timeout=TIMEOUT)
     _wait_for(lambda: "ended by scancel" in cluster.output(job))
-    assert "ended with 1: goes on" in cluster.output(job)
+    assert "ended with 1: continuing" in cluster.output(job)
     assert list((run / "checkpoints").glob("step-*"))
     assert cluster.details(job)["Restarts"] == "0"
     assert not (run / "failures.tsv").exists()
@@ -205,7 +205,7 @@ def test_a_chain_ends_where_its_run_is_given_up(cluster, tmp_path, words):
     for number in numbers:
         cluster.wait(number, "FAILED", timeout=TIMEOUT)
     assert len((run / "failures.tsv").read_text().splitlines()) == 3
-    assert "the run was given up" in cluster.output(numbers[3])
+    assert "the run has failed for good" in cluster.output(numbers[3])
     assert "could not be loaded" in (run / "failure.json").read_text()
     (tmp_path / "loads").touch()
     (job,) = submit(cluster, tmp_path, *words, *site)
@@ -370,7 +370,7 @@ def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
     )
     cluster.wait(job, "FAILED", timeout=TIMEOUT)
     assert cluster.details(job)["Restarts"] == "0"
-    assert "not started again" in cluster.output(job)
+    assert "not restarted" in cluster.output(job)
 
 
 @pytest.mark.nightly
