@@ -71,10 +71,10 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
         from modtrain.distributed.launch import Launch
         from modtrain.training.plan import resolve
 
-        resolve(config, launch=Launch.from_environment())
+        config, plan = resolve(config, launch=Launch.from_environment())
         from modtrain.training.run import train
 
-        ended = train(config)
+        ended = train(config, plan=plan)
         if ended.exit_code == 0:
             from modtrain.experiments.hparams import write_swept
 

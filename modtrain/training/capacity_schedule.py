@@ -1,7 +1,7 @@
-"""The capacities of routed layers over the run: a pure function of configuration, step and steps.
+"""The capacities of routed layers over the run: a pure function of configuration and step.
 
-Nothing is kept between steps, so accumulation, a resumed run and recomputed activations see the
-same capacities. Imports no torch: plans are made of it.
+No state is kept between steps, so accumulation, resumed runs and recomputed activations use the
+same capacities. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Capacities = tuple[float | None, ...]
 
 @dataclass(frozen=True)
 class CapacityStage:
-    """Steps that have the same capacities: ``first`` (from 0) up to, but without, ``stop``."""
+    """The steps from ``first``, counted from 0, to before ``stop``, with equal capacities."""
 
     first: int
     stop: int
@@ -27,21 +27,20 @@ class CapacityStage:
 
     @property
     def num_steps(self) -> int:
-        """How many steps it has."""
+        """The number of steps."""
         return self.stop - self.first
 
 
 def capacity_level(config: CapacityScheduleConfig, step: int, num_steps: int) -> int:
     """Return the level of step ``step`` (from 0): 0 at the start, ``num_levels - 1`` at the end.
 
-    It is the level that lies nearest to the curve at the share of the run's tokens that was seen
-    before the step.
+    It is the level nearest to the curve at the share of the run's tokens before the step.
     """
     return bisect_right(level_starts(config, num_steps), step) - 1
 
 
 def level_starts(config: CapacityScheduleConfig, num_steps: int) -> list[int]:
-    """Return the first step of each level, rising from 0; a level may be left out by the next."""
+    """Return the first step of each level, from 0 up; equal ones leave the earlier level out."""
     span = config.end - config.begin
     last = config.num_levels - 1
     starts = [0]
@@ -49,12 +48,12 @@ def level_starts(config: CapacityScheduleConfig, num_steps: int) -> list[int]:
         if config.name == "step":
             share = config.end
         else:
-            # Halfway between two levels the later one begins.
+            # A level begins halfway from the one before.
             progress = (level - 0.5) / last
             if config.name == "cosine":
                 progress = math.acos(1 - 2 * progress) / math.pi
             share = config.begin + span * progress
-        # A hair earlier: 0.55 x 100 steps is 55.000000000000007 in floating point.
+        # Against rounding: 0.55 x 100 steps is 55.000000000000007 in floating point.
         starts.append(math.ceil(share * num_steps * (1 - 1e-12)))
     return starts
 
@@ -78,7 +77,7 @@ def level_capacities(
 def capacities_at(
     config: CapacityScheduleConfig, final: Sequence[float | None], step: int, num_steps: int
 ) -> list[float | None]:
-    """Return each layer's capacity at step ``step`` (from 0) of ``num_steps``; None: dense.
+    """Return each layer's capacity at ``step``, counted from 0, of ``num_steps``; None: dense.
 
     final: the capacities of the pattern, which the run ends with.
     """
@@ -88,7 +87,7 @@ def capacities_at(
 def capacity_stages(
     config: CapacityScheduleConfig, final: Sequence[float | None], num_steps: int
 ) -> list[CapacityStage]:
-    """Return the stages of the run, in order and without a gap; no two neighbours are equal."""
+    """Return the contiguous stages of the run; neighbours differ in their capacities."""
     bounds = [*level_starts(config, num_steps), num_steps]
     stages: list[CapacityStage] = []
     for level, (first, stop) in enumerate(pairwise(bounds)):

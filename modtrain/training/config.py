@@ -1,9 +1,10 @@
-"""Typed configuration of a training run. Imports nothing heavy, so that mistakes show at once."""
+"""Typed configuration of a training run. Imports nothing heavy, so that errors show at once."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 
 from modtrain.common.errors import Problem
 from modtrain.common.validation import at_least, one_of, shares
@@ -31,20 +32,20 @@ MUTABLE_KEYS = (
     "data.prefetch_factor",
     "data.verify",
 )
-"""What may differ when a run is started again: nothing here changes its weights but by rounding.
+"""Keys that may differ when a run is resumed: they change its weights by rounding only.
 
-What is done about loss spikes may: a run that stopped at one can go on in another way. The size of
-a micro-batch may not where the model makes something of one as a whole (`ModelConfig`'s
-``depends_on_micro_batch``).
+An exception is the handling of loss spikes: a run that it stopped can resume with another one. The
+micro-batch size may not differ if the model's layers depend on the whole micro-batch
+(`ModelConfig.depends_on_micro_batch`).
 """
 
 
 @dataclass
 class BudgetConfig:
-    """How long to train; exactly one of the three, the others follow from the model.
+    """How long to train: exactly one of the three; the others follow from the model.
 
     flops: executed training FLOPs, forward and backward. tokens: tokens seen. steps: optimizer
-    steps. A budget of FLOPs or tokens is met by the whole number of steps that lies nearest.
+    steps. A budget of FLOPs or tokens is rounded to the nearest number of steps.
     """
 
     flops: float | None = None
@@ -77,28 +78,28 @@ class BudgetConfig:
 
 @dataclass
 class BatchConfig:
-    """How many tokens a step, and how many sequences at a time.
+    """How many tokens a step, and how many sequences a micro-batch.
 
     tokens: tokens an optimizer step, over all devices and accumulation.
-    micro_batch_size: sequences a device takes at once; accumulation makes up the rest.
+    micro_batch_size: sequences in a forward pass on a device; accumulation makes up the rest.
     """
 
     tokens: int = 16384
     micro_batch_size: int = 8
 
     def problems(self, prefix: str) -> list[Problem]:
-        """Everything wrong with the batch that needs no data to see."""
+        """Everything wrong with the batch that can be checked without data."""
         return at_least(self, prefix, 1, "tokens", "micro_batch_size")
 
 
 @dataclass
 class ScheduleConfig:
-    """The learning rate over the run, whose length is exactly the run's steps.
+    """The learning rate over exactly the run's steps.
 
     name: ``cosine``, ``linear``, ``wsd`` (warm-up, stable, linear decay) or ``constant``.
-    warmup: share of the steps over which the rate rises from 0.
-    decay: share of the steps over which wsd falls at the end.
-    final: the last rate over the highest.
+    warmup: share of the steps in which the rate rises from 0.
+    decay: share of the steps at the end in which wsd decays.
+    final: the last rate divided by the highest.
     """
 
     name: str = "cosine"
@@ -108,10 +109,10 @@ class ScheduleConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the schedule."""
-        found = one_of(self, prefix, "name", SCHEDULES)
-        found += shares(self, prefix, "warmup", "decay", "final")
-        if not found and self.name == "wsd" and self.warmup + self.decay > 1:
-            found.append(
+        problems = one_of(self, prefix, "name", SCHEDULES)
+        problems += shares(self, prefix, "warmup", "decay", "final")
+        if not problems and self.name == "wsd" and self.warmup + self.decay > 1:
+            problems.append(
                 Problem(
                     f"{prefix}.decay",
                     self.decay,
@@ -119,19 +120,19 @@ class ScheduleConfig:
                     "let their sum be 1 at most",
                 )
             )
-        return found
+        return problems
 
 
 @dataclass
 class CapacityScheduleConfig:
-    """The capacity of each routed layer over the run: from ``start`` to its own of the pattern.
+    """The capacity of each routed layer over the run: from ``start`` to the model's own.
 
-    name: ``constant``: its own throughout. ``linear``, ``cosine`` (half a cosine): from ``start``
-        at ``begin`` to its own at ``end``. ``step``: from one to the other at ``end``.
+    name: ``constant``: the model's own throughout. ``linear``, ``cosine`` (half a cosine): from
+        ``start`` at ``begin`` to the model's own at ``end``. ``step``: changes at ``end``.
     start: the first capacity of every routed layer, in (0, 1].
     begin, end: shares of the run's tokens.
-    levels: of linear and cosine, how many values a capacity takes, the first and the last included;
-        a compiled model is compiled anew ``levels - 1`` times at most.
+    levels: for linear and cosine, how many values a capacity takes, including first and last; a
+        compiled model is recompiled ``levels - 1`` times at most.
     """
 
     name: str = "constant"
@@ -142,28 +143,30 @@ class CapacityScheduleConfig:
 
     @property
     def num_levels(self) -> int:
-        """How many values a capacity takes over the run."""
+        """The number of values that a capacity takes over the run."""
         return {"constant": 1, "step": 2}.get(self.name, self.levels)
 
     def problems(self, prefix: str) -> list[Problem]:
-        """Everything wrong with the schedule of capacities."""
-        found = [
+        """Everything wrong with the capacity schedule."""
+        problems = [
             *one_of(self, prefix, "name", CAPACITY_SCHEDULES),
             *shares(self, prefix, "begin", "end"),
             *at_least(self, prefix, 2, "levels"),
         ]
         if not 0 < self.start <= 1:
             reason = "is not a share of the tokens in (0, 1]"
-            found.append(Problem(f"{prefix}.start", self.start, reason, "1 takes all the tokens"))
+            problems.append(
+                Problem(f"{prefix}.start", self.start, reason, "1 takes all the tokens")
+            )
         if self.begin > self.end:
             reason = f"is after {prefix}.end={self.end}"
-            found.append(Problem(f"{prefix}.begin", self.begin, reason, "begin before the end"))
-        never = self.end == 1 if self.name == "step" else self.begin == 1
-        if not found and never and self.name != "constant":
+            problems.append(Problem(f"{prefix}.begin", self.begin, reason, "begin before the end"))
+        is_never_reached = self.end == 1 if self.name == "step" else self.begin == 1
+        if not problems and is_never_reached and self.name != "constant":
             key = "end" if self.name == "step" else "begin"
-            reason = "leaves no step at the model's own capacities"
-            found.append(Problem(f"{prefix}.{key}", 1, reason, "let the change come earlier"))
-        return found
+            reason = "leaves no step with the model's own capacities"
+            problems.append(Problem(f"{prefix}.{key}", 1, reason, "let it change earlier"))
+        return problems
 
 
 @dataclass
@@ -202,12 +205,12 @@ class CheckpointConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the checkpoints."""
-        found = at_least(self, prefix, 1, "every", "keep_last", "keep_every")
-        if not found and self.keep_every is not None and self.keep_every % self.every:
-            reason = f"is no multiple of {prefix}.every={self.every}"
-            remedy = "no checkpoint would fall on it: choose a multiple"
-            found.append(Problem(f"{prefix}.keep_every", self.keep_every, reason, remedy))
-        return found
+        problems = at_least(self, prefix, 1, "every", "keep_last", "keep_every")
+        if not problems and self.keep_every is not None and self.keep_every % self.every:
+            reason = f"is not a multiple of {prefix}.every={self.every}"
+            remedy = "choose a multiple, or no checkpoint would be kept"
+            problems.append(Problem(f"{prefix}.keep_every", self.keep_every, reason, remedy))
+        return problems
 
 
 @dataclass
@@ -260,26 +263,38 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
-        """Everything wrong with the run that can be seen without its data."""
-        found = one_of(self, "", "precision", PRECISIONS)
+        """Everything wrong with the run that can be checked without its data."""
+        return self.problems_of_all(self.problems_by_part(), needs_name)
+
+    def problems_by_part(self) -> dict[str, list[Problem]]:
+        """What is wrong with each part by itself."""
+        return {
+            part: getattr(self, part).problems(part)
+            for part in (
+                *("model", "data", "budget", "batch", "optimizer", "schedule"),
+                *("capacity_schedule", "strategy", "eval", "checkpoint", "spike", "log"),
+            )
+        }
+
+    def problems_of_all(
+        self, by_part: dict[str, list[Problem]], needs_name: bool = True
+    ) -> list[Problem]:
+        """Add to ``by_part``, as `problems_by_part` returns it, what is wrong between parts."""
+        problems = one_of(self, "", "precision", PRECISIONS)
         if not 0 <= self.seed < 2**32:
-            found.append(Problem("seed", self.seed, "is not in [0, 2^32)", "give one that is"))
-        found += self._name_problems() if needs_name or self.name is not None else []
-        for part in (
-            *("model", "data", "budget", "batch", "optimizer", "schedule"),
-            *("capacity_schedule", "strategy", "eval", "checkpoint", "spike", "log"),
-        ):
-            found += getattr(self, part).problems(part)
+            problems.append(Problem("seed", self.seed, "is not in [0, 2^32)", "give one that is"))
+        problems += self._name_problems() if needs_name or self.name is not None else []
+        problems += chain.from_iterable(by_part.values())
         uses_zero = self.strategy.stage is not None
-        found += optimizer_problems(self.optimizer, "optimizer", uses_zero)
-        found += run_problems(self.strategy, "strategy", self.compile)
-        found += self.spike.strategy_problems("spike", self.strategy.name)
-        return found + self._routing_problems()
+        problems += optimizer_problems(self.optimizer, "optimizer", uses_zero)
+        problems += run_problems(self.strategy, "strategy", self.compile)
+        problems += self.spike.strategy_problems("spike", self.strategy.name)
+        return problems if by_part["model"] else problems + self._routing_problems()
 
     def _routing_problems(self) -> list[Problem]:
-        """Find a schedule of capacities in a model that has none."""
+        """Find a capacity schedule for a model that routes no layer."""
         name = self.capacity_schedule.name
-        if name == "constant" or self.model.problems("model") or self.model.is_routed:
+        if name == "constant" or self.model.is_routed:
             return []
         reason = f"has no layer to change: model.pattern={self.model.pattern} routes none"
         remedy = "use constant, or a pattern such as every_other"

@@ -1,4 +1,4 @@
-"""What the devices at hand can do, as far as it is known."""
+"""Peak FLOP/s of known devices, and what ``auto`` resolves to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 from modtrain.common.errors import ConfigError, Problem
 
-# Dense bf16 peaks in FLOP/s without sparsity, from the makers' data sheets. Longer names first:
-# the first that occurs in the device's name counts.
+# Dense bf16 peaks in FLOP/s, from the manufacturers' data sheets. Longer names first: the first one
+# that occurs in the device's name counts.
 _BF16_PEAKS = (
     ("B200", 2.25e15),
     ("GH200", 989e12),
@@ -25,7 +25,7 @@ _BF16_PEAKS = (
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Return the device's peak FLOP/s at ``precision`` (``bf16``, ``fp32``), None if unknown.
 
-    An unknown device gives no utilisation rather than a wrong one.
+    For an unknown device no MFU is reported rather than a wrong one.
     """
     if device.type != "cuda" or precision != "bf16":
         return None
@@ -44,12 +44,12 @@ def resolve_accelerator(accelerator: str) -> str:
     """Return ``cuda``, ``mps`` or ``cpu`` for ``auto``.
 
     Raises:
-        ConfigError: the one asked for is not here.
+        ConfigError: the device is not available.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if accelerator == "auto":
-        return next((name for name, is_there in there.items() if is_there), "cpu")
-    if not there.get(accelerator, True):
-        remedy = "use auto or cpu here; modtrain doctor says what is missing"
+        return next((name for name, is_available in available.items() if is_available), "cpu")
+    if not available.get(accelerator, True):
+        remedy = "use auto or cpu; modtrain doctor says what is missing"
         raise ConfigError([Problem("accelerator", accelerator, "is not available", remedy)])
     return accelerator

@@ -121,7 +121,8 @@ def resolve(
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    found = config.problems(needs_name=needs_data)
+    by_part = config.problems_by_part()
+    found = config.problems_of_all(by_part, needs_name=needs_data)
     summary = _summary(config.data.path)
     if needs_data:
         found += data_mismatches(config)
@@ -132,13 +133,13 @@ def resolve(
     found += length_problems
     launch = expected_launch(config.strategy, Launch()) if launch is None else launch
     dims = _ALONE
-    if not config.strategy.problems("strategy") and not config.model.problems("model"):
+    if not by_part["strategy"] and not by_part["model"]:
         misfits = dims_problems(config.strategy, "strategy", config.model, launch)
         dims = _ALONE if misfits else dims_of(config.strategy, config.model, launch)
         found += misfits
     if seq_len > 0:
         found += _batch_problems(config, seq_len, dims.data_parallel)
-        found += _capacity_problems(config, seq_len)
+        found += [] if by_part["model"] else _capacity_problems(config, seq_len)
     eos_id, eos_problems = _end_of_document(config, summary)
     found += eos_problems
     raise_if_any(found)
@@ -299,8 +300,6 @@ def _end_of_document(
 
 def _capacity_problems(config: TrainConfig, seq_len: int) -> list[Problem]:
     """Find capacities that round to no token at all; between two that do not, none does."""
-    if config.model.problems("model"):
-        return []
     model, schedule = config.model, config.capacity_schedule
     final = model.capacities
     named = isinstance(model.pattern, str) and model.pattern in PATTERNS

@@ -51,12 +51,17 @@ class TrainResult:
     exit_code: int = 0
 
 
-def train(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> TrainResult:
+def train(
+    config: TrainConfig,
+    callbacks: Sequence[L.Callback] = (),
+    plan: TrainingPlan | None = None,
+) -> TrainResult:
     """Train the run that ``config`` describes, from its newest whole checkpoint if it has one.
 
     Collective where torchrun or srun started several processes.
 
-    callbacks: further Lightning callbacks; they are called first.
+    callbacks: further Lightning callbacks; they are called first. plan: of ``config``, if both are
+    what `resolve` returned for these processes; None: they are resolved here.
 
     Raises:
         ModtrainError: an error that the user can correct, with the remedy.
@@ -73,8 +78,9 @@ def train(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> TrainRes
         init_ranks(launch, accelerator, timeout, needs_group) as ranks,
         run_watchdog(ranks, config.strategy.timeout, logs) as watchdog,
     ):
-        with ranks.raise_on_all_ranks():
-            config, plan = resolve(config, launch=launch)
+        if plan is None:
+            with ranks.raise_on_all_ranks():
+                config, plan = resolve(config, launch=launch)
         return _Run(config, plan, launch, ranks, watchdog, callbacks).train()
 
 

@@ -35,6 +35,21 @@ def config(**changes):
     return replace(base, **changes)
 
 
+@pytest.mark.parametrize("parts", [("model", "strategy"), ("budget", "capacity_schedule")])
+def test_each_part_is_checked_once(parts, monkeypatch):
+    checked = []
+    run = config(capacity_schedule=CapacityScheduleConfig("linear"), budget=BudgetConfig(steps=40))
+
+    def count(part, original):
+        return lambda self, *arguments: (checked.append(part), original(self, *arguments))[1]
+
+    for part in parts:
+        kind = type(getattr(run, part))
+        monkeypatch.setattr(kind, "problems", count(part, kind.problems))
+    resolve(run, needs_data=False)
+    assert sorted(checked) == sorted(parts)
+
+
 @st.composite
 def scheduled(draw):
     """A run of few steps whose capacities fall, rise or both."""

@@ -40,18 +40,18 @@ def compare(comparison: Comparison) -> int:
         remedy = "run it without torchrun or srun, or start a single arm with modtrain train"
         raise ConfigError([Problem("compare", "", reason, remedy)])
     console = Console()
-    arms = {
-        name: [resolve(config)[0] for config in configs]
-        for name, configs in comparison.arms.items()
+    resolved = {
+        name: [resolve(config) for config in configs] for name, configs in comparison.arms.items()
     }
+    arms = {name: [config for config, _ in runs] for name, runs in resolved.items()}
     if comparison.train:
         report_path = comparison.directory / "compare.json"
         if not all(map(_is_complete, arms.values())):
             # The report is outdated; it is written again when everything is trained.
             report_path.unlink(missing_ok=True)
-        for arms_of_seed in zip(*arms.values(), strict=True):
-            for config in arms_of_seed:
-                outcome = train(config)
+        for runs_of_seed in zip(*resolved.values(), strict=True):
+            for config, plan in runs_of_seed:
+                outcome = train(config, plan=plan)
                 if outcome.exit_code:
                     return outcome.exit_code
     _report_and_show(replace(comparison, arms=arms), console)
