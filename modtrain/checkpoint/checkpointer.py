@@ -1,4 +1,4 @@
-"""A run's checkpoints, saved and restored; a save runs beside training, on a thread of its own."""
+"""A run's checkpoints, saved and restored; a save runs in the background, on its own thread."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Checkpointer:
         tensors: by key, plain or DTensors, with the same keys on every rank, each of which writes
         its share. extra_state: numbers, strings, lists and small tensors; rank 0's are written.
         rank_state: the same, of this rank. blocking: return when the checkpoint is on disk; tensors
-        on the host are then not copied. async_copy: return at once, and copy beside what follows;
+        on the host are then not copied. async_copy: return at once, and copy in the background;
         ``tensors`` must not change until `wait_for_copy` has returned. deduplicate: False where
         each rank passes other keys, all of which it writes.
 

@@ -114,7 +114,7 @@ class Staging:
         """Return ``parts`` with copies in host memory, which the next call overwrites.
 
         ready: the event after which the values are final, from `ready_event`. The copies run on
-        a stream of their own beside other work of the device.
+        a stream of their own, concurrently with other work of the device.
         """
         self._buffers = copies = {part.item.index.fqn: self._buffer(part) for part in parts}
 

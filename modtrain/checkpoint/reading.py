@@ -122,7 +122,7 @@ class TensorReader(Mapping[str, Tensor]):
 
 
 def read_extra_state(path: Path) -> Any:
-    """Return what the checkpoint ``path`` contains beside tensors.
+    """Return everything in the checkpoint ``path`` that is not a tensor.
 
     Raises:
         CheckpointError: it cannot be read, or contains more than plain data.

@@ -75,7 +75,7 @@ def refuse_to_overwrite(path: Path) -> None:
 def _make_directory(path: Path, temporary: Path) -> None:
     refuse_to_overwrite(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    # Not its parents: a directory that vanished, such as a lost mount, must not be made anew.
+    # Not its parents: a directory that vanished, such as a lost mount, must not be created again.
     temporary.mkdir()
 
 
@@ -171,7 +171,7 @@ class _HashingFiles(FileSystem):
         self.written[Path(new_path).name] = self.written.pop(Path(path).name)
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """Make nothing: rank 0 has made the directory, and a lost one must not be made anew."""
+        """Make nothing: rank 0 has made the directory, and must not be created again."""
 
 
 class _HashingStream:

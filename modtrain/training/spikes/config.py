@@ -21,19 +21,19 @@ class SpikeConfig:
     """What is done when the loss or the gradient norm spikes.
 
     A step is a spike if its loss (the mean over ranks and micro-batches) or the norm of its
-    gradient before clipping lies more than ``threshold`` standard deviations above the mean of the
+    gradient before clipping is more than ``threshold`` standard deviations above the mean of the
     last ``window`` steps, or is NaN or infinite. Spikes do not enter the mean.
 
-    action: ``none``: only NaN and infinity stop the run. ``stop``. ``skip``: no optimizer step is
-        made; schedule and data go on. ``roll_back``: go back to the newest checkpoint, and on
-        without the samples from there to the spike.
+    action: ``none``: only NaN and infinity stop the run. ``stop``: a spike stops it. ``skip``: the
+        optimizer step is skipped; schedule and data advance. ``roll_back``: resume from the newest
+        checkpoint without the samples from there to the spike.
     threshold: standard deviations above the running mean from which a step is a spike.
-    window: steps that mean and deviation are taken over.
-    warmup: steps that are taken in before anything but NaN and infinity counts as a spike.
-    max_in_a_row: of ``skip``: spikes one after another; at one more the run stops.
-    max_rollbacks: of ``roll_back``: how many over the whole run; at the next spike it stops.
-    rollback_steps: of ``roll_back``: of how many steps up to the spike the samples are left out;
-        null: of all since the checkpoint.
+    window: number of steps for mean and deviation.
+    warmup: steps before anything but NaN and infinity counts as a spike.
+    max_in_a_row: for ``skip``: one more spike in a row stops the run.
+    max_rollbacks: for ``roll_back``: over the whole run; the next spike stops it.
+    rollback_steps: for ``roll_back``: how many steps' samples up to the spike are left out; null:
+        all since the checkpoint.
 
     Threshold and window are those of OLMo's step-skipping optimizer (github.com/allenai/OLMo-core,
     ``optim/skip_step_optimizer.py``). PaLM restarted from a checkpoint about 100 steps before
@@ -84,7 +84,7 @@ def resume_remedy(config: SpikeConfig, strategy: str, is_finite: bool) -> str:
     if is_finite:
         options.append("spike=none or a larger spike.threshold, which let such a step pass")
     return (
-        f"start it again with {'; or with '.join(options)}. Unchanged it comes to the same step,"
+        f"start it again with {'; or with '.join(options)}. Unchanged it reaches the same step,"
         " unless a device was at fault. With another optimizer.lr or optimizer.grad_clip it is"
         " another run: give another name= too"
     )
