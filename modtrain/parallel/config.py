@@ -141,10 +141,9 @@ class StrategyOptions:
     """All that a strategy needs to know of a run.
 
     config: the strategy's own keys. dims: the degrees that follow from them and the processes.
-    layers: what is done to each layer. accumulate: micro-batches of a step on each rank.
+    layers: what is done to each layer.
     """
 
     config: StrategyConfig
     dims: ParallelDims
     layers: LayerOptions
-    accumulate: int

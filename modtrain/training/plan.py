@@ -1,6 +1,6 @@
-"""From a budget to steps: what follows from the configuration, the model and the data.
+"""What follows from a configuration and its data: steps, accumulation, stages, FLOPs.
 
-Nothing here touches torch: `modtrain plan` and the checks before a run are quick.
+Imports no torch: `modtrain plan` and the checks before a run are fast.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from modtrain.parallel.validation import dims_problems
 from modtrain.training.capacity_schedule import CapacityStage, capacity_stages
 from modtrain.training.config import TrainConfig
 
-_ALONE = ParallelDims()
+_ONE_PROCESS = ParallelDims()
 
 
 @dataclass(frozen=True)
 class CostedStage(CapacityStage):
-    """A stage of the schedule of capacities. flops_per_token: executed, training."""
+    """A stage of the capacity schedule. flops_per_token: executed, for training."""
 
     flops_per_token: float
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The derived side of a run.
+    """The derived quantities of a run.
 
     seq_len: tokens a sequence. sequences_per_step: over all devices and accumulation.
-    accumulate: micro-batches a step on each device. stages: one after the other, without a gap,
-    from step 0 to the last; a run without a schedule of capacities has one. dims: the processes.
+    accumulate: micro-batches a step on each device. stages: contiguous, from step 0 to the last; a
+    run without a capacity schedule has one. dims: the processes.
     """
 
     seq_len: int
     sequences_per_step: int
     accumulate: int
     stages: tuple[CostedStage, ...]
-    dims: ParallelDims = _ALONE
+    dims: ParallelDims = _ONE_PROCESS
 
     @property
     def steps(self) -> int:
@@ -61,7 +61,7 @@ class TrainingPlan:
 
     @property
     def flops_per_token(self) -> float:
-        """Executed training FLOPs a token, as a mean over the run."""
+        """Executed training FLOPs a token, the mean over the run."""
         return self.flops / self.tokens
 
     @property
@@ -70,7 +70,7 @@ class TrainingPlan:
         return self.flops_until(self.steps)
 
     def capacities_at(self, step: int) -> tuple[float | None, ...]:
-        """Capacities of all layers in optimizer step ``step``, counted from 0; None: not routed.
+        """Capacities of all layers in step ``step``, counted from 0; None: not routed.
 
         Raises:
             ValueError: the run has no such step.
@@ -89,10 +89,10 @@ class TrainingPlan:
         """Executed training FLOPs of the first ``step`` optimizer steps.
 
         Raises:
-            ValueError: the run has not so many steps.
+            ValueError: the run has fewer steps.
         """
         if not 0 <= step <= self.steps:
-            raise ValueError(f"there are not {step} steps but {self.steps}")
+            raise ValueError(f"{step} is not in [0, {self.steps}], the steps of the run")
         per_token = sum(
             stage.flops_per_token * (min(step, stage.stop) - stage.first)
             for stage in self.stages
@@ -104,45 +104,45 @@ class TrainingPlan:
         for stage in self.stages:
             if stage.first <= step < stage.stop:
                 return stage
-        raise ValueError(f"there is no step {step} among {self.steps}")
+        raise ValueError(f"step {step} is not one of the {self.steps} of the run")
 
 
 def resolve(
     config: TrainConfig, needs_data: bool = True, launch: Launch | None = None
 ) -> tuple[TrainConfig, TrainingPlan]:
-    """Fill in what follows from the data and the processes, and derive the plan.
+    """Resolve what depends on the data and the processes, and derive the plan.
 
     Returns the configuration with ``model.vocab_size`` and ``data.seq_len`` set, with
     ``data.document_mask`` also ``data.eos_id``, and its plan.
-    ``needs_data=False`` goes on without prepared data where the configuration says enough, and
-    where it does not fit the prepared data: `data_mismatches` says what does not.
-    launch: the processes that there are; None: as many as the configuration plans for.
+    ``needs_data=False`` needs no prepared data if the configuration suffices, and ignores what does
+    not fit the prepared data: `data_mismatches` finds it.
+    launch: the processes; None: as many as the configuration plans for.
 
     Raises:
         ConfigError: everything that is wrong, at once.
     """
     by_part = config.problems_by_part()
-    found = config.problems_of_all(by_part, needs_name=needs_data)
+    problems = config.problems_of_all(by_part, needs_name=needs_data)
     summary = _summary(config.data.path)
     if needs_data:
-        found += data_mismatches(config)
+        problems += data_mismatches(config)
         if summary is None:
-            raise_if_any(found)
-    found += _missing_vocabulary(config, summary)
+            raise_if_any(problems)
+    problems += _missing_vocabulary(config, summary)
     seq_len, length_problems = _sequence_length(config, summary, needs_data)
-    found += length_problems
+    problems += length_problems
     launch = expected_launch(config.strategy, Launch()) if launch is None else launch
-    dims = _ALONE
+    dims = _ONE_PROCESS
     if not by_part["strategy"] and not by_part["model"]:
         misfits = dims_problems(config.strategy, "strategy", config.model, launch)
-        dims = _ALONE if misfits else dims_of(config.strategy, config.model, launch)
-        found += misfits
+        dims = _ONE_PROCESS if misfits else dims_of(config.strategy, config.model, launch)
+        problems += misfits
     if seq_len > 0:
-        found += _batch_problems(config, seq_len, dims.data_parallel)
-        found += [] if by_part["model"] else _capacity_problems(config, seq_len)
+        problems += _batch_problems(config, seq_len, dims.data_parallel)
+        problems += [] if by_part["model"] else _capacity_problems(config, seq_len)
     eos_id, eos_problems = _end_of_document(config, summary)
-    found += eos_problems
-    raise_if_any(found)
+    problems += eos_problems
+    raise_if_any(problems)
     vocab_size = config.model.vocab_size or (summary.vocab_size if summary else 0)
     resolved = replace(
         config,
@@ -152,12 +152,11 @@ def resolve(
     return resolved, derive(resolved, dims)
 
 
-def derive(config: TrainConfig, dims: ParallelDims = _ALONE) -> TrainingPlan:
-    """Derive the plan of a configuration in which nothing is open.
+def derive(config: TrainConfig, dims: ParallelDims = _ONE_PROCESS) -> TrainingPlan:
+    """Derive the plan of a resolved configuration.
 
     Raises:
-        ConfigError: the budget does not pay for a single step, or a schedule does not come to
-            its end.
+        ConfigError: the budget is less than one step, or a schedule does not reach its end.
     """
     seq_len = config.data.seq_len
     if seq_len is None:
@@ -180,7 +179,7 @@ def derive(config: TrainConfig, dims: ParallelDims = _ALONE) -> TrainingPlan:
                 Problem(
                     f"budget.{name}",
                     value,
-                    f"does not pay for one step, which takes {need:.3g}",
+                    f"is less than one step, which takes {need:.3g}",
                     "give more, or lower batch.tokens",
                 )
             ]
@@ -188,7 +187,7 @@ def derive(config: TrainConfig, dims: ParallelDims = _ALONE) -> TrainingPlan:
     accumulate = sequences // (config.batch.micro_batch_size * dims.data_parallel)
     stages = costs.stages(steps)
     if stages[-1].capacities != tuple(costs.final):
-        reason = f"leaves none of the {steps} steps at the model's own capacities"
+        reason = f"leaves none of the {steps} steps with the model's own capacities"
         key = "capacity_schedule.end"
         remedy = "lower it, or train longer"
         raise_if_any([Problem(key, config.capacity_schedule.end, reason, remedy)])
@@ -196,7 +195,7 @@ def derive(config: TrainConfig, dims: ParallelDims = _ALONE) -> TrainingPlan:
 
 
 class _Costs:
-    """What runs of any length take, in FLOPs for each token of a step."""
+    """The cost of runs of any length, in FLOPs for each token of a step."""
 
     def __init__(self, config: TrainConfig, seq_len: int) -> None:
         self.config, self.seq_len = config, seq_len
@@ -205,9 +204,10 @@ class _Costs:
 
     def stages(self, steps: int) -> tuple[CostedStage, ...]:
         """Return the stages of a run of ``steps`` steps."""
-        found = capacity_stages(self.config.capacity_schedule, self.final, steps)
+        stages = capacity_stages(self.config.capacity_schedule, self.final, steps)
         return tuple(
-            CostedStage(s.first, s.stop, s.capacities, self._per_token(s.capacities)) for s in found
+            CostedStage(s.first, s.stop, s.capacities, self._per_token(s.capacities))
+            for s in stages
         )
 
     def total(self, steps: int) -> float:
@@ -215,10 +215,10 @@ class _Costs:
         return sum(stage.flops_per_token * stage.num_steps for stage in self.stages(steps))
 
     def nearest_steps(self, budget: float) -> int:
-        """Return how many steps have the total that lies nearest to ``budget``; it may be 0.
+        """Return the number of steps whose total is nearest to ``budget``; it may be 0.
 
-        The stages stretch with the run. In a run longer by a step each stage begins where it did or
-        a step later, so the total rises with every step, and bisection finds the budget in it.
+        The stages stretch with the run: in a run one step longer each begins at the same step or
+        one later. So the total rises with every step, and bisection finds the budget.
         """
         if self.total(1) > budget:
             return int(budget > self.total(1) / 2)
@@ -250,13 +250,13 @@ def _summary(path: str) -> IndexSummary | None:
 
 def data_mismatches(config: TrainConfig) -> list[Problem]:
     """Find why a run could not read the prepared data at ``data.path``, which may be missing."""
-    found = config.data.shard_problems("data")
+    problems = config.data.shard_problems("data")
     summary, size = _summary(config.data.path), config.model.vocab_size
     if summary is not None and size is not None and size < summary.vocab_size:
         reason = f"is smaller than the tokenizer's {summary.vocab_size}"
         remedy = f"set it to {summary.vocab_size} or more, or to null"
-        found.append(Problem("model.vocab_size", size, reason, remedy))
-    return found
+        problems.append(Problem("model.vocab_size", size, reason, remedy))
+    return problems
 
 
 def _missing_vocabulary(config: TrainConfig, summary: IndexSummary | None) -> list[Problem]:
@@ -276,7 +276,7 @@ def _sequence_length(
             return length, []
         remedy = "run modtrain prepare first, or set data.seq_len"
         return 0, [
-            Problem("data.seq_len", "null", "comes from the shards, which are not there", remedy)
+            Problem("data.seq_len", "null", "comes from the shards, which do not exist yet", remedy)
         ]
     if length is None:
         return summary.seq_len, []
@@ -294,21 +294,23 @@ def _end_of_document(
     if summary is not None:
         return summary.eos_id, []
     remedy = "run modtrain prepare first, or set data.eos_id"
-    reason = "comes from the shards, which are not there, and data.document_mask needs it"
+    reason = "comes from the shards, which do not exist yet, and data.document_mask needs it"
     return None, [Problem("data.eos_id", "null", reason, remedy)]
 
 
 def _capacity_problems(config: TrainConfig, seq_len: int) -> list[Problem]:
-    """Find capacities that round to no token at all; between two that do not, none does."""
+    """Find capacities that round to no token; those between two of a schedule never do."""
     model, schedule = config.model, config.capacity_schedule
     final = model.capacities
-    named = isinstance(model.pattern, str) and model.pattern in PATTERNS
-    key, value = ("model.capacity", model.capacity) if named else ("model.pattern", model.pattern)
-    found = _no_token_problems(final, seq_len, key, value)
+    is_named = isinstance(model.pattern, str) and model.pattern in PATTERNS
+    key, value = (
+        ("model.capacity", model.capacity) if is_named else ("model.pattern", model.pattern)
+    )
+    problems = _no_token_problems(final, seq_len, key, value)
     if schedule.name != "constant" and schedule.start > 0:
         start = [None if share is None else schedule.start for share in final]
-        found += _no_token_problems(start, seq_len, "capacity_schedule.start", schedule.start)
-    return found
+        problems += _no_token_problems(start, seq_len, "capacity_schedule.start", schedule.start)
+    return problems
 
 
 def _no_token_problems(
@@ -340,7 +342,7 @@ def _batch_problems(config: TrainConfig, seq_len: int, data_parallel: int) -> li
         Problem(
             "batch.tokens",
             tokens,
-            f"is no multiple of seq_len x micro_batch_size x data-parallel ranks ="
+            f"is not a multiple of seq_len x micro_batch_size x data-parallel ranks ="
             f" {seq_len} x {micro} x {data_parallel} = {unit}",
             f"use {near}, or another batch.micro_batch_size",
         )
@@ -348,11 +350,11 @@ def _batch_problems(config: TrainConfig, seq_len: int, data_parallel: int) -> li
 
 
 def strategy_options(config: TrainConfig, plan: TrainingPlan) -> StrategyOptions:
-    """Return what the strategy of a run works with."""
+    """Return the options of a run's strategy."""
     layers = LayerOptions(
         config.precision,
         config.strategy.activation_checkpointing,
         config.compile,
         len(plan.stages),
     )
-    return StrategyOptions(config.strategy, plan.dims, layers, plan.accumulate)
+    return StrategyOptions(config.strategy, plan.dims, layers)

@@ -98,16 +98,11 @@ def test_the_loop_resumes_with_another_number_of_micro_batches(fit, tmp_path):
     assert trainer.global_step == 5
 
 
+OWN = {"attach", "data_rank", "parallelize", "clip_gradients", "mean_over_ranks", "named_state"}
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name in vars(TrainingStrategy)
-        if not name.startswith("_")
-        and name
-        not in ("attach", "data_rank", "cut", "clip_gradients", "mean_over_ranks", "named_state")
-        and name not in ("restore",)
-    ],
+    "name", [n for n in vars(TrainingStrategy) if n[0] != "_" and n not in OWN | {"restore"}]
 )
 def test_what_strategies_override_is_a_hook_of_lightnings(name):
     own, hook = getattr(TrainingStrategy, name), getattr(Strategy, name)

@@ -169,7 +169,7 @@ def test_equal_flops_give_a_routed_model_more_steps():
 
 
 def test_a_budget_below_one_step_says_what_a_step_takes():
-    with pytest.raises(ConfigError, match="does not pay for one step"):
+    with pytest.raises(ConfigError, match="is less than one step"):
         derive(config(budget=BudgetConfig(flops=1.0)))
 
 

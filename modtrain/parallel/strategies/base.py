@@ -135,7 +135,6 @@ class TrainingStrategy(Strategy):
         """Restore model and optimizer in place; return the rest. Always plain data."""
         del weights_only
         restored = self.restore(Path(checkpoint_path))
-        _recount(restored.extra_state, self.options.accumulate)
         return {**restored.extra_state, "rank_state": restored.rank_state}
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -152,16 +151,3 @@ class TrainingStrategy(Strategy):
         if not isinstance(model, Transformer):
             raise TypeError("modtrain's strategies train a LanguageModule")
         return model
-
-
-def _recount(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Let Lightning's loop stand where ``checkpoint``'s step is, in place.
-
-    It counts micro-batches, and tells by their number where a step ends. On another number of ranks
-    a step has other ones.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    behind = int(checkpoint["global_step"]) * accumulate - int(progress["current"]["ready"])
-    for counts in (progress["total"], progress["current"]):
-        for name, count in counts.items():
-            counts[name] = count + behind
