@@ -54,7 +54,7 @@ def sweep_chart(results: dict[float, dict[str, float]], folder: Path) -> None:
         with rc_context(theme):
             figure = Figure(figsize=(5.4, 3.6))
             axes: Axes = figure.subplots()
-            flops = [values["held_out/causal_flops"] / 1e6 for values in results.values()]
+            flops = [values["held_out/causal_flops_per_token"] / 1e6 for values in results.values()]
             losses = [values["held_out/causal_loss"] for values in results.values()]
             axes.plot(flops, losses, marker="o", ms=7)
             for x, y, capacity in zip(flops, losses, results, strict=True):

@@ -38,7 +38,7 @@ DATA, RUNS = f"data.path={WORK / 'data/sotu'}", f"runs_dir={WORK / 'runs'}"
 TEXT = "docs/figures/inspected.txt"
 # The dense model of MoD's unrouted layers alone: what depth routing has to beat.
 UNROUTED = '+arms.unrouted=["model=quickstart_dense","model.num_layers=4"]'
-CAPACITIES = (0.0625, 0.125, 0.25, 0.5)
+CAPACITIES = (0.0625, 0.125, 0.25)
 PORT = 16_006
 
 
