@@ -194,9 +194,10 @@ def put(engine: Any, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     keys = [_key(name, "step") for name in names]
     steps = {float(_of_shape(state, key, torch.Size())) for key in keys if key in state}
     if len(steps) > 1:
+        name = type(engine.optimizer.optimizer).__name__
         raise CheckpointError(
-            f"the parameters are at different steps of the optimizer, {sorted(steps)}: DeepSpeed"
-            " keeps one for all. Go on with the strategy that saved them, or with fsdp"
+            f"the parameters are at different steps of {name}, {sorted(steps)}: DeepSpeed keeps one"
+            " for all. Resume with the strategy that saved them, or with fsdp"
         )
     for step in steps:
         _set_steps(engine, step)
