@@ -29,4 +29,4 @@ def test_results_are_as_recorded():
 def test_differences_are_listed(now, exact, within):
     recorded = {"loss": [1.0, 2.0], "weights": "ab"}
     assert len(differences(recorded, now, None)) == exact
-    assert len(differences(recorded, now, 1e-4)) == within
+    assert len(differences(recorded, now, 1e-5)) == within
