@@ -135,9 +135,9 @@ def _plain_loop(config: TrainConfig) -> Iterator[nn.Module]:
     data = TokenDataModule(
         config.data, micro_batch_size=1, accumulate=1, num_steps=steps, eval_batch_size=1
     )
-    for batch_BT in data.train_dataloader():
+    for batch in data.train_dataloader():
         optimizer.zero_grad()
-        loss = model(batch_BT[:, :-1], batch_BT[:, 1:]).loss
+        loss = model(batch.inputs_BS, batch.targets_BS).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or float("inf"))
         optimizer.step()

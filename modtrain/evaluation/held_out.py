@@ -1,6 +1,6 @@
 """Loss on held-out text: by causal decisions, and as trained beside it where that is not causal.
 
-Shapes: B batch, S sequence, T = S + 1, E experts.
+Shapes: B batch, S sequence, E experts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modtrain.data.stream.documents import document_numbers_if_apart
+from modtrain.data.stream.batch import Batch
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import Selection
@@ -83,20 +83,18 @@ class HeldOut:
 
 def evaluate(
     model: Transformer,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     precision: AbstractContextManager[Any],
     *,
-    eos_id: int | None = None,
     capacities: Sequence[float | None] | None = None,
     selections: Sequence[Selection] | None = None,
     as_trained: bool = True,
     budgets: Mapping[Selection, ComputeBudget] | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> HeldOut:
-    """Evaluate ``model`` on batches (B, S + 1) of token ids, as trained and causally.
+    """Evaluate ``model`` on batches, as trained and causally.
 
     precision: the context to compute in, such as a strategy's forward context.
-    eos_id: the end-of-document token, if documents are masked from each other.
     capacities: one per layer, if training is not at the configuration's capacities.
     selections: causal decisions; None: all of the model's. as_trained: False leaves out the
     selection of training where it is not causal, and with it each decision's agreement.
@@ -116,9 +114,7 @@ def evaluate(
     }
     with evaluation_mode(model) as device, precision:
         for batch in batches:
-            batch_BT = batch.to(device)
-            inputs_BS, targets_BS = batch_BT[:, :-1], batch_BT[:, 1:]
-            documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
+            inputs_BS, targets_BS, documents_BS = batch.to(device)
             for selection, accumulator in accumulators.items():
                 accumulator.add(
                     model(

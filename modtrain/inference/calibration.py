@@ -16,8 +16,8 @@ from torch import Tensor
 
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.validation import key_of
+from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.data.stream.documents import document_numbers_if_apart
 from modtrain.evaluation.held_out import evaluation_mode
 from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.loading import LoadedRun
@@ -35,18 +35,15 @@ def make_budget(
     model: Transformer,
     selection: Selection,
     config: ComputeBudgetConfig,
-    batches: Iterable[Tensor] = (),
+    batches: Iterable[Batch] = (),
     precision: Precision = nullcontext,
     *,
-    eos_id: int | None = None,
     prefix: str = "inference",
 ) -> ComputeBudget | None:
     """Return the compute budget of ``config`` for ``selection``; None if it changes nothing.
 
-    batches: text (B, S + 1) of the training split, read if ``config.capacity`` is to be
-    calibrated; see `Calibration`. precision: makes the context to compute in.
-    eos_id: the end-of-document token, if documents are masked from each other. prefix: of the
-    keys in errors.
+    batches: text of the training split, read if ``config.capacity`` is to be calibrated; see
+    `Calibration`. precision: makes the context to compute in. prefix: of the keys in errors.
 
     Raises:
         ConfigError: the model does not support the budget.
@@ -57,7 +54,7 @@ def make_budget(
     thresholds = None
     if config.capacity is not None:
         caps = ComputeBudget(None, config.layer_cap, config.step_cap)
-        calibration = Calibration(model, selection, batches, precision, eos_id=eos_id, caps=caps)
+        calibration = Calibration(model, selection, batches, precision, caps=caps)
         return calibration.budget(config.capacity)
     if config.shift:
         thresholds = tuple(
@@ -83,20 +80,20 @@ def budget_of_run(
         config,
         batches,
         loaded.autocast,
-        eos_id=loaded.trained.data.eos_id,
         prefix=prefix,
     )
 
 
-def training_text(loaded: LoadedRun, sequences: int, batch_size: int) -> list[Tensor]:
-    """Return the first ``sequences`` of the run's training stream, in batches (B, S + 1)."""
+def training_text(loaded: LoadedRun, sequences: int, batch_size: int) -> list[Batch]:
+    """Return the first ``sequences`` of the run's training stream, in batches."""
     data = TokenDataModule(
         loaded.trained.data, micro_batch_size=1, accumulate=1, num_steps=1, eval_batch_size=1
     )
     count = min(sequences, len(data.train_data))
     numbers: list[int] = data.order.lookup(np.arange(count)).tolist()
     starts = range(0, count, batch_size)
-    return [data.train_data.__getitems__(numbers[at : at + batch_size]) for at in starts]
+    parts = [data.train_data.__getitems__(numbers[at : at + batch_size]) for at in starts]
+    return [Batch.from_tokens(tokens_BT, loaded.trained.data.eos_id) for tokens_BT in parts]
 
 
 def resolve_decisions(
@@ -160,20 +157,18 @@ class Calibration:
         self,
         model: Transformer,
         selection: Selection,
-        batches: Iterable[Tensor],
+        batches: Iterable[Batch],
         precision: Precision = nullcontext,
         *,
-        eos_id: int | None = None,
         caps: ComputeBudget | None = None,
     ) -> None:
         """Prepare for ``model`` under ``selection``; nothing is computed yet.
 
-        batches: text (B, S + 1), iterated several times. caps: in effect during calibration; a
+        batches: text, iterated several times. caps: in effect during calibration; a
         share is of the tokens above a router's threshold, before caps.
         """
         self.model, self.selection, self.precision = model, selection, precision
-        self.batches, self.eos_id = batches, eos_id
-        self.caps = caps or ComputeBudget()
+        self.batches, self.caps = batches, caps or ComputeBudget()
         self._as_trained: list[Tensor] | None = None
 
     def budget(self, share: float) -> ComputeBudget:
@@ -206,8 +201,7 @@ class Calibration:
         collected: list[list[Tensor]] = [[] for _ in self.model.routers]
         with evaluation_mode(self.model) as device:
             for batch in self.batches:
-                inputs_BS, targets_BS = batch[:, :-1].to(device), batch[:, 1:].to(device)
-                documents_BS = document_numbers_if_apart(inputs_BS, self.eos_id)
+                inputs_BS, targets_BS, documents_BS = batch.to(device)
                 with self.precision():
                     # With targets, the logits are computed in chunks.
                     output = self.model(

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from modtrain.checkpoint.recovery import with_checkpoint
 from modtrain.checkpoint.state import load_weights
 from modtrain.common.errors import DataError
+from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import TOKENIZER_NAME, read_summary
 from modtrain.inference.config import TrainedRunConfig
@@ -61,8 +61,8 @@ class LoadedRun:
         enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def held_out(self, sequences: int | None, batch_size: int) -> DataLoader[Tensor]:
-        """Batches (B, S + 1) of the first ``sequences`` held-out sequences; None: all."""
+    def held_out(self, sequences: int | None, batch_size: int) -> DataLoader[Batch]:
+        """Batches of the first ``sequences`` held-out sequences; None: all."""
         data = TokenDataModule(
             replace(self.trained.data, path=self.data_path),
             micro_batch_size=1,

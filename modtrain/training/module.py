@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modtrain.data.stream.documents import document_numbers_if_apart
+from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.samplers import stream_positions
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
 from modtrain.optimizers.registry import build_optimizer
@@ -58,15 +58,14 @@ class LanguageModule(L.LightningModule):
             raise TypeError("a LanguageModule needs one of modtrain's own strategies")
         return strategy
 
-    def training_step(self, batch_BT: Tensor, batch_idx: int) -> Tensor:
-        """Return the objective of one micro-batch (B, S + 1) of token ids."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the objective of one micro-batch."""
         del batch_idx
-        inputs_BS, targets_BS = batch_BT[:, :-1], batch_BT[:, 1:]
         output: ModelOutput = self._forward[0](
-            inputs_BS,
-            targets_BS,
+            batch.inputs_BS,
+            batch.targets_BS,
             capacities=self.plan.capacities_at(self.trainer.global_step),
-            documents_BS=document_numbers_if_apart(inputs_BS, self.config.data.eos_id),
+            documents_BS=batch.documents_BS,
         )
         if output.loss is None:
             raise RuntimeError("the model returned no loss for its targets")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import evaluate
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.compute_budget import ComputeBudget
@@ -42,7 +43,7 @@ def batches():
 def test_losses_are_means_over_tokens_and_scores_match_a_count(batches):
     torch.manual_seed(0)
     model = build()
-    found = evaluate(model, batches, nullcontext())
+    found = evaluate(model, map(Batch.from_tokens, batches), nullcontext())
     every = torch.cat(batches)
     inputs, targets = every[:, :-1], every[:, 1:]
     with torch.no_grad():
@@ -81,7 +82,7 @@ def test_executed_flops_follow_what_the_predictor_says(batches, answer):
     for name, parameter in model.named_parameters():
         if ".predictor.out" in name:
             nn.init.constant_(parameter, answer if name.endswith("bias") else 0)
-    found = evaluate(model, batches, nullcontext())
+    found = evaluate(model, map(Batch.from_tokens, batches), nullcontext())
     decision = found.decisions["predictor"]
     assert set(decision.realised_capacity.values()) == {float(answer > 0)}
     routing = sum(
@@ -94,21 +95,21 @@ def test_executed_flops_follow_what_the_predictor_says(batches, answer):
 
 
 def test_a_dense_model_has_one_loss_and_it_is_causal(batches):
-    found = evaluate(build("dense"), batches, nullcontext())
+    found = evaluate(build("dense"), map(Batch.from_tokens, batches), nullcontext())
     assert found.top_k_loss is None
     assert found.causal_loss is not None
     assert found.decisions["causal"].flops == found.trained_flops
 
 
 def test_without_a_causal_decision_there_is_no_causal_loss(batches):
-    found = evaluate(build(causal=()), batches, nullcontext())
+    found = evaluate(build(causal=()), map(Batch.from_tokens, batches), nullcontext())
     assert found.causal_loss is None
     assert found.top_k_loss is not None
 
 
 def test_the_model_is_left_as_it_was(batches):
     model = build().train()
-    evaluate(model, batches, nullcontext())
+    evaluate(model, map(Batch.from_tokens, batches), nullcontext())
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="no held-out batches"):
@@ -117,7 +118,7 @@ def test_the_model_is_left_as_it_was(batches):
 
 def test_what_is_asked_for_is_what_is_computed(batches, monkeypatch):
     model = build(causal=("predictor", "auxiliary"))
-    whole = evaluate(model, batches, nullcontext())
+    whole = evaluate(model, map(Batch.from_tokens, batches), nullcontext())
     seen, forward = [], model.forward
 
     def counted(*arguments, **named):
@@ -125,22 +126,32 @@ def test_what_is_asked_for_is_what_is_computed(batches, monkeypatch):
         return forward(*arguments, **named)
 
     monkeypatch.setattr(model, "forward", counted)
-    some = evaluate(model, batches, nullcontext(), selections=["auxiliary"], as_trained=False)
+    some = evaluate(
+        model,
+        map(Batch.from_tokens, batches),
+        nullcontext(),
+        selections=["auxiliary"],
+        as_trained=False,
+    )
     assert seen == [("auxiliary", None)] * len(batches)
     assert some.top_k is None
     expected = replace(whole.decisions["auxiliary"], agreement={})
     assert some.decisions == {"auxiliary": expected}
     assert (some.tokens, some.trained_flops) == (whole.tokens, whole.trained_flops)
     with pytest.raises(ValueError, match="no selection to evaluate"):
-        evaluate(model, batches, nullcontext(), selections=[], as_trained=False)
+        evaluate(
+            model, map(Batch.from_tokens, batches), nullcontext(), selections=[], as_trained=False
+        )
 
 
 def test_a_dial_moves_its_decision_and_nothing_else(batches):
     model = build(causal=("predictor", "auxiliary"))
-    plain = evaluate(model, batches, nullcontext())
+    plain = evaluate(model, map(Batch.from_tokens, batches), nullcontext())
     thresholds = (0.4, -0.3)
     budget = ComputeBudget(thresholds, 0.5, 1)
-    moved = evaluate(model, batches, nullcontext(), budgets={"predictor": budget})
+    moved = evaluate(
+        model, map(Batch.from_tokens, batches), nullcontext(), budgets={"predictor": budget}
+    )
     assert moved.top_k == plain.top_k
     assert moved.decisions["auxiliary"] == plain.decisions["auxiliary"]
     every = torch.cat(batches)
@@ -161,7 +172,7 @@ def test_a_dial_moves_its_decision_and_nothing_else(batches):
 
 def test_top_k_is_told_with_what_it_took_and_costs(batches):
     model = build()
-    top_k = evaluate(model, batches, nullcontext()).top_k
+    top_k = evaluate(model, map(Batch.from_tokens, batches), nullcontext()).top_k
     assert set(top_k.realised_capacity.values()) == {0.25}
     assert top_k.flops == forward_flops(model.config, SEQ_LEN).total / SEQ_LEN
     assert top_k.agreement == {}

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modtrain.common.errors import ConfigError
+from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import evaluate
 from modtrain.inference.calibration import (
     Calibration,
@@ -34,11 +35,11 @@ def build(pattern="[1, .25, .25, .25]", dtype=torch.float64, **router):
     return settle(lively(small(pattern=pattern, router=config), 3, dtype), SEQ_LEN)
 
 
-def text(sequences=8, seed=0):
-    """Batches (B, T) of unequal size, each sequence with another first token: no values tie."""
+def text(sequences=8, seed=0, eos_id=None):
+    """Batches of unequal size, each sequence with another first token: no values tie."""
     tokens = random_tokens(sequences, SEQ_LEN + 1, seed)
     tokens[:, 0] = torch.arange(sequences) % VOCAB
-    return [tokens[:3], tokens[3:]]
+    return [Batch.from_tokens(part, eos_id) for part in (tokens[:3], tokens[3:])]
 
 
 def realised(model, batches, selection, budget, **more):
@@ -113,11 +114,9 @@ def test_parts_routed_apart_are_calibrated_in_running_order(target):
 
 def test_documents_are_kept_apart_as_in_the_evaluation():
     model, batches, settings = build(), text(), ComputeBudgetConfig(capacity=0.3)
-    more = {"eos_id": int(batches[0][0, 5])}
-    budget = make_budget(model, "threshold", settings, batches, **more)
-    assert realised(model, batches, "threshold", budget, **more) == pytest.approx(
-        [0.3] * 3, abs=0.01
-    )
+    masked = text(eos_id=int(batches[0].inputs_BS[0, 5]))
+    budget = make_budget(model, "threshold", settings, masked)
+    assert realised(model, masked, "threshold", budget) == pytest.approx([0.3] * 3, abs=0.01)
     assert budget != make_budget(model, "threshold", settings, batches)
 
 

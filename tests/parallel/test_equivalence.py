@@ -22,6 +22,7 @@ from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.checkpoint.state import named_state
 from modtrain.cli.compose import compose
+from modtrain.data.stream.batch import Batch
 from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.held_out import evaluate
 from modtrain.models.depth.compute_budget import ComputeBudget
@@ -414,6 +415,7 @@ def _evaluates(layout: str, model_name: str, budgets: Any) -> Any:
         return x * dims.data_parallel / dims.world_size
 
     batches = _evaluation_batches()[meshes.data_rank :: meshes.data_size]
+    batches = map(Batch.from_tokens, batches)
     found = evaluate(model, batches, contextlib.nullcontext(), total=total, budgets=budgets)
     # Saved or clipped after it, a model is in its pieces.
     assert all(isinstance(value, DTensor) for value in model.parameters())
@@ -434,6 +436,7 @@ def test_evaluates_as_one_process(layout, model):
     budgets = {"predictor": ComputeBudget(step_cap=1, layer_cap=0.4)}
     whole = settle(Transformer(MODELS[model]), _LENGTH)
     batches = _evaluation_batches()
+    batches = map(Batch.from_tokens, batches)
     wanted = evaluate(whole, batches, contextlib.nullcontext(), budgets=budgets)
     shares = [s for d in wanted.decisions.values() for s in d.realised_capacity.values()]
     assert any(0 < share < 1 for share in shares), "all tokens take part, or none"

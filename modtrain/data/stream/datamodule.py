@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import lightning
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from modtrain.common.atomic_io import digest
 from modtrain.data.config import DataConfig
+from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import ShardIndex
 from modtrain.data.stream.order import SampleOrder
@@ -28,7 +27,7 @@ __all__ = ["BatchPlan", "RankBatchSampler", "TokenDataModule"]
 
 
 class TokenDataModule(lightning.LightningDataModule):
-    """Batches of tokens, int64 (B, S + 1), for training and validation.
+    """Batches of int64 tokens for training and validation.
 
     The trainer must leave the sampler alone (``use_distributed_sampler=False``). World size and
     rank are those of the trainer's data-parallel ranks, 1 and 0 without a trainer.
@@ -112,8 +111,8 @@ class TokenDataModule(lightning.LightningDataModule):
         numbers: list[int] = self.order.lookup(positions).tolist()
         return numbers
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        """Batches (micro_batch_size, S + 1) from ``start_step`` on; its length is the whole run's.
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of ``micro_batch_size`` from ``start_step`` on; its length is the whole run's.
 
         Raises DataError where the shards are missing or damaged.
         """
@@ -122,7 +121,7 @@ class TokenDataModule(lightning.LightningDataModule):
             RankBatchSampler(self.order, self.plan(), self.start_step, self.left_out),
         )
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Batches of the first ``eval_sequences`` samples, those of `valid_batches`.
 
         The ranks have equally many batches, but not always samples: weigh by the batch's size.
@@ -148,13 +147,14 @@ class TokenDataModule(lightning.LightningDataModule):
             return int(shares["num_replicas"]), int(shares["rank"])
         return self.trainer.world_size, self.trainer.global_rank
 
-    def _loader(self, data: TokenDataset, batches: Sampler[list[int]]) -> DataLoader[Tensor]:
+    def _loader(self, data: TokenDataset, batches: Sampler[list[int]]) -> DataLoader[Batch]:
         workers = self.config.num_workers
         return DataLoader(
-            data,
+            data,  # type: ignore[arg-type]  # of tensors, which collate_fn makes batches of
             batch_sampler=batches,
             num_workers=workers,
-            collate_fn=_identity,
+            # The data set returns whole batches already.
+            collate_fn=partial(Batch.from_tokens, eos_id=self.config.eos_id),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             prefetch_factor=self.config.prefetch_factor if workers else None,
@@ -162,8 +162,3 @@ class TokenDataModule(lightning.LightningDataModule):
             # makes its loaders at another point, would continue with other random numbers.
             generator=torch.Generator().manual_seed(self.config.seed),
         )
-
-
-def _identity(batch: Any) -> Any:
-    """The data set gives whole batches already."""
-    return batch

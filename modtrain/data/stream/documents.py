@@ -8,11 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def document_numbers_if_apart(tokens_BS: Tensor, eos_id: int | None) -> Tensor | None:
-    """Number the documents where they are kept apart; None where ``eos_id`` is null."""
-    return None if eos_id is None else document_numbers(tokens_BS, eos_id)
-
-
 def document_numbers(tokens_BS: Tensor, eos_id: int) -> Tensor:
     """Number the documents of each sequence: int64 (B, S), from 0 and rising by 1.
 

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from modtrain.data.stream.documents import document_numbers_if_apart
+from modtrain.data.stream.batch import Batch
 from modtrain.models.transformer import Transformer
 from modtrain.optimizers.registry import build_optimizer
 from modtrain.parallel import activation_checkpointing
@@ -44,18 +44,14 @@ class _TimedStep:
         generator = torch.Generator().manual_seed(0)
         shape = (config.batch.micro_batch_size, (config.data.seq_len or 1) + 1)
         tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)
-        self.tokens_BT = tokens.to(self.device)
-        eos_id = config.data.eos_id
-        inputs_BS = self.tokens_BT[:, :-1]
-        self.documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
+        self.batch = Batch.from_tokens(tokens.to(self.device), config.data.eos_id)
 
     def __call__(self) -> float:
         self._wait()
         start = time.perf_counter()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            output = self.model(
-                self.tokens_BT[:, :-1], self.tokens_BT[:, 1:], documents_BS=self.documents_BS
-            )
+            inputs_BS, targets_BS, documents_BS = self.batch
+            output = self.model(inputs_BS, targets_BS, documents_BS=documents_BS)
             loss = sum(output.auxiliary.values(), start=output.loss)
         loss.backward()
         self.optimizer.step()

@@ -79,7 +79,6 @@ def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
         selection,
         training_text(loaded, settings.calibration_sequences, config.batch_size),
         loaded.autocast,
-        eos_id=loaded.trained.data.eos_id,
         caps=ComputeBudget(None, settings.layer_cap, settings.step_cap),
     )
     trained = _held_out(config, loaded, [selection], {}, as_trained=False)
@@ -122,7 +121,6 @@ def _held_out(
         loaded.model,
         loaded.held_out(config.sequences, config.batch_size),
         loaded.autocast(),
-        eos_id=loaded.trained.data.eos_id,
         capacities=loaded.capacities,
         selections=selections,
         as_trained=as_trained,

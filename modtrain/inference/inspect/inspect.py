@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.prepare.tokenizer import DocumentEncoder
+from modtrain.data.stream.batch import Batch
 from modtrain.inference.calibration import budget_of_run, resolve_decisions
 from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.inspect.config import InspectConfig
@@ -44,7 +44,6 @@ def inspect_run(config: InspectConfig) -> Path:
         windows,
         selection,
         loaded.autocast(),
-        eos_id=loaded.trained.data.eos_id,
         capacities=loaded.capacities,
         budget=budget,
     )
@@ -88,9 +87,9 @@ def choose_decision(model: ModelConfig, settings: ComputeBudgetConfig) -> Select
 
 
 def text_windows(
-    token_N: Sequence[int], seq_len: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split a text into windows (inputs, targets) of ``seq_len``, the last one shorter.
+    token_N: Sequence[int], seq_len: int, batch_size: int, eos_id: int | None = None
+) -> Iterator[Batch]:
+    """Split a text into windows of ``seq_len``, the last one shorter.
 
     The target of a window's last token is the next window's first; that of the text is ignored.
     """
@@ -99,18 +98,16 @@ def text_windows(
     whole = len(inputs_N) // seq_len * seq_len
     sides = [side_N[:whole].view(-1, seq_len) for side_N in (inputs_N, targets_N)]
     if whole:
-        yield from zip(*(torch.split(side, batch_size) for side in sides), strict=True)
+        for inputs_BS, targets_BS in zip(*(torch.split(x, batch_size) for x in sides), strict=True):
+            yield Batch.from_targets(inputs_BS, targets_BS, eos_id)
     if whole < len(inputs_N):
-        yield inputs_N[None, whole:], targets_N[None, whole:]
+        yield Batch.from_targets(inputs_N[None, whole:], targets_N[None, whole:], eos_id)
 
 
-def _windows(
-    config: InspectConfig, loaded: LoadedRun
-) -> tuple[str, Iterable[tuple[Tensor, Tensor]]]:
+def _windows(config: InspectConfig, loaded: LoadedRun) -> tuple[str, Iterable[Batch]]:
     """Return the name of the text and its windows."""
     if config.text is None and config.file is None:
-        batches = loaded.held_out(config.sequences, config.batch_size)
-        return "held-out text", ((batch_BT[:, :-1], batch_BT[:, 1:]) for batch_BT in batches)
+        return "held-out text", loaded.held_out(config.sequences, config.batch_size)
     text = config.text if config.text is not None else read_text(str(config.file))
     (numbers,) = DocumentEncoder(loaded.tokenizer.read_bytes(), str(loaded.tokenizer)).encode(
         [text]
@@ -118,4 +115,5 @@ def _windows(
     if not numbers:
         raise DataError("the text has no token")
     source = "the text given" if config.file is None else Path(config.file).name
-    return source, text_windows(numbers, loaded.seq_len, config.batch_size)
+    eos_id = loaded.trained.data.eos_id
+    return source, text_windows(numbers, loaded.seq_len, config.batch_size, eos_id)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modtrain.data.stream.documents import document_numbers_if_apart
+from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import evaluation_mode
 from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import TRAINING_SELECTIONS, Selection
@@ -85,17 +85,16 @@ class Trace:
 
 def trace(
     model: Transformer,
-    windows: Iterable[tuple[Tensor, Tensor]],
+    windows: Iterable[Batch],
     selection: Selection,
     precision: AbstractContextManager[Any],
     *,
-    eos_id: int | None = None,
     capacities: Sequence[float | None] | None = None,
     budget: ComputeBudget | None = None,
 ) -> Trace:
-    """Run ``model`` over windows of (inputs, targets), each (B, S) and of any B and S.
+    """Run ``model`` over windows of any size.
 
-    A target of -100 is unknown. precision, eos_id, capacities: as for `held_out.evaluate`. budget:
+    A target of -100 is unknown. precision, capacities: as for `held_out.evaluate`. budget:
     the compute budget of a causal decision.
 
     Raises:
@@ -104,8 +103,7 @@ def trace(
     recorder = _TraceRecorder(model, selection, budget)
     with evaluation_mode(model) as device, precision:
         for window in windows:
-            inputs_BS, targets_BS = (side.to(device) for side in window)
-            documents_BS = document_numbers_if_apart(inputs_BS, eos_id)
+            inputs_BS, targets_BS, documents_BS = window.to(device)
             output = model(
                 inputs_BS,
                 selection=selection,

@@ -10,8 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.data.stream.documents import document_numbers_if_apart
 from modtrain.distributed.process_group import Ranks
 from modtrain.distributed.watchdog import Watchdog
 from modtrain.evaluation.held_out import HeldOut, evaluate
@@ -53,7 +53,6 @@ class HeldOutCallback(StepCallback):
                 module.model,
                 self._with_heartbeats(data.val_dataloader(), step),
                 trainer.precision_plugin.forward_context(),
-                eos_id=module.config.data.eos_id,
                 capacities=module.plan.capacities_at(step - 1),
                 total=self._total(module, counts=not data.valid_batches().is_repeat),
             )
@@ -63,7 +62,7 @@ class HeldOutCallback(StepCallback):
             # What follows, such as a save, has its own timeout.
             self.watchdog.heartbeat(f"the end of the evaluation after step {step}")
 
-    def _with_heartbeats(self, batches: Iterable[Tensor], step: int) -> Iterator[Tensor]:
+    def _with_heartbeats(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
         """Send a heartbeat for each batch."""
         for number, batch in enumerate(batches, 1):
             if self.watchdog is not None:
@@ -89,9 +88,7 @@ class HeldOutCallback(StepCallback):
         if not module.model.routers:
             return
         batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
-        tokens_BS = batch[:1, :-1].to(module.device)
-        eos_id = module.config.data.eos_id
-        documents_BS = document_numbers_if_apart(tokens_BS, eos_id)
+        inputs_1S, documents_1S = batch.inputs_BS[:1], batch.documents_BS
         # Random routers draw numbers; the generators are restored for training.
         cuda = [module.device] if module.device.type == "cuda" else []
         with (
@@ -100,9 +97,9 @@ class HeldOutCallback(StepCallback):
             torch.random.fork_rng(devices=cuda),
         ):
             output = module.model(
-                tokens_BS,
+                inputs_1S.to(module.device),
                 capacities=module.plan.capacities_at(step - 1),
-                documents_BS=documents_BS,
+                documents_BS=None if documents_1S is None else documents_1S[:1].to(module.device),
             )
         self.metrics_log.add_image(
             step, "router/chosen (layer x position)", chosen_picture(output.routing)

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import DataConfig
+from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.dataset import TokenDataset
+from modtrain.data.stream.documents import document_numbers
 from modtrain.data.stream.index import ShardIndex, read_summary
 
 
@@ -242,12 +244,27 @@ def test_a_shard_damaged_after_the_index_was_read_is_refused(copy: Path, what: s
 # Data module ----------------------------------------------------------------------------------
 
 
+def tokens_of(batch: Batch) -> torch.Tensor:
+    """The tokens (B, S + 1) that a batch was made of."""
+    assert torch.equal(batch.inputs_BS[:, 1:], batch.targets_BS[:, :-1])
+    return torch.cat([batch.inputs_BS, batch.targets_BS[:, -1:]], dim=1)
+
+
+def test_a_batch_numbers_documents_where_they_are_masked(prepared: Path) -> None:
+    plain = next(iter(module(prepared).train_dataloader()))
+    assert plain.documents_BS is None
+    eos_id = int(plain.inputs_BS[0, 5])
+    masked = next(iter(module(prepared, document_mask=True, eos_id=eos_id).train_dataloader()))
+    assert torch.equal(masked.documents_BS, document_numbers(plain.inputs_BS, eos_id))
+    assert masked.documents_BS[0, 6] > 0
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_follow_the_order_and_resume_at_any_step(
     prepared: Path, rows: np.ndarray, num_workers: int
 ) -> None:
     data = module(prepared, num_workers=num_workers)
-    batches = list(data.train_dataloader())
+    batches = list(map(tokens_of, data.train_dataloader()))
     assert len(batches) == 6 * 2
     assert all(batch.shape == (3, 17) and batch.dtype == torch.int64 for batch in batches)
     numbers = [number for step in range(6) for number in data.sample_numbers(step)]
@@ -257,15 +274,15 @@ def test_batches_follow_the_order_and_resume_at_any_step(
     resumed.start_step = 4
     loader = resumed.train_dataloader()
     assert len(loader) == 12
-    assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in batches[8:]]
+    assert [tokens_of(batch).tolist() for batch in loader] == [b.tolist() for b in batches[8:]]
 
 
 def test_ranks_share_a_step(prepared: Path) -> None:
     alone = module(prepared, micro_batch_size=6, accumulate=2)
-    expected = [batch.tolist() for batch in alone.train_dataloader()]
+    expected = [tokens_of(batch).tolist() for batch in alone.train_dataloader()]
     ranks = [on_rank(module(prepared, micro_batch_size=3), 2, rank) for rank in (0, 1)]
     assert ranks[1].sample_numbers(3) == alone.sample_numbers(3)
-    pairs = zip(*(rank.train_dataloader() for rank in ranks), strict=True)
+    pairs = zip(*(map(tokens_of, rank.train_dataloader()) for rank in ranks), strict=True)
     assert [torch.cat(pair).tolist() for pair in pairs] == expected
 
 
@@ -294,10 +311,11 @@ def test_validation_reads_the_first_samples_in_order(
     data = module(prepared, eval_sequences=eval_sequences)
     samples = data.valid_data
     expected = samples.__getitems__(list(range(min(len(samples), eval_sequences or 10**9))))
-    batches = list(data.val_dataloader())
+    batches = list(map(tokens_of, data.val_dataloader()))
     assert torch.cat(batches).tolist() == expected.tolist()
     assert {len(batch) for batch in batches[:-1]} == {4}
-    per_rank = [list(on_rank(data, 3, rank).val_dataloader()) for rank in range(3)]
+    loaders = [on_rank(data, 3, rank).val_dataloader() for rank in range(3)]
+    per_rank = [list(map(tokens_of, loader)) for loader in loaders]
     assert len({len(batches) for batches in per_rank}) == 1
     found = [row for batches in per_rank for row in torch.cat(batches).tolist()]
     assert sorted(found) == sorted(expected.tolist())
@@ -335,19 +353,19 @@ class _Recorder(lightning.LightningModule):
         self.train_batches: list[list[list[int]]] = []
         self.valid_samples = 0
 
-    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
-        self.train_batches.append(batch.tolist())
-        return self.weight * batch.sum()
+    def training_step(self, batch: Batch) -> torch.Tensor:
+        self.train_batches.append(tokens_of(batch).tolist())
+        return self.weight * batch.targets_BS.sum()
 
-    def validation_step(self, batch: torch.Tensor) -> None:
-        self.valid_samples += len(batch)
+    def validation_step(self, batch: Batch) -> None:
+        self.valid_samples += len(batch.inputs_BS)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
 def test_lightning_trains_on_it(prepared: Path) -> None:
-    expected = [batch.tolist() for batch in module(prepared).train_dataloader()]
+    expected = [tokens_of(batch).tolist() for batch in module(prepared).train_dataloader()]
     for start_step in (0, 4):
         data = module(prepared, eval_sequences=10)
         data.start_step = start_step

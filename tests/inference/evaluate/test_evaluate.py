@@ -70,8 +70,8 @@ def slowly(loaded, selection, budget, sequences=6):
     """Loss, executed FLOPs a token and shares, a sequence and a token at a time."""
     config, shares = loaded.trained.model, []
     loss = flops = 0.0
-    for batch_BT in loaded.held_out(sequences, 1):
-        inputs, targets = batch_BT[:, :-1], batch_BT[0, 1:]
+    for batch in loaded.held_out(sequences, 1):
+        inputs, targets = batch.inputs_BS, batch.targets_BS[0]
         output = loaded.model(inputs, selection=selection, budget=budget)
         for logits, target in zip(output.logits_BSV[0].double(), targets, strict=True):
             loss -= float(logits[target] - logits.exp().sum().log())
@@ -218,14 +218,14 @@ def test_calibration_reads_what_the_run_was_trained_on_first(routed):
     data = TokenDataModule(
         loaded.trained.data, micro_batch_size=2, accumulate=1, num_steps=3, eval_batch_size=1
     )
-    first = torch.cat(list(data.train_dataloader()))
+    first = torch.cat([batch.inputs_BS for batch in data.train_dataloader()])
     batches = training_text(loaded, 6, 4)
-    assert [len(batch) for batch in batches] == [4, 2]
-    assert torch.equal(torch.cat(batches), first)
-    held_out = {tuple(row.tolist()) for batch in loaded.held_out(None, 8) for row in batch}
+    assert [len(batch.inputs_BS) for batch in batches] == [4, 2]
+    assert torch.equal(torch.cat([batch.inputs_BS for batch in batches]), first)
+    held_out = {tuple(row) for b in loaded.held_out(None, 8) for row in b.inputs_BS.tolist()}
     assert not held_out & {tuple(row.tolist()) for row in first}
     # No more than there is, each once.
-    every = torch.cat(training_text(loaded, 10**6, 512))
+    every = torch.cat([batch.targets_BS for batch in training_text(loaded, 10**6, 512)])
     assert len(every) == len(data.train_data) == len(every.unique(dim=0))
 
 

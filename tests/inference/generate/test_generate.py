@@ -249,7 +249,7 @@ def test_content_free_routers_keep_their_schedule(start):
         ),
         (["samples=0", "max_tokens=0"], ["samples=0", "max_tokens=0", "1 or more"]),
         (["speculate.capacity=0.2"], ["speculate.capacity=0.2", "speculate.tokens"]),
-        (["output=no/where/out.txt"], ["output=no/where/out.txt", "no directory"]),
+        (["output=no/where/out.txt"], ["output=no/where/out.txt", "does not exist"]),
         (["output=/"], ["output=/", "is a directory"]),
         (["stop=['']"], ["stop", "empty"]),
         (["sampling.temperature=0"], ["sampling.temperature", "greedy"]),

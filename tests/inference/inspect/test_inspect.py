@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modtrain.common.errors import ConfigError
+from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import evaluate
 from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.inspect.inspect import choose_decision, text_windows
@@ -57,11 +58,10 @@ def test_every_figure_of_a_token_is_that_of_a_slow_loop(kind, text):
 def test_loss_capacity_and_load_are_those_of_an_evaluation(kind):
     model = model_of(kind)
     batches = [random_tokens(4, SEQ_LEN + 1, seed=8)]
-    windows = [(batch[:, :-1], batch[:, 1:]) for batch in batches]
-    found = evaluate(model, batches, nullcontext())
+    found = evaluate(model, map(Batch.from_tokens, batches), nullcontext())
     for selection, decision in found.decisions.items():
         # One by one, so that the loads of unequally busy windows have to be weighed.
-        rows = [(i[n : n + 1], t[n : n + 1]) for i, t in windows for n in range(len(i))]
+        rows = [Batch.from_tokens(row) for batch in batches for row in batch.split(1)]
         ours = trace(model, rows, selection, nullcontext())
         assert ours.mean_loss == pytest.approx(decision.loss)
         for r in ours.routers:
@@ -77,11 +77,11 @@ def test_loss_capacity_and_load_are_those_of_an_evaluation(kind):
 def test_documents_and_capacities_are_those_of_an_evaluation():
     model = model_of("mod")
     batch = random_tokens(4, SEQ_LEN + 1, seed=8)
-    options = {"eos_id": int(batch[0, 5]), "capacities": [None, 0.5, None, 0.75]}
-    found = evaluate(model, [batch], nullcontext(), **options)
+    options = {"capacities": [None, 0.5, None, 0.75]}
+    window = Batch.from_tokens(batch, int(batch[0, 5]))
+    found = evaluate(model, [window], nullcontext(), **options)
     losses = {name: decision.loss for name, decision in found.decisions.items()}
     for selection, loss in [*losses.items(), ("top_k", found.top_k_loss)]:
-        window = (batch[:, :-1], batch[:, 1:])
         assert trace(
             model, [window], selection, nullcontext(), **options
         ).mean_loss == pytest.approx(loss)
@@ -138,12 +138,12 @@ def test_looking_leaves_the_model_and_the_random_state_alone(text):
 @quick(40)
 def test_windows_hold_the_text_once_and_ask_for_what_comes_next(tokens, seq_len, batch_size):
     windows = list(text_windows(tokens, seq_len, batch_size))
-    inputs = [number for side, _ in windows for number in side.flatten().tolist()]
-    targets = [number for _, side in windows for number in side.flatten().tolist()]
+    inputs = [number for side, _, _ in windows for number in side.flatten().tolist()]
+    targets = [number for _, side, _ in windows for number in side.flatten().tolist()]
     assert inputs == tokens
     assert targets == [*tokens[1:], -100]
-    assert all(side.shape[0] <= batch_size and side.shape[1] <= seq_len for side, _ in windows)
-    assert all(side.shape[1] == seq_len for side, _ in windows[:-1])
+    assert all(side.shape[0] <= batch_size and side.shape[1] <= seq_len for side, _, _ in windows)
+    assert all(side.shape[1] == seq_len for side, _, _ in windows[:-1])
 
 
 def test_the_first_causal_decision_is_taken_and_top_k_only_by_its_name():
@@ -165,7 +165,7 @@ def test_the_first_causal_decision_is_taken_and_top_k_only_by_its_name():
 
 def test_a_dial_moves_the_line_and_what_takes_part():
     model = model_of("mod")
-    windows = [(random_tokens(2, 24), random_tokens(2, 24, 1))]
+    windows = [Batch(random_tokens(2, 24), random_tokens(2, 24, 1))]
     budget = ComputeBudget((0.3, math.inf, -math.inf)[: len(model.routers)])
     moved = trace(model, windows, "predictor", nullcontext(), budget=budget).routers
     for own, level in zip(moved, budget.thresholds, strict=True):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.common.errors import CheckpointError, ConfigError, TrainingError
+from modtrain.data.stream.batch import Batch
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.held_out import evaluate
@@ -63,7 +64,7 @@ def micro_batch(number):
 
 class Micro(Dataset):
     def __getitem__(self, number):
-        return micro_batch(number)
+        return Batch.from_tokens(micro_batch(number))
 
 
 class Rest:
@@ -106,7 +107,7 @@ class Watched(LanguageModule):
         super().optimizer_step(*args, **kwargs)
         if self.evaluates:
             context = self.trainer.precision_plugin.forward_context()
-            found = evaluate(self.model, [micro_batch(10_000)], context)
+            found = evaluate(self.model, [Batch.from_tokens(micro_batch(10_000))], context)
             self.held_out += [found.causal_loss, found.top_k_loss]
 
     def on_train_end(self):
@@ -293,7 +294,7 @@ class Looks(L.Callback):
     def on_train_start(self, trainer, module):
         engine, model = trainer.strategy.engine, module.model
         # Before the first step nobody has found out yet who reads the head's weight.
-        evaluate(model, [micro_batch(0)], nullcontext())
+        evaluate(model, [Batch.from_tokens(micro_batch(0))], nullcontext())
         parameters = list(model.named_parameters())
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in parameters}
         self.elements = sum(shapes[n].numel() for n, p in parameters if p.requires_grad)
