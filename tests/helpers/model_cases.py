@@ -51,11 +51,16 @@ def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float6
 
 
 def balance_predictors(model: Transformer, tokens_BS: Tensor) -> None:
-    """Move each predictor's bias so that it says yes to half of ``tokens_BS``."""
+    """Move each predictor's bias so that it says yes to about half of ``tokens_BS``.
+
+    The threshold is between two values, never on one, which rounding could move to either side.
+    """
     with torch.no_grad():
         for place, router in enumerate(model.routers):
             logits_BS = model(tokens_BS, selection="predictor").routing[place].predictor_BS
-            router.predictor.out.bias -= logits_BS.quantile(0.5)
+            distinct = logits_BS.unique()
+            middle = len(distinct) // 2
+            router.predictor.out.bias -= distinct[middle - 1 : middle + 1].mean()
 
 
 def distinct_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
