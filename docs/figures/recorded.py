@@ -123,7 +123,6 @@ def tensorboard() -> None:
             shown = f"darkMode={dark}&smoothing=0&runFilter=by_step&tagFilter={tags}"
             browser.goto(f"{address}/?{shown}#timeseries")
             browser.wait_for_selector("line-chart, .line-chart", timeout=120_000)
-            browser.get_by_role("button", name="Settings", exact=True).click()
             browser.wait_for_timeout(8_000)
             browser.screenshot(path=IMAGES / f"tensorboard-{mode}.png")
 
