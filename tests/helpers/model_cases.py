@@ -11,6 +11,7 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.sequence import SequenceContext, sequence_context
 from modtrain.models.transformer import Transformer
+from tests.helpers.thresholds import midway
 
 VOCAB = 48
 
@@ -51,16 +52,11 @@ def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float6
 
 
 def balance_predictors(model: Transformer, tokens_BS: Tensor) -> None:
-    """Move each predictor's bias so that it says yes to about half of ``tokens_BS``.
-
-    The threshold is between two values, never on one, which rounding could move to either side.
-    """
+    """Move each predictor's bias so that it says yes to about half of ``tokens_BS``."""
     with torch.no_grad():
         for place, router in enumerate(model.routers):
             logits_BS = model(tokens_BS, selection="predictor").routing[place].predictor_BS
-            distinct = logits_BS.unique()
-            middle = len(distinct) // 2
-            router.predictor.out.bias -= distinct[middle - 1 : middle + 1].mean()
+            router.predictor.out.bias -= midway(logits_BS)
 
 
 def distinct_tokens(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -30,6 +30,7 @@ from tests.helpers.model_cases import (
     settle,
     small,
 )
+from tests.helpers.thresholds import require_margin
 
 LENGTH = 24
 TARGETS = ["block", "attention", "mlp", "both"]
@@ -105,7 +106,9 @@ def moved(model: Transformer, selection: str, seed: int = 0) -> Tensor:
     place_S = torch.arange(LENGTH)
     tokens_BS[place_S + 1, place_S] = (tokens_S + change_S) % VOCAB
     with torch.no_grad():
-        logits_BSV = model(tokens_BS, selection=selection).logits_BSV
+        output = model(tokens_BS, selection=selection)
+    require_margin(model, output, selection)
+    logits_BSV = output.logits_BSV
     return (logits_BSV[1:] - logits_BSV[:1]).abs().amax(dim=-1)
 
 
@@ -164,9 +167,10 @@ def test_another_sequence_never_matters(case):
     for selection in {decision_of(case), CASES[case].training_selection}:
         tokens_BS = random_tokens(4, LENGTH, 5)
         with torch.no_grad():
-            together_BSV = model(tokens_BS, selection=selection).logits_BSV
+            together = model(tokens_BS, selection=selection)
+            require_margin(model, together, selection)
             alone = [model(row[None], selection=selection).logits_BSV for row in tokens_BS]
-        assert (together_BSV - torch.cat(alone)).abs().max() < 1e-9
+        assert (together.logits_BSV - torch.cat(alone)).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("router", [{}, {"choice": "token"}, {"causal": ["auxiliary"]}])

@@ -22,6 +22,7 @@ from tests.helpers.model_cases import (
     settle,
     small,
 )
+from tests.helpers.thresholds import require_margin
 
 END = 5
 MODELS = {
@@ -55,9 +56,11 @@ def slowly(model, config: DecoderConfig, prompt: list[int], number: int):
         if documents is not None:
             documents = documents.cumsum(1) - documents
         with torch.no_grad():
-            return model(
+            output = model(
                 tokens, selection=config.selection, documents_BS=documents, budget=config.budget
             )
+        require_margin(model, output, config.selection, config.budget)
+        return output
 
     while len(text) < len(prompt) + config.max_tokens:
         seen = torch.zeros(1, VOCAB, dtype=torch.bool)
@@ -149,8 +152,13 @@ def test_greedy_self_speculation_changes_nothing(name, choices, drafts, prompts)
     drafted = DecoderConfig(
         selection, **choices, drafts=drafts, draft_budget=ComputeBudget(step_cap=0)
     )
+    expected = collected(Decoder(model, plain, prompts).run())
+    for number, prompt in enumerate(prompts):
+        made = [token.id for token in expected[number][0] if not token.is_prompt]
+        output = model(torch.tensor([prompt + made]), selection=selection, budget=plain.budget)
+        require_margin(model, output, selection, plain.budget)
     decoder = Decoder(model, drafted, prompts)
-    assert collected(decoder.run()) == collected(Decoder(model, plain, prompts).run())
+    assert collected(decoder.run()) == expected
     counts = decoder.statistics
     assert 0 <= counts.accepted <= counts.drafted
 

@@ -29,6 +29,7 @@ from tests.helpers.model_cases import (
     random_tokens,
     settle,
 )
+from tests.helpers.thresholds import MARGIN, require_margin
 
 EXPERTS = {
     "moe": ExpertsConfig(count=4, top_k=2, dim=8),
@@ -321,6 +322,7 @@ def assert_each_alone(run: Run, atol: float = 1e-9) -> None:
     for row, (text, told) in enumerate(zip(run.texts, run.told, strict=True)):
         documents = None if run.documents is None else run.documents[row]
         whole = alone(run.model, text, documents_L=documents, **run.settings)
+        require_margin(run.model, whole, **run.settings, least=max(MARGIN, atol))
         assert_told(told, whole, atol, with_scores)
 
 

@@ -16,6 +16,7 @@ from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.depth.selection import apply_cumulative_cap
 from tests.helpers.model_cases import VOCAB, quick, random_tokens, small
+from tests.helpers.thresholds import require_margin
 from tests.models.cache.cache_cases import (
     EXPERTS,
     alone,
@@ -49,6 +50,7 @@ def test_pieces_equal_the_whole(case, eos, data):
         ])
     )  # fmt: skip
     whole = model(tokens, selection=selection, documents_BS=documents, budget=budget)
+    require_margin(model, whole, selection, budget)
     cache = Cache(config, batch, tracks_routed=budget is not None and budget.layer_cap is not None)
     logits, chosen, start = [], [], 0
     for part in parts:
@@ -159,6 +161,8 @@ def moved(model, budget, row: int, place: int) -> Tensor:
         run.texts[row][place] = (run.texts[row][place] + change) % VOCAB
         for counts in ((3, 5, 4), (6, 4, 5), (3, 3, 3)):
             run.step(*counts)
+        for report in run.reports:
+            require_margin(model, report, **run.settings)
         found.append(torch.stack([torch.cat(told.logits) for told in run.told]))
     return (found[0] - found[1]).abs().amax(-1)
 
@@ -263,9 +267,9 @@ def test_caps_are_hard_at_every_token(cap, target, score, data):
     for text, told in zip(run.texts, run.told, strict=True):
         allowed = [fraction * (i + 1) // 1 for i in range(len(text))]
         taking = told.taking()
-        for record, own in zip(
-            alone(model, text, **run.settings).routing, taking.tolist(), strict=True
-        ):
+        whole = alone(model, text, **run.settings)
+        require_margin(model, whole, **run.settings)
+        for record, own in zip(whole.routing, taking.tolist(), strict=True):
             assert own == record.chosen_BS[0].tolist()
         # The first router's wishes do not depend on its cap.
         free_budget = eager._replace(layer_cap=None)

@@ -28,6 +28,7 @@ from tests.helpers.model_cases import (
     random_tokens,
     small,
 )
+from tests.helpers.thresholds import require_margin
 
 
 def routed(model: Transformer, layer: int = 1) -> MixtureOfDepths:
@@ -221,8 +222,10 @@ def moved(
     after_BS[0, position] = token
     with torch.no_grad():
         before, after = (
-            model(tokens_BS, selection=selection).logits_BSV for tokens_BS in (before_BS, after_BS)
+            model(tokens_BS, selection=selection) for tokens_BS in (before_BS, after_BS)
         )
+    require_margin(model, before, selection)
+    before, after = before.logits_BSV, after.logits_BSV
     # The sequence beside it must not move either, at any position.
     assert (before[1] - after[1]).abs().max() < 1e-9
     return (before[0] - after[0]).abs().amax(dim=-1)
