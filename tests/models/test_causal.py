@@ -203,11 +203,13 @@ def test_a_decision_that_the_model_lacks_is_refused(router):
     held = model.config.router.causal_routers
     for selection in (*CAUSAL_ROUTERS, "causal"):
         if selection in held:
-            value_BS = model.routers[0].value(selection, record.scores_BS, record.predictor_BS)
+            value_BS = model.routers[0].decision_values(
+                selection, record.scores_BS, record.predictor_BS
+            )
             assert value_BS.shape == tokens_BS.shape
             continue
         with pytest.raises(ValueError, match=f"cannot choose by '{selection}'.*router.causal="):
-            model.routers[0].value(selection, record.scores_BS, record.predictor_BS)
+            model.routers[0].decision_values(selection, record.scores_BS, record.predictor_BS)
         with pytest.raises(ValueError, match=r"cannot choose by|does not tell"):
             model(tokens_BS, selection=selection)
 
