@@ -36,6 +36,7 @@ import modtrain.parallel.expert
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.parts import parts_of
 from modtrain.cli.compose import compose
+from modtrain.data.stream.batch import Batch
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks
 from modtrain.parallel.config import dims_of
@@ -200,9 +201,9 @@ class _Batches:
     def __len__(self) -> int:
         return _STEPS
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         for _ in range(_STEPS):
-            yield torch.zeros(1, self.seq_len + 1, dtype=torch.long)
+            yield Batch.from_tokens(torch.zeros(1, self.seq_len + 1, dtype=torch.long))
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
 """A rank of 1,024 does and sends in a step what theory says, and no more than one of 128."""
 
 import functools
+import gc
 import itertools
 import math
 import sys
@@ -170,15 +171,19 @@ def test_meshes_take_work_and_memory_by_the_rank_at_most(degrees):
             kept.append(make_meshes(ParallelDims(world_size, shard=shard, **degrees)))
 
         with fake_group(Launch(world_size, 0, 0, 8)):
+            # What earlier tests left must not be freed in between.
+            gc.collect()
             before = sys.getallocatedblocks()
             calls = calls_of(make)
+            gc.collect()
             return calls, sys.getallocatedblocks() - before
 
     made(64)  # what is made once
     (calls, blocks), (more_calls, more_blocks) = made(256), made(1024)
     # Four times the ranks; by their square it would be sixteen.
     assert more_calls < 5 * calls
-    assert more_blocks < 5 * blocks + 4 * 1024
+    # Python keeps the numbers up to 256; of the others each list of all ranks has its own.
+    assert more_blocks < 5 * blocks + 8 * 1024
 
 
 @pytest.mark.slow

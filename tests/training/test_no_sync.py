@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.cli.compose import compose
+from modtrain.data.stream.batch import Batch
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks
 from modtrain.models.depth.layer import MixtureOfDepths
@@ -154,7 +155,8 @@ def step(tiny, tmp_path: Path):
         strategy = make_strategy(strategy_options(config, plan), "cpu", checkpointer)
         trainer = make_trainer(config, plan, strategy, Launch(), callbacks)
         vocabulary = config.model.vocabulary
-        batches = [torch.randint(vocabulary, (2, plan.seq_len + 1)) for _ in range(2 * STEPS)]
+        tokens = torch.randint(vocabulary, (2 * STEPS, 2, plan.seq_len + 1))
+        batches = [Batch.from_tokens(tokens_BT) for tokens_BT in tokens]
         try:
             trainer.fit(module, DataLoader(batches, batch_size=None))
         finally:

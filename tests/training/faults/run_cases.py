@@ -48,7 +48,8 @@ class Noted(L.Callback):
     def on_train_batch_end(self, trainer, _module, _outputs, batch, batch_idx) -> None:
         plan = trainer.datamodule.plan()
         step, micro = divmod(batch_idx, plan.accumulate)
-        numbers = [self.numbers[row.numpy().tobytes()] for row in batch]
+        tokens_BT = torch.cat([batch.inputs_BS, batch.targets_BS[:, -1:]], dim=1)
+        numbers = [self.numbers[row.numpy().tobytes()] for row in tokens_BT]
         record = [step, micro * plan.world_size + plan.rank, numbers]
         with (self.path / f"samples-{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
