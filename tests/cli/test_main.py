@@ -137,6 +137,7 @@ def test_overrides_that_only_clash_together_are_told_without_a_traceback():
         compose("train", ["+experiment=quickstart", "experiment=quickstart"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_prepare_is_told_in_a_line_and_gone_on_with(tmp_path):
     corpus = make_corpus(tmp_path / "corpus", documents=1500, words=2000)
     command = [

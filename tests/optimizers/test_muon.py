@@ -197,6 +197,7 @@ def _model_and_optimizer(tiny):
     return config.model, config.optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_stop_request")
 def test_a_stopped_run_goes_on_to_the_same_bits_and_under_no_other_optimizer(
     tiny, tmp_path, monkeypatch

@@ -80,6 +80,7 @@ def test_twelve_kills_change_nothing(tiny, tmp_path, compiled):
     check_kills(tiny, tmp_path, 12, f"compile={str(compiled).lower()}")
 
 
+@pytest.mark.slow
 def test_one_kill_changes_nothing(tiny, tmp_path):
     check_kills(tiny, tmp_path, 1)
 

@@ -372,6 +372,7 @@ def test_accumulation_changes_the_memory_and_not_the_result(start):
     assert first[0] == pytest.approx(first[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar(tiny, tmp_path):
     import os
     import pty

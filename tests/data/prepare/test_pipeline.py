@@ -198,7 +198,7 @@ def test_a_second_prepare_does_nothing_and_another_is_refused(tmp_path: Path) ->
     # Copied or installed anew, a corpus is the same.
     assert prepare(tiny_config([corpus], output), progress=False).was_complete
     write_jsonl(corpus, make_documents(101))
-    with pytest.raises(DataError, match="contents.* differ"):
+    with pytest.raises(DataError, match=r"contents.* differ"):
         prepare(tiny_config([corpus], output), progress=False)
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 

@@ -259,6 +259,7 @@ def resumed(root, stage, kind="mod", **choices):
     return paths
 
 
+@pytest.mark.slow
 def test_resumed_is_never_stopped_and_goes_on_under_others(tmp_path):
     whole, half, *_ = resumed(tmp_path, 1)
     for number, (name, world_size) in enumerate([("deepspeed_3", 1), ("single", 1)], start=10):

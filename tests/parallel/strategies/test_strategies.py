@@ -89,6 +89,8 @@ LEVELS = 8
 STEPS = 16
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("strategy", QUICK)
 def test_evaluations_are_not_compiled(prepared, tmp_path, strategy):
     lines = overrides(

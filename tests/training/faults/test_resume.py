@@ -40,6 +40,7 @@ def some_slow(names, quick=QUICK):
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
+@pytest.mark.slow
 @pytest.mark.on_commit(3)
 @pytest.mark.parametrize("strategy", some_slow(STRATEGIES))
 def test_a_stopped_run_goes_on_to_the_same_bits(prepared, tmp_path, strategy):
@@ -63,6 +64,7 @@ def test_a_signal_to_one_rank_in_the_setup_stops_all(prepared, tmp_path, rank):
     assert on_ranks(run, 2, lines, joins=False) == ["complete"] * 2
 
 
+@pytest.mark.slow
 def test_ranks_that_come_to_read_the_same_samples_draw_the_same(prepared, tmp_path):
     """Two data-parallel ranks had states of their own, which are of no use to parts of one."""
     lines = overrides(prepared, tmp_path, "drawn", STEPS, "model.router.score=random")

@@ -233,6 +233,7 @@ def test_a_kill_in_a_roll_back_loses_nothing(prepared, tmp_path, strategy, world
     assert [e["action"] for e in events(tmp_path / "cut")] == ["roll_back"]
 
 
+@pytest.mark.slow
 def test_two_roll_backs_of_one_checkpoint_and_the_third_spike_stops(prepared, tmp_path):
     # The second one is among the samples that came up for the first.
     bad = [numbers_of(prepared, step)[0] for step in (7, 8, 9)]

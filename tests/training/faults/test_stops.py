@@ -30,6 +30,7 @@ STOPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("strategy", "action", "factor"),
