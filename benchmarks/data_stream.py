@@ -22,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from modtrain.data.config import DataConfig
 from modtrain.data.prepare.pack import PackLayout, TokenFile, plan_shards, write_shard
 from modtrain.data.prepare.pipeline import finish
 from modtrain.data.prepare.tokenizer import check_tokenizer, train_tokenizer
+from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, Shard, SplitSummary
 
@@ -114,7 +114,7 @@ def write_flat(path: Path, num_tokens: int, seq_len: int) -> None:
     np.ascontiguousarray(rows_NS).tofile(path)
 
 
-def stream_batches(prepared: Path, options: argparse.Namespace) -> Iterator[Tensor]:
+def stream_batches(prepared: Path, options: argparse.Namespace) -> Iterator[Batch]:
     """Batches as training reads them, for ever enough."""
     num_steps = (options.rounds + 1) * options.batches
     module = TokenDataModule(
@@ -127,13 +127,13 @@ def stream_batches(prepared: Path, options: argparse.Namespace) -> Iterator[Tens
     return iter(module.train_dataloader())
 
 
-def memmap_batches(flat: Path, options: argparse.Namespace) -> Iterator[Tensor]:
+def memmap_batches(flat: Path, options: argparse.Namespace) -> Iterator[Batch]:
     """Batches of random rows of a flat memmap."""
     rows_NS = np.memmap(flat, np.uint16, mode="r").reshape(-1, options.seq_len + 1)
     generator = np.random.default_rng(0)
     while True:
         rows = generator.integers(0, len(rows_NS), options.batch_size)
-        yield torch.from_numpy(rows_NS[rows].astype(np.int64))
+        yield Batch.from_tokens(torch.from_numpy(rows_NS[rows].astype(np.int64)))
 
 
 def measure(options: argparse.Namespace, prepared: Path, flat: Path) -> dict[str, list[float]]:
@@ -148,9 +148,9 @@ def measure(options: argparse.Namespace, prepared: Path, flat: Path) -> dict[str
     return rates
 
 
-def _rate(batches: Iterable[Tensor]) -> float:
+def _rate(batches: Iterable[Batch]) -> float:
     start = time.perf_counter()
-    tokens = sum(batch.numel() for batch in batches)
+    tokens = sum(batch.targets_BS.numel() for batch in batches)
     return tokens / (time.perf_counter() - start)
 
 
