@@ -290,7 +290,7 @@ def test_inductors_random_scores_are_one_graph_that_draws_anew():
     assert (two.sum(dim=1) == LENGTH // 4).all()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_inductors_step_under_autocast_is_near_eager():
     """Fused kernels round to bfloat16 less often, so two near scores may change places: the choice
     and with it single gradients differ, the losses hardly do."""

@@ -72,8 +72,7 @@ def check_kills(tiny, tmp_path, kills, *more):
     assert steps == list(range(1, STEPS + 1))
 
 
-@pytest.mark.on_commit(1)
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_twelve_kills_change_nothing(tiny, tmp_path, compiled):

@@ -85,6 +85,7 @@ def test_daemons_die_and_come_back_while_a_job_goes_on(cluster: Cluster, tmp_pat
     cluster.wait_for_nodes()
 
 
+@pytest.mark.nightly
 def test_a_job_of_high_priority_takes_the_nodes(cluster: Cluster, tmp_path):
     low = cluster.sbatch(script(tmp_path, 60), "--nodes=3")
     cluster.wait(low, "RUNNING")

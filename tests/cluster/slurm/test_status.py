@@ -161,4 +161,4 @@ def test_a_run_in_training_saves_is_cancelled_and_can_go_on(cluster, tmp_path, t
     assert "stopped by a signal" not in cluster.output(jobs[0])
     assert not (run / "failures.tsv").exists()
     assert "stopped" in modtrain(cluster, tmp_path, "status", "run=x")
-    assert "goes on from there" in modtrain(cluster, tmp_path, "logs", "run=x", "lines=20")
+    assert "to resume" in modtrain(cluster, tmp_path, "logs", "run=x", "lines=20")
