@@ -157,6 +157,7 @@ def test_what_is_pruned_while_it_is_read_is_chosen_anew(run):
         with_checkpoint(run.checkpoints, 3, use)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_consolidated_weights_are_those_of_the_checkpoint(run, world):
     root = str(run.path.parent)

@@ -113,6 +113,7 @@ def test_missing_data_says_to_prepare_it(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=20), max_size=4
@@ -312,6 +313,7 @@ def test_doctor_says_what_is_here(capsys):
     assert cli.main(["doctor", "model=tiny"]) == 2
 
 
+@pytest.mark.slow
 def test_eval_after_training_tells_causal_and_not(tiny, prepared, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *tiny, "name=a"]) == 0

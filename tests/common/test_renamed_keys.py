@@ -117,6 +117,7 @@ def test_old_keys_in_a_users_files_are_named_all_at_once(renamed, tmp_path):
     assert found["held_out.every"].remedy == "write eval.every"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_stop_request")
 def test_a_run_that_stored_old_keys_goes_on(renamed, arguments, monkeypatch):
     arguments = [*arguments, "name=r", "model.capacity=0.5", "checkpoint.keep_last=3"]

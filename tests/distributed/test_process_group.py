@@ -95,6 +95,7 @@ def _sleeps() -> None:
     time.sleep(60 if dist.get_rank() == 1 else 0)
 
 
+@pytest.mark.slow
 def test_the_harness_does_not_wait_for_ever() -> None:
     with pytest.raises(TimeoutError, match=r"ranks \[1\]"):
         on_ranks(_sleeps, 2, timeout=3)

@@ -256,6 +256,7 @@ def test_a_step_under_autocast_is_one_graph_equal_to_eager(pattern):
     assert_compiled_equals_eager(model, "aot_eager", autocast=True, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_a_window_and_normed_keys_compile_too():
     config = small(num_layers=2, sliding_window=8, qk_norm=True, tie_embeddings=True)
     model = lively(config, dtype=torch.float32)

@@ -187,6 +187,7 @@ def test_without_activation_checkpointing_the_weights_are_the_same(finished, nam
     assert_equal_weights(plain, finished(*VARIANTS[name]))
 
 
+@pytest.mark.slow
 def test_accumulation_changes_neither_the_result_nor_the_capacities(finished):
     overrides = ("model.router.causal=[auxiliary,predictor]", *SCHEDULE)
     small = finished(*overrides, "batch.micro_batch_size=1")

@@ -62,6 +62,7 @@ def test_a_run_leaves_what_it_should_and_a_second_start_does_nothing(start):
     assert before == {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_slow_copy_of_a_save_has_the_weights_of_its_step(start, monkeypatch):
     more = ("budget.steps=3", "checkpoint.every=1", "checkpoint.keep_last=3")
     expected = start("blocking", *more, "checkpoint.background=false").run
@@ -132,6 +133,7 @@ class StopAt:
         monkeypatch.setattr(LanguageModule, "training_step", training_step)
 
 
+@pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize("step", [0, 5, 7])
 def test_a_signal_saves_the_step_and_the_next_start_ends_bitwise_equal(start, monkeypatch, step):
@@ -177,6 +179,7 @@ def test_a_signal_while_lightning_sets_up_is_not_taken_for_an_end(start, monkeyp
     assert start().status == "complete"
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(start):
     whole = start("whole")
     hurt = start("hurt").run
@@ -319,6 +322,7 @@ def test_predictors_change_nothing_in_the_trunk_over_a_whole_run(start):
     assert all(torch.equal(with_predictor[key], without[key]) for key in without)
 
 
+@pytest.mark.slow
 def test_random_states_come_back(start, monkeypatch):
     """Whatever draws random numbers in a step draws the same after a resume."""
     from modtrain.training.module import LanguageModule
@@ -353,6 +357,7 @@ def test_utilisation_is_of_executed_flops_and_shown_only_where_the_peak_is_known
         assert record["throughput/mfu"] == pytest.approx(achieved / 1e12)
 
 
+@pytest.mark.slow
 def test_bf16_mixed_precision_keeps_its_weights_in_fp32(start):
     run = start("narrow", "precision=bf16").run
     wide = start("wide", "precision=fp32").run

@@ -29,6 +29,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_prepare_goes_on_where_it_stopped(
     tmp_path: Path, small_units: Callable[[int], None]
 ) -> None:

@@ -17,6 +17,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 def test_every_arm_is_legal_builds_and_differs_from_the_others():
     comparison = compose_arms(STUDY)
     seen = []

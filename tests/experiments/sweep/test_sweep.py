@@ -313,6 +313,7 @@ def test_what_stops_a_sweep_costs_nothing_that_is_saved(arguments, whole, signum
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_a_run_in_use_is_left_alone_and_a_sweep_in_use_is_refused(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sweep_process, "LOCK_TIMEOUT", 0.2)
     run = RunDirectory(Path("runs/s/model.capacity=0.25"))

@@ -329,6 +329,7 @@ def look(stage, kind):
     return looks.elements, looks.held, looks.wrong, looks.keys, looks.said
 
 
+@pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("stage", "kind"), [slow(2, "mod"), slow(3, "mod"), slow(2, "frozen"), (3, "frozen")]
@@ -355,6 +356,7 @@ def diverges(stage, steps, root):
 
 
 # At the next step, or at the save where it was the last.
+@pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize(("stage", "steps"), [slow(1, 4), (3, 4), slow(2, 2), slow(3, 2)])
 def test_without_a_guard_too_a_gradient_that_is_not_finite_stops_every_rank(tmp_path, stage, steps):

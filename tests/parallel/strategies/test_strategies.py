@@ -58,6 +58,8 @@ def test_two_ranks_train_by_muon_as_one_process(prepared, tmp_path, strategy):
         close(one, two)
 
 
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("strategy", QUICK)
 def test_a_rank_without_a_held_out_sequence_changes_no_mean(prepared, tmp_path, strategy):
     own = ["batch.tokens=384", "eval.sequences=2", "budget.steps=3"]

@@ -86,6 +86,7 @@ JOURNEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize("journey", some_slow(JOURNEYS, ("1-2-4", "through strategies")))
 def test_other_ranks_and_strategies_go_on_with_the_same_samples(prepared, tmp_path, journey):
