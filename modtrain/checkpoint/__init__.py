@@ -12,9 +12,9 @@ Checkpoints from elsewhere are only data: nothing but a list of harmless classes
 Training on any number of ranks, including one::
 
     checkpointer = Checkpointer(ranks, keep_last=2, keep_every=None)
-    found = checkpointer.recover(root)                         # (step, path) or None
-    if found:
-        restored = checkpointer.restore(found[1], model, optimizer)  # in place, any layout
+    newest = checkpointer.recover(root)                         # (step, path) or None
+    if newest:
+        restored = checkpointer.restore(newest[1], model, optimizer)  # in place, any layout
         # restored.extra_state, .rank_state (None for another world size), .world_size
     ...
     tensors, named = named_state(model, optimizer)             # plain tensors or DTensors, by key

@@ -33,7 +33,7 @@ class MuonConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the values."""
-        found = [
+        problems = [
             *above_zero(self, prefix, "lr"),
             *not_negative(self, prefix, "weight_decay"),
             *decays(self, prefix, "momentum"),
@@ -42,8 +42,8 @@ class MuonConfig:
         ]
         if self.ns_steps >= _TOO_MANY:
             reason, remedy = f"is not below torch's limit of {_TOO_MANY}", "5 is usual"
-            found.append(Problem(f"{prefix}.ns_steps", self.ns_steps, reason, remedy))
-        return found
+            problems.append(Problem(f"{prefix}.ns_steps", self.ns_steps, reason, remedy))
+        return problems
 
 
 # torch.optim.Muon raises at its first step.

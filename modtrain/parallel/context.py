@@ -171,10 +171,10 @@ class CPTransformer(Transformer):
         **others: object,
     ) -> ModelOutput:
         """See `Transformer.forward`."""
-        found = super().forward(tokens_BS, targets_BS, selection, **others)  # type: ignore[arg-type]
-        if found.logits_BSV is None:
-            return found
-        return found._replace(logits_BSV=self.chunks.gather(found.logits_BSV, tokens_BS.shape[1]))
+        output = super().forward(tokens_BS, targets_BS, selection, **others)  # type: ignore[arg-type]
+        if output.logits_BSV is None:
+            return output
+        return output._replace(logits_BSV=self.chunks.gather(output.logits_BSV, tokens_BS.shape[1]))
 
     def _context(self, tokens_BS: Tensor, *others: Any) -> SequenceContext:
         context = super()._context(tokens_BS, *others)
@@ -233,13 +233,15 @@ class CPAttention(Attention):
         if sees_BLS is None:
             raise ValueError("the context lacks what the queries of this share see")
         early, late, piece = self.chunks.chunk_offsets(length)
-        found = []
+        attended = []
         for own, first in ((slice(0, piece), early), (slice(piece, None), late)):
             # What stands behind a piece none of its queries sees: there the balance is.
             before = slice(0, min(first + piece, length))
             sees = sees_BLS[:, own, before]
-            found.append(attend(q_BLHW[:, own], k[:, before], v[:, before], sees, is_causal=False))
-        return torch.cat(found, dim=1)
+            attended.append(
+                attend(q_BLHW[:, own], k[:, before], v[:, before], sees, is_causal=False)
+            )
+        return torch.cat(attended, dim=1)
 
 
 class CPConvolution(Convolution):
@@ -300,16 +302,16 @@ class CPMixtureOfDepths(MixtureOfDepths):
         held_BKD = x_ND.index_select(0, row_N).view(batch, count, dim).where(is_held_BK1, 0)
         chosen_BJD = chunks.reduce_scatter(held_BKD)
         query_index_J = chunks.local_positions(count, x_BSD.device)
-        found = self._update(
+        output = self._update(
             chosen_BJD,
             context.gather(index_BK, slot_mask_BK, query_index_J),
             scores_BS.gather(1, chunks.local_chunk(index_BK)),
             None if slot_mask_BK is None else chunks.local_chunk(slot_mask_BK, False),
         )
         # Minus zero for who is not here: it changes no bit.
-        update_BKD = chunks.gather(found.value_BSD, count).where(is_held_BK1, -0.0)
+        update_BKD = chunks.gather(output.value_BSD, count).where(is_held_BK1, -0.0)
         out_ND = x_ND.index_add(0, row_N, update_BKD.reshape(-1, dim))
-        return found._replace(value_BSD=out_ND.view_as(x_BSD))
+        return output._replace(value_BSD=out_ND.view_as(x_BSD))
 
 
 class CPExperts(Experts):

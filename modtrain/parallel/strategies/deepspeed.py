@@ -209,7 +209,7 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors that fall to this rank, and what is said of all of them."""
-        found = tensors(self.engine, self._transformer)
+        named = tensors(self.engine, self._transformer)
         groups = [
             {
                 **{key: value for key, value in group.items() if key != "params"},
@@ -218,7 +218,7 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
             }
             for group, known in zip(self.engine.optimizer.param_groups, self._groups, strict=True)
         ]
-        return found, {"tied": tied_names(self._transformer), "optimizer_groups": groups}
+        return named, {"tied": tied_names(self._transformer), "optimizer_groups": groups}
 
     def restore(self, path: Path) -> RestoredState:
         """Put the state of the checkpoint ``path`` into the engine; return what else was saved."""

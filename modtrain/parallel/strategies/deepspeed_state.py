@@ -122,8 +122,8 @@ def _gradient(parameter: Any) -> Tensor | None:
         return _without_padding(parameter, utils.safe_get_local_grad(parameter)).values
     if parameter._hp_mapping is None:
         return None
-    found: Tensor = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
-    return found
+    gradient: Tensor = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+    return gradient
 
 
 def _scale_gradient(parameter: Any, factor: Tensor) -> None:
@@ -148,19 +148,19 @@ def tensors(engine: Any, model: nn.Module) -> dict[str, Tensor]:
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     made, moments = _steps(engine), _moments(engine)
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         owner = number % world_size
         steps = made if parameter.requires_grad else 0.0
         for moment in (None, *moments) if steps else (None,):
             whole = _gathered(engine, parameter, moment, owner)
             if whole is not None:
-                found[_key(name, moment)] = whole
+                state[_key(name, moment)] = whole
         if steps and rank == owner:
-            found[_key(name, "step")] = torch.tensor(float(steps))
+            state[_key(name, "step")] = torch.tensor(float(steps))
     if rank == 0:
-        found |= {_key(name): buffer.cpu().clone() for name, buffer in _buffers(model)}
-    return found
+        state |= {_key(name): buffer.cpu().clone() for name, buffer in _buffers(model)}
+    return state
 
 
 def _key(name: str, moment: str | None = None) -> str:
@@ -227,12 +227,12 @@ def take_groups(engine: Any, known: list[dict[str, Any]], rest: Mapping[str, Any
 
 def _of_shape(state: Mapping[str, Tensor], key: str, shape: torch.Size) -> Tensor:
     try:
-        found = state[key]
+        value = state[key]
     except KeyError:
         raise CheckpointError(f"the checkpoint lacks {key}") from None
-    if found.shape != shape:
-        raise CheckpointError(f"{key} has shape {list(found.shape)}, not {list(shape)}")
-    return found
+    if value.shape != shape:
+        raise CheckpointError(f"{key} has shape {list(value.shape)}, not {list(shape)}")
+    return value
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
