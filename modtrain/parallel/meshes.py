@@ -36,13 +36,8 @@ class Meshes:
     experts: DeviceMesh | None = None
 
     @property
-    def data_size(self) -> int:
-        """How many ranks, or groups of them, read different data."""
-        return self.dims.data_parallel
-
-    @property
     def data_rank(self) -> int:
-        """Which of them this rank is in."""
+        """Which part of the data this rank reads, of ``dims.data_parallel``."""
         return self.dims.data_rank(dist.get_rank())
 
     def axes(self) -> dict[str, list[dist.ProcessGroup]]:

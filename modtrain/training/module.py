@@ -14,9 +14,9 @@ from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.samplers import stream_positions
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
 from modtrain.optimizers.registry import build_optimizer
+from modtrain.parallel.lightning_overrides import set_loop_position
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 from modtrain.training.config import TrainConfig
-from modtrain.training.lightning_overrides import set_loop_position
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.random_state import random_states, restore_random_states
 from modtrain.training.running_stats import RunningStats

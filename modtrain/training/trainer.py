@@ -7,15 +7,15 @@ from typing import Literal
 import lightning as L
 
 from modtrain.distributed.launch import Launch
-from modtrain.parallel.strategies.base import TrainingStrategy
-from modtrain.training.config import TrainConfig
-from modtrain.training.hardware import resolve_accelerator
-from modtrain.training.lightning_overrides import (
+from modtrain.parallel.lightning_overrides import (
     SWITCHED_OFF,
     cluster_environment,
     disable_signal_handlers,
     silence_messages,
 )
+from modtrain.parallel.strategies.base import TrainingStrategy
+from modtrain.training.config import TrainConfig
+from modtrain.training.hardware import resolve_accelerator
 from modtrain.training.plan import TrainingPlan
 
 _LIGHTNING_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {

@@ -282,7 +282,7 @@ def _on_a_rank(layout: str, runs: list[tuple[str, Option]], options: dict[str, A
             parallelize(model, meshes, layers)
         assert [n for n, _ in model.named_parameters()] == names
         assert list(model.state_dict()) == keys
-        rank, size = meshes.data_rank, meshes.data_size
+        rank, size = meshes.data_rank, meshes.dims.data_parallel
         traces.append(_learn(model, rank, size, option, mean, layers.precision))
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     return traces
@@ -414,7 +414,7 @@ def _evaluates(layout: str, model_name: str, budgets: Any) -> Any:
         dist.all_reduce(x)
         return x * dims.data_parallel / dims.world_size
 
-    batches = _evaluation_batches()[meshes.data_rank :: meshes.data_size]
+    batches = _evaluation_batches()[meshes.data_rank :: meshes.dims.data_parallel]
     batches = map(Batch.from_tokens, batches)
     found = evaluate(model, batches, contextlib.nullcontext(), total=total, budgets=budgets)
     # Saved or clipped after it, a model is in its pieces.

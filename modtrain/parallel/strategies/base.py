@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,18 +22,21 @@ from modtrain.checkpoint.state import RestoredState, named_state
 from modtrain.models.transformer import ModelOutput, Transformer
 from modtrain.parallel.config import StrategyOptions
 from modtrain.parallel.grad_clip import clip
+from modtrain.parallel.lightning_overrides import StateByName
 
 Forward = Callable[..., ModelOutput]
 
 
-class TrainingStrategy(Strategy):
+class TrainingStrategy(StateByName):
     """What a run needs of its strategy beside what Lightning does. A mixin: it stands first.
 
-    options: of the run. checkpointer: writes its checkpoints.
+    options: of the run. checkpointer: writes its checkpoints. deduplicate: each rank has the keys
+    of the whole state, not other ones; see `Checkpointer.save`.
     """
 
     options: StrategyOptions
     checkpointer: Checkpointer
+    deduplicate = True
 
     def attach(self, options: StrategyOptions, checkpointer: Checkpointer) -> None:
         """Set what the strategy works with."""
@@ -82,33 +83,6 @@ class TrainingStrategy(Strategy):
         dist.all_reduce(total)
         return total / world_size
 
-    # State goes in and out below, not through Lightning's dictionary.
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Pieces can be read only when it is known who has which."""
-        return True
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """The optimizer's state comes with the weights."""
-        return False
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Leave the weights to `save_checkpoint`."""
-        return {}
-
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Leave it to `save_checkpoint`."""
-        del optimizer
-        return {}
-
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Nothing is left to do after `load_checkpoint`."""
-
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Nothing is left to do after `load_checkpoint`."""
-
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
     ) -> None:
@@ -127,6 +101,7 @@ class TrainingStrategy(Strategy):
             blocking=(storage_options or {}).get("blocking", True),
             # Copied while the next step computes, until `optimizer_step` changes the weights.
             async_copy=True,
+            deduplicate=self.deduplicate,
         )
 
     def load_checkpoint(
@@ -138,7 +113,7 @@ class TrainingStrategy(Strategy):
         return {**restored.extra_state, "rank_state": restored.rank_state}
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors of model and optimizer by name, and what is said of them beside."""
+        """Return the tensors to save by name, and what is said of them beside."""
         return named_state(self._transformer, self.optimizers[0])
 
     def restore(self, path: Path) -> RestoredState:

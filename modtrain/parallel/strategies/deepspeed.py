@@ -50,6 +50,8 @@ _BUCKET = 50_000_000
 class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
     """Trains under ZeRO; all else is Lightning's plain data parallelism."""
 
+    deduplicate = False
+
     def __init__(
         self,
         stage: int,
@@ -189,23 +191,13 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
     ) -> None:
-        """Save as every strategy does; each rank has gathered other parameters to write.
+        """Save as every strategy does.
 
         Raises:
             TrainingError: the last step was left out, and nobody looked.
         """
         self._check_overflow()
-        rank_state = checkpoint.pop("rank_state")
-        shares, named = self.named_state()
-        self.checkpointer.save(
-            Path(filepath),
-            shares,
-            {**checkpoint, **named},
-            int(checkpoint["global_step"]),
-            rank_state,
-            blocking=(storage_options or {}).get("blocking", True),
-            deduplicate=False,
-        )
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors that fall to this rank, and what is said of all of them."""

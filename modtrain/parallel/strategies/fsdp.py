@@ -5,29 +5,20 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
-
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.config import StrategyOptions
+from modtrain.parallel.lightning_overrides import OwnMeshes
 from modtrain.parallel.meshes import Meshes, make_meshes
 from modtrain.parallel.parallelize import parallelize
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 
 
-class FSDPStrategy(TrainingStrategy, ModelParallelStrategy):
+class FSDPStrategy(TrainingStrategy, OwnMeshes):
     """Each rank holds shards of the parameters, on the meshes of the run's degrees."""
 
     def __init__(self, meshes: Meshes, timeout: timedelta) -> None:
         super().__init__(timeout=timeout)
         self.meshes = meshes
-
-    def setup_environment(self) -> None:
-        """Take the meshes that there are: Lightning knows two axes, and not these names."""
-        if self.accelerator is None:
-            raise RuntimeError("Lightning has given no accelerator")
-        self.accelerator.setup_device(self.root_device)
-        self.set_world_ranks()
-        self._device_mesh = self.meshes.layers
 
     @property
     def data_rank(self) -> int:
@@ -37,7 +28,7 @@ class FSDPStrategy(TrainingStrategy, ModelParallelStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Return how many parts the data has, and which is this rank's."""
-        return {"num_replicas": self.meshes.data_size, "rank": self.meshes.data_rank}
+        return {"num_replicas": self.meshes.dims.data_parallel, "rank": self.meshes.data_rank}
 
     def parallelize(self, model: Transformer) -> Forward:
         """Keep this rank's shards of the parameters."""

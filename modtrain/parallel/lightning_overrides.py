@@ -1,7 +1,7 @@
-"""Everything of Lightning's trainer that is patched or switched off, each with its reason.
+"""Everything of Lightning's that is patched or switched off, each with its reason.
 
-What here depends on Lightning's internals has a test in tests/training/test_lightning_overrides.py,
-which fails when they change. How strategies save and restore is in `modtrain.parallel.strategies`.
+tests/parallel/test_lightning_overrides.py has a test for each that fails when Lightning changes
+there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import lightning as L
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.optim import Optimizer
 
 from modtrain.distributed.launch import Launch
 
@@ -69,7 +71,8 @@ def disable_signal_handlers(trainer: L.Trainer) -> None:
     Its SIGTERM handler runs a collective, and ends the rank that received the signal during setup
     while the others wait for it.
     """
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    connector: Any = trainer._signal_connector
+    connector.register_signal_handlers = lambda: None
 
 
 def set_loop_position(checkpoint: dict[str, Any], accumulate: int) -> None:
@@ -83,3 +86,49 @@ def set_loop_position(checkpoint: dict[str, Any], accumulate: int) -> None:
     for counters in (progress["total"], progress["current"]):
         for name, count in counters.items():
             counters[name] = count + shift
+
+
+class StateByName(Strategy):
+    """A strategy whose checkpoints have state by name, which Lightning's dictionary has not.
+
+    Lightning numbers parameters, and gathers them on one rank: no other strategy could resume from
+    it. `save_checkpoint` and `load_checkpoint` of a subclass write and read weights and optimizer
+    state; these hooks leave them out of the dictionary.
+    """
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Pieces can be read only when it is known who has which."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimizer's state comes with the weights."""
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Leave the weights to `save_checkpoint`."""
+        return {}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Leave it to `save_checkpoint`."""
+        del optimizer
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Nothing is left to do after `load_checkpoint`."""
+
+
+class OwnMeshes(ModelParallelStrategy):
+    """Lightning's strategy for models that are sharded from outside, without its mesh.
+
+    It would make one of two axes, which other degrees of parallelism do not fit, and initialize a
+    process group, which is there.
+    """
+
+    def setup_environment(self) -> None:
+        """Prepare this rank's device."""
+        if self.accelerator is None:
+            raise RuntimeError("Lightning has given no accelerator")
+        self.accelerator.setup_device(self.root_device)
+        self.set_world_ranks()

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import inspect
 import signal
+from typing import ClassVar
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import Strategy
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from packaging.version import Version
 from torch.utils.data import DataLoader
 
 from modtrain.distributed.launch import Launch
-from modtrain.parallel.strategies.base import TrainingStrategy
-from modtrain.training.lightning_overrides import (
+from modtrain.parallel.lightning_overrides import (
     SWITCHED_OFF,
+    OwnMeshes,
+    StateByName,
     cluster_environment,
     disable_signal_handlers,
     set_loop_position,
     silence_messages,
 )
+from modtrain.parallel.strategies.base import TrainingStrategy
 
 
 class Line(L.LightningModule):
@@ -44,11 +48,12 @@ class Line(L.LightningModule):
 def fit(tmp_path):
     """Train some steps of ``accumulate`` micro-batches; returns module and trainer."""
 
-    def run(steps: int, accumulate: int, patched: bool = True, ckpt_path: str | None = None):
+    def run(steps, accumulate, patched=True, ckpt_path=None, strategy="auto"):
         module, loader = Line(), DataLoader(torch.ones(64, 1))
         silence_messages()
         trainer = L.Trainer(
             accelerator="cpu",
+            strategy=strategy,
             max_steps=steps,
             accumulate_grad_batches=accumulate,
             default_root_dir=str(tmp_path),
@@ -98,14 +103,64 @@ def test_the_loop_resumes_with_another_number_of_micro_batches(fit, tmp_path):
     assert trainer.global_step == 5
 
 
-OWN = {"attach", "data_rank", "parallelize", "clip_gradients", "mean_over_ranks", "named_state"}
+class Named(StateByName, SingleDeviceStrategy):
+    """Keeps the last dictionary of Lightning's, and gives it back."""
+
+    kept: ClassVar[dict] = {}
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+        self.kept.update(checkpoint)
+
+    def load_checkpoint(self, checkpoint_path, weights_only=None):
+        # After the setup, or there would be no optimizer to restore.
+        assert self.optimizers
+        return {**self.kept, "state_dict": "not read", "optimizer_states": "not read"}
+
+
+def test_no_state_is_in_lightnings_dictionary_or_read_from_it(fit, tmp_path):
+    _, trainer = fit(2, 1, strategy=Named("cpu"))
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    assert (Named.kept["state_dict"], Named.kept["optimizer_states"]) == ({}, [{}])
+    module, _ = fit(3, 1, strategy=Named("cpu"), ckpt_path=str(tmp_path / "saved.ckpt"))
+    assert module.steps == [2]
+
+
+class Whole(OwnMeshes):
+    """Lightning's strategy for sharded models, where nothing is sharded."""
+
+    distributed_sampler_kwargs: ClassVar[dict] = {"num_replicas": 1, "rank": 0}
+
+
+def test_no_mesh_and_no_process_group_are_made(fit, monkeypatch):
+    monkeypatch.setattr(Line, "configure_model", lambda self: None)
+    strategy = Whole()
+    module, _ = fit(2, 1, strategy=strategy)
+    assert module.steps == [0, 1]
+    assert not dist.is_initialized()
+    with pytest.raises(RuntimeError, match="device mesh"):
+        _ = strategy.device_mesh
+    # What it stands in for does both.
+    replaced = inspect.getsource(ModelParallelStrategy.setup_environment)
+    assert "_setup_distributed()" in replaced
+    assert "_setup_device_mesh(" in replaced
+    assert "set_world_ranks()" in inspect.getsource(ModelParallelStrategy._setup_distributed)
+
+
+OWN = {"deduplicate", "attach", "data_rank", "parallelize", "clip_gradients"}
+OWN |= {"mean_over_ranks", "named_state", "restore"}
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in vars(TrainingStrategy) if n[0] != "_" and n not in OWN | {"restore"}]
+    ("kind", "name"),
+    [
+        (kind, name)
+        for kind in (TrainingStrategy, StateByName, OwnMeshes)
+        for name in vars(kind)
+        if name[0] != "_" and name not in OWN
+    ],
 )
-def test_what_strategies_override_is_a_hook_of_lightnings(name):
-    own, hook = getattr(TrainingStrategy, name), getattr(Strategy, name)
+def test_what_strategies_override_is_a_hook_of_lightnings(kind, name):
+    own, hook = getattr(kind, name), getattr(Strategy, name)
     assert isinstance(own, property) == isinstance(hook, property)
     if not isinstance(own, property):
         parameters = [p for p in inspect.signature(hook).parameters if p != "kwargs"]
