@@ -15,17 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modtrain.checkpoint.parts import (
-    Part,
-    Staging,
-    device_of,
-    digest_of,
-    parts_of,
-    ready_event,
-)
-from modtrain.checkpoint.rank_state import rank_part
+from modtrain.checkpoint.parts import Part, Staging, device_of, digest_of, parts_of, ready_event
 from modtrain.checkpoint.recovery import latest, prune, recover
-from modtrain.checkpoint.state import Fill, RestoredState, load, restore
+from modtrain.checkpoint.state import Fill, RestoredState, load, rank_part, restore
 from modtrain.checkpoint.writing import refuse_to_overwrite, write
 from modtrain.common.errors import CheckpointError
 from modtrain.distributed.process_group import Ranks

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -58,7 +57,8 @@ def consolidate(
     with atomic_writer(output, output.parent) as file:
         file.write(header)
         for key in keys:
-            _write_tensor(file, reader, key, _dtype(reader, key, dtype))
+            values = reader.read(key, _dtype(reader, key, dtype)).reshape(-1)
+            file.write(values.view(torch.uint8).numpy().data)
         return file.tell()
 
 
@@ -87,8 +87,3 @@ def _header(
 def _dtype(reader: TensorReader, key: str, requested: torch.dtype | None) -> torch.dtype:
     saved = reader.dtypes[key]
     return requested if requested is not None and saved.is_floating_point else saved
-
-
-def _write_tensor(file: BinaryIO, reader: TensorReader, key: str, dtype: torch.dtype) -> None:
-    values = reader.read(key, dtype).reshape(-1)
-    file.write(values.view(torch.uint8).numpy().data)

@@ -48,7 +48,7 @@ def parts_of(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[
         part = (
             _of_dtensor(key, tensor, number)
             if isinstance(tensor, DTensor)
-            else _whole(key, tensor)
+            else whole_part(key, tensor)
             if number % world_size == rank
             else None
         )
@@ -57,18 +57,14 @@ def parts_of(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[
     return parts
 
 
-def unsharded_part(key: str, tensor: Tensor) -> Part:
-    """Return the part of a tensor that no other rank has, with a unique key."""
-    return _whole(key, tensor)
-
-
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Return a digest of names, shapes and dtypes."""
     lines = sorted(f"{key} {tuple(t.shape)} {t.dtype}" for key, t in tensors.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _whole(key: str, tensor: Tensor) -> Part:
+def whole_part(key: str, tensor: Tensor) -> Part:
+    """Return a whole tensor as one part, which no other rank writes."""
     return _part(key, tensor, (0,) * tensor.ndim, tensor.shape, WriteItemType.TENSOR)
 
 

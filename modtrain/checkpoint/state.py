@@ -7,23 +7,30 @@ own state (AdamW: exp_avg, exp_avg_sq, step). So a checkpoint of one strategy fi
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from modtrain.checkpoint.layout import Manifest
-from modtrain.checkpoint.rank_state import read_rank_state
-from modtrain.checkpoint.reading import TensorReader, format_names, read_extra_state
+from modtrain.checkpoint.parts import Part, whole_part
+from modtrain.checkpoint.reading import (
+    TensorReader,
+    format_names,
+    read_extra_state,
+    translate_load_errors,
+)
 from modtrain.common.errors import CheckpointError
 from modtrain.distributed.process_group import ONE_PROCESS, Ranks
-from modtrain.optimizers.registry import initial_state
+from modtrain.optimizers.registry import spec_of
 
-MODEL, OPTIMIZER = "state_dict.", "optimizer."
+MODEL, OPTIMIZER, RANK_STATE = "state_dict.", "optimizer.", "ranks.{}.state"
 GROUPS, TIED = "optimizer_groups", "tied"
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -141,8 +148,29 @@ def load(path: Path, fill: Fill, ranks: Ranks = ONE_PROCESS) -> RestoredState:
         fill(reader, extra_state if isinstance(extra_state, Mapping) else {})
         is_same_size = manifest.world_size == ranks.world_size
         rank_state = read_rank_state(reader, ranks.rank) if is_same_size else None
-        restored = RestoredState(manifest.step, extra_state, rank_state, manifest.world_size)
-    return restored  # noqa: RET504
+        return RestoredState(manifest.step, extra_state, rank_state, manifest.world_size)
+
+
+def rank_part(state: Any, rank: int) -> Part:
+    """Return ``state``, CPU tensors and plain values, as ``rank``'s part of a checkpoint."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    content = torch.frombuffer(stream.getbuffer(), dtype=torch.uint8)
+    return whole_part(RANK_STATE.format(rank), content)
+
+
+def read_rank_state(reader: TensorReader, rank: int) -> Any:
+    """Return the state that ``rank`` saved, None if it saved none.
+
+    Raises:
+        CheckpointError: it is more than plain data.
+    """
+    if (key := RANK_STATE.format(rank)) not in reader:
+        return None
+    content = reader.read(key)
+    with translate_load_errors(reader.path):
+        stream = io.BytesIO(content.numpy().tobytes())
+        return torch.load(stream, weights_only=True, map_location="cpu")
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -217,13 +245,13 @@ def _allocate(
         if unknown:
             raise CheckpointError(f"{path} has no optimizer state of {format_names(unknown)}")
         stateless = {name for group in saved for name in group["stateless"]}
-    names = _names_of(model)
+    names, spec = _names_of(model), spec_of(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if names[id(parameter)] in stateless:
                 optimizer.state.pop(parameter, None)
             elif not optimizer.state.get(parameter):
-                optimizer.state[parameter] = initial_state(optimizer, group, parameter)
+                optimizer.state[parameter] = spec.initial_state(group, parameter)
 
 
 def _apply_groups(

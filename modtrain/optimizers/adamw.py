@@ -32,16 +32,19 @@ class AdamWSpec(OptimizerSpec):
 
     def is_instance(self, optimizer: Optimizer) -> bool:
         """See `OptimizerSpec.is_instance`."""
-        from torch.optim import Adam  # noqa: PLC0415
+        from torch.optim import Adam
 
         return isinstance(optimizer, Adam)
 
-    def initial_state(
-        self, optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
-    ) -> dict[str, Tensor]:
+    def initial_state(self, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         """See `OptimizerSpec.initial_state`."""
-        del optimizer
-        return initial_state(group, parameter)
+        import torch
+
+        # On the host unless the step itself runs on the device (torch.optim.Adam._init_group).
+        device = parameter.device if group["capturable"] or group["fused"] else torch.device("cpu")
+        state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+        return state | {name: torch.zeros_like(parameter.detach()) for name in names}
 
     def state_bytes(self, model: ModelConfig) -> int:
         """See `OptimizerSpec.state_bytes`."""
@@ -50,7 +53,7 @@ class AdamWSpec(OptimizerSpec):
 
 def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> AdamW:
     """AdamW over two groups: matrices decay, vectors (gains, biases, routers) do not."""
-    from torch.optim import AdamW  # noqa: PLC0415
+    from torch.optim import AdamW
 
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -63,19 +66,3 @@ def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> AdamW:
         eps=config.eps,
         fused=parameters[0].device.type in ("cpu", "cuda"),
     )
-
-
-def initial_state(group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
-    """Return the state of a parameter as torch's Adam makes it in its first step."""
-    import torch  # noqa: PLC0415
-
-    def zeros() -> Tensor:
-        return torch.zeros_like(parameter.detach(), memory_format=torch.preserve_format)
-
-    # On the host unless the step itself runs on the device (torch.optim.Adam._init_group).
-    device = parameter.device if group["capturable"] or group["fused"] else torch.device("cpu")
-    state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
-    state |= {"exp_avg": zeros(), "exp_avg_sq": zeros()}
-    if group["amsgrad"]:
-        state["max_exp_avg_sq"] = zeros()
-    return state

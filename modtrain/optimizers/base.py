@@ -41,9 +41,7 @@ class OptimizerSpec(ABC):
         """Whether ``optimizer`` is one of this kind."""
 
     @abstractmethod
-    def initial_state(
-        self, optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
-    ) -> dict[str, Tensor]:
+    def initial_state(self, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         """Return the state of a parameter of ``group`` as the first step makes it, zeros."""
 
     @abstractmethod

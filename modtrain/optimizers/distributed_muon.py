@@ -29,6 +29,7 @@ class DistributedMuon(torch.optim.Muon):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step."""
         if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            # torch's decorator leaves it untyped.
             return super().step(closure)  # type: ignore[no-untyped-call]
         loss = None
         if closure is not None:
@@ -52,7 +53,9 @@ class DistributedMuon(torch.optim.Muon):
         if own is not None:
             own = _orthogonal_step(group, own)
         for owner, matrix in enumerate(matrices):
-            step = own if owner == rank and own is not None else _empty_like(matrix)
+            step = torch.empty(matrix.shape, dtype=torch.float32, device=matrix.device)
+            if owner == rank and own is not None:
+                step = own
             dist.broadcast(step, src=owner)
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
             matrix.add_(_scatter(step, matrix), alpha=group["lr"])
@@ -98,7 +101,3 @@ def _scatter(whole: Tensor, like: DTensor) -> DTensor:
     mesh = like.device_mesh
     everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=like.placements)
-
-
-def _empty_like(matrix: DTensor) -> Tensor:
-    return torch.empty(matrix.shape, dtype=torch.float32, device=matrix.device)

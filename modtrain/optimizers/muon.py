@@ -32,10 +32,10 @@ class MuonSpec(OptimizerSpec):
 
     def build(self, model: nn.Module, config: OptimizerConfig) -> Optimizer:
         """See `OptimizerSpec.build`. ``model`` is a `Transformer`."""
-        from modtrain.models.parameter_roles import hidden_matrices  # noqa: PLC0415
-        from modtrain.models.transformer import Transformer  # noqa: PLC0415
-        from modtrain.optimizers.distributed_muon import DistributedMuon  # noqa: PLC0415
-        from modtrain.optimizers.joint import JointOptimizer  # noqa: PLC0415
+        from modtrain.models.parameter_roles import hidden_matrices
+        from modtrain.models.transformer import Transformer
+        from modtrain.optimizers.distributed_muon import DistributedMuon
+        from modtrain.optimizers.joint import JointOptimizer
 
         if not isinstance(model, Transformer):
             raise TypeError("Muon needs a Transformer: it has to know the layers' matrices")
@@ -62,21 +62,17 @@ class MuonSpec(OptimizerSpec):
 
     def is_instance(self, optimizer: Optimizer) -> bool:
         """See `OptimizerSpec.is_instance`."""
-        from modtrain.optimizers.joint import JointOptimizer  # noqa: PLC0415
+        from modtrain.optimizers.joint import JointOptimizer
 
         return isinstance(optimizer, JointOptimizer)
 
-    def initial_state(
-        self, optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
-    ) -> dict[str, Tensor]:
+    def initial_state(self, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         """See `OptimizerSpec.initial_state`."""
-        import torch  # noqa: PLC0415
+        import torch
 
-        del optimizer
         if "betas" in group:
-            return adamw.initial_state(group, parameter)
-        zeros = torch.zeros_like(parameter.detach(), memory_format=torch.preserve_format)
-        return {"momentum_buffer": zeros}
+            return adamw.AdamWSpec().initial_state(group, parameter)
+        return {"momentum_buffer": torch.zeros_like(parameter.detach())}
 
     def state_bytes(self, model: ModelConfig) -> int:
         """See `OptimizerSpec.state_bytes`."""

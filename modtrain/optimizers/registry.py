@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modtrain.common.errors import Problem
 from modtrain.common.validation import one_of
@@ -13,7 +12,7 @@ from modtrain.optimizers.config import OptimizerConfig
 from modtrain.optimizers.muon import MuonSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from torch.optim import Optimizer
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
@@ -57,10 +56,3 @@ def spec_of(optimizer: Optimizer) -> OptimizerSpec:
         if spec.is_instance(optimizer):
             return spec
     raise TypeError(f"{type(optimizer).__name__} is none of {', '.join(OPTIMIZERS)}")
-
-
-def initial_state(
-    optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
-) -> dict[str, Tensor]:
-    """Return the state of a parameter of ``group`` before its first step; TypeError: see above."""
-    return spec_of(optimizer).initial_state(optimizer, group, parameter)

@@ -17,10 +17,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import Manifest, checkpoint_path, verify
-from modtrain.checkpoint.rank_state import read_rank_state
 from modtrain.checkpoint.reading import TensorReader
 from modtrain.checkpoint.recovery import latest, recover, whole_checkpoints
-from modtrain.checkpoint.state import load_weights, model_tensors, restore
+from modtrain.checkpoint.state import load_weights, model_tensors, read_rank_state, restore
 from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import CheckpointError, DataError
 from modtrain.data.config import DataConfig
