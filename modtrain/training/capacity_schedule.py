@@ -7,7 +7,6 @@ same capacities. Imports no torch.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,16 +30,11 @@ class CapacityStage:
         return self.stop - self.first
 
 
-def capacity_level(config: CapacityScheduleConfig, step: int, num_steps: int) -> int:
-    """Return the level of step ``step`` (from 0): 0 at the start, ``num_levels - 1`` at the end.
-
-    It is the level nearest to the curve at the share of the run's tokens before the step.
-    """
-    return bisect_right(level_starts(config, num_steps), step) - 1
-
-
 def level_starts(config: CapacityScheduleConfig, num_steps: int) -> list[int]:
-    """Return the first step of each level, from 0 up; equal ones leave the earlier level out."""
+    """Return the first step of each level, from 0 up; equal ones leave the earlier level out.
+
+    A step has the level nearest to the curve at the share of the run's tokens before it.
+    """
     span = config.end - config.begin
     last = config.num_levels - 1
     starts = [0]
@@ -72,16 +66,6 @@ def level_capacities(
         None if share is None else config.start + (share - config.start) * (level / last)
         for share in final
     )
-
-
-def capacities_at(
-    config: CapacityScheduleConfig, final: Sequence[float | None], step: int, num_steps: int
-) -> list[float | None]:
-    """Return each layer's capacity at ``step``, counted from 0, of ``num_steps``; None: dense.
-
-    final: the capacities of the pattern, which the run ends with.
-    """
-    return list(level_capacities(config, final, capacity_level(config, step, num_steps)))
 
 
 def capacity_stages(

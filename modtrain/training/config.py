@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from itertools import chain
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import at_least, one_of, shares
+from modtrain.common.validation import above_zero, at_least, one_of, shares
 from modtrain.data.config import DataConfig
 from modtrain.models.config import ModelConfig
 from modtrain.optimizers.config import OptimizerConfig
@@ -54,26 +53,15 @@ class BudgetConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the budget."""
-        given = {
-            name: value
-            for name in ("flops", "tokens", "steps")
-            if (value := getattr(self, name)) is not None
-        }
-        if len(given) != 1:
-            count = "none is given" if not given else f"{len(given)} are given"
-            return [
-                Problem(
-                    prefix,
-                    given or "null",
-                    f"{count}; a run has exactly one budget",
-                    f"set one of {prefix}.flops, {prefix}.tokens, {prefix}.steps"
-                    " and leave the others null",
-                )
-            ]
-        name, value = next(iter(given.items()))
-        if math.isfinite(value) and value > 0:
-            return []
-        return [Problem(f"{prefix}.{name}", value, "is not above 0", "give a positive number")]
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) == 1:
+            return above_zero(self, prefix, *given)
+        count = "none is given" if not given else f"{len(given)} are given"
+        remedy = (
+            f"set one of {prefix}.flops, {prefix}.tokens, {prefix}.steps and leave the others null"
+        )
+        reason = f"{count}; a run has exactly one budget"
+        return [Problem(prefix, given or "null", reason, remedy)]
 
 
 @dataclass
@@ -112,14 +100,9 @@ class ScheduleConfig:
         problems = one_of(self, prefix, "name", SCHEDULES)
         problems += shares(self, prefix, "warmup", "decay", "final")
         if not problems and self.name == "wsd" and self.warmup + self.decay > 1:
-            problems.append(
-                Problem(
-                    f"{prefix}.decay",
-                    self.decay,
-                    f"and {prefix}.warmup={self.warmup} are more than the run",
-                    "let their sum be 1 at most",
-                )
-            )
+            reason = f"and {prefix}.warmup={self.warmup} are more than the run"
+            remedy = "let their sum be 1 at most"
+            problems.append(Problem(f"{prefix}.decay", self.decay, reason, remedy))
         return problems
 
 
@@ -155,9 +138,8 @@ class CapacityScheduleConfig:
         ]
         if not 0 < self.start <= 1:
             reason = "is not a share of the tokens in (0, 1]"
-            problems.append(
-                Problem(f"{prefix}.start", self.start, reason, "1 takes all the tokens")
-            )
+            remedy = "1 takes all the tokens"
+            problems.append(Problem(f"{prefix}.start", self.start, reason, remedy))
         if self.begin > self.end:
             reason = f"is after {prefix}.end={self.end}"
             problems.append(Problem(f"{prefix}.begin", self.begin, reason, "begin before the end"))
@@ -264,32 +246,28 @@ class TrainConfig:
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
         """Everything wrong with the run that can be checked without its data."""
-        return self.problems_of_all(self.problems_by_part(), needs_name)
+        return list(chain.from_iterable(self.problems_by_part(needs_name).values()))
 
-    def problems_by_part(self) -> dict[str, list[Problem]]:
-        """What is wrong with each part by itself."""
-        return {
+    def problems_by_part(self, needs_name: bool = True) -> dict[str, list[Problem]]:
+        """The same for each part by itself; ``run`` and ``combination`` have what is left."""
+        own = one_of(self, "", "precision", PRECISIONS)
+        if not 0 <= self.seed < 2**32:
+            own.append(Problem("seed", self.seed, "is not in [0, 2^32)", "give one that is"))
+        own += self._name_problems() if needs_name or self.name is not None else []
+        by_part = {
             part: getattr(self, part).problems(part)
             for part in (
                 *("model", "data", "budget", "batch", "optimizer", "schedule"),
                 *("capacity_schedule", "strategy", "eval", "checkpoint", "spike", "log"),
             )
         }
-
-    def problems_of_all(
-        self, by_part: dict[str, list[Problem]], needs_name: bool = True
-    ) -> list[Problem]:
-        """Add to ``by_part``, as `problems_by_part` returns it, what is wrong between parts."""
-        problems = one_of(self, "", "precision", PRECISIONS)
-        if not 0 <= self.seed < 2**32:
-            problems.append(Problem("seed", self.seed, "is not in [0, 2^32)", "give one that is"))
-        problems += self._name_problems() if needs_name or self.name is not None else []
-        problems += chain.from_iterable(by_part.values())
-        uses_zero = self.strategy.stage is not None
-        problems += optimizer_problems(self.optimizer, "optimizer", uses_zero)
-        problems += run_problems(self.strategy, "strategy", self.compile)
-        problems += self.spike.strategy_problems("spike", self.strategy.name)
-        return problems if by_part["model"] else problems + self._routing_problems()
+        combination = [
+            *optimizer_problems(self.optimizer, "optimizer", self.strategy.stage is not None),
+            *run_problems(self.strategy, "strategy", self.compile),
+            *self.spike.strategy_problems("spike", self.strategy.name),
+            *([] if by_part["model"] else self._routing_problems()),
+        ]
+        return {"run": own, **by_part, "combination": combination}
 
     def _routing_problems(self) -> list[Problem]:
         """Find a capacity schedule for a model that routes no layer."""
@@ -302,22 +280,10 @@ class TrainConfig:
 
     def _name_problems(self) -> list[Problem]:
         if not self.name:
-            return [
-                Problem(
-                    "name",
-                    "null",
-                    "a run needs a name: a second start of the same name resumes it",
-                    "add name=my_run",
-                )
-            ]
+            reason = "a run needs a name: a second start of the same name resumes it"
+            return [Problem("name", "null", reason, "add name=my_run")]
         parts = self.name.split("/")
         if self.name.startswith("/") or ".." in parts or "" in parts or "\0" in self.name:
-            return [
-                Problem(
-                    "name",
-                    self.name,
-                    "is not a directory below runs_dir",
-                    "use a plain name such as my_run or sweep/my_run",
-                )
-            ]
+            remedy = "use a plain name such as my_run or sweep/my_run"
+            return [Problem("name", self.name, "is not a directory below runs_dir", remedy)]
         return []

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from modtrain.common.errors import DataError, Problem, raise_if_any
+from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.stream.index import IndexSummary, read_summary
 from modtrain.distributed.launch import Launch
 from modtrain.models.depth.pattern import PATTERNS
@@ -75,15 +75,10 @@ class TrainingPlan:
         Raises:
             ValueError: the run has no such step.
         """
-        return self._stage(step).capacities
-
-    def flops_at(self, step: int) -> float:
-        """Executed training FLOPs of optimizer step ``step``, counted from 0.
-
-        Raises:
-            ValueError: the run has no such step.
-        """
-        return self._stage(step).flops_per_token * self.tokens_per_step
+        for stage in self.stages:
+            if stage.first <= step < stage.stop:
+                return stage.capacities
+        raise ValueError(f"step {step} is not one of the {self.steps} of the run")
 
     def flops_until(self, step: int) -> float:
         """Executed training FLOPs of the first ``step`` optimizer steps.
@@ -100,12 +95,6 @@ class TrainingPlan:
         )
         return float(per_token * self.tokens_per_step)
 
-    def _stage(self, step: int) -> CostedStage:
-        for stage in self.stages:
-            if stage.first <= step < stage.stop:
-                return stage
-        raise ValueError(f"step {step} is not one of the {self.steps} of the run")
-
 
 def resolve(
     config: TrainConfig, needs_data: bool = True, launch: Launch | None = None
@@ -121,8 +110,8 @@ def resolve(
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    by_part = config.problems_by_part()
-    problems = config.problems_of_all(by_part, needs_name=needs_data)
+    by_part = config.problems_by_part(needs_name=needs_data)
+    problems = [problem for part in by_part.values() for problem in part]
     summary = _summary(config.data.path)
     if needs_data:
         problems += data_mismatches(config)
@@ -174,23 +163,15 @@ def derive(config: TrainConfig, dims: ParallelDims = _ONE_PROCESS) -> TrainingPl
     if steps < 1:
         name, value = ("tokens", budget.tokens) if budget.tokens else ("flops", budget.flops)
         need = tokens_per_step if budget.tokens else costs.total(1) * tokens_per_step
-        raise_if_any(
-            [
-                Problem(
-                    f"budget.{name}",
-                    value,
-                    f"is less than one step, which takes {need:.3g}",
-                    "give more, or lower batch.tokens",
-                )
-            ]
-        )
+        reason = f"is less than one step, which takes {need:.3g}"
+        remedy = "give more, or lower batch.tokens"
+        raise ConfigError([Problem(f"budget.{name}", value, reason, remedy)])
     accumulate = sequences // (config.batch.micro_batch_size * dims.data_parallel)
     stages = costs.stages(steps)
     if stages[-1].capacities != tuple(costs.final):
         reason = f"leaves none of the {steps} steps with the model's own capacities"
-        key = "capacity_schedule.end"
-        remedy = "lower it, or train longer"
-        raise_if_any([Problem(key, config.capacity_schedule.end, reason, remedy)])
+        key, remedy = "capacity_schedule.end", "lower it, or train longer"
+        raise ConfigError([Problem(key, config.capacity_schedule.end, reason, remedy)])
     return TrainingPlan(seq_len, sequences, accumulate, stages, dims)
 
 
@@ -275,9 +256,8 @@ def _sequence_length(
         if length is not None:
             return length, []
         remedy = "run modtrain prepare first, or set data.seq_len"
-        return 0, [
-            Problem("data.seq_len", "null", "comes from the shards, which do not exist yet", remedy)
-        ]
+        reason = "comes from the shards, which do not exist yet"
+        return 0, [Problem("data.seq_len", "null", reason, remedy)]
     if length is None:
         return summary.seq_len, []
     # A run with a length that does not fit the shards is refused by the data's own problems.
@@ -337,24 +317,16 @@ def _batch_problems(config: TrainConfig, seq_len: int, data_parallel: int) -> li
     unit = seq_len * micro * data_parallel
     if min(tokens, micro) < 1 or tokens % unit == 0:
         return []
-    near = max(unit, round(tokens / unit) * unit)
-    return [
-        Problem(
-            "batch.tokens",
-            tokens,
-            f"is not a multiple of seq_len x micro_batch_size x data-parallel ranks ="
-            f" {seq_len} x {micro} x {data_parallel} = {unit}",
-            f"use {near}, or another batch.micro_batch_size",
-        )
-    ]
+    remedy = f"use {max(unit, round(tokens / unit) * unit)}, or another batch.micro_batch_size"
+    reason = (
+        "is not a multiple of seq_len x micro_batch_size x data-parallel ranks ="
+        f" {seq_len} x {micro} x {data_parallel} = {unit}"
+    )
+    return [Problem("batch.tokens", tokens, reason, remedy)]
 
 
 def strategy_options(config: TrainConfig, plan: TrainingPlan) -> StrategyOptions:
     """Return the options of a run's strategy."""
-    layers = LayerOptions(
-        config.precision,
-        config.strategy.activation_checkpointing,
-        config.compile,
-        len(plan.stages),
-    )
+    mode, num_stages = config.strategy.activation_checkpointing, len(plan.stages)
+    layers = LayerOptions(config.precision, mode, config.compile, num_stages)
     return StrategyOptions(config.strategy, plan.dims, layers)

@@ -146,7 +146,7 @@ def _stages(plan: TrainingPlan) -> Table:
             f"{stage.first + 1:,} to {stage.stop:,}",
             _range(f"{low:.4g}", f"{high:.4g}"),
             _range(*(f"{num_chosen(share, plan.seq_len):,}" for share in (low, high))),
-            f"{plan.flops_at(stage.first):.3e}",
+            f"{stage.flops_per_token * plan.tokens_per_step:.3e}",
             f"{spent / plan.flops:.1%}",
         )
     return table

@@ -222,7 +222,7 @@ class _Run:
         callbacks: list[L.Callback] = [
             guard,
             metrics,
-            HeldOutCallback(log, clock, config.eval.every, ranks, self.watchdog),
+            HeldOutCallback(log, clock, config.eval.every, self.data, ranks, self.watchdog),
         ]
         if config.log.progress and ranks.is_rank0:
             callbacks.append(ProgressCallback(metrics, str(config.name)))

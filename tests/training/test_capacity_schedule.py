@@ -7,17 +7,14 @@ from hypothesis import strategies as st
 
 from modtrain.cli.compose import compose
 from modtrain.models.config import ModelConfig
-from modtrain.training.capacity_schedule import (
-    capacities_at,
-    capacity_level,
-    capacity_stages,
-)
+from modtrain.training.capacity_schedule import capacity_stages
 from modtrain.training.config import (
     CAPACITY_SCHEDULES,
     CapacityScheduleConfig,
     StrategyConfig,
     TrainConfig,
 )
+from tests.helpers.capacities import capacities_at, capacity_level
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SHARE = st.floats(0.01, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import lightning as L
 
@@ -33,9 +34,8 @@ class CheckpointCallback(StepCallback):
         self.run, self.config, self.clock = run, config, clock
         self.checkpointer, self.ranks = checkpointer, ranks
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, *_args: Any) -> None:
         """Install the signal handlers, also for a run that no command line started."""
-        del trainer, pl_module
         STOP.install()
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:

@@ -37,24 +37,24 @@ class HeldOutCallback(StepCallback):
         metrics_log: MetricsLog,
         clock: StepClock,
         every: int | None,
+        data: TokenDataModule,
         ranks: Ranks,
         watchdog: Watchdog | None = None,
     ) -> None:
         self.metrics_log, self.clock, self.every = metrics_log, clock, every
-        self.ranks, self.watchdog = ranks, watchdog
+        self.data, self.ranks, self.watchdog = data, ranks, watchdog
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Evaluate when it is due."""
         if not is_due(step, self.every, module.plan.steps):
             return
-        data: TokenDataModule = trainer.datamodule  # type: ignore[attr-defined]
         with self.clock, _eager(module):
             held_out = evaluate(
                 module.model,
-                self._with_heartbeats(data.val_dataloader(), step),
+                self._with_heartbeats(self.data.val_dataloader(), step),
                 trainer.precision_plugin.forward_context(),
                 capacities=module.plan.capacities_at(step - 1),
-                total=self._total(module, counts=not data.valid_batches().is_repeat),
+                total=self._total(module, counts=not self.data.valid_batches().is_repeat),
             )
             self.metrics_log.write(step, held_out_metrics(held_out))
             self._add_image(trainer, module, step)
@@ -87,7 +87,7 @@ class HeldOutCallback(StepCallback):
         """Record an image of the tokens of the first held-out sequence that each router chooses."""
         if not module.model.routers:
             return
-        batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+        batch = next(iter(self.data.val_dataloader()))
         inputs_1S, documents_1S = batch.inputs_BS[:1], batch.documents_BS
         # Random routers draw numbers; the generators are restored for training.
         cuda = [module.device] if module.device.type == "cuda" else []

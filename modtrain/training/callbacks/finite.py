@@ -6,12 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from modtrain.checkpoint.checkpointer import Checkpointer
-from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.distributed.process_group import Ranks
 from modtrain.training.callbacks.guard import Guard, overflowed
 from modtrain.training.module import LanguageModule
-from modtrain.training.run_directory import RunDirectory
 
 
 class FiniteLossGuard(Guard):
@@ -20,17 +16,8 @@ class FiniteLossGuard(Guard):
     It raises before anything that is due after such a step, so no checkpoint follows it.
     """
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        data: TokenDataModule,
-        intervals: list[int],
-        checkpointer: Checkpointer,
-        ranks: Ranks,
-    ) -> None:
-        super().__init__(run, data, intervals, checkpointer, ranks)
-        # The first step with a bad loss on this rank, and with a bad loss or gradient.
-        self._first_bad_2: Tensor | None = None
+    # The first step with a bad loss on this rank, and with a bad loss or gradient.
+    _first_bad_2: Tensor | None = None
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Record a bad step; raise if there was one and something is due."""
@@ -44,10 +31,10 @@ class FiniteLossGuard(Guard):
             self._first_bad_2 = torch.full((2,), -1, dtype=torch.long, device=bad_2.device)
         is_new_2 = bad_2 & (self._first_bad_2 < 0)
         self._first_bad_2 = torch.where(is_new_2, step, self._first_bad_2)
-        if self.is_check_due(trainer, step):
-            self.check()
+        if self.is_check_due(trainer, module, step):
+            self.check(module)
 
-    def check(self) -> None:
+    def check(self, module: LanguageModule) -> None:
         """Raise if a step was bad.
 
         Raises:
@@ -63,4 +50,6 @@ class FiniteLossGuard(Guard):
         bad_ranks = [str(rank) for rank, (step, _) in enumerate(firsts) if step == first]
         where = f" on rank {', '.join(bad_ranks)}" if bad_ranks and ranks.world_size > 1 else ""
         reason = f"the loss or its gradient is NaN or infinite at step {first}{where}"
-        raise self.stop_error(reason, self.data.sample_numbers(first - 1), is_finite=False)
+        raise self.stop_error(
+            module.config, reason, self.data.sample_numbers(first - 1), is_finite=False
+        )

@@ -12,7 +12,8 @@ from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.common.errors import CheckpointError, TrainingError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import Ranks
-from modtrain.training.callbacks.step import StepCallback, is_due
+from modtrain.training.callbacks.step import StepCallback, is_due, language_module
+from modtrain.training.config import TrainConfig
 from modtrain.training.module import LanguageModule
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.spikes.config import resume_remedy
@@ -35,35 +36,25 @@ class Guard(StepCallback):
         """intervals: steps between two records, checkpoints and so on, the records' first."""
         self.run, self.data, self.intervals = run, data, intervals
         self.checkpointer, self.ranks = checkpointer, ranks
-        self._module: LanguageModule | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the module."""
-        del trainer
-        if isinstance(pl_module, LanguageModule):
-            self._module = pl_module
-
-    def on_save_checkpoint(self, *_args: Any) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_args: Any
+    ) -> None:
         """Check before every save, whoever asks for it: no checkpoint follows a bad step."""
-        self.check()
+        self.check(language_module(pl_module))
 
     @abstractmethod
-    def check(self) -> Any:
+    def check(self, module: LanguageModule) -> Any:
         """Act on the steps since the last check; collective."""
 
-    @property
-    def module(self) -> LanguageModule:
-        """The module in training."""
-        if self._module is None:
-            raise RuntimeError("a guard is used before training starts")
-        return self._module
-
-    def is_check_due(self, trainer: L.Trainer, step: int) -> bool:
+    def is_check_due(self, trainer: L.Trainer, module: LanguageModule, step: int) -> bool:
         """Whether to check after ``step``: something is due, or the host knows of a bad step."""
-        last = self.module.plan.steps
+        last = module.plan.steps
         return overflowed(trainer) or any(is_due(step, every, last) for every in self.intervals)
 
-    def stop_error(self, reason: str, samples: list[int], is_finite: bool) -> TrainingError:
+    def stop_error(
+        self, config: TrainConfig, reason: str, samples: list[int], is_finite: bool
+    ) -> TrainingError:
         """Return the error that ends the run at a step; collective.
 
         reason: the step and what is wrong. samples: its samples' numbers. is_finite: the step is a
@@ -73,7 +64,6 @@ class Guard(StepCallback):
             self.checkpointer.wait()
         good = self.checkpointer.latest(self.run.checkpoints)
         shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
-        config = self.module.config
         return TrainingError(
             f"{reason}; its samples are {shown}; the last good checkpoint is"
             f" {good[1] if good else 'none: the run had not saved yet'}.\n"

@@ -16,43 +16,29 @@ class HeartbeatCallback(L.Callback):
     def __init__(self, watchdog: Watchdog) -> None:
         self.watchdog, self._first_step = watchdog, 0
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, *_args: Any, **_kwargs: Any) -> None:
         """Allow for the time that loading a checkpoint takes."""
-        del trainer, pl_module, stage
         self.watchdog.heartbeat("the setup", SLOW_TIMEOUT)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, *_args: Any) -> None:
         """Note the first step."""
-        del pl_module
         self._first_step = trainer.global_step
         self.watchdog.heartbeat("the start of training")
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_args: Any
     ) -> None:
         """Report the step that this micro-batch belongs to."""
-        del batch, batch_idx
         step = trainer.global_step
         timeout = SLOW_TIMEOUT if self._may_compile(pl_module, step) else 0.0
         self.watchdog.heartbeat(f"step {step + 1}", timeout)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_args: Any) -> None:
         """Report the end of a micro-batch and of what the callbacks before did after it."""
-        del pl_module, outputs, batch, batch_idx
         self.watchdog.heartbeat(f"the end of step {trainer.global_step}")
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, *_args: Any) -> None:
         """Allow for the time of a save: it may wait for the save before, and for the disk."""
-        del pl_module, checkpoint
         self.watchdog.heartbeat(f"the save of step {trainer.global_step}", SLOW_TIMEOUT)
 
     def _may_compile(self, module: L.LightningModule, step: int) -> bool:

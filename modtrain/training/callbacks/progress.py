@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from modtrain.training.callbacks.metrics import MetricsCallback
-from modtrain.training.callbacks.step import StepCallback
+from modtrain.training.callbacks.step import StepCallback, language_module
 from modtrain.training.module import LanguageModule
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -29,8 +29,7 @@ class ProgressCallback(StepCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
-        if not isinstance(pl_module, LanguageModule):
-            raise TypeError("these callbacks need a LanguageModule")
+        steps = language_module(pl_module).plan.steps
         self._started = self._last_line = time.monotonic()
         self._start_step = trainer.global_step
         if self.console.is_terminal:
@@ -44,7 +43,7 @@ class ProgressCallback(StepCallback):
                 console=self.console,
             )
             self._task = self._bar.add_task(
-                self.label, total=pl_module.plan.steps, completed=trainer.global_step, figures=""
+                self.label, total=steps, completed=trainer.global_step, figures=""
             )
             self._bar.start()
 
@@ -61,15 +60,15 @@ class ProgressCallback(StepCallback):
             text = f"{self.label}: step {step}/{module.plan.steps}  {figures}  {left:.0f} s left"
             self.console.print(text, soft_wrap=True)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, *_args: Any) -> None:
         """Close the bar."""
-        self._close()
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_args: Any) -> None:
         """Close the bar, so that the message has a line of its own."""
-        self._close()
+        self.on_train_end()
 
     def _figures(self, module: LanguageModule, step: int) -> str:
         plan, latest = module.plan, self.metrics.latest
@@ -79,8 +78,3 @@ class ProgressCallback(StepCallback):
         if "loss" in latest:
             parts.insert(0, f"loss {latest['loss']:.3f}")
         return "  ".join(parts)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

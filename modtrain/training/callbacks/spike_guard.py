@@ -13,9 +13,9 @@ from modtrain.common.errors import CheckpointError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.training.callbacks.guard import Guard
 from modtrain.training.callbacks.step import is_due
+from modtrain.training.config import TrainConfig
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
-from modtrain.training.spikes.config import SpikeConfig
 from modtrain.training.spikes.detector import Spike, SpikeReport
 from modtrain.training.spikes.journal import RollBackError, SpikeJournal
 
@@ -41,12 +41,12 @@ class SpikeGuard(Guard):
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Check when something is due; add the figures to a record."""
-        if self.is_check_due(trainer, step):
-            report = self.check()
+        if self.is_check_due(trainer, module, step):
+            report = self.check(module)
             if is_due(step, self.intervals[0], module.plan.steps):
                 self.metrics_log.write(step, self._figures(report))
 
-    def check(self) -> SpikeReport:
+    def check(self, module: LanguageModule) -> SpikeReport:
         """Act on the steps since the last check; collective.
 
         Raises:
@@ -54,24 +54,21 @@ class SpikeGuard(Guard):
                 resume from.
             RollBackError: it has to roll back.
         """
-        module = self.module
         if module.spikes is None:
             raise RuntimeError("a SpikeGuard needs a module that detects spikes")
-        config, report = module.config.spike, module.spikes.detector.take_report()
-        num_skipped = 0
+        report = module.spikes.detector.take_report()
+        limit = module.config.spike.max_in_a_row
         for spike in report.spikes:
             samples = self.data.sample_numbers(spike.step - 1)
             if spike.halts:
-                self._halt(config, spike, samples)
-            num_skipped += 1
+                self._halt(module.config, spike, samples)
             self.journal.write("skip", spike, samples)
-            self.print_message(
-                f"{spike.description}: skipped, {config.max_in_a_row} in a row at most"
-            )
-        module.statistics.discard(num_skipped * module.plan.accumulate)
+            self.print_message(f"{spike.description}: skipped, {limit} in a row at most")
+        module.statistics.count -= len(report.spikes) * module.plan.accumulate
         return report
 
-    def _halt(self, config: SpikeConfig, spike: Spike, samples: list[int]) -> None:
+    def _halt(self, run_config: TrainConfig, spike: Spike, samples: list[int]) -> None:
+        config = run_config.spike
         if config.action == "roll_back" and self.journal.rollbacks < config.max_rollbacks:
             with suppress(CheckpointError):
                 self.checkpointer.wait()
@@ -83,7 +80,7 @@ class SpikeGuard(Guard):
         if config.action == "roll_back":
             limit = f", after {self.journal.rollbacks} roll backs (spike.max_rollbacks)"
         reason = f"{spike.description}{self._bad_ranks(spike)}{limit}"
-        raise self.stop_error(reason, samples, spike.is_finite)
+        raise self.stop_error(run_config, reason, samples, spike.is_finite)
 
     def _bad_ranks(self, spike: Spike) -> str:
         """Name the ranks whose own loss is not finite, if only some are."""

@@ -16,19 +16,19 @@ class StepCallback(L.Callback):
         """Act after optimizer step ``step``, counted from 1."""
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Call `on_step_end` after the last micro-batch of a step."""
-        del outputs, batch
-        if not isinstance(pl_module, LanguageModule):
-            raise TypeError("these callbacks need a LanguageModule")
+        *_, batch_idx = args
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.on_step_end(trainer, pl_module, trainer.global_step)
+            self.on_step_end(trainer, language_module(pl_module), trainer.global_step)
+
+
+def language_module(module: L.LightningModule) -> LanguageModule:
+    """Return ``module`` as the only kind of module that these callbacks work with."""
+    if not isinstance(module, LanguageModule):
+        raise TypeError("these callbacks need a LanguageModule")
+    return module
 
 
 def is_due(step: int, every: int | None, last: int) -> bool:
