@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
+from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.sequence import SequenceContext, sequence_context
 from modtrain.models.transformer import Transformer
 from tests.helpers.thresholds import midway
@@ -33,6 +34,65 @@ def small(**changes) -> ModelConfig:
         "router": RouterConfig(predictor_dim=8),
     }
     return ModelConfig(**(values | changes))
+
+
+_CAUSAL = ["predictor", "auxiliary", "threshold"]
+# One of every kind, for what has to hold of all.
+MODELS = {
+    "dense": small(pattern="dense", num_heads=4, num_kv_heads=2, num_layers=2, qk_norm=True),
+    "mod": small(
+        tie_embeddings=True,
+        qk_norm=True,
+        router=RouterConfig(causal=_CAUSAL, predictor_dim=8, gate="sigmoid", gate_scale=True),
+    ),
+    "mod in a window": small(
+        num_layers=2, capacity=0.6, sliding_window=5, router=RouterConfig(gate="tanh")
+    ),
+    "parts routed apart": small(
+        num_layers=3,
+        mixer=["convolution", "attention", "convolution"],
+        activation="gelu",
+        pattern=[1, 0.3, 0.3],
+        router=RouterConfig(target="both", score="mlp", hidden_dim=6, causal=_CAUSAL),
+        experts=ExpertsConfig(count=4, top_k=2, dim=8, every=2),
+    ),
+    "routed without a router": small(
+        num_layers=4,
+        pattern=[1, 0.3, 1, 0.5],
+        router=RouterConfig(score="oracle_norm", gate="none", causal=["predictor"]),
+    ),
+    "staged": small(
+        num_layers=2,
+        router=RouterConfig(choice="token"),
+        # No choice can get just a seventh of the tokens: its bias would move as rounding wills.
+        experts=ExpertsConfig(count=4, noop=3, top_k=1, dim=12, shared=1, balance="bias"),
+    ),
+    "limited experts": small(
+        num_layers=2,
+        capacity=0.5,
+        experts=ExpertsConfig(count=4, top_k=2, dim=8, capacity_factor=0.9, balance="loss"),
+    ),
+    "integrated": small(
+        num_layers=2,
+        pattern="dense",
+        activation="gelu",
+        experts=ExpertsConfig(count=4, top_k=2, dim=8, noop=2, shared=1, z_loss_weight=0.01),
+    ),
+    "expert choice": small(
+        num_layers=2,
+        experts=ExpertsConfig(count=4, top_k=2, dim=8, noop=1, choice="expert"),
+    ),
+    "narrow expert choice": small(
+        num_layers=2,
+        activation="gelu",
+        experts=ExpertsConfig(count=4, top_k=1, dim=8, choice="expert", capacity_factor=0.6),
+    ),
+    "mostly no-ops": small(
+        num_layers=2,
+        router=RouterConfig(causal=["predictor"], predictor_dim=8),
+        experts=ExpertsConfig(count=4, top_k=1, dim=8, noop=9, balance="none", every=2),
+    ),
+}
 
 
 def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:

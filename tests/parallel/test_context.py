@@ -11,7 +11,6 @@ from modtrain.distributed.collectives import Group
 from modtrain.distributed.launch import Launch
 from modtrain.models.cache.cache import Cache
 from modtrain.models.depth.config import RouterConfig
-from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.config import StrategyConfig
@@ -19,51 +18,8 @@ from modtrain.parallel.context import SequenceChunks, apply_context_parallel
 from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.meshes import make_meshes
 from modtrain.parallel.validation import dims_problems
-from tests.helpers.model_cases import distinct_tokens, small
+from tests.helpers.model_cases import MODELS, distinct_tokens, small
 from tests.helpers.ranks import on_ranks
-
-_CAUSAL = ["predictor", "auxiliary", "threshold"]
-_CASES = {
-    "dense": small(pattern="dense", num_heads=4, num_kv_heads=2, num_layers=2),
-    "window": small(pattern="dense", num_layers=2, sliding_window=4, tie_embeddings=True),
-    "mod": small(
-        tie_embeddings=True,
-        qk_norm=True,
-        router=RouterConfig(causal=_CAUSAL, predictor_dim=8, gate="sigmoid", gate_scale=True),
-    ),
-    "mod in a window": small(
-        num_layers=2, capacity=0.6, sliding_window=5, router=RouterConfig(gate="tanh")
-    ),
-    "parts routed apart": small(
-        num_layers=3,
-        mixer=["convolution", "attention", "convolution"],
-        activation="gelu",
-        pattern=[1, 0.3, 0.3],
-        router=RouterConfig(target="both", score="mlp", hidden_dim=6, causal=_CAUSAL),
-        experts=ExpertsConfig(count=4, top_k=2, dim=8, every=2),
-    ),
-    "routed without a router": small(
-        num_layers=4,
-        pattern=[1, 0.3, 1, 0.5],
-        router=RouterConfig(score="oracle_norm", gate="none", causal=["predictor"]),
-    ),
-    "staged mode": small(
-        num_layers=2,
-        router=RouterConfig(choice="token"),
-        # No expert can get just a fifth of the tokens: its bias would move as rounding wills.
-        experts=ExpertsConfig(count=5, top_k=1, dim=12, shared=1, balance="bias"),
-    ),
-    "limited experts": small(
-        num_layers=2,
-        capacity=0.5,
-        experts=ExpertsConfig(count=3, top_k=2, dim=8, capacity_factor=0.9, balance="loss"),
-    ),
-    "integrated mode": small(
-        num_layers=2,
-        pattern="dense",
-        experts=ExpertsConfig(count=3, top_k=2, dim=8, noop=1, choice="expert"),
-    ),
-}
 
 
 def _shared(config, context):
@@ -101,14 +57,14 @@ def _records(output):
 
 
 def _of_padded_on_a_rank(cases):
-    return [_of_padded(_shared(_CASES[case], 2)) for case in cases]
+    return [_of_padded(_shared(MODELS[case], 2)) for case in cases]
 
 
 def test_padding_and_logits():
-    cases = ["parts routed apart", "limited experts", "integrated mode"]
+    cases = ["parts routed apart", "limited experts", "expert choice"]
     for results in on_ranks(_of_padded_on_a_rank, 2, cases):
         for case, (loss, logits, records) in zip(cases, results, strict=True):
-            wanted = _of_padded(Transformer(_CASES[case]))
+            wanted = _of_padded(Transformer(MODELS[case]))
             assert loss == pytest.approx(wanted[0], abs=1e-5)
             assert logits == pytest.approx(wanted[1], abs=1e-5)
             assert [name for name, _ in records] == [name for name, _ in wanted[2]]
@@ -213,7 +169,7 @@ def test_what_cannot_be_shared_out_is_told():
 
 def _refusals():
     mesh = make_meshes(ParallelDims(2, context=2)).context
-    unknown = Transformer(_CASES["dense"])
+    unknown = Transformer(MODELS["dense"])
     unknown.layers[1].module.attention = torch.nn.Identity()
     routed = small(router=RouterConfig(score="attention", gate="none"), pattern=[1, 0.5, 1, 0.5])
     said = []
@@ -221,7 +177,7 @@ def _refusals():
         with pytest.raises((TypeError, ConfigError)) as caught:
             apply_context_parallel(model, mesh)
         said.append(str(caught.value))
-    shared = _shared(_CASES["dense"], 2)
+    shared = _shared(MODELS["dense"], 2)
     with pytest.raises(TypeError) as caught:
         shared.extend(distinct_tokens(1, 4), Cache(shared.config, 1))
     return [*said, str(caught.value)]

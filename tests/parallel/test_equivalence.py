@@ -21,13 +21,10 @@ from torch.distributed.tensor import DTensor
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.checkpoint.state import named_state
-from modtrain.cli.compose import compose
 from modtrain.data.stream.batch import Batch
 from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.held_out import evaluate
 from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import RouterConfig
-from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer, is_predictor
 from modtrain.parallel.config import LayerOptions
@@ -35,68 +32,11 @@ from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.grad_clip import clip
 from modtrain.parallel.meshes import make_meshes
 from modtrain.parallel.parallelize import parallelize
-from modtrain.training.metrics_log import read_metrics
-from modtrain.training.run import train
-from tests.helpers.model_cases import distinct_tokens, settle, small
+from tests.helpers.model_cases import MODELS, distinct_tokens, settle
 from tests.helpers.ranks import on_ranks
+from tests.helpers.runs import assert_same_records, run, run_lines
 from tests.helpers.saved import newest_weights, tensors_of
 
-_CAUSAL = ["predictor", "auxiliary", "threshold"]
-MODELS = {
-    "dense": small(pattern="dense", num_heads=4, num_kv_heads=2, num_layers=2, qk_norm=True),
-    "mod": small(
-        tie_embeddings=True,
-        qk_norm=True,
-        router=RouterConfig(causal=_CAUSAL, predictor_dim=8, gate="sigmoid", gate_scale=True),
-    ),
-    "mod in a window": small(
-        num_layers=2, capacity=0.6, sliding_window=5, router=RouterConfig(gate="tanh")
-    ),
-    "parts routed apart": small(
-        num_layers=3,
-        mixer=["convolution", "attention", "convolution"],
-        activation="gelu",
-        pattern=[1, 0.3, 0.3],
-        router=RouterConfig(target="both", score="mlp", hidden_dim=6, causal=_CAUSAL),
-        experts=ExpertsConfig(count=4, top_k=2, dim=8, every=2),
-    ),
-    "routed without a router": small(
-        num_layers=4,
-        pattern=[1, 0.3, 1, 0.5],
-        router=RouterConfig(score="oracle_norm", gate="none", causal=["predictor"]),
-    ),
-    "staged": small(
-        num_layers=2,
-        router=RouterConfig(choice="token"),
-        # No choice can get just a seventh of the tokens: its bias would move as rounding wills.
-        experts=ExpertsConfig(count=4, noop=3, top_k=1, dim=12, shared=1, balance="bias"),
-    ),
-    "limited experts": small(
-        num_layers=2,
-        capacity=0.5,
-        experts=ExpertsConfig(count=4, top_k=2, dim=8, capacity_factor=0.9, balance="loss"),
-    ),
-    "integrated": small(
-        num_layers=2,
-        pattern="dense",
-        activation="gelu",
-        experts=ExpertsConfig(count=4, top_k=2, dim=8, noop=2, shared=1, z_loss_weight=0.01),
-    ),
-    "expert choice": small(
-        num_layers=2,
-        experts=ExpertsConfig(count=4, top_k=2, dim=8, noop=1, choice="expert"),
-    ),
-    "narrow expert choice": small(
-        num_layers=2,
-        activation="gelu",
-        experts=ExpertsConfig(count=4, top_k=1, dim=8, choice="expert", capacity_factor=0.6),
-    ),
-    "mostly no-ops": small(
-        num_layers=2,
-        router=RouterConfig(causal=["predictor"], predictor_dim=8),
-        experts=ExpertsConfig(count=4, top_k=1, dim=8, noop=9, balance="none", every=2),
-    ),
-}
 # What stands in a layout's name is what is above 1.
 LAYOUTS = {
     "shard2": ParallelDims(2, shard=2),
@@ -316,15 +256,15 @@ def _assert_learns_alike(
     runs = [(model, ARRAY[layout, model]) for model in models]
     copies = dims.context * dims.tensor
     ranks = on_ranks(_on_a_rank, dims.world_size, layout, runs, options, timeout=timeout)
-    for place, run in enumerate(runs):
-        wanted = _in_one_process(*run, options.get("precision", "fp32"))
+    for place, case in enumerate(runs):
+        wanted = _in_one_process(*case, options.get("precision", "fp32"))
         assert wanted.norms[0] > _LIMIT, "nothing would be clipped"
         seen: set[int] = set()
         for rank, traces in enumerate(ranks):
             try:
                 _assert_alike(traces[place], wanted)
             except AssertionError as error:
-                error.add_note(f"{run} on rank {rank} of {layout}")
+                error.add_note(f"{case} on rank {rank} of {layout}")
                 raise
             assert traces[place].chosen == ranks[rank // copies * copies][place].chosen
             seen |= traces[place].chosen.keys()
@@ -528,31 +468,6 @@ RUNS = {
 }
 
 
-def run_lines(prepared: Path, runs: Path, name: str, *more: str) -> list[str]:
-    return [
-        *("model=tiny", f"data.path={prepared}", f"runs_dir={runs}", f"name={name}"),
-        *("budget.steps=4", "batch.tokens=512", "batch.micro_batch_size=2"),
-        *("checkpoint.every=2", "eval.every=2", "eval.sequences=8", "eval.batch_size=2"),
-        *("log.every=1", "log.tensorboard=false", "log.progress=false"),
-        *("strategy.accelerator=cpu", "strategy.timeout=60", *more),
-    ]
-
-
-def run(lines: list[str]) -> str:
-    return train(compose("train", lines)).status
-
-
-def assert_same_records(runs: Path, one: str, other: str) -> None:
-    """Equal records but for speed and what is of the last micro-batch, of which ranks differ."""
-    histories = [read_metrics(runs / name / "metrics.jsonl") for name in (one, other)]
-    assert any("held_out/causal_loss" in record for record in histories[0])
-    for wanted, found in zip(*histories, strict=True):
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
-            if not key.startswith(("throughput", "router", "experts")):
-                assert found[key] == pytest.approx(value, abs=5e-5, rel=1e-5), key
-
-
 def _cases() -> list[Any]:
     return [
         pytest.param(
@@ -578,7 +493,7 @@ def test_a_run_is_that_of_one_process(prepared, tmp_path, name, family):
     lines = run_lines(prepared, tmp_path, "many", *FAMILIES[family], *more)
     assert on_ranks(run, world_size, lines, joins=False) == ["complete"] * world_size
     assert_same_records(tmp_path, "one", "many")
-    wanted, found = (newest_weights(tmp_path / run, 4) for run in ("one", "many"))
+    wanted, found = (newest_weights(tmp_path / name, 4) for name in ("one", "many"))
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-4, msg=key)

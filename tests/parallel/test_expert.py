@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modtrain.distributed.collectives import Group
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.experts.layer import ExpertMLPs
 from modtrain.models.transformer import ModelOutput, Transformer
@@ -52,8 +51,7 @@ def meshes_of(data: int, expert: int) -> Meshes:
 def model_of(variant: str, **changes: Any) -> ModelConfig:
     values = {"num_layers": 2} | VARIANTS[variant]
     experts = ExpertsConfig(**({"count": 4, "dim": 8} | values.pop("experts")))
-    router = RouterConfig(predictor_dim=8, **values.pop("router", {}))
-    config = small(experts=experts, router=router, **(values | changes))
+    config = small(experts=experts, **(values | changes))
     assert config.problems() == []
     return config
 
@@ -67,18 +65,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "limited": {"experts": {"noop": 1, "capacity_factor": 0.7, "balance": "none"}},
     "expert choice": {"experts": {"choice": "expert", "noop": 1, "shared": 1}},
-    "narrow expert choice": {
-        "activation": "gelu",
-        "experts": {"choice": "expert", "top_k": 1, "capacity_factor": 0.6},
-    },
-    "all no-ops but one": {
-        "experts": {"noop": 9, "top_k": 1, "balance": "none", "every": 2},
-    },
-    "learned causally": {"router": {"causal": ["predictor"]}, "experts": {"noop": 1}},
-    "token choice of depth": {
-        "router": {"choice": "token", "causal": ["threshold"]},
-        "experts": {"top_k": 3, "balance": "bias"},
-    },
 }
 
 

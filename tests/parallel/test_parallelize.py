@@ -15,41 +15,19 @@ from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.meshes import make_meshes
 from modtrain.parallel.parallelize import parallelize, prepare_layers
 from modtrain.parallel.validation import tensor_problems
-from tests.helpers.model_cases import distinct_tokens, small
+from tests.helpers.model_cases import MODELS, distinct_tokens, small
 from tests.helpers.ranks import on_ranks
 
-_CAUSAL = ["predictor", "auxiliary", "threshold"]
-_CASES = {
-    "dense": small(pattern="dense", num_heads=4, num_kv_heads=2, num_layers=2),
-    "mod": small(
-        tie_embeddings=True,
-        qk_norm=True,
-        router=RouterConfig(causal=_CAUSAL, predictor_dim=8, gate="sigmoid", gate_scale=True),
-    ),
-    "parts routed apart": small(
-        num_layers=3,
-        mixer=["convolution", "attention", "convolution"],
-        activation="gelu",
-        pattern=[1, 0.3, 0.3],
-        router=RouterConfig(target="both", score="mlp", hidden_dim=6, causal=_CAUSAL),
-        experts=ExpertsConfig(count=4, top_k=2, dim=8, every=2),
-    ),
-    "staged mode": small(
-        num_layers=2,
-        router=RouterConfig(choice="token"),
-        # No expert can get just a fifth of the tokens: its bias would move as rounding wills.
-        experts=ExpertsConfig(count=5, top_k=1, dim=12, shared=1, balance="bias"),
-    ),
-    "integrated mode": small(
-        num_layers=2,
-        pattern="dense",
-        experts=ExpertsConfig(count=3, top_k=2, dim=8, noop=1, choice="expert"),
-    ),
-}
+# Five experts, which four ranks do not share evenly.
+_STAGED = small(
+    num_layers=2,
+    router=RouterConfig(choice="token"),
+    experts=ExpertsConfig(count=5, top_k=1, dim=12, shared=1, balance="bias"),
+)
 
 
 def _gathers_in(precision):
-    model = Transformer(_CASES["staged mode"])
+    model = Transformer(_STAGED)
     parallelize(model, make_meshes(ParallelDims(2, shard=2)), LayerOptions(precision))
     narrow = []
 
@@ -76,7 +54,7 @@ def test_only_layers_matrices_are_gathered_narrow():
 
 
 def test_options_reach_every_layer():
-    model = Transformer(_CASES["mod"])
+    model = Transformer(MODELS["mod"])
     options = LayerOptions(activation_checkpointing="full", compile=True)
     prepare_layers(model, options)
     for layer in model.layers:
@@ -85,7 +63,7 @@ def test_options_reach_every_layer():
 
 
 def _of_a_part(tokens_BS, targets_BS, documents_BS):
-    model = Transformer(_CASES["parts routed apart"])
+    model = Transformer(MODELS["parts routed apart"])
     parallelize(model, make_meshes(ParallelDims(2, tensor=2)), LayerOptions())
     return _loss_and_gradients(model, *map(torch.tensor, (tokens_BS, targets_BS, documents_BS)))
 
@@ -115,7 +93,7 @@ def test_shares_of_a_loss_that_leaves_tokens_out(length):
     targets_BS[0, length // 2 :] = IGNORED
     documents_BS = torch.arange(length).expand(2, -1) // 4
     wanted = _loss_and_gradients(
-        Transformer(_CASES["parts routed apart"]), tokens_BS, targets_BS, documents_BS
+        Transformer(MODELS["parts routed apart"]), tokens_BS, targets_BS, documents_BS
     )
     inputs = [x.tolist() for x in (tokens_BS, targets_BS, documents_BS)]
     for loss, logits_BSV, gradients in on_ranks(_of_a_part, 2, *inputs):
@@ -147,8 +125,8 @@ def test_what_cannot_be_sliced_is_told_at_once():
     assert "is made of all heads" in str(tensor_problems(config, 2)[0])
 
 
-def _pieces(case):
-    model = Transformer(_CASES[case])
+def _pieces():
+    model = Transformer(_STAGED)
     parallelize(model, make_meshes(ParallelDims(4, shard=4)), LayerOptions())
     return {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
 
@@ -156,7 +134,7 @@ def _pieces(case):
 def test_few_experts_are_cut_by_their_features():
     """Cut by number, five experts on four ranks would travel as eight."""
     mlp = "layers.1.module.mlp."
-    for shapes in on_ranks(_pieces, 4, "staged mode"):
+    for shapes in on_ranks(_pieces, 4):
         assert shapes[f"{mlp}inner.up"] == (5, 4, 12)
         assert shapes[f"{mlp}inner.down"] == (5, 3, 16)
         assert shapes[f"{mlp}shared.up.weight"] == (3, 16)
