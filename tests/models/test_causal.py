@@ -316,16 +316,6 @@ def test_content_free_choices_are_the_same_in_a_prefix(score):
                 assert torch.equal(one.chosen_BS[:, :length], other.chosen_BS)
 
 
-def test_fixed_positions_are_those_of_training():
-    model = lively(small(router=RouterConfig(score="fixed")))
-    tokens_BS = random_tokens(2, 40)
-    with torch.no_grad():
-        trained = model(tokens_BS, selection="top_k").routing
-        causal = model(tokens_BS, selection="causal").routing
-    for one, other in zip(trained, causal, strict=True):
-        assert torch.equal(one.chosen_BS, other.chosen_BS)
-
-
 @quick(20)
 @given(st.sampled_from([0.05, 0.125, 1 / 3, 0.5, 1.0]), st.integers(0, 20))
 def test_scattered_positions_are_independent_draws(share, salt):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.config import RouterConfig
 from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.transformer import Transformer
 from tests.helpers import reference
@@ -248,12 +247,6 @@ def test_the_causal_model_equals_the_reference(share, window):
         assert torch.equal(record.chosen_BS, chosen[layer])
         assert_close(record.predictor_BS, predictions[layer], "predictor")
     assert_close(output.logits_BSV, expected_BSV, "logits")
-
-
-def test_a_model_without_a_predictor_cannot_select_by_it():
-    model = lively(small(router=RouterConfig(causal=[])))
-    with pytest.raises(ValueError, match="cannot choose by 'predictor'"):
-        model(random_tokens(1, 4), selection="predictor")
 
 
 def test_the_causal_loss_trains_no_predictor():

@@ -90,58 +90,21 @@ def scored(draw: st.DrawFn) -> tuple[Tensor, int, Tensor]:
 # Expert choice among documents and padding.
 
 
-@quick(100)
-@given(scored())
-def test_documents_take_their_share_and_the_sequence_its_k(case):
-    scores_BS, count, documents_BS = case
-    batch, length = scores_BS.shape
-    chosen_BS = chosen_of(scores_BS, count, documents_BS)
-    assert chosen_BS.sum(dim=1).tolist() == [count] * batch
-    documents_BS = documents_BS.expand(batch, length)
-    for chosen, documents in zip(chosen_BS, documents_BS, strict=True):
-        for document in documents.unique():
-            start, *_, last = [*(documents == document).nonzero().flatten().tolist()] * 2
-            quota = [nearest(Fraction(edge * count, length)) for edge in (start, last + 1)]
-            assert chosen[documents == document].sum() == quota[1] - quota[0]
-
-
-@quick(80)
-@given(scored(), st.integers(0, 99))
-def test_a_documents_choice_knows_nothing_of_another_document(case, seed):
-    scores_BS, count, documents_BS = case
-    own_BS = documents_BS.expand_as(scores_BS)
-    changed_B1 = own_BS.gather(1, torch.full((len(own_BS), 1), seed % own_BS.shape[1]))
-    is_changed_BS = own_BS == changed_B1
-    other_BS = torch.where(is_changed_BS, 3 * normal(*own_BS.shape, seed=seed), scores_BS)
-    before_BS, after_BS = (
-        chosen_of(scores, count, documents_BS) for scores in (scores_BS, other_BS)
-    )
-    assert torch.equal(before_BS[~is_changed_BS], after_BS[~is_changed_BS])
-
-
-@quick(100)
-@given(scored(), st.sampled_from(["right", "left", "any"]), st.integers(0, 99), st.booleans())
-def test_padding_is_never_chosen_and_a_share_of_the_rest_is(case, side, seed, several):
-    scores_BS, count, documents_BS = case
-    batch, length = scores_BS.shape
-    valid_BS = masked(batch, length, seed, side)
-    # What padding scores may be anything.
-    scores_BS = torch.where(valid_BS, scores_BS, 10 + scores_BS)
-    chosen_BS = chosen_of(scores_BS, count, documents_BS if several else None, valid_BS)
-    assert not (chosen_BS & ~valid_BS).any()
-    for chosen, valid in zip(chosen_BS, valid_BS, strict=True):
-        total = int(valid.sum())
-        share = max(1, nearest(Fraction(total * count, length))) if total else 0
-        assert chosen.sum() == share
-
-
-@quick(100)
-@given(scored(), st.sampled_from(["none", "right", "left", "any"]), st.integers(0, 99))
-def test_expert_choice_takes_the_best_of_each_document(case, side, seed):
+@quick(150)
+@given(
+    scored(), st.sampled_from(["none", "right", "left", "any"]), st.integers(0, 99), st.booleans()
+)
+def test_expert_choice_takes_the_best_of_each_document(case, side, seed, several):
+    """Each document's share, whatever the others score, and never padding."""
     scores_BS, count, documents_BS = case
     batch, length = scores_BS.shape
     valid_BS = None if side == "none" else masked(batch, length, seed, side)
-    chosen_BS = chosen_of(scores_BS, count, documents_BS, valid_BS)
+    if valid_BS is not None:
+        # What padding scores may be anything.
+        scores_BS = torch.where(valid_BS, scores_BS, 10 + scores_BS)
+    chosen_BS = chosen_of(scores_BS, count, documents_BS if several else None, valid_BS)
+    if not several:
+        documents_BS = torch.zeros_like(documents_BS)
     if valid_BS is None:
         valid_BS = torch.ones(1, 1, dtype=torch.bool)
     rows = zip(
@@ -154,17 +117,6 @@ def test_expert_choice_takes_the_best_of_each_document(case, side, seed):
     assert chosen_BS.tolist() == expected
 
 
-@quick(60)
-@given(scored())
-def test_one_document_without_padding_is_the_sequence_itself(case):
-    scores_BS, count, _ = case
-    plain_BS = chosen_of(scores_BS, count)
-    for value in (0, 7):
-        one_BS = torch.full((1, scores_BS.shape[1]), value)
-        assert torch.equal(chosen_of(scores_BS, count, one_BS), plain_BS)
-    assert torch.equal(chosen_of(scores_BS, count, None, torch.ones_like(plain_BS)), plain_BS)
-
-
 # Fact 3 on every path: the others' bits.
 
 
@@ -175,12 +127,14 @@ def test_one_document_without_padding_is_the_sequence_itself(case):
     st.sampled_from(["expert", "token", "auxiliary", "predictor", "threshold"]),
     st.sampled_from(["none", "right", "left"]),
     st.booleans(),
-    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, "autocast"]),
     st.sampled_from([None, "dropless", "expert choice", "integrated"]),
     st.integers(0, 99),
 )
 @example("block", "linear", "token", "none", False, torch.float32, None, 0)
 @example("block", "linear", "predictor", "left", True, torch.bfloat16, "dropless", 0)
+@example("block", "linear", "expert", "none", False, "autocast", None, 0)
+@example("block", "linear", "predictor", "none", False, "autocast", None, 0)
 def test_skipped_tokens_keep_their_bits_on_every_path(
     target, score, decision, side, several, dtype, experts, seed
 ):
@@ -204,6 +158,9 @@ def test_skipped_tokens_keep_their_bits_on_every_path(
         valid_BS=valid_BS,
         documents_BS=torch.arange(20)[None] // 7 if several else None,
     )
+    is_cast = dtype == "autocast"
+    dtype = torch.float32 if is_cast else dtype
+    # Signed zeros and tiny numbers would show an addition of zero or a round trip in precision.
     x_BSD = normal(3, 20, 16, seed=seed, dtype=dtype)
     x_BSD[:, ::2, 0] = -0.0
     x_BSD[:, 1::2, 0] = 0.0
@@ -213,8 +170,10 @@ def test_skipped_tokens_keep_their_bits_on_every_path(
             # The size of an update is never negative.
             router.update_running_stats(torch.tensor(4.0 if score == "oracle_norm" else 0.2))
         at = at._replace(received_BS=normal(3, 20, seed=seed))
-        out_BSD, (record,), *_ = router(x_BSD, at)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            out_BSD, (record,), *_ = router(x_BSD, at)
         skipped_BS = ~record.chosen_BS
+        assert out_BSD.dtype == x_BSD.dtype
         assert torch.equal(bits(out_BSD[skipped_BS]), bits(x_BSD[skipped_BS]))
 
 

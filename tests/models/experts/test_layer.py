@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from modtrain.models.config import ModelConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.experts.layer import Experts
-from modtrain.models.feed_forward import FeedForward
 from tests.helpers.model_cases import quick
 from tests.models.experts.experts_reference import (
     DIM,
@@ -108,25 +107,6 @@ def test_a_layer_equals_the_reference(config, length, batch, selection, mask, se
         assert_close(zero if one is None else one, zero if two is None else two, f"d {name}")
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_equal_experts_are_the_dense_mlp(activation, top_k):
-    config = config_of(activation, top_k=top_k, dim=10)
-    layer, dense = lively(config), FeedForward(config).double()
-    with torch.no_grad():
-        dense.norm.gain.copy_(layer.norm.gain)
-        for name in ("up", "gate", "down"):
-            weight = getattr(layer.inner, name)
-            if weight is not None:
-                weight.copy_(weight[:1].clone().expand(4, -1, -1))
-                getattr(dense.inner, name).weight.copy_(weight[0].T)
-        if top_k == 1:
-            # Not renormalised; a sure router makes the weights 1.
-            layer.expert_router.weight.mul_(1e4)
-    x_BSD, context = normal(2, 9, DIM), context_of(9)
-    assert_close(layer(x_BSD, context).value_BSD, dense(x_BSD, context), "update")
-
-
 def steered(number: int, **experts) -> Experts:
     """A layer in which every token's first choice is expert ``number``, by far."""
     layer = lively(config_of(balance="bias", **experts))
@@ -153,27 +133,6 @@ def test_no_ops_alone_are_the_identity(capacity_factor):
         with FlopCounterMode(display=False) as counter:
             layer(x_BSD, context_of(9))
         assert counter.get_flop_counts()["Global"][torch.ops.modtrain.grouped_rows] == 0
-
-
-def test_choosing_a_no_op_beside_an_expert_teaches_the_router():
-    layer = steered(4, noop=1, top_k=2)
-    layer(normal(2, 9, DIM), context_of(9)).value_BSD.sum().backward()
-    assert layer.expert_router.weight.grad[4].abs().max() > 1e-3
-
-
-def test_the_balance_loss_is_one_when_even():
-    config = config_of(count=4, noop=2, top_k=1)
-    layer = lively(config)
-    x_BSD = 3 * torch.eye(DIM, dtype=torch.float64).unsqueeze(0)
-    with torch.no_grad():
-        layer.norm.gain.fill_(1)
-        layer.expert_router.weight.copy_(5 * torch.eye(6))
-    record = layer(x_BSD, context_of(DIM)).experts[0]
-    assert_close(record.load_E, torch.full((6,), 1 / 6, dtype=torch.float64), "load")
-    assert record.balance_loss.item() == pytest.approx(1)
-    # Everything on one expert is the worst case.
-    collapsed = layer(x_BSD[:, :1], context_of(1)).experts[0]
-    assert collapsed.balance_loss.item() == pytest.approx(6, rel=1e-3)
 
 
 @pytest.mark.parametrize("noop", [0, 2])
@@ -226,39 +185,6 @@ def test_forward_leaves_the_buffers_alone(variant):
     assert (layer.batch_stats(record) is None) == (not before)
 
 
-@quick(40)
-@given(configs(), st.integers(0, 7), st.sampled_from(CAUSAL), st.integers(0, 9))
-def test_causal_choices_see_no_later_token(config, changed, selection, seed):
-    layer = lively(config, seed)
-    x_BSD = normal(2, 8, DIM, seed=seed)
-    other_BSD = x_BSD.clone()
-    other_BSD[:, changed] = normal(2, DIM, seed=seed + 20)
-    one, two = (layer(x, context_of(8, selection)).value_BSD for x in (x_BSD, other_BSD))
-    assert_close(one[:, :changed], two[:, :changed], "earlier updates")
-    assert not torch.equal(one, two) or not one[:, changed].any()
-
-
-def test_expert_choice_in_training_sees_later_tokens():
-    """The control for the test above."""
-    layer = lively(config_of(choice="expert"))
-    x_BSD = normal(2, 8, DIM)
-    other_BSD = x_BSD.clone()
-    other_BSD[:, 7] = 9 * normal(2, DIM, seed=1)
-    one, two = (layer(x, context_of(8)).value_BSD for x in (x_BSD, other_BSD))
-    assert (one[:, :7] - two[:, :7]).abs().max() > 1e-3
-
-
-@quick(40)
-@given(configs(), st.sampled_from(["top_k", "causal"]), st.integers(0, 9))
-def test_other_sequences_never_matter(config, selection, seed):
-    layer = lively(config, seed)
-    x_BSD = normal(3, 8, DIM, seed=seed)
-    together = layer(x_BSD, context_of(8, selection)).value_BSD
-    for b in range(3):
-        alone = layer(x_BSD[b : b + 1], context_of(8, selection)).value_BSD
-        assert_close(together[b : b + 1], alone, f"sequence {b}")
-
-
 @pytest.mark.usefixtures("_poisoned_memory")
 @pytest.mark.parametrize("selection", ["top_k", "causal"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -276,24 +202,6 @@ def test_nan_in_padding_and_in_unwritten_memory_goes_nowhere(variant, selection)
         assert all(gradient.isfinite().all() for gradient in gradients)
         results.append([output.value_BSD, record.load_E, record.executed_E, *gradients])
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
-
-
-def test_the_later_tokens_are_dropped_in_training_alone():
-    layer = steered(2, top_k=1, capacity_factor=2.0)
-    x_BSD = normal(2, 9, DIM)
-    valid_BS = torch.ones(2, 9, dtype=torch.bool)
-    valid_BS[1, :2] = False
-    output = layer(x_BSD, context_of(9, "top_k", valid_BS))
-    # C = ceil(2 · 9 / 4) = 5; padding uses no room.
-    served = output.value_BSD.abs().sum(-1) > 0
-    assert served.tolist() == [[True] * 5 + [False] * 4, [False] * 2 + [True] * 5 + [False] * 2]
-    record = output.experts[0]
-    assert record.executed_E.tolist() == [0, 0, 10, 0]
-    assert record.dropped.item() == pytest.approx(6 / 16)
-    assert record.load_E.tolist() == [0, 0, 1, 0]
-    causal = layer(x_BSD, context_of(9, "causal", valid_BS))
-    assert torch.equal(causal.value_BSD.abs().sum(-1) > 0, valid_BS)
-    assert not causal.experts[0].dropped
 
 
 def multiplied(layer: Experts, x_BSD: Tensor) -> float:
