@@ -28,7 +28,7 @@ TRAIN: dict[str, tuple[str, ...]] = {
     ),
     "staged_fsdp": (
         *_TRAIN,
-        *("strategy=fsdp", "model.router.choice=token", "model.router.room=1.5"),
+        *("strategy=fsdp", "model.router.choice=token", "model.router.capacity_factor=1.5"),
         *("model.mixer=[attention,convolution]", "model.experts.count=4", "model.experts.dim=8"),
         *("model.experts.balance=bias", "model.experts.noop=2", "schedule=wsd"),
         *("data.document_mask=true", "spike=skip"),
