@@ -1,4 +1,4 @@
-"""A transformer block as an update of the residual stream."""
+"""A transformer block as an update of the residual stream, and layers of such updates."""
 
 from __future__ import annotations
 
@@ -26,4 +26,40 @@ class Block(nn.Module):
             attended.value_BSD + fed.value_BSD,
             experts=attended.experts + fed.experts,
             received_BS=attended.received_BS,
+        )
+
+
+class Residual(nn.Module):
+    """x + f(x): a sequence module that every token enters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
+        """Return the residual stream after the module."""
+        output = as_output(self.module(x_BSD, context))
+        return output._replace(value_BSD=x_BSD + output.value_BSD)
+
+
+class SplitLayer(nn.Module):
+    """A layer whose attention and MLP are routed separately, or only one of them is.
+
+    attention, mlp: each a `Residual` or a `MixtureOfDepths`.
+    """
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.mlp = attention, mlp
+
+    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
+        """Return the residual stream after both."""
+        attended: Output = self.attention(x_BSD, context)
+        context = context.count_entered(attended.routing)
+        output: Output = self.mlp(attended.value_BSD, context)
+        return Output(
+            output.value_BSD,
+            attended.routing + output.routing,
+            attended.experts + output.experts,
+            attended.received_BS,
         )

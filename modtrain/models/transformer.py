@@ -12,20 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from modtrain.models.attention import Attention
-from modtrain.models.block import Block
+from modtrain.models.block import Block, Residual, SplitLayer
 from modtrain.models.cache.cache import Cache, CacheView
 from modtrain.models.cache.packing import PackedTokens, pack
 from modtrain.models.config import ModelConfig
 from modtrain.models.convolution import Convolution
 from modtrain.models.depth.compute_budget import ComputeBudget
 from modtrain.models.depth.config import Selection
-from modtrain.models.depth.layer import (
-    MixtureOfDepths,
-    Residual,
-    SplitLayer,
-    auxiliary_loss,
-    predictor_loss,
-)
+from modtrain.models.depth.layer import MixtureOfDepths, auxiliary_loss, predictor_loss
 from modtrain.models.experts.layer import Experts
 from modtrain.models.feed_forward import FeedForward
 from modtrain.models.init import initialise

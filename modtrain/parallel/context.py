@@ -46,10 +46,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from modtrain.common.errors import raise_if_any
 from modtrain.distributed.collectives import Group, cast_for_autocast, pad_to_multiple
 from modtrain.models.attention import Attention, attend
-from modtrain.models.block import Block
+from modtrain.models.block import Block, Residual
 from modtrain.models.convolution import Convolution, LeftContext, apply_taps
 from modtrain.models.depth.config import TRAINING_SELECTIONS, Selection
-from modtrain.models.depth.layer import MixtureOfDepths, Residual
+from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.depth.selection import TokenSlots
 from modtrain.models.experts.layer import Experts, Rows
 from modtrain.models.feed_forward import FeedForward

@@ -37,9 +37,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from modtrain.common.errors import raise_if_any
 from modtrain.distributed.collectives import Group, cast_for_autocast
 from modtrain.models.attention import Attention
-from modtrain.models.block import Block
+from modtrain.models.block import Block, Residual
 from modtrain.models.convolution import Convolution
-from modtrain.models.depth.layer import MixtureOfDepths, Residual
+from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.experts.layer import ExpertMLPs, Experts
 from modtrain.models.feed_forward import MLP, FeedForward
 from modtrain.models.loss import IGNORED

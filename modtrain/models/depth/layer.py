@@ -42,19 +42,6 @@ from modtrain.models.sequence import (
 )
 
 
-class Residual(nn.Module):
-    """x + f(x): a sequence module that every token enters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
-        """Return the residual stream after the module."""
-        output = as_output(self.module(x_BSD, context))
-        return output._replace(value_BSD=x_BSD + output.value_BSD)
-
-
 class MixtureOfDepths(nn.Module):
     """x_i + g_i f(X)_i for the chosen tokens X, x_i unchanged for the rest (arXiv 2404.02258).
 
@@ -367,29 +354,6 @@ class MixtureOfDepths(nn.Module):
         if self.includes_residual:
             output = output._replace(value_BSD=output.value_BSD - x_BSD)
         return output
-
-
-class SplitLayer(nn.Module):
-    """A layer whose attention and MLP are routed separately, or only one of them is.
-
-    attention, mlp: each a `Residual` or a `MixtureOfDepths`.
-    """
-
-    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
-        super().__init__()
-        self.attention, self.mlp = attention, mlp
-
-    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
-        """Return the residual stream after both."""
-        attended: Output = self.attention(x_BSD, context)
-        context = context.count_entered(attended.routing)
-        output: Output = self.mlp(attended.value_BSD, context)
-        return Output(
-            output.value_BSD,
-            attended.routing + output.routing,
-            attended.experts + output.experts,
-            attended.received_BS,
-        )
 
 
 def predictor_loss(records: tuple[RoutingRecord, ...]) -> Tensor | None:
