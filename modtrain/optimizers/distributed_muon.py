@@ -53,9 +53,10 @@ class DistributedMuon(torch.optim.Muon):
         if own is not None:
             own = _orthogonal_step(group, own)
         for owner, matrix in enumerate(matrices):
-            step = torch.empty(matrix.shape, dtype=torch.float32, device=matrix.device)
             if owner == rank and own is not None:
                 step = own
+            else:
+                step = torch.empty(matrix.shape, dtype=torch.float32, device=matrix.device)
             dist.broadcast(step, src=owner)
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
             matrix.add_(_scatter(step, matrix), alpha=group["lr"])
