@@ -64,6 +64,10 @@ class StepStatistics:
             other = nan if before.grad_norm is None else before.grad_norm
             self.grad_norm = torch.where(is_skipped, other, self.grad_norm)
 
+    def discard(self, count: int) -> None:
+        """Subtract ``count`` micro-batches of skipped steps from the count."""
+        self.count -= count
+
     def means(self) -> dict[str, float]:
         """Return the mean losses of a micro-batch; NaN without one."""
         sums = {"loss": self.loss, **{f"{name}_loss": v for name, v in self.auxiliary.items()}}

@@ -64,7 +64,7 @@ class SpikeGuard(Guard):
                 self._halt(module.config, spike, samples)
             self.journal.write("skip", spike, samples)
             self.print_message(f"{spike.description}: skipped, {limit} in a row at most")
-        module.statistics.count -= len(report.spikes) * module.plan.accumulate
+        module.statistics.discard(len(report.spikes) * module.plan.accumulate)
         return report
 
     def _halt(self, run_config: TrainConfig, spike: Spike, samples: list[int]) -> None:
