@@ -62,14 +62,7 @@ STEPS = 16
 @pytest.mark.parametrize("strategy", QUICK)
 def test_evaluations_are_not_compiled(prepared, tmp_path, strategy):
     lines = run_lines(
-        *(
-            prepared,
-            tmp_path,
-            "eager",
-            f"strategy={strategy}",
-            f"budget.steps={STEPS}",
-            "checkpoint.every=3",
-        ),
+        *(prepared, tmp_path, "eager", *SIX_STEPS, f"strategy={strategy}", f"budget.steps={STEPS}"),
         *("capacity_schedule=linear", f"capacity_schedule.levels={LEVELS}"),
         # A last batch of another size, and more than one way to choose.
         *("eval.sequences=6", "eval.every=4", "model.router.causal=[predictor,threshold]"),

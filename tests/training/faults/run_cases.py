@@ -15,6 +15,7 @@ from modtrain.data.stream.dataset import TokenDataset
 from modtrain.training.callbacks import evaluation as held_out
 from modtrain.training.run import train
 from modtrain.training.stop_signal import STOP
+from tests.helpers.runs import run_lines
 
 SEQ_LEN, SEQUENCES = 64, 8
 EXPERTS = ("model.experts.count=4", "model.experts.dim=16", "model.experts.top_k=2")
@@ -22,14 +23,11 @@ EXPERTS = ("model.experts.count=4", "model.experts.dim=16", "model.experts.top_k
 
 def overrides(prepared: Path, runs: Path, name: str, steps: int, *more: str) -> list[str]:
     """A run of ``steps`` steps, each of eight sequences: 1, 2 and 4 data-parallel ranks fit."""
-    return [
-        *("model=tiny", f"data.path={prepared}", f"runs_dir={runs}", f"name={name}"),
-        *(f"budget.steps={steps}", f"batch.tokens={SEQUENCES * SEQ_LEN}"),
-        *("batch.micro_batch_size=1", "checkpoint.every=2", "checkpoint.keep_last=2"),
-        *("eval.every=4", "eval.sequences=4", "eval.batch_size=1", "log.every=1"),
-        *("log.tensorboard=false", "log.progress=false", "strategy.accelerator=cpu"),
-        *("strategy.timeout=60", *more),
-    ]
+    return run_lines(
+        *(prepared, runs, name, f"budget.steps={steps}", f"batch.tokens={SEQUENCES * SEQ_LEN}"),
+        *("batch.micro_batch_size=1", "checkpoint.keep_last=2"),
+        *("eval.every=4", "eval.sequences=4", "eval.batch_size=1", *more),
+    )
 
 
 class Noted(L.Callback):
