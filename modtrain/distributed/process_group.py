@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from modtrain.common.errors import CheckpointError, ModtrainError, RankError
@@ -183,6 +184,7 @@ def init_ranks(
     """Initialize torch.distributed for ``launch`` for the length of the block; collective.
 
     device_type: where training's tensors are; `Ranks` communicates over gloo anyway.
+    timeout: how long a rank waits for the others, in groups that libraries make in the block too.
     needs_group: make a group for one process too, for strategies that need one.
 
     Raises:
@@ -215,9 +217,28 @@ def init_ranks(
             f" others at {address} within {timeout.total_seconds():.0f} s: {error}"
         ) from error
     try:
-        yield Ranks.create(timeout, store)
+        with _default_timeout(timeout):
+            yield Ranks.create(timeout, store)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _default_timeout(timeout: timedelta) -> Iterator[None]:
+    """Give ``timeout`` to groups that are made without one, as those of meshes and DeepSpeed are.
+
+    torch does not take it from the group of all ranks: a rank whose peer dies before it comes would
+    wait for half an hour.
+    """
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    try:
+        for name in names:
+            setattr(distributed_c10d, name, timeout)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(distributed_c10d, name, value)
 
 
 def _rendezvous_store(launch: Launch, timeout: timedelta) -> Store:

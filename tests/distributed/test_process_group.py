@@ -2,13 +2,16 @@
 
 import os
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from modtrain.common.errors import CheckpointError, DataError, RankError
-from modtrain.distributed.process_group import Ranks
+from modtrain.distributed.launch import Launch
+from modtrain.distributed.process_group import Ranks, init_ranks
 from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks
 
 
@@ -77,6 +80,33 @@ def test_an_error_on_one_rank_is_raised_on_all() -> None:
     assert second == "own"
     for said in (first, third):
         assert said.startswith("rank 1 on ") and said.endswith("the shard is gone")
+
+
+def _makes_a_group_with_a_dead_rank() -> None:
+    launch = Launch.from_environment()
+    with init_ranks(launch, "cpu", timedelta(seconds=2), needs_group=True):
+        if launch.rank == 1:
+            os._exit(7)
+        dist.new_group([0, 1])
+
+
+def test_no_group_is_waited_for_longer_than_the_timeout() -> None:
+    """Groups of meshes and of DeepSpeed are made without a timeout: torch's own is half an hour."""
+    waiting, dead = outcomes_on_ranks(_makes_a_group_with_a_dead_rank, 2, timeout=30, joins=False)
+    assert "exit code 7" in str(dead)
+    assert isinstance(waiting, RankFailedError)
+
+
+def _timeouts() -> list[timedelta]:
+    launch = Launch.from_environment()
+    with init_ranks(launch, "cpu", timedelta(seconds=77), needs_group=True):
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("one", "two"))
+        groups = [mesh.get_group("one"), mesh.get_group("two"), dist.new_group([0, 1])]
+        return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+def test_every_group_has_the_timeout() -> None:
+    assert on_ranks(_timeouts, 2, joins=False) == [[timedelta(seconds=77)] * 3] * 2
 
 
 def _dies() -> int:
