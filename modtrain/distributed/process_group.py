@@ -49,11 +49,16 @@ class Ranks:
     def create(cls, timeout: timedelta | None = None, store: Store | None = None) -> Ranks:
         """Make a new group of all processes; collective.
 
-        timeout: how long a rank waits for the others. store: of the rendezvous.
+        timeout: how long a rank waits for the others, once there is the group; None: as in all
+        groups. store: of the rendezvous.
         """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls(store=store)
-        return cls(dist.new_group(backend="gloo", timeout=timeout), store)
+        group = dist.new_group(backend="gloo")
+        if timeout is not None:
+            # Not before: with half an hour for saves, a rank that died would be waited for as long.
+            distributed_c10d._set_pg_timeout(timeout, group)
+        return cls(group, store)
 
     def duplicate(self, timeout: timedelta | None = None) -> Ranks:
         """Return the same ranks over a group of their own, for another thread; collective."""
@@ -218,7 +223,7 @@ def init_ranks(
         ) from error
     try:
         with _default_timeout(timeout):
-            yield Ranks.create(timeout, store)
+            yield Ranks.create(store=store)
     finally:
         dist.destroy_process_group()
 

@@ -82,31 +82,40 @@ def test_an_error_on_one_rank_is_raised_on_all() -> None:
         assert said.startswith("rank 1 on ") and said.endswith("the shard is gone")
 
 
-def _makes_a_group_with_a_dead_rank() -> None:
+_SAVE_TIMEOUT = timedelta(minutes=30)
+
+
+def _makes_a_group_with_a_dead_rank(is_for_saves: bool) -> None:
     launch = Launch.from_environment()
-    with init_ranks(launch, "cpu", timedelta(seconds=2), needs_group=True):
+    with init_ranks(launch, "cpu", timedelta(seconds=2), needs_group=True) as ranks:
         if launch.rank == 1:
             os._exit(7)
-        dist.new_group([0, 1])
+        # Without a timeout as those of meshes and of DeepSpeed, for which torch has half an hour.
+        _ = ranks.duplicate(_SAVE_TIMEOUT) if is_for_saves else dist.new_group([0, 1])
 
 
-def test_no_group_is_waited_for_longer_than_the_timeout() -> None:
-    """Groups of meshes and of DeepSpeed are made without a timeout: torch's own is half an hour."""
-    waiting, dead = outcomes_on_ranks(_makes_a_group_with_a_dead_rank, 2, timeout=30, joins=False)
+@pytest.mark.parametrize("is_for_saves", [False, True])
+def test_no_group_is_waited_for_longer_than_the_timeout(is_for_saves: bool) -> None:
+    waiting, dead = outcomes_on_ranks(
+        _makes_a_group_with_a_dead_rank, 2, is_for_saves, timeout=30, joins=False
+    )
     assert "exit code 7" in str(dead)
     assert isinstance(waiting, RankFailedError)
 
 
 def _timeouts() -> list[timedelta]:
     launch = Launch.from_environment()
-    with init_ranks(launch, "cpu", timedelta(seconds=77), needs_group=True):
+    with init_ranks(launch, "cpu", timedelta(seconds=77), needs_group=True) as ranks:
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("one", "two"))
         groups = [mesh.get_group("one"), mesh.get_group("two"), dist.new_group([0, 1])]
+        groups += [ranks.group, ranks.duplicate(_SAVE_TIMEOUT).group]
         return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 
 def test_every_group_has_the_timeout() -> None:
-    assert on_ranks(_timeouts, 2, joins=False) == [[timedelta(seconds=77)] * 3] * 2
+    assert (
+        on_ranks(_timeouts, 2, joins=False) == [[timedelta(seconds=77)] * 4 + [_SAVE_TIMEOUT]] * 2
+    )
 
 
 def _dies() -> int:
