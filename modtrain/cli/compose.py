@@ -75,8 +75,8 @@ def compose(
 ) -> Any:
     """Return the typed configuration of ``verb`` under Hydra's ``overrides``.
 
-    config_dir: a directory of the user's own YAML, laid out as ``conf/`` is. beside: keys that the
-    caller takes itself, which a misspelt one may have meant.
+    config_dir: a directory of the user's own YAML, laid out as ``conf/`` is. extra_keys: keys that
+    the caller takes itself, which a misspelt one may have meant.
 
     Raises:
         ConfigError: all overrides that cannot be parsed or do not fit; a file of ``config_dir``

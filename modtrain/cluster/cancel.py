@@ -39,7 +39,7 @@ def cancel_run(config: CancelConfig, print_line: Print) -> None:
 
     Raises:
         ConfigError: the request is invalid.
-        RunsError: there is no such run, or it is trained without Slurm.
+        RunNotFoundError: there is no such run, or it is trained without Slurm.
         DeniedError: a job is another user's; it continues unchanged.
         SlurmError: Slurm does not answer, or a job does not end.
     """

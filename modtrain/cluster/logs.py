@@ -41,7 +41,7 @@ def show_logs(config: LogsConfig) -> None:
 
     Raises:
         ConfigError: the request is invalid.
-        RunsError: there is no such run or job, or nothing that it printed.
+        RunNotFoundError: there is no such run or job, or nothing that it printed.
         SlurmError: a job is to be followed, and Slurm is not available.
     """
     raise_if_any(config.problems())

@@ -83,12 +83,12 @@ class Failure:
 class RunRecord:
     """What is known of a run. Times are seconds since 1970.
 
-    steps: of the whole run. restarts: starts after the first. saved: (step, time) of the newest
+    steps: of the whole run. saved: (step, time) of the newest
     checkpoint. failures: oldest first. submitted: jobs, oldest first. changed: when something was
     last recorded. notes: what could not be read.
     is_group: no run itself: the directory of a job that works on runs below it or on none, as that
-    of a sweep, an array, a search, a comparison or a preparation. went_on: when a group's jobs were
-    last given to Slurm or seen at work.
+    of a sweep, an array, a search, a comparison or a preparation. last_active: when a group's
+    jobs were last given to Slurm or seen at work.
     """
 
     name: str
@@ -146,7 +146,7 @@ def existing_run(runs_dir: str, name: str) -> Path:
     """Return the directory of the run ``name``.
 
     Raises:
-        RunsError: there is none.
+        RunNotFoundError: there is none.
     """
     path = Path(runs_dir) / name
     if not path.is_dir():
@@ -222,7 +222,7 @@ def json_lines(path: Path) -> list[Any]:
 def lines_from_end(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
     """Iterate over the lines of ``path`` from the last one, without line ends.
 
-    farthest: bytes from the end at which to stop; None: at the file's beginning.
+    max_bytes: bytes from the end at which to stop; None: at the file's beginning.
     """
     with path.open("rb") as file:
         offset = end = file.seek(0, os.SEEK_END)

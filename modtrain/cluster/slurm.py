@@ -108,8 +108,8 @@ def run(
 ) -> str:
     """Run a Slurm command, given as a list of arguments, and return its output.
 
-    timeout: seconds; squeue and its like wait for a busy controller by themselves. without:
-    variables that the command is not to see.
+    timeout: seconds; squeue and its like wait for a busy controller by themselves.
+    without_variables: variables that the command is not to see.
 
     Raises:
         DeniedError: the user has no permission.

@@ -65,7 +65,7 @@ def show_status(config: StatusConfig, console: Console | None = None) -> None:
 
     Raises:
         ConfigError: the request is invalid.
-        RunsError: there is no such run.
+        RunNotFoundError: there is no such run.
     """
     raise_if_any(config.problems())
     console = console or wide_console()

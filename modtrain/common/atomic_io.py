@@ -85,7 +85,7 @@ def acquire_lock(
     """Hold the lock ``path`` against other processes, till the block or this process ends.
 
     in_use: what to raise where another process holds it; None: BlockingIOError.
-    patience: seconds for which it may hold it.
+    timeout: seconds for which it may hold it.
 
     Raises:
         NoLocksError: the file system has no locks.
@@ -111,7 +111,7 @@ def acquire_lock(
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock ``path``; one on another node may not show.
 
-    A lock that cannot be asked for is none: who wants to hold it will be told.
+    Where locks do not work there is none: a process that tries to acquire it gets the error.
     """
     try:
         with path.open("rb") as file:
