@@ -71,7 +71,7 @@ def _tokens(num_tokens: int) -> np.ndarray:
 def make_prepared(output: Path, num_tokens: int, seq_len: int) -> None:
     """Write random tokens as a prepared directory, the same for training and validation."""
     work = output / ".work"
-    for name in ("shards", "aside"):
+    for name in ("shards", "staging"):
         (work / name).mkdir(parents=True)
     tokens = work / "tokens.bin"
     _tokens(num_tokens).tofile(tokens)
@@ -103,7 +103,7 @@ def make_prepared(output: Path, num_tokens: int, seq_len: int) -> None:
         flaws={},
         splits={"train": counts, "valid": counts},
     )
-    finish(output, summary, shards, work / "aside")
+    finish(output, summary, shards, work / "staging")
     shutil.rmtree(work)
 
 

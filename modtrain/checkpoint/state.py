@@ -90,7 +90,7 @@ def named_state(
 
 @dataclass(frozen=True)
 class RestoredState:
-    """What a checkpoint contained apart from the tensors, which were restored in place.
+    """What a checkpoint contained beside the tensors, which were restored in place.
 
     extra_state: as it was saved. rank_state: this rank's; None if none was saved, or another number
     of ranks, ``world_size``, saved it.

@@ -52,7 +52,7 @@ class _Checkpointed(CheckpointWrapper):
     """A wrapper that has the name of the layer inside.
 
     torch's own hides itself in state dicts only: in the names of the whole model's parameters it
-    would show, and whoever goes by names would take one weight for two.
+    would show, and code that looks weights up by name would take one weight for two.
     """
 
     def named_modules(

@@ -88,7 +88,7 @@ class StrategyConfig:
 
 
 def expected_launch(config: StrategyConfig, launch: Launch) -> Launch:
-    """Return ``launch``, or where nobody launched what the configuration plans for."""
+    """Return ``launch``; without a launcher, the one that the configuration plans for."""
     if launch.world_size > 1 or config.world_size is None:
         return launch
     local = math.gcd(config.world_size, _USUAL_NODE)

@@ -144,7 +144,7 @@ class LanguageModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add random states, statistics, spikes, the position in the data and the spent budget."""
         step, accumulate = int(checkpoint["global_step"]), self.plan.accumulate
-        left_out = self._left_out_samples()
+        skipped_samples = self._skipped_samples()
         sums = self.statistics.state(accumulate)
         checkpoint["rank_state"] = {"random_states": random_states(), "sums": sums}
         # For resuming on another number of ranks.
@@ -154,8 +154,8 @@ class LanguageModule(L.LightningModule):
             checkpoint["spikes"] = self.spikes.detector.state()
         checkpoint["progress"] = {
             "step": step,
-            "samples": self._position(step, left_out),
-            "left_out": left_out,
+            "samples": self._position(step, skipped_samples),
+            "left_out": skipped_samples,
             "tokens": step * self.plan.tokens_per_step,
             "flops": self.plan.flops_until(step),
             "data_parallel": self.plan.dims.data_parallel,
@@ -166,7 +166,7 @@ class LanguageModule(L.LightningModule):
         set_loop_position(checkpoint, self.plan.accumulate)
         progress = checkpoint["progress"]
         saved = progress.get("left_out", [])
-        check_left_out(self._left_out_samples(), saved, progress["samples"])
+        check_left_out(self._skipped_samples(), saved, progress["samples"])
         if self.spikes is not None and "spikes" in checkpoint:
             self.spikes.detector.load(checkpoint["spikes"])
         own, data_parallel = checkpoint["rank_state"], self.plan.dims.data_parallel
@@ -181,14 +181,14 @@ class LanguageModule(L.LightningModule):
             seeds = np.random.SeedSequence([self.config.seed, step, self._strategy.data_rank])
             L.seed_everything(int(seeds.generate_state(1)[0]), verbose=False)
 
-    def _left_out_samples(self) -> list[list[int]]:
+    def _skipped_samples(self) -> list[list[int]]:
         """Return the intervals of the stream that are not read, [start, stop] each."""
         data = getattr(self.trainer, "datamodule", None)
-        return [list(interval) for interval in getattr(data, "left_out", ())]
+        return [list(interval) for interval in getattr(data, "skipped_samples", ())]
 
-    def _position(self, step: int, left_out: Sequence[Sequence[int]]) -> int:
+    def _position(self, step: int, skipped_samples: Sequence[Sequence[int]]) -> int:
         """Return the stream position after the samples of the first ``step`` steps."""
         if step == 0:
             return 0
         last = np.array(step * self.plan.sequences_per_step - 1, dtype=np.int64)
-        return int(stream_positions(last, [(start, stop) for start, stop in left_out])) + 1
+        return int(stream_positions(last, [(start, stop) for start, stop in skipped_samples])) + 1

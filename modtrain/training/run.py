@@ -166,7 +166,7 @@ class _Run:
             self.watchdog.heartbeat("the choice of a checkpoint", SLOW_TIMEOUT)
         start_step, path = checkpointer.recover(run.checkpoints) or (0, None)
         messages = journal.resume(start_step, plan.sequences_per_step, config.spike)
-        self.data.left_out = journal.left_out
+        self.data.skipped_samples = journal.skipped_samples
         for message in messages:
             self.console.print(message)
         if start_step:

@@ -27,7 +27,7 @@ EXAMPLES_OF_A_KIND = 3
 class EncodeJob:
     """A unit, and all that its tokens depend on.
 
-    work: the working directory, with ``units/`` and ``aside/``.
+    work: the working directory, with ``units/`` and ``staging/``.
     """
 
     unit: Unit
@@ -113,14 +113,14 @@ def encode_unit(job: EncodeJob) -> UnitRecord:
 
     Raises DataError at the first flaw with ``on_error=stop``, or if a file changes meanwhile.
     """
-    aside = Path(job.work) / "aside"
+    staging = Path(job.work) / "staging"
     train, valid = (job.token_file(split) for split in SPLITS)
-    with atomic_writer(train, aside) as train_file, atomic_writer(valid, aside) as valid_file:
+    with atomic_writer(train, staging) as train_file, atomic_writer(valid, staging) as valid_file:
         record = _encode(job, {"train": train_file, "valid": valid_file})
     for file in job.unit.files:
         if SourceFile.of(file.path) != file:
             raise DataError(f"{file.path}: changed while it was read. Run prepare again.")
-    write_json(job.record_file, asdict(record), aside)
+    write_json(job.record_file, asdict(record), staging)
     return record
 
 

@@ -65,7 +65,7 @@ class ShardJob:
 
     pieces: (token file, first token, number of tokens), together the tokens of the shard.
     first_sequence: number of the shard's first sequence in its split.
-    work: the working directory, with ``shards/`` and ``aside/``.
+    work: the working directory, with ``shards/`` and ``staging/``.
     """
 
     path: str
@@ -135,10 +135,10 @@ def write_shard(job: ShardJob) -> Shard:
     from webdataset.writer import TarWriter  # noqa: PLC0415
 
     sequences_NT = _sequences(job)
-    aside = Path(job.work) / "aside"
+    staging = Path(job.work) / "staging"
     path = Path(job.path)
     counts = []
-    with atomic_writer(path, aside) as file:
+    with atomic_writer(path, staging) as file:
         with TarWriter(file, user=_OWNER, group=_OWNER, mtime=0, encoder=False) as tar:
             for start in range(0, len(sequences_NT), job.layout.sequences_per_sample):
                 part_NT = sequences_NT[start : start + job.layout.sequences_per_sample]
@@ -150,7 +150,7 @@ def write_shard(job: ShardJob) -> Shard:
         offsets = [member.offset_data for member in tar]
     members = tuple(zip(offsets, counts, strict=True))
     shard = Shard(path.name, path.stat().st_size, file_sha256(path), members)
-    write_json(job.record_file, {**asdict(shard), "key": job.key}, aside)
+    write_json(job.record_file, {**asdict(shard), "key": job.key}, staging)
     return shard
 
 

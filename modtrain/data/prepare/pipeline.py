@@ -120,8 +120,8 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             flaws=_flaw_counts(records),
             splits=splits,
         )
-        write_json(output / REQUEST_NAME, request, work / "aside")
-        finish(output, summary, shards, work / "aside")
+        write_json(output / REQUEST_NAME, request, work / "staging")
+        finish(output, summary, shards, work / "staging")
     # Only now that the lock in it is closed: on NFS an open file would keep the folder.
     shutil.rmtree(work)
     summary = ShardIndex.load(output).summary
@@ -129,7 +129,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
 
 
 def finish(
-    output: Path, summary: IndexSummary, shards: dict[str, list[Shard]], aside: Path
+    output: Path, summary: IndexSummary, shards: dict[str, list[Shard]], staging: Path
 ) -> None:
     """Write ``index.json``, which makes the directory ``output`` whole."""
     for split in SPLITS:
@@ -140,7 +140,7 @@ def finish(
                 path.unlink()
         sync(output / split)
     sync(output)
-    write_json(output / INDEX_NAME, index_content(summary, shards), aside)
+    write_json(output / INDEX_NAME, index_content(summary, shards), staging)
 
 
 # What was asked for ---------------------------------------------------------------------------
@@ -199,8 +199,8 @@ def _work_directory(output: Path) -> Iterator[Path]:
             locks.enter_context(acquire_lock(work / "lock", in_use))
         except NoLocksError:
             _log.warning("%s cannot be locked: start no second prepare of it", output)
-        shutil.rmtree(work / "aside", ignore_errors=True)
-        for folder in ("units", "shards", "aside"):
+        shutil.rmtree(work / "staging", ignore_errors=True)
+        for folder in ("units", "shards", "staging"):
             (work / folder).mkdir(exist_ok=True)
         for split in SPLITS:
             (output / split).mkdir(exist_ok=True)
@@ -228,7 +228,7 @@ def _ensure_tokenizer(
     path = output / TOKENIZER_NAME
     content = _tokenizer_content(config, units, work)
     vocab_size, eos_id = check_tokenizer(content, config.tokenizer.path or str(path))
-    write_bytes(path, content, work / "aside")
+    write_bytes(path, content, work / "staging")
     return _StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
 
 
@@ -247,7 +247,7 @@ def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path)
         chooser = SplitChooser(config.seed, config.valid_fraction)
         texts = training_texts(units, config.tokenizer, config.text_column, chooser)
         content = train_tokenizer(texts, config.tokenizer.vocab_size)
-        write_bytes(trained, content, work / "aside")
+        write_bytes(trained, content, work / "staging")
     return trained.read_bytes()
 
 
@@ -365,12 +365,12 @@ def _refuse_empty_split(
     flaws = _flaw_counts(records)
     for name, split in splits.items():
         if split.num_sequences == 0:
-            left_out = ", ".join(f"{count} {kind}" for kind, count in flaws.items()) or "none"
+            flaw_counts = ", ".join(f"{count} {kind}" for kind, count in flaws.items()) or "none"
             raise DataError(
                 f"the split {name} would hold no sequence: its {split.num_documents} documents "
                 f"give {split.num_tokens} tokens, and one sequence takes {config.seq_len + 1}. "
                 f"Change valid_fraction={config.valid_fraction}, choose a shorter seq_len, or add "
-                f"documents. Left out for their flaws: {left_out}."
+                f"documents. Left out for their flaws: {flaw_counts}."
             )
 
 

@@ -33,8 +33,8 @@ class TokenDataModule(lightning.LightningDataModule):
     rank are those of the trainer's data-parallel ranks, 1 and 0 without a trainer.
 
     start_step: optimizer step at which training starts; set it before ``train_dataloader()``.
-    left_out: stretches of the stream that are not read, (first position, one behind the last), in
-    their order and apart; set them before as well.
+    skipped_samples: stretches of the stream that are not read, (first position, one behind the
+    last), sorted and not touching; set them before as well.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TokenDataModule(lightning.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.eval_sequences = eval_sequences
         self.start_step = 0
-        self.left_out: Sequence[tuple[int, int]] = ()
+        self.skipped_samples: Sequence[tuple[int, int]] = ()
 
     @cached_property
     def index(self) -> ShardIndex:
@@ -107,7 +107,7 @@ class TokenDataModule(lightning.LightningDataModule):
         """The numbers of all ranks' samples in an optimizer step, in the order of the stream."""
         samples = self.plan().samples_per_step
         consumed = np.arange(step * samples, (step + 1) * samples, dtype=np.int64)
-        positions = stream_positions(consumed, self.left_out)
+        positions = stream_positions(consumed, self.skipped_samples)
         numbers: list[int] = self.order.lookup(positions).tolist()
         return numbers
 
@@ -118,7 +118,7 @@ class TokenDataModule(lightning.LightningDataModule):
         """
         return self._loader(
             self.train_data,
-            RankBatchSampler(self.order, self.plan(), self.start_step, self.left_out),
+            RankBatchSampler(self.order, self.plan(), self.start_step, self.skipped_samples),
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:

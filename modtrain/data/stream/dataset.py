@@ -86,7 +86,7 @@ class TokenDataset(Dataset[Tensor]):
             start = self._first_item_M[member]
             if start < 0:
                 start = self._first_item_M[member] = self._checked_first_item(member)
-            # Samples are S apart, and each stored sequence ends with one token of the next.
+            # A sample starts every S tokens; each stored sequence ends with a token of the next.
             start += inside * self.seq_len + inside // self._parts
             rows.append(self._maps[self._shard_M[member]][start : start + length])
         # Two passes beat one that converts as it copies: the first waits for memory alone.

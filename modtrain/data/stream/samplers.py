@@ -52,15 +52,15 @@ class BatchPlan:
 
 
 def stream_positions(
-    consumed: NDArray[np.int64], left_out: Sequence[tuple[int, int]]
+    consumed: NDArray[np.int64], skipped_samples: Sequence[tuple[int, int]]
 ) -> NDArray[np.int64]:
     """Positions in the stream of the samples that a run consumes, int64, in the same shape.
 
-    consumed: how many samples the run has consumed before each. left_out: stretches of positions
-    that it does not read, (first, one behind the last), in their order and apart.
+    consumed: how many samples the run has consumed before each. skipped_samples: stretches of
+    positions that it does not read, (first, one behind the last), sorted and not touching.
     """
     positions = consumed
-    for first, stop in left_out:
+    for first, stop in skipped_samples:
         positions = positions + (stop - first) * (positions >= first)
     return positions
 
@@ -68,7 +68,7 @@ def stream_positions(
 class RankBatchSampler(Sampler[list[int]]):
     """Batches of sample numbers for one rank, from ``start_step`` to the end of the run.
 
-    left_out: stretches of the stream that are not read, as in `stream_positions`.
+    skipped_samples: stretches of the stream that are not read, as in `stream_positions`.
 
     Its length is that of the whole run, ``num_steps * accumulate``, wherever it starts: a trainer
     that counts batches over the run must not see a shorter one after a restart.
@@ -79,14 +79,14 @@ class RankBatchSampler(Sampler[list[int]]):
         order: SampleOrder,
         plan: BatchPlan,
         start_step: int = 0,
-        left_out: Sequence[tuple[int, int]] = (),
+        skipped_samples: Sequence[tuple[int, int]] = (),
     ) -> None:
         if not 0 <= start_step <= plan.num_steps:
             raise ValueError(f"start_step {start_step} is not within 0 to {plan.num_steps}")
         self.order = order
         self.plan = plan
         self.start_step = start_step
-        self.left_out = left_out
+        self.skipped_samples = skipped_samples
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.accumulate
@@ -100,7 +100,7 @@ class RankBatchSampler(Sampler[list[int]]):
         for first in range(self.start_step, plan.num_steps, stride):
             steps_T = np.arange(first, min(first + stride, plan.num_steps), dtype=np.int64)
             consumed_TAm = steps_T[:, None, None] * plan.samples_per_step + in_step_Am
-            positions_TAm = stream_positions(consumed_TAm, self.left_out)
+            positions_TAm = stream_positions(consumed_TAm, self.skipped_samples)
             yield from self.order.lookup(positions_TAm).reshape(-1, plan.micro_batch_size).tolist()
 
 

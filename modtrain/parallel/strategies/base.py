@@ -88,7 +88,7 @@ class TrainingStrategy(StateByName):
     ) -> None:
         """Save the run's state; what is not a tensor of model or optimizer is in ``checkpoint``.
 
-        storage_options: ``{"blocking": False}`` goes on training while the disk writes.
+        storage_options: ``{"blocking": False}`` continues training while the disk writes.
         """
         rank_state = checkpoint.pop("rank_state")
         tensors, named = self.named_state()
@@ -113,7 +113,7 @@ class TrainingStrategy(StateByName):
         return {**restored.extra_state, "rank_state": restored.rank_state}
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors to save by name, and what is said of them beside."""
+        """Return the tensors to save by name, and their metadata."""
         return named_state(self._transformer, self.optimizers[0])
 
     def restore(self, path: Path) -> RestoredState:

@@ -3,7 +3,7 @@
 Stage 1 shares out the optimizer's state over the ranks, 2 the gradients too, 3 the parameters too.
 It differs from Lightning's own strategy in what modtrain asks of every strategy: it runs on the
 CPU, the engine never casts parameters (bf16 is autocast), Lightning counts the micro-batches, trunk
-and predictors are clipped apart, and state goes in and out by the parameters' names, so that a
+and predictors are clipped separately, and state goes in and out by the parameters' names, so that a
 checkpoint is the same as any other strategy's and needs no conversion for another number of ranks.
 DeepSpeed is imported when a strategy is made.
 """
@@ -167,7 +167,7 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
         known of the step.
 
         Raises:
-            TrainingError: the step before was left out, and nobody looked.
+            TrainingError: the step before was skipped, and no guard has noticed.
         """
         self._check_overflow()
         step: Any = _Step(self.engine, optimizer)
@@ -194,13 +194,13 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
         """Save as every strategy does.
 
         Raises:
-            TrainingError: the last step was left out, and nobody looked.
+            TrainingError: the last step was skipped, and no guard has noticed.
         """
         self._check_overflow()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors that fall to this rank, and what is said of all of them."""
+        """Return the tensors that this rank saves, and the metadata of all."""
         named = tensors(self.engine, self._transformer)
         groups = [
             {

@@ -40,7 +40,7 @@ class Guard(StepCallback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_args: Any
     ) -> None:
-        """Check before every save, whoever asks for it: no checkpoint follows a bad step."""
+        """Check before every save, for whatever reason: no checkpoint follows a bad step."""
         self.check(language_module(pl_module))
 
     @abstractmethod

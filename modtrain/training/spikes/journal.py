@@ -53,7 +53,7 @@ class SpikeJournal:
             if ranks.is_rank0:
                 content = self._read()
         content = ranks.broadcast_from_rank0(content)
-        self.left_out: list[tuple[int, int]] = [
+        self.skipped_samples: list[tuple[int, int]] = [
             (start, stop) for start, stop in content["left_out"]
         ]
         self.rollbacks: int = content["rollbacks"]
@@ -123,17 +123,17 @@ class SpikeJournal:
         last = spike.step
         first = to_step if steps is None else max(to_step, last - steps)
         ends = np.array([first * samples_per_step, last * samples_per_step - 1], dtype=np.int64)
-        start, end = stream_positions(ends, self.left_out).tolist()
+        start, end = stream_positions(ends, self.skipped_samples).tolist()
         interval = (start, end + 1)
         # An older interval that starts inside the new one also ends inside: it is contained.
-        others = [other for other in self.left_out if not start <= other[0] <= end]
-        left_out, rollbacks = sorted([*others, interval]), self.rollbacks + 1
+        others = [other for other in self.skipped_samples if not start <= other[0] <= end]
+        skipped_samples, rollbacks = sorted([*others, interval]), self.rollbacks + 1
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_rank0:
-                content = {"left_out": left_out, "rollbacks": rollbacks}
+                content = {"left_out": skipped_samples, "rollbacks": rollbacks}
                 write_json(self._path, content, self.run.path)
                 sync(self.run.path)
-        self.left_out, self.rollbacks = left_out, rollbacks
+        self.skipped_samples, self.rollbacks = skipped_samples, rollbacks
         self.write("roll_back", spike, samples, to_step=to_step, left_out=interval)
         return interval
 

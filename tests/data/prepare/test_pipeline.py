@@ -235,10 +235,10 @@ def test_two_prepares_of_one_output_do_not_mix(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     config = tiny_config([corpus], tmp_path / "out")
     with prepare_module._work_directory(tmp_path / "out") as work:
-        (work / "aside" / "half").write_text("being written")
+        (work / "staging" / "half").write_text("being written")
         with pytest.raises(DataError, match="another prepare"):
             prepare(config, progress=False)
-        assert (work / "aside" / "half").exists()
+        assert (work / "staging" / "half").exists()
     prepare(config, progress=False)
 
 

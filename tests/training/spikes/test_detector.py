@@ -311,10 +311,10 @@ def test_roll_backs_take_out_what_was_read_since(tmp_path_factory, rolls):
         assert f"step {last} is a spike" in said
         first = to_step if most is None else max(to_step, last - most)
         del stream[4 * first : 4 * last]
-        found = stream_positions(np.arange(200), journal.left_out)
+        found = stream_positions(np.arange(200), journal.skipped_samples)
         assert found.tolist() == stream[:200]
         again = SpikeJournal(journal.run, Ranks.create())
-        assert (again.left_out, again.rollbacks) == (journal.left_out, count)
+        assert (again.skipped_samples, again.rollbacks) == (journal.skipped_samples, count)
         assert again.resume(to_step, 4, SpikeConfig("roll_back")) == []
 
 
