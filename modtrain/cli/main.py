@@ -35,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Errors that all ranks raise are printed by rank 0 only.
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         if rank == "0" or not isinstance(error, ConfigError | RankError):
-            print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)  # noqa: T201
+            print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"modtrain {arguments.verb}: {where}{error.strerror or error}", file=sys.stderr)  # noqa: T201
+        print(f"modtrain {arguments.verb}: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command resumes", file=sys.stderr)  # noqa: T201
+        print("\ninterrupted: the same command resumes", file=sys.stderr)
         return 130
 
 
@@ -309,4 +309,4 @@ def _option_overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _print(text: str) -> None:
-    print(text)  # noqa: T201
+    print(text)

@@ -175,7 +175,7 @@ class ModelConfig:
         Empty if no causal decision was trained.
         """
         if self.is_routed and self.router.needs_causal:
-            return list(self.router.causal_routers)  # type: ignore[arg-type]
+            return list(self.router.causal_routers)
         return ["causal"]
 
     @property

@@ -37,4 +37,5 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """Move all tensors to ``device``."""
-        return Batch(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+        documents_BS = None if self.documents_BS is None else self.documents_BS.to(device)
+        return Batch(self.inputs_BS.to(device), self.targets_BS.to(device), documents_BS)

@@ -181,7 +181,7 @@ def _checked(
         keys = [problem.key] if everywhere else [f"{name}: {problem.key}" for name in names]
         problems += [replace(problem, key=key) for key in keys]
     raise_if_any(problems + multirun.problems())
-    assert base is not None  # noqa: S101
+    assert base is not None  # noqa: S101  (every job had an error, or one is composed)
     return base, named, runs
 
 

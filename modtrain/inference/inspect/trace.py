@@ -160,7 +160,8 @@ class _TraceRecorder:
         self.choices: list[Tensor] = []
 
     def add(self, inputs_BS: Tensor, targets_BS: Tensor, output: ModelOutput) -> None:
-        assert output.logits_BSV is not None  # noqa: S101  (there are no targets in the call)
+        if output.logits_BSV is None:
+            raise ValueError("the trace needs logits, which a call with targets does not return")
         self._keep("token", inputs_BS)
         self._keep("position", torch.arange(inputs_BS.shape[1]).expand(inputs_BS.shape))
         # One sequence at a time: log-probabilities of a batch would double the logits' memory.

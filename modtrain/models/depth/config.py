@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, at_least, decays, one_of
@@ -89,10 +89,11 @@ class RouterConfig:
         return self.score not in CONTENT_FREE_SCORES
 
     @property
-    def causal_routers(self) -> list[str]:
+    def causal_routers(self) -> list[Selection]:
         """The causal decisions, null resolved."""
         if self.causal is not None:
-            return self.causal
+            # OmegaConf has no literals for a field; `problems` checks the values.
+            return cast("list[Selection]", self.causal)
         if not self.needs_causal:
             return []
         return ["threshold"] if self.choice == "token" else ["predictor"]

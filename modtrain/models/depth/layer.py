@@ -188,12 +188,12 @@ class MixtureOfDepths(nn.Module):
             name = type(self.module).__name__
             raise ValueError(f"{name} takes a SequenceContext: pass context=sequence_context(…)")
         config = self.config
-        causal = config.causal_routers if config.needs_causal else ["causal"]
+        causal: list[Selection] = config.causal_routers if config.needs_causal else ["causal"]
         selection: Selection = "token" if config.choice == "token" else "top_k"
         if not self.training:
             if not causal:
                 raise ValueError("router.causal=[] has no causal decision for evaluation mode")
-            selection = causal[0]  # type: ignore[assignment]
+            selection = causal[0]
         positions_1S = torch.arange(x_BSD.shape[1], device=x_BSD.device).unsqueeze(0)
         return sequence_context(positions_1S, 0, 1.0, selection=selection)
 
