@@ -35,6 +35,10 @@ _BROKEN_COLLECTIVE = (
 )
 
 
+# Rank, kind, host and text, as `Watchdog.publish_failure` writes them.
+Failure = tuple[int, str, str, str]
+
+
 class Watchdog:
     """A thread that watches whether this rank's main thread makes progress."""
 
@@ -50,8 +54,10 @@ class Watchdog:
         self.timeout, self.logs = timeout, logs
         self._where, self._last_heartbeat = "start", time.monotonic()
         self._patience, self._is_dumped = timeout, False
-        # Rank 0's host: its process serves the store if the launcher does not.
+        # Rank 0's host and the first failure, seen while rank 0 lived: its process serves the
+        # store if the launcher does not.
         self._rank0_host = ""
+        self._seen_failure: Failure | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -88,7 +94,8 @@ class Watchdog:
         """Publish why this rank ends; the one that serves the store waits for the others."""
         self.publish_failure("failed", text)
         if self.rank == 0:
-            deadline = time.monotonic() + _GRACE
+            # Long enough for the others' threads to read it before the store ends.
+            deadline = time.monotonic() + _GRACE + self._report_interval
             with suppress(Exception):
                 while time.monotonic() < deadline and self._num_failures() < self.world_size:
                     time.sleep(self._poll_interval)
@@ -105,24 +112,21 @@ class Watchdog:
                 reports = self._heartbeats()
                 failure = self._wait_for_first_failure()
             if failure is not None:
-                rank, kind, host, text = failure
-                if rank == self.rank:
-                    return None
-                verb = "failed" if kind == "failed" else "makes no progress"
-                return RankError(f"rank {rank} on {host} {verb}: {text}")
+                return None if failure[0] == self.rank else _rank_error(failure)
             ranks = range(self.world_size)
             silent = [rank for rank in ranks if not self.store.check([f"failure/{rank}"])]
             return RankError(self._describe_silent(silent, reports)) if silent else None
         except Exception:
+            if self._seen_failure is not None:
+                return _rank_error(self._seen_failure)
             rank0 = f"rank 0{f' on {self._rank0_host}' if self._rank0_host else ''}"
             return RankError(
                 f"{rank0} has died or is unreachable, and with it the store that says who failed"
             )
 
-    def _wait_for_first_failure(self) -> tuple[int, str, str, str] | None:
-        """Return rank, kind, host and text; None when all ranks wait, or after a timeout."""
-        # A rank that is alive reports within this time.
-        deadline = time.monotonic() + max(_GRACE, 3 * self._report_interval)
+    def _wait_for_first_failure(self) -> Failure | None:
+        """Return None when all ranks wait, or after a timeout."""
+        deadline = time.monotonic() + self._report_timeout
         while time.monotonic() < deadline:
             if (failure := self._first_failure()) is not None:
                 return failure
@@ -131,7 +135,7 @@ class Watchdog:
             time.sleep(self._poll_interval)
         return None
 
-    def _first_failure(self) -> tuple[int, str, str, str] | None:
+    def _first_failure(self) -> Failure | None:
         if not self.store.check(["first_failure"]):
             return None
         rank, kind, host, text = json.loads(self.store.get("first_failure"))
@@ -167,6 +171,11 @@ class Watchdog:
         return min(10.0, max(0.2, self.timeout / 8))
 
     @property
+    def _report_timeout(self) -> float:
+        """Seconds within which a rank that is alive, stuck or not, reports."""
+        return max(_GRACE, 3 * self._report_interval)
+
+    @property
     def _poll_interval(self) -> float:
         """Seconds between two requests; all ranks ask one store."""
         return max(0.05, self.world_size / 1000)
@@ -181,12 +190,21 @@ class Watchdog:
                 self.store.set(f"heartbeat/{self.rank}", json.dumps(report))
                 if self.store.check(["heartbeat/0"]):
                     self._rank0_host = json.loads(self.store.get("heartbeat/0"))[0]
+                if self._seen_failure is None:
+                    self._seen_failure = self._first_failure()
                 if idle > self.timeout:
                     self._handle_stuck(idle)
 
     def _handle_stuck(self, idle: float) -> None:
         """Write the stacks; end the process where others wait for it, which may be for ever."""
-        is_awaited = self._num_failures() > 0 and not self.store.check([f"failure/{self.rank}"])
+        # A rank that itself waits in a collective began to do so after its heartbeat, and hears of
+        # it that much later than others: at most another timeout, if it waits for one that failed.
+        margin = self._report_timeout / 3 if self._seen_failure is None else self.timeout
+        is_awaited = (
+            idle > self.timeout + margin
+            and self._num_failures() > 0
+            and not self.store.check([f"failure/{self.rank}"])
+        )
         if not self._is_dumped and (is_awaited or idle > self._patience):
             self._is_dumped = True
             self._dump_stacks(idle)
@@ -216,6 +234,12 @@ class Watchdog:
         if frame is None:
             return "an unknown place"
         return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def _rank_error(failure: Failure) -> RankError:
+    rank, kind, host, text = failure
+    verb = "failed" if kind == "failed" else "makes no progress"
+    return RankError(f"rank {rank} on {host} {verb}: {text}")
 
 
 @contextmanager

@@ -88,6 +88,26 @@ def test_a_rank_that_raises_is_named_with_its_reason(prepared, tmp_path, strateg
     assert other.said.endswith("failed: ValueError: the disk spoke Latin")
 
 
+def raises_while_the_other_is_late(lines: list[str]) -> str:
+    """Rank 0 fails; rank 1 comes to the collective so late that it waits past its heartbeat's."""
+    return faulty(lines, raises if os.environ["RANK"] == "0" else late, 3, int(os.environ["RANK"]))
+
+
+def late() -> None:
+    time.sleep(TIMEOUT / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
+def test_a_rank_that_waits_for_a_failed_one_is_not_stuck(prepared, tmp_path):
+    lines = overrides(prepared, tmp_path, "strategy=ddp")
+    outcomes = outcomes_on_ranks(raises_while_the_other_is_late, 2, lines, joins=False, timeout=60)
+    other = ended(outcomes, 1)
+    assert other.kind == "RankError"
+    assert other.said.startswith("rank 0 on ")
+    assert other.said.endswith("failed: ValueError: the disk spoke Latin")
+
+
 @pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize("strategy", STRATEGIES)
