@@ -28,13 +28,13 @@ _MERGED = 16
 class SaveCost(NamedTuple):
     """What a save costs beside the tensors.
 
-    entries: parts of tensors that all ranks write, each with its line in the metadata. told: bytes
-    of plans that rank 0 receives before anything is written. metadata: bytes of the file that says
-    where each part lies; every rank reads it whole where a run goes on.
+    entries: parts of tensors that all ranks write, each with its line in the metadata.
+    plan_bytes: bytes of plans that rank 0 receives before anything is written. metadata: bytes of
+    the file that says where each part lies; every rank reads it whole when a run resumes.
     """
 
     entries: int
-    told: int
+    plan_bytes: int
     metadata: int
 
 

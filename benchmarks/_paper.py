@@ -97,7 +97,7 @@ def trace(world_size: int, rank: int, seq_len: int, overrides: Sequence[str]) ->
     """
     local = math.gcd(world_size, _NODE)
     launch = Launch(world_size, rank, rank % local, local)
-    # Before there is a group: nobody saves here, and nobody has to agree.
+    # Before there is a group: no rank saves here, and there is nothing to agree on.
     checkpointer = Checkpointer(Ranks.create())
     with fake_group(launch), tempfile.TemporaryDirectory() as folder:
         config, plan = _resolved(launch, seq_len, Path(folder), overrides)
@@ -161,7 +161,7 @@ def _without_memory() -> Iterator[None]:
     with (
         mock.patch.object(DeviceMesh, "__init__", make_real),
         mock.patch.object(_fsdp_param, "_chunk_with_empty", _Pieces),
-        # Before training alone, and nobody is there to hear: a rank keeps what it would say.
+        # Before training only; no other rank runs, so a rank keeps its own value.
         mock.patch.object(dist, "broadcast_object_list", lambda *_args, **_kwargs: None),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):

@@ -72,8 +72,10 @@ def main() -> None:
         print(f"  took part: {sides['mod'].shares()}")
         result[name] = ratio(seconds["dense"], seconds["mod"])
         if name == "speedup_b8":
-            held = {side: decoding.cache.allocated_bytes() for side, decoding in sides.items()}
-            result["cache_ratio"] = held["mod"] / held["dense"]
+            cache_bytes = {
+                side: decoding.cache.allocated_bytes() for side, decoding in sides.items()
+            }
+            result["cache_ratio"] = cache_bytes["mod"] / cache_bytes["dense"]
     result |= _prefill(models, text.draw(1, options.middle_prompt, seed=3), options)
     short_BS = text.draw(1, options.short_prompt, seed=4)
     result["over_hf"] = _over_hf(models["dense"], short_BS, options)
@@ -151,7 +153,7 @@ def _trained(model: Transformer, text: _MarkovText, options: argparse.Namespace)
 
 
 class _Decoding:
-    """Sequences that go on from their prompts, and back to them."""
+    """Sequences that continue their prompts, and can return to them."""
 
     def __init__(self, model: Transformer, prompts_BS: Tensor) -> None:
         batch, self.length = prompts_BS.shape

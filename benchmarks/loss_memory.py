@@ -97,7 +97,7 @@ def _step(options: argparse.Namespace, variant: str) -> Callable[[], None]:
 
 def _peak_bytes(step: Callable[[], None]) -> int:
     """Return how much more memory than before ``step`` took at its peak."""
-    # Libraries' workspaces and threads are nobody's activations.
+    # Libraries' workspaces and threads hold no activations.
     warm = torch.randn(64, 64, device=_device(), requires_grad=True)
     torch.autograd.grad((warm @ warm).sum(), warm)
     if torch.cuda.is_available():

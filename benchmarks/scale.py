@@ -159,7 +159,7 @@ def print_control(found: Sequence[Traced], worlds: Sequence[int]) -> None:
         cost = save_cost(one.paper.items, one.world_size)
         print(
             f"{one.model:<14} {one.setup:<13} {one.world_size:>5} {cost.entries:>17}"
-            f" {cost.told / MIB:>18.1f} {cost.metadata / MIB:>15.1f}"
+            f" {cost.plan_bytes / MIB:>18.1f} {cost.metadata / MIB:>15.1f}"
         )
     print(f"\n{'ranks':>5}  requests of a rank to the store: a heartbeat, and a broken collective")
     for world_size in sorted(worlds):

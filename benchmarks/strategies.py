@@ -71,8 +71,8 @@ def main() -> None:
             chosen = _num_different(choices, own_choices)
             differences += [abs(a - b) for a, b in zip(losses, own_losses, strict=True)]
             last = max(differences[-options.steps :])
-            said = "the same" if not chosen else f"{chosen} differ"
-            print(f"{strategy:<14}{processes:>10}  {name:<12}{last:>16.1e}  {said}", flush=True)
+            verdict = "the same" if not chosen else f"{chosen} differ"
+            print(f"{strategy:<14}{processes:>10}  {name:<12}{last:>16.1e}  {verdict}", flush=True)
             other_choices += chosen
             took_part.add(strategy)
     finish(

@@ -1,7 +1,8 @@
 """Identifiers that have given way to the field's terms, and must not come back.
 
 Add a name to `BANNED`, with the one to use, once the package is free of it. Functions, classes,
-arguments, attributes and variables of ``modtrain/`` are checked; comments and texts are not.
+arguments, attributes and variables of the package, the benchmarks and the documents' extensions
+are checked; comments and texts are not.
 """
 
 import ast
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import modtrain
 
-PACKAGE = Path(modtrain.__file__).parent
+ROOT = Path(modtrain.__file__).parents[1]
+FOLDERS = ("modtrain", "benchmarks", "docs")
 
 BANNED = {
     # models
@@ -83,8 +85,9 @@ def uses(source: str) -> list[tuple[int, str]]:
 
 def test_identifiers_are_the_fields_terms():
     found = [
-        f"{path.relative_to(PACKAGE.parent)}:{line}: {name}: use {BANNED[name]}"
-        for path in sorted(PACKAGE.rglob("*.py"))
+        f"{path.relative_to(ROOT)}:{line}: {name}: use {BANNED[name]}"
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
         for line, name in uses(path.read_text())
     ]
     assert not found, "\n".join(found)

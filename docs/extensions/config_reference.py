@@ -83,18 +83,18 @@ def sections(verb: str) -> list[Section]:
 
 
 def _walk(schema: type, value: Any, prefix: str) -> Iterator[Section]:
-    said = meanings(schema)
+    texts = meanings(schema)
     keys, parts = [], []
     for field in _own_fields(schema):
         name, at = f"{prefix}{field.name}", getattr(value, field.name)
         if is_dataclass(at):
             parts.append((type(at), at, f"{name}."))
-        elif field.name not in said:
+        elif field.name not in texts:
             raise ValueError(f"{schema.__name__}: its docstring says nothing of {field.name!r}")
         else:
             default = _shown(at)
             annotation = str(field.type).replace("Any", "str | list")
-            keys.append(Key(name, annotation, default, said[field.name]))
+            keys.append(Key(name, annotation, default, texts[field.name]))
     yield Section(schema, prefix, about(schema), keys)
     for part in parts:
         yield from _walk(*part)
@@ -119,8 +119,8 @@ def _key(names: set[str]) -> re.Pattern[str]:
 def _split(text: str, names: set[str]) -> dict[str, str]:
     parts = _key(names).split(text)
     found = {}
-    for together, meaning in zip(parts[1::2], parts[2::2], strict=True):
-        for name in together.split(", "):
+    for heading, meaning in zip(parts[1::2], parts[2::2], strict=True):
+        for name in heading.split(", "):
             found[name] = _markdown(meaning.rstrip(" ;\n"))
     return found
 

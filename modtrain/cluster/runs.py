@@ -37,7 +37,7 @@ CANCELLED = "CANCELLED"
 """File of the ids of cancelled jobs, one a line. These jobs are not restarted."""
 LOSS, HELD_OUT = "loss", "held_out/causal_loss"
 _BLOCK_BYTES = 2**16
-# Bytes from the end in which the last losses are searched: held-out losses may be far apart.
+# Bytes from the end in which the last losses are searched: there may be few held-out losses.
 _MAX_LOOKBACK = 2**20
 # A job may still print for this long after its final failure.
 _FINAL_OUTPUT_SECONDS = 90.0

@@ -188,7 +188,7 @@ class Watchdog:
             with suppress(Exception):
                 report = [host, self._where, round(idle, 1), number]
                 self.store.set(f"heartbeat/{self.rank}", json.dumps(report))
-                if self.store.check(["heartbeat/0"]):
+                if not self._rank0_host and self.store.check(["heartbeat/0"]):
                     self._rank0_host = json.loads(self.store.get("heartbeat/0"))[0]
                 if self._seen_failure is None:
                     self._seen_failure = self._first_failure()

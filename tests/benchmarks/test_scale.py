@@ -192,7 +192,7 @@ def test_a_save_is_told_in_entries_of_all_ranks():
     one, four = (save_cost(paper.items, world_size) for world_size in (16, 64))
     assert one.entries == 16 * len(paper.items)
     assert four.entries == 4 * one.entries
-    assert four.told == pytest.approx(one.told * 63 / 15)
+    assert four.plan_bytes == pytest.approx(one.plan_bytes * 63 / 15)
     assert one.metadata > 50 * one.entries
 
 
