@@ -41,7 +41,7 @@ from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks
 from modtrain.parallel.config import dims_of
 from modtrain.parallel.meshes import Meshes
-from modtrain.parallel.strategies.factory import make_strategy
+from modtrain.parallel.strategies.base import make_strategy
 from modtrain.parallel.strategies.fsdp import FSDPStrategy
 from modtrain.training.config import TrainConfig
 from modtrain.training.module import LanguageModule

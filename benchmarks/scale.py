@@ -28,7 +28,7 @@ from benchmarks._harness import finish, fix_threads
 from benchmarks._paper import Paper, Traffic, trace
 from benchmarks._traffic import Theory, theory
 from modtrain.common.errors import ConfigError
-from modtrain.parallel.presets import PRESETS
+from modtrain.parallel.config import PRESETS
 
 MIB, GIB = 2**20, 2**30
 MODELS = ("mod_3b", "staged_3b", "integrated_3b")

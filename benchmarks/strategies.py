@@ -28,7 +28,7 @@ from modtrain.data.config import DataConfig
 from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
 from modtrain.models.experts.config import ExpertsConfig
-from modtrain.parallel.config import STRATEGIES, StrategyConfig
+from modtrain.parallel.config import PRESETS, StrategyConfig
 from modtrain.parallel.validation import dims_problems
 from modtrain.training.config import (
     BatchConfig,
@@ -91,7 +91,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    names = [name for name in STRATEGIES if name != "single"]
+    names = [name for name in PRESETS if name != "single"]
     parser.add_argument("--strategies", nargs="+", default=names, choices=names)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     options = parser.parse_args()

@@ -11,11 +11,11 @@ Checkpoints from elsewhere are only data: nothing but a list of harmless classes
 
 Training on any number of ranks, including one::
 
-    checkpointer = Checkpointer(ranks, keep_last=2, keep_every=None)
-    newest = checkpointer.recover(root)                         # (step, path) or None
+    newest = recover(root, ranks)                              # (step, path) or None
     if newest:
-        restored = checkpointer.restore(newest[1], model, optimizer)  # in place, any layout
+        restored = restore(newest[1], model, optimizer, ranks)  # in place, any layout
         # restored.extra_state, .rank_state (None for another world size), .world_size
+    checkpointer = Checkpointer(ranks, keep_last=2, keep_every=None)
     ...
     tensors, named = named_state(model, optimizer)             # plain tensors or DTensors, by key
     path = checkpoint_path(root, step)
@@ -24,7 +24,7 @@ Training on any number of ranks, including one::
     checkpointer.wait_for_copy()                               # after save(…, async_copy=True)
     checkpointer.close()                                       # at the end
 
-Every rank calls the methods of `Checkpointer` alike; what fails on one rank is raised on all.
+Every rank calls these functions and methods alike; what fails on one rank is raised on all.
 ``model`` may be wrapped (DistributedDataParallel, FSDP2, torch.compile); ``optimizer`` is one of
 `modtrain.optimizers` over its parameters, new or used. State of another form, such as DeepSpeed's,
 is passed as whole tensors under the same keys, each on one rank, with

@@ -1,4 +1,4 @@
-"""A run's checkpoints, saved and restored; a save runs in the background, on its own thread."""
+"""A run's checkpoints are saved in the background, on a thread of their own."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from modtrain.checkpoint.parts import Part, Staging, device_of, digest_of, parts_of, ready_event
-from modtrain.checkpoint.recovery import latest, prune, recover
-from modtrain.checkpoint.state import Fill, RestoredState, load, rank_part, restore
+from modtrain.checkpoint.recovery import prune
+from modtrain.checkpoint.state import rank_part
 from modtrain.checkpoint.writing import refuse_to_overwrite, write
 from modtrain.common.errors import CheckpointError
 from modtrain.distributed.process_group import Ranks
@@ -28,7 +27,7 @@ TIMEOUT = timedelta(minutes=30)
 
 
 class Checkpointer:
-    """Saves and restores checkpoints. Every method is collective: all ranks call it alike.
+    """Saves checkpoints. Every method is collective: all ranks call it alike.
 
     At most one save is in flight. A save that fails leaves what was there before as it was; the
     next `save`, `poll`, `wait` or `close` raises its error on every rank. Close it where training
@@ -50,7 +49,7 @@ class Checkpointer:
 
         ``longest_save`` is the seconds of the longest save so far, 0 before the first is done.
         """
-        self._ranks, self.keep_last, self.keep_every = ranks, keep_last, keep_every
+        self.ranks, self.keep_last, self.keep_every = ranks, keep_last, keep_every
         self._save_ranks = ranks.duplicate(timeout)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
@@ -65,24 +64,6 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
-
-    def recover(self, root: Path) -> tuple[int, Path] | None:
-        """Return the checkpoint under ``root`` to resume from, as `recovery.recover` does."""
-        return recover(root, self._ranks)
-
-    def latest(self, root: Path) -> tuple[int, Path] | None:
-        """Return the newest whole checkpoint under ``root``, as `recovery.latest` does."""
-        return latest(root, self._ranks)
-
-    def restore(
-        self, path: Path, model: nn.Module, optimizer: Optimizer | None = None
-    ) -> RestoredState:
-        """Restore ``model`` and ``optimizer`` in place, as `state.restore` does."""
-        return restore(path, model, optimizer, self._ranks)
-
-    def load(self, path: Path, fill: Fill) -> RestoredState:
-        """Let ``fill`` restore a model of another form, as `state.load` does."""
-        return load(path, fill, self._ranks)
 
     def save(
         self,
@@ -112,9 +93,9 @@ class Checkpointer:
             RankError: another rank cannot begin.
         """
         self.wait()
-        with self._ranks.raise_on_all_ranks():
-            rank, world_size = self._ranks.rank, self._ranks.world_size
-            if self._ranks.is_rank0:
+        with self.ranks.raise_on_all_ranks():
+            rank, world_size = self.ranks.rank, self.ranks.world_size
+            if self.ranks.is_rank0:
                 refuse_to_overwrite(path)
             parts = parts_of(tensors, *((rank, world_size) if deduplicate else (0, 1)))
             if rank_state is not None:
@@ -151,7 +132,7 @@ class Checkpointer:
         """
         if self._thread is None:
             return False
-        if not self._ranks.any(self._thread.is_alive()):
+        if not self.ranks.any(self._thread.is_alive()):
             self.wait()
         return self._thread is not None
 

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-MODES = ("none", "selective", "full")
+from modtrain.parallel.config import ACTIVATION_CHECKPOINTING
 
-SAVED_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "_grouped_mm"})
-SAVED_CHOICES = frozenset({"topk", "sort"})
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "_grouped_mm"})
+_CHOICES = frozenset({"topk", "sort"})
 
 
 def apply(model: nn.Module, mode: str) -> None:
@@ -39,13 +39,17 @@ def apply(model: nn.Module, mode: str) -> None:
     Raises:
         ValueError: ``mode`` is none of these.
     """
-    if mode not in MODES:
-        raise ValueError(f"activation checkpointing is one of {', '.join(MODES)}, not {mode}")
+    if mode not in ACTIVATION_CHECKPOINTING:
+        known = ", ".join(ACTIVATION_CHECKPOINTING)
+        raise ValueError(f"activation checkpointing is one of {known}, not {mode}")
     if mode == "none":
         return
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _selective_policy)
     layers = model.get_submodule("layers")
     for name, layer in list(layers.named_children()):
-        layers.register_module(name, _checkpointed(layer, mode))
+        layers.register_module(name, _Checkpointed(layer, **options))
 
 
 class _Checkpointed(CheckpointWrapper):
@@ -71,29 +75,18 @@ class _Checkpointed(CheckpointWrapper):
         yield from inner.named_modules(memo, prefix, remove_duplicate)
 
 
-def _checkpointed(layer: nn.Module, mode: str) -> nn.Module:
-    if mode == "full":
-        return _Checkpointed(layer)
-    return _Checkpointed(
-        layer, context_fn=partial(create_selective_checkpoint_contexts, _selective_policy)
-    )
-
-
 def _selective_policy(
-    context: SelectiveCheckpointContext, operation: Any, *_args: Any, **_kwargs: Any
+    _context: SelectiveCheckpointContext, operation: Any, *_args: Any, **_kwargs: Any
 ) -> CheckpointPolicy:
-    """Say whether the result of ``operation`` is kept."""
-    del context
     return CheckpointPolicy.MUST_SAVE if _is_saved(operation) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _is_saved(operation: Any) -> bool:
+    """Whether the result of ``operation`` is kept."""
     namespace, _, name = operation.name().partition("::")
     if namespace != "aten":
         # What ranks exchanged is not to travel twice.
         return namespace in ("modtrain", "_c10d_functional")
     name = name.partition(".")[0]
     # Choices weigh little, and made anew they might fall out differently on some devices.
-    return (
-        name in SAVED_PRODUCTS or name in SAVED_CHOICES or name.startswith("_scaled_dot_product_")
-    )
+    return name in _PRODUCTS | _CHOICES or name.startswith("_scaled_dot_product_")

@@ -4,20 +4,58 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, at_least, one_of
 from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
 from modtrain.parallel.dims import ParallelDims
-from modtrain.parallel.presets import DEGREES, PRESETS, Preset, names_with
 
-STRATEGIES = tuple(PRESETS)
 ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+DEGREES = ("tensor_parallel", "context_parallel", "expert_parallel")
+"""The degrees that combine with each other under every strategy of FSDP."""
 
 # Processes of a node where no launcher says it: those of the usual machine with eight GPUs.
 _USUAL_NODE = 8
+
+
+class Preset(NamedTuple):
+    """What a word for a strategy stands for.
+
+    implementation: file and class in `modtrain.parallel.strategies`, made with
+        ``(options, device_type)``. keys: of `StrategyConfig` that may be set. default: the degree
+        that is above 1 by itself, where its key is null. is_sharded: parameters lie in pieces on
+        meshes of ranks. zero_stage: DeepSpeed's; None where the strategy is not DeepSpeed's.
+    """
+
+    implementation: str
+    keys: tuple[str, ...] = ()
+    default: str | None = None
+    is_sharded: bool = False
+    zero_stage: int | None = None
+
+
+def _fsdp(default: str | None = None) -> Preset:
+    keys = (*DEGREES, "shard_size") if default == "shard_size" else DEGREES
+    return Preset("fsdp.FSDPStrategy", keys, default, is_sharded=True)
+
+
+PRESETS = {
+    "single": Preset("single.SingleProcessStrategy"),
+    "ddp": Preset("ddp.DataParallelStrategy"),
+    "fsdp": _fsdp(),
+    "hsdp": _fsdp("shard_size"),
+    "fsdp_tp": _fsdp("tensor_parallel"),
+    "fsdp_ep": _fsdp("expert_parallel"),
+    "fsdp_cp": _fsdp("context_parallel"),
+    **{
+        f"deepspeed_{stage}": Preset("deepspeed.DeepSpeedStrategy", ("offload",), zero_stage=stage)
+        for stage in (1, 2, 3)
+    },
+}
+"""The strategies by name."""
 
 
 @dataclass
@@ -73,7 +111,7 @@ class StrategyConfig:
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the strategy that needs no model and no launcher to see."""
-        problems = one_of(self, prefix, "name", STRATEGIES)
+        problems = one_of(self, prefix, "name", tuple(PRESETS))
         problems += one_of(self, prefix, "accelerator", ACCELERATORS)
         problems += one_of(self, prefix, "activation_checkpointing", ACTIVATION_CHECKPOINTING)
         problems += at_least(self, prefix, 1, "num_threads", "world_size", "shard_size", *DEGREES)
@@ -82,7 +120,8 @@ class StrategyConfig:
             value = getattr(self, key)
             if value and self.name in PRESETS and key not in self.preset.keys:
                 reason = f"cannot be combined with {prefix}.name={self.name}"
-                remedy = f"leave it out, or use {' or '.join(names_with(key))}"
+                names = [name for name, preset in PRESETS.items() if key in preset.keys]
+                remedy = f"leave it out, or use {' or '.join(names)}"
                 problems.append(Problem(f"{prefix}.{key}", value, reason, remedy))
         return problems
 

@@ -35,11 +35,6 @@ class Meshes:
     expert: DeviceMesh | None = None
     experts: DeviceMesh | None = None
 
-    @property
-    def data_rank(self) -> int:
-        """Which part of the data this rank reads, of ``dims.data_parallel``."""
-        return self.dims.data_rank(dist.get_rank())
-
     def axes(self) -> dict[str, list[dist.ProcessGroup]]:
         """Return this rank's process groups by the axis that they are of."""
         groups: dict[str, list[dist.ProcessGroup]] = {}

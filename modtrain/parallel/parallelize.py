@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch.distributed.fsdp import FSDPModule
 
+from modtrain.common.torch_compat import compile_options
 from modtrain.models.transformer import Transformer
 from modtrain.parallel import activation_checkpointing
-from modtrain.parallel.compile import compile_layers
 from modtrain.parallel.config import LayerOptions
 from modtrain.parallel.context import apply_context_parallel
 from modtrain.parallel.expert import apply_expert_parallel
@@ -43,7 +46,22 @@ def parallelize(model: Transformer, meshes: Meshes, options: LayerOptions) -> No
 
 
 def prepare_layers(model: Transformer, options: LayerOptions) -> None:
-    """Checkpoint and compile each layer in place, as FSDP and DDP want to find them."""
+    """Checkpoint and compile each layer in place, as FSDP and DDP want to find them.
+
+    The graphs are training's alone: `HeldOutCallback` evaluates without the compiler.
+    """
     activation_checkpointing.apply(model, options.activation_checkpointing)
     if options.compile:
-        compile_layers(model, options.num_stages)
+        for layer in model.layers:
+            layer.compile(**_one_graph_a_stage(options.num_stages))
+
+
+def compile_model(model: Transformer, num_stages: int = 1) -> Any:
+    """Compile the whole model in one graph for each stage of the schedule of capacities."""
+    return torch.compile(model, **_one_graph_a_stage(num_stages))
+
+
+def _one_graph_a_stage(num_stages: int) -> dict[str, Any]:
+    # Layers, and other models in the process, do not count against each other's limit.
+    limit = compile_options(recompile_limit=max(8, num_stages + 1))
+    return {"fullgraph": True, "dynamic": False, **limit}

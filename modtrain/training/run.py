@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 
 from modtrain.checkpoint.checkpointer import Checkpointer
-from modtrain.checkpoint.recovery import whole_checkpoints
+from modtrain.checkpoint.recovery import recover, whole_checkpoints
 from modtrain.common.errors import CheckpointError, ModtrainError, RankError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks, init_ranks
 from modtrain.distributed.watchdog import SLOW_TIMEOUT, Watchdog, run_watchdog
-from modtrain.parallel.strategies.factory import make_strategy
+from modtrain.parallel.strategies.base import make_strategy
 from modtrain.training.callbacks.checkpoints import CheckpointCallback
 from modtrain.training.callbacks.evaluation import HeldOutCallback
 from modtrain.training.callbacks.finite import FiniteLossGuard
@@ -164,7 +164,7 @@ class _Run:
         config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
         if self.watchdog is not None:
             self.watchdog.heartbeat("the choice of a checkpoint", SLOW_TIMEOUT)
-        start_step, path = checkpointer.recover(run.checkpoints) or (0, None)
+        start_step, path = recover(run.checkpoints, ranks) or (0, None)
         messages = journal.resume(start_step, plan.sequences_per_step, config.spike)
         self.data.skipped_samples = journal.skipped_samples
         for message in messages:

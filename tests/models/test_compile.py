@@ -17,7 +17,7 @@ from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import Transformer
 from modtrain.optimizers.config import OptimizerConfig
 from modtrain.optimizers.registry import build_optimizer
-from modtrain.parallel.compile import compile_model
+from modtrain.parallel.parallelize import compile_model
 from tests.helpers.model_cases import lively, random_tokens, small
 
 PATTERNS = ["dense", "every_other", "every"]

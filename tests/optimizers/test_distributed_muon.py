@@ -7,7 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 from modtrain.checkpoint.checkpointer import Checkpointer
-from modtrain.checkpoint.state import named_state
+from modtrain.checkpoint.recovery import recover
+from modtrain.checkpoint.state import named_state, restore
 from modtrain.distributed.process_group import Ranks
 from modtrain.models.transformer import Transformer
 from modtrain.optimizers.config import MuonConfig, OptimizerConfig
@@ -109,9 +110,9 @@ def _saves(root, dims):
 
 def _resumes(root, dims):
     model, optimizer = _made(dims, seed=1)
-    with Checkpointer(Ranks.create()) as checkpointer:
-        _, path = checkpointer.recover(Path(root))
-        checkpointer.restore(path, model, optimizer)
+    ranks = Ranks.create()
+    _, path = recover(Path(root), ranks)
+    restore(path, model, optimizer, ranks)
     restored = _whole(model, optimizer)
     _learn(optimizer, [2])
     return restored, _whole(model, optimizer)

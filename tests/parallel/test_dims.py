@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
 from modtrain.models.experts.config import ExpertsConfig
-from modtrain.parallel.config import STRATEGIES, StrategyConfig, dims_of
+from modtrain.parallel.config import DEGREES, PRESETS, StrategyConfig, dims_of
 from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.meshes import make_meshes
-from modtrain.parallel.presets import DEGREES, PRESETS
 from modtrain.parallel.validation import dims_problems, run_problems
 from tests.helpers.ranks import on_ranks
 
@@ -20,7 +19,7 @@ MODEL = ModelConfig(d_model=192, num_heads=48, d_ff=768, experts=ExpertsConfig(c
 
 
 @given(
-    st.sampled_from(STRATEGIES),
+    st.sampled_from(tuple(PRESETS)),
     st.sampled_from([1, 2, 4, 6, 8, 16]),
     st.sampled_from([1, 2, 3]),
     st.fixed_dictionaries(
@@ -140,7 +139,7 @@ def _groups(dims):
         axis: {tuple(dist.get_process_group_ranks(group)) for group in groups}
         for axis, groups in meshes.axes().items()
     }
-    return meshes.data_rank, axes
+    return dims.data_rank(dist.get_rank()), axes
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import checkpoint_path
-from modtrain.checkpoint.state import named_state
+from modtrain.checkpoint.state import named_state, restore
 from modtrain.data.stream.batch import Batch
 from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.held_out import evaluate
@@ -222,7 +222,7 @@ def _on_a_rank(layout: str, runs: list[tuple[str, Option]], options: dict[str, A
             parallelize(model, meshes, layers)
         assert [n for n, _ in model.named_parameters()] == names
         assert list(model.state_dict()) == keys
-        rank, size = meshes.data_rank, meshes.dims.data_parallel
+        rank, size = meshes.dims.data_rank(dist.get_rank()), meshes.dims.data_parallel
         traces.append(_learn(model, rank, size, option, mean, layers.precision))
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     return traces
@@ -352,7 +352,7 @@ def _evaluates(layout: str, model_name: str, budgets: Any) -> Any:
         dist.all_reduce(x)
         return x * dims.data_parallel / dims.world_size
 
-    batches = _evaluation_batches()[meshes.data_rank :: meshes.dims.data_parallel]
+    batches = _evaluation_batches()[dims.data_rank(dist.get_rank()) :: dims.data_parallel]
     batches = map(Batch.from_tokens, batches)
     found = evaluate(model, batches, contextlib.nullcontext(), total=total, budgets=budgets)
     # Saved or clipped after it, a model is in its pieces.
@@ -405,7 +405,7 @@ def _passes_on(layout: str | None, model_name: str, given: Path | None, path: Pa
         optimizer.step()
     with Checkpointer(Ranks.create()) as checkpointer:
         if given is not None:
-            checkpointer.restore(given, model, optimizer)
+            restore(given, model, optimizer, checkpointer.ranks)
         tensors, rest = named_state(model, optimizer)
         checkpointer.save(path, tensors, rest, 1)
 

@@ -146,7 +146,7 @@ def test_no_mesh_and_no_process_group_are_made(fit, monkeypatch):
     assert "set_world_ranks()" in inspect.getsource(ModelParallelStrategy._setup_distributed)
 
 
-OWN = {"deduplicate", "attach", "data_rank", "parallelize", "clip_gradients"}
+OWN = {"deduplicate", "data_rank", "parallelize", "clip_gradients"}
 OWN |= {"mean_over_ranks", "named_state", "restore"}
 
 

@@ -29,7 +29,7 @@ from modtrain.distributed.process_group import Ranks
 from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.depth.router import LinearRouter
 from modtrain.models.transformer import Transformer
-from modtrain.parallel.strategies.factory import make_strategy
+from modtrain.parallel.strategies.base import make_strategy
 from modtrain.training.callbacks.finite import FiniteLossGuard
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.hardware import resolve_precision

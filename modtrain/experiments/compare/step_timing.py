@@ -11,7 +11,7 @@ from modtrain.data.stream.batch import Batch
 from modtrain.models.transformer import Transformer
 from modtrain.optimizers.registry import build_optimizer
 from modtrain.parallel import activation_checkpointing
-from modtrain.parallel.compile import compile_model
+from modtrain.parallel.parallelize import compile_model
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from lightning.fabric.utilities.types import _PATH
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modtrain.checkpoint import state
 from modtrain.checkpoint.checkpointer import Checkpointer
-from modtrain.checkpoint.state import RestoredState, named_state
 from modtrain.models.transformer import ModelOutput, Transformer
 from modtrain.parallel.config import StrategyOptions
 from modtrain.parallel.grad_clip import clip
@@ -30,22 +31,18 @@ Forward = Callable[..., ModelOutput]
 class TrainingStrategy(StateByName):
     """What a run needs of its strategy beside what Lightning does. A mixin: it stands first.
 
-    options: of the run. checkpointer: writes its checkpoints. deduplicate: each rank has the keys
-    of the whole state, not other ones; see `Checkpointer.save`.
+    options, checkpointer: of the run; `make_strategy` sets them. deduplicate: each rank has the
+    keys of the whole state, not other ones; see `Checkpointer.save`.
     """
 
     options: StrategyOptions
     checkpointer: Checkpointer
     deduplicate = True
 
-    def attach(self, options: StrategyOptions, checkpointer: Checkpointer) -> None:
-        """Set what the strategy works with."""
-        self.options, self.checkpointer = options, checkpointer
-
     @property
     def data_rank(self) -> int:
         """Return this rank's number among those that read different data."""
-        return dist.get_rank() if dist.is_initialized() else 0
+        return self.options.dims.data_rank(dist.get_rank() if dist.is_initialized() else 0)
 
     def optimizer_step(
         self,
@@ -114,11 +111,12 @@ class TrainingStrategy(StateByName):
 
     def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors to save by name, and their metadata."""
-        return named_state(self._transformer, self.optimizers[0])
+        return state.named_state(self._transformer, self.optimizers[0])
 
-    def restore(self, path: Path) -> RestoredState:
+    def restore(self, path: Path) -> state.RestoredState:
         """Put model and optimizer back into place; return what else was saved."""
-        return self.checkpointer.restore(path, self._transformer, self.optimizers[0])
+        ranks = self.checkpointer.ranks
+        return state.restore(path, self._transformer, self.optimizers[0], ranks)
 
     @property
     def _transformer(self) -> Transformer:
@@ -126,3 +124,19 @@ class TrainingStrategy(StateByName):
         if not isinstance(model, Transformer):
             raise TypeError("modtrain's strategies train a LanguageModule")
         return model
+
+
+def make_strategy(
+    options: StrategyOptions, device_type: str, checkpointer: Checkpointer
+) -> TrainingStrategy:
+    """Make the strategy that ``options.config`` names; collective.
+
+    Raises:
+        ConfigError: the strategy is not available here.
+    """
+    file, name = options.config.preset.implementation.split(".")
+    # When it is needed: DeepSpeed takes seconds to import, and need not be installed.
+    kind = getattr(import_module(f"modtrain.parallel.strategies.{file}"), name)
+    strategy: TrainingStrategy = kind(options, device_type)
+    strategy.options, strategy.checkpointer = options, checkpointer
+    return strategy

@@ -13,11 +13,11 @@ from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 
 
 class DataParallelStrategy(TrainingStrategy, DDPStrategy):
-    """torch's DistributedDataParallel."""
+    """torch's DistributedDataParallel; Lightning chooses the device."""
 
-    def __init__(self, timeout: timedelta) -> None:
+    def __init__(self, options: StrategyOptions, _device_type: str) -> None:
         super().__init__(
-            timeout=timeout,
+            timeout=timedelta(seconds=options.config.timeout),
             # Thresholds and biases move alike on all ranks: see `LanguageModule.optimizer_step`.
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
@@ -27,9 +27,3 @@ class DataParallelStrategy(TrainingStrategy, DDPStrategy):
         """Leave the model whole; layers are compiled one by one, so that gradients come early."""
         prepare_layers(model, self.options.layers)
         return model
-
-
-def make(options: StrategyOptions, device_type: str) -> TrainingStrategy:
-    """Make the strategy; Lightning chooses the device."""
-    del device_type
-    return DataParallelStrategy(timedelta(seconds=options.config.timeout))

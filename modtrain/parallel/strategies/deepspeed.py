@@ -29,10 +29,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from modtrain.checkpoint.state import RestoredState, optimizer_groups, tied_names
+from modtrain.checkpoint.state import RestoredState, load, optimizer_groups, tied_names
 from modtrain.common.errors import ConfigError, Problem, TrainingError
 from modtrain.models.transformer import Transformer
-from modtrain.parallel.config import StrategyOptions
+from modtrain.parallel.config import StrategyConfig, StrategyOptions
 from modtrain.parallel.parallelize import prepare_layers
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 from modtrain.parallel.strategies.deepspeed_state import (
@@ -52,24 +52,14 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
 
     deduplicate = False
 
-    def __init__(
-        self,
-        stage: int,
-        device_type: str,
-        offload: bool = False,
-        timeout: timedelta = timedelta(minutes=10),
-    ) -> None:
-        """Choose what is shared out.
-
-        stage: 1, 2 or 3. device_type: ``cuda`` or ``cpu``. offload: keep the optimizer's state, and
-        with stage 3 the parameters, in the host's memory, and make the step there.
+    def __init__(self, options: StrategyOptions, device_type: str) -> None:
+        """Import DeepSpeed for a device_type of ``cuda`` or ``cpu``.
 
         Raises:
             ConfigError: DeepSpeed is not installed, or cannot use the device.
         """
-        super().__init__(timeout=timeout)
+        super().__init__(timeout=timedelta(seconds=options.config.timeout))
         self.deepspeed = import_deepspeed(device_type)
-        self.stage, self.offload = stage, offload
         self.engine: Any = None
         # The gradient of the last step was not finite, and DeepSpeed left out the step.
         self.overflowed = False
@@ -96,13 +86,11 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
         return self.barrier()
 
     def _engine(self, module: L.LightningModule, optimizer: torch.optim.Optimizer) -> Any:
-        config = zero_config(
-            self.stage,
-            self.offload,
-            sum(parameter.numel() for parameter in module.parameters()),
-            self.root_device.type == "cuda",
-        )
-        if self.stage == 3:
+        stage = self.options.config.stage
+        num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        is_cuda = self.root_device.type == "cuda"
+        config = zero_config(self.options.config, num_parameters, is_cuda)
+        if stage == 3:
             # One parameter after the other: the whole model need not fit on a device.
             self.deepspeed.zero.Init(module=module, config_dict_or_path=config)
             for buffer in module.buffers():
@@ -115,7 +103,7 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
             optimizer=optimizer,
             dist_init_required=False,
         )
-        if self.stage == 3:
+        if stage == 3:
             for owner, parameter in read_from_outside(module):
                 self.deepspeed.zero.register_external_parameter(owner, parameter)
         return engine
@@ -203,19 +191,17 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
         """Return the tensors that this rank saves, and the metadata of all."""
         named = tensors(self.engine, self._transformer)
         groups = [
-            {
-                **{key: value for key, value in group.items() if key != "params"},
-                "params": known["params"],
-                "stateless": [],
-            }
+            {**group, "params": known["params"], "stateless": []}
             for group, known in zip(self.engine.optimizer.param_groups, self._groups, strict=True)
         ]
         return named, {"tied": tied_names(self._transformer), "optimizer_groups": groups}
 
     def restore(self, path: Path) -> RestoredState:
         """Put the state of the checkpoint ``path`` into the engine; return what else was saved."""
-        restored = self.checkpointer.load(
-            path, lambda reader, _: put(self.engine, self._transformer, reader)
+        restored = load(
+            path,
+            lambda reader, _: put(self.engine, self._transformer, reader),
+            self.checkpointer.ranks,
         )
         publish(self.engine)
         take_groups(self.engine, self._groups, restored.extra_state)
@@ -233,19 +219,6 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
             self.engine.destroy()
             self.engine, self.model = None, self.lightning_module
         super().teardown()
-
-
-def make(options: StrategyOptions, device_type: str) -> TrainingStrategy:
-    """Make the strategy of the stage that ``options`` names.
-
-    Raises:
-        ConfigError: DeepSpeed is not installed, or cannot use the device.
-    """
-    config = options.config
-    if config.stage is None:
-        raise ValueError(f"{config.name} is no stage of ZeRO")
-    timeout = timedelta(seconds=config.timeout)
-    return DeepSpeedStrategy(config.stage, device_type, config.offload, timeout)
 
 
 class _Step:
@@ -269,45 +242,44 @@ def import_deepspeed(device_type: str) -> ModuleType:
     Raises:
         ConfigError: it is not installed, or works on other devices in this process.
     """
-    key = "strategy"
+
+    def refuse(reason: str, remedy: str) -> ConfigError:
+        return ConfigError([Problem("strategy", "deepspeed", reason, remedy)])
+
     if device_type not in ("cpu", "cuda"):
-        remedy = "use ddp, or accelerator=cpu"
-        reason = f"does not run on {device_type}"
-        raise ConfigError([Problem(key, "deepspeed", reason, remedy)])
+        raise refuse(f"does not run on {device_type}", "use ddp, or accelerator=cpu")
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     try:
         deepspeed = importlib.import_module("deepspeed")
         ops = importlib.import_module("deepspeed.ops")
     except ImportError as error:
-        remedy = "pip install deepspeed (on Linux), or use fsdp"
-        raise ConfigError([Problem(key, "deepspeed", str(error), remedy)]) from error
+        raise refuse(str(error), "pip install deepspeed (on Linux), or use fsdp") from error
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
     # It calls torch's collectives by names that torch 2.13 has newer ones for.
     warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated", append=True)
     there = deepspeed.accelerator.get_accelerator().device_name()
     if there != device_type:
         remedy = f"set DS_ACCELERATOR={device_type}, or use accelerator={there}"
-        reason = f"was set up for {there} and not {device_type}"
-        raise ConfigError([Problem(key, "deepspeed", reason, remedy)])
+        raise refuse(f"was set up for {there} and not {device_type}", remedy)
     if device_type == "cpu":
         # Compiled for minutes at the first collective otherwise, where a compiler is found.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def zero_config(stage: int, offload: bool, num_parameters: int, is_cuda: bool) -> dict[str, Any]:
+def zero_config(config: StrategyConfig, num_parameters: int, is_cuda: bool) -> dict[str, Any]:
     """Return DeepSpeed's configuration. Accumulation and clipping are not its business here."""
     bucket = max(1024, min(_BUCKET, num_parameters))
     zero: dict[str, Any] = {
-        "stage": stage,
+        "stage": config.stage,
         "overlap_comm": is_cuda,
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket + bucket % 2,
     }
-    if offload:
+    if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": is_cuda}
-        if stage == 3:
+        if config.stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": is_cuda}
     return {
         "train_micro_batch_size_per_gpu": 1,

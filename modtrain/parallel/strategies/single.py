@@ -7,25 +7,20 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from modtrain.models.transformer import Transformer
 from modtrain.parallel import activation_checkpointing
-from modtrain.parallel.compile import compile_model
 from modtrain.parallel.config import StrategyOptions
+from modtrain.parallel.parallelize import compile_model
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 
 
 class SingleProcessStrategy(TrainingStrategy, SingleDeviceStrategy):
     """One process with the whole model, which is compiled as one graph."""
 
+    def __init__(self, _options: StrategyOptions, device_type: str) -> None:
+        super().__init__(torch.device(device_type))
+
     def parallelize(self, model: Transformer) -> Forward:
         """Leave the model whole."""
         options = self.options.layers
         activation_checkpointing.apply(model, options.activation_checkpointing)
-        if not options.compile:
-            return model
-        forward: Forward = compile_model(model, options.num_stages)
+        forward: Forward = compile_model(model, options.num_stages) if options.compile else model
         return forward
-
-
-def make(options: StrategyOptions, device_type: str) -> TrainingStrategy:
-    """Make the strategy on the device."""
-    del options
-    return SingleProcessStrategy(torch.device(device_type))

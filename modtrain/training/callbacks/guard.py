@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from modtrain.checkpoint.checkpointer import Checkpointer
+from modtrain.checkpoint.recovery import latest
 from modtrain.common.errors import CheckpointError, TrainingError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import Ranks
@@ -62,7 +63,7 @@ class Guard(StepCallback):
         """
         with suppress(CheckpointError):
             self.checkpointer.wait()
-        good = self.checkpointer.latest(self.run.checkpoints)
+        good = latest(self.run.checkpoints, self.ranks)
         shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
         return TrainingError(
             f"{reason}; its samples are {shown}; the last good checkpoint is"

@@ -26,7 +26,7 @@ from modtrain.optimizers.config import OptimizerConfig
 from modtrain.parallel.config import StrategyConfig
 from modtrain.parallel.strategies import deepspeed as zero
 from modtrain.parallel.strategies import deepspeed_state as state
-from modtrain.parallel.strategies.factory import make_strategy
+from modtrain.parallel.strategies.base import make_strategy
 from modtrain.parallel.validation import run_problems
 from modtrain.training.config import ScheduleConfig, TrainConfig
 from modtrain.training.module import LanguageModule
