@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
+from torch.distributed.tensor import DTensor
 
 from modtrain.common.torch_compat import all_gather_single, reduce_scatter_single
 
@@ -88,6 +89,11 @@ class Group(NamedTuple):
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks."""
         return _wait(collectives.all_reduce(x.contiguous(), "sum", self.name))
+
+
+def local_tensor(x: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor; a plain tensor as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def scale_grad(x: Tensor, factor: float) -> Tensor:

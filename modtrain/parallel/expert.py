@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from modtrain.distributed.collectives import Group, cast_for_autocast, scale_grad
+from modtrain.distributed.collectives import Group, cast_for_autocast, local_tensor, scale_grad
 from modtrain.models.experts.layer import ExpertMLPs, Experts
 from modtrain.parallel.swap import swap_class
 
@@ -95,8 +95,7 @@ class ExpertParallelMLPs(ExpertMLPs):
         return self._own(self.up), gate, self._own(self.down)
 
     def _own(self, weight: Tensor) -> Tensor:
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        return scale_grad(local, 1 / self.expert_group.size)
+        return scale_grad(local_tensor(weight), 1 / self.expert_group.size)
 
     def _forward_even(self, x_MD: Tensor) -> Tensor:
         (rows, dim), (name, size, _) = x_MD.shape, self.expert_group
@@ -197,12 +196,9 @@ def _sizes(sent_RL: Tensor, received_RL: Tensor, rows: int) -> tuple[list[int], 
 
 
 def _own_experts(weight: nn.Parameter, mesh: DeviceMesh, group: Group) -> nn.Parameter:
-    local: Tensor = weight.detach()
-    slices: tuple[Placement, ...] = ()
-    if isinstance(weight, DTensor):
-        local, slices = weight.to_local().detach(), weight.placements
     # A copy: a view would keep the memory of all experts.
-    own = local.chunk(group.size)[group.rank].clone()
+    own = local_tensor(weight).detach().chunk(group.size)[group.rank].clone()
+    slices = weight.placements if isinstance(weight, DTensor) else ()
     placements: list[Placement] = [Shard(0), *slices]
     spread = DTensor.from_local(own, mesh, placements, run_check=False)
     return nn.Parameter(spread, requires_grad=weight.requires_grad)

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from modtrain.common.torch_compat import shard_over
+from modtrain.distributed.collectives import local_tensor
 from modtrain.models.parameter_roles import deciding_parameters
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.meshes import Meshes
@@ -91,7 +92,7 @@ def _placement(mesh: DeviceMesh) -> _Placement:
     size = mesh.size(mesh.ndim - 1)
 
     def place(parameter: nn.Parameter) -> Shard | None:
-        local = _local(parameter)
+        local = local_tensor(parameter)
         if parameter.ndim < 3 or local.shape[0] % size == 0:
             return None
         even = (dim for dim in range(1, local.ndim) if local.shape[dim] % size == 0)
@@ -117,12 +118,8 @@ def _expert_placement(experts: DeviceMesh, other: _Placement) -> _Placement:
         # Dim 0 is the experts'; of the others only even parts are possible. One that tensor
         # parallelism has sliced comes last.
         sliced = {p.dim for p in weight.placements if isinstance(p, Shard)}
-        even = [dim for dim in (1, 2) if _local(weight).shape[dim] % size == 0]
+        even = [dim for dim in (1, 2) if local_tensor(weight).shape[dim] % size == 0]
         dim = min(even, key=lambda dim: (dim in sliced, dim))
         return shard(dim)
 
     return place
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

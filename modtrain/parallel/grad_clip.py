@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from modtrain.distributed.collectives import local_tensor
+
 
 def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
     """Scale the gradients in place so that their norm is ``limit`` at most; return what it was.
@@ -41,7 +43,7 @@ def _norm(parameters: list[nn.Parameter]) -> Tensor:
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if (gradient := parameter.grad) is not None:
-            by_copies[world_size // _num_pieces(gradient)].append(_local(gradient))
+            by_copies[world_size // _num_pieces(gradient)].append(local_tensor(gradient))
     device = parameters[0].device if parameters else torch.device("cpu")
     square = torch.zeros((), device=device)
     for copies, gradients in by_copies.items():
@@ -61,7 +63,3 @@ def _num_pieces(gradient: Tensor) -> int:
         for axis, placement in enumerate(gradient.placements)
         if not placement.is_replicate()
     )
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

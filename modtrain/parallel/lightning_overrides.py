@@ -42,8 +42,6 @@ _IGNORED_WARNINGS = (
     # The data module chooses the number of workers; validation runs in a callback.
     ".*does not have many workers.*",
     "You passed in a `val_dataloader`",
-    # No code writes into what a layer returned.
-    "FSDP2-wrapped module .* returned a view tensor",
     # The user chooses what starts the processes.
     "The `srun` command is available on your system",
     ".isinstance.treespec, LeafSpec.. is deprecated",

@@ -32,10 +32,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from modtrain.common.errors import raise_if_any
-from modtrain.distributed.collectives import Group, cast_for_autocast
+from modtrain.distributed.collectives import Group, cast_for_autocast, local_tensor
 from modtrain.models.attention import Attention
 from modtrain.models.block import Block, Residual
 from modtrain.models.convolution import Convolution
@@ -140,7 +140,7 @@ class TPConvolution(_TPModule, Convolution):
 
     def weights(self) -> Tensor:
         """Return the taps of those features."""
-        return _local(self.taps)
+        return local_tensor(self.taps)
 
 
 class TPFeedForward(_TPModule, FeedForward):
@@ -174,8 +174,8 @@ class TPExpertMLPs(ExpertMLPs):
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return this rank's slices."""
-        gate = None if self.gate is None else _local(self.gate)
-        return _local(self.up), gate, _local(self.down)
+        gate = None if self.gate is None else local_tensor(self.gate)
+        return local_tensor(self.up), gate, local_tensor(self.down)
 
 
 class TPMLP(MLP):
@@ -193,7 +193,7 @@ class TPLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the slice's product."""
-        return F.linear(x, _local(self.weight))
+        return F.linear(x, local_tensor(self.weight))
 
 
 class TPHeadNorm(RMSNorm):
@@ -270,9 +270,3 @@ def _slice(module: nn.Module, mesh: DeviceMesh, **dims: int) -> None:
             # Every rank has it whole already: nothing is sent.
             sliced = distribute_tensor(whole.detach(), mesh, [Shard(dim)], src_data_rank=None)
             module._parameters[name] = nn.Parameter(sliced, whole.requires_grad)
-
-
-def _local(parameter: Tensor | None) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        raise TypeError("this parameter is not sliced")
-    return parameter.to_local()
