@@ -97,8 +97,7 @@ def damage_only_a_folder(path):
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [damage_truncate, damage_flip, damage_remove, damage_manifest, damage_only_a_folder],
+    "damage", [damage_truncate, damage_flip, damage_remove, damage_manifest, damage_only_a_folder]
 )
 def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, damage):
     old, new = save(tmp_path, 5), save(tmp_path, 10)

@@ -13,11 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from modtrain.checkpoint.checkpointer import Checkpointer
@@ -487,9 +483,7 @@ def test_load_weights_reads_no_optimizer_state(tmp_path, monkeypatch):
     asked = []
     into = TensorReader.into
     monkeypatch.setattr(
-        TensorReader,
-        "into",
-        lambda self, tensors: (asked.extend(tensors), into(self, tensors))[1],
+        TensorReader, "into", lambda self, tensors: (asked.extend(tensors), into(self, tensors))[1]
     )
     model = Net(seed=1)
     load_weights(path, model)

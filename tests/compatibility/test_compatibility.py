@@ -2,7 +2,6 @@
 
 import json
 import tarfile
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,7 @@ COMMITS = sorted(path.stem for path in FOLDER.glob("*.json"))
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", TRAIN)
 @pytest.mark.parametrize("commit", COMMITS)
-def test_a_run_of_an_earlier_version_loads(commit: str, name: str, tmp_path: Path):
+def test_a_run_of_an_earlier_version_loads(commit, name, tmp_path):
     with tarfile.open(FOLDER / f"{commit}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     expected = json.loads((FOLDER / f"{commit}.json").read_text())

@@ -1,7 +1,5 @@
 """Prepared directories for the tests of the data layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

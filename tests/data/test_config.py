@@ -1,8 +1,5 @@
-from __future__ import annotations
-
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -10,7 +7,7 @@ from omegaconf import OmegaConf
 from modtrain.data.config import DataConfig, PrepareConfig, TokenizerConfig
 
 
-def test_the_configs_are_structured_configs() -> None:
+def test_the_configs_are_structured_configs():
     composed = OmegaConf.merge(
         OmegaConf.structured(PrepareConfig),
         {"sources": ["a.txt"], "output": "out", "tokenizer": {"path": "t.json"}},
@@ -21,7 +18,7 @@ def test_the_configs_are_structured_configs() -> None:
     assert OmegaConf.to_object(OmegaConf.structured(DataConfig(path="x"))) == DataConfig(path="x")
 
 
-def test_config_and_index_import_nothing_heavy() -> None:
+def test_config_and_index_import_nothing_heavy():
     code = (
         "import sys, modtrain.data.config, modtrain.data.stream.index;"
         "print([m for m in ('torch', 'numpy', 'pyarrow', 'lightning') if m in sys.modules])"
@@ -30,13 +27,13 @@ def test_config_and_index_import_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_good_configs_have_no_problems(prepared: Path) -> None:
+def test_good_configs_have_no_problems(prepared):
     for config in (DataConfig(str(prepared)), DataConfig(str(prepared), 8, verify="none")):
         assert config.problems("data") == config.shard_problems("data") == []
     assert PrepareConfig(sources=["a.txt"], output="out").problems("prepare") == []
 
 
-def test_all_problems_of_a_prepare_are_told_at_once() -> None:
+def test_all_problems_of_a_prepare_are_told_at_once():
     config = PrepareConfig(
         sources=[],
         output="",
@@ -55,7 +52,7 @@ def test_all_problems_of_a_prepare_are_told_at_once() -> None:
     assert keys == {f"prepare.{name}" for name in names}
 
 
-def test_all_problems_of_the_data_are_told_at_once(prepared: Path) -> None:
+def test_all_problems_of_the_data_are_told_at_once(prepared):
     config = DataConfig(
         path=str(prepared), seq_len=5, seed=-1, num_workers=-1, prefetch_factor=0, verify="md5"
     )
@@ -66,12 +63,9 @@ def test_all_problems_of_the_data_are_told_at_once(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seq_len", "words"),
-    [(5, "does not divide"), (32, "is larger than"), (0, "is not 1 or more")],
+    ("seq_len", "words"), [(5, "does not divide"), (32, "is larger than"), (0, "is not 1 or more")]
 )
-def test_a_sequence_length_that_does_not_fit_the_shards(
-    prepared: Path, seq_len: int, words: str
-) -> None:
+def test_a_sequence_length_that_does_not_fit_the_shards(prepared, seq_len, words):
     config = DataConfig(path=str(prepared), seq_len=seq_len)
     (problem,) = [*config.problems("data"), *config.shard_problems("data")]
     assert problem.key == "data.seq_len"
@@ -81,7 +75,7 @@ def test_a_sequence_length_that_does_not_fit_the_shards(
         assert "16" in problem.reason
 
 
-def test_missing_data_is_a_problem(tmp_path: Path) -> None:
+def test_missing_data_is_a_problem(tmp_path):
     (problem,) = DataConfig(path=str(tmp_path)).shard_problems("data")
     assert problem.key == "data.path"
     assert "modtrain prepare" in problem.reason

@@ -28,7 +28,7 @@ def _tells() -> tuple[object, ...]:
     )
 
 
-def test_ranks_are_told_alike() -> None:
+def test_ranks_are_told_alike():
     assert on_ranks(_tells, 3) == [(rank, "by 0", [0, 10, 20], True, 6.0) for rank in range(3)]
 
 
@@ -47,13 +47,13 @@ def _runs_on_rank0() -> list[str]:
     return found
 
 
-def test_what_rank_0_does_alone_is_known_to_all() -> None:
+def test_what_rank_0_does_alone_is_known_to_all():
     first, second = on_ranks(_runs_on_rank0, 2)
     assert first == ["made by 0", "CheckpointError: full", "ValueError: odd"]
     assert second == ["made by 0", "CheckpointError: full", "RankError: rank 0: odd"]
 
 
-def test_one_process_agrees_with_itself() -> None:
+def test_one_process_agrees_with_itself():
     ranks = Ranks.create()
     assert (ranks.world_size, ranks.rank, ranks.group) == (1, 0, None)
     assert ranks.broadcast_from_rank0(3) == 3
@@ -75,7 +75,7 @@ def _fails_on_one() -> str:
     return "none"
 
 
-def test_an_error_on_one_rank_is_raised_on_all() -> None:
+def test_an_error_on_one_rank_is_raised_on_all():
     first, second, third = on_ranks(_fails_on_one, 3)
     assert second == "own"
     for said in (first, third):
@@ -95,7 +95,7 @@ def _makes_a_group_with_a_dead_rank(is_for_saves: bool) -> None:
 
 
 @pytest.mark.parametrize("is_for_saves", [False, True])
-def test_no_group_is_waited_for_longer_than_the_timeout(is_for_saves: bool) -> None:
+def test_no_group_is_waited_for_longer_than_the_timeout(is_for_saves):
     waiting, dead = outcomes_on_ranks(
         _makes_a_group_with_a_dead_rank, 2, is_for_saves, timeout=30, joins=False
     )
@@ -112,7 +112,7 @@ def _timeouts() -> list[timedelta]:
         return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 
-def test_every_group_has_the_timeout() -> None:
+def test_every_group_has_the_timeout():
     assert (
         on_ranks(_timeouts, 2, joins=False) == [[timedelta(seconds=77)] * 4 + [_SAVE_TIMEOUT]] * 2
     )
@@ -124,7 +124,7 @@ def _dies() -> int:
     return 1
 
 
-def test_the_harness_tells_a_dead_rank() -> None:
+def test_the_harness_tells_a_dead_rank():
     outcomes = outcomes_on_ranks(_dies, 2)
     assert outcomes[0] == 1
     assert isinstance(outcomes[1], RankFailedError) and "exit code 7" in str(outcomes[1])
@@ -135,6 +135,6 @@ def _sleeps() -> None:
 
 
 @pytest.mark.slow
-def test_the_harness_does_not_wait_for_ever() -> None:
+def test_the_harness_does_not_wait_for_ever():
     with pytest.raises(TimeoutError, match=r"ranks \[1\]"):
         on_ranks(_sleeps, 2, timeout=3)

@@ -1,7 +1,5 @@
 """What a schedule of capacities gives for one step, without its stages."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Sequence
 

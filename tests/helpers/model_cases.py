@@ -1,7 +1,5 @@
 """Small models and inputs that the tests of this folder share."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -79,8 +77,7 @@ MODELS = {
         experts=ExpertsConfig(count=4, top_k=2, dim=8, noop=2, shared=1, z_loss_weight=0.01),
     ),
     "expert choice": small(
-        num_layers=2,
-        experts=ExpertsConfig(count=4, top_k=2, dim=8, noop=1, choice="expert"),
+        num_layers=2, experts=ExpertsConfig(count=4, top_k=2, dim=8, noop=1, choice="expert")
     ),
     "narrow expert choice": small(
         num_layers=2,

@@ -1,7 +1,5 @@
 """Whole checkpoints of any nest of dicts and lists with tensors in it, without a model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

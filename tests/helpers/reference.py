@@ -7,8 +7,6 @@ and mask, where the module gathers the chosen and never computes the others.
 Shapes: S sequence, D model, H heads, W width of a head, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, N values.
 """
 
-from __future__ import annotations
-
 import math
 
 from hypothesis import assume, currently_in_test_context

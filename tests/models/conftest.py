@@ -1,7 +1,5 @@
 """One thread: the models are tiny, and the tests run beside others."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, V vocabulary.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

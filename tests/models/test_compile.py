@@ -1,7 +1,5 @@
 """The whole training step compiles without a graph break, and computes what eager computes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple

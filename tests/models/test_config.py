@@ -1,7 +1,5 @@
 """Mistakes in a model's configuration: all told at once, each with its remedy, none raised."""
 
-from __future__ import annotations
-
 import math
 import time
 

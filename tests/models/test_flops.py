@@ -1,7 +1,5 @@
 """The formulas of cost against what torch counts, and against the table of the derivation."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Initial weights by class and name, and models that come back from disk bit for bit."""
 
-from __future__ import annotations
-
 import io
 import math
 

@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, N tokens, D model, V vocabulary.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -3,20 +3,13 @@
 Shapes: B batch, S sequence, K places, D model, V vocabulary.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
 
 from modtrain.models.config import ModelConfig
 from modtrain.models.experts.config import ExpertsConfig
-from tests.helpers.model_cases import (
-    distinct_tokens,
-    lively,
-    random_tokens,
-    small,
-)
+from tests.helpers.model_cases import distinct_tokens, lively, random_tokens, small
 from tests.helpers.thresholds import require_margin
 from tests.models.depth.choice_cases import (
     EXPERTS,
@@ -214,11 +207,7 @@ def test_documents_run_as_each_would_by_itself(case):
 
 @pytest.mark.parametrize(
     "experts",
-    [
-        {"count": 4},
-        {"count": 4, "choice": "expert"},
-        {"count": 4, "capacity_factor": 0.5},
-    ],
+    [{"count": 4}, {"count": 4, "choice": "expert"}, {"count": 4, "capacity_factor": 0.5}],
     ids=["dropless", "expert choice", "limited"],
 )
 def test_experts_choose_within_documents_when_judged(experts):

@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, K chosen, D model, H heads.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import NamedTuple
 

@@ -76,11 +76,7 @@ def test_degrees_make_up_the_processes_or_are_an_error(name, local, nodes, degre
             Launch(4),
             "strategy.context_parallel",
         ),
-        (
-            StrategyConfig("hsdp", shard_size=4, tensor_parallel=2),
-            Launch(4),
-            "strategy.shard_size",
-        ),
+        (StrategyConfig("hsdp", shard_size=4, tensor_parallel=2), Launch(4), "strategy.shard_size"),
         (
             StrategyConfig("fsdp", tensor_parallel=2, expert_parallel=4),
             Launch(4),
@@ -146,10 +142,7 @@ def _groups(dims):
     ("dims", "of_rank_2"),
     [
         (ParallelDims(4, shard=4), (2, {"shard": {(0, 1, 2, 3)}})),
-        (
-            ParallelDims(4, replicate=2, shard=2),
-            (2, {"replicate": {(0, 2)}, "shard": {(2, 3)}}),
-        ),
+        (ParallelDims(4, replicate=2, shard=2), (2, {"replicate": {(0, 2)}, "shard": {(2, 3)}})),
         (
             ParallelDims(4, shard=2, tensor=2),
             (1, {"shard": {(0, 2)}, "tensor": {(2, 3)}, "shard_tensor": {(0, 1, 2, 3)}}),

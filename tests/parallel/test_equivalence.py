@@ -3,8 +3,6 @@
 A covering array: each layout meets each model, and each of both meets each option.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

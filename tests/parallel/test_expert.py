@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, M rows, D model, E experts, R ranks that share them.
 """
 
-from __future__ import annotations
-
 import copy
 from contextlib import nullcontext
 from typing import Any
@@ -28,12 +26,7 @@ from modtrain.models.experts.layer import ExpertMLPs
 from modtrain.models.transformer import ModelOutput, Transformer
 from modtrain.parallel.config import LayerOptions
 from modtrain.parallel.dims import ParallelDims
-from modtrain.parallel.expert import (
-    apply_expert_parallel,
-    by_expert,
-    sent_bytes,
-    spread_experts,
-)
+from modtrain.parallel.expert import apply_expert_parallel, by_expert, sent_bytes, spread_experts
 from modtrain.parallel.meshes import Meshes, make_meshes
 from modtrain.parallel.parallelize import parallelize
 from tests.helpers.model_cases import lively, quick, random_tokens, small

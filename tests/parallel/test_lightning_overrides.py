@@ -1,7 +1,5 @@
 """What modtrain patches in Lightning is still there, and works as it is described."""
 
-from __future__ import annotations
-
 import inspect
 import signal
 from typing import ClassVar

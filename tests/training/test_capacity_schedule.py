@@ -88,13 +88,7 @@ def test_a_line_by_hand():
     config = CapacityScheduleConfig("linear", start=1.0, begin=0.2, end=0.6, levels=5)
     stages = capacity_stages(config, [None, 0.5, 0.8], 100)
     # The curve is halfway between two levels at 0.2 + 0.4 (n + 1/2) / 4 of the run.
-    assert [(s.first, s.stop) for s in stages] == [
-        (0, 25),
-        (25, 35),
-        (35, 45),
-        (45, 55),
-        (55, 100),
-    ]
+    assert [(s.first, s.stop) for s in stages] == [(0, 25), (25, 35), (35, 45), (45, 55), (55, 100)]
     assert [s.capacities[1] for s in stages] == [1.0, 0.875, 0.75, 0.625, 0.5]
     assert [s.capacities[2] for s in stages] == pytest.approx([1.0, 0.95, 0.9, 0.85, 0.8])
     assert {s.capacities[0] for s in stages} == {None}

@@ -258,8 +258,7 @@ def test_held_out_records_stand_by_each_decision(finished):
 @pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
-    "name",
-    ["random score", pytest.param("every decision, schedule", marks=pytest.mark.slow)],
+    "name", ["random score", pytest.param("every decision, schedule", marks=pytest.mark.slow)]
 )
 def test_looking_changes_nothing_of_the_training(finished, name):
     often = finished(*VARIANTS[name], "eval.every=2")

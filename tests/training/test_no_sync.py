@@ -4,8 +4,6 @@ Run on the CPU under a watch for what waits on a device. modtrain's own operator
 what they do inside depends on the device, and is no part of what is watched here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace

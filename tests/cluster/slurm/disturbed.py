@@ -1,7 +1,5 @@
 """A run on the real Slurm, and what is done to it from outside."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

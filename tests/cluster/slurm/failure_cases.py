@@ -1,7 +1,5 @@
 """What is done to runs on a cluster, and how each comes to its end: the table of the failures."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A real Slurm of a few virtual nodes on this machine, for as long as a test needs it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

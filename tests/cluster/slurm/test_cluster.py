@@ -41,7 +41,7 @@ def wait_for_step(cluster: Cluster, job: str, timeout: float = 60) -> None:
 
 @pytest.mark.quick
 @pytest.mark.skipif(not slurm_cluster.is_installed(), reason="the slow tests install Slurm")
-def test_a_job_runs_on_nodes_of_their_own(cluster: Cluster, tmp_path):
+def test_a_job_runs_on_nodes_of_their_own(cluster, tmp_path):
     job = cluster.sbatch(
         "#!/bin/bash\nsrun hostname", "--nodes=3", f"--output={tmp_path}/%j", "--gpus-per-node=2"
     )
@@ -51,7 +51,7 @@ def test_a_job_runs_on_nodes_of_their_own(cluster: Cluster, tmp_path):
 
 
 @pytest.mark.nightly
-def test_a_failed_job_is_told_from_a_complete_one(cluster: Cluster, tmp_path):
+def test_a_failed_job_is_told_from_a_complete_one(cluster, tmp_path):
     job = cluster.sbatch("#!/bin/bash\necho no; exit 3", f"--output={tmp_path}/%j")
     assert cluster.wait(job) == "FAILED"
     with pytest.raises(AssertionError, match="no"):
@@ -60,7 +60,7 @@ def test_a_failed_job_is_told_from_a_complete_one(cluster: Cluster, tmp_path):
 
 
 @pytest.mark.nightly
-def test_a_node_without_power_is_gone_and_comes_back(cluster: Cluster, tmp_path):
+def test_a_node_without_power_is_gone_and_comes_back(cluster, tmp_path):
     job = cluster.sbatch(script(tmp_path, 60), "--nodelist=node2,node3")
     cluster.wait(job, "RUNNING")
     cluster.kill_node("node3")
@@ -72,7 +72,7 @@ def test_a_node_without_power_is_gone_and_comes_back(cluster: Cluster, tmp_path)
 
 
 @pytest.mark.nightly
-def test_daemons_die_and_come_back_while_a_job_goes_on(cluster: Cluster, tmp_path):
+def test_daemons_die_and_come_back_while_a_job_goes_on(cluster, tmp_path):
     job = cluster.sbatch(script(tmp_path, 4), "--nodelist=node1,node2")
     wait_for_step(cluster, job)
     cluster.kill_slurmd("node2")
@@ -86,7 +86,7 @@ def test_daemons_die_and_come_back_while_a_job_goes_on(cluster: Cluster, tmp_pat
 
 
 @pytest.mark.nightly
-def test_a_job_of_high_priority_takes_the_nodes(cluster: Cluster, tmp_path):
+def test_a_job_of_high_priority_takes_the_nodes(cluster, tmp_path):
     low = cluster.sbatch(script(tmp_path, 60), "--nodes=3")
     cluster.wait(low, "RUNNING")
     high = cluster.sbatch(script(tmp_path, 1), "--partition=high", "--nodes=3", "--exclusive")

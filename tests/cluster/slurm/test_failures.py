@@ -1,7 +1,5 @@
 """What befalls runs on a cluster: each completes by itself, to the same bits, or says why not."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

@@ -1,13 +1,10 @@
 """A prepare that is killed, and workers whose parent is."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,9 +27,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_a_killed_prepare_goes_on_where_it_stopped(
-    tmp_path: Path, small_units: Callable[[int], None]
-) -> None:
+def test_a_killed_prepare_goes_on_where_it_stopped(tmp_path, small_units):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(3000))
     config = tiny_config([corpus], tmp_path / "killed")
     program = tmp_path / "program.py"
@@ -82,7 +77,7 @@ def _living(group: int) -> bool:
     return False
 
 
-def test_a_worker_that_dies_is_told() -> None:
+def test_a_worker_that_dies_is_told():
     with pytest.raises(DataError, match="a worker process died"):
         list(run_jobs(os._exit, [3, 3], 2))
 
@@ -98,7 +93,7 @@ if __name__ == "__main__":
 """
 
 
-def test_idle_workers_end_with_their_parent(tmp_path: Path) -> None:
+def test_idle_workers_end_with_their_parent(tmp_path):
     (tmp_path / "program.py").write_text(_IDLE)
     command = [sys.executable, str(tmp_path / "program.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:

@@ -1,7 +1,5 @@
 """The whole of prepare: what it writes, and that nothing but the corpus shows in it."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -46,9 +44,7 @@ def corpus_of_all_kinds(folder: Path) -> list[Path]:
     return [folder / "*.txt", folder / "*.jsonl"]
 
 
-def test_decoded_shards_are_the_documents(
-    tmp_path: Path, small_units: Callable[[int], None]
-) -> None:
+def test_decoded_shards_are_the_documents(tmp_path, small_units):
     small_units(2000)
     documents = make_documents(60)
     # The end token spelled out in a text is text; so is white space at its ends.
@@ -83,9 +79,7 @@ def test_decoded_shards_are_the_documents(
 
 
 @pytest.mark.slow
-def test_the_output_is_the_same_for_any_workers_and_units(
-    tmp_path: Path, small_units: Callable[[int], None]
-) -> None:
+def test_the_output_is_the_same_for_any_workers_and_units(tmp_path, small_units):
     sources = corpus_of_all_kinds(tmp_path / "corpus")
     prepare(tiny_config(sources, tmp_path / "whole"), progress=False)
     small_units(1500)
@@ -134,9 +128,7 @@ class _Writes:
 
 
 @pytest.mark.slow
-def test_an_interrupted_prepare_goes_on_where_it_stopped(
-    tmp_path: Path, small_units: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_prepare_goes_on_where_it_stopped(tmp_path, small_units, monkeypatch):
     small_units(4000)
     sources = corpus_of_all_kinds(tmp_path / "corpus")
     writes = _Writes(monkeypatch)
@@ -155,9 +147,7 @@ def test_an_interrupted_prepare_goes_on_where_it_stopped(
         assert len(after) == len(all_writes) - kept - (stop_at > 0)
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(50))
     read = encode._encode
 
@@ -170,9 +160,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         prepare(tiny_config([corpus], tmp_path / "out"), progress=False)
 
 
-def test_a_changed_option_after_an_interruption_leaves_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_option_after_an_interruption_leaves_no_trace(tmp_path, monkeypatch):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(200))
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "finish", lambda *_: (_ for _ in ()).throw(_StoppedError()))
@@ -183,7 +171,7 @@ def test_a_changed_option_after_an_interruption_leaves_no_trace(
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
-def test_a_second_prepare_does_nothing_and_another_is_refused(tmp_path: Path) -> None:
+def test_a_second_prepare_does_nothing_and_another_is_refused(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     output = tmp_path / "out"
     first = prepare(tiny_config([corpus], output), progress=False)
@@ -203,9 +191,7 @@ def test_a_second_prepare_does_nothing_and_another_is_refused(tmp_path: Path) ->
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
-def test_a_prepare_killed_before_it_tidied_up_is_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prepare_killed_before_it_tidied_up_is_complete(tmp_path, monkeypatch):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     config = tiny_config([corpus], tmp_path / "out")
     with monkeypatch.context() as patch:
@@ -222,7 +208,7 @@ def _finish_and_stop(*arguments: Any) -> None:
     raise _StoppedError
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokenizer.json").write_text("precious")
@@ -231,7 +217,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == {"tokenizer.json": b"precious"}
 
 
-def test_two_prepares_of_one_output_do_not_mix(tmp_path: Path) -> None:
+def test_two_prepares_of_one_output_do_not_mix(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     config = tiny_config([corpus], tmp_path / "out")
     with prepare_module._work_directory(tmp_path / "out") as work:
@@ -245,9 +231,7 @@ def test_two_prepares_of_one_output_do_not_mix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "split"), [({"valid_fraction": 1e-9}, "valid"), ({"seq_len": 100_000}, "train")]
 )
-def test_a_split_without_a_sequence_is_refused(
-    tmp_path: Path, changes: dict[str, Any], split: str
-) -> None:
+def test_a_split_without_a_sequence_is_refused(tmp_path, changes, split):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(50))
     with pytest.raises(DataError, match=f"the split {split} would hold no sequence: its .*tokens"):
         prepare(tiny_config([corpus], tmp_path / "out", **changes), progress=False)
@@ -256,12 +240,12 @@ def test_a_split_without_a_sequence_is_refused(
     prepare(tiny_config([corpus], tmp_path / "out"), progress=False)
 
 
-def test_a_config_with_problems_is_refused(tmp_path: Path) -> None:
+def test_a_config_with_problems_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="seq_len=0"):
         prepare(tiny_config(["a.txt"], tmp_path / "out", seq_len=0))
 
 
-def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
+def test_a_large_vocabulary_takes_32_bits(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     prepare(tiny_config([corpus], tmp_path / "small"), progress=False)
     content = json.loads((tmp_path / "small" / "tokenizer.json").read_bytes())
@@ -279,7 +263,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
     assert (tmp_path / "large" / "tokenizer.json").read_bytes() == path.read_bytes()
 
 
-def test_shards_hold_plain_arrays_of_the_smallest_type(prepared: Path) -> None:
+def test_shards_hold_plain_arrays_of_the_smallest_type(prepared):
     index = ShardIndex.load(prepared, "sha256")
     for split, shards in index.shards.items():
         for shard in shards:
@@ -293,7 +277,7 @@ def test_shards_hold_plain_arrays_of_the_smallest_type(prepared: Path) -> None:
             assert b"modtrain" in content[:512]
 
 
-def test_the_report_reads_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_report_reads_well(tmp_path, caplog):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     corpus.write_text(corpus.read_text() + "not json\n")
     with caplog.at_level("INFO"):
@@ -305,7 +289,7 @@ def test_the_report_reads_well(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert "encoding: 100%" in caplog.text
 
 
-def test_a_terminal_shows_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_bar(tmp_path, monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120)
     monkeypatch.setattr("modtrain.data.prepare.progress.Console", lambda stderr: terminal)

@@ -1,11 +1,8 @@
 """What counts as corpus, how it is cut in units, and what is made of damage in it."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,7 +39,7 @@ def many_lines() -> tuple[list[str], bytes]:
 # Which files ----------------------------------------------------------------------------------
 
 
-def test_files_come_in_the_order_of_the_sources_sorted_and_once(tmp_path: Path) -> None:
+def test_files_come_in_the_order_of_the_sources_sorted_and_once(tmp_path):
     for name in ("b.txt", "a.txt", "deep/er/c.txt", "[x].txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -51,7 +48,7 @@ def test_files_come_in_the_order_of_the_sources_sorted_and_once(tmp_path: Path) 
     assert names == ["b.txt", "[x].txt", "a.txt", "c.txt"]
 
 
-def test_all_sources_that_cannot_work_are_told(tmp_path: Path) -> None:
+def test_all_sources_that_cannot_work_are_told(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(DataError) as caught:
         expand_sources([str(tmp_path / "*.none"), str(tmp_path / "a.pdf"), str(tmp_path)])
@@ -61,9 +58,7 @@ def test_all_sources_that_cannot_work_are_told(tmp_path: Path) -> None:
     assert f"write {tmp_path}/**/*.txt" in text
 
 
-def test_files_inside_a_package_are_found_without_importing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_inside_a_package_are_found_without_importing_it(tmp_path, monkeypatch):
     package = tmp_path / "tiny_corpus"
     (package / "data" / "more").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -83,7 +78,7 @@ def test_files_inside_a_package_are_found_without_importing_it(
         ("package:json/*.txt", "matches no file"),
     ],
 )
-def test_a_package_source_that_cannot_work(source: str, words: str) -> None:
+def test_a_package_source_that_cannot_work(source, words):
     with pytest.raises(DataError, match=words.replace("*", r"\*")):
         expand_sources([source])
 
@@ -91,7 +86,7 @@ def test_a_package_source_that_cannot_work(source: str, words: str) -> None:
 # Formats --------------------------------------------------------------------------------------
 
 
-def test_text_files_are_documents_free_of_their_systems_marks(tmp_path: Path) -> None:
+def test_text_files_are_documents_free_of_their_systems_marks(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
     (tmp_path / "b.txt").write_bytes("é\n".encode())
     assert read(tmp_path / "*.txt") == (["one\ntwo\n", "é\n"], [])
@@ -99,9 +94,7 @@ def test_text_files_are_documents_free_of_their_systems_marks(tmp_path: Path) ->
 
 @pytest.mark.parametrize("unit_bytes", [1, 7, 30, 64, 1000])
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-def test_each_line_belongs_to_one_unit(
-    tmp_path: Path, small_units: Callable[[int], None], unit_bytes: int, newline: bytes
-) -> None:
+def test_each_line_belongs_to_one_unit(tmp_path, small_units, unit_bytes, newline):
     small_units(unit_bytes)
     documents = ["a", "b" * 50, "c", "é漢", "d" * 100, "e"]
     lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in documents]
@@ -111,7 +104,7 @@ def test_each_line_belongs_to_one_unit(
     assert read(tmp_path / "a.jsonl") == (documents, [])
 
 
-def test_compressed_lines(tmp_path: Path) -> None:
+def test_compressed_lines(tmp_path):
     documents, content = many_lines()
     half = content.index(b"\n", len(content) // 2) - 5
     parts = content[:half], content[half:]
@@ -123,7 +116,7 @@ def test_compressed_lines(tmp_path: Path) -> None:
     assert read(tmp_path / "b.jsonl.zst") == (documents, [])
 
 
-def test_parquet_with_a_named_column(tmp_path: Path, small_units: Callable[[int], None]) -> None:
+def test_parquet_with_a_named_column(tmp_path, small_units):
     documents = make_documents(50)
     kinds = {"s": pa.string(), "l": pa.large_string(), "d": pa.dictionary(pa.int32(), pa.string())}
     for name, kind in kinds.items():
@@ -137,7 +130,7 @@ def test_parquet_with_a_named_column(tmp_path: Path, small_units: Callable[[int]
         read(tmp_path / "s.parquet")
 
 
-def test_prepare_reads_every_format(tmp_path: Path) -> None:
+def test_prepare_reads_every_format(tmp_path):
     documents = make_documents(100)
     (tmp_path / "a.txt").write_text(documents[0])
     write_jsonl(tmp_path / "b.jsonl", documents[1:30])
@@ -163,9 +156,7 @@ BAD = [(kind, line) for kind, lines in BAD_LINES.items() for line in lines]
 
 @pytest.mark.parametrize(("kind", "line"), BAD)
 @pytest.mark.parametrize("unit_bytes", [1000, 10**6])
-def test_a_bad_line_is_counted_where_it_stands(
-    tmp_path: Path, small_units: Callable[[int], None], kind: str, line: bytes, unit_bytes: int
-) -> None:
+def test_a_bad_line_is_counted_where_it_stands(tmp_path, small_units, kind, line, unit_bytes):
     small_units(unit_bytes)
     good = lines_of(make_documents(60)).splitlines()
     path = tmp_path / "a.jsonl"
@@ -180,7 +171,7 @@ def test_a_bad_line_is_counted_where_it_stands(
     assert not (tmp_path / "strict" / "index.json").exists()
 
 
-def test_stop_stops_in_a_worker_process(tmp_path: Path, small_units: Callable[[int], None]) -> None:
+def test_stop_stops_in_a_worker_process(tmp_path, small_units):
     small_units(1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of(make_documents(20)) + b"bad\n" + lines_of(make_documents(20, 1)))
@@ -190,9 +181,7 @@ def test_stop_stops_in_a_worker_process(tmp_path: Path, small_units: Callable[[i
         )
 
 
-def test_flaws_of_many_units_are_added_up_and_a_few_shown(
-    tmp_path: Path, small_units: Callable[[int], None]
-) -> None:
+def test_flaws_of_many_units_are_added_up_and_a_few_shown(tmp_path, small_units):
     small_units(500)
     path = tmp_path / "a.jsonl"
     good = lines_of(make_documents(60)).splitlines()
@@ -204,7 +193,7 @@ def test_flaws_of_many_units_are_added_up_and_a_few_shown(
     assert [flaw.line for flaw in report.examples] == [2, 4, 6]
 
 
-def test_bad_text_files(tmp_path: Path) -> None:
+def test_bad_text_files(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\n")
     (tmp_path / "b.txt").write_bytes(b"one\ntwo\xff\n")
     (tmp_path / "c.txt").write_bytes(b"")
@@ -216,9 +205,7 @@ def test_bad_text_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 @pytest.mark.parametrize("how", ["cut", "corrupt", "empty"])
-def test_documents_before_the_damage_in_a_compressed_file_are_kept(
-    tmp_path: Path, kind: str, how: str
-) -> None:
+def test_documents_before_the_damage_in_a_compressed_file_are_kept(tmp_path, kind, how):
     documents, content = many_lines()
     compress = gzip.compress if kind == "gz" else zstandard.compress
     whole = compress(content)
@@ -235,7 +222,7 @@ def test_documents_before_the_damage_in_a_compressed_file_are_kept(
     assert [(flaw.kind, flaw.line) for flaw in flaws] == [("damaged", len(found) + 1)]
 
 
-def test_bad_parquet(tmp_path: Path, small_units: Callable[[int], None]) -> None:
+def test_bad_parquet(tmp_path, small_units):
     values = pa.array([b"one", b"\xff", None, b"", b"two"], pa.binary())
     parquet.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
     documents, flaws = read(tmp_path / "a.parquet")
@@ -254,7 +241,7 @@ def test_bad_parquet(tmp_path: Path, small_units: Callable[[int], None]) -> None
     assert [(flaw.kind, flaw.line) for flaw in flaws] == [("damaged", 1)]
 
 
-def test_damage_is_counted_by_prepare(tmp_path: Path) -> None:
+def test_damage_is_counted_by_prepare(tmp_path):
     good = write_jsonl(tmp_path / "good.jsonl", make_documents(60))
     for name in ("a.jsonl.gz", "b.jsonl.zst", "c.parquet"):
         (tmp_path / name).write_bytes(b"PAR1 and no more")

@@ -1,7 +1,3 @@
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 from tokenizers import Tokenizer
 
@@ -25,7 +21,7 @@ from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 NO_ONE = SplitChooser(0, 0.0)
 
 
-def test_training_is_deterministic_and_reaches_its_size() -> None:
+def test_training_is_deterministic_and_reaches_its_size():
     documents = make_documents(300)
     content = train_tokenizer(documents, 300)
     assert content == train_tokenizer(documents, 300)
@@ -33,7 +29,7 @@ def test_training_is_deterministic_and_reaches_its_size() -> None:
     assert content != train_tokenizer(documents[:50], 300)
 
 
-def test_any_text_comes_back_and_no_text_ends_a_document() -> None:
+def test_any_text_comes_back_and_no_text_ends_a_document():
     content = train_tokenizer(make_documents(50), 300)
     text = f"  x\r\n\t{END_OF_DOCUMENT}é漢字\U0001f600\x00 "
     (numbers,) = DocumentEncoder(content, "t").encode([text])
@@ -42,7 +38,7 @@ def test_any_text_comes_back_and_no_text_ends_a_document() -> None:
 
 
 @pytest.mark.parametrize("name", tokenizer_module.KNOWN_END_TOKENS)
-def test_end_tokens_of_published_tokenizers_are_known(name: str) -> None:
+def test_end_tokens_of_published_tokenizers_are_known(name):
     content = train_tokenizer(make_documents(5), 300).replace(
         END_OF_DOCUMENT.encode(), name.encode()
     )
@@ -60,9 +56,7 @@ def test_end_tokens_of_published_tokenizers_are_known(name: str) -> None:
         ),
     ],
 )
-def test_a_tokenizer_that_cannot_serve_is_refused(
-    tmp_path: Path, content: bytes, words: str
-) -> None:
+def test_a_tokenizer_that_cannot_serve_is_refused(tmp_path, content, words):
     path = tmp_path / "t.json"
     path.write_bytes(content)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(10))
@@ -71,14 +65,14 @@ def test_a_tokenizer_that_cannot_serve_is_refused(
         prepare(config, progress=False)
 
 
-def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_named(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(10))
     tokenizer = TokenizerConfig(path=str(tmp_path / "none.json"))
     with pytest.raises(DataError, match=r"none\.json: No such file"):
         prepare(tiny_config([corpus], tmp_path / "out", tokenizer=tokenizer), progress=False)
 
 
-def test_truncation_padding_and_added_tokens_of_a_loaded_tokenizer_are_off() -> None:
+def test_truncation_padding_and_added_tokens_of_a_loaded_tokenizer_are_off():
     tokenizer = Tokenizer.from_str(train_tokenizer(make_documents(50), 300).decode())
     text = "the of and to in a is that"
     expected = tokenizer.encode(text, add_special_tokens=False).ids
@@ -87,7 +81,7 @@ def test_truncation_padding_and_added_tokens_of_a_loaded_tokenizer_are_off() -> 
     assert DocumentEncoder(tokenizer.to_str().encode(), "t").encode([text, "a"])[0] == expected
 
 
-def test_long_texts_give_the_same_tokens_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_give_the_same_tokens_in_pieces(monkeypatch):
     content = train_tokenizer(make_documents(50), 300)
     text = "\n\n".join(make_documents(30)) + "\n  indented\n\n\n x\n"
     encoder = DocumentEncoder(content, "t")
@@ -99,7 +93,7 @@ def test_long_texts_give_the_same_tokens_in_pieces(monkeypatch: pytest.MonkeyPat
     assert split_text("x" * 1000) == ["x" * 1000]
 
 
-def test_every_source_gives_its_share_of_the_training_text(tmp_path: Path) -> None:
+def test_every_source_gives_its_share_of_the_training_text(tmp_path):
     for name, letter in (("a", "A"), ("b", "B")):
         write_jsonl(tmp_path / f"{name}.jsonl", [letter * 100] * 1000)
     units = plan_units(expand_sources([str(tmp_path / "*.jsonl")]), "text")
@@ -111,7 +105,7 @@ def test_every_source_gives_its_share_of_the_training_text(tmp_path: Path) -> No
     assert len(whole) == 200_000
 
 
-def test_held_out_documents_train_no_tokenizer(tmp_path: Path) -> None:
+def test_held_out_documents_train_no_tokenizer(tmp_path):
     documents = make_documents(100)
     write_jsonl(tmp_path / "a.jsonl", documents)
     units = plan_units(expand_sources([str(tmp_path / "*.jsonl")]), "text")
@@ -121,7 +115,7 @@ def test_held_out_documents_train_no_tokenizer(tmp_path: Path) -> None:
     assert 50 < len(texts) < 90
 
 
-def test_the_choice_depends_on_the_seed_and_the_text_alone() -> None:
+def test_the_choice_depends_on_the_seed_and_the_text_alone():
     contents = [str(number).encode() for number in range(2000)]
     chosen = [SplitChooser(0, 0.1).is_valid(content) for content in contents]
     assert 140 < sum(chosen) < 260

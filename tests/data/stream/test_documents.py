@@ -1,10 +1,7 @@
 """Numbers of documents, and the token that ends them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +30,7 @@ def numbers_by_loop(tokens: list[list[int]], eos_id: int) -> list[list[int]]:
 
 @QUICK
 @given(st.data(), st.integers(1, 4), st.integers(1, 40), st.integers(0, 3))
-def test_numbers_equal_those_of_a_loop(data, batch, length, eos_id) -> None:
+def test_numbers_equal_those_of_a_loop(data, batch, length, eos_id):
     row = st.lists(st.integers(0, 3), min_size=length, max_size=length)
     tokens = data.draw(st.lists(row, min_size=batch, max_size=batch))
     found = document_numbers(torch.tensor(tokens), eos_id)
@@ -42,19 +39,19 @@ def test_numbers_equal_those_of_a_loop(data, batch, length, eos_id) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_the_end_token_belongs_to_the_document_that_it_ends(dtype) -> None:
+def test_the_end_token_belongs_to_the_document_that_it_ends(dtype):
     tokens = torch.tensor([[9, 5, 9, 9, 5], [5, 5, 5, 5, 9]], dtype=dtype)
     assert document_numbers(tokens, 9).tolist() == [[0, 1, 1, 2, 3], [0, 0, 0, 0, 0]]
 
 
-def test_it_compiles_into_one_graph() -> None:
+def test_it_compiles_into_one_graph():
     # Without generated code: what is asked is whether the whole is one graph.
     compiled = torch.compile(document_numbers, fullgraph=True, dynamic=False, backend="eager")
     tokens = torch.randint(4, (3, 17), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(compiled(tokens, 2), document_numbers(tokens, 2))
 
 
-def test_documents_of_real_shards_are_found(prepared: Path) -> None:
+def test_documents_of_real_shards_are_found(prepared):
     index = ShardIndex.load(prepared)
     data = TokenDataset(index, "train", None)
     tokens = data.__getitems__(list(range(len(data))))
@@ -66,7 +63,7 @@ def test_documents_of_real_shards_are_found(prepared: Path) -> None:
     assert int(numbers[:, -1].sum()) == ends - last
 
 
-def test_the_end_token_of_other_shards_is_refused(prepared: Path) -> None:
+def test_the_end_token_of_other_shards_is_refused(prepared):
     eos_id = json.loads((prepared / "index.json").read_text())["eos_id"]
     right = DataConfig(str(prepared), document_mask=True, eos_id=eos_id)
     assert right.problems("data") == right.shard_problems("data") == []
@@ -80,5 +77,5 @@ def test_the_end_token_of_other_shards_is_refused(prepared: Path) -> None:
     [DataConfig("x", eos_id=3), DataConfig("x", document_mask=True, eos_id=-1)],
     ids=["no mask", "negative"],
 )
-def test_an_end_token_without_a_use_or_below_0_is_refused(config) -> None:
+def test_an_end_token_without_a_use_or_below_0_is_refused(config):
     assert [problem.key for problem in config.problems("data")] == ["data.eos_id"]

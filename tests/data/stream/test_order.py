@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -15,7 +13,7 @@ seeds = st.integers(0, 2**63)
 
 @settings(deadline=None)
 @given(sizes, seeds, st.integers(0, 10**6))
-def test_an_epoch_is_a_permutation(num_samples: int, seed: int, epoch: int) -> None:
+def test_an_epoch_is_a_permutation(num_samples, seed, epoch):
     order = SampleOrder(num_samples, seed)
     numbers = order.lookup(np.arange(epoch * num_samples, (epoch + 1) * num_samples))
     assert sorted(numbers.tolist()) == list(range(num_samples))
@@ -23,9 +21,7 @@ def test_an_epoch_is_a_permutation(num_samples: int, seed: int, epoch: int) -> N
 
 @settings(deadline=None)
 @given(sizes, seeds, st.data())
-def test_a_lookup_does_not_depend_on_its_neighbours_or_shape(
-    num_samples: int, seed: int, data: st.DataObject
-) -> None:
+def test_a_lookup_does_not_depend_on_its_neighbours_or_shape(num_samples, seed, data):
     positions = np.array(
         data.draw(st.lists(st.integers(0, 10 * num_samples), min_size=2, max_size=20))
     )
@@ -36,7 +32,7 @@ def test_a_lookup_does_not_depend_on_its_neighbours_or_shape(
 
 
 @pytest.mark.parametrize("num_samples", [100, 1000, 2**16, 99_991])
-def test_epochs_and_seeds_differ(num_samples: int) -> None:
+def test_epochs_and_seeds_differ(num_samples):
     epoch = np.arange(num_samples)
     first = SampleOrder(num_samples, 0).lookup(epoch)
     for other in (
@@ -48,13 +44,13 @@ def test_epochs_and_seeds_differ(num_samples: int) -> None:
         assert np.count_nonzero(first == other) < 10
 
 
-def test_not_shuffled_is_in_order() -> None:
+def test_not_shuffled_is_in_order():
     order = SampleOrder(5, 0, shuffle=False)
     assert order.lookup(np.arange(12)).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
 
 
 @pytest.mark.parametrize("num_samples", [1000, 2**15, 100_003])
-def test_an_epoch_looks_random(num_samples: int) -> None:
+def test_an_epoch_looks_random(num_samples):
     """Each statistic lies within five standard deviations of that of a random permutation."""
     position = np.arange(num_samples)
     number = SampleOrder(num_samples, 3).lookup(position)
@@ -70,7 +66,7 @@ def test_an_epoch_looks_random(num_samples: int) -> None:
 
 
 @pytest.mark.parametrize("num_samples", [2, 3, 4, 5])
-def test_every_permutation_of_a_few_samples_occurs_equally_often(num_samples: int) -> None:
+def test_every_permutation_of_a_few_samples_occurs_equally_often(num_samples):
     num_permutations = math.factorial(num_samples)
     num_epochs = 200 * num_permutations
     rows = SampleOrder(num_samples, 0).lookup(np.arange(num_samples * num_epochs))
@@ -79,13 +75,13 @@ def test_every_permutation_of_a_few_samples_occurs_equally_often(num_samples: in
     assert np.all(np.abs(counts - 200) < 5 * np.sqrt(200))
 
 
-def test_a_sample_of_a_distant_position_is_found_at_once() -> None:
+def test_a_sample_of_a_distant_position_is_found_at_once():
     order = SampleOrder(10**12, 0)
     numbers = order.lookup(np.arange(10**15, 10**15 + 1000))
     assert len(set(numbers.tolist())) == 1000
     assert 0 <= numbers.min() <= numbers.max() < 10**12
 
 
-def test_an_order_of_nothing_is_refused() -> None:
+def test_an_order_of_nothing_is_refused():
     with pytest.raises(ValueError, match="0 samples"):
         SampleOrder(0, 0)

@@ -1,7 +1,5 @@
 """From a prepared directory to batches: the index, the samples, the data module."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil
@@ -56,7 +54,7 @@ def on_rank(data: TokenDataModule, world_size: int, rank: int) -> TokenDataModul
 # Index ----------------------------------------------------------------------------------------
 
 
-def test_the_summary_is_that_of_the_index(prepared: Path) -> None:
+def test_the_summary_is_that_of_the_index(prepared):
     summary = read_summary(prepared)
     index = ShardIndex.load(prepared, "sha256")
     assert index.summary == summary
@@ -66,7 +64,7 @@ def test_the_summary_is_that_of_the_index(prepared: Path) -> None:
         assert sum(s.num_sequences for s in shards) == summary.splits[split].num_sequences
 
 
-def test_the_fingerprint_tells_other_tokens(copy: Path) -> None:
+def test_the_fingerprint_tells_other_tokens(copy):
     content = json.loads((copy / "index.json").read_bytes())
     content["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
     (copy / "index.json").write_text(json.dumps(content))
@@ -116,9 +114,7 @@ SHARD = "splits/train/shards/0"
         ("report/flaws", {"bad_json": "x"}, "bad_json is 'x'"),
     ],
 )
-def test_a_hostile_or_damaged_index_is_refused(
-    copy: Path, where: str, value: Any, words: str
-) -> None:
+def test_a_hostile_or_damaged_index_is_refused(copy, where, value, words):
     content = json.loads((copy / "index.json").read_bytes())
     change(content, where, value)
     (copy / "index.json").write_text(json.dumps(content))
@@ -128,13 +124,13 @@ def test_a_hostile_or_damaged_index_is_refused(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\x00", '"index"'])
-def test_what_is_no_index_is_refused(copy: Path, text: str) -> None:
+def test_what_is_no_index_is_refused(copy, text):
     (copy / "index.json").write_text(text)
     with pytest.raises(DataError, match=r"index\.json"):
         ShardIndex.load(copy)
 
 
-def test_a_directory_without_index_names_the_remedy(tmp_path: Path) -> None:
+def test_a_directory_without_index_names_the_remedy(tmp_path):
     with pytest.raises(DataError, match="Run modtrain prepare"):
         read_summary(tmp_path / "nowhere")
 
@@ -145,7 +141,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_damaged_shards_are_found(copy: Path) -> None:
+def test_damaged_shards_are_found(copy):
     shard = copy / "train" / "shard-000001.tar"
     damage(shard)
     ShardIndex.load(copy, "size")
@@ -159,7 +155,7 @@ def test_damaged_shards_are_found(copy: Path) -> None:
         ShardIndex.load(copy, "size")
 
 
-def test_another_tokenizer_is_found(copy: Path) -> None:
+def test_another_tokenizer_is_found(copy):
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json: is not the tokenizer"):
         ShardIndex.load(copy)
@@ -172,9 +168,7 @@ def test_another_tokenizer_is_found(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("seq_len", [None, 16, 8, 4, 1])
-def test_samples_are_the_stored_sequences_or_parts_of_them(
-    prepared: Path, rows: np.ndarray, seq_len: int | None
-) -> None:
+def test_samples_are_the_stored_sequences_or_parts_of_them(prepared, rows, seq_len):
     data = TokenDataset(ShardIndex.load(prepared), "train", seq_len)
     length = seq_len or 16
     parts = 16 // length
@@ -190,28 +184,28 @@ def test_samples_are_the_stored_sequences_or_parts_of_them(
 
 @settings(deadline=None)
 @given(st.data())
-def test_a_batch_is_its_samples_in_order(prepared: Path, data: st.DataObject) -> None:
+def test_a_batch_is_its_samples_in_order(prepared, data):
     samples = TokenDataset(ShardIndex.load(prepared, "none"), "train", 8)
     numbers = data.draw(st.lists(st.integers(0, len(samples) - 1), min_size=1, max_size=20))
     batch = samples.__getitems__(numbers)
     assert batch.tolist() == [samples[number].tolist() for number in numbers]
 
 
-def test_a_sample_outside_the_split_is_refused(prepared: Path) -> None:
+def test_a_sample_outside_the_split_is_refused(prepared):
     data = TokenDataset(ShardIndex.load(prepared), "valid")
     for number in (-1, len(data)):
         with pytest.raises(IndexError):
             data[number]
 
 
-def test_a_batch_can_be_changed_without_changing_the_shard(prepared: Path) -> None:
+def test_a_batch_can_be_changed_without_changing_the_shard(prepared):
     data = TokenDataset(ShardIndex.load(prepared), "train")
     before = data[0].tolist()
     data[0].zero_()
     assert data[0].tolist() == before
 
 
-def test_a_pickled_data_set_is_small_and_reads_the_same(prepared: Path) -> None:
+def test_a_pickled_data_set_is_small_and_reads_the_same(prepared):
     data = TokenDataset(ShardIndex.load(prepared), "train")
     expected = data.__getitems__([5, 0, 17]).tolist()
     pickled = pickle.dumps(data)
@@ -219,13 +213,13 @@ def test_a_pickled_data_set_is_small_and_reads_the_same(prepared: Path) -> None:
     assert pickle.loads(pickled).__getitems__([5, 0, 17]).tolist() == expected
 
 
-def test_a_length_that_does_not_fit_is_refused(prepared: Path) -> None:
+def test_a_length_that_does_not_fit_is_refused(prepared):
     with pytest.raises(ConfigError, match=r"data\.seq_len"):
         TokenDataset(ShardIndex.load(prepared), "train", 5)
 
 
 @pytest.mark.parametrize("what", ["magic", "shape", "dtype", "short"])
-def test_a_shard_damaged_after_the_index_was_read_is_refused(copy: Path, what: str) -> None:
+def test_a_shard_damaged_after_the_index_was_read_is_refused(copy, what):
     data = TokenDataset(ShardIndex.load(copy), "train")
     path = copy / "train" / "shard-000000.tar"
     content = path.read_bytes()
@@ -250,7 +244,7 @@ def tokens_of(batch: Batch) -> torch.Tensor:
     return torch.cat([batch.inputs_BS, batch.targets_BS[:, -1:]], dim=1)
 
 
-def test_a_batch_numbers_documents_where_they_are_masked(prepared: Path) -> None:
+def test_a_batch_numbers_documents_where_they_are_masked(prepared):
     plain = next(iter(module(prepared).train_dataloader()))
     assert plain.documents_BS is None
     eos_id = int(plain.inputs_BS[0, 5])
@@ -260,9 +254,7 @@ def test_a_batch_numbers_documents_where_they_are_masked(prepared: Path) -> None
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_follow_the_order_and_resume_at_any_step(
-    prepared: Path, rows: np.ndarray, num_workers: int
-) -> None:
+def test_batches_follow_the_order_and_resume_at_any_step(prepared, rows, num_workers):
     data = module(prepared, num_workers=num_workers)
     batches = list(map(tokens_of, data.train_dataloader()))
     assert len(batches) == 6 * 2
@@ -277,7 +269,7 @@ def test_batches_follow_the_order_and_resume_at_any_step(
     assert [tokens_of(batch).tolist() for batch in loader] == [b.tolist() for b in batches[8:]]
 
 
-def test_ranks_share_a_step(prepared: Path) -> None:
+def test_ranks_share_a_step(prepared):
     alone = module(prepared, micro_batch_size=6, accumulate=2)
     expected = [tokens_of(batch).tolist() for batch in alone.train_dataloader()]
     ranks = [on_rank(module(prepared, micro_batch_size=3), 2, rank) for rank in (0, 1)]
@@ -286,14 +278,14 @@ def test_ranks_share_a_step(prepared: Path) -> None:
     assert [torch.cat(pair).tolist() for pair in pairs] == expected
 
 
-def test_the_strategy_says_which_ranks_read_the_same(prepared: Path) -> None:
+def test_the_strategy_says_which_ranks_read_the_same(prepared):
     """Two tensor-parallel ranks of four are one data-parallel rank."""
     data = on_rank(module(prepared), 4, 3)
     data.trainer.distributed_sampler_kwargs = {"num_replicas": 2, "rank": 1}  # type: ignore
     assert (data.plan().world_size, data.plan().rank) == (2, 1)
 
 
-def test_epochs_go_on_one_after_another(prepared: Path) -> None:
+def test_epochs_go_on_one_after_another(prepared):
     size = read_summary(prepared).splits["train"].num_sequences
     data = module(prepared, micro_batch_size=1, accumulate=size, num_steps=2)
     first, second = data.sample_numbers(0), data.sample_numbers(1)
@@ -305,9 +297,7 @@ def test_epochs_go_on_one_after_another(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize("eval_sequences", [None, 10, 10**9])
-def test_validation_reads_the_first_samples_in_order(
-    prepared: Path, eval_sequences: int | None
-) -> None:
+def test_validation_reads_the_first_samples_in_order(prepared, eval_sequences):
     data = module(prepared, eval_sequences=eval_sequences)
     samples = data.valid_data
     expected = samples.__getitems__(list(range(min(len(samples), eval_sequences or 10**9))))
@@ -322,7 +312,7 @@ def test_validation_reads_the_first_samples_in_order(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_loaders_leave_the_global_random_state_alone(prepared: Path, num_workers: int) -> None:
+def test_loaders_leave_the_global_random_state_alone(prepared, num_workers):
     before = torch.get_rng_state()
     data = module(prepared, num_workers=num_workers, num_steps=1)
     list(data.train_dataloader())
@@ -330,16 +320,11 @@ def test_loaders_leave_the_global_random_state_alone(prepared: Path, num_workers
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_fingerprint_of_the_stream(prepared: Path) -> None:
+def test_the_fingerprint_of_the_stream(prepared):
     same = module(prepared, micro_batch_size=7).fingerprint
     assert module(prepared, num_workers=2).fingerprint == same
     others = [
-        module(prepared, **change)
-        for change in (
-            {"seed": 1},
-            {"shuffle": False},
-            {"seq_len": 8},
-        )
+        module(prepared, **change) for change in ({"seed": 1}, {"shuffle": False}, {"seq_len": 8})
     ]
     assert len({same, *(other.fingerprint for other in others)}) == 4
 
@@ -364,7 +349,7 @@ class _Recorder(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def test_lightning_trains_on_it(prepared: Path) -> None:
+def test_lightning_trains_on_it(prepared):
     expected = [tokens_of(batch).tolist() for batch in module(prepared).train_dataloader()]
     for start_step in (0, 4):
         data = module(prepared, eval_sequences=10)
@@ -390,7 +375,7 @@ def test_lightning_trains_on_it(prepared: Path) -> None:
         assert recorder.valid_samples
 
 
-def test_verify_reaches_the_shards(copy: Path) -> None:
+def test_verify_reaches_the_shards(copy):
     damage(copy / "train" / "shard-000000.tar")
     module(copy).train_dataloader()
     with pytest.raises(DataError, match="SHA-256"):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np
@@ -37,9 +35,7 @@ SAME_STEP = [
     st.integers(0, 12),
     st.data(),
 )
-def test_the_stream_is_one_for_every_way_to_share_it(
-    size: tuple[int, int, int], num_samples: int, seed: int, steps: int, data: st.DataObject
-) -> None:
+def test_the_stream_is_one_for_every_way_to_share_it(size, num_samples, seed, steps, data):
     order = SampleOrder(num_samples, seed)
     start = data.draw(st.integers(0, steps))
     expected = order.lookup(np.arange(start * 24, steps * 24)).tolist()
@@ -51,9 +47,7 @@ def test_the_stream_is_one_for_every_way_to_share_it(
     st.lists(st.sampled_from(SAME_STEP), min_size=1, max_size=4),
     st.lists(st.integers(0, 15), max_size=3),
 )
-def test_interrupted_runs_on_other_worlds_lose_and_repeat_nothing(
-    sizes: list[tuple[int, int, int]], stops: list[int]
-) -> None:
+def test_interrupted_runs_on_other_worlds_lose_and_repeat_nothing(sizes, stops):
     order = SampleOrder(100, 5)
     borders = [0, *sorted(stops), 15]
     seen: list[int] = []
@@ -63,23 +57,21 @@ def test_interrupted_runs_on_other_worlds_lose_and_repeat_nothing(
     assert seen == order.lookup(np.arange(15 * 24)).tolist()
 
 
-def test_batches_do_not_depend_on_how_many_are_looked_up_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_batches_do_not_depend_on_how_many_are_looked_up_at_once(monkeypatch):
     sampler = RankBatchSampler(SampleOrder(50, 0), BatchPlan(2, 3, 40, 2, 1))
     at_once = list(sampler)
     monkeypatch.setattr(batches, "_LOOKUP_POSITIONS", 13)
     assert list(sampler) == at_once
 
 
-def test_the_length_is_that_of_the_whole_run() -> None:
+def test_the_length_is_that_of_the_whole_run():
     sampler = RankBatchSampler(SampleOrder(50, 0), BatchPlan(2, 3, 10), start_step=8)
     assert len(sampler) == 30
     assert len(list(sampler)) == 6
 
 
 @pytest.mark.parametrize("start_step", [-1, 11])
-def test_a_start_outside_the_run_is_refused(start_step: int) -> None:
+def test_a_start_outside_the_run_is_refused(start_step):
     with pytest.raises(ValueError, match="start_step"):
         RankBatchSampler(SampleOrder(50, 0), BatchPlan(2, 3, 10), start_step)
 
@@ -87,15 +79,15 @@ def test_a_start_outside_the_run_is_refused(start_step: int) -> None:
 @pytest.mark.parametrize(
     "numbers", [(0, 1, 1), (1, 0, 1), (1, 1, -1), (1, 1, 1, 0), (1, 1, 1, 2, 2), (1, 1, 1, 1, -1)]
 )
-def test_an_impossible_plan_is_refused(numbers: tuple[int, ...]) -> None:
+def test_an_impossible_plan_is_refused(numbers):
     with pytest.raises(ValueError, match=r"not 1 or more|no such plan"):
         BatchPlan(*numbers)
 
 
 @given(st.integers(1, 8), st.integers(1, 100), st.integers(1, 10))
 def test_validation_counts_each_sample_once_in_equally_many_batches(
-    world_size: int, num_samples: int, batch_size: int
-) -> None:
+    world_size, num_samples, batch_size
+):
     samplers = [
         EvalBatchSampler(num_samples, batch_size, world_size, rank) for rank in range(world_size)
     ]
@@ -112,10 +104,10 @@ def test_validation_counts_each_sample_once_in_equally_many_batches(
     assert len({len(sampler) for sampler in samplers}) == 1
 
 
-def test_validation_on_one_rank_is_in_full_batches() -> None:
+def test_validation_on_one_rank_is_in_full_batches():
     assert list(EvalBatchSampler(10, 4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_validation_without_samples_is_refused() -> None:
+def test_validation_without_samples_is_refused():
     with pytest.raises(DataError, match="no samples"):
         EvalBatchSampler(0, 1, 4, 0)

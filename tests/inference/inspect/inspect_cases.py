@@ -3,9 +3,7 @@
 from contextlib import nullcontext
 from html.parser import HTMLParser
 
-from modtrain.inference.inspect.figures import (
-    luminance,
-)
+from modtrain.inference.inspect.figures import luminance
 from modtrain.inference.inspect.inspect import text_windows
 from modtrain.inference.inspect.page import Subject, render
 from modtrain.inference.inspect.trace import Trace, trace

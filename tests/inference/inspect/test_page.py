@@ -16,19 +16,10 @@ from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
 from modtrain.inference.evaluate.evaluate import evaluate_run
 from modtrain.inference.inspect import figures as inspect_figures
 from modtrain.inference.inspect.config import InspectConfig
-from modtrain.inference.inspect.figures import (
-    luminance,
-    themes,
-)
+from modtrain.inference.inspect.figures import luminance, themes
 from modtrain.inference.inspect.inspect import inspect_run
 from modtrain.training.run import train
-from tests.inference.inspect.inspect_cases import (
-    NASTY,
-    Parsed,
-    contrast,
-    model_of,
-    page_of,
-)
+from tests.inference.inspect.inspect_cases import NASTY, Parsed, contrast, model_of, page_of
 
 
 def assert_self_contained(page: Parsed) -> None:

@@ -382,8 +382,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize(
-    "router",
-    [{"causal": ["threshold"]}, {"choice": "token"}, {"gate": "raw"}, {"gate": "sigmoid"}],
+    "router", [{"causal": ["threshold"]}, {"choice": "token"}, {"gate": "raw"}, {"gate": "sigmoid"}]
 )
 def test_scores_of_the_whole_sequence_are_refused(router):
     config = small(router=RouterConfig(score="oracle_norm", **router))

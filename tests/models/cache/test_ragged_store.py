@@ -3,8 +3,6 @@
 Shapes: B sequences, N of them in a call, K new tokens, L entries.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

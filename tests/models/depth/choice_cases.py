@@ -1,7 +1,5 @@
 """Models and contexts that the tests of choice, padding and thresholds share."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 

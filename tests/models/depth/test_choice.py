@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, K places, D model, V vocabulary.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import torch
@@ -15,15 +13,7 @@ from torch import Tensor
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.depth.selection import expert_choice
 from modtrain.models.experts.config import ExpertsConfig
-from tests.helpers.model_cases import (
-    bits,
-    context_of,
-    lively,
-    normal,
-    quick,
-    random_tokens,
-    small,
-)
+from tests.helpers.model_cases import bits, context_of, lively, normal, quick, random_tokens, small
 from tests.models.depth.choice_cases import EXPERTS, TARGETS, context, masked, model_of, nearest
 
 
@@ -108,10 +98,7 @@ def test_expert_choice_takes_the_best_of_each_document(case, side, seed, several
     if valid_BS is None:
         valid_BS = torch.ones(1, 1, dtype=torch.bool)
     rows = zip(
-        scores_BS,
-        documents_BS.expand(batch, length),
-        valid_BS.expand(batch, length),
-        strict=True,
+        scores_BS, documents_BS.expand(batch, length), valid_BS.expand(batch, length), strict=True
     )
     expected = [expected_of(s.tolist(), count, d.tolist(), v.tolist()) for s, d, v in rows]
     assert chosen_BS.tolist() == expected

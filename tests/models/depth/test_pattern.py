@@ -1,7 +1,5 @@
 """The named patterns: which layers they route, and how their capacities run over depth."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

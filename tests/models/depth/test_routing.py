@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, D model.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, K chosen, D model, W width of a head.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

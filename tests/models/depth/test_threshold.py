@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, K places, D model, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 
@@ -20,15 +18,7 @@ from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.depth.selection import quantile, token_choice
 from tests.helpers import reference
-from tests.helpers.model_cases import (
-    bits,
-    context_of,
-    lively,
-    normal,
-    quick,
-    random_tokens,
-    small,
-)
+from tests.helpers.model_cases import bits, context_of, lively, normal, quick, random_tokens, small
 from tests.helpers.thresholds import margin
 from tests.models.depth.choice_cases import (
     EXPERTS,
@@ -184,8 +174,7 @@ def test_the_quantile_is_the_middle_between_the_last_above_and_the_first_below(
 
 @quick(60)
 @given(
-    st.lists(st.floats(-50, 50), min_size=1, max_size=12),
-    st.sampled_from([0.0, 0.3, 0.9, 0.99]),
+    st.lists(st.floats(-50, 50), min_size=1, max_size=12), st.sampled_from([0.0, 0.3, 0.9, 0.99])
 )
 def test_the_threshold_is_a_mean_of_the_past_without_a_pull_to_zero(values, decay):
     layer, _ = token_layer(router={"threshold_decay": decay})

@@ -5,8 +5,6 @@ Written from the papers and the docstrings, it shares no code with `modtrain.mod
 Shapes: B batch, S sequence, D model, R experts with no-ops.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import Any

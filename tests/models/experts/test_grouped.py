@@ -3,8 +3,6 @@
 Shapes: N rows, E groups (experts), D and F features in and out.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -3,8 +3,6 @@
 Shapes: B batch, S sequence, D model, E experts, N rows, F features out.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

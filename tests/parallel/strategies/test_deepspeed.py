@@ -1,7 +1,5 @@
 """ZeRO on real ranks: the same steps as one process, and the same state by name."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import nullcontext
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What tells a spike, what leaves a step out, and what is kept of it."""
 
-from __future__ import annotations
-
 import json
 import math
 
@@ -25,8 +23,7 @@ from tests.training.test_no_sync import step  # noqa: F401 a fixture
 
 # Quarters, so that sums are exact and a value never lies on a limit by rounding alone.
 VALUES = st.one_of(
-    st.integers(0, 16).map(lambda n: n / 4),
-    st.sampled_from([1000.0, math.nan, math.inf]),
+    st.integers(0, 16).map(lambda n: n / 4), st.sampled_from([1000.0, math.nan, math.inf])
 )
 CONFIGS = st.builds(
     SpikeConfig,
