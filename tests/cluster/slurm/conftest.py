@@ -46,3 +46,11 @@ def cluster(slurm_possible: None) -> Iterator[Cluster]:
     # Slurm's own: who ends a job leaves it the time to save, which a busy machine needs.
     with cluster_of(conf="KillWait=30\n") as found:
         yield found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Cancel what a test has left in the queue."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").cancel_all()

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modtrain.training.metrics_log import read_metrics
-from tests.cluster.slurm.slurm_cluster import ENDED, Cluster
+from tests.cluster.slurm.slurm_cluster import ENDED, Cluster, wait_until
 
 FAULTY = Path(__file__).with_name("faulty")
 STEPS = 24
@@ -77,11 +76,7 @@ class Disturbed:
         Raises:
             AssertionError: it is not in time.
         """
-        deadline = time.monotonic() + timeout
-        while not (found := is_so()):
-            assert time.monotonic() < deadline, f"not {what} in {timeout} s: {self.said()}"
-            time.sleep(0.05)
-        return found
+        return wait_until(is_so, timeout, lambda: f"not {what} in {timeout} s: {self.said()}")
 
     def held(self, name: str, rank: int = 1) -> tuple[str, int]:
         """Wait until a rank has come to a fault; return its node and its process there."""

@@ -11,6 +11,17 @@ from tests.cluster.slurm.disturbed import Disturbed
 LATIN = "ValueError: the disk spoke Latin"
 
 
+def fault(at: str, step: int = 0, rank: int | None = 1, do: str = "hold", **more: Any) -> dict:
+    return {"name": at, "at": at, "step": step, "rank": rank, "do": do, **more}
+
+
+MID_STEP, MID_SAVE = fault("step", 10), fault("save", 8)
+
+
+def happens_inside(_run: Disturbed) -> None:
+    """The faults do it."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A run and what is done to it.
@@ -23,10 +34,10 @@ class Case:
 
     name: str
     did: str
-    act: Callable[[Disturbed], None]
+    act: Callable[[Disturbed], None] = happens_inside
     strategy: str = "ddp"
     launcher: str = "srun"
-    faults: tuple[dict[str, Any], ...] = ()
+    faults: tuple[dict[str, Any], ...] = (MID_STEP,)
     job: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
@@ -37,23 +48,15 @@ class Case:
     share_mb: int = 0
 
 
-def fault(at: str, step: int = 0, rank: int | None = 1, do: str = "hold", **more: Any) -> dict:
-    return {"name": at, "at": at, "step": step, "rank": rank, "do": do, **more}
-
-
 # ---- what is done
 
 
-def nothing(_run: Disturbed) -> None:
-    """It happens inside."""
+def signals(rank: int = 1, name: str = "KILL") -> Callable[[Disturbed], None]:
+    def act(run: Disturbed) -> None:
+        run.kill_rank(*run.held("step", rank), name)
+        run.release("step")
 
-
-def kills_a_rank(run: Disturbed) -> None:
-    run.kill_rank(*run.held("step"))
-
-
-def kills_rank_0(run: Disturbed) -> None:
-    run.kill_rank(*run.held("step", 0))
+    return act
 
 
 def cuts_power(place: str, rank: int = 1) -> Callable[[Disturbed], None]:
@@ -135,11 +138,6 @@ def is_gone(run: Disturbed) -> None:
         time.sleep(15)
 
 
-def stops_a_rank(run: Disturbed) -> None:
-    run.kill_rank(*run.held("step"), "STOP")
-    run.release("step")
-
-
 def waits_for_stacks(run: Disturbed) -> None:
     stacks = run.run / "logs/stacks-rank-00001.txt"
     run.until("showing where it hangs", lambda: stacks.exists() and "in hold" in stacks.read_text())
@@ -151,286 +149,146 @@ def waits_for_the_limit(run: Disturbed) -> None:
 
 # ---- the table
 
-MID_STEP = fault("step", 10)
 TORCHRUN = "torchrun"
-PREEMPTED = ("cluster.partition=low",)
-TERM = "SlurmctldParameters=enable_configless\n"
+RAISES = (fault("step", 10, do="raise"),)
+# Before the first checkpoint: one that comes in between would be progress.
+RAISES_ALWAYS = (fault("step", 2, do="raise", always=True),)
+KILLED_ALWAYS = (fault("step", 2, 0, "kill", always=True),)
+RANK_0 = (fault("step", 10, 0),)
+SLOW = (fault("step", 0, None, "slow", seconds=0.3, always=True),)
+HARD = "PartitionName=hard Nodes=ALL PriorityTier=1 GraceTime=0 MaxTime=INFINITE\n"
+ON_SHARE = {"restarts": None, "causes": None, "share_mb": 96}
+
+
+def stuck(name: str, did: str, act: Callable[[Disturbed], None], *strategy: str) -> Case:
+    """A rank that the others have to give up on."""
+    impatient, causes = ("strategy.timeout=15",), ("rank 1 on node",)
+    return Case(name, did, act, *strategy, lines=impatient, causes=causes)
+
+
+def preempted(name: str, at: dict[str, Any], when: str, signal: str = "USR1", **more: Any) -> Case:
+    """A job of low priority that Slurm takes from its nodes at the place of a fault."""
+    did, job = f"{signal} by preemption {when}", ("cluster.partition=low", *more.pop("job", ()))
+    conf = "SlurmctldParameters=enable_configless\n" if signal == "TERM" else ""
+    return Case(name, did, preempts(at["at"]), faults=(at,), job=job, conf=conf, **more)
+
+
+def array(name: str, *signal: str, **more: Any) -> Case:
+    when, job = "in a step of both tasks", ("nodes=1", "processes_per_node=2")
+    return preempted(name, MID_STEP, when, *signal, job=job, tasks=("a", "b"), **more)
+
 
 CASES = [
-    Case("kill -9", "rank 1 is killed", kills_a_rank, faults=(MID_STEP,), causes=("",)),
+    Case("kill -9", "rank 1 is killed", signals(), causes=("",)),
     Case(
-        "kill -9 of rank 0",
-        "rank 0 is killed",
-        kills_rank_0,
-        "fsdp",
-        TORCHRUN,
-        faults=(fault("step", 10, 0),),
+        *("kill -9 of rank 0", "rank 0 is killed", signals(0), "fsdp", TORCHRUN, RANK_0),
         causes=("",),
     ),
+    Case("raises", "rank 1 raises once", strategy="fsdp_tp", faults=RAISES, causes=(LATIN,)),
     Case(
-        "raises",
-        "rank 1 raises once",
-        nothing,
-        "fsdp_tp",
-        faults=(fault("step", 10, do="raise"),),
+        *("raises under torchrun", "rank 1 raises once", happens_inside, "fsdp_ep", TORCHRUN),
+        faults=RAISES,
         causes=(LATIN,),
     ),
     Case(
-        "raises under torchrun",
-        "rank 1 raises once",
-        nothing,
-        "fsdp_ep",
-        TORCHRUN,
-        faults=(fault("step", 10, do="raise"),),
-        causes=(LATIN,),
+        "power, mid-step", "the second node loses power in a step", cuts_power("step"), causes=None
     ),
     Case(
-        "power, mid-step",
-        "the second node loses power in a step",
-        cuts_power("step"),
+        *("power, mid-save", "the second node loses power in a save", cuts_power("save"), "fsdp"),
+        faults=(MID_SAVE,),
         causes=None,
-        faults=(MID_STEP,),
-    ),
-    Case(
-        "power, mid-save",
-        "the second node loses power in a save",
-        cuts_power("save"),
-        "fsdp",
-        causes=None,
-        faults=(fault("save", 8),),
     ),
     Case(
         "power of the batch host",
         "the first node, with the job's script, loses power in a step",
-        cuts_power("step", 0),
-        "fsdp",
-        TORCHRUN,
+        *(cuts_power("step", 0), "fsdp", TORCHRUN, RANK_0),
         causes=None,
-        faults=(fault("step", 10, 0),),
     ),
     Case(
-        "slurmd for a while",
-        "slurmd of a node dies and comes back",
-        kills_slurmd_for_a_while,
-        faults=(MID_STEP,),
+        *("slurmd for a while", "slurmd of a node dies and comes back", kills_slurmd_for_a_while),
         restarts=0,
     ),
     Case(
-        "slurmd for good",
-        "slurmd of a node dies and stays away",
-        kills_slurmd,
-        "fsdp",
+        *("slurmd for good", "slurmd of a node dies and stays away", kills_slurmd, "fsdp"),
         causes=None,
-        faults=(MID_STEP,),
     ),
     Case(
-        "controller restarts",
-        "the controller restarts in a step",
-        restarts_controller,
-        "deepspeed_1",
-        faults=(MID_STEP,),
+        *("controller restarts", "the controller restarts in a step", restarts_controller),
+        strategy="deepspeed_1",
         restarts=0,
     ),
     Case(
         "controller away",
         "a rank is killed while the controller is away",
         takes_controller_away,
-        faults=(MID_STEP,),
         causes=("",),
     ),
     Case(
-        "other nodes",
-        "a node is drained and the job requeued by hand",
-        drains_and_requeues,
-        "hsdp",
-        faults=(MID_STEP,),
+        *("other nodes", "a node is drained and the job requeued by hand", drains_and_requeues),
+        strategy="hsdp",
+    ),
+    stuck("hang", "rank 1 waits for ever in a step", waits_for_stacks, "fsdp_ep"),
+    stuck("stopped process", "rank 1 is stopped (SIGSTOP) in a step", signals(name="STOP")),
+    stuck(
+        *("stopped process under torchrun", "rank 1 is stopped (SIGSTOP) in a step"),
+        *(signals(name="STOP"), "fsdp_tp", TORCHRUN),
     ),
     Case(
-        "hang",
-        "rank 1 waits for ever in a step",
-        waits_for_stacks,
-        "fsdp_ep",
-        faults=(MID_STEP,),
-        lines=("strategy.timeout=15",),
-        causes=("rank 1 on node",),
-    ),
-    Case(
-        "stopped process",
-        "rank 1 is stopped (SIGSTOP) in a step",
-        stops_a_rank,
-        faults=(MID_STEP,),
-        lines=("strategy.timeout=15",),
-        causes=("rank 1 on node",),
-    ),
-    Case(
-        "stopped process under torchrun",
-        "rank 1 is stopped (SIGSTOP) in a step",
-        stops_a_rank,
-        "fsdp_tp",
-        TORCHRUN,
-        faults=(MID_STEP,),
-        lines=("strategy.timeout=15",),
-        causes=("rank 1 on node",),
-    ),
-    Case(
-        "restart loop",
-        "rank 1 raises at the same step at each start",
-        nothing,
-        # Before the first checkpoint: one that comes in between would be progress.
-        faults=(fault("step", 2, do="raise", always=True),),
+        *("restart loop", "rank 1 raises at the same step at each start"),
+        faults=RAISES_ALWAYS,
         restarts=2,
         causes=(LATIN,) * 3,
         ends="FAILED",
     ),
     Case(
-        "crash loop of rank 0",
-        "rank 0, which tells how a run ended, is killed at each start",
-        nothing,
-        "fsdp",
-        faults=(fault("step", 2, 0, "kill", always=True),),
+        *("crash loop of rank 0", "rank 0, which tells how a run ended, is killed at each start"),
+        strategy="fsdp",
+        faults=KILLED_ALWAYS,
         restarts=2,
         causes=("",) * 3,
         ends="FAILED",
     ),
-    Case(
-        "preempted mid-step",
-        "USR1 by preemption in a step",
-        preempts("step"),
-        faults=(MID_STEP,),
-        job=PREEMPTED,
+    preempted("preempted mid-step", MID_STEP, "in a step"),
+    preempted("preempted mid-step, TERM", MID_STEP, "in a step", "TERM", strategy="fsdp"),
+    preempted("preempted mid-save", MID_SAVE, "in a save", strategy="hsdp"),
+    preempted("preempted in imports", fault("imports"), "in imports", strategy="deepspeed_3"),
+    preempted("preempted before imports", fault("start"), "before Python has run a line", "TERM"),
+    preempted(
+        "preempted in evaluation", fault("evaluation"), "in an evaluation", strategy="fsdp_tp"
     ),
-    Case(
-        "preempted mid-step, TERM",
-        "TERM by preemption in a step",
-        preempts("step"),
-        "fsdp",
-        faults=(MID_STEP,),
-        job=PREEMPTED,
-        conf=TERM,
+    preempted(
+        *("preempted under torchrun", MID_STEP, "in a step"), strategy="fsdp_ep", launcher=TORCHRUN
     ),
-    Case(
-        "preempted mid-save",
-        "USR1 by preemption in a save",
-        preempts("save"),
-        "hsdp",
-        faults=(fault("save", 8),),
-        job=PREEMPTED,
+    preempted(
+        *("preempted in imports under torchrun", fault("imports"), "in imports", "TERM"),
+        strategy="fsdp",
+        launcher=TORCHRUN,
     ),
-    Case(
-        "preempted in imports",
-        "USR1 by preemption in imports",
-        preempts("imports"),
-        "deepspeed_3",
-        faults=(fault("imports"),),
-        job=PREEMPTED,
+    preempted(
+        *("preempted mid-step, DeepSpeed", MID_STEP, "in a step"),
+        strategy="deepspeed_2",
+        launcher=TORCHRUN,
     ),
+    array("array preempted", strategy="fsdp_cp"),
+    array("array preempted, TERM", "TERM", strategy="fsdp", launcher=TORCHRUN),
     Case(
-        "preempted before imports",
-        "TERM by preemption before Python has run a line",
-        preempts("start"),
-        faults=(fault("start"),),
-        job=PREEMPTED,
-        conf=TERM,
-    ),
-    Case(
-        "preempted in evaluation",
-        "USR1 by preemption in an evaluation",
-        preempts("evaluation"),
-        "fsdp_tp",
-        faults=(fault("evaluation"),),
-        job=PREEMPTED,
-    ),
-    Case(
-        "preempted under torchrun",
-        "USR1 by preemption in a step",
-        preempts("step"),
-        "fsdp_ep",
-        TORCHRUN,
-        faults=(MID_STEP,),
-        job=PREEMPTED,
-    ),
-    Case(
-        "preempted in imports under torchrun",
-        "TERM by preemption in imports",
-        preempts("imports"),
-        "fsdp",
-        TORCHRUN,
-        faults=(fault("imports"),),
-        job=PREEMPTED,
-        conf=TERM,
-    ),
-    Case(
-        "preempted mid-step, DeepSpeed",
-        "USR1 by preemption in a step",
-        preempts("step"),
-        "deepspeed_2",
-        TORCHRUN,
-        faults=(MID_STEP,),
-        job=PREEMPTED,
-    ),
-    Case(
-        "array preempted",
-        "USR1 by preemption in a step of both tasks",
-        preempts("step"),
-        "fsdp_cp",
-        faults=(MID_STEP,),
-        job=(*PREEMPTED, "nodes=1", "processes_per_node=2"),
-        tasks=("a", "b"),
-    ),
-    Case(
-        "array preempted, TERM",
-        "TERM by preemption in a step of both tasks",
-        preempts("step"),
-        "fsdp",
-        TORCHRUN,
-        faults=(MID_STEP,),
-        job=(*PREEMPTED, "nodes=1", "processes_per_node=2"),
-        tasks=("a", "b"),
-        conf=TERM,
-    ),
-    Case(
-        "no grace",
-        "preempted, and killed before it can save",
-        preempts("step"),
-        "deepspeed_1",
+        *("no grace", "preempted, and killed before it can save", preempts("step"), "deepspeed_1"),
         faults=(fault("step", 10, deaf=True),),
-        conf="PartitionName=hard Nodes=ALL PriorityTier=1 GraceTime=0 MaxTime=INFINITE\n",
+        conf=HARD,
         job=("cluster.partition=hard",),
     ),
     Case(
-        "time limit",
-        "USR1 before the time limit",
-        waits_for_the_limit,
-        faults=(MID_STEP,),
+        *("time limit", "USR1 before the time limit", waits_for_the_limit),
         # Slurm is up to a minute early.
         job=("time=3", "cluster.lead=60"),
         lines=("strategy.timeout=200",),
     ),
     Case(
-        "slow disk",
-        "the shared file system stands still for most of 12 s",
-        is_slow,
-        "fsdp",
-        faults=(fault("step", 0, None, "slow", seconds=0.3, always=True),),
+        *("slow disk", "the shared file system stands still for most of 12 s", is_slow, "fsdp"),
+        faults=SLOW,
         restarts=0,
         share_mb=96,
     ),
-    Case(
-        "full disk",
-        "the shared file system is full",
-        is_full,
-        faults=(MID_STEP,),
-        restarts=None,
-        causes=None,
-        share_mb=96,
-    ),
-    Case(
-        "lost mount",
-        "the shared file system is away for 15 s",
-        is_gone,
-        faults=(MID_STEP,),
-        restarts=None,
-        causes=None,
-        share_mb=96,
-    ),
+    Case("full disk", "the shared file system is full", is_full, **ON_SHARE),
+    Case("lost mount", "the shared file system is away for 15 s", is_gone, **ON_SHARE),
 ]

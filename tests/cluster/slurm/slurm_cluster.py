@@ -4,12 +4,17 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+ROOT = Path(__file__).parents[3]
+# What modtrain needs on a node.
+HERE = {"PYTHONPATH": str(ROOT), "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
 MINISLURM = Path(__file__).with_name("minislurm")
 NUM_NODES = 3
 ENDED = (
@@ -53,6 +58,17 @@ def missing() -> str | None:
 def is_installed() -> bool:
     """Whether Slurm's daemons are here already."""
     return shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is not None
+
+
+def wait_until(
+    is_so: Callable[[], Any], timeout: float = 60, describe: Callable[[], str] = str
+) -> Any:
+    """Wait until ``is_so()`` is true and return it; where it is not in time, fail with a text."""
+    deadline = time.monotonic() + timeout
+    while not (found := is_so()):
+        assert time.monotonic() < deadline, describe()
+        time.sleep(0.05)
+    return found
 
 
 class Cluster:
@@ -127,6 +143,11 @@ class Cluster:
         done = self._minislurm("exec", *map(str, command), env=env, cwd=cwd, timeout=timeout)
         assert not (check and done.returncode), f"{command}: {done.stdout}{done.stderr}"
         return done
+
+    def modtrain(self, cwd: Path, *words: str, **options: Any) -> str:
+        """Run a command of modtrain on the login node, and return what it printed."""
+        options = {"env": HERE, **options}
+        return self.run(sys.executable, "-m", "modtrain", *words, cwd=cwd, **options).stdout
 
     def sbatch(
         self,

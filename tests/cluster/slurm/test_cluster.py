@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import slurm_cluster
-from tests.cluster.slurm.slurm_cluster import ENDED, Cluster, cluster_of
+from tests.cluster.slurm.slurm_cluster import ENDED, cluster_of, wait_until
 
 SLEEPER = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append --output={output}
@@ -20,23 +20,8 @@ srun --overlap bash -c 'echo awake; sleep {seconds}'
 """
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left(request):
-    yield
-    if "cluster" in request.fixturenames:
-        request.getfixturevalue("cluster").cancel_all()
-
-
 def script(tmp_path: Path, seconds: float) -> str:
     return SLEEPER.format(output=tmp_path / "slurm-%j.out", seconds=seconds)
-
-
-def wait_for_step(cluster: Cluster, job: str, timeout: float = 60) -> None:
-    """Wait until the job's two tasks run: a running job may still be asking for its step."""
-    deadline = time.monotonic() + timeout
-    while cluster.output(job).count("awake") < 2:
-        assert time.monotonic() < deadline, cluster.output(job)
-        time.sleep(0.1)
 
 
 @pytest.mark.quick
@@ -74,7 +59,8 @@ def test_a_node_without_power_is_gone_and_comes_back(cluster, tmp_path):
 @pytest.mark.nightly
 def test_daemons_die_and_come_back_while_a_job_goes_on(cluster, tmp_path):
     job = cluster.sbatch(script(tmp_path, 4), "--nodelist=node1,node2")
-    wait_for_step(cluster, job)
+    # A running job may still be asking for its step of two tasks.
+    wait_until(lambda: cluster.output(job).count("awake") == 2, 60, lambda: cluster.output(job))
     cluster.kill_slurmd("node2")
     cluster.kill_controller()
     assert cluster.run("squeue", check=False).returncode
@@ -147,10 +133,7 @@ def test_it_ends_with_whoever_started_it(slurm_possible):
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     try:
-        deadline = time.monotonic() + 10
-        while login.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not login.exists()
+        wait_until(lambda: not login.exists(), 10)
         devices = ["losetup", "-n", "-O", "BACK-FILE"]
         held = subprocess.run(devices, check=True, capture_output=True, text=True).stdout
         assert str(directory) not in held

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-HERE = {"PYTHONPATH": str(ROOT), "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
+from tests.cluster.slurm.slurm_cluster import HERE, MINISLURM, wait_until
+
 # A job that saves at USR1 and comes back by itself, whatever is written in its directory.
 STUBBORN = """#!/bin/bash
 #SBATCH --open-mode=append
@@ -21,12 +21,6 @@ echo "start ${SLURM_RESTART_COUNT:-0}"
 while [ ! -e go ]; do sleep .2; done
 echo "the end"
 """
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(cluster):
-    yield
-    cluster.cancel_all()
 
 
 @pytest.fixture
@@ -46,31 +40,20 @@ def start(cluster, run: Path, *options: str) -> str:
     return job
 
 
-def modtrain(cluster, cwd: Path, *words: str) -> str:
-    return cluster.run(sys.executable, "-m", "modtrain", *words, env=HERE, cwd=cwd).stdout
-
-
-def wait_for(condition, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def test_what_waits_and_what_runs_is_told_with_slurms_reason(cluster, run, tmp_path):
     first = start(cluster, run)
     second = start(cluster, run, f"--dependency=afterany:{first}")
     cluster.wait(first, "RUNNING")
-    text = modtrain(cluster, tmp_path, "status")
+    text = cluster.modtrain(tmp_path, "status")
     row = next(row for row in text.splitlines() if row.startswith("│ x"))
     assert "running" in row and f"{first} +1" in row
-    text = modtrain(cluster, tmp_path, "status", "run=x")
+    text = cluster.modtrain(tmp_path, "status", "run=x")
     assert f"{first}: running, on node" in text
     assert f"{second}: pending (Dependency)" in text
     cluster.run("scontrol", "hold", second)
     cluster.run("scancel", first)
     cluster.wait(first, "CANCELLED")
-    text = modtrain(cluster, tmp_path, "status", "run=x")
+    text = cluster.modtrain(tmp_path, "status", "run=x")
     assert "pending: JobHeld" in text
     assert f"{first}: cancelled" in text
 
@@ -80,16 +63,12 @@ def test_logs_follow_over_a_requeue_to_the_end(cluster, run, tmp_path):
     job = start(cluster, run)
     cluster.wait(job, "RUNNING")
     output = run / f"logs/slurm-{job}.out"
-    wait_for(output.is_file)
+    wait_until(output.is_file)
     words = [sys.executable, "-m", "modtrain", "logs", "run=x", "follow=true"]
-    environment = {
-        **HERE,
-        "MINISLURM_DIR": str(cluster.directory),
-        "PATH": "/usr/sbin:/usr/bin:/bin",
-    }
+    place = {"MINISLURM_DIR": str(cluster.directory), "PATH": "/usr/sbin:/usr/bin:/bin"}
     followed = subprocess.Popen(
-        [Path(__file__).with_name("minislurm"), "exec", *words],
-        **{"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "text": True},
+        [MINISLURM, "exec", *words],
+        **{"cwd": tmp_path, "env": {**HERE, **place}, "stdout": subprocess.PIPE, "text": True},
     )
     try:
         assert followed.stdout.readline() == "start 0\n"
@@ -109,27 +88,27 @@ def test_logs_follow_over_a_requeue_to_the_end(cluster, run, tmp_path):
 def test_cancel_ends_a_chain_and_what_comes_back_by_itself(cluster, run, tmp_path):
     first = start(cluster, run)
     second = start(cluster, run, f"--dependency=afterany:{first}")
-    wait_for((run / f"logs/slurm-{first}.out").is_file)
-    text = modtrain(cluster, tmp_path, "cancel", "run=x")
+    wait_until((run / f"logs/slurm-{first}.out").is_file)
+    text = cluster.modtrain(tmp_path, "cancel", "run=x")
     assert f"job {first}: signalled to save" in text
     assert "can be resumed from step 5, saved now" in text
     assert [cluster.state(job) for job in (first, second)] == ["CANCELLED", "CANCELLED"]
     assert cluster.output(first).count("told") == 1
     assert not (run / f"logs/slurm-{second}.out").exists()
     assert (run / "CANCELLED").read_text().split() == [first, second]
-    assert "nothing to cancel" in modtrain(cluster, tmp_path, "cancel", "run=x")
+    assert "nothing to cancel" in cluster.modtrain(tmp_path, "cancel", "run=x")
 
 
 @pytest.mark.nightly
 def test_cancel_of_an_array_asks_every_task(cluster, run, tmp_path):
     job = start(cluster, run, "--array=0-2", "--output=logs/slurm-%A_%a.out")
-    wait_for(lambda: sum("start" in p.read_text() for p in run.glob("logs/slurm-*.out")) == 3)
-    text = modtrain(cluster, tmp_path, "cancel", "run=x")
+    wait_until(lambda: sum("start" in p.read_text() for p in run.glob("logs/slurm-*.out")) == 3)
+    text = cluster.modtrain(tmp_path, "cancel", "run=x")
     assert f"job {job}_0, {job}_1, {job}_2: signalled to save" in text
     for task in range(3):
         assert cluster.state(f"{job}_{task}") == "CANCELLED"
         assert (run / f"logs/slurm-{job}_{task}.out").read_text().count("told") == 1
-    assert "told" in modtrain(cluster, tmp_path, "logs", "run=x", f'job="{job}_1"')
+    assert "told" in cluster.modtrain(tmp_path, "logs", "run=x", f'job="{job}_1"')
 
 
 @pytest.mark.nightly
@@ -138,8 +117,8 @@ def test_a_job_that_does_not_save_is_killed(cluster, run, tmp_path):
     deaf = [line if "trap" not in line else "trap '' USR1 TERM\n" for line in lines]
     (run / "submit.sbatch").write_text("".join(deaf))
     job = start(cluster, run)
-    wait_for((run / f"logs/slurm-{job}.out").is_file)
-    text = modtrain(cluster, tmp_path, "cancel", "run=x", "wait=2")
+    wait_until((run / f"logs/slurm-{job}.out").is_file)
+    text = cluster.modtrain(tmp_path, "cancel", "run=x", "wait=2")
     assert f"job {job}: ended after 2 s" in text and "has no checkpoint" in text
     assert cluster.state(job) == "CANCELLED"
 
@@ -147,18 +126,18 @@ def test_a_job_that_does_not_save_is_killed(cluster, run, tmp_path):
 def test_a_run_in_training_saves_is_cancelled_and_can_go_on(cluster, tmp_path, tiny):
     words = ["train", "name=x", *tiny, "strategy=ddp", "batch.tokens=512", "log.progress=false"]
     site = ["cluster=cpu", "nodes=2", "time=30", "cluster.lead=60", "budget.steps=4000"]
-    modtrain(cluster, tmp_path, "submit", *words, *site, "chain=2", "eval.every=1000")
+    cluster.modtrain(tmp_path, "submit", *words, *site, "chain=2", "eval.every=1000")
     run = tmp_path / "runs/x"
     jobs = [json.loads(line)["job"] for line in (run / "jobs.jsonl").read_text().splitlines()]
-    wait_for((run / "metrics.jsonl").is_file, timeout=150)
-    text = modtrain(cluster, tmp_path, "status")
+    wait_until((run / "metrics.jsonl").is_file, timeout=150)
+    text = cluster.modtrain(tmp_path, "status")
     row = next(row for row in text.splitlines() if row.startswith("│ x"))
     assert "running" in row and "/4000" in row
-    assert "saved now" in modtrain(cluster, tmp_path, "cancel", "run=x")
+    assert "saved now" in cluster.modtrain(tmp_path, "cancel", "run=x")
     time.sleep(3)
     assert cluster.state(jobs[1]) == "CANCELLED"
     assert cluster.state(jobs[0]) in ("FAILED", "CANCELLED")
     assert "stopped by a signal" not in cluster.output(jobs[0])
     assert not (run / "failures.tsv").exists()
-    assert "stopped" in modtrain(cluster, tmp_path, "status", "run=x")
-    assert "to resume" in modtrain(cluster, tmp_path, "logs", "run=x", "lines=20")
+    assert "stopped" in cluster.modtrain(tmp_path, "status", "run=x")
+    assert "to resume" in cluster.modtrain(tmp_path, "logs", "run=x", "lines=20")

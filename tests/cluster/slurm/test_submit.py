@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -13,18 +13,11 @@ from pathlib import Path
 import pytest
 
 from modtrain.cluster.script import slurm_dir
-from tests.cluster.slurm.slurm_cluster import Cluster
+from tests.cluster.slurm.slurm_cluster import ROOT, Cluster, wait_until
 
-ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.timeout(900)
 # No test is as long as this: it ends what hangs.
 TIMEOUT = 200
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(cluster):
-    yield
-    cluster.cancel_all()
 
 
 @pytest.fixture
@@ -38,13 +31,17 @@ def words(tiny) -> list[str]:
 
 def submit(cluster: Cluster, cwd: Path, *words: str) -> list[str]:
     """Submit by the command line and return the jobs' numbers."""
-    command = [sys.executable, "-m", "modtrain", "submit", *words]
-    done = cluster.run(*command, cwd=cwd, env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"})
-    return [
-        line.removeprefix("submitted job ")
-        for line in done.stdout.splitlines()
-        if line.startswith("submitted job")
-    ]
+    return re.findall(r"^submitted job (.*)$", cluster.modtrain(cwd, "submit", *words), re.M)
+
+
+def submit_by_hand(
+    cluster: Cluster, cwd: Path, script: str, arguments: list[str], *options: str, **env: str
+) -> str:
+    """Give a template to Slurm without `modtrain submit`, and return the job's number."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    own = ("--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={cwd}", *options)
+    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": path, **env}
+    return cluster.sbatch(slurm_dir() / script, *own, arguments=arguments, env=environment, cwd=cwd)
 
 
 def jobs_of(run: Path) -> list[str]:
@@ -91,7 +88,7 @@ def test_a_chain_goes_on_where_the_last_job_stopped(cluster, tmp_path, words, la
     more += ["checkpoint.every=500", "eval.every=1000", "log.every=20"]
     (first,) = submit(cluster, tmp_path, *words, *more)
     run = tmp_path / "runs/x"
-    _wait_for((run / "metrics.jsonl").is_file, 120)
+    wait_until((run / "metrics.jsonl").is_file, 120)
     cluster.run("scancel", "--batch", "--signal=USR1", first)
     cluster.wait(first, "FAILED", timeout=TIMEOUT)
     assert cluster.details(first)["ExitCode"].startswith("75:")
@@ -120,10 +117,10 @@ def test_who_ends_a_job_by_scancel_has_ended_it(cluster, tmp_path, words, monkey
     said = cluster.details(job)
     assert (said["Requeue"], said["TimeLimit"]) == ("1", "00:30:00")
     run = tmp_path / "runs/x"
-    _wait_for((run / "metrics.jsonl").is_file, 120)
+    wait_until((run / "metrics.jsonl").is_file, 120)
     cluster.run("scancel", job)
     cluster.wait(job, "CANCELLED", timeout=TIMEOUT)
-    _wait_for(lambda: "ended by scancel" in cluster.output(job))
+    wait_until(lambda: "ended by scancel" in cluster.output(job))
     assert "ended with 1: continuing" in cluster.output(job)
     assert list((run / "checkpoints").glob("step-*"))
     assert cluster.details(job)["Restarts"] == "0"
@@ -140,7 +137,7 @@ def test_what_may_not_be_requeued_is_submitted_again(cluster, tmp_path, words):
     ]
     (first,) = submit(cluster, tmp_path, *words, *more, "eval.every=1000", "log.every=20")
     run = tmp_path / "runs/x"
-    _wait_for((run / "metrics.jsonl").is_file, 120)
+    wait_until((run / "metrics.jsonl").is_file, 120)
     cluster.run("scancel", "--batch", "--signal=USR1", first)
     cluster.wait(first, "FAILED", timeout=TIMEOUT)
     assert jobs_of(run)[0] == first
@@ -156,17 +153,12 @@ def test_a_signal_to_one_task_of_an_array_is_its_own(cluster, tmp_path, words):
     (job,) = submit(cluster, tmp_path, *words, *LONG, more)
     runs = [tmp_path / "runs/x" / name for name in ("one", "two")]
     for run in runs:
-        _wait_for((run / "metrics.jsonl").is_file, 120)
+        wait_until((run / "metrics.jsonl").is_file, 120)
     cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
-    _wait_for(lambda: cluster.details(f"{job}_1")["Restarts"] == "1", 120)
+    wait_until(lambda: cluster.details(f"{job}_1")["Restarts"] == "1", 120)
     other = cluster.details(f"{job}_0")
     assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
-    submit_cancel(cluster, tmp_path, "x")
-
-
-def submit_cancel(cluster: Cluster, cwd: Path, run: str) -> None:
-    command = [sys.executable, "-m", "modtrain", "cancel", f"run={run}"]
-    cluster.run(*command, cwd=cwd, env={"PYTHONPATH": str(ROOT)})
+    cluster.modtrain(tmp_path, "cancel", "run=x")
 
 
 @pytest.mark.nightly
@@ -277,47 +269,27 @@ def test_what_slurm_would_not_take_is_told_at_once(cluster, tmp_path, words):
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize("name", ["train.sbatch", "train_nodes.sbatch", "array.sbatch"])
 def test_a_template_works_by_hand(cluster, tmp_path, tiny, name):
-    options = [
-        "--gpus-per-node=0",
-        "--cpus-per-task=1",
-        "--ntasks-per-node=1",
-        f"--chdir={tmp_path}",
-    ]
-    options += ["--array=0"] if name == "array.sbatch" else []
-    several = name == "train_nodes.sbatch"
-    overrides = [
-        "name=hand",
-        *tiny,
-        "batch.tokens=512",
-        f"strategy={'ddp' if several else 'single'}",
-    ]
-    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
-    job = cluster.sbatch(
-        slurm_dir() / name, *options, arguments=overrides, env=environment, cwd=tmp_path
-    )
-    task = f"{job}_0" if name == "array.sbatch" else job
-    cluster.wait(task, "COMPLETED", timeout=TIMEOUT)
-    run = "rates/low" if name == "array.sbatch" else "hand"
-    assert (tmp_path / "runs" / run / "COMPLETED").is_file()
-    assert name == "array.sbatch" or jobs_of(tmp_path / "runs" / run) == [job]
+    is_array = name == "array.sbatch"
+    strategy = "ddp" if name == "train_nodes.sbatch" else "single"
+    words = ["name=hand", *tiny, "batch.tokens=512", f"strategy={strategy}"]
+    options = ["--ntasks-per-node=1", *(["--array=0"] if is_array else [])]
+    job = submit_by_hand(cluster, tmp_path, name, words, *options)
+    cluster.wait(f"{job}_0" if is_array else job, "COMPLETED", timeout=TIMEOUT)
+    run = tmp_path / "runs" / ("rates/low" if is_array else "hand")
+    assert (run / "COMPLETED").is_file()
+    assert is_array or jobs_of(run) == [job]
 
 
 @pytest.mark.nightly
 def test_a_template_by_hand_submits_itself_again_with_its_arguments(cluster, tmp_path, tiny):
-    options = ["--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1"]
-    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
-    job = cluster.sbatch(
-        slurm_dir() / "train.sbatch",
-        *(*options, f"--chdir={tmp_path}"),
-        arguments=["name=hand", *tiny, *LONG],
-        env={**environment, "again": "resubmit"},
-        cwd=tmp_path,
-    )
+    words = ["name=hand", *tiny, *LONG]
+    own = {"again": "resubmit"}
+    job = submit_by_hand(cluster, tmp_path, "train.sbatch", words, "--ntasks-per-node=1", **own)
     run = tmp_path / "runs/hand"
-    _wait_for((run / "metrics.jsonl").is_file, 120)
+    wait_until((run / "metrics.jsonl").is_file, 120)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    _wait_for((run / "jobs.jsonl").is_file, 60)
-    _wait_for(lambda: len(jobs_of(run)) > 1)
+    wait_until((run / "jobs.jsonl").is_file)
+    wait_until(lambda: len(jobs_of(run)) > 1)
     first, number = jobs_of(run)
     assert first == job
     assert " name=hand model=tiny " in cluster.details(number)["Command"]
@@ -329,45 +301,23 @@ def test_preparing_and_comparing_by_hand(cluster, tmp_path, tiny):
     corpus.mkdir()
     for number in range(20):
         (corpus / f"{number}.txt").write_text(f"tree {number} sings by the river " * 40)
-    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={tmp_path}"]
-    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
-    prepared = [
-        "sources=['texts/*.txt']",
-        "output=data/x",
-        "tokenizer.vocab_size=280",
-        "seq_len=32",
-    ]
-    job = cluster.sbatch(
-        slurm_dir() / "prepare.sbatch",
-        *options,
-        arguments=[*prepared, "valid_fraction=0.2", "num_workers=1"],
-        env=environment,
-        cwd=tmp_path,
-    )
+    prepared = ["sources=['texts/*.txt']", "output=data/x", "tokenizer.vocab_size=280"]
+    prepared += ["seq_len=32", "valid_fraction=0.2", "num_workers=1"]
+    job = submit_by_hand(cluster, tmp_path, "prepare.sbatch", prepared)
     cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
     assert (tmp_path / "data/x/index.json").is_file()
     compared = ["name=two", *tiny, "+arms={a: ['seed=0'], b: ['seed=1']}", "timed_rounds=0"]
-    job = cluster.sbatch(
-        slurm_dir() / "sweep_worker.sbatch",
-        *options,
-        arguments=compared,
-        env={**environment, "verb": "compare"},
-        cwd=tmp_path,
-    )
+    job = submit_by_hand(cluster, tmp_path, "sweep_worker.sbatch", compared, verb="compare")
     cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
     assert (tmp_path / "runs/two/b/COMPLETED").is_file()
 
 
 @pytest.mark.nightly
 def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
-    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={tmp_path}"]
-    environment = {"MODTRAIN_CODE": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{_path()}"}
-    words = ["sources=['texts/*.txt']", "output=data/x"]
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("short")
-    job = cluster.sbatch(
-        slurm_dir() / "prepare.sbatch", *options, arguments=words, env=environment, cwd=tmp_path
-    )
+    words = ["sources=['texts/*.txt']", "output=data/x"]
+    job = submit_by_hand(cluster, tmp_path, "prepare.sbatch", words)
     cluster.wait(job, "FAILED", timeout=TIMEOUT)
     assert cluster.details(job)["Restarts"] == "0"
     assert "not restarted" in cluster.output(job)
@@ -381,7 +331,7 @@ def test_nodes_to_look_around_on_are_held_and_usable(cluster, tmp_path):
     cluster.wait(job, "RUNNING")
     said = cluster.details(job)
     assert (said["NumNodes"], said["Requeue"]) == ("2", "0")
-    _wait_for(lambda: "a shell on the first node" in cluster.output(job))
+    wait_until(lambda: "a shell on the first node" in cluster.output(job))
     shell, run = (text for text in cluster.output(job).splitlines() if "--overlap" in text)
     done = cluster.run("bash", "-c", shell.replace("--pty bash -l", "hostname"))
     assert done.stdout.strip() in cluster.nodes
@@ -402,7 +352,8 @@ def test_a_container_gets_its_command_its_mounts_and_its_directory(cluster, tmp_
     )
     (tools / "apptainer").chmod(0o755)
     asked = tmp_path / "asked"
-    environment = f"+cluster.environment={{PATH: '{tools}:{_path()}', ASKED: '{asked}'}}"
+    path = f"{tools}:{os.environ['PATH']}"
+    environment = f"+cluster.environment={{PATH: '{path}', ASKED: '{asked}'}}"
     site = ["cluster.container=apptainer", "cluster.image='/images/mod train.sif'", environment]
     site += [f"cluster.python={sys.executable}", "cluster.mounts=[/data one]", "nodes=1"]
     words = [word for word in words if word != "nodes=2"]
@@ -414,14 +365,3 @@ def test_a_container_gets_its_command_its_mounts_and_its_directory(cluster, tmp_
     assert mounts == [str(tmp_path), "/data one"]
     assert lines[lines.index("--pwd") + 1] == str(tmp_path)
     assert lines[lines.index("/images/mod train.sif") + 1] == sys.executable
-
-
-def _path() -> str:
-    return os.environ["PATH"]
-
-
-def _wait_for(is_so, timeout=60):
-    deadline = time.monotonic() + timeout
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)

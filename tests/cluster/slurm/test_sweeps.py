@@ -1,20 +1,17 @@
 """`modtrain train -m hydra/launcher=slurm` on a real Slurm: stopped, without power, failed."""
 
 import json
-import os
 import sys
 import threading
-import time
-from pathlib import Path
 
 import pytest
 
 from modtrain.experiments.sweep.job_state import state_of
 from modtrain.training.run_directory import RunDirectory
+from tests.cluster.slurm.slurm_cluster import ROOT, wait_until
 from tests.conftest import run_modtrain
 from tests.helpers.saved import assert_same_bits, newest_tensors
 
-pytestmark = pytest.mark.slow
 STEPS = 60
 
 
@@ -31,10 +28,8 @@ class Sweep(threading.Thread):
     def run(self):
         command = [sys.executable, "-m", "modtrain", "train", "-m", "name=s", *self.arguments]
         command += ["hydra/launcher=slurm", "cluster=cpu", "cluster.partition=main"]
-        root = Path(__file__).parents[3]
-        environment = {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
         self.done = self.cluster.run(
-            *command, check=False, cwd=self.folder, timeout=400, env=environment
+            *command, check=False, cwd=self.folder, timeout=400, env={"PYTHONPATH": str(ROOT)}
         )
 
     def result(self):
@@ -47,23 +42,22 @@ def jobs(folder):
     return [RunDirectory(folder / f"runs/s/model.capacity={c}") for c in ("0.25", "0.5")]
 
 
+def jobs_of(run):
+    return [json.loads(line)["job"] for line in (run.path / "jobs.jsonl").read_text().splitlines()]
+
+
 def job_of(run):
-    return json.loads((run.path / "jobs.jsonl").read_text().splitlines()[-1])["job"]
+    return jobs_of(run)[-1]
 
 
-def await_saved(run, seconds=200):
-    until = time.monotonic() + seconds
-    while not list(run.checkpoints.glob("step-*")) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert time.monotonic() < until
+def await_saved(run):
+    wait_until(lambda: list(run.checkpoints.glob("step-*")), 200)
 
 
-def await_running(cluster, run, before=None, seconds=60):
+def await_running(cluster, run, before=None):
     """Wait until a job of the run's, another than ``before``, has begun."""
-    noted, until = run.path / "jobs.jsonl", time.monotonic() + seconds
-    while (not noted.is_file() or job_of(run) == before) and time.monotonic() < until:
-        time.sleep(0.1)
-    cluster.wait(job_of(run), "RUNNING", timeout=seconds)
+    wait_until(lambda: (run.path / "jobs.jsonl").is_file() and job_of(run) != before)
+    cluster.wait(job_of(run), "RUNNING")
 
 
 @pytest.mark.nightly
@@ -138,7 +132,7 @@ def test_a_cancelled_job_is_not_waited_for_and_a_new_value_is_added(cluster, tin
     await_saved(second)
     # While two are in the queue a third one comes.
     first_of_all = job_of(first)
-    sweep_process_ends(cluster, tmp_path)
+    cluster.run("pkill", "-TERM", "-f", "modtrain train -m name=s ")
     assert sweep.result()[0] == 75
     assert "the jobs continue" in sweep.result()[1]
     more = Sweep(cluster, tiny, tmp_path, "model.capacity=0.25,0.5,0.75", "budget.steps=20000")
@@ -150,11 +144,6 @@ def test_a_cancelled_job_is_not_waited_for_and_a_new_value_is_added(cluster, tin
     code, said = more.result()
     assert code == 75, said
     assert "3 stopped" in said
-
-
-def sweep_process_ends(cluster, folder):
-    """Send TERM to the command, on the login node."""
-    cluster.run("pkill", "-TERM", "-f", "modtrain train -m name=s ")
 
 
 def test_one_run_of_two_processes_that_submits_itself_again(cluster, tiny, tmp_path):
@@ -171,10 +160,6 @@ def test_one_run_of_two_processes_that_submits_itself_again(cluster, tiny, tmp_p
     assert code == 0, said
     assert first.is_complete
     assert second.is_complete
-    numbers = [
-        [json.loads(line)["job"] for line in (run.path / "jobs.jsonl").read_text().splitlines()]
-        for run in (first, second)
-    ]
-    assert [len(of_run) for of_run in numbers] == [2, 1]
-    assert numbers[0][1].endswith("_0")
+    assert [len(jobs_of(run)) for run in (first, second)] == [2, 1]
+    assert job_of(first).endswith("_0")
     assert len(list((first.path / "tensorboard/hparams").glob("events*"))) == 1
