@@ -16,18 +16,15 @@ from hypothesis import strategies as st
 from modtrain.cli import main as cli
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError
+from modtrain.training.plan import resolve
 from tests.conftest import make_corpus, modtrain_command, run_modtrain
+from tests.helpers.problems import problems_of
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
 
 
 def errors(*overrides, verb="train"):
-    with pytest.raises(ConfigError) as error:
-        config = compose(verb, overrides)
-        from modtrain.training.plan import resolve
-
-        resolve(config)
-    return {problem.key: problem for problem in error.value.problems}
+    return problems_of(lambda: resolve(compose(verb, overrides)))
 
 
 def test_help_and_mistakes_load_nothing_heavy(tmp_path):
@@ -195,9 +192,7 @@ def test_a_users_file_that_is_no_yaml_is_told(verb, file, content, said, tmp_pat
     path = tmp_path / f"{file}.yaml"
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(ConfigError) as error:
-        compose(verb, [file.replace("/", "=")], str(tmp_path))
-    (problem,) = error.value.problems
+    (problem,) = problems_of(compose, verb, [file.replace("/", "=")], str(tmp_path)).values()
     assert str(problem.value) == str(tmp_path)
     assert said in problem.reason
 

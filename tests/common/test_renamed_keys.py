@@ -10,13 +10,14 @@ from omegaconf import OmegaConf
 from modtrain.cli import main as cli
 from modtrain.cli.compose import SCHEMAS, compose, compose_arms, compose_search, compose_submission
 from modtrain.cluster.runs import read_run
-from modtrain.common.errors import ConfigError, OtherRunError
+from modtrain.common.errors import OtherRunError
 from modtrain.common.renamed_keys import RENAMED_KEYS, flatten, new_name, translate
 from modtrain.experiments.search.config import parse_space
 from modtrain.experiments.search.search import suggest
 from modtrain.experiments.search.study import open_study
 from modtrain.training.plan import resolve
 from modtrain.training.run_directory import RunDirectory, check_resumable
+from tests.helpers.problems import problems_of
 
 TABLE = {
     "model.share": "model.capacity",
@@ -36,12 +37,6 @@ def renamed(monkeypatch):
 def arguments(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return [o for o in tiny if not o.startswith("budget")] + ["budget.steps=4"]
-
-
-def problems(call, *arguments):
-    with pytest.raises(ConfigError) as error:
-        call(*arguments)
-    return {problem.key: problem for problem in error.value.problems}
 
 
 def use_old_keys(path: Path, table=TABLE) -> None:
@@ -83,7 +78,7 @@ def test_a_sections_name_covers_its_keys(renamed):
 
 @pytest.mark.parametrize("plus", ["", "+", "++", "~"])
 def test_an_old_key_on_the_command_line_names_the_new_one(renamed, plus):
-    found = problems(compose, "train", [f"{plus}batch.size=64", "held_out.every=2", "seed=-1"])
+    found = problems_of(compose, "train", [f"{plus}batch.size=64", "held_out.every=2", "seed=-1"])
     assert str(found["batch.size"]) == (
         "batch.size=64: was renamed\n    remedy: write batch.tokens"
     )
@@ -93,11 +88,11 @@ def test_an_old_key_on_the_command_line_names_the_new_one(renamed, plus):
 
 def test_an_old_key_is_found_wherever_overrides_stand(renamed, arguments, tmp_path, capsys):
     own = "arms={a: ['model.share=0.5'], b: []}"
-    assert "a: model.share" in problems(compose_arms, [*arguments, f"+{own}"])
+    assert "a: model.share" in problems_of(compose_arms, [*arguments, f"+{own}"])
     space = ["space.model.share=interval(0.2,1)", "study=q"]
-    found = problems(compose_search, [*arguments, *space])
+    found = problems_of(compose_search, [*arguments, *space])
     assert found["space.model.share"].remedy == "write space.model.capacity"
-    assert "batch.size" in problems(compose_submission, ["train", "name=x", "batch.size=8"])
+    assert "batch.size" in problems_of(compose_submission, ["train", "name=x", "batch.size=8"])
     assert cli.main(["train", "-m", *arguments, "name=s", "model.share=0.25,0.5"]) == 2
     assert "model.share=0.25,0.5: was renamed" in capsys.readouterr().err
     assert not Path("runs").exists()
@@ -110,7 +105,7 @@ def test_old_keys_in_a_users_files_are_named_all_at_once(renamed, tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
-    found = problems(compose, "train", ["experiment=mine"], str(tmp_path))
+    found = problems_of(compose, "train", ["experiment=mine"], str(tmp_path))
     assert found.keys() == {"model.share", "held_out.every", "batch.size"}
     assert found["model.share"].value == 0.5
     assert found["model.share"].reason == "was renamed (in experiment/mine.yaml)"

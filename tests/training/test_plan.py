@@ -20,6 +20,7 @@ from modtrain.training.config import (
 from modtrain.training.plan import derive, resolve
 from modtrain.training.plan_report import show
 from tests.helpers.capacities import capacities_at
+from tests.helpers.problems import problems_of
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 MODEL = ModelConfig(d_model=32, num_layers=4, num_heads=2, vocab_size=300)
@@ -192,9 +193,7 @@ def test_shorter_sequences_divide_the_shards(prepared):
 @pytest.mark.parametrize("length", [48, 65, 128])
 def test_other_lengths_are_refused_with_both_numbers(prepared, length):
     wrong = config(data=DataConfig(path=str(prepared), seq_len=length))
-    with pytest.raises(ConfigError) as error:
-        resolve(wrong)
-    (problem,) = (p for p in error.value.problems if p.key == "data.seq_len")
+    problem = problems_of(resolve, wrong)["data.seq_len"]
     assert problem.value == length
     assert "64" in problem.reason
 
@@ -221,21 +220,13 @@ def test_a_batch_that_does_not_divide_names_a_size_that_does(prepared):
 
 def test_planning_needs_no_data_where_the_configuration_says_enough():
     assert resolve(config(budget=BudgetConfig(steps=2)), needs_data=False)[1].steps == 2
-    with pytest.raises(ConfigError) as error:
-        resolve(TrainConfig(data=DataConfig(path="nowhere")), needs_data=False)
-    assert {"model.vocab_size", "data.seq_len", "budget"} <= {p.key for p in error.value.problems}
+    found = problems_of(resolve, TrainConfig(data=DataConfig(path="nowhere")), needs_data=False)
+    assert {"model.vocab_size", "data.seq_len", "budget"} <= found.keys()
 
 
 def test_training_without_data_says_to_prepare_it():
     with pytest.raises((DataError, ConfigError), match="prepare"):
         resolve(config(budget=BudgetConfig(steps=2)))
-
-
-def problem_of(wrong, key, needs_data=False):
-    with pytest.raises(ConfigError) as error:
-        resolve(wrong, needs_data=needs_data)
-    (problem,) = (p for p in error.value.problems if p.key == key)
-    return problem
 
 
 @pytest.mark.parametrize(
@@ -253,7 +244,7 @@ def test_a_capacity_of_no_token_names_layers_and_k(model, schedule, key, layers)
         capacity_schedule=CapacityScheduleConfig(**schedule),
         budget=BudgetConfig(steps=2),
     )
-    problem = problem_of(run, key)
+    problem = problems_of(resolve, run, needs_data=False)[key]
     assert f" {layers} " in problem.reason
     assert "= 0" in problem.reason
     assert "0.016" in problem.remedy
@@ -285,7 +276,7 @@ def test_a_mask_without_shards_says_where_the_end_token_comes_from():
         data=DataConfig(path="nowhere", seq_len=64, document_mask=True),
         budget=BudgetConfig(steps=2),
     )
-    assert "prepare" in problem_of(run, "data.eos_id").remedy
+    assert "prepare" in problems_of(resolve, run, needs_data=False)["data.eos_id"].remedy
     known = replace(run, data=replace(run.data, eos_id=0))
     assert resolve(known, needs_data=False)[0].data.eos_id == 0
 
