@@ -1,12 +1,15 @@
-"""Small whole runs, by the command line's overrides, and their records."""
+"""Small whole runs, by the command line's overrides, what befalls them, and their records."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from modtrain.cli.compose import compose
 from modtrain.training.metrics_log import read_metrics
+from modtrain.training.module import LanguageModule
 from modtrain.training.run import train
+from modtrain.training.stop_signal import STOP
 
 
 def run_lines(prepared: Path, runs: Path, name: str, *more: str) -> list[str]:
@@ -21,6 +24,38 @@ def run_lines(prepared: Path, runs: Path, name: str, *more: str) -> list[str]:
 
 def run(lines: list[str]) -> str:
     return train(compose("train", lines)).status
+
+
+def before_step(
+    step: int, act: Callable[[], object], patch: Callable = setattr, rank: int | None = None
+) -> None:
+    """Have ``act`` called before each micro-batch of a step, counted from 0, on a rank or on all.
+
+    patch: a monkeypatch's ``setattr``, unless the process ends with the run.
+    """
+    original = LanguageModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        if module.global_step == step and rank in (None, module.global_rank):
+            act()
+        return original(module, batch, batch_idx)
+
+    patch(LanguageModule, "training_step", training_step)
+
+
+def request_stop() -> None:
+    """As a signal does."""
+    STOP.signum = 15
+
+
+def losses_of(run: Path) -> dict[int, float]:
+    """The losses of a run's records of training, by step."""
+    return {r["step"]: r["loss"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r}
+
+
+def last_step(run: Path) -> int:
+    """The last step that is recorded of a run; 0: none."""
+    return max((record["step"] for record in read_metrics(run / "metrics.jsonl")), default=0)
 
 
 def assert_same_records(runs: Path, one: str, other: str, atol: float = 5e-5) -> None:

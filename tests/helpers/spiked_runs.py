@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import lightning as L
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -16,6 +15,7 @@ from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.module import LanguageModule
 from modtrain.training.run import train
+from tests.helpers.runs import run_lines
 
 STEPS, SEQUENCES = 9, 4
 # The spike is in the samples of this step, counted from 1, of a run that leaves nothing out.
@@ -23,20 +23,14 @@ BAD = 7
 NAN = float("nan")
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 def overrides(prepared: Path, runs: Path, name: str, strategy: str, *more: str) -> list[str]:
-    return [
-        *("model=tiny", f"data.path={prepared}", f"runs_dir={runs}", f"name={name}"),
-        *(f"budget.steps={STEPS}", f"batch.tokens={SEQUENCES * 64}", "batch.micro_batch_size=1"),
-        *("checkpoint.every=6", "checkpoint.keep_last=9", "eval.every=null", "eval.sequences=4"),
-        *("log.every=1", "log.tensorboard=false", "log.progress=false", "eval.batch_size=2"),
+    return run_lines(
+        *(prepared, runs, name, f"budget.steps={STEPS}", f"batch.tokens={SEQUENCES * 64}"),
+        *("batch.micro_batch_size=1", "checkpoint.every=6", "checkpoint.keep_last=9"),
+        *("checkpoint.background=false", "eval.every=null", "eval.sequences=4"),
         *("model.router.causal=[auxiliary,predictor,threshold]", f"strategy={strategy}"),
-        *("strategy.accelerator=cpu", "strategy.timeout=60"),
-        *("checkpoint.background=false", "spike.warmup=3", "spike.threshold=60", *more),
-    ]
+        *("spike.warmup=3", "spike.threshold=60", *more),
+    )
 
 
 def numbers_of(prepared: Path, step: int) -> list[int]:

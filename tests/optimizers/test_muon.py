@@ -25,7 +25,8 @@ from modtrain.training.spikes.detector import skip_step
 from modtrain.training.stop_signal import STOP
 from tests.helpers.model_cases import random_tokens, small
 from tests.helpers.problems import problems_of
-from tests.helpers.saved import newest_tensors
+from tests.helpers.runs import before_step, request_stop
+from tests.helpers.saved import assert_same_bits, newest_tensors
 
 MODELS = {
     "mod": small(router=RouterConfig(score="mlp", hidden_dim=6, gate_scale=True)),
@@ -201,15 +202,13 @@ def _model_and_optimizer(tiny):
 def test_a_stopped_run_goes_on_to_the_same_bits_and_under_no_other_optimizer(
     tiny, tmp_path, monkeypatch
 ):
-    from tests.training.test_run import StopAt
-
     def start(name, *more):
         lines = [*tiny, f"name={name}", f"runs_dir={tmp_path}", "optimizer=muon", *more]
         return train(compose("train", lines))
 
     whole = start("whole")
     with monkeypatch.context() as patch:
-        StopAt(patch, 5)
+        before_step(5, request_stop, patch.setattr)
         assert start("cut").status == "stopped"
     STOP.signum = None
     with pytest.raises(OtherRunError, match=r"optimizer\.name: muon in the run, adamw now"):
@@ -217,6 +216,5 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_under_no_other_optimizer(
     assert start("cut").status == "complete"
     left, right = (newest_tensors(tmp_path / name) for name in ("whole", "cut"))
     assert any(key.endswith("momentum_buffer") for key in left)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert_same_bits(left, right)
     assert whole.run.is_complete

@@ -16,7 +16,9 @@ from modtrain.training.plan import resolve
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
-from tests.helpers.saved import newest_weights
+from tests.helpers.marks import slow
+from tests.helpers.runs import before_step, request_stop
+from tests.helpers.saved import assert_same_bits, newest_weights
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
 
@@ -87,10 +89,7 @@ def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_weights(left: RunDirectory, right: RunDirectory) -> None:
-    one, two = weights(left), weights(right)
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
+    assert_same_bits(weights(left), weights(right))
 
 
 def records(run: RunDirectory, kind: str = "loss") -> list[dict[str, float]]:
@@ -102,25 +101,16 @@ def records(run: RunDirectory, kind: str = "loss") -> list[dict[str, float]]:
     ]
 
 
-def stop_before(monkeypatch, step: int) -> None:
-    """Raise the stop flag as a signal would."""
-    from modtrain.training.module import LanguageModule
-
-    original = LanguageModule.training_step
-
-    def training_step(module, batch, batch_idx):
-        if module.global_step == step:
-            STOP.signum = 15
-        return original(module, batch, batch_idx)
-
-    monkeypatch.setattr(LanguageModule, "training_step", training_step)
-
-
-def check_resumed(start, finished, monkeypatch, name: str) -> None:
+@pytest.mark.slow
+@pytest.mark.on_commit(
+    *("every decision, schedule", "balance bias, selective", "every decision", "schedule")
+)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_stopped_run_ends_bitwise_as_the_one_never_stopped(start, finished, monkeypatch, name):
     overrides = VARIANTS[name]
     whole, cut = finished(*overrides), f"cut-{name.replace(' ', '-').replace(',', '')}"
     with monkeypatch.context() as patch:
-        stop_before(patch, 4)
+        before_step(4, request_stop, patch.setattr)
         stopped = start(cut, *overrides)
     assert stopped.status == "stopped"
     assert latest(stopped.run.checkpoints)[0] == 5
@@ -131,22 +121,6 @@ def check_resumed(start, finished, monkeypatch, name: str) -> None:
     for kind in ("loss", "held_out/causal_loss"):
         assert records(whole, kind) == records(resumed.run, kind)
     assert len(records(whole)) == STEPS
-
-
-@pytest.mark.slow
-@pytest.mark.on_commit(2)
-@pytest.mark.parametrize("name", QUICK)
-def test_a_stopped_run_ends_bitwise_as_the_one_never_stopped(start, finished, monkeypatch, name):
-    check_resumed(start, finished, monkeypatch, name)
-
-
-@pytest.mark.on_commit(2)
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in QUICK])
-def test_every_stopped_run_ends_bitwise_as_the_one_never_stopped(
-    start, finished, monkeypatch, name
-):
-    check_resumed(start, finished, monkeypatch, name)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +142,8 @@ def test_running_states_move_and_are_saved(finished, name, ending):
     ("name", "mode"),
     [
         ("every decision, schedule", "full"),
-        pytest.param("every decision, schedule", "selective", marks=pytest.mark.slow),
-        pytest.param("token choice, documents", "full", marks=pytest.mark.slow),
+        slow("every decision, schedule", "selective"),
+        slow("token choice, documents", "full"),
         ("token choice, documents", "selective"),
     ],
 )
@@ -257,9 +231,7 @@ def test_held_out_records_stand_by_each_decision(finished):
 
 @pytest.mark.slow
 @pytest.mark.on_commit(1)
-@pytest.mark.parametrize(
-    "name", ["random score", pytest.param("every decision, schedule", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["random score", "every decision, schedule"])
 def test_looking_changes_nothing_of_the_training(finished, name):
     often = finished(*VARIANTS[name], "eval.every=2")
     never = finished(*VARIANTS[name], "eval.every=null")
@@ -274,14 +246,15 @@ def test_random_scores_are_drawn_anew(finished):
     assert len({record["router/layer_01/score_mean"] for record in records(run)}) == STEPS
 
 
+def evaluated(run: RunDirectory, **changes) -> dict:
+    own = {"run": run.path.name, "runs_dir": str(run.path.parent)}
+    return evaluate_run(EvalRunConfig(**own, sequences=8, accelerator="cpu", **changes))
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_an_evaluation_afterwards_finds_what_the_run_recorded_last(finished, name):
     run = finished(*VARIANTS[name])
-    figures = evaluate_run(
-        EvalRunConfig(
-            run=run.path.name, runs_dir=str(run.path.parent), sequences=8, accelerator="cpu"
-        )
-    )
+    figures = evaluated(run)
     last = records(run, "held_out/causal_loss")[-1]
     assert last["step"] == STEPS
     assert figures["causal_loss"] == pytest.approx(last["held_out/causal_loss"], rel=1e-6)
@@ -296,18 +269,7 @@ def test_an_evaluation_in_the_middle_of_a_schedule_is_at_the_capacities_of_that_
     run = start(
         "midway", "capacity_schedule=step", "capacity_schedule.end=0.8", "checkpoint.every=4"
     ).run
-    figures = {
-        step: evaluate_run(
-            EvalRunConfig(
-                run="midway",
-                runs_dir=str(run.path.parent),
-                sequences=8,
-                step=step,
-                accelerator="cpu",
-            )
-        )
-        for step in (4, 8)
-    }
+    figures = {step: evaluated(run, step=step) for step in (4, 8)}
     for record in records(run, "held_out/causal_loss"):
         found = figures[record["step"]]
         assert found["top_k_not_causal"]["loss"] == pytest.approx(

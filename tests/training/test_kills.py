@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from modtrain.training.metrics_log import read_metrics
 from tests.conftest import modtrain_command, run_modtrain
+from tests.helpers.runs import last_step, losses_of
 from tests.helpers.saved import assert_same_bits, newest_tensors
 
 STEPS = 40
@@ -25,19 +25,15 @@ def overrides(tiny, tmp_path, name, *more):
     ]
 
 
-def last_step(path: Path) -> int:
-    return max((r["step"] for r in read_metrics(path)), default=0)
-
-
-def kill_at(step: int, arguments: list[str], metrics: Path, signum: int, delay: float) -> int:
+def kill_at(step: int, arguments: list[str], run: Path, signum: int, delay: float) -> int:
     """Start the run and end it by ``signum`` once ``step`` is recorded; return its exit code."""
     with subprocess.Popen(
         modtrain_command("train", *arguments),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        cwd=metrics.parents[1],
+        cwd=run.parent,
     ) as process:
-        while process.poll() is None and not (last_step(metrics) >= step and has_torch(process)):
+        while process.poll() is None and not (last_step(run) >= step and has_torch(process)):
             time.sleep(0.002)
         time.sleep(delay)
         if process.poll() is None:
@@ -56,20 +52,19 @@ def check_kills(tiny, tmp_path, kills, *more):
     done = run_modtrain("train", *overrides(tiny, tmp_path, "whole", *more), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     draw = random.Random(3)
-    arguments, metrics = overrides(tiny, tmp_path, "cut", *more), tmp_path / "cut/metrics.jsonl"
+    arguments, run = overrides(tiny, tmp_path, "cut", *more), tmp_path / "cut"
     killed = 0
     for number in range(kills):
         # Spread over the run; a kill while a checkpoint is written, or before the first, included.
         step = 1 + round(number * (STEPS - 4) / kills)
-        code = kill_at(step, arguments, metrics, signal.SIGKILL, draw.uniform(0, 0.05))
+        code = kill_at(step, arguments, run, signal.SIGKILL, draw.uniform(0, 0.05))
         killed += code == -signal.SIGKILL
     assert killed == kills
     done = run_modtrain("train", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     whole, cut = (newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut"))
     assert_same_bits(whole, cut)
-    steps = [r["step"] for r in read_metrics(metrics) if "loss" in r]
-    assert steps == list(range(1, STEPS + 1))
+    assert list(losses_of(run)) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.nightly
@@ -87,9 +82,9 @@ def test_one_kill_changes_nothing(tiny, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_at_any_moment_ends_unfinished_and_is_resumed(tiny, tmp_path, signum, code):
-    arguments, metrics = overrides(tiny, tmp_path, "cut"), tmp_path / "cut/metrics.jsonl"
-    assert kill_at(0, arguments, metrics, signum, 0.0) == code  # during the imports
-    assert kill_at(5, arguments, metrics, signum, 0.0) == code
+    arguments, run = overrides(tiny, tmp_path, "cut"), tmp_path / "cut"
+    assert kill_at(0, arguments, run, signum, 0.0) == code  # during the imports
+    assert kill_at(5, arguments, run, signum, 0.0) == code
     assert not (tmp_path / "cut/COMPLETED").exists()
     done = run_modtrain("train", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ Run on the CPU under a watch for what waits on a device. modtrain's own operator
 what they do inside depends on the device, and is no part of what is watched here.
 """
 
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from modtrain.training.hardware import resolve_precision
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import resolve, strategy_options
 from modtrain.training.trainer import make_trainer
+from tests.helpers.marks import slow_but
 
 aten = torch.ops.aten
 STEPS = 4
@@ -165,11 +165,6 @@ def step(tiny, tmp_path: Path):
     return run
 
 
-def some_slow(names: Iterable[str], quick: Iterable[str]) -> list[Any]:
-    """Mark the names that are not among the quick ones."""
-    return [n if n in set(quick) else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
 EXPERTS = ("model.experts.count=3", "model.experts.dim=8")
 VARIANTS = {
     "dense": ["model.pattern=dense"],
@@ -214,7 +209,7 @@ QUICK = (
 
 
 @pytest.mark.on_commit(6)
-@pytest.mark.parametrize("name", some_slow(VARIANTS, QUICK))
+@pytest.mark.parametrize("name", slow_but(QUICK, VARIANTS))
 def test_a_step_waits_for_nothing(step, name):
     model = step(*VARIANTS[name]).model
     # Absorbing was watched too: it happened.
@@ -242,30 +237,18 @@ ASKS = {
     "cpu": lambda x: x.cpu(),
     "to the CPU": lambda x: x.to("cpu"),
     "other device": lambda x: x.to("meta"),
+    "item in backward": lambda x: x.register_hook(lambda grad: grad * grad.sum().item()),
 }
 
 
-@pytest.mark.on_commit(3)
-@pytest.mark.parametrize("ask", some_slow(ASKS, ("item", "mask", "repeats", "list", "to the CPU")))
+@pytest.mark.on_commit("item", "mask", "list", "item in backward")
+@pytest.mark.parametrize("ask", slow_but(("item", "mask", "list", "item in backward"), ASKS))
 def test_the_watch_sees_a_router_that_asks(step, monkeypatch, ask):
     original = LinearRouter.forward
 
     def forward(router: LinearRouter, x_BSD: Tensor) -> Tensor:
         scores_BS = original(router, x_BSD)
         ASKS[ask](scores_BS)
-        return scores_BS
-
-    monkeypatch.setattr(LinearRouter, "forward", forward)
-    with pytest.raises(WaitedError):
-        step()
-
-
-def test_the_watch_sees_backward(step, monkeypatch):
-    original = LinearRouter.forward
-
-    def forward(router: LinearRouter, x_BSD: Tensor) -> Tensor:
-        scores_BS = original(router, x_BSD)
-        scores_BS.register_hook(lambda gradient: gradient * gradient.sum().item())
         return scores_BS
 
     monkeypatch.setattr(LinearRouter, "forward", forward)
@@ -288,11 +271,11 @@ def test_the_watch_sees_backward(step, monkeypatch):
 def test_the_watch_sees_every_part_of_a_step(step, monkeypatch, owner, name):
     original = getattr(owner, name)
 
-    def local_query_indices(*args: Any, **kwargs: Any) -> Any:
+    def waiting(*args: Any, **kwargs: Any) -> Any:
         torch.zeros(()).item()
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, local_query_indices)
+    monkeypatch.setattr(owner, name, waiting)
     with pytest.raises(WaitedError):
         step("model.router.causal=[threshold]")
 

@@ -7,14 +7,10 @@ import time
 import pytest
 
 from modtrain.common.errors import ConfigError, Problem, TrainingError
-from modtrain.training.metrics_log import read_metrics
 from modtrain.training.outcome import OUTCOME, report_outcome
 from modtrain.training.stop_signal import StopRequest
 from tests.conftest import modtrain_command
-
-
-def last_step(metrics):
-    return max((record["step"] for record in read_metrics(metrics)), default=0)
+from tests.helpers.runs import last_step
 
 
 @pytest.mark.parametrize(
@@ -83,12 +79,9 @@ def test_a_save_that_would_not_come_to_its_end_is_not_begun(lead, tiny, tmp_path
     monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
     keep = [word for word in tiny if not word.startswith(("budget", "checkpoint", "log"))]
     words = ["name=x", *keep, "budget.steps=100000", "checkpoint.every=7", "log.every=1"]
-    metrics = tmp_path / "runs/x/metrics.jsonl"
     command = modtrain_command("train", *words, "log.tensorboard=false", "log.progress=false")
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
-        while (
-            not metrics.is_file() or max((r["step"] for r in read_metrics(metrics)), default=0) < 30
-        ):
+        while last_step(tmp_path / "runs/x") < 30:
             assert run.poll() is None
             time.sleep(0.02)
         run.send_signal(signal.SIGUSR1)
@@ -96,7 +89,7 @@ def test_a_save_that_would_not_come_to_its_end_is_not_begun(lead, tiny, tmp_path
     assert run.returncode == 75
     assert (tmp_path / "outcome").read_text().startswith("75\n")
     newest = max(path.name for path in (tmp_path / "runs/x/checkpoints").glob("step-*"))
-    last = last_step(metrics)
+    last = last_step(tmp_path / "runs/x")
     if lead == "0":
         assert "is not saved: a save takes" in said
         assert int(newest.removeprefix("step-")) % 7 == 0

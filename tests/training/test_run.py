@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import pty
 import signal
 import subprocess
 import time
@@ -20,12 +21,17 @@ from modtrain.checkpoint.recovery import latest, whole_checkpoints
 from modtrain.cli.compose import compose
 from modtrain.common.errors import CheckpointError, OtherRunError, TrainingError
 from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.models.transformer import Transformer
+from modtrain.training.callbacks import metrics as metrics_callback
 from modtrain.training.config import ScheduleConfig
 from modtrain.training.metrics_log import read_metrics
+from modtrain.training.module import LanguageModule
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory, code_version
 from modtrain.training.schedules import lr_factor
 from modtrain.training.stop_signal import STOP
+from tests.conftest import modtrain_command
+from tests.helpers.runs import before_step, losses_of, request_stop
 from tests.helpers.saved import assert_same_bits, newest_weights, tensors_of
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
@@ -117,29 +123,13 @@ def test_a_dense_run_has_one_held_out_loss(start):
     assert not any("top_k" in key or "router" in key for r in records for key in r)
 
 
-class StopAt:
-    """Raises the stop flag as a signal would, before a step."""
-
-    def __init__(self, monkeypatch, step):
-        from modtrain.training.module import LanguageModule
-
-        original = LanguageModule.training_step
-
-        def training_step(module, batch, batch_idx):
-            if module.global_step == step:
-                STOP.signum = 15
-            return original(module, batch, batch_idx)
-
-        monkeypatch.setattr(LanguageModule, "training_step", training_step)
-
-
 @pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize("step", [0, 5, 7])
 def test_a_signal_saves_the_step_and_the_next_start_ends_bitwise_equal(start, monkeypatch, step):
     whole = start("whole")
     with monkeypatch.context() as patch:
-        StopAt(patch, step)
+        before_step(step, request_stop, patch.setattr)
         stopped = start("cut")
     assert stopped.status == "stopped"
     assert stopped.exit_code == 75
@@ -148,9 +138,7 @@ def test_a_signal_saves_the_step_and_the_next_start_ends_bitwise_equal(start, mo
     STOP.signum = None
     resumed = start("cut")
     assert resumed.status == "complete"
-    left, right = weights(whole.run), weights(resumed.run)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert_same_bits(weights(whole.run), weights(resumed.run))
     keep = ("step", "loss", "grad_norm", "lr", "held_out/causal_loss")
     shown = [
         [{k: r[k] for k in keep if k in r} for r in read_metrics(run.metrics)]
@@ -190,10 +178,8 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(s
     assert start("hurt").status == "complete"
     assert latest(hurt.checkpoints) == (12, newest)
     assert newest.with_name(f"damaged-{newest.name}").is_dir()
-    steps = [r["step"] for r in read_metrics(hurt.metrics) if "loss" in r]
-    assert steps == [2, 4, 6, 8, 10, 12]
-    left, right = weights(whole.run), weights(hurt)
-    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert list(losses_of(hurt.path)) == [2, 4, 6, 8, 10, 12]
+    assert_same_bits(weights(whole.run), weights(hurt))
 
 
 @pytest.mark.parametrize(
@@ -262,8 +248,6 @@ def test_a_difference_to_the_commit_may_be_in_any_encoding(tmp_path, monkeypatch
 def test_a_loss_that_is_no_number_stops_with_step_samples_and_checkpoint(
     start, monkeypatch, tmp_path
 ):
-    from modtrain.models.transformer import Transformer
-
     original = Transformer.forward
     calls = []
 
@@ -287,7 +271,7 @@ def test_a_loss_that_is_no_number_stops_with_step_samples_and_checkpoint(
 
 
 def test_a_signal_after_a_bad_step_saves_nothing(start, tmp_path, monkeypatch):
-    StopAt(monkeypatch, 4)
+    before_step(4, request_stop, monkeypatch.setattr)
     with pytest.raises(TrainingError, match="NaN or infinite at step"):
         start(
             *("bad", "optimizer.lr=1e30", "optimizer.grad_clip=null", "eval.every=null"),
@@ -301,8 +285,7 @@ def test_a_run_that_ended_between_its_last_checkpoint_and_its_mark_trains_no_fur
     before, metrics = weights(run), run.metrics.read_text()
     run.completed_mark.unlink()
     assert start().status == "complete"
-    after = weights(run)
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert_same_bits(before, weights(run))
     assert run.metrics.read_text() == metrics
 
 
@@ -325,8 +308,6 @@ def test_predictors_change_nothing_in_the_trunk_over_a_whole_run(start):
 @pytest.mark.slow
 def test_random_states_come_back(start, monkeypatch):
     """Whatever draws random numbers in a step draws the same after a resume."""
-    from modtrain.training.module import LanguageModule
-
     drawn: dict[str, list[float]] = {}
     original = LanguageModule.training_step
 
@@ -337,7 +318,7 @@ def test_random_states_come_back(start, monkeypatch):
     monkeypatch.setattr(LanguageModule, "training_step", training_step)
     start("whole")
     with monkeypatch.context() as patch:
-        StopAt(patch, 6)
+        before_step(6, request_stop, patch.setattr)
         start("cut")
     STOP.signum = None
     start("cut")
@@ -347,9 +328,7 @@ def test_random_states_come_back(start, monkeypatch):
 def test_utilisation_is_of_executed_flops_and_shown_only_where_the_peak_is_known(
     start, monkeypatch
 ):
-    from modtrain.training.callbacks import metrics
-
-    monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e12)
+    monkeypatch.setattr(metrics_callback, "peak_flops", lambda *_: 1e12)
     records = [r for r in read_metrics(start().run.metrics) if "loss" in r]
     for record in records:
         executed = record["flops"] / record["step"]
@@ -368,23 +347,7 @@ def test_bf16_mixed_precision_keeps_its_weights_in_fp32(start):
 
 
 @pytest.mark.slow
-def test_accumulation_changes_the_memory_and_not_the_result(start):
-    small = start("small", "batch.micro_batch_size=1").run
-    large = start("large", "batch.micro_batch_size=4").run
-    pairs = zip(weights(small).values(), weights(large).values(), strict=True)
-    assert all(torch.allclose(a, b, atol=2e-4) for a, b in pairs)
-    first = [read_metrics(r.metrics)[0]["loss"] for r in (small, large)]
-    assert first[0] == pytest.approx(first[1], rel=1e-5)
-
-
-@pytest.mark.slow
 def test_a_terminal_shows_a_bar(tiny, tmp_path):
-    import os
-    import pty
-    import subprocess
-
-    from tests.conftest import modtrain_command
-
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         modtrain_command("train", *tiny, "name=bar", f"runs_dir={tmp_path}"),

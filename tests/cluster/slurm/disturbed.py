@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modtrain.training.metrics_log import read_metrics
 from tests.cluster.slurm.slurm_cluster import ENDED, Cluster, wait_until
+from tests.helpers.runs import last_step, run_lines
 
 FAULTY = Path(__file__).with_name("faulty")
 STEPS = 24
@@ -34,14 +34,11 @@ STRATEGIES = {
 
 def overrides(prepared: Path, runs: Path, name: str, strategy: str) -> list[str]:
     """A run of 24 small steps on two ranks, with a checkpoint every four."""
-    return [
-        *("model=tiny", f"data.path={prepared}", f"runs_dir={runs}", f"name={name}"),
-        *(f"budget.steps={STEPS}", "batch.tokens=256", "batch.micro_batch_size=2"),
-        *("checkpoint.every=4", "checkpoint.keep_last=3", "eval.every=8", "eval.sequences=4"),
-        *("eval.batch_size=2", "log.every=1", "log.tensorboard=false", "log.progress=false"),
-        *("strategy.accelerator=cpu", "strategy.num_threads=1", "strategy.timeout=30"),
-        *STRATEGIES[strategy],
-    ]
+    return run_lines(
+        *(prepared, runs, name, f"budget.steps={STEPS}", "batch.tokens=256", "checkpoint.every=4"),
+        *("checkpoint.keep_last=3", "eval.every=8", "eval.sequences=4"),
+        *("strategy.num_threads=1", "strategy.timeout=30", *STRATEGIES[strategy]),
+    )
 
 
 @dataclass
@@ -92,11 +89,7 @@ class Disturbed:
 
     def reached(self, step: int) -> None:
         """Wait for a step."""
-        metrics = self.run / "metrics.jsonl"
-        self.until(
-            f"at step {step}",
-            lambda: max((r["step"] for r in read_metrics(metrics)), default=0) >= step,
-        )
+        self.until(f"at step {step}", lambda: last_step(self.run) >= step)
 
     def said(self) -> str:
         """Everything that the job has printed."""

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from modtrain.cli.compose import compose
-from modtrain.training.metrics_log import read_metrics
-from modtrain.training.run import train
 from tests.cluster.slurm.disturbed import STEPS, overrides, start
 from tests.cluster.slurm.failure_cases import CASES, Case
 from tests.cluster.slurm.slurm_cluster import cluster_of
 from tests.helpers.ranks import on_ranks
+from tests.helpers.runs import losses_of
+from tests.helpers.runs import run as run_here
 from tests.helpers.saved import assert_same_bits, newest_tensors
 
 # Their processes wait for one another more than they compute.
@@ -33,7 +32,7 @@ class Result:
     causes: list[str]
     said: str
     weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)
+    losses: list[dict[int, float]] = field(default_factory=list)
 
 
 class Matrix:
@@ -58,7 +57,7 @@ class Matrix:
             if strategy not in self._undisturbed:
                 runs = self.folder / "undisturbed"
                 lines = overrides(self.prepared, runs, strategy, strategy)
-                assert on_ranks(run_whole, 2, lines, joins=False) == ["complete"] * 2
+                assert on_ranks(run_here, 2, lines, joins=False) == ["complete"] * 2
                 self._undisturbed[strategy] = runs / strategy
             return self._undisturbed[strategy]
 
@@ -85,14 +84,6 @@ class Matrix:
                     result.weights.append(newest_tensors(directory, STEPS))
                     result.losses.append(losses_of(directory))
         return result
-
-
-def losses_of(run: Path) -> list[float]:
-    return [r["loss"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
-
-
-def run_whole(lines: list[str]) -> str:
-    return train(compose("train", lines)).status
 
 
 @pytest.fixture(scope="module")

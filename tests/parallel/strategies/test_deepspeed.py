@@ -30,14 +30,10 @@ from modtrain.training.config import ScheduleConfig, TrainConfig
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import CostedStage, TrainingPlan, strategy_options
 from modtrain.training.trainer import make_trainer
+from tests.helpers.marks import slow
 from tests.helpers.model_cases import VOCAB, bits, small
 from tests.helpers.ranks import on_ranks
 from tests.helpers.saved import tensors_of
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
 
 LENGTH, STEPS = 16, 20
 STAGES = (1, 2, 3)

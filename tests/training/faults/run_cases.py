@@ -15,7 +15,7 @@ from modtrain.data.stream.dataset import TokenDataset
 from modtrain.training.callbacks import evaluation as held_out
 from modtrain.training.run import train
 from modtrain.training.stop_signal import STOP
-from tests.helpers.runs import run_lines
+from tests.helpers.runs import before_step, request_stop, run_lines
 
 SEQ_LEN, SEQUENCES = 64, 8
 EXPERTS = ("model.experts.count=4", "model.experts.dim=16", "model.experts.top_k=2")
@@ -69,7 +69,8 @@ def run(lines: list[str], notes: str | None = None, stop: tuple[int, int] | None
     """Train. stop: (step, rank) at which that rank alone gets a stop request."""
     callbacks: list[L.Callback] = [] if notes is None else [Noted(Path(notes))]
     if stop is not None:
-        callbacks.append(_StopAt(*stop))
+        step, rank = stop
+        before_step(step, request_stop, rank=rank)
     STOP.signum = None
     return train(compose("train", lines), callbacks).status
 
@@ -102,15 +103,6 @@ class _RandomStates(L.Callback):
 
     def on_train_batch_start(self, _trainer, _module, _batch, _batch_idx) -> None:
         self.states.append(zlib.crc32(torch.get_rng_state().numpy().tobytes()))
-
-
-class _StopAt(L.Callback):
-    def __init__(self, step: int, rank: int) -> None:
-        self.step, self.rank = step, rank
-
-    def on_train_batch_start(self, trainer, _module, _batch, _batch_idx) -> None:
-        if trainer.global_step == self.step and trainer.global_rank == self.rank:
-            STOP.signum = 15
 
 
 def run_showing_evaluations(lines: list[str], mark: str) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from modtrain.training.metrics_log import read_metrics
 from tests.helpers.ranks import Fleet, on_ranks
+from tests.helpers.runs import last_step, losses_of
 from tests.helpers.saved import assert_same_bits, newest_tensors
 from tests.training.faults.run_cases import EXPERTS, overrides, run_showing_evaluations
 
@@ -24,15 +24,14 @@ DEFAULT_KILLS = 32
 
 def wait_for(moment: str, step: int, root: Path, mark: Path, fleet: Fleet) -> None:
     """Return at that moment, or when the ranks are through."""
-    metrics, checkpoints = root / "metrics.jsonl", root / "checkpoints"
 
     def is_now() -> bool:
         if moment == "first step":
             return (root / "config.yaml").exists()
-        if max((r["step"] for r in read_metrics(metrics)), default=0) < step:
+        if last_step(root) < step:
             return False
         if moment == "save":
-            return any(checkpoints.glob(".writing-*"))
+            return any((root / "checkpoints").glob(".writing-*"))
         return moment == "step" or mark.exists()
 
     while fleet.is_running() and not is_now():
@@ -78,7 +77,6 @@ def test_kills_at_any_moment_change_nothing(prepared, tmp_path, strategy, reques
     assert killed == kills
     assert on_ranks(run_showing_evaluations, 2, cut, mark, joins=False) == ["complete"] * 2
     assert_same_bits(*(newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut")))
-    records = [r for r in read_metrics(root / "metrics.jsonl") if "loss" in r]
-    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-    expected = [r["loss"] for r in read_metrics(tmp_path / "whole/metrics.jsonl") if "loss" in r]
-    assert [r["loss"] for r in records] == expected
+    losses = losses_of(root)
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert losses == losses_of(tmp_path / "whole")

@@ -2,7 +2,9 @@
 
 import os
 import resource
+import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -12,14 +14,12 @@ import torch.distributed as dist
 
 from modtrain.checkpoint import checkpointer
 from modtrain.checkpoint.layout import Manifest
-from modtrain.cli.compose import compose
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.watchdog import Watchdog
-from modtrain.training import rank_consistency as alike
-from modtrain.training.metrics_log import read_metrics
+from modtrain.training import rank_consistency
 from modtrain.training.module import LanguageModule
-from modtrain.training.run import train
 from tests.helpers.ranks import RankFailedError, outcomes_on_ranks
+from tests.helpers.runs import before_step, losses_of, run, run_lines
 
 STRATEGIES = ["ddp", "fsdp"]
 # Seconds that a rank waits for another: all that the tests of a rank that is silent take.
@@ -27,13 +27,10 @@ TIMEOUT = 4
 
 
 def overrides(prepared: Path, runs: Path, *more: str) -> list[str]:
-    return [
-        *("model=tiny", f"data.path={prepared}", f"runs_dir={runs}", "name=run"),
-        *("budget.steps=8", "batch.tokens=256", "batch.micro_batch_size=2"),
-        *("checkpoint.every=2", "eval.every=null", "eval.sequences=4", "eval.batch_size=2"),
-        *("log.every=1", "log.tensorboard=false", "log.progress=false"),
-        *("strategy.accelerator=cpu", f"strategy.timeout={TIMEOUT}", *more),
-    ]
+    return run_lines(
+        *(prepared, runs, "run", "budget.steps=8", "batch.tokens=256", "eval.every=null"),
+        *("eval.sequences=4", f"strategy.timeout={TIMEOUT}", *more),
+    )
 
 
 def raises() -> None:
@@ -57,15 +54,8 @@ def runs_out_of_memory() -> None:
 
 def faulty(lines: list[str], fault, step: int, rank: int) -> str:
     """Train, with a fault on one rank at the beginning of a step."""
-    original = LanguageModule.training_step
-
-    def training_step(module, batch, batch_idx):
-        if module.global_step == step and dist.get_rank() == rank:
-            fault()
-        return original(module, batch, batch_idx)
-
-    LanguageModule.training_step = training_step
-    return train(compose("train", lines)).status
+    before_step(step, fault, rank=rank)
+    return run(lines)
 
 
 def ended(outcomes: list, rank: int) -> RankFailedError:
@@ -158,7 +148,7 @@ def slow(lines: list[str], what: str) -> str:
         return original(*arguments, **named)
 
     setattr(owner, name, late)
-    return train(compose("train", lines)).status
+    return run(lines)
 
 
 def slow_evaluation(lines: list[str]) -> str:
@@ -170,7 +160,7 @@ def slow_evaluation(lines: list[str]) -> str:
             yield batch
 
     TokenDataModule.val_dataloader = val_dataloader
-    return train(compose("train", lines)).status
+    return run(lines)
 
 
 @pytest.mark.slow
@@ -248,7 +238,7 @@ def not_a_number(lines: list[str], rank: int) -> str:
         return loss
 
     LanguageModule.training_step = training_step
-    return train(compose("train", lines)).status
+    return run(lines)
 
 
 @pytest.mark.slow
@@ -265,7 +255,7 @@ def test_a_nan_on_one_rank_stops_all_before_it_is_saved(prepared, tmp_path, stra
 
 
 def differing(lines: list[list[str]]) -> str:
-    return train(compose("train", lines[int(os.environ["RANK"])])).status
+    return run(lines[int(os.environ["RANK"])])
 
 
 @pytest.mark.slow
@@ -292,11 +282,9 @@ def test_ranks_of_different_configurations_stop_before_anything_is_written(
 
 
 def of_another_version(lines: list[str]) -> str:
-    if os.environ["RANK"] == "1":
-        alike.code_version = lambda: {"commit": "f00", "diff": ""}
-    else:
-        alike.code_version = lambda: {"commit": "ba4", "diff": ""}
-    return train(compose("train", lines)).status
+    commit = "f00" if os.environ["RANK"] == "1" else "ba4"
+    rank_consistency.code_version = lambda: {"commit": commit, "diff": ""}
+    return run(lines)
 
 
 def test_ranks_of_different_code_stop(prepared, tmp_path):
@@ -308,13 +296,11 @@ def test_ranks_of_different_code_stop(prepared, tmp_path):
 def of_other_data(lines: list[str], other: str) -> str:
     if os.environ["RANK"] == "1":
         os.chdir(other)
-    return train(compose("train", lines)).status
+    return run(lines)
 
 
 def test_ranks_that_read_different_data_stop(prepared, tmp_path):
     """The same relative path leads elsewhere on another node."""
-    import shutil
-
     for name in ("one", "two"):
         shutil.copytree(prepared, tmp_path / name / "shards")
     index = tmp_path / "two/shards/index.json"
@@ -327,24 +313,19 @@ def test_ranks_that_read_different_data_stop(prepared, tmp_path):
         assert "fingerprint" in outcome.said
 
 
-def apart(lines: list[str]) -> list[float]:
+def with_other_clock_and_host(lines: list[str]) -> str:
     """Another clock and another host name on rank 1."""
     if os.environ["RANK"] == "1":
-        import socket
-
         original = time.time
         time.time = lambda: original() - 1e6
         socket.gethostname = lambda: "elsewhere"
-    train(compose("train", lines))
-    return []
+    return run(lines)
 
 
 @pytest.mark.nightly
 def test_clocks_and_hosts_that_differ_change_nothing(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "strategy=ddp")
-    assert outcomes_on_ranks(apart, 2, lines, joins=False) == [[], []]
-    losses = [r["loss"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r]
+    assert outcomes_on_ranks(with_other_clock_and_host, 2, lines, joins=False) == ["complete"] * 2
     lines = overrides(prepared, tmp_path / "again", "strategy=ddp")
-    assert outcomes_on_ranks(faulty, 2, lines, hangs, 99, 0, joins=False) == ["complete"] * 2
-    again = [r["loss"] for r in read_metrics(tmp_path / "again/run/metrics.jsonl") if "loss" in r]
-    assert losses == again
+    assert outcomes_on_ranks(run, 2, lines, joins=False) == ["complete"] * 2
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "again/run")

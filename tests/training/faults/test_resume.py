@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from modtrain.training.metrics_log import read_metrics
+from tests.helpers.marks import slow, slow_but
 from tests.helpers.ranks import on_ranks
+from tests.helpers.runs import losses_of
 from tests.helpers.saved import assert_same_bits, newest_tensors, newest_weights
 from tests.training.faults.run_cases import (
     EXPERTS,
@@ -31,18 +32,9 @@ QUICK = ("ddp", "fsdp")
 GROUPS = {"hsdp": "shard_size", "fsdp_tp": "tensor_parallel", "fsdp_cp": "context_parallel"}
 
 
-def losses(runs, name):
-    records = read_metrics(runs / name / "metrics.jsonl")
-    return {record["step"]: record["loss"] for record in records if "loss" in record}
-
-
-def some_slow(names, quick=QUICK):
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
 @pytest.mark.slow
 @pytest.mark.on_commit(3)
-@pytest.mark.parametrize("strategy", some_slow(STRATEGIES))
+@pytest.mark.parametrize("strategy", slow_but(QUICK, STRATEGIES))
 def test_a_stopped_run_goes_on_to_the_same_bits(prepared, tmp_path, strategy):
     # The stop is between two records: the next one is of the steps before it, too.
     more = (f"strategy={strategy}", "log.every=2", *STRATEGIES[strategy])
@@ -53,11 +45,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(prepared, tmp_path, strategy):
     assert on_ranks(run, 2, cut, None, (2, 1), joins=False) == ["stopped"] * 2
     assert on_ranks(run, 2, cut, joins=False) == ["complete"] * 2
     assert_same_bits(*(newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut")))
-    assert losses(tmp_path, "whole") == losses(tmp_path, "cut")
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [0, slow(1)])
 def test_a_signal_to_one_rank_in_the_setup_stops_all(prepared, tmp_path, rank):
     lines = overrides(prepared, tmp_path, "told", STEPS, "strategy=ddp")
     assert on_ranks(run_told_in_setup, 2, lines, rank, joins=False) == ["stopped"] * 2
@@ -88,7 +80,7 @@ JOURNEYS = {
 
 @pytest.mark.slow
 @pytest.mark.on_commit(1)
-@pytest.mark.parametrize("journey", some_slow(JOURNEYS, ("1-2-4", "through strategies")))
+@pytest.mark.parametrize("journey", slow_but(("1-2-4", "through strategies"), JOURNEYS))
 def test_other_ranks_and_strategies_go_on_with_the_same_samples(prepared, tmp_path, journey):
     """The sample numbers of every step are noted on each rank, by what was trained on."""
     stretches, per_stretch = JOURNEYS[journey], 2
@@ -111,7 +103,7 @@ def test_other_ranks_and_strategies_go_on_with_the_same_samples(prepared, tmp_pa
     expected, found = (samples_by_step(tmp_path / name) for name in ("alone", "journey"))
     assert list(found) == list(range(steps))
     assert found == expected
-    one, other = losses(tmp_path, "alone"), losses(tmp_path, "journey")
+    one, other = losses_of(tmp_path / "alone"), losses_of(tmp_path / "journey")
     assert one.keys() == other.keys()
     assert max(abs(one[step] - other[step]) for step in one) < 1e-5
     ours, theirs = newest_weights(tmp_path / "alone"), newest_weights(tmp_path / "journey")

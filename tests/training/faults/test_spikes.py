@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from modtrain.cli.compose import compose
 from modtrain.training import run as run_module
-from modtrain.training.module import LanguageModule
-from modtrain.training.run import train
 from modtrain.training.spikes.journal import SpikeJournal
+from tests.helpers import runs
+from tests.helpers.marks import slow
 from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks
 from tests.helpers.saved import assert_same_bits, newest_tensors, tensors_of
 from tests.helpers.spiked_runs import (
@@ -27,7 +26,6 @@ from tests.helpers.spiked_runs import (
     overrides,
     records,
     rest_of,
-    slow,
     spiked,
     spoil,
 )
@@ -107,15 +105,8 @@ def test_every_strategy_leaves_out_the_step(prepared, tmp_path, strategy, factor
 
 def killed_at(lines: list[str], bad: list[int], step: int) -> str:
     spoil(bad, 1e3)
-    original = LanguageModule.training_step
-
-    def training_step(module, batch, batch_idx):
-        if module.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(module, batch, batch_idx)
-
-    LanguageModule.training_step = training_step
-    return train(compose("train", lines)).status
+    runs.before_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return runs.run(lines)
 
 
 # Killed before the skip's checkpoint, so that the skip comes again, and after it.
@@ -213,7 +204,7 @@ def killed_in_a_roll_back(lines: list[str], bad: list[int], written: bool) -> st
         run_module._Run._fit = fit
     else:
         SpikeJournal._roll_back = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    return train(compose("train", lines)).status
+    return runs.run(lines)
 
 
 @pytest.mark.slow

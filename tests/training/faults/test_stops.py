@@ -1,15 +1,12 @@
 """Whole runs that end at a spike or a NaN: what they say, keep, and can do next."""
 
 import math
-import signal
 
 import pytest
 
 from modtrain.checkpoint.recovery import whole_checkpoints
-from modtrain.cli.compose import compose
-from modtrain.training.module import LanguageModule
-from modtrain.training.run import train
-from modtrain.training.stop_signal import STOP
+from tests.helpers import runs
+from tests.helpers.marks import slow
 from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks
 from tests.helpers.spiked_runs import (
     BAD,
@@ -18,7 +15,6 @@ from tests.helpers.spiked_runs import (
     numbers_of,
     overrides,
     records,
-    slow,
     spiked,
     spoil,
 )
@@ -135,15 +131,8 @@ def test_a_stop_names_the_step_its_figures_its_samples_and_the_way_back(
 
 def spiked_and_signalled(lines: list[str], bad: list[int]) -> str:
     spoil(bad, 1e3)
-    original = LanguageModule.training_step
-
-    def training_step(module, batch, batch_idx):
-        if module.global_step == BAD - 1:
-            STOP.signum = signal.SIGTERM
-        return original(module, batch, batch_idx)
-
-    LanguageModule.training_step = training_step
-    return train(compose("train", lines)).status
+    runs.before_step(BAD - 1, runs.request_stop)
+    return runs.run(lines)
 
 
 def test_a_signal_saves_nothing_of_a_spike_that_nobody_has_looked_at(prepared, tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from modtrain.training.metrics_log import read_metrics
 from tests.helpers.ranks import free_port
+from tests.helpers.runs import last_step
 from tests.helpers.saved import assert_same_bits, newest_tensors
 from tests.training.faults.run_cases import overrides
 
@@ -54,8 +54,7 @@ def test_two_nodes_of_two_are_stopped_by_one_and_go_on(prepared, tmp_path):
     assert said.count("is complete: 8 steps") == 1  # rank 0 speaks for all
     cut = overrides(prepared, tmp_path, "cut", STEPS, *more)
     nodes = start(2, 2, cut, tmp_path)
-    metrics = tmp_path / "cut/metrics.jsonl"
-    while max((r["step"] for r in read_metrics(metrics)), default=0) < 3:
+    while last_step(tmp_path / "cut") < 3:
         assert all(node.poll() is None for node in nodes)
         time.sleep(0.01)
     nodes[1].send_signal(signal.SIGTERM)
