@@ -302,18 +302,6 @@ def test_content_free_choices_do_not_know_where_documents_end(score):
     assert moved_BS[:, 13:].max() > 1e-3
 
 
-@pytest.mark.parametrize("score", ["random", "fixed"])
-def test_content_free_choices_are_the_same_in_a_prefix(score):
-    model = lively(small(num_layers=8, router=RouterConfig(score=score)))
-    tokens_BS = random_tokens(2, 40)
-    with torch.no_grad():
-        whole = model(tokens_BS, selection="causal").routing
-        for length in (1, 7, 39):
-            prefix = model(tokens_BS[:, :length], selection="causal").routing
-            for one, other in zip(whole, prefix, strict=True):
-                assert torch.equal(one.chosen_BS[:, :length], other.chosen_BS)
-
-
 @quick(20)
 @given(st.sampled_from([0.05, 0.125, 1 / 3, 0.5, 1.0]), st.integers(0, 20))
 def test_scattered_positions_are_independent_draws(share, salt):

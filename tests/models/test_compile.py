@@ -16,6 +16,7 @@ from modtrain.models.transformer import Transformer
 from modtrain.optimizers.config import OptimizerConfig
 from modtrain.optimizers.registry import build_optimizer
 from modtrain.parallel.parallelize import compile_model
+from tests.helpers.marks import slow_but
 from tests.helpers.model_cases import lively, random_tokens, small
 
 PATTERNS = ["dense", "every_other", "every"]
@@ -47,15 +48,13 @@ def padding() -> dict[str, Tensor]:
     return {"valid_BS": valid_BS}
 
 
-# The quick ones together have every way to choose: top-k, token choice, documents, experts.
-QUICK = {
+VARIANTS = {
+    **{pattern: (small(num_layers=2, pattern=pattern, num_kv_heads=1), {}) for pattern in PATTERNS},
     "both parts": (routed(target="both", causal=["auxiliary", "predictor", "threshold"]), {}),
     "token choice": (routed(choice="token"), {}),
     "documents": (routed(), documents()),
     "experts": (mixed(shared=1, noop=1), {}),
     "staged MoDE, expert choice": (mixed("every_other", choice="expert", noop=1), {}),
-}
-VARIANTS = QUICK | {
     "attention's router": (routed(target="attention"), {}),
     "MLP's router": (routed(target="mlp"), {}),
     "MLP score": (routed(score="mlp", hidden_dim=6), {}),
@@ -94,11 +93,17 @@ VARIANTS = QUICK | {
     "staged MoDE, documents": (mixed("every_other", balance="bias"), documents()),
     "loss by chunks": (replace(routed(), loss_chunk=24), {}),
     "loss by chunks, tied": (replace(routed(), loss_chunk=24, tie_embeddings=True), {}),
+    "window, normed keys": (small(num_layers=2, sliding_window=8, qk_norm=True), {}),
 }
+# In the commit tier, which together have every way to choose and to mix.
+COMMIT = (
+    *(*PATTERNS, "both parts", "documents", "attention's router", "random score", "two mixers"),
+    *("token choice, both parts", "expert choice", "window, normed keys"),
+)
 # Inductor has got the gradient of an experts' router wrong before, with losses and choices equal.
 INDUCTED = [
-    *QUICK,
-    "limited experts",
+    *("dense", "every_other", "both parts", "token choice", "documents", "experts"),
+    *("staged MoDE, expert choice", "limited experts"),
     *("MLP score", "attention score", "oracle score", "tanh gate", "documents, padding"),
     *("token choice, documents", "convolution, documents", "expert choice"),
     "loss by chunks",
@@ -154,14 +159,14 @@ def assert_same(found: Step, expected: Step, rtol: float) -> None:
 
 
 def assert_compiled_equals_eager(
-    model: Transformer, backend: str, autocast: bool = False, rtol: float = 1e-4, **kwargs
+    model: Transformer, backend: str, autocast: bool = False, rtol: float = 1e-4, **given
 ) -> None:
     """In one graph, also after thresholds and biases have moved."""
     counter = CompileCounterWithBackend(backend)
     call = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     for _ in range(2):
-        expected = step(model, model, autocast, **kwargs)
-        assert_same(step(model, call, autocast, **kwargs), expected, rtol)
+        expected = step(model, model, autocast, **given)
+        assert_same(step(model, call, autocast, **given), expected, rtol)
         model.update_running_stats(expected.observed)
     assert counter.frame_count == 1
 
@@ -172,17 +177,9 @@ def assert_variant(name: str, backend: str) -> None:
     assert_compiled_equals_eager(model, backend, **given)
 
 
-@pytest.mark.slow
-@pytest.mark.on_commit(2)
-@pytest.mark.parametrize("name", QUICK)
-def test_what_training_can_choose_by_is_one_graph_equal_to_eager(name):
-    assert_variant(name, "aot_eager")
-
-
-@pytest.mark.on_commit(5)
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in QUICK])
-def test_every_variant_is_one_graph_equal_to_eager(name):
+@pytest.mark.on_commit(*COMMIT)
+@pytest.mark.parametrize("name", slow_but(PATTERNS, VARIANTS))
+def test_a_step_is_one_graph_equal_to_eager(name):
     assert_variant(name, "aot_eager")
 
 
@@ -240,12 +237,6 @@ def test_more_models_in_a_process_than_the_compilers_own_limit_of_graphs(monkeyp
             check_graphs(patch, schedule(2))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_step_is_one_graph_equal_to_eager(pattern):
-    model = lively(small(num_layers=2, pattern=pattern, num_kv_heads=1), dtype=torch.float32)
-    assert_compiled_equals_eager(model, "aot_eager")
-
-
 @pytest.mark.on_commit("every_other")
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_step_under_autocast_is_one_graph_equal_to_eager(pattern):
@@ -254,25 +245,10 @@ def test_a_step_under_autocast_is_one_graph_equal_to_eager(pattern):
     assert_compiled_equals_eager(model, "aot_eager", autocast=True, rtol=0.05)
 
 
-@pytest.mark.slow
-def test_a_window_and_normed_keys_compile_too():
-    config = small(num_layers=2, sliding_window=8, qk_norm=True, tie_embeddings=True)
-    model = lively(config, dtype=torch.float32)
-    assert_compiled_equals_eager(model, "aot_eager")
-
-
-@pytest.mark.on_commit(1)
-@pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["dense", "every_other"])
-def test_inductors_step_equals_eager(pattern):
-    model = Transformer(small(pattern=pattern, init_std=0.2))
-    assert_compiled_equals_eager(model, "inductor")
-
-
-@pytest.mark.on_commit(1)
+@pytest.mark.on_commit("dense", "both parts")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INDUCTED)
-def test_inductors_step_of_a_variant_equals_eager(name):
+def test_inductors_step_equals_eager(name):
     assert_variant(name, "inductor")
 
 
