@@ -40,9 +40,10 @@ def test_collectives_of_either_name_do_the_same():
 
 def test_a_limit_of_graphs_is_set_whichever_way_torch_takes_it(monkeypatch):
     monkeypatch.setattr(torch_compat, "HAS_ISOLATED_RECOMPILES", False)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    assert torch_compat.compile_options(9) == {}
-    assert torch._dynamo.config.recompile_limit >= 9
+    # Not by the monkeypatch, which would leave a configuration without the key.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        assert torch_compat.compile_options(9) == {}
+        assert torch._dynamo.config.recompile_limit >= 9
 
 
 def test_experts_cannot_be_spread_before_torch_has_what_it_takes(monkeypatch):
