@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
 
 # torch 2.13 renamed these two; the old names warn since then.
 _gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
@@ -69,6 +70,17 @@ def shard_over(mesh: DeviceMesh) -> Callable[[int], Any]:
         else HSDPMeshInfo(mesh=mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
     )
     return lambda dim: ShardPlacementResult(Shard(dim), info)
+
+
+def ddp_buffer_options() -> dict[str, Any]:
+    """Return options of `DistributedDataParallel` that leave buffers alone in forward.
+
+    Before torch 2.13 the option is ``broadcast_buffers``, which also leaves out the broadcast at
+    its start: buffers are the same on all ranks there, as initialized or as loaded.
+    """
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    is_new = "forward_sync_buffers" in parameters
+    return {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
 
 
 def compile_options(recompile_limit: int) -> dict[str, Any]:

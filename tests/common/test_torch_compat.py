@@ -46,10 +46,28 @@ def test_a_limit_of_graphs_is_set_whichever_way_torch_takes_it(monkeypatch):
         assert torch._dynamo.config.recompile_limit >= 9
 
 
+def _keeps_buffers() -> bool:
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.BatchNorm1d(2), **torch_compat.ddp_buffer_options()
+    )
+    return not wrapped.broadcast_buffers
+
+
+def test_ddp_leaves_buffers_alone_by_either_name(monkeypatch):
+    assert on_ranks(_keeps_buffers, 1) == [True]
+
+    def older(module, broadcast_buffers=True):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch_compat, "DistributedDataParallel", older)
+    assert torch_compat.ddp_buffer_options() == {"broadcast_buffers": False}
+
+
 def test_experts_cannot_be_spread_before_torch_has_what_it_takes(monkeypatch):
     config = StrategyConfig(name="fsdp_ep", expert_parallel=2)
     model = ModelConfig(experts=ExpertsConfig(count=4))
     dims = ParallelDims(2, shard=2, expert=2)
+    monkeypatch.setattr(validation, "torch_release", lambda: (2, 12))
     assert validation.expert_problems(config, "strategy", model, dims) == []
     monkeypatch.setattr(validation, "torch_release", lambda: (2, 11))
     (problem,) = validation.expert_problems(config, "strategy", model, dims)

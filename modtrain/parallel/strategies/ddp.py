@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from lightning.pytorch.strategies import DDPStrategy
 
+from modtrain.common.torch_compat import ddp_buffer_options
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.config import StrategyOptions
 from modtrain.parallel.parallelize import prepare_layers
@@ -19,7 +20,7 @@ class DataParallelStrategy(TrainingStrategy, DDPStrategy):
         super().__init__(
             timeout=timedelta(seconds=options.config.timeout),
             # Thresholds and biases move alike on all ranks: see `LanguageModule.optimizer_step`.
-            forward_sync_buffers=False,
+            **ddp_buffer_options(),
             gradient_as_bucket_view=True,
         )
 
