@@ -119,6 +119,7 @@ def test_every_group_has_the_timeout():
 
 
 def _dies() -> int:
+    dist.barrier()
     if dist.get_rank() == 1:
         os._exit(7)
     return 1

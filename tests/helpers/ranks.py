@@ -200,6 +200,10 @@ def _child(
         if joins:
             dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         pipe.send(("ok", function(*arguments)))
+        if joins:
+            # Gloo's connections count as broken on a rank that is still making them when this ends.
+            with suppress(RuntimeError):
+                dist.barrier()
     except BaseException as error:
         pipe.send(("error", (type(error).__name__, str(error), traceback.format_exc())))
     finally:
