@@ -110,7 +110,7 @@ def test_a_failed_save_prunes_nothing_and_is_told_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     put(checkpointer, tmp_path, 2, torch.ones(1))
-    with pytest.raises(CheckpointError, match="Input/output error"):
+    with pytest.raises(CheckpointError, match=r"could not be written: .*Input/output"):
         put(checkpointer, tmp_path, 3, torch.ones(1))
     monkeypatch.undo()
     checkpointer.wait()

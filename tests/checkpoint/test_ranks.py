@@ -1,6 +1,7 @@
 """State by name, saved and restored by real ranks in every layout; what fails on one fails all."""
 
 import os
+import re
 import signal
 import time
 from datetime import timedelta
@@ -182,15 +183,13 @@ def test_each_rank_writes_its_share_and_nothing_twice(name, world):
     assert max(own for _, own, _ in found) < 1.5 * total / world
 
 
-def spread(axis: int) -> bool:
+def spread(root: str, axis: int) -> bool:
     """Tensor-parallel pieces beside plain tensors, saved on this mesh, read on one turned round."""
-    ranks = Ranks.create()
-    root = Path(os.environ["ROOT"])
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     value = torch.arange(5 * 9.0).view(5, 9)
     saved = distribute_tensor(value, mesh, [Replicate(), Shard(axis)])
-    with Checkpointer(ranks) as checkpointer:
-        path = checkpoint_path(root, axis)
+    path = checkpoint_path(Path(root), axis)
+    with Checkpointer(Ranks.create()) as checkpointer:
         checkpointer.save(path, {"state_dict.w": saved, "state_dict.b": torch.ones(3)}, {}, axis)
     into = distribute_tensor(torch.zeros(5, 9), mesh, [Shard(1 - axis), Replicate()])
     TensorReader(path).into({"state_dict.w": into})
@@ -198,16 +197,10 @@ def spread(axis: int) -> bool:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_pieces_of_any_mesh(tmp_path, monkeypatch, axis):
-    monkeypatch.setenv("ROOT", str(tmp_path))
-    assert on_ranks(_spread_at, 4, str(tmp_path), axis) == [True] * 4
+def test_pieces_of_any_mesh(tmp_path, axis):
+    assert on_ranks(spread, 4, str(tmp_path), axis) == [True] * 4
     read = nests.load(checkpoint_path(tmp_path, axis))["state_dict"]
     assert torch.equal(read["w"], torch.arange(45.0).view(5, 9))
-
-
-def _spread_at(root: str, axis: int) -> bool:
-    os.environ["ROOT"] = root
-    return spread(axis)
 
 
 def each_its_own(root: str) -> list[str]:
@@ -333,8 +326,7 @@ def fails_on_one(root: str, how: str) -> tuple[str, list[str], tuple[int, str]]:
 )
 def test_what_fails_on_one_rank_fails_on_all_and_the_next_save_works(tmp_path, how, says):
     for said, names, found in on_ranks(fails_on_one, 2, str(tmp_path), how):
-        with pytest.raises(CheckpointError, match=says):
-            raise CheckpointError(said)
+        assert re.search(says, said), said
         assert names == ["step-000000001"]
         assert found == (3, tmp_path / "step-000000003")
 

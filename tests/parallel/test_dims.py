@@ -111,6 +111,7 @@ def test_experts_are_asked_for_where_they_are_spread():
         StrategyConfig("fsdp", shard_size=2),
         StrategyConfig("fsdp", offload=True),
         StrategyConfig("fsdp", timeout=0.0),
+        StrategyConfig("fsdp", activation_checkpointing="some"),
         StrategyConfig("zero"),
     ],
 )

@@ -11,7 +11,6 @@ from modtrain.training.capacity_schedule import capacity_stages
 from modtrain.training.config import (
     CAPACITY_SCHEDULES,
     CapacityScheduleConfig,
-    StrategyConfig,
     TrainConfig,
 )
 from tests.helpers.capacities import capacities_at, capacity_level
@@ -94,14 +93,6 @@ def test_a_line_by_hand():
     assert {s.capacities[0] for s in stages} == {None}
 
 
-def test_half_a_cosine_by_hand():
-    config = CapacityScheduleConfig("cosine", start=0.9, begin=0.0, end=1.0, levels=3)
-    stages = capacity_stages(config, [0.1], 300)
-    # A quarter of the way is at a third of the half cosine, three quarters at two thirds.
-    assert [(s.first, s.stop) for s in stages] == [(0, 100), (100, 200), (200, 300)]
-    assert [s.capacities[0] for s in stages] == pytest.approx([0.9, 0.5, 0.1])
-
-
 @pytest.mark.parametrize(("end", "first"), [(0.55, 55), (0.07, 7), (0.291, 30), (0.0, 0)])
 def test_a_step_falls_on_the_first_step_after_the_share(end, first):
     config = CapacityScheduleConfig("step", end=end)
@@ -159,11 +150,3 @@ def test_every_choice_composes(verb, name):
     config = compose(verb, ["name=x", "budget.steps=1", f"capacity_schedule={name}", *own])
     assert config.capacity_schedule.name == name
     assert config.capacity_schedule.problems("capacity_schedule") == []
-
-
-@pytest.mark.parametrize(
-    ("way", "wrong"), [("none", 0), ("selective", 0), ("full", 0), ("some", 1)]
-)
-def test_activation_checkpointing_has_three_ways(way, wrong):
-    found = StrategyConfig(activation_checkpointing=way).problems("strategy")
-    assert [problem.key for problem in found] == ["strategy.activation_checkpointing"] * wrong

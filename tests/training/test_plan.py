@@ -108,29 +108,6 @@ def test_a_schedule_that_does_not_come_to_its_end_is_told(schedule, steps):
         derive(run)
 
 
-@given(st.integers(1, 10**6), st.sampled_from(["dense", "every_other", "ramp_up"]))
-def test_without_a_schedule_every_step_costs_the_same(steps, pattern):
-    model = replace(MODEL, pattern=pattern)
-    plan = derive(config(model=model, budget=BudgetConfig(steps=steps)))
-    per_token = training_flops_per_token(model, 64)
-    assert plan.flops_per_token == pytest.approx(per_token)
-    assert len(plan.stages) == 1
-    for step in (0, steps // 2, steps - 1):
-        assert plan.flops_until(step + 1) - plan.flops_until(step) == pytest.approx(per_token * 512)
-        assert plan.flops_until(step) == pytest.approx(per_token * 512 * step)
-
-
-def test_more_tokens_at_the_start_leave_fewer_steps():
-    budget = BudgetConfig(flops=1e12)
-    falling = CapacityScheduleConfig("linear", start=1.0)
-    constant, scheduled = (
-        derive(config(budget=budget, capacity_schedule=schedule))
-        for schedule in (CapacityScheduleConfig(), falling)
-    )
-    assert scheduled.steps < constant.steps
-    assert scheduled.flops == pytest.approx(constant.flops, rel=1e-2)
-
-
 @pytest.mark.parametrize("step", [-1, 4, 5])
 def test_a_step_that_the_run_does_not_have_is_refused(step):
     plan = derive(config(budget=BudgetConfig(steps=4)))
@@ -156,16 +133,6 @@ def test_budgets_in_tokens_and_steps_agree(steps):
     by_tokens = derive(config(budget=BudgetConfig(tokens=by_steps.tokens)))
     by_flops = derive(config(budget=BudgetConfig(flops=by_steps.flops)))
     assert by_steps == by_tokens == by_flops
-
-
-def test_equal_flops_give_a_routed_model_more_steps():
-    budget = BudgetConfig(flops=1e12)
-    routed, dense = (
-        derive(config(budget=budget, model=replace(MODEL, pattern=pattern)))
-        for pattern in ("every_other", "dense")
-    )
-    assert routed.steps > dense.steps
-    assert routed.flops == pytest.approx(dense.flops, rel=1e-2)
 
 
 def test_a_budget_below_one_step_says_what_a_step_takes():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,13 +14,9 @@ from transformers.generation.utils import GenerationMixin
 
 from modtrain.inference.generate.config import SamplingConfig
 from modtrain.inference.generate.sampling import PerSequenceRNG, SamplingError, distribution, draw
+from tests.helpers.model_cases import quick
 
 JUST_BELOW_1 = 1 - 2**-53
-
-
-def quick(examples: int) -> settings:
-    """Few examples, the same ones on each run."""
-    return settings(max_examples=examples, deadline=None, derandomize=True)
 
 
 class HuggingFace(GenerationMixin):
@@ -119,13 +115,6 @@ def test_top_p_takes_no_more_than_it_needs_and_1_takes_all():
     assert 0 < found_BV[0, 1] < 1e-26
 
 
-def test_the_penalty_comes_before_the_likeliest_is_taken():
-    logits_BV, seen_BV = torch.tensor([[2.0, 1.5, -1.0]]), torch.tensor([[True, False, True]])
-    config = SamplingConfig(greedy=True, repetition_penalty=2.0)
-    assert distribution(logits_BV, config, seen_BV).tolist() == [[0, 1, 0]]
-    assert distribution(logits_BV, config).tolist() == [[1, 0, 0]]
-
-
 def test_nearly_no_temperature_is_greedy_and_half_precision_is_widened():
     logits_BV = torch.tensor([[1.0, 60000.0, 59968.0]], dtype=torch.float16)
     for temperature in (1e-308, 1e-3):
@@ -200,18 +189,6 @@ def test_numbers_are_uniform_within_a_sequence_and_across_sequences():
         pair = (first * 4).long() * 4 + (second * 4).long()
         # 15 degrees of freedom: above 37.7 once in a thousand.
         assert chi_square(pair.bincount(minlength=16), torch.full((16,), 1 / 16)) < 37.7
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.3, 7.0])
-def test_tokens_are_drawn_as_often_as_their_probability(scale):
-    probability_V = torch.tensor([0.05, 0.4, 0.0, 0.1, 0.25, 0.001, 0.199, 0.0]) * scale
-    uniform_N = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found_N = draw(probability_V.expand(20000, -1), uniform_N)
-    counts_V = found_N.bincount(minlength=8)
-    possible_V = probability_V > 0
-    assert not counts_V[~possible_V].any()
-    # 5 degrees of freedom: above 20.5 once in a thousand.
-    assert chi_square(counts_V[possible_V], probability_V[possible_V] / scale) < 20.5
 
 
 @given(

@@ -2,24 +2,20 @@ import time
 from functools import cache
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from modtrain.data.prepare.tokenizer import END_OF_DOCUMENT, train_tokenizer
+from modtrain.data.prepare.tokenizer import train_tokenizer
 from modtrain.inference.generate.text_stream import TextStream, color_by_depth, mark_depth
+from tests.helpers.model_cases import quick
 
 CORPUS = [
     "the old river walks under the stone, the old tree sings",
     "Übermut tut selten gut; la forêt déjà vue; 川は石の下を歩く",
     "smile 😀😃 and 👩‍👩‍👧 wave\n\n\tindented   spaces\r\n",
 ] * 3
-
-
-def quick(examples: int) -> settings:
-    """Few examples, the same ones on each run."""
-    return settings(max_examples=examples, deadline=None, derandomize=True)
 
 
 @cache
@@ -154,20 +150,6 @@ def ids_of(text: str) -> list[int]:
     return [byte_level().token_to_id(character) for character in text]
 
 
-def test_a_character_split_over_tokens_comes_with_its_last_one():
-    stream = TextStream(byte_level(), [])
-    # The four bytes of U+1F600, each a token.
-    assert [stream.push(token, place) for place, token in enumerate(ids_of("ðŁĺĢ"))] == [
-        [],
-        [],
-        [],
-        [("😀", 3)],
-    ]
-    assert stream.push(ids_of("ð")[0], 4) == []
-    assert stream.finish() == [("\ufffd", 4)]
-    assert stream.finish() == []
-
-
 def test_a_stop_string_is_held_until_it_is_whole_or_cannot_be():
     stream = TextStream(byte_level(), ["abc", "\nQ:"])
     returned = [stream.push(token, place) for place, token in enumerate(ids_of("xabxaabc"))]
@@ -177,39 +159,11 @@ def test_a_stop_string_is_held_until_it_is_whole_or_cannot_be():
     assert stream.text == "xabxa"
 
 
-@pytest.mark.parametrize(
-    ("chosen", "expected"),
-    [
-        (["bc", "abcd"], "xa"),  # complete before the other one
-        (["bc", "abc"], "x"),  # at the same time: the longest
-        (["cde", "d"], "xabc"),
-        (["zzz"], "xabcde"),
-    ],
-)
-@pytest.mark.parametrize("at_once", [False, True])
-def test_the_first_stop_string_is_the_same_however_the_text_is_cut(chosen, expected, at_once):
-    tokenizer = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(["xabcde", *"xabcde"])}, "x")
-    )
-    tokenizer.decoder = decoders.Fuse()
-    stream = TextStream(tokenizer, chosen)
-    collect(stream, [0] if at_once else [1, 2, 3, 4, 5, 6])
-    assert stream.text == expected
-
-
 def test_nothing_comes_after_a_stop_string_not_even_a_character_begun():
     tokenizer = Tokenizer(models.WordLevel({"abð": 0}, "abð"))
     tokenizer.decoder = decoders.ByteLevel()
     stream = TextStream(tokenizer, ["b"])
     assert collect(stream, [0]) == [("a", 0)]
-
-
-def test_special_tokens_and_numbers_without_one_give_no_text():
-    tokenizer = byte_level()
-    end = tokenizer.token_to_id(END_OF_DOCUMENT)
-    stream = TextStream(tokenizer, [END_OF_DOCUMENT])
-    assert collect(stream, [end, 10**6, *ids_of("a"), end]) == [("a", 2)]
-    assert not stream.stopped
 
 
 @given(st.lists(st.integers(0, 10), max_size=8), st.lists(st.integers(0, 10), max_size=8))
