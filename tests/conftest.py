@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from modtrain.common.torch_compat import HAS_PARAMETER_MESHES
 from modtrain.data.config import PrepareConfig, TokenizerConfig
@@ -111,6 +112,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def empty_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stay out of the checkout, whose data/ may hold anything or nothing."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Let nothing that is compiled count for another test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

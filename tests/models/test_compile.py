@@ -19,6 +19,7 @@ from modtrain.parallel.parallelize import compile_model
 from tests.helpers.marks import slow_but
 from tests.helpers.model_cases import lively, random_tokens, small
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 PATTERNS = ["dense", "every_other", "every"]
 BATCH, LENGTH = 2, 32
 
@@ -108,13 +109,6 @@ INDUCTED = [
     *("token choice, documents", "convolution, documents", "expert choice"),
     "loss by chunks",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Step(NamedTuple):

@@ -10,23 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from modtrain.models import loss as loss_module
 from modtrain.models.loss import IGNORED, next_token_loss
+from tests.helpers.dispatch import Seen
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 # bfloat16 keeps eight bits, and the two sides round at different places.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 0.02}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def cases(
@@ -167,29 +159,6 @@ def test_a_second_derivative_is_refused_not_wrong():
     (gradient,) = torch.autograd.grad(loss, x_ND, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
-
-
-class Seen(TorchDispatchMode):
-    """Notes what operations give: the largest one's elements, dtypes, most bytes alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.peak_bytes = 0
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.elements = max(self.elements, leaf.numel())
-                self.dtypes[func.overloadpacket.__name__] = leaf.dtype
-                reference = StorageWeakRef(leaf.untyped_storage())
-                self._storages[reference.cdata] = reference, leaf.untyped_storage().nbytes()
-        alive = [size for reference, size in self._storages.values() if not reference.expired()]
-        self.peak_bytes = max(self.peak_bytes, sum(alive))
-        return out
 
 
 @pytest.mark.parametrize("autocast", [False, True])

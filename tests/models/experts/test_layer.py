@@ -254,11 +254,11 @@ def run(layer: Experts, call, x_BSD: Tensor, context, autocast: bool) -> list[Te
     return [output.value_BSD.detach(), record.load_E, record.executed_E, *gradients]
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("selection", ["top_k", "causal"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_layer_is_one_graph_equal_to_eager(variant, selection, autocast):
-    torch._dynamo.reset()
     layer = lively(config_of(**VARIANTS[variant])).float()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)
     x_BSD, context = normal(2, 16, DIM).float(), context_of(16, selection)
@@ -267,7 +267,6 @@ def test_a_layer_is_one_graph_equal_to_eager(variant, selection, autocast):
     for one, two in zip(eager, run(layer, compiled, x_BSD, context, autocast), strict=True):
         assert one.dtype == two.dtype == torch.float32
         assert (one - two).abs().max() <= rtol * one.abs().max()
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
