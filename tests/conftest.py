@@ -1,5 +1,8 @@
 """What tests share: a small corpus, prepared once, and the command line as a process."""
 
+import errno
+import fcntl
+import multiprocessing
 import os
 import random
 import signal
@@ -123,6 +126,16 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.fixture
 def no_stop_request() -> Iterator[None]:
     """Let a run in this process begin as if alone in it, and leave no handler behind."""
     before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
@@ -131,6 +144,16 @@ def no_stop_request() -> Iterator[None]:
     STOP.signum = None
     for signum, handler in before.items():
         signal.signal(signum, handler)
+
+
+def fork_modtrain(arguments: list[str]) -> multiprocessing.process.BaseProcess:
+    """Start the command line in a process of its own, without the imports."""
+    from modtrain.cli.main import main
+
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=lambda: sys.exit(main(arguments)))
+    process.start()
+    return process
 
 
 def modtrain_command(*arguments: str) -> list[str]:

@@ -25,8 +25,8 @@ from modtrain.checkpoint.recovery import latest, recover
 from modtrain.checkpoint.state import load_weights, model_tensors, named_state, restore
 from modtrain.common.errors import CheckpointError, ModtrainError
 from modtrain.distributed.process_group import Ranks
-from tests.helpers import nests
 from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks
+from tests.helpers.saved import load_whole
 
 # Sizes that no number of ranks here divides.
 WIDTH, HIDDEN = 7, 11
@@ -199,8 +199,8 @@ def spread(root: str, axis: int) -> bool:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_pieces_of_any_mesh(tmp_path, axis):
     assert on_ranks(spread, 4, str(tmp_path), axis) == [True] * 4
-    read = nests.load(checkpoint_path(tmp_path, axis))["state_dict"]
-    assert torch.equal(read["w"], torch.arange(45.0).view(5, 9))
+    read, _ = load_whole(checkpoint_path(tmp_path, axis))
+    assert torch.equal(read["state_dict.w"], torch.arange(45.0).view(5, 9))
 
 
 def each_its_own(root: str) -> list[str]:

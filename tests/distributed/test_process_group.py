@@ -1,7 +1,6 @@
 """What ranks agree on, and that no rank waits for one that failed."""
 
 import os
-import time
 from datetime import timedelta
 
 import pytest
@@ -116,26 +115,3 @@ def test_every_group_has_the_timeout():
     assert (
         on_ranks(_timeouts, 2, joins=False) == [[timedelta(seconds=77)] * 4 + [_SAVE_TIMEOUT]] * 2
     )
-
-
-def _dies() -> int:
-    dist.barrier()
-    if dist.get_rank() == 1:
-        os._exit(7)
-    return 1
-
-
-def test_the_harness_tells_a_dead_rank():
-    outcomes = outcomes_on_ranks(_dies, 2)
-    assert outcomes[0] == 1
-    assert isinstance(outcomes[1], RankFailedError) and "exit code 7" in str(outcomes[1])
-
-
-def _sleeps() -> None:
-    time.sleep(60 if dist.get_rank() == 1 else 0)
-
-
-@pytest.mark.slow
-def test_the_harness_does_not_wait_for_ever():
-    with pytest.raises(TimeoutError, match=r"ranks \[1\]"):
-        on_ranks(_sleeps, 2, timeout=3)

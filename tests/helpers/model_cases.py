@@ -171,6 +171,7 @@ def configs(draw: st.DrawFn, max_layers: int = 4) -> ModelConfig:
         qk_norm=draw(st.booleans()),
         sliding_window=draw(st.sampled_from([None, 1, 3, 9])),
         rope_theta=draw(st.sampled_from([100.0, 10000.0])),
+        norm_eps=draw(st.sampled_from([1e-6, 0.5])),
         pattern=draw(patterns),
         capacity=draw(capacity),
         mixer=draw(

@@ -1,12 +1,32 @@
 """What checkpoints hold, read whole in one process."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from modtrain.checkpoint.reading import TensorReader
+from modtrain.checkpoint.layout import verify
+from modtrain.checkpoint.parts import digest_of, parts_of
+from modtrain.checkpoint.reading import TensorReader, read_extra_state
 from modtrain.checkpoint.recovery import latest
 from modtrain.checkpoint.state import MODEL
+from modtrain.checkpoint.writing import write
+from modtrain.distributed.process_group import ONE_PROCESS
+
+
+def save_whole(path: Path, tensors: dict[str, torch.Tensor], step: int, rest: Any = None) -> None:
+    """Write the checkpoint ``path`` in one process, without a model."""
+    parts = parts_of(tensors, 0, 1)
+    write(path, lambda: parts, rest or {}, step, ONE_PROCESS, digest_of(tensors))
+
+
+def load_whole(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    """Read the tensors of a checkpoint, and the rest, after checking it against its manifest."""
+    verify(path)
+    rest, reader = read_extra_state(path), TensorReader(path)
+    tensors = {key: reader.empty(key) for key in reader}
+    reader.into(tensors)
+    return tensors, rest
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:

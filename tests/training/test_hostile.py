@@ -26,7 +26,7 @@ from modtrain.data.config import DataConfig
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import ShardIndex
 from modtrain.distributed.process_group import Ranks
-from tests.helpers import nests
+from tests.helpers.saved import load_whole
 
 
 class Hostile:
@@ -127,7 +127,7 @@ def test_a_hostile_checkpoint_runs_nothing(path, tmp_path, plant):
             read_rank_state(TensorReader(path), 0)
     else:
         with pytest.raises(CheckpointError):
-            nests.load(path)
+            load_whole(path)
     assert not mark.exists()
 
 

@@ -1,7 +1,5 @@
 """Whole runs in this process, and what they leave behind."""
 
-import errno
-import fcntl
 import json
 import math
 import os
@@ -224,11 +222,7 @@ def test_two_processes_cannot_share_a_run(start, tmp_path):
         start()
 
 
-def test_a_file_system_without_locks_is_named(start, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+def test_a_file_system_without_locks_is_named(start, no_locks):
     with pytest.raises(CheckpointError, match=r"No locks available.*a file system with flock"):
         start()
 

@@ -1,9 +1,6 @@
 """Searches: real trials in forked processes, pruned, killed, shared among workers."""
 
-import errno
-import fcntl
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -28,6 +25,7 @@ from modtrain.experiments.search.study import open_study
 from modtrain.experiments.sweep.sweep_status import sweep_table
 from modtrain.models.flops import forward_flops
 from modtrain.training.run_directory import RunDirectory
+from tests.conftest import fork_modtrain
 from tests.helpers.problems import problems_of
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
@@ -52,15 +50,6 @@ def study(arguments):
 
 def run(number):
     return RunDirectory(Path(f"runs/q/trial_{number:04d}"))
-
-
-def start(arguments):
-    """Start the command line in a process of its own, without the imports."""
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: sys.exit(cli.main(arguments))
-    )
-    process.start()
-    return process
 
 
 def test_a_space_is_of_any_kind():
@@ -191,11 +180,7 @@ def test_trials_that_are_ranked_together_have_the_same_settings(
 
 
 @pytest.mark.slow
-def test_a_file_system_without_locks_is_named(arguments, monkeypatch, capsys):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+def test_a_file_system_without_locks_is_named(arguments, no_locks, capsys):
     assert cli.main(arguments()) == 1
     assert "a file system with flock" in capsys.readouterr().err
     assert [p.name for p in Path("runs/q").iterdir()] == [".search.lock"]
@@ -204,7 +189,7 @@ def test_a_file_system_without_locks_is_named(arguments, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_killed_trial_goes_on_with_its_parameters(arguments):
     one = arguments("trials=1", steps=30)
-    process = start(one)
+    process = fork_modtrain(one)
     until = time.monotonic() + 60
     while not list(run(0).checkpoints.glob("step-*")) and time.monotonic() < until:
         time.sleep(0.01)
@@ -213,7 +198,7 @@ def test_a_killed_trial_goes_on_with_its_parameters(arguments):
     (begun,) = study(one).trials
     assert begun.state == TrialState.RUNNING
     assert not run(0).is_complete
-    again = start(one)
+    again = fork_modtrain(one)
     again.join(90)
     assert again.exitcode == 0
     (ended,) = study(one).trials
@@ -272,7 +257,7 @@ def test_a_line_cut_short_by_a_power_cut_is_no_end_of_the_study(tmp_path):
 @pytest.mark.nightly
 def test_workers_share_a_study_and_none_makes_too_many(arguments):
     five = arguments("trials=5")
-    workers = [start(five) for _ in range(3)]
+    workers = [fork_modtrain(five) for _ in range(3)]
     for worker in workers:
         worker.join(240)
     assert {worker.exitcode for worker in workers} == {0}

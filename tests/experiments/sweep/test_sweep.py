@@ -1,9 +1,7 @@
 """Sweeps: real runs in forked processes, their directories, their ends, and what kills leave."""
 
-import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -28,7 +26,7 @@ from modtrain.experiments.sweep.jobs import expand, job_name
 from modtrain.experiments.sweep.sweep_status import sweep_table
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run_directory import RunDirectory
-from tests.conftest import run_modtrain
+from tests.conftest import fork_modtrain, run_modtrain
 from tests.helpers.saved import assert_same_bits, newest_tensors
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
@@ -254,15 +252,6 @@ def test_a_crash_is_the_jobs_alone(arguments, monkeypatch, end, kind):
     assert not (jobs["model.capacity=0.25"].path / "failure.json").exists()
 
 
-def start(arguments):
-    """Start the command line in a process of its own, without the imports."""
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: sys.exit(cli.main(arguments))
-    )
-    process.start()
-    return process
-
-
 def await_checkpoint(run, seconds=30):
     until = time.monotonic() + seconds
     while not list(run.checkpoints.glob("step-*")) and time.monotonic() < until:
@@ -292,7 +281,7 @@ def whole(arguments):
 def test_what_stops_a_sweep_costs_nothing_that_is_saved(arguments, whole, signum, code):
     sweep = arguments("model.capacity=0.5,0.25", steps=STEPS)
     first, second = (RunDirectory(Path(f"runs/s/model.capacity={c}")) for c in ("0.5", "0.25"))
-    process = start(sweep)
+    process = fork_modtrain(sweep)
     await_checkpoint(first)
     os.kill(process.pid, signum)
     process.join(30)
@@ -302,7 +291,7 @@ def test_what_stops_a_sweep_costs_nothing_that_is_saved(arguments, whole, signum
     while is_in_use(first) and time.monotonic() < until:
         time.sleep(0.01)
     assert [state_of(run) for run in (first, second)] == ["stopped", "not started"]
-    again = start(sweep)
+    again = fork_modtrain(sweep)
     again.join(60)
     assert again.exitcode == 0
     starts = [json.loads(run.manifest.read_text())["starts"] for run in (first, second)]
@@ -326,11 +315,7 @@ def test_a_run_in_use_is_left_alone_and_a_sweep_in_use_is_refused(arguments, mon
     assert "being swept by another process" in capsys.readouterr().err
 
 
-def test_a_file_system_without_locks_is_named(arguments, monkeypatch, capsys):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+def test_a_file_system_without_locks_is_named(arguments, no_locks, capsys):
     assert cli.main(arguments(CAPACITIES)) == 1
     said = capsys.readouterr().err
     assert "a file system with flock" in said
