@@ -26,11 +26,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 
 from modtrain.checkpoint.layout import EXTRA_STATE, is_plain_name
 from modtrain.common.errors import CheckpointError
+from modtrain.common.torch_compat import TensorProperties
 
 _SAFE_GLOBALS = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
-        *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
+        *("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata"),
         *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
     )
 } | {
@@ -40,6 +41,7 @@ _SAFE_GLOBALS = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
 }
+_TENSOR_PROPERTIES = ("torch.distributed.checkpoint.metadata", "TensorProperties")
 
 
 class TensorReader(Mapping[str, Tensor]):
@@ -167,6 +169,8 @@ class _SafeUnpickler(pickle.Unpickler):
     """Unpickles torch's own metadata classes and dtypes, nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == _TENSOR_PROPERTIES:
+            return TensorProperties
         if (module, name) in _SAFE_GLOBALS:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

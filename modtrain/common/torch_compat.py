@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
+from torch.distributed.checkpoint import metadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import Shard
@@ -70,6 +72,17 @@ def shard_over(mesh: DeviceMesh) -> Callable[[int], Any]:
         else HSDPMeshInfo(mesh=mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
     )
     return lambda dim: ShardPlacementResult(Shard(dim), info)
+
+
+class TensorProperties(metadata.TensorProperties):
+    """A tensor's properties in a checkpoint's metadata, as far as this torch knows them.
+
+    torch 2.15 wrote strides after what older versions read.
+    """
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Read the fields that this torch has; earlier ones mean the same in every version."""
+        super().__setstate__(state[: len(fields(metadata.TensorProperties))])  # type: ignore[no-untyped-call]
 
 
 def ddp_buffer_options() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from modtrain.checkpoint import layout
 from modtrain.checkpoint.layout import checkpoint_path, verify
@@ -49,6 +50,15 @@ def test_any_state_comes_back_bitwise(tmp_path_factory, tensors, rest):
         assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor)
     # Types count as well.
     assert repr(found_rest) == repr(rest)
+
+
+def test_what_a_later_torch_adds_to_the_metadata_is_not_read(tmp_path, monkeypatch):
+    """torch 2.15 added strides to the properties of tensors, and 2.13 failed on them."""
+    known = TensorProperties.__getstate__
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*known(self), (1,)))
+    path = save(tmp_path, 1)
+    monkeypatch.undo()
+    assert torch.equal(load_whole(path)[0]["w"], torch.arange(10.0) + 1)
 
 
 def damage_truncate(path):
