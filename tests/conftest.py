@@ -177,15 +177,7 @@ def run_modtrain(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess
 def tiny(prepared: Path) -> list[str]:
     """Overrides of a run that takes a second: 12 steps of 256 tokens."""
     return [
-        "model=tiny",
-        f"data.path={prepared}",
-        "budget.steps=12",
-        "batch.tokens=256",
-        "batch.micro_batch_size=2",
-        "checkpoint.every=4",
-        "eval.every=6",
-        "eval.sequences=8",
-        "log.every=2",
-        "strategy.num_threads=1",
-        "strategy.accelerator=cpu",
+        *("model=tiny", f"data.path={prepared}", "budget.steps=12", "batch.tokens=256"),
+        *("batch.micro_batch_size=2", "checkpoint.every=4", "eval.every=6", "eval.sequences=8"),
+        *("log.every=2", "strategy.num_threads=1", "strategy.accelerator=cpu"),
     ]

@@ -17,7 +17,6 @@ from benchmarks._traffic import theory
 from benchmarks.scale import overrides
 from modtrain.distributed.launch import Launch
 from modtrain.parallel.dims import ParallelDims
-from modtrain.parallel.expert import sent_bytes
 from modtrain.parallel.meshes import make_meshes
 
 SEQ_LEN, VOCAB = 32, 64
@@ -115,17 +114,6 @@ def test_copies_are_summed_over_their_axis_by_the_piece():
     assert reduced.sent == whole * 7 / 8
     assert summed.sent == 2 * whole / 8 * 127 / 128
     assert paper.state == traced("hsdp/8", 16, _DENSE).state
-
-
-@pytest.mark.nightly
-def test_the_exchange_of_experts_sends_what_its_formula_says():
-    lines = (*_DENSE, "model.experts.count=16", "model.experts.capacity_factor=1.5")
-    paper = traced("fsdp_ep/4", 16, lines)
-    model = paper.config.model
-    rows = model.experts.computed_slots(SEQ_LEN)
-    found = paper.traffic["all-to-all", "expert"]
-    assert found.number == 4 * 2
-    assert found.sent == 2 * sent_bytes(rows, model.d_model, 2, 4)
 
 
 @pytest.mark.nightly

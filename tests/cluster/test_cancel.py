@@ -142,9 +142,7 @@ def test_anothers_job_is_neither_ended_nor_marked(tmp_path, monkeypatch, state, 
         (True, {"j2": "RUNNING", "j501": "PENDING"}, []),
     ],
 )
-def test_what_was_ended_beside_anothers_job_stays_marked(
-    tmp_path, monkeypatch, named, states, kept
-):
+def test_what_was_ended_stays_marked(tmp_path, monkeypatch, named, states, kept):
     run = Made(tmp_path / "r").starts(9).jobs("2", "501")
     denies(PlayedSlurm(monkeypatch, False, **states), "501", named=named)
     with pytest.raises(SlurmError, match="denied"):

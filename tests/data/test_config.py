@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 from omegaconf import OmegaConf
 
@@ -16,15 +13,6 @@ def test_the_configs_are_structured_configs():
         sources=["a.txt"], output="out", tokenizer=TokenizerConfig(path="t.json")
     )
     assert OmegaConf.to_object(OmegaConf.structured(DataConfig(path="x"))) == DataConfig(path="x")
-
-
-def test_config_and_index_import_nothing_heavy():
-    code = (
-        "import sys, modtrain.data.config, modtrain.data.stream.index;"
-        "print([m for m in ('torch', 'numpy', 'pyarrow', 'lightning') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_good_configs_have_no_problems(prepared):

@@ -68,9 +68,7 @@ def frozen(environment: Path, python: Path) -> dict[str, str]:
 
 
 @pytest.mark.nightly
-def test_the_steps_make_an_environment_that_works_away_from_the_checkout(
-    environment, python, tmp_path
-):
+def test_the_environment_works_away_from_the_checkout(environment, python, tmp_path):
     bare = {"PATH": f"{environment}/bin:/usr/bin:/bin", "HOME": str(tmp_path), "COLUMNS": "200"}
     run("modtrain", *HEALTHY, cwd=tmp_path, env=bare)
     planned = run("modtrain", *PLAN, cwd=tmp_path, env=bare).stdout

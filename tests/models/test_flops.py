@@ -144,10 +144,7 @@ def test_no_op_experts_of_a_balanced_load_cost_their_share_less():
 def test_measured_flops_of_every_score_and_choice_are_the_formulas(router):
     config = small(router=router, num_kv_heads=1, d_ff=48)
     assert config.problems() == []
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: matvec})
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        Transformer(config)(random_tokens(2, 24))
-    assert counter.get_total_flops() == 2 * forward_flops(config, 24).total
+    assert measure(config, 2, 24).total == 2 * forward_flops(config, 24).total
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])

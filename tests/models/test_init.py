@@ -1,6 +1,5 @@
 """Initial weights by class and name, and models that come back from disk bit for bit."""
 
-import io
 import math
 
 import pytest
@@ -10,7 +9,7 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import Transformer
-from tests.helpers.model_cases import lively, random_tokens, small
+from tests.helpers.model_cases import small
 
 CLASSES = {
     "embedding.weight": 0.02,
@@ -143,23 +142,3 @@ def test_the_global_random_state_is_neither_used_nor_changed():
     torch.manual_seed(2)
     second = named(small(), seed=7)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_saved_model_comes_back_bitwise(dtype, tied):
-    config = small(tie_embeddings=tied, qk_norm=True, sliding_window=6)
-    model = lively(config, seed=4, dtype=dtype)
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    other = Transformer(config, seed=99).to(dtype)
-    other.load_state_dict(torch.load(file, weights_only=True), strict=True)
-    tokens_BS = random_tokens(2, 20)
-    for selection in ("top_k", "predictor"):
-        before, after = (m(tokens_BS, selection=selection) for m in (model, other))
-        assert torch.equal(before.logits_BSV, after.logits_BSV)
-        for one, two in zip(before.routing, after.routing, strict=True):
-            assert torch.equal(one.chosen_BS, two.chosen_BS)
-            assert torch.equal(one.scores_BS, two.scores_BS)
-    assert (other.head.weight is other.embedding.weight) == tied

@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks._llama import as_llama
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.transformer import Transformer
@@ -164,9 +165,7 @@ def rising_positions(batch: int, length: int, seed: int) -> Tensor:
 
 @quick(40)
 @given(configs(), st.integers(1, 16), st.integers(1, 3), st.integers(0, 9), st.booleans())
-def test_a_routed_block_equals_the_reference_in_its_inputs_gradient(
-    config, seq_len, batch, seed, own_positions
-):
+def test_a_routed_block_equals_the_reference(config, seq_len, batch, seed, own_positions):
     layer = one_layer(config, seed)
     x_BSD = normal(batch, seq_len, config.d_model, seed=seed).requires_grad_()
     at_BS = torch.arange(seq_len).expand(batch, -1)
@@ -254,3 +253,22 @@ def test_the_causal_loss_trains_no_predictor():
     assert output.auxiliary == {}
     assert output.logits_BSV is None
     assert output.loss is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_heads": 1},
+        {"head_dim": 6, "num_layers": 1},
+        {"tie_embeddings": True, "rope_theta": 500.0, "norm_eps": 1e-3},
+    ],
+)
+def test_a_dense_model_is_a_llama(changes):
+    """The weights of one in the other give the same logits."""
+    model = lively(small(pattern="dense", **changes), seed=1, dtype=torch.float32)
+    tokens_BS = random_tokens(2, 20)
+    with torch.no_grad():
+        theirs_BSV = as_llama(model, 64)(tokens_BS).logits
+        ours_BSV = model(tokens_BS).logits_BSV
+    torch.testing.assert_close(ours_BSV, theirs_BSV, atol=1e-4, rtol=1e-4)

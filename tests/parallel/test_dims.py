@@ -15,6 +15,7 @@ from modtrain.parallel.meshes import make_meshes
 from modtrain.parallel.validation import dims_problems, run_problems
 from tests.helpers.ranks import on_ranks
 
+ALL = (0, 1, 2, 3)
 # Of numbers that every group here divides.
 MODEL = ModelConfig(d_model=192, num_heads=48, d_ff=768, experts=ExpertsConfig(count=12, dim=768))
 
@@ -72,29 +73,22 @@ def test_degrees_make_up_the_processes_or_are_an_error(name, local, nodes, degre
 
 
 @pytest.mark.parametrize(
-    ("config", "launch", "key"),
+    ("name", "degrees", "launch", "key"),
     [
-        (StrategyConfig("single"), Launch(2, 0, 0, 2), "strategy.name"),
-        (StrategyConfig("ddp", world_size=4), Launch(2, 0, 0, 2), "strategy.world_size"),
-        (StrategyConfig("hsdp", shard_size=3), Launch(4, 0, 0, 4), "strategy.shard_size"),
-        (StrategyConfig("fsdp_tp", tensor_parallel=3), Launch(4), "strategy.tensor_parallel"),
-        (StrategyConfig("fsdp_ep", expert_parallel=8), Launch(8), "strategy.expert_parallel"),
-        (StrategyConfig("fsdp", tensor_parallel=3), Launch(4), "strategy.tensor_parallel"),
-        (
-            StrategyConfig("fsdp", tensor_parallel=2, context_parallel=4),
-            Launch(4),
-            "strategy.context_parallel",
-        ),
-        (StrategyConfig("hsdp", shard_size=4, tensor_parallel=2), Launch(4), "strategy.shard_size"),
-        (
-            StrategyConfig("fsdp", tensor_parallel=2, expert_parallel=4),
-            Launch(4),
-            "strategy.expert_parallel",
-        ),
+        ("single", {}, Launch(2, 0, 0, 2), "name"),
+        ("ddp", {"world_size": 4}, Launch(2, 0, 0, 2), "world_size"),
+        ("hsdp", {"shard_size": 3}, Launch(4, 0, 0, 4), "shard_size"),
+        ("fsdp_tp", {"tensor_parallel": 3}, Launch(4), "tensor_parallel"),
+        ("fsdp_ep", {"expert_parallel": 8}, Launch(8), "expert_parallel"),
+        ("fsdp", {"tensor_parallel": 3}, Launch(4), "tensor_parallel"),
+        ("fsdp", {"tensor_parallel": 2, "context_parallel": 4}, Launch(4), "context_parallel"),
+        ("hsdp", {"shard_size": 4, "tensor_parallel": 2}, Launch(4), "shard_size"),
+        ("fsdp", {"tensor_parallel": 2, "expert_parallel": 4}, Launch(4), "expert_parallel"),
     ],
 )
-def test_what_does_not_fit_is_told_by_its_key(config, launch, key):
-    assert [p.key for p in dims_problems(config, "strategy", MODEL, launch)] == [key]
+def test_what_does_not_fit_is_told_by_its_key(name, degrees, launch, key):
+    found = dims_problems(StrategyConfig(name, **degrees), "strategy", MODEL, launch)
+    assert [problem.key for problem in found] == [f"strategy.{key}"]
 
 
 def test_experts_are_asked_for_where_they_are_spread():
@@ -151,39 +145,26 @@ def _groups(dims):
 @pytest.mark.parametrize(
     ("dims", "of_rank_2"),
     [
-        (ParallelDims(4, shard=4), (2, {"shard": {(0, 1, 2, 3)}})),
+        (ParallelDims(4, shard=4), (2, {"shard": {ALL}})),
         (ParallelDims(4, replicate=2, shard=2), (2, {"replicate": {(0, 2)}, "shard": {(2, 3)}})),
         (
             ParallelDims(4, shard=2, tensor=2),
-            (1, {"shard": {(0, 2)}, "tensor": {(2, 3)}, "shard_tensor": {(0, 1, 2, 3)}}),
+            (1, {"shard": {(0, 2)}, "tensor": {(2, 3)}, "shard_tensor": {ALL}}),
         ),
         (
             ParallelDims(4, shard=4, expert=2),
-            (2, {"shard": {(0, 1, 2, 3)}, "expert": {(2, 3)}, "expert_shard": {(0, 2)}}),
+            (2, {"shard": {ALL}, "expert": {(2, 3)}, "expert_shard": {(0, 2)}}),
         ),
         (
             ParallelDims(4, shard=2, context=2, expert=4),
-            (
-                1,
-                {
-                    "shard": {(0, 1, 2, 3)},
-                    "context": {(2, 3)},
-                    "expert": {(0, 1, 2, 3)},
-                    "expert_shard": {(2,)},
-                },
-            ),
+            (1, {"shard": {ALL}, "context": {(2, 3)}, "expert": {ALL}, "expert_shard": {(2,)}}),
         ),
         (
             ParallelDims(4, shard=2, tensor=2, expert=2),
             (
                 1,
-                {
-                    "shard": {(0, 2)},
-                    "tensor": {(2, 3)},
-                    "shard_tensor": {(0, 1, 2, 3)},
-                    "expert": {(0, 2)},
-                    "expert_shard": {(2,)},
-                },
+                {"shard": {(0, 2)}, "tensor": {(2, 3)}, "shard_tensor": {ALL}}
+                | {"expert": {(0, 2)}, "expert_shard": {(2,)}},
             ),
         ),
     ],

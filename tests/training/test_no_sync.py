@@ -38,17 +38,9 @@ from tests.helpers.marks import slow_but
 aten = torch.ops.aten
 STEPS = 4
 WAITS = {
-    aten._local_scalar_dense,
-    aten.is_nonzero,
-    aten.equal,
-    aten.nonzero,
-    aten.nonzero_numpy,
-    aten.masked_select,
-    aten._unique2,
-    aten.unique_dim,
-    aten.unique_consecutive,
-    aten.repeat_interleave,
-    aten.bincount,
+    *(aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.nonzero_numpy),
+    *(aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive),
+    *(aten.repeat_interleave, aten.bincount),
 }
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 # On the CPU these read memory without an operator.

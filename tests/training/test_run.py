@@ -239,9 +239,7 @@ def test_a_difference_to_the_commit_may_be_in_any_encoding(tmp_path, monkeypatch
     assert "+# caf" in code_version()["diff"]
 
 
-def test_a_loss_that_is_no_number_stops_with_step_samples_and_checkpoint(
-    start, monkeypatch, tmp_path
-):
+def test_a_nan_stops_with_step_samples_and_checkpoint(start, monkeypatch, tmp_path):
     original = Transformer.forward
     calls = []
 
@@ -319,9 +317,7 @@ def test_random_states_come_back(start, monkeypatch):
     assert drawn["cut"] == drawn["whole"]
 
 
-def test_utilisation_is_of_executed_flops_and_shown_only_where_the_peak_is_known(
-    start, monkeypatch
-):
+def test_utilisation_is_of_executed_flops(start, monkeypatch):
     monkeypatch.setattr(metrics_callback, "peak_flops", lambda *_: 1e12)
     records = [r for r in read_metrics(start().run.metrics) if "loss" in r]
     for record in records:

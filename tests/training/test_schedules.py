@@ -1,14 +1,159 @@
+import math
+from itertools import pairwise
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modtrain.training.config import SCHEDULES, ScheduleConfig
+from modtrain.models.config import ModelConfig
+from modtrain.training.capacity_schedule import capacity_stages
+from modtrain.training.config import (
+    CAPACITY_SCHEDULES,
+    SCHEDULES,
+    CapacityScheduleConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from modtrain.training.schedules import lr_factor
+from tests.helpers.capacities import capacities_at, capacity_level
 
-SHARE = st.floats(0, 1)
+QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+SHARE = st.floats(0.01, 1)
+FINAL = st.lists(st.none() | SHARE, min_size=1, max_size=4)
+STEPS = st.integers(1, 300)
 
 
-@given(st.sampled_from(SCHEDULES), SHARE, SHARE, SHARE, st.integers(1, 400))
+@st.composite
+def schedules(draw, names=CAPACITY_SCHEDULES):
+    begin, end = sorted(draw(st.tuples(st.floats(0, 0.99), st.floats(0, 0.99))))
+    levels = draw(st.integers(2, 12))
+    return CapacityScheduleConfig(draw(st.sampled_from(names)), draw(SHARE), begin, end, levels)
+
+
+def progress(config, step, num_steps):
+    """How far the curve is from the start to the end, by its definition."""
+    share = step / num_steps
+    if config.name == "step" or config.begin == config.end:
+        return float(share >= config.end)
+    line = min(1.0, max(0.0, (share - config.begin) / (config.end - config.begin)))
+    return line if config.name == "linear" else 0.5 - 0.5 * math.cos(math.pi * line)
+
+
+@QUICK
+@given(schedules(("linear", "cosine", "step")), STEPS)
+def test_the_level_is_the_one_nearest_to_the_curve(config, num_steps):
+    last = config.num_levels - 1
+    for step in range(num_steps):
+        wanted = progress(config, step, num_steps) * last
+        level = capacity_level(config, step, num_steps)
+        # On the edge between two levels rounding decides.
+        assert abs(level - wanted) <= 0.5 + 1e-6 or math.isclose(step / num_steps, config.end)
+
+
+@QUICK
+@given(schedules(), FINAL, STEPS)
+def test_capacities_go_from_the_start_to_the_final_ones_and_never_back(config, final, num_steps):
+    found = [capacities_at(config, final, step, num_steps) for step in range(num_steps)]
+    for step, capacities in enumerate(found):
+        if step / num_steps >= config.end + 1e-9 or config.name == "constant":
+            assert capacities == final
+        elif step / num_steps < config.begin - 1e-9:
+            assert capacities == [None if share is None else config.start for share in final]
+    for layer, share in enumerate(final):
+        values = [capacities[layer] for capacities in found]
+        if share is None:
+            assert set(values) == {None}
+        else:
+            assert values == sorted(values, reverse=config.start > share)
+            assert (
+                min(config.start, share) <= min(values) <= max(values) <= max(config.start, share)
+            )
+
+
+@QUICK
+@given(schedules(), FINAL, STEPS)
+def test_the_stages_say_what_each_step_has(config, final, num_steps):
+    stages = capacity_stages(config, final, num_steps)
+    assert (stages[0].first, stages[-1].stop) == (0, num_steps)
+    assert len(stages) <= config.num_levels
+    for before, after in pairwise(stages):
+        assert before.stop == after.first
+        assert before.capacities != after.capacities
+    for stage in stages:
+        assert stage.num_steps == stage.stop - stage.first > 0
+        for step in range(stage.first, stage.stop):
+            assert list(stage.capacities) == capacities_at(config, final, step, num_steps)
+
+
+def test_a_line_by_hand():
+    config = CapacityScheduleConfig("linear", start=1.0, begin=0.2, end=0.6, levels=5)
+    stages = capacity_stages(config, [None, 0.5, 0.8], 100)
+    # The curve is halfway between two levels at 0.2 + 0.4 (n + 1/2) / 4 of the run.
+    assert [(s.first, s.stop) for s in stages] == [(0, 25), (25, 35), (35, 45), (45, 55), (55, 100)]
+    assert [s.capacities[1] for s in stages] == [1.0, 0.875, 0.75, 0.625, 0.5]
+    assert [s.capacities[2] for s in stages] == pytest.approx([1.0, 0.95, 0.9, 0.85, 0.8])
+    assert {s.capacities[0] for s in stages} == {None}
+
+
+@pytest.mark.parametrize(("end", "first"), [(0.55, 55), (0.07, 7), (0.291, 30), (0.0, 0)])
+def test_a_step_falls_on_the_first_step_after_the_share(end, first):
+    config = CapacityScheduleConfig("step", end=end)
+    levels = [capacity_level(config, step, 100) for step in range(100)]
+    assert levels == [0] * first + [1] * (100 - first)
+
+
+def test_a_capacity_that_does_not_change_makes_no_stage():
+    config = CapacityScheduleConfig("linear", start=0.25)
+    assert len(capacity_stages(config, [None, 0.25], 100)) == 1
+    assert len(capacity_stages(config, [0.25, 0.5], 100)) == config.levels
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"name": "exponential"}, "name"),
+        ({"name": "linear", "start": 0.0}, "start"),
+        ({"name": "linear", "start": 1.5}, "start"),
+        ({"name": "linear", "start": math.nan}, "start"),
+        ({"name": "cosine", "begin": 0.6}, "begin"),
+        ({"name": "cosine", "begin": -0.1}, "begin"),
+        ({"name": "cosine", "end": 1.1}, "end"),
+        ({"name": "linear", "levels": 1}, "levels"),
+        ({"name": "step", "end": 1.0}, "end"),
+        ({"name": "linear", "begin": 1.0, "end": 1.0}, "begin"),
+    ],
+)
+def test_mistakes_are_told_by_their_key(changes, key):
+    (problem,) = CapacityScheduleConfig(**changes).problems("capacity_schedule")
+    assert problem.key == f"capacity_schedule.{key}"
+
+
+@pytest.mark.parametrize("start", [0.01, 1.0])
+def test_a_capacity_may_fall_or_rise(start):
+    assert CapacityScheduleConfig("cosine", start=start).problems("capacity_schedule") == []
+
+
+def test_a_schedule_needs_a_routed_layer():
+    dense = TrainConfig(name="x", model=ModelConfig(pattern="dense"))
+    keys = [problem.key for problem in dense.problems()]
+    assert "capacity_schedule.name" not in keys
+    dense.capacity_schedule.name = "linear"
+    (problem,) = (p for p in dense.problems() if p.key == "capacity_schedule.name")
+    assert "pattern=dense" in problem.reason
+    dense.model.pattern = "every"
+    assert "capacity_schedule.name" not in [p.key for p in dense.problems()]
+
+
+# Learning rates.
+
+
+@given(
+    st.sampled_from(SCHEDULES),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(1, 400),
+)
 def test_factor_is_positive_and_never_above_one(name, warmup, decay, final, steps):
     config = ScheduleConfig(name, warmup, decay, final)
     factors = [lr_factor(config, step, steps) for step in range(steps)]
@@ -17,7 +162,7 @@ def test_factor_is_positive_and_never_above_one(name, warmup, decay, final, step
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
-@given(steps=st.integers(20, 500), final=SHARE)
+@given(steps=st.integers(20, 500), final=st.floats(0, 1))
 def test_last_step_is_at_the_final_rate(name, steps, final):
     config = ScheduleConfig(name, warmup=0.1, decay=0.3, final=final)
     assert lr_factor(config, steps - 1, steps) == pytest.approx(final)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
@@ -227,25 +226,6 @@ def test_an_array_trains_a_run_in_each_task_and_an_evaluation_follows(cluster, t
     assert jobs_of(tmp_path / "runs/x/high") == [f"{job}_1"]
     cluster.wait(after, "COMPLETED", timeout=TIMEOUT)
     assert "causal" in cluster.output(after)
-
-
-@pytest.mark.nightly
-def test_a_job_that_fails_thrice_alike_is_given_up(cluster, tmp_path, words):
-    (tmp_path / "runs").mkdir()
-    (job,) = submit(cluster, tmp_path, *words)
-    run = tmp_path / "runs/x"
-    # Not a configuration's fault: another process has the run.
-    holder = subprocess.Popen(["flock", str(run / ".lock"), "sleep", "1000"])
-    try:
-        cluster.wait(job, "FAILED", timeout=TIMEOUT)
-    finally:
-        holder.kill()
-        subprocess.run(["pkill", "-f", "sleep 1000"], check=False)
-    lines = (run / "failures.tsv").read_text().splitlines()
-    assert len(lines) == 3
-    assert all("is in use by another process" in line for line in lines)
-    assert "failed 3 times in this way" in cluster.output(job)
-    assert cluster.details(job)["Restarts"] == "2"
 
 
 def test_a_wrong_configuration_is_not_tried_again(cluster, tmp_path, words):

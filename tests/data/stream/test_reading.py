@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -327,52 +326,6 @@ def test_the_fingerprint_of_the_stream(prepared):
         module(prepared, **change) for change in ({"seed": 1}, {"shuffle": False}, {"seq_len": 8})
     ]
     assert len({same, *(other.fingerprint for other in others)}) == 4
-
-
-class _Recorder(lightning.LightningModule):
-    """Trains one number, and keeps the batches it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.train_batches: list[list[list[int]]] = []
-        self.valid_samples = 0
-
-    def training_step(self, batch: Batch) -> torch.Tensor:
-        self.train_batches.append(tokens_of(batch).tolist())
-        return self.weight * batch.targets_BS.sum()
-
-    def validation_step(self, batch: Batch) -> None:
-        self.valid_samples += len(batch.inputs_BS)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-def test_lightning_trains_on_it(prepared):
-    expected = [tokens_of(batch).tolist() for batch in module(prepared).train_dataloader()]
-    for start_step in (0, 4):
-        data = module(prepared, eval_sequences=10)
-        data.start_step = start_step
-        trainer = lightning.Trainer(
-            max_steps=6 - start_step,
-            accumulate_grad_batches=2,
-            accelerator="cpu",
-            devices=1,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        recorder = _Recorder()
-        trainer.fit(recorder, datamodule=data)
-        assert trainer.num_training_batches == 12
-        assert recorder.train_batches == expected[start_step * 2 :]
-        trainer.validate(recorder, datamodule=data, verbose=False)
-        assert recorder.valid_samples % 10 == 0
-        assert recorder.valid_samples
 
 
 def test_verify_reaches_the_shards(copy):

@@ -85,9 +85,7 @@ def test_an_impossible_plan_is_refused(numbers):
 
 
 @given(st.integers(1, 8), st.integers(1, 100), st.integers(1, 10))
-def test_validation_counts_each_sample_once_in_equally_many_batches(
-    world_size, num_samples, batch_size
-):
+def test_validation_counts_each_sample_once(world_size, num_samples, batch_size):
     samplers = [
         EvalBatchSampler(num_samples, batch_size, world_size, rank) for rank in range(world_size)
     ]

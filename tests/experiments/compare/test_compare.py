@@ -64,9 +64,7 @@ def test_arms_spend_the_same_flops_and_the_report_stands_once(tiny, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_a_report_is_made_anew_when_its_arms_change_and_needs_no_causal_loss(
-    tiny, tmp_path, capsys
-):
+def test_a_report_is_made_anew_when_its_arms_change(tiny, tmp_path, capsys):
     short = [o for o in overrides(tiny, tmp_path) if "arms" not in o]
     both = '+arms={a: ["model.pattern=dense"], b: ["model.router.causal=[]"]}'
     turned = '+arms={b: ["model.router.causal=[]"], a: ["model.pattern=dense"]}'

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 from optuna.trial import TrialState
 
 # Loaded here, so that each forked trial has it and need not load it.
-import modtrain.experiments.search.trial_callback
 from modtrain.cli import main as cli
 from modtrain.cli.compose import compose_search
 from modtrain.common.errors import OtherRunError
@@ -150,9 +148,7 @@ def test_a_search_makes_its_trials_once_and_tells_the_front(arguments, capsys):
 
 
 @pytest.mark.nightly
-def test_trials_that_are_ranked_together_have_the_same_settings(
-    arguments, prepared, monkeypatch, capsys
-):
+def test_ranked_trials_have_the_same_settings(arguments, prepared, monkeypatch, capsys):
     one = arguments("trials=1", space=SPACE[:1])
     two = [*one, "trials=2"]
     assert cli.main(one) == 0
@@ -266,12 +262,3 @@ def test_workers_share_a_study_and_none_makes_too_many(arguments):
     assert len({t.params["model.capacity"] for t in trials}) == 5
     starts = [json.loads(run(n).manifest.read_text())["starts"] for n in range(5)]
     assert [len(s) for s in starts] == [1] * 5
-
-
-def test_the_process_that_forks_has_not_loaded_torch():
-    import subprocess
-
-    assert modtrain.experiments.search.trial_callback
-    code = "import sys, modtrain.experiments.search.search; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

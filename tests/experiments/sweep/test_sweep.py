@@ -327,12 +327,6 @@ def test_there_is_no_table_without_a_sweep(tmp_path):
         sweep_table(tmp_path)
 
 
-def test_the_process_that_forks_has_not_loaded_torch():
-    code = "import sys, modtrain.experiments.sweep.sweep; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 def is_running(process: str) -> bool:
     """Whether there is such a process, and not only its exit code, which nobody may fetch here."""
     try:

@@ -85,16 +85,6 @@ def test_each_sequence_equals_itself_alone_in_float32(run):
     assert_each_alone(run, 1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"pattern": "dense"}, {"capacity": 0.5}])
-def test_all_rows_come_in_any_order(changes):
-    run = run_of(ready(small(num_layers=2, **changes), 24), 9, 7)
-    run.step(3, 3, rows=[1, 0])
-    run.step(1, 1)
-    run.step(1, 3, rows=[1, 0])
-    run.step(2, 2, rows=[1, 0])
-    assert_each_alone(run)
-
-
 @quick(15)
 @given(cached_configs(), st.data())
 def test_what_padding_holds_changes_nothing(config, data):
@@ -347,16 +337,6 @@ def test_a_cap_set_later_counts_what_took_part_before(before):
     )
     # Six took part; from the fourteenth token on there is room for one at every second.
     assert later.nonzero()[:, 0].tolist() == [7, 9, 11, 13]
-
-
-@pytest.mark.parametrize("gate", ["raw", "sigmoid"])
-def test_a_gate_on_fixed_scores_is_alike_in_pieces(gate):
-    config = small(num_layers=2, capacity=0.3, router=RouterConfig(score="fixed", gate=gate))
-    assert not config.problems()
-    run = run_of(ready(config, 24), 12)
-    for count in (5, 5, 2):
-        run.step(count)
-    assert_each_alone(run)
 
 
 # Errors.

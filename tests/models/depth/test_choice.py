@@ -122,9 +122,7 @@ def test_expert_choice_takes_the_best_of_each_document(case, side, seed, several
 @example("block", "linear", "predictor", "left", True, torch.bfloat16, "dropless", 0)
 @example("block", "linear", "expert", "none", False, "autocast", None, 0)
 @example("block", "linear", "predictor", "none", False, "autocast", None, 0)
-def test_skipped_tokens_keep_their_bits_on_every_path(
-    target, score, decision, side, several, dtype, experts, seed
-):
+def test_skipped_tokens_keep_bits(target, score, decision, side, several, dtype, experts, seed):
     learns = score not in ("random", "fixed")
     router = {"target": target, "score": score}
     if decision == "token":

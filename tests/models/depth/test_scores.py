@@ -175,9 +175,7 @@ def received(
     st.integers(1, 14),
     st.integers(0, 9),
 )
-def test_the_attention_score_is_what_a_token_received_in_the_layer_before(
-    kv_heads, window, qk_norm, several, target, length, seed
-):
+def test_attention_scores_equal_a_loop(kv_heads, window, qk_norm, several, target, length, seed):
     config = small(
         num_heads=4,
         num_kv_heads=kv_heads,
@@ -247,9 +245,7 @@ def test_the_attention_score_is_computed_in_training_alone():
     st.integers(1, 16),
     st.integers(0, 9),
 )
-def test_the_oracle_score_is_the_norm_of_the_whole_sequences_update(
-    target, mixer, gate, several, length, seed
-):
+def test_the_oracle_score_is_the_norm_of_the_update(target, mixer, gate, several, length, seed):
     router = router_of("oracle_norm", target=target, gate=gate)
     config = small(router=router, mixer=mixer, pattern=[0.3], num_layers=1)
     x_BSD = normal(2, length, config.d_model, seed=seed).requires_grad_()

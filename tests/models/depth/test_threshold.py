@@ -83,9 +83,7 @@ def token_layer(target: str = "block", **changes) -> tuple[MixtureOfDepths, Mode
 )
 @example("block", "attention", 9.0, 1.25, 12, False)
 @example("block", "attention", -9.0, 1.0, 18, False)
-def test_a_layer_of_token_choice_equals_the_reference(
-    target, mixer, threshold, capacity_factor, length, several
-):
+def test_token_choice_equals_reference(target, mixer, threshold, capacity_factor, length, several):
     """The output and every gradient: those above the threshold see one another alone."""
     layer, config = token_layer(
         target, mixer=mixer, router={"capacity_factor": capacity_factor, "gate": "sigmoid"}
@@ -149,9 +147,7 @@ def test_token_choice_computes_the_same_number_of_places_whoever_is_chosen(thres
 
 @quick(80)
 @given(st.data(), st.integers(1, 3), st.integers(1, 20), st.integers(0, 99))
-def test_the_quantile_is_the_middle_between_the_last_above_and_the_first_below(
-    data, batch, length, seed
-):
+def test_the_quantile_is_the_middle_of_its_neighbours(data, batch, length, seed):
     count = data.draw(st.integers(1, length))
     side = data.draw(st.sampled_from(["none", "right", "left", "any"]))
     scores_BS = normal(batch, length, seed=seed)

@@ -269,9 +269,7 @@ def differing(lines: list[list[str]]) -> str:
         ("name=other", "name: run on rank 0, other here"),
     ],
 )
-def test_ranks_of_different_configurations_stop_before_anything_is_written(
-    prepared, tmp_path, more, key
-):
+def test_ranks_of_different_configurations_stop_at_once(prepared, tmp_path, more, key):
     first = overrides(prepared, tmp_path, "strategy=ddp")
     outcomes = outcomes_on_ranks(differing, 2, [first, [*first, more]], joins=False, timeout=60)
     for rank in (0, 1):

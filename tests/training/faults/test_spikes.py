@@ -37,9 +37,7 @@ WORLDS = [("single", 1), slow("ddp", 2), ("fsdp", 2)]
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize(("strategy", "world_size"), WORLDS)
 @pytest.mark.parametrize("factor", [1e3, slow(NAN)])
-def test_a_skipped_step_changes_no_bit_and_the_run_goes_on(
-    prepared, tmp_path, strategy, world_size, factor
-):
+def test_a_skipped_step_changes_no_bit(prepared, tmp_path, strategy, world_size, factor):
     lines = overrides(prepared, tmp_path, "run", strategy, "spike=skip")
     bad = numbers_of(prepared, BAD)
     found = on_ranks(spiked, world_size, lines, bad[:1], factor, joins=False)
@@ -114,9 +112,7 @@ def killed_at(lines: list[str], bad: list[int], step: int) -> str:
 @pytest.mark.parametrize(
     ("strategy", "world_size", "kills"), [("single", 1, [BAD]), slow("fsdp", 2, [BAD, 8])]
 )
-def test_a_run_killed_after_a_skip_judges_as_one_never_killed(
-    prepared, tmp_path, strategy, world_size, kills
-):
+def test_a_run_killed_after_a_skip_judges_alike(prepared, tmp_path, strategy, world_size, kills):
     bad = numbers_of(prepared, BAD)[:1]
     more = ("spike=skip", "spike.window=4", "checkpoint.every=4")
     whole, cut = (overrides(prepared, tmp_path, name, strategy, *more) for name in ("whole", "cut"))
@@ -164,9 +160,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         slow(["spike.rollback_steps=5", "checkpoint.background=true", "log.every=3"], 6),
     ],
 )
-def test_rolled_back_it_is_the_run_that_never_had_the_samples(
-    prepared, tmp_path, strategy, world_size, more, first
-):
+def test_rolled_back_it_has_no_such_samples(prepared, tmp_path, strategy, world_size, more, first):
     bad = numbers_of(prepared, BAD)
     stretch = (first * SEQUENCES, BAD * SEQUENCES)
     left_out(tmp_path / "without", stretch)

@@ -110,9 +110,7 @@ def test_too_many_skips_in_a_row_stop_the_run(prepared, tmp_path):
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("ddp", 2), slow("fsdp", 2)])
-def test_a_stop_names_the_step_its_figures_its_samples_and_the_way_back(
-    prepared, tmp_path, strategy, world_size
-):
+def test_a_stop_names_step_figures_samples_and_remedy(prepared, tmp_path, strategy, world_size):
     # Nothing is due at the spike: it is found later, and nothing was learnt or saved after it.
     more = ("spike=stop", "log.every=4", "checkpoint.every=5")
     lines = overrides(prepared, tmp_path, "run", strategy, *more)
