@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from tests.compatibility.runs import FOLDER, PREPARE, PROCESSES, TRAIN, results_of
+from tests.compatibility.runs import FOLDER, PREPARE, PROCESSES, TRAIN, keys_of, results_of
 from tests.parity.program import Program, checkout, write_corpus
 from tests.parity.records import dump, fingerprint
 
@@ -27,7 +27,8 @@ def record(commit: str) -> None:
         write_corpus(program.folder / "corpus", documents=24, longest=60)
         program.run("prepare", *PREPARE)
         archive.add(program.folder / "prepared", "prepared")
-        for name, overrides in TRAIN.items():
+        for name in TRAIN:
+            overrides = keys_of(root, TRAIN[name])
             program.run("train", f"name={name}", *overrides, processes=PROCESSES[name])
             whole = program.metrics(name), program.weights_digest(name)
             shutil.rmtree(program.folder / name)

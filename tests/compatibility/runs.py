@@ -1,8 +1,10 @@
 """The kept runs, and what is compared of them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from modtrain.common.renamed_keys import RENAMED_KEYS
 from tests.parity.program import Program
 
 FOLDER = Path(__file__).parent
@@ -19,7 +21,7 @@ _TRAIN = (
     *("checkpoint.every=8", "eval.every=12", "eval.sequences=8"),
     *("strategy.accelerator=cpu", "strategy.num_threads=1"),
 )
-# In the spelling of today's configuration; a run's config.yaml has that of its own time.
+# In the spelling of today's configuration: `keys_of` has that of a commit.
 TRAIN: dict[str, tuple[str, ...]] = {
     "mod": (
         *_TRAIN,
@@ -37,11 +39,21 @@ TRAIN: dict[str, tuple[str, ...]] = {
 PROCESSES = {"mod": 1, "staged_fsdp": 2}
 
 
+def keys_of(root: Path, overrides: Iterable[str]) -> list[str]:
+    """Return the overrides with the keys that the program in ``root`` has, later renamed or not."""
+    table = root / "modtrain/common/renamed_keys.py"
+    renamed = table.read_text() if table.exists() else ""
+    old_keys = {new: old for old, new in RENAMED_KEYS.items() if f'"{old}"' not in renamed}
+    pairs = (text.split("=", 1) for text in overrides)
+    return [f"{old_keys.get(key, key)}={value}" for key, value in pairs]
+
+
 def results_of(program: Program, name: str) -> dict[str, Any]:
     """Evaluate and continue texts with a stopped run, then resume it to its end."""
     figures = program.evaluate(name)
     generated = program.generate(name, "sampling.temperature=0.5", "max_tokens=12")
-    program.run("train", f"name={name}", *TRAIN[name], processes=PROCESSES[name])
+    overrides = keys_of(program.root, TRAIN[name])
+    program.run("train", f"name={name}", *overrides, processes=PROCESSES[name])
     return {
         "evaluation": {key: figures[key] for key in ("step", "tokens", "causal_loss")},
         "generated": generated,

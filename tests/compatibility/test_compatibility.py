@@ -5,12 +5,20 @@ import tarfile
 
 import pytest
 
-from tests.compatibility.runs import FOLDER, TRAIN, results_of
+from tests.compatibility.runs import FOLDER, TRAIN, keys_of, results_of
 from tests.parity.__main__ import TOLERANCE
-from tests.parity.program import Program
+from tests.parity.program import ROOT, Program
 from tests.parity.records import differences, fingerprint
 
 COMMITS = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def test_a_commit_is_given_the_keys_that_it_has(tmp_path):
+    today = list(TRAIN["staged_fsdp"])
+    assert keys_of(ROOT, today) == today
+    # Older than the table of renamed keys.
+    changed = set(keys_of(tmp_path, today)) - set(today)
+    assert changed == {"model.router.room=1.5"}
 
 
 @pytest.mark.slow
