@@ -42,24 +42,17 @@ class RankFailedError(AssertionError):
 
 
 def on_ranks(
-    function: Callable[..., Any],
-    world_size: int = 2,
-    *arguments: Any,
-    timeout: float = TIMEOUT,
-    nodes: int = 1,
-    joins: bool = True,
+    function: Callable[..., Any], world_size: int = 2, *arguments: Any, **options: Any
 ) -> list[Any]:
     """Call ``function(*arguments)`` on every rank and return what each one returned.
 
-    joins: make a gloo process group first. nodes: how many nodes the ranks say that they are on.
+    options: those of `outcomes_on_ranks`.
 
     Raises:
         RankFailedError: the first rank that raised, or died; its notes say how the others failed.
         TimeoutError: some rank did not end in time; names them.
     """
-    outcomes = outcomes_on_ranks(
-        function, world_size, *arguments, timeout=timeout, nodes=nodes, joins=joins
-    )
+    outcomes = outcomes_on_ranks(function, world_size, *arguments, **options)
     failed = [outcome for outcome in outcomes if isinstance(outcome, RankFailedError)]
     if failed:
         # Whoever waited for the one that failed did so too: no rank's word alone is the cause.
@@ -74,11 +67,13 @@ def outcomes_on_ranks(
     world_size: int = 2,
     *arguments: Any,
     timeout: float = TIMEOUT,
-    nodes: int = 1,
     joins: bool = True,
 ) -> list[Any]:
-    """As `on_ranks`, but a rank that raised or died gives its `RankFailedError` as its outcome."""
-    with Fleet(function, world_size, *arguments, nodes=nodes, joins=joins) as fleet:
+    """As `on_ranks`, but a rank that raised or died gives its `RankFailedError` as its outcome.
+
+    joins: make a gloo process group first.
+    """
+    with Fleet(function, world_size, *arguments, joins=joins) as fleet:
         return fleet.outcomes(timeout)
 
 
@@ -86,19 +81,14 @@ class Fleet:
     """Ranks that run ``function(*arguments)``; whoever is left at the block's end is killed."""
 
     def __init__(
-        self,
-        function: Callable[..., Any],
-        world_size: int,
-        *arguments: Any,
-        nodes: int = 1,
-        joins: bool = True,
+        self, function: Callable[..., Any], world_size: int, *arguments: Any, joins: bool = True
     ) -> None:
         port = free_port()
         self.children: list[Any] = []
         self.pipes: dict[Connection, int] = {}
         for rank in range(world_size):
             ours, theirs = CONTEXT.Pipe(duplex=False)
-            environment = _environment(rank, world_size, nodes, port)
+            environment = _environment(rank, world_size, port)
             # No daemon, which must not have workers of its own.
             child = CONTEXT.Process(
                 target=_child, args=(theirs, function, arguments, environment, joins)
@@ -170,18 +160,17 @@ def free_port() -> int:
     raise OSError(f"no free port among {below}")
 
 
-def _environment(rank: int, world_size: int, nodes: int, port: int) -> dict[str, str]:
-    """As torchrun sets it."""
-    local = world_size // nodes
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """As torchrun sets it on one node."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world_size),
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank % local),
-        "LOCAL_WORLD_SIZE": str(local),
-        "GROUP_RANK": str(rank // local),
-        "GROUP_WORLD_SIZE": str(nodes),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
         "TORCHELASTIC_RUN_ID": "test",
     }
 

@@ -114,6 +114,7 @@ def test_the_whole_model_equals_the_reference(config, seq_len, batch, seed, seve
     output = model(tokens_BS, targets_BS, documents_BS=documents_BS)
     expected = reference.cross_entropy(expected_BSV.flatten(0, 1), targets_BS.flatten())
     assert_close(output.loss, expected, "loss")
+    assert output.logits_BSV is None
     extra = expected_auxiliary(config, chosen, scores, predictions) if config.is_routed else {}
     assert output.auxiliary.keys() == extra.keys()
     for name, value in extra.items():
@@ -244,15 +245,6 @@ def test_the_causal_model_equals_the_reference(share, window):
         assert torch.equal(record.chosen_BS, chosen[layer])
         assert_close(record.predictor_BS, predictions[layer], "predictor")
     assert_close(output.logits_BSV, expected_BSV, "logits")
-
-
-def test_the_causal_loss_trains_no_predictor():
-    """Its own decisions would be its targets."""
-    tokens_BS = random_tokens(2, 8)
-    output = lively(small())(tokens_BS, tokens_BS, selection="predictor")
-    assert output.auxiliary == {}
-    assert output.logits_BSV is None
-    assert output.loss is not None
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_degrees_make_up_the_processes_or_are_an_error(name, local, nodes, degre
         ("fsdp_tp", {"tensor_parallel": 3}, Launch(4), "tensor_parallel"),
         ("fsdp_ep", {"expert_parallel": 8}, Launch(8), "expert_parallel"),
         ("fsdp", {"tensor_parallel": 3}, Launch(4), "tensor_parallel"),
+        ("fsdp_cp", {"context_parallel": 3}, Launch(4), "context_parallel"),
         ("fsdp", {"tensor_parallel": 2, "context_parallel": 4}, Launch(4), "context_parallel"),
         ("hsdp", {"shard_size": 4, "tensor_parallel": 2}, Launch(4), "shard_size"),
         ("fsdp", {"tensor_parallel": 2, "expert_parallel": 4}, Launch(4), "expert_parallel"),
@@ -101,6 +102,7 @@ def test_experts_are_asked_for_where_they_are_spread():
     [
         StrategyConfig("ddp", shard_size=2),
         StrategyConfig("ddp", tensor_parallel=2),
+        StrategyConfig("ddp", context_parallel=2),
         StrategyConfig("deepspeed_2", expert_parallel=2),
         StrategyConfig("fsdp", shard_size=2),
         StrategyConfig("fsdp", offload=True),

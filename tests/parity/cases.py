@@ -15,6 +15,7 @@ TRAIN = (
     *("optimizer.lr=0.01", "checkpoint.every=4", "eval.every=5", "eval.sequences=8"),
     *("strategy.accelerator=cpu", "strategy.num_threads=1"),
 )
+_HALF = "inference.capacity=0.5"
 _EXPERTS = ("model.experts.count=4", "model.experts.dim=32")
 
 
@@ -44,27 +45,17 @@ CASES: dict[str, Case] = {
     "mod_block": Case(
         (),
         generate={
-            "greedy": (
-                *("sampling.greedy=true", "sampling.repetition_penalty=1.5"),
-                "inference.capacity=0.5",
-            ),
+            "greedy": ("sampling.greedy=true", "sampling.repetition_penalty=1.5", _HALF),
             "sampled": (
-                *("sampling.temperature=0.8", "sampling.top_k=50", "sampling.top_p=0.9"),
-                "inference.capacity=0.5",
+                *("sampling.temperature=0.8", "sampling.top_k=50", "sampling.top_p=0.9", _HALF),
             ),
-            "speculated": (
-                *("speculate.tokens=3", "speculate.capacity=0.125", "inference.capacity=0.5"),
-            ),
+            "speculated": ("speculate.tokens=3", "speculate.capacity=0.125", _HALF),
         },
     ),
     "mod_token_choice": Case(
         (
-            *(
-                "model.router.choice=token",
-                "model.router.capacity_factor=1.5",
-                "model.mixer=convolution",
-            ),
-            "budget.steps=20",
+            *("model.router.choice=token", "model.router.capacity_factor=1.5"),
+            *("model.mixer=convolution", "budget.steps=20"),
         ),
         killed=True,
         evaluate=("inference.layer_cap=0.2",),

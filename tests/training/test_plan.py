@@ -19,8 +19,8 @@ from modtrain.training.config import (
 )
 from modtrain.training.plan import derive, resolve
 from modtrain.training.plan_report import show
-from tests.helpers.capacities import capacities_at
 from tests.helpers.problems import problems_of
+from tests.training.test_schedules import capacities_at
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 MODEL = ModelConfig(d_model=32, num_layers=4, num_heads=2, vocab_size=300)

@@ -1,4 +1,5 @@
 import math
+from bisect import bisect_right
 from itertools import pairwise
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modtrain.models.config import ModelConfig
-from modtrain.training.capacity_schedule import capacity_stages
+from modtrain.training.capacity_schedule import capacity_stages, level_capacities, level_starts
 from modtrain.training.config import (
     CAPACITY_SCHEDULES,
     SCHEDULES,
@@ -15,12 +16,20 @@ from modtrain.training.config import (
     TrainConfig,
 )
 from modtrain.training.schedules import lr_factor
-from tests.helpers.capacities import capacities_at, capacity_level
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SHARE = st.floats(0.01, 1)
 FINAL = st.lists(st.none() | SHARE, min_size=1, max_size=4)
 STEPS = st.integers(1, 300)
+
+
+def capacity_level(config, step, num_steps):
+    return bisect_right(level_starts(config, num_steps), step) - 1
+
+
+def capacities_at(config, final, step, num_steps):
+    """Each layer's capacity at one step, counted from 0, without the stages."""
+    return list(level_capacities(config, final, capacity_level(config, step, num_steps)))
 
 
 @st.composite

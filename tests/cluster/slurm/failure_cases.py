@@ -84,7 +84,8 @@ def kills_slurmd(run: Disturbed) -> None:
 
 def restarts_controller(run: Disturbed) -> None:
     run.held("step")
-    run.cluster.restart_controller()
+    run.cluster.kill_controller()
+    run.cluster.start_controller()
     run.release("step")
 
 

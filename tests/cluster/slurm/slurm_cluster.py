@@ -231,7 +231,9 @@ class Cluster:
 
     def start_slurmd(self, name: str) -> None:
         """Start a node's daemon again."""
-        started = self.on(name, "env", f"SLURM_CONF={self._slurm_conf}", "slurmd", "-N", name)
+        started = self.on(
+            name, "env", f"SLURM_CONF={self.directory}/slurm.conf", "slurmd", "-N", name
+        )
         assert not started.returncode, started.stderr
 
     def kill_controller(self) -> None:
@@ -248,11 +250,6 @@ class Cluster:
         """Start the controller again."""
         self.run("slurmctld")
 
-    def restart_controller(self) -> None:
-        """Kill the controller and start it at once."""
-        self.kill_controller()
-        self.start_controller()
-
     def wait_for_nodes(self, timeout: float = 60) -> None:
         """Wait until all nodes are up."""
         deadline = time.monotonic() + timeout
@@ -268,9 +265,10 @@ class Cluster:
             yield
         finally:
             # The same file system, as long as anybody has a file open in it.
-            device = self.run("losetup", "-n", "-O", "NAME", "-j", self._image, check=False)
+            image = self.directory / "share.ext4"
+            device = self.run("losetup", "-n", "-O", "NAME", "-j", image, check=False)
             found = device.stdout.split()
-            source = ["-o", "rw", found[0]] if found else ["-o", "loop", str(self._image)]
+            source = ["-o", "rw", found[0]] if found else ["-o", "loop", str(image)]
             self.run("mount", *source, self.share)
 
     @contextmanager
@@ -309,14 +307,6 @@ class Cluster:
         return Path(f"/proc/{pid}/root{path}")
 
     # ---- minislurm
-
-    @property
-    def _image(self) -> Path:
-        return self.directory / "share.ext4"
-
-    @property
-    def _slurm_conf(self) -> Path:
-        return self.directory / "slurm.conf"
 
     def _pid_of(self, daemon: str) -> Path:
         return self.directory / f"run/{daemon}.pid"

@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -40,21 +38,6 @@ def test_the_stream_is_one_for_every_way_to_share_it(size, num_samples, seed, st
     start = data.draw(st.integers(0, steps))
     expected = order.lookup(np.arange(start * 24, steps * 24)).tolist()
     assert stream(order, size, steps, start) == expected
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.sampled_from(SAME_STEP), min_size=1, max_size=4),
-    st.lists(st.integers(0, 15), max_size=3),
-)
-def test_interrupted_runs_on_other_worlds_lose_and_repeat_nothing(sizes, stops):
-    order = SampleOrder(100, 5)
-    borders = [0, *sorted(stops), 15]
-    seen: list[int] = []
-    for run, (start, stop) in enumerate(pairwise(borders)):
-        numbers = stream(order, sizes[run % len(sizes)], 15, start)
-        seen += numbers[: (stop - start) * 24]
-    assert seen == order.lookup(np.arange(15 * 24)).tolist()
 
 
 def test_batches_do_not_depend_on_how_many_are_looked_up_at_once(monkeypatch):

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, K places, D model, V vocabulary.
 
 from fractions import Fraction
 
+import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -13,7 +14,17 @@ from torch import Tensor
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.depth.selection import expert_choice
 from modtrain.models.experts.config import ExpertsConfig
-from tests.helpers.model_cases import bits, context_of, lively, normal, quick, random_tokens, small
+from modtrain.models.transformer import Transformer
+from tests.helpers.model_cases import (
+    bits,
+    configs,
+    context_of,
+    lively,
+    normal,
+    quick,
+    random_tokens,
+    small,
+)
 from tests.models.depth.choice_cases import EXPERTS, TARGETS, context, masked, model_of, nearest
 
 
@@ -102,6 +113,32 @@ def test_expert_choice_takes_the_best_of_each_document(case, side, seed, several
     )
     expected = [expected_of(s.tolist(), count, d.tolist(), v.tolist()) for s, d, v in rows]
     assert chosen_BS.tolist() == expected
+
+
+@quick(60)
+@given(configs(), st.integers(1, 40), st.integers(1, 3), st.booleans())
+def test_exactly_k_tokens_take_part(config, seq_len, batch, tied):
+    tokens_BS = random_tokens(batch, seq_len)
+    if tied:  # one token throughout: in the first layer all the scores are equal
+        tokens_BS = torch.zeros_like(tokens_BS)
+    routing = Transformer(config)(tokens_BS).routing
+    shares = [config.capacities[layer] for layer, _ in config.routed_parts]
+    assert len(routing) == len(shares)
+    for record, share in zip(routing, shares, strict=True):
+        expected = max(1, round(share * seq_len))
+        assert record.chosen_BS.sum(dim=1).tolist() == [expected] * batch
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_scores_are_kept_wider_than_bfloat16_which_would_make_them_tie(dtype, autocast):
+    layer = lively(small(), dtype=dtype).routers[0]
+    x_BSD = normal(2, 200, 16, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        _, (record,), *_ = layer(x_BSD, context_of(small(), torch.arange(200)[None]))
+    exact_BS = x_BSD.double() @ layer.router.weight.double()
+    torch.testing.assert_close(record.scores_BS.double(), exact_BS, rtol=1e-5, atol=1e-5)
+    assert record.scores_BS.dtype == torch.float32
+    assert len(record.scores_BS.unique()) == record.scores_BS.numel()
 
 
 # Fact 3 on every path: the others' bits.

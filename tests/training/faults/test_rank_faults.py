@@ -64,6 +64,13 @@ def ended(outcomes: list, rank: int) -> RankFailedError:
     return found
 
 
+def assert_told_of(outcome: RankFailedError, rank: int) -> None:
+    """What another rank says of the one that raised."""
+    assert outcome.kind == "RankError"
+    assert outcome.said.startswith(f"rank {rank} on ")
+    assert outcome.said.endswith("failed: ValueError: the disk spoke Latin")
+
+
 @pytest.mark.slow
 @pytest.mark.on_commit(2)
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -73,9 +80,7 @@ def test_a_rank_that_raises_is_named_with_its_reason(prepared, tmp_path, strateg
     outcomes = outcomes_on_ranks(faulty, 2, lines, raises, 3, rank, joins=False, timeout=60)
     own, other = ended(outcomes, rank), ended(outcomes, 1 - rank)
     assert (own.kind, own.said) == ("ValueError", "the disk spoke Latin")
-    assert other.kind == "RankError"
-    assert other.said.startswith(f"rank {rank} on ")
-    assert other.said.endswith("failed: ValueError: the disk spoke Latin")
+    assert_told_of(other, rank)
 
 
 def raises_while_the_other_is_late(lines: list[str]) -> str:
@@ -92,10 +97,7 @@ def late() -> None:
 def test_a_rank_that_waits_for_a_failed_one_is_not_stuck(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "strategy=ddp")
     outcomes = outcomes_on_ranks(raises_while_the_other_is_late, 2, lines, joins=False, timeout=60)
-    other = ended(outcomes, 1)
-    assert other.kind == "RankError"
-    assert other.said.startswith("rank 0 on ")
-    assert other.said.endswith("failed: ValueError: the disk spoke Latin")
+    assert_told_of(ended(outcomes, 1), 0)
 
 
 @pytest.mark.slow

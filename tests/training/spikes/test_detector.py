@@ -260,14 +260,6 @@ STRETCHES = st.lists(st.integers(0, 60), unique=True, max_size=8).map(
 
 
 @settings(deadline=None)
-@given(STRETCHES)
-def test_the_stream_goes_on_behind_what_is_skipped(stretches):
-    gone = [n for first, stop in stretches for n in range(first, stop)]
-    expected = np.delete(np.arange(200), gone)[:100]
-    assert stream_positions(np.arange(100), stretches).tolist() == expected.tolist()
-
-
-@settings(deadline=None)
 @given(STRETCHES, st.integers(0, 12), st.sampled_from([(1, 4), (2, 2), (4, 1)]))
 def test_every_world_size_leaves_out_the_same_samples(stretches, start, shape):
     world_size, accumulate = shape
