@@ -29,9 +29,8 @@ def gelu(x: Tensor) -> Tensor:
 def rope(x_SW: Tensor, positions_S: Tensor, theta: float) -> Tensor:
     """Pairs (i, i + W/2) as complex numbers, turned by position * theta^(-2i/W)."""
     half = x_SW.shape[-1] // 2
-    frequency_W = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=torch.float32)
-    # The module keeps its angles in float32, so the reference rounds them alike.
-    angle_SW = torch.outer(positions_S.to(torch.float32), frequency_W).to(torch.float64)
+    frequency_W = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=torch.float64)
+    angle_SW = torch.outer(positions_S.to(torch.float64), frequency_W)
     turned_SW = torch.complex(x_SW[:, :half], x_SW[:, half:]) * torch.polar(
         torch.ones_like(angle_SW), angle_SW
     )

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch import Tensor
+
+from modtrain.models import sequence, transformer
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +23,18 @@ def _poisoned_memory():
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def _rotary_in_float64(monkeypatch):
+    """Rotary factors as precise as a float64 model: gradients amplify float32's rounding a
+    hundredfold."""
+
+    def rotary(positions_BS: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+        half = head_width // 2
+        frequencies = [theta ** (-i / half) for i in range(half)]
+        angle_BSW = positions_BS.unsqueeze(-1) * torch.tensor(frequencies, dtype=torch.float64)
+        return angle_BSW.cos(), angle_BSW.sin()
+
+    for module in (sequence, transformer):
+        monkeypatch.setattr(module, "rotary", rotary)

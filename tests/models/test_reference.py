@@ -27,8 +27,10 @@ from tests.helpers.model_cases import (
 )
 from tests.helpers.thresholds import require_margin
 
-# The rotary factors are float32 in both, and may differ in their last bit.
-TOLERANCE = 2e-6
+pytestmark = pytest.mark.usefixtures("_rotary_in_float64")
+
+# Of float64.
+TOLERANCE = 1e-10
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -95,6 +97,9 @@ def expected_auxiliary(config: ModelConfig, chosen, scores, predictions) -> dict
 @given(configs(), st.integers(1, 20), st.integers(1, 3), st.integers(0, 9), st.booleans())
 @example(small(pattern="every", sliding_window=3, num_kv_heads=1), 20, 2, 0, False)
 @example(small(pattern="[1, .125]*2", qk_norm=True), 17, 2, 1, True)
+@example(
+    small(d_model=7, num_heads=3, head_dim=2, pattern="[1, .125]*2", qk_norm=True), 5, 3, 4, False
+)
 def test_the_whole_model_equals_the_reference(config, seq_len, batch, seed, several):
     config.router.causal = config.router.causal_routers
     model = lively(config, seed)

@@ -33,6 +33,8 @@ from tests.helpers.model_cases import (
     small,
 )
 
+pytestmark = pytest.mark.usefixtures("_rotary_in_float64")
+
 LEARNED = ["linear", "mlp"]
 CONTROLS = ["random", "fixed", "oracle_norm"]
 
@@ -206,7 +208,7 @@ def test_attention_scores_equal_a_loop(kv_heads, window, qk_norm, several, targe
             expected = received(p, before, config, inputs[before][row], sequence)
             found_S = record.scores_BS[row]
             torch.testing.assert_close(
-                found_S, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-6
+                found_S, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10
             )
             # Where a window leaves nobody to attend to, scores tie, and any of the best will do.
             best_S = torch.tensor(reference.largest(found_S, 0.25, documents))
@@ -264,7 +266,7 @@ def test_the_oracle_score_is_the_norm_of_the_update(target, mixer, gate, several
         for row in range(2):
             update_SD = reference.update(p, part, "module", config, x_BSD[row], everyone, sequence)
             expected_S = update_SD.detach().square().sum(dim=1).sqrt()
-            torch.testing.assert_close(record.scores_BS[row], expected_S, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(record.scores_BS[row], expected_S, rtol=1e-10, atol=1e-10)
             best = reference.largest(record.scores_BS[row], 0.3, sequence.documents)
             assert record.chosen_BS[row].tolist() == best
 

@@ -29,6 +29,8 @@ from tests.models.depth.choice_cases import (
     two_documents,
 )
 
+pytestmark = pytest.mark.usefixtures("_rotary_in_float64")
+
 # Token choice.
 
 
@@ -116,7 +118,7 @@ def test_token_choice_equals_reference(target, mixer, threshold, capacity_factor
         assert chosen_S.tolist() == expected
         rows.append(reference.routed_layer(p, "", config, x_SD, sequence, expected, target))
     expected_BSD = torch.stack(rows)
-    torch.testing.assert_close(found.value_BSD, expected_BSD, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found.value_BSD, expected_BSD, rtol=1e-10, atol=1e-10)
     weight_BSD = normal(3, length, 16, seed=1)
     leaves = {"input": x_BSD} | p
     gradients = [
@@ -127,7 +129,7 @@ def test_token_choice_equals_reference(target, mixer, threshold, capacity_factor
     ]
     for name, one, two in zip(leaves, *gradients, strict=True):
         torch.testing.assert_close(
-            one, two, rtol=2e-6, atol=2e-6 * float(two.abs().max() + 1), msg=name
+            one, two, rtol=1e-10, atol=1e-10 * float(two.abs().max() + 1), msg=name
         )
 
 
