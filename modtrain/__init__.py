@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from modtrain.inference.api import generate, load_run
     from modtrain.inference.generate.config import SamplingConfig
     from modtrain.models.config import ModelConfig
-    from modtrain.models.depth.compute_budget import ComputeBudget
-    from modtrain.models.depth.config import RouterConfig
+    from modtrain.models.depth.config import ComputeBudget, RouterConfig
     from modtrain.models.depth.layer import MixtureOfDepths, predictor_loss
     from modtrain.models.flops import forward_flops
     from modtrain.models.transformer import Transformer
@@ -35,7 +34,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ComputeBudget": "modtrain.models.depth.compute_budget",
+    "ComputeBudget": "modtrain.models.depth.config",
     "MixtureOfDepths": "modtrain.models.depth.layer",
     "ModelConfig": "modtrain.models.config",
     "RouterConfig": "modtrain.models.depth.config",

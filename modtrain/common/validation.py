@@ -72,12 +72,23 @@ def one_of(config: object, prefix: str, name: str, choices: Sequence[str]) -> li
     return [Problem(key, value, "is not known", remedy) for value in values if value not in choices]
 
 
+def broken_rules(config: object, prefix: str, *rules: tuple[bool, str, str, str]) -> list[Problem]:
+    """Find the rules that are broken, each given as (is broken, field, reason, remedy)."""
+    return [
+        Problem(key_of(prefix, name), _shown(config, name), reason, remedy)
+        for is_broken, name, reason, remedy in rules
+        if is_broken
+    ]
+
+
 def not_empty(config: object, prefix: str, name: str, remedy: str) -> list[Problem]:
     """Find a field that is empty or None."""
+    return broken_rules(config, prefix, (not getattr(config, name), name, "is empty", remedy))
+
+
+def _shown(config: object, name: str) -> object:
     value = getattr(config, name)
-    if value:
-        return []
-    return [Problem(key_of(prefix, name), "null" if value is None else value, "is empty", remedy)]
+    return "null" if value is None else value
 
 
 def _values(config: object, names: Iterable[str]) -> list[tuple[str, float]]:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from modtrain.data.stream.batch import Batch
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import Selection
+from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.flops import Load, forward_flops, realised_flops
 from modtrain.models.sequence import RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer

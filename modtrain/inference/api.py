@@ -13,9 +13,9 @@ from modtrain.inference.config import TrainedRunConfig
 from modtrain.inference.generate.config import SamplingConfig
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Token
 from modtrain.inference.generate.text_stream import TextStream
-from modtrain.inference.generate.vocabulary import Vocabulary
 from modtrain.inference.loading import load_run as load_configured_run
-from modtrain.models.depth.compute_budget import ComputeBudget
+from modtrain.inference.token_text import Vocabulary
+from modtrain.models.depth.config import ComputeBudget
 from modtrain.models.transformer import Transformer
 
 

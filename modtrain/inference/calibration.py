@@ -22,8 +22,7 @@ from modtrain.evaluation.held_out import evaluation_mode
 from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.loading import LoadedRun
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import Selection
+from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.transformer import Transformer
 
 Precision = Callable[[], AbstractContextManager[Any]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, at_least, one_of
+from modtrain.common.validation import above_zero, at_least, broken_rules, one_of
 from modtrain.models.depth.config import RouterConfig, Selection
 from modtrain.models.depth.pattern import layer_capacities, pattern_problems
 from modtrain.models.experts.config import ExpertsConfig
@@ -194,8 +194,7 @@ class ModelConfig:
         )
         if self.num_layers > _MAX_LAYERS:
             reason, remedy = f"is above {_MAX_LAYERS}", f"use {_MAX_LAYERS} at most"
-            problems.append(Problem(f"{prefix}.num_layers", self.num_layers, reason, remedy))
-            return problems
+            return problems + broken_rules(self, prefix, (True, "num_layers", reason, remedy))
         sized = not problems
         if sized:
             problems += self._head_problems(prefix)
@@ -219,57 +218,47 @@ class ModelConfig:
         return [Problem(key, name, "is not known", remedy) for name in names if name not in MIXERS]
 
     def _attention_score_problems(self, prefix: str) -> list[Problem]:
-        """Find routed layers without attention over all tokens in the layer before."""
+        """Find a routed layer without attention over all tokens in the layer before."""
         if self.router.score != "attention":
             return []
-        attends = [
-            mixer == "attention" and (capacity is None or self.router.target == "mlp")
-            for mixer, capacity in zip(self.mixers, self.capacities, strict=True)
-        ]
-        routed = [layer for layer, capacity in enumerate(self.capacities) if capacity is not None]
-        return [
-            Problem(
-                f"{prefix}.router.score",
-                self.router.score,
-                f"needs attention over all tokens in the layer before, and layer {layer} has no"
-                " such layer before it",
-                f"use {prefix}.pattern=every_other, or a learned score",
-            )
-            for layer in routed
-            if layer == 0 or not attends[layer - 1]
-        ][:1]
+        attends = False
+        for layer, (mixer, capacity) in enumerate(zip(self.mixers, self.capacities, strict=True)):
+            if capacity is not None and not attends:
+                reason = (
+                    "needs attention over all tokens in the layer before, and layer"
+                    f" {layer} has no such layer before it"
+                )
+                remedy = f"use {prefix}.pattern=every_other, or a learned score"
+                key = f"{prefix}.router.score"
+                return [Problem(key, self.router.score, reason, remedy)]
+            attends = mixer == "attention" and (capacity is None or self.router.target == "mlp")
+        return []
 
     def _head_problems(self, prefix: str) -> list[Problem]:
-        problems = []
-        if self.head_dim is None and self.d_model % self.num_heads:
-            # Only even widths: RoPE rotates pairs. No model has more heads than the bound.
-            good = [h for h in range(1, min(self.d_model, 4096) + 1) if self.d_model % (2 * h) == 0]
-            near = sorted(good, key=lambda h: abs(h - self.num_heads))[:3]
-            remedy = f"use {', '.join(map(str, sorted(near)))}, or set " if near else "set "
-            problems.append(
-                Problem(
-                    f"{prefix}.num_heads",
-                    self.num_heads,
-                    f"does not divide {prefix}.d_model={self.d_model}",
-                    f"{remedy}{prefix}.head_dim",
-                )
-            )
-        elif self.head_width % 2:
-            problems.append(
-                Problem(
-                    f"{prefix}.{'head_dim' if self.head_dim else 'num_heads'}",
-                    self.head_dim or self.num_heads,
-                    f"gives heads of odd width {self.head_width}; RoPE rotates pairs",
-                    "choose an even head width",
-                )
-            )
-        if self.num_heads % self.kv_heads:
-            problems.append(
-                Problem(
-                    f"{prefix}.num_kv_heads",
-                    self.kv_heads,
-                    f"does not divide {prefix}.num_heads={self.num_heads}",
-                    f"use a divisor of {self.num_heads}",
-                )
-            )
-        return problems
+        # Only even widths: RoPE rotates pairs. No model has more heads than the bound.
+        good = [h for h in range(1, min(self.d_model, 4096) + 1) if self.d_model % (2 * h) == 0]
+        near = sorted(good, key=lambda h: abs(h - self.num_heads))[:3]
+        remedy = f"use {', '.join(map(str, sorted(near)))}, or set " if near else "set "
+        is_whole = self.head_dim is not None or self.d_model % self.num_heads == 0
+        return broken_rules(
+            self,
+            prefix,
+            (
+                not is_whole,
+                "num_heads",
+                f"does not divide {prefix}.d_model={self.d_model}",
+                f"{remedy}{prefix}.head_dim",
+            ),
+            (
+                is_whole and self.head_width % 2 == 1,
+                "head_dim" if self.head_dim else "num_heads",
+                f"gives heads of odd width {self.head_width}; RoPE rotates pairs",
+                "choose an even head width",
+            ),
+            (
+                self.num_heads % self.kv_heads != 0,
+                "num_kv_heads",
+                f"does not divide {prefix}.num_heads={self.num_heads}",
+                f"use a divisor of {self.num_heads}",
+            ),
+        )

@@ -159,7 +159,7 @@ def parameters(config: ModelConfig) -> Cost:
 def hidden_matrix_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """Shapes (out, in) of the matrices that the layers multiply by, in no order.
 
-    Those of `modtrain.models.parameter_roles.hidden_matrices`: routed experts are left out.
+    Those of `modtrain.models.transformer.hidden_matrices`: routed experts are left out.
     """
     shapes: list[tuple[int, int]] = []
     d = config.d_model

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from modtrain.models.cache.cache import CacheView
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import Selection
+from modtrain.models.depth.config import ComputeBudget, Selection
 
 
 class SequenceContext(NamedTuple):

@@ -17,8 +17,7 @@ from modtrain.models.cache.cache import Cache, CacheView
 from modtrain.models.cache.packing import PackedTokens, pack
 from modtrain.models.config import ModelConfig
 from modtrain.models.convolution import Convolution
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import Selection
+from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.depth.layer import MixtureOfDepths, auxiliary_loss, predictor_loss
 from modtrain.models.experts.layer import Experts
 from modtrain.models.feed_forward import FeedForward
@@ -313,6 +312,32 @@ class Transformer(nn.Module):
 def is_predictor(name: str) -> bool:
     """Whether the parameter of this name belongs to a predictor, which is trained separately."""
     return ".predictor." in name
+
+
+def deciding_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of the routers, predictors and gates in ``module``."""
+    deciding: set[nn.Parameter] = set()
+    for inner in module.modules():
+        parts: tuple[nn.Module | None, ...] = ()
+        if isinstance(inner, MixtureOfDepths):
+            parts = (inner.router, inner.predictor, inner.gate)
+        elif isinstance(inner, Experts):
+            parts = (inner.expert_router,)
+        deciding.update(p for part in parts if part is not None for p in part.parameters())
+    return deciding
+
+
+def hidden_matrices(model: Transformer) -> list[nn.Parameter]:
+    """Return the matrices that the layers multiply by, each one (out, in), in running order.
+
+    Those of mixers, MLPs and shared experts. Not the embedding and the head, nor what decides, nor
+    routed experts, whose matrices lie in one tensor (E, in, out), nor a convolution's taps.
+    `modtrain.models.flops.hidden_matrix_shapes` has their shapes.
+    """
+    deciding = deciding_parameters(model)
+    linears = [m for layer in model.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    weights = [linear.get_parameter("weight") for linear in linears]
+    return [weight for weight in weights if weight not in deciding]
 
 
 def _layer(config: ModelConfig, index: int) -> nn.Module:

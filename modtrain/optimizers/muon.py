@@ -32,8 +32,7 @@ class MuonSpec(OptimizerSpec):
 
     def build(self, model: nn.Module, config: OptimizerConfig) -> Optimizer:
         """See `OptimizerSpec.build`. ``model`` is a `Transformer`."""
-        from modtrain.models.parameter_roles import hidden_matrices
-        from modtrain.models.transformer import Transformer
+        from modtrain.models.transformer import Transformer, hidden_matrices
         from modtrain.optimizers.distributed_muon import DistributedMuon
         from modtrain.optimizers.joint import JointOptimizer
 

@@ -24,8 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from modtrain.common.torch_compat import shard_over
 from modtrain.distributed.collectives import local_tensor
-from modtrain.models.parameter_roles import deciding_parameters
-from modtrain.models.transformer import Transformer
+from modtrain.models.transformer import Transformer, deciding_parameters
 from modtrain.parallel.meshes import Meshes
 
 # A dim to shard by, with or without a mesh of its own, or None for the first dim.

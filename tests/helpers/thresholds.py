@@ -8,8 +8,7 @@ import math
 from hypothesis import assume, currently_in_test_context
 from torch import Tensor
 
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import Selection
+from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.transformer import ModelOutput, Transformer
 
 # Of float64 values: rounding moves them by a thousandth of it.

@@ -21,8 +21,7 @@ from modtrain.inference.calibration import (
     threshold_for_share,
 )
 from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import RouterConfig
+from modtrain.models.depth.config import ComputeBudget, RouterConfig
 from tests.helpers.model_cases import VOCAB, bits, lively, quick, random_tokens, settle, small
 
 EVERY = ["predictor", "auxiliary", "threshold"]

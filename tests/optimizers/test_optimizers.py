@@ -14,8 +14,7 @@ from modtrain.distributed.process_group import ONE_PROCESS
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.flops import hidden_matrix_shapes, parameters
-from modtrain.models.parameter_roles import hidden_matrices
-from modtrain.models.transformer import Transformer
+from modtrain.models.transformer import Transformer, hidden_matrices
 from modtrain.optimizers.config import MuonConfig, OptimizerConfig
 from modtrain.optimizers.registry import OPTIMIZERS, build_optimizer
 from modtrain.training.plan import resolve

@@ -22,7 +22,7 @@ from modtrain.checkpoint.state import named_state, restore
 from modtrain.data.stream.batch import Batch
 from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.held_out import evaluate
-from modtrain.models.depth.compute_budget import ComputeBudget
+from modtrain.models.depth.config import ComputeBudget
 from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer, is_predictor
 from modtrain.parallel.config import LayerOptions

@@ -27,8 +27,7 @@ from modtrain.inference.evaluate.reporting import (
     write_points,
 )
 from modtrain.inference.loading import LoadedRun, load_run
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import Selection
+from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.flops import dense_equivalent_flops
 
 

@@ -18,8 +18,7 @@ from modtrain.inference.generate.config import SamplingConfig
 from modtrain.inference.generate.sampling import PerSequenceRNG, distribution
 from modtrain.inference.generate.speculation import Drafter, Drafts, pad_texts, verify
 from modtrain.models.cache.cache import Cache
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import Selection
+from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.transformer import ModelOutput, Transformer
 
 Finish = Literal["length", "end", "stop"]

@@ -23,12 +23,11 @@ from modtrain.inference.generate.continuations import (
 )
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Statistics
 from modtrain.inference.generate.text_stream import TextStream
-from modtrain.inference.generate.vocabulary import Vocabulary
 from modtrain.inference.loading import LoadedRun, load_run
 from modtrain.inference.text_io import is_unicode, read_text
+from modtrain.inference.token_text import Vocabulary
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import Selection
+from modtrain.models.depth.config import ComputeBudget, Selection
 
 
 def generate(config: GenerateConfig) -> None:

@@ -16,8 +16,7 @@ from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.prepare.tokenizer import DocumentEncoder
 from modtrain.data.stream.batch import Batch
 from modtrain.inference.calibration import budget_of_run, resolve_decisions
-from modtrain.inference.config import ComputeBudgetConfig
-from modtrain.inference.inspect.config import InspectConfig
+from modtrain.inference.config import ComputeBudgetConfig, InspectConfig
 from modtrain.inference.inspect.page import Subject, render
 from modtrain.inference.inspect.trace import trace
 from modtrain.inference.loading import LoadedRun, load_run

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import evaluation_mode
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import TRAINING_SELECTIONS, Selection
+from modtrain.models.depth.config import TRAINING_SELECTIONS, ComputeBudget, Selection
 from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.loss import IGNORED
 from modtrain.models.sequence import RoutingRecord

@@ -1,13 +1,13 @@
-"""Configuration of depth routers: scores, gates, selection of tokens."""
+"""Configuration of depth routers: scores, gates, selection of tokens, limits at inference."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, at_least, decays, one_of
+from modtrain.common.validation import above_zero, at_least, broken_rules, decays, one_of
 
 Selection = Literal["top_k", "token", "auxiliary", "predictor", "threshold", "causal"]
 """How routers, and experts that choose, select tokens.
@@ -125,67 +125,71 @@ class RouterConfig:
             *above_zero(self, prefix, "auxiliary_weight"),
             *decays(self, prefix, "threshold_decay"),
         ]
-        if self.causal is not None and len(set(self.causal)) != len(self.causal):
-            problems.append(
-                Problem(f"{prefix}.causal", self.causal, "names a router twice", "name each once")
-            )
+        is_repeated = len(set(self.causal or [])) != len(self.causal or [])
+        problems += broken_rules(
+            self, prefix, (is_repeated, "causal", "names a router twice", "name each once")
+        )
         return problems or self._combination_problems(prefix)
 
     def _combination_problems(self, prefix: str) -> list[Problem]:
-        problems = []
-        if not self.needs_causal and self.causal_routers:
-            problems.append(
-                Problem(
-                    f"{prefix}.causal",
-                    self.causal,
-                    f"is not needed: {prefix}.score={self.score} ignores the tokens' content",
-                    "use [] or null; the choice is causal by itself",
-                )
-            )
-        if self.score == "attention" and self.gate_kind != "none":
-            problems.append(
-                Problem(
-                    f"{prefix}.gate",
-                    self.gate,
-                    "would multiply by attention from later tokens, which sampling does not have",
-                    "use none, or a learned score",
-                )
-            )
-        if self.score not in LEARNED_SCORES and "auxiliary" in self.causal_routers:
-            problems.append(
-                Problem(
-                    f"{prefix}.causal",
-                    self.causal,
-                    f"trains the score to be the decision, but {prefix}.score={self.score}"
-                    " has no parameters",
-                    "use predictor, or a learned score",
-                )
-            )
-        if self.score == "attention" and "threshold" in self.causal_routers:
-            problems.append(
-                Problem(
-                    f"{prefix}.{'choice' if self.choice == 'token' else 'causal'}",
-                    self.choice if self.choice == "token" else self.causal,
-                    "compares a score that depends on later tokens, which sampling does not have",
-                    "use expert choice with predictor, or a learned score",
-                )
-            )
-        return problems + self._token_choice_problems(prefix)
+        by_token, causal = self.choice == "token", self.causal_routers
+        return broken_rules(
+            self,
+            prefix,
+            (
+                not self.needs_causal and bool(causal),
+                "causal",
+                f"is not needed: {prefix}.score={self.score} ignores the tokens' content",
+                "use [] or null; the choice is causal by itself",
+            ),
+            (
+                self.score == "attention" and self.gate_kind != "none",
+                "gate",
+                "would multiply by attention from later tokens, which sampling does not have",
+                "use none, or a learned score",
+            ),
+            (
+                self.score not in LEARNED_SCORES and "auxiliary" in causal,
+                "causal",
+                f"trains the score to be the decision, but {prefix}.score={self.score}"
+                " has no parameters",
+                "use predictor, or a learned score",
+            ),
+            (
+                self.score == "attention" and "threshold" in causal,
+                "choice" if by_token else "causal",
+                "compares a score that depends on later tokens, which sampling does not have",
+                "use expert choice with predictor, or a learned score",
+            ),
+            (
+                by_token and not self.needs_causal,
+                "choice",
+                f"needs scores that depend on the token, not {prefix}.score={self.score}",
+                "use expert",
+            ),
+            (
+                by_token and self.needs_causal and causal != ["threshold"],
+                "causal",
+                f"cannot be combined with {prefix}.choice=token, which is evaluated by its own"
+                " training threshold and has no top-k to predict",
+                "use [threshold] or null",
+            ),
+        )
 
-    def _token_choice_problems(self, prefix: str) -> list[Problem]:
-        if self.choice != "token":
-            return []
-        if not self.needs_causal:
-            reason = f"needs scores that depend on the token, not {prefix}.score={self.score}"
-            return [Problem(f"{prefix}.choice", self.choice, reason, "use expert")]
-        if self.causal_routers != ["threshold"]:
-            return [
-                Problem(
-                    f"{prefix}.causal",
-                    self.causal,
-                    f"cannot be combined with {prefix}.choice=token, which is evaluated by its own"
-                    " training threshold and has no top-k to predict",
-                    "use [threshold] or null",
-                )
-            ]
-        return []
+
+class ComputeBudget(NamedTuple):
+    """Limits on what a trained model computes at inference; for causal decisions only.
+
+    thresholds: one per router, in place of the trained threshold that its decision value has to
+        exceed (see `MixtureOfDepths.decision_threshold`). For a router that ignores content
+        (random, fixed) it is the share of tokens to route. None: as trained.
+    layer_cap: hard cap per router: of the first n tokens of a sequence it routes at most
+        floor(layer_cap x n), earlier tokens first. It counts over the whole sequence, also with
+        document masking.
+    step_cap: hard cap per token: the number of routed parts that it may enter, earlier layers
+        first.
+    """
+
+    thresholds: tuple[float, ...] | None = None
+    layer_cap: float | None = None
+    step_cap: int | None = None

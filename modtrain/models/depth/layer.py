@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import TRAINING_SELECTIONS, RouterConfig, Selection
+from modtrain.models.depth.config import TRAINING_SELECTIONS, ComputeBudget, RouterConfig, Selection
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.depth.router import (
     Gate,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, at_least, decays, one_of
+from modtrain.common.validation import above_zero, at_least, broken_rules, decays, one_of
 
 EXPERT_CHOICES = ("token", "expert")
 BALANCES = ("loss", "bias", "none")
@@ -102,53 +102,46 @@ class ExpertsConfig:
         if problems:
             return problems
         if self.count is None:
-            return self._unused(prefix)
-        if self.every > num_layers:
-            problems.append(
-                Problem(
-                    f"{prefix}.every",
-                    self.every,
-                    f"leaves none of the {num_layers} blocks with experts",
-                    f"use {num_layers} at most",
-                )
+            # Without experts no setting of theirs has an effect.
+            reason = f"has no effect: {prefix}.count is null, so there are no experts"
+            rules = (
+                (getattr(self, f.name) != f.default, f.name, reason, f"set {prefix}.count")
+                for f in fields(self)
             )
-        if self.top_k > self.count + self.noop:
-            problems.append(
-                Problem(
-                    f"{prefix}.top_k",
-                    self.top_k,
-                    f"is more than the {self.count + self.noop} experts, no-op ones included",
-                    f"use {self.count + self.noop} at most",
-                )
-            )
-        parts = self.top_k + self.shared
-        if self.dim is None and ff_width % parts:
-            problems.append(
-                Problem(
-                    f"{prefix}.dim",
-                    "null",
-                    f"is derived from the MLP's width {ff_width}, which {parts} = top_k + shared"
-                    " does not divide",
-                    f"set {prefix}.dim, or a d_ff that is a multiple of {parts}",
-                )
-            )
-        return problems + self._choice_problems(prefix)
-
-    def _unused(self, prefix: str) -> list[Problem]:
-        """Find settings without effect: without a count there are no experts."""
-        reason = f"has no effect: {prefix}.count is null, so there are no experts"
-        remedy = f"set {prefix}.count"
-        return [
-            Problem(f"{prefix}.{f.name}", getattr(self, f.name), reason, remedy)
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-
-    def _choice_problems(self, prefix: str) -> list[Problem]:
-        if self.choice == "token" and self.count == 1 and self.noop == 0:
-            reason = "leaves a token no choice"
-            return [Problem(f"{prefix}.count", self.count, reason, "use 2 or more, or a no-op")]
-        if self.choice == "expert" and self.balance_kind != "none":
-            reason = "has no effect: under expert choice the load is even by construction"
-            return [Problem(f"{prefix}.balance", self.balance, reason, "use none or null")]
-        return []
+            return broken_rules(self, prefix, *rules)
+        choices, parts = self.count + self.noop, self.top_k + self.shared
+        return broken_rules(
+            self,
+            prefix,
+            (
+                self.every > num_layers,
+                "every",
+                f"leaves none of the {num_layers} blocks with experts",
+                f"use {num_layers} at most",
+            ),
+            (
+                self.top_k > choices,
+                "top_k",
+                f"is more than the {choices} experts, no-op ones included",
+                f"use {choices} at most",
+            ),
+            (
+                self.dim is None and ff_width % parts != 0,
+                "dim",
+                f"is derived from the MLP's width {ff_width}, which {parts} = top_k + shared"
+                " does not divide",
+                f"set {prefix}.dim, or a d_ff that is a multiple of {parts}",
+            ),
+            (
+                self.choice == "token" and choices == 1,
+                "count",
+                "leaves a token no choice",
+                "use 2 or more, or a no-op",
+            ),
+            (
+                self.choice == "expert" and self.balance_kind != "none",
+                "balance",
+                "has no effect: under expert choice the load is even by construction",
+                "use none or null",
+            ),
+        )

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from modtrain.inference.generate.config import SamplingConfig
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, End, Token
 from modtrain.inference.generate.sampling import PerSequenceRNG, distribution, draw
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import RouterConfig
+from modtrain.models.depth.config import ComputeBudget, RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from tests.helpers.model_cases import (
     VOCAB,

@@ -15,7 +15,7 @@ from modtrain.evaluation.held_out import evaluate
 from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.inspect.inspect import choose_decision, text_windows
 from modtrain.inference.inspect.trace import trace
-from modtrain.models.depth.compute_budget import ComputeBudget
+from modtrain.models.depth.config import ComputeBudget
 from tests.helpers.model_cases import quick, random_tokens, small
 from tests.inference.inspect.inspect_cases import EVERY, KINDS, SEQ_LEN, model_of, router, traced
 

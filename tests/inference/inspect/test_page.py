@@ -12,10 +12,9 @@ from playwright.sync_api import sync_playwright
 from modtrain.cli import main as cli
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError, DataError
-from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
+from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig, InspectConfig
 from modtrain.inference.evaluate.evaluate import evaluate_run
 from modtrain.inference.inspect import figures as inspect_figures
-from modtrain.inference.inspect.config import InspectConfig
 from modtrain.inference.inspect.figures import luminance, themes
 from modtrain.inference.inspect.inspect import inspect_run
 from modtrain.training.run import train

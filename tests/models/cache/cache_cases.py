@@ -16,8 +16,7 @@ from torch import Tensor
 from modtrain.models.cache.cache import Cache
 from modtrain.models.cache.ragged_store import RaggedStore
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import RouterConfig, Selection
+from modtrain.models.depth.config import ComputeBudget, RouterConfig, Selection
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.models.transformer import ModelOutput, Transformer
 from tests.helpers.model_cases import (

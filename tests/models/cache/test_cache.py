@@ -12,8 +12,7 @@ from modtrain.models import attention
 from modtrain.models.cache.cache import Cache
 from modtrain.models.cache.ragged_store import RaggedStore
 from modtrain.models.depth import layer as depth
-from modtrain.models.depth.compute_budget import ComputeBudget
-from modtrain.models.depth.config import RouterConfig
+from modtrain.models.depth.config import ComputeBudget, RouterConfig
 from modtrain.models.depth.selection import apply_cumulative_cap
 from tests.helpers.model_cases import VOCAB, quick, random_tokens, small
 from tests.helpers.thresholds import require_margin

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modtrain.models.cache.cache import Cache, CacheView
 from modtrain.models.cache.ragged_store import RaggedStore
-from modtrain.models.depth.compute_budget import ComputeBudget
+from modtrain.models.depth.config import ComputeBudget
 from tests.helpers.model_cases import normal, quick, random_tokens, small
 from tests.models.cache.cache_cases import (
     Run,
