@@ -6,7 +6,7 @@ import codecs
 import re
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from rich.color import Color
 from rich.style import Style
@@ -60,13 +60,13 @@ class TextStream:
         self._longest = max(map(len, self._stop), default=0)
         self._released: list[str] = []
         self._pending: deque[Piece] = deque()
-        self._decoder: _TokenDecoder = (
-            _Bytes(tokenizer)
-            if isinstance(tokenizer.decoder, decoders.ByteLevel)
-            else _Windows(tokenizer)
-        )
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {number for number, token in added.items() if token.special}
+        is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self._decoder = _ByteDecoder() if is_byte_level else _WindowDecoder(tokenizer)
         for token_id in before:
-            self._decoder.push(token_id, None)
+            self._decode(token_id, None)
         self._decoder.finish()
 
     @property
@@ -76,7 +76,7 @@ class TextStream:
 
     def push(self, token_id: int, mark: Any = None) -> list[Piece]:
         """Return the text that is final now, in pieces; nothing after a stop string."""
-        return [] if self.stopped else self._add(self._decoder.push(token_id, mark))
+        return [] if self.stopped else self._add(self._decode(token_id, mark))
 
     def finish(self) -> list[Piece]:
         """Return the pending text; bytes that do not complete a character become U+FFFD."""
@@ -89,8 +89,13 @@ class TextStream:
     def _num_pending(self) -> int:
         return sum(len(text) for text, _ in self._pending)
 
+    def _decode(self, token_id: int, mark: Any) -> list[Piece]:
+        """Decode a token; special tokens and unknown ids give no text."""
+        token = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+        return [] if token is None else self._decoder.push(token_id, token, mark)
+
     def _add(self, pieces: list[Piece]) -> list[Piece]:
-        self._pending.extend(pieces)
+        self._pending.extend((text, mark) for text, mark in pieces if text)
         # The pending text is shorter than a stop string, so the cost per token does not grow.
         window = "".join(text for text, _ in self._pending)
         starts = [(window.find(stop), stop) for stop in self._stop]
@@ -121,52 +126,24 @@ class TextStream:
         return released
 
 
-class _TokenDecoder(Protocol):
-    """Tokens to text, without what later tokens could change."""
+class _ByteDecoder:
+    """Decodes byte-level tokens, which represent bytes."""
 
-    def push(self, token_id: int, mark: Any) -> list[Piece]: ...
-
-    def finish(self) -> list[Piece]: ...
-
-
-class _Tokens:
-    """Token ids to tokens; None for special tokens and unknown ids."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder()
-        self._special = {number for number, token in added.items() if token.special}
-
-    def __getitem__(self, token_id: int) -> str | None:
-        if token_id in self._special:
-            return None
-        token: str | None = self._tokenizer.id_to_token(token_id)
-        return token
-
-
-class _Bytes:
-    """The decoder of byte-level tokenizers, whose tokens represent bytes."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokens = _Tokens(tokenizer)
+    def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._mark: Any = None
 
-    def push(self, token_id: int, mark: Any) -> list[Piece]:
-        token = self._tokens[token_id]
-        if token is None:
-            return []
+    def push(self, token_id: int, token: str, mark: Any) -> list[Piece]:
+        del token_id
         self._mark = mark
-        text = self._utf8.decode(byte_level_bytes(token))
-        return [(text, mark)] if text else []
+        return [(self._utf8.decode(byte_level_bytes(token)), mark)]
 
     def finish(self) -> list[Piece]:
-        text = self._utf8.decode(b"", final=True)
-        return [(text, self._mark)] if text else []
+        return [(self._utf8.decode(b"", final=True), self._mark)]
 
 
-class _Windows:
-    """All other decoders: the text that the library adds for a token after the one before it.
+class _WindowDecoder:
+    """Decodes all other tokens: the text that the library adds for one after the one before it.
 
     With byte fallback, bytes are tokens such as ``<0x0A>``, and one invalid byte changes the text
     of a whole run of them (`decoders.ByteFallback`): a run is pending until it ends.
@@ -174,35 +151,32 @@ class _Windows:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._tokens = _Tokens(tokenizer)
         decoder = tokenizer.decoder
         self._falls_back = decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
         self._context: list[int] = []
         self._run: list[int] = []
         self._mark: Any = None
 
-    def push(self, token_id: int, mark: Any) -> list[Piece]:
-        token = self._tokens[token_id]
-        if token is None:
-            return []
+    def push(self, token_id: int, token: str, mark: Any) -> list[Piece]:
         if self._falls_back and _BYTE.fullmatch(token):
             self._run.append(token_id)
             self._mark = mark
             return []
-        pieces = self.finish() + self._added([token_id], mark)
+        pieces = [*self.finish(), (self._added([token_id]), mark)]
         self._context = [token_id]
         return pieces
 
     def finish(self) -> list[Piece]:
-        pieces = self._added(self._run, self._mark) if self._run else []
-        self._context = self._context + self._run
-        self._run = []
-        return pieces
+        if not self._run:
+            return []
+        piece = (self._added(self._run), self._mark)
+        self._context, self._run = self._context + self._run, []
+        return [piece]
 
-    def _added(self, token_ids: list[int], mark: Any) -> list[Piece]:
+    def _added(self, token_ids: list[int]) -> str:
         before: str = self._tokenizer.decode(self._context)
-        text: str = self._tokenizer.decode(self._context + token_ids)[len(before) :]
-        return [(text, mark)] if text else []
+        text: str = self._tokenizer.decode(self._context + token_ids)
+        return text[len(before) :]
 
 
 def color_by_depth(pieces: Iterable[tuple[str, int | None]], max_depth: int) -> Text:
