@@ -101,12 +101,12 @@ def attend_with_cache(
 ) -> Tensor:
     """Store new keys and values, and attend to all stored ones: (N, K, H, W)."""
     is_plain = context.window is None and context.documents_BS is None
-    is_first = cache.is_empty()
+    is_first = not any(cache.lengths)
     cache.append((k_NKGW, v_NKGW), context.positions_BS, context.documents_BS)
     # A batch of padding only: the result is not used.
     if is_first and (is_plain or not any(cache.counts)):
         return attend(q_NKHW, k_NKGW, v_NKGW, None, is_causal=True)
-    if q_NKHW.device.type != "cpu" or cache.is_whole():
+    if q_NKHW.device.type != "cpu" or len(cache.rows) == 1 or cache.store.is_all_rows(cache.rows):
         return _attend_to_cache(cache, q_NKHW, context)
     # One sequence at a time: a CPU gains nothing from a batch, and gathering rows would copy them.
     outputs = []
@@ -123,27 +123,27 @@ def attend_with_cache(
 
 
 def _attend_to_cache(cache: CacheView, q_NKHW: Tensor, context: SequenceContext) -> Tensor:
-    entries = cache.entries()
-    k_NLGW, v_NLGW = entries.fields
-    mask_NKL = _cache_mask(context, cache, entries.lengths)
-    return attend(q_NKHW, k_NLGW, v_NLGW, mask_NKL, is_causal=False)
+    k_NLGW, v_NLGW = cache.store.fields(cache.rows)
+    return attend(q_NKHW, k_NLGW, v_NLGW, _cache_mask(context, cache), is_causal=False)
 
 
-def _cache_mask(context: SequenceContext, cache: CacheView, lengths: list[int]) -> Tensor | None:
+def _cache_mask(context: SequenceContext, cache: CacheView) -> Tensor | None:
     """Return which entries (last dim) each new token attends to (N, K, L); None: all."""
-    query_NK1, longest = context.positions_BS.unsqueeze(2), max([1, *lengths])
+    query_NK1, lengths = context.positions_BS.unsqueeze(2), cache.lengths
+    longest = max([1, *lengths])
     conditions = []
     if min(lengths) < longest:
         device = query_NK1.device
         length_N11 = torch.tensor(lengths, device=device).view(-1, 1, 1)
         conditions.append(torch.arange(longest, device=device) < length_N11)
     if query_NK1.shape[1] > 1 or context.window is not None:
-        distance_NKL = query_NK1 - cache.positions().unsqueeze(1)
+        distance_NKL = query_NK1 - cache.store.positions(cache.rows).unsqueeze(1)
         conditions.append(distance_NKL >= 0)
         if context.window is not None:
             conditions.append(distance_NKL < context.window)
     if context.documents_BS is not None:
-        conditions.append(context.documents_BS.unsqueeze(2) == cache.documents().unsqueeze(1))
+        documents_NL = cache.store.documents(cache.rows)
+        conditions.append(context.documents_BS.unsqueeze(2) == documents_NL.unsqueeze(1))
     return functools.reduce(operator.and_, conditions) if conditions else None
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modtrain.models.cache.ragged_store import Entries, RaggedStore
+from modtrain.models.cache.ragged_store import RaggedStore
 from modtrain.models.config import ModelConfig
 
 
@@ -38,25 +38,10 @@ class CacheView(NamedTuple):
         """Add the new tokens; positions and documents may have one row for all sequences."""
         self.store.append(self.rows, self.counts, fields, positions_NK, documents_NK)
 
-    def is_whole(self) -> bool:
-        """Whether reading needs no copy: the batch is all rows in order, or one row."""
-        return len(self.rows) == 1 or self.store.is_all_rows(self.rows)
-
-    def is_empty(self) -> bool:
-        """Whether nothing is stored for these sequences."""
-        return not any(self.store.lengths[row] for row in self.rows)
-
-    def entries(self) -> Entries:
-        """The stored entries of these sequences."""
-        return self.store.entries(self.rows)
-
-    def positions(self) -> Tensor:
-        """The entries' positions in the text (N, L)."""
-        return self.store.positions(self.rows)
-
-    def documents(self) -> Tensor:
-        """The entries' document numbers (N, L)."""
-        return self.store.documents(self.rows)
+    @property
+    def lengths(self) -> list[int]:
+        """Number of stored entries of each sequence."""
+        return [self.store.lengths[row] for row in self.rows]
 
     def latest(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the newest ``count`` entries of a store with one field, and their documents.
@@ -64,15 +49,15 @@ class CacheView(NamedTuple):
         If there are fewer, the field (N, count, …) is padded with zeros in front, and the documents
         (N, count) with -1. like: a field of new tokens (N, K, …).
         """
-        rows = len(self.rows)
-        if count == 0 or self.is_empty():
+        rows, lengths = len(self.rows), self.lengths
+        if count == 0 or not any(lengths):
             zeros = like.new_zeros(rows, count, *like.shape[2:])
             return zeros, torch.full((rows, count), -1, device=like.device)
-        entries, documents_NL = self.entries(), self.documents()
-        length_N1 = torch.tensor(entries.lengths, device=like.device).unsqueeze(1)
+        (field_NL,), documents_NL = self.store.fields(self.rows), self.store.documents(self.rows)
+        length_N1 = torch.tensor(lengths, device=like.device).unsqueeze(1)
         index_NR = length_N1 - count + torch.arange(count, device=like.device)
         row_N1 = torch.arange(rows, device=like.device).unsqueeze(1)
-        values = entries.fields[0][row_N1, index_NR.clamp(min=0)]
+        values = field_NL[row_N1, index_NR.clamp(min=0)]
         exists_NR = index_NR >= 0
         shape = (*exists_NR.shape, *(1 for _ in like.shape[2:]))
         documents_NR = documents_NL.gather(1, index_NR.clamp(min=0))
@@ -141,14 +126,6 @@ class Cache:
     def allocated_bytes(self) -> int:
         """Allocated memory."""
         return sum(store.allocated_bytes() for store in (*self.layers, *self.routed))
-
-    def used_bytes(self) -> int:
-        """Memory of the stored entries."""
-        return sum(store.used_bytes() for store in (*self.layers, *self.routed))
-
-    def stored(self) -> list[list[int]]:
-        """Number of stored entries by layer and sequence."""
-        return [list(store.lengths) for store in self.layers]
 
     def _drops_entries(self) -> bool:
         return any(s.window is not None or s.last is not None for s in self.layers)

@@ -8,7 +8,6 @@ Shapes: B rows of the store, N rows of a batch, C allocated entries, L entries i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,17 +16,6 @@ from torch import Tensor
 # compared with attention, which reads all of them; and little memory is unused.
 _PAGE = 16
 _GROWTH = 32
-
-
-class Entries(NamedTuple):
-    """Entries of some sequences, oldest first.
-
-    fields: tensors (N, L, …). lengths: number of valid entries of each sequence; values behind them
-    are finite but meaningless.
-    """
-
-    fields: tuple[Tensor, ...]
-    lengths: list[int]
 
 
 class RaggedStore:
@@ -103,12 +91,12 @@ class RaggedStore:
         for buffer, values in zip(self._buffers(), new, strict=True):
             buffer.index_put_(target, values.to(buffer.dtype))
 
-    def entries(self, rows: Sequence[int]) -> Entries:
-        """Return the entries of these rows; views if it is one row, or all in order."""
-        return Entries(
-            tuple(self._select(rows, field) for field in self._fields),
-            [self.lengths[row] for row in rows],
-        )
+    def fields(self, rows: Sequence[int]) -> tuple[Tensor, ...]:
+        """Return the fields (N, L, …) of these rows; views if it is one row, or all in order.
+
+        Values behind a row's length are finite but meaningless.
+        """
+        return tuple(self._select(rows, field) for field in self._fields)
 
     def positions(self, rows: Sequence[int]) -> Tensor:
         """The position in the text of each entry of these rows (N, L)."""
@@ -157,11 +145,6 @@ class RaggedStore:
     def allocated_bytes(self) -> int:
         """Allocated memory, unused entries included."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers())
-
-    def used_bytes(self) -> int:
-        """Memory of the entries in use."""
-        entries = max(1, self.batch * self.allocated_length)
-        return self.allocated_bytes() * sum(self.lengths) // entries
 
     def is_all_rows(self, rows: Sequence[int]) -> bool:
         """Whether ``rows`` are all rows, in order."""

@@ -291,7 +291,7 @@ class MixtureOfDepths(nn.Module):
             allowed_BS = floor_share(
                 context.positions_BS.expand_as(chosen_BS) + 1, budget.layer_cap
             )
-            before_B = [0] if routed is None else [routed.store.lengths[row] for row in routed.rows]
+            before_B = [0] if routed is None else routed.lengths
             before_B1 = torch.tensor(before_B, device=chosen_BS.device).unsqueeze(1)
             # Under another budget more tokens than allowed may have been routed before.
             allowed_BS = torch.maximum(allowed_BS, before_B1)

@@ -364,6 +364,6 @@ def append(store: RaggedStore, slow: SlowStore, rows, counts, seen, width: int, 
 def kept(store: RaggedStore, row: int) -> list[tuple[int, int, float]]:
     if not store.lengths[row]:
         return []
-    (field_NL1,), (length,) = store.entries([row])
+    (field_NL1,), length = store.fields([row]), store.lengths[row]
     columns = (store.positions([row]), store.documents([row]), field_NL1[..., 0])
     return list(zip(*(column[0, :length].tolist() for column in columns), strict=True))

@@ -108,7 +108,7 @@ def test_what_padding_holds_changes_nothing(config, data):
                 documents_NS=torch.ones_like(tokens_NS).where(valid_NS, filler_NS),
             )
             found += [output.logits_BSV[valid_NS], *(r.chosen_BS for r in output.routing)]
-        return [*found, cache.stored()]
+        return [*found, [list(store.lengths) for store in cache.layers]]
 
     for x, y in zip(told(0), told(1), strict=True):
         assert x == y if isinstance(x, list) else torch.equal(x, y)
@@ -171,14 +171,10 @@ def test_what_would_look_ahead_or_aside_is_found_out(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(attention, "_cache_mask", lambda *_: None)
         assert moved(model, None, 1, 8)[1, 5:8].min() > 1e-3
-    true_entries = RaggedStore.entries
-
-    def rolled(store, rows):
-        entries = true_entries(store, rows)
-        return entries._replace(fields=tuple(x.roll(1, 0) for x in entries.fields))
-
+    fields = RaggedStore.fields
     with monkeypatch.context() as patch:
-        patch.setattr(RaggedStore, "entries", rolled)
+        rolled = lambda store, rows: tuple(x.roll(1, 0) for x in fields(store, rows))  # noqa: E731
+        patch.setattr(RaggedStore, "fields", rolled)
         assert moved(model, None, 1, 8)[2].max() > 1e-3
     model = ready(small(num_layers=2, pattern="every", capacity=0.5), 24)
     with monkeypatch.context() as patch:
