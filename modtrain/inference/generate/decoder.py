@@ -1,6 +1,6 @@
 """Decoding token by token, with continuous batching: sequences join and leave a running batch.
 
-Shapes: N sequences of a step, S new tokens, T tokens of a step, V vocabulary.
+Shapes: N sequences of a step, S new tokens, T tokens of a step, G drafts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from modtrain.data.stream.documents import document_numbers
 from modtrain.inference.generate.config import SamplingConfig
-from modtrain.inference.generate.sampling import PerSequenceRNG, distribution
-from modtrain.inference.generate.speculation import Drafter, Drafts, pad_texts, verify
+from modtrain.inference.generate.sampling import (
+    Drafts,
+    PerSequenceRNG,
+    distribution,
+    draw,
+    verify,
+)
 from modtrain.models.cache.cache import Cache
 from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.transformer import ModelOutput, Transformer
@@ -119,8 +124,7 @@ class Decoder:
         """
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt is empty: begin with the end-of-document token")
-        self._model, self._config = model, config
-        self._prompts = prompts
+        self._model, self._config, self._prompts = model, config, prompts
         self._waiting = deque(range(len(prompts)))
         batch = max(1, min(config.batch_size, len(prompts)))
         self._free = list(range(batch))
@@ -128,11 +132,11 @@ class Decoder:
         self._rng = PerSequenceRNG.from_seed(config.sampling.seed, len(prompts))
         self._device = next(model.parameters()).device
         self._cache = self._new_cache(batch, config.budget)
-        self._drafter = self._new_drafter(batch) if config.drafts else None
+        self._draft_cache = self._new_cache(batch, config.draft_budget) if config.drafts else None
+        self._caches = [c for c in (self._cache, self._draft_cache) if c is not None]
         self._seen_RV: Tensor | None = None
         if config.sampling.repetition_penalty != 1:
-            vocabulary = model.config.vocabulary
-            shape = (batch, vocabulary)
+            shape = (batch, model.config.vocabulary)
             self._seen_RV = torch.zeros(shape, dtype=torch.bool, device=self._device)
         self._stopped: set[int] = set()
         self.statistics = Statistics(chosen_R=[0] * len(model.routers))
@@ -165,48 +169,33 @@ class Decoder:
             tracks_routed=budget is not None and budget.layer_cap is not None,
         )
 
-    def _new_drafter(self, batch: int) -> Drafter:
-        config = self._config
-
-        def extend(tokens_NS: Tensor, cache: Cache, **options: Any) -> ModelOutput:
-            return self._extend(tokens_NS, cache, budget=config.draft_budget, **options)
-
-        cache = self._new_cache(batch, config.draft_budget)
-        return Drafter(extend, cache, self._device, config.drafts, config.sampling, self._rng)
-
     def _extend(
         self,
-        tokens_NS: Tensor,
         cache: Cache,
-        *,
+        tokens_NS: Tensor,
         rows: list[int],
-        budget: ComputeBudget | None,
-        valid_NS: Tensor | None = None,
-        last_only: bool = False,
+        valid_NS: Tensor | None,
+        last_only: bool = True,
     ) -> ModelOutput:
-        documents_NS = None
-        if self._config.mask_documents and self._config.end_id is not None:
-            documents_NS = self._document_numbers(tokens_NS, cache, rows, self._config.end_id)
+        """Run the next tokens of these rows with one of the caches, at its compute budget."""
+        config, documents_NS = self._config, None
+        if config.mask_documents and config.end_id is not None:
+            # Numbered by the end tokens before each token, those in the cache included.
+            texts = [self._active[row].text[: cache.seen[row]] for row in rows]
+            before = [text.count(config.end_id) for text in texts]
+            before_N1 = torch.tensor(before, device=tokens_NS.device).unsqueeze(1)
+            documents_NS = before_N1 + document_numbers(tokens_NS, config.end_id)
         return self._model.extend(
             tokens_NS,
             cache,
-            self._config.selection,
+            config.selection,
             rows=rows,
-            budget=budget,
-            capacities=self._config.capacities,
+            budget=config.budget if cache is self._cache else config.draft_budget,
+            capacities=config.capacities,
             documents_NS=documents_NS,
             valid_NS=valid_NS,
             last_only=last_only,
         )
-
-    def _document_numbers(
-        self, tokens_NS: Tensor, cache: Cache, rows: list[int], end_id: int
-    ) -> Tensor:
-        """Number documents by the end tokens before each token, those in the cache included."""
-        texts = [self._active[row].text[: cache.seen[row]] for row in rows]
-        before = [text.count(end_id) for text in texts]
-        before_N1 = torch.tensor(before, device=tokens_NS.device).unsqueeze(1)
-        return before_N1 + document_numbers(tokens_NS, end_id)
 
     def _admit(self) -> list[int]:
         """Assign free rows to waiting sequences, and return these rows."""
@@ -214,9 +203,8 @@ class Decoder:
         while self._free and self._waiting:
             row, number = self._free.pop(0), self._waiting.popleft()
             self._active[row] = _Sequence(number, row, list(self._prompts[number]))
-            self._cache.reset(row)
-            if self._drafter is not None:
-                self._drafter.reset(row)
+            for cache in self._caches:
+                cache.reset(row)
             if self._seen_RV is not None:
                 self._seen_RV[row] = False
                 self._seen_RV[row, self._active[row].text] = True
@@ -228,14 +216,12 @@ class Decoder:
         """Run new prompts except for the part that their first step runs: the last chunk."""
         events: list[Token | End] = []
         chunk = self._config.prefill_chunk
-        last = chunk if self._drafter is None else 1
-        while unfinished := [row for row in rows if len(self._uncached(row)) > last]:
-            uncached = [self._uncached(row) for row in unfinished]
+        last = chunk if self._draft_cache is None else 1
+        while unfinished := [row for row in rows if len(self._uncached(self._cache, row)) > last]:
+            uncached = [self._uncached(self._cache, row) for row in unfinished]
             parts = [tokens[: min(chunk, len(tokens) - last)] for tokens in uncached]
             tokens_NS, valid_NS = pad_texts(parts, self._device)
-            output = self._run(tokens_NS, unfinished, valid_NS, last_only=True)
-            if self._drafter is not None:
-                self._drafter.prefill(tokens_NS, unfinished, valid_NS)
+            output, *_ = [self._extend(c, tokens_NS, unfinished, valid_NS) for c in self._caches]
             if self._config.with_depth:
                 depths = self._depths(output, tokens_NS)
                 events += [
@@ -245,9 +231,9 @@ class Decoder:
                 ]
         return events
 
-    def _uncached(self, row: int) -> list[int]:
+    def _uncached(self, cache: Cache, row: int) -> list[int]:
         """Return the tokens of a sequence that are not in the cache."""
-        return self._active[row].text[self._cache.seen[row] :]
+        return self._active[row].text[cache.seen[row] :]
 
     def _step(self, rows: list[int]) -> list[Token | End]:
         """Run the uncached tokens of these sequences and drafts after them; sample what follows."""
@@ -256,22 +242,23 @@ class Decoder:
         sequences = [self._active[row] for row in rows]
         numbers = [s.number for s in sequences]
         seen_NV = None if self._seen_RV is None else self._seen_RV[rows]
-        uncached = [self._uncached(row) for row in rows]
+        uncached = [self._uncached(self._cache, row) for row in rows]
         tokens_NT, valid_NT = pad_texts(uncached, self._device)
         drafts = None
-        if self._drafter is not None:
-            drafts = self._drafter.propose([s.text for s in sequences], rows, numbers, seen_NV)
+        if self._draft_cache is not None:
+            drafts = self._draft(self._draft_cache, rows, numbers, seen_NV)
             tokens_NT = torch.cat([tokens_NT, drafts.tokens_NG], dim=1)
-        output = self._run(tokens_NT, rows, valid_NT, last_only=drafts is None)
+        output = self._extend(self._cache, tokens_NT, rows, valid_NT, last_only=drafts is None)
         probability_NTV = self._probabilities(output, drafts, seen_NV)
-        if drafts is None and self._config.sampling.greedy:
-            accepted, next_N = [0] * len(rows), probability_NTV[:, 0].argmax(dim=-1)
-        else:
-            accepted, next_N = verify(probability_NTV, drafts, self._rng, numbers)
         drafted: list[list[int]] = [[] for _ in rows]
         if drafts is not None:
+            accepted, next_N = verify(probability_NTV, drafts, self._rng, numbers)
             tokens = drafts.tokens_NG.tolist()
             drafted = [row[:count] for row, count in zip(tokens, accepted, strict=True)]
+        elif self._config.sampling.greedy:
+            next_N = probability_NTV[:, 0].argmax(dim=-1)
+        else:
+            next_N = draw(probability_NTV[:, 0], self._rng.uniform(numbers))
         self._update_statistics(output, tokens_NT, valid_NT)
         depths = self._depths(output, tokens_NT) if self._config.with_depth else [None] * len(rows)
         events = [
@@ -282,13 +269,24 @@ class Decoder:
         self._roll_back_drafts(rows)
         return events
 
-    def _run(
-        self, tokens_NS: Tensor, rows: list[int], valid_NS: Tensor | None, last_only: bool
-    ) -> ModelOutput:
-        budget = self._config.budget
-        return self._extend(
-            tokens_NS, self._cache, rows=rows, budget=budget, valid_NS=valid_NS, last_only=last_only
-        )
+    def _draft(
+        self, cache: Cache, rows: list[int], numbers: list[int], seen_NV: Tensor | None
+    ) -> Drafts:
+        """Draft what follows the texts of these rows, whose newest tokens may not be cached yet."""
+        uncached = [self._uncached(cache, row) for row in rows]
+        tokens_NS, valid_NS = pad_texts(uncached, self._device)
+        tokens, probabilities = [], []
+        for _ in range(self._config.drafts):
+            output = self._extend(cache, tokens_NS, rows, valid_NS)
+            logits_NV = output.require_logits()[:, -1]
+            probability_NV = distribution(logits_NV, self._config.sampling, seen_NV)
+            token_N = draw(probability_NV, self._rng.uniform(numbers))
+            if seen_NV is not None:
+                seen_NV = seen_NV.scatter(1, token_N.unsqueeze(1), True)
+            tokens.append(token_N)
+            probabilities.append(probability_NV)
+            tokens_NS, valid_NS = token_N.unsqueeze(1), None
+        return Drafts(torch.stack(tokens, dim=1), torch.stack(probabilities, dim=1))
 
     def _append(
         self, sequence: _Sequence, uncached: list[int], new: list[int], depths: list[int] | None
@@ -341,10 +339,9 @@ class Decoder:
     def _roll_back_drafts(self, rows: list[int]) -> None:
         """Remove rejected drafts from the caches, and record the tokens that the texts have now."""
         active = [self._active[row] for row in rows if row in self._active]
-        if self._drafter is not None and active:
-            active_rows, seen = [s.row for s in active], [len(s.text) - 1 for s in active]
-            self._cache.truncate(seen, active_rows)
-            self._drafter.truncate(active_rows, seen)
+        for cache in self._caches if self._config.drafts and active else []:
+            seen = [min(cache.seen[s.row], len(s.text) - 1) for s in active]
+            cache.truncate(seen, [s.row for s in active])
         if self._seen_RV is not None:
             for s in active:
                 self._seen_RV[s.row, s.text[-1 - self._config.drafts :]] = True
@@ -362,9 +359,7 @@ class Decoder:
         self, output: ModelOutput, tokens_NT: Tensor, valid_NT: Tensor | None
     ) -> None:
         counts = self.statistics
-        allocated = self._cache.allocated_bytes()
-        if self._drafter is not None:
-            allocated += self._drafter.allocated_bytes()
+        allocated = sum(cache.allocated_bytes() for cache in self._caches)
         counts.cache_bytes = max(counts.cache_bytes, allocated)
         counts.stepped_tokens += tokens_NT.numel() if valid_NT is None else int(valid_NT.sum())
         for index, record in enumerate(output.routing):
@@ -373,3 +368,18 @@ class Decoder:
     def _release(self, row: int) -> None:
         self._active.pop(row)
         self._free.append(row)
+
+
+def pad_texts(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return texts as one tensor (N, S), padded at the end, and False for padding.
+
+    The mask is None if nothing is padded.
+    """
+    lengths = [len(text) for text in texts]
+    longest = max(lengths)
+    rows = [[*text, *[0] * (longest - len(text))] for text in texts]
+    tokens_NS = torch.tensor(rows, dtype=torch.long, device=device)
+    if min(lengths) == longest:
+        return tokens_NS, None
+    length_N1 = torch.tensor(lengths, device=device).unsqueeze(1)
+    return tokens_NS, torch.arange(longest, device=device) < length_N1

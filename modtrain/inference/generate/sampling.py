@@ -1,12 +1,13 @@
-"""From logits to a next token: the distribution, random numbers per sequence, and sampling.
+"""From logits to next tokens: the distribution, random numbers per sequence, sampling, drafts.
 
-Shapes: B batch, N rows to sample for, V vocabulary.
+Shapes: B batch, N rows to sample for, G drafts, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ from modtrain.inference.generate.config import SamplingConfig
 
 class SamplingError(ModtrainError):
     """Logits that no token can be sampled from."""
+
+
+class Drafts(NamedTuple):
+    """Proposed tokens (N, G), and the distributions (N, G, V) that they were sampled from."""
+
+    tokens_NG: Tensor
+    probability_NGV: Tensor
 
 
 def distribution(
@@ -113,6 +121,38 @@ def draw(probability_NV: Tensor, uniform_N: Tensor) -> Tensor:
     total_N = cumulative_NV[:, -1]
     target_N = torch.minimum(uniform_N * total_N, total_N.nextafter(torch.zeros_like(total_N)))
     return torch.searchsorted(cumulative_NV, target_N.unsqueeze(-1), right=True).squeeze(-1)
+
+
+def verify(
+    probability_NTV: Tensor, drafts: Drafts, rng: PerSequenceRNG, numbers: list[int]
+) -> tuple[list[int], Tensor]:
+    """Return the number of accepted drafts of each sequence, and the token (N,) after them.
+
+    The text has the same distribution as without drafts (arXiv 2211.17192, section 2.3): a draft x
+    sampled from q is accepted with probability min(1, p(x) / q(x)), where p is the full model's;
+    the first rejected one is replaced by a sample from (p - q)+.
+
+    probability_NTV: the full model's distributions before the first draft and after each, so
+    T = G + 1. numbers: of the sequences, whose generators draw equally often whatever is accepted.
+    """
+    device = probability_NTV.device
+    sequences, count = drafts.tokens_NG.shape
+    index_NG1 = drafts.tokens_NG.unsqueeze(-1)
+    p_NG = probability_NTV[:, :count].gather(2, index_NG1).squeeze(-1)
+    q_NG = drafts.probability_NGV.gather(2, index_NG1).squeeze(-1)
+    uniform_NG = torch.stack([rng.uniform(numbers) for _ in range(count)], dim=1).to(device)
+    # u < p / q, without a division: a drafted token has q > 0.
+    accepted_NG = uniform_NG * q_NG < p_NG
+    accepted_N = accepted_NG.long().cumprod(dim=1).sum(dim=1)
+    row_N = torch.arange(sequences, device=device)
+    zero_N1V = torch.zeros_like(probability_NTV[:, :1])
+    q_NTV = torch.cat([drafts.probability_NGV, zero_N1V], dim=1)
+    residual_NV = (probability_NTV[row_N, accepted_N] - q_NTV[row_N, accepted_N]).clamp(min=0)
+    # If p and q are equal a draft is always accepted, so an empty residual is rounding error.
+    is_empty_N1 = residual_NV.sum(dim=1, keepdim=True) <= 0
+    residual_NV = torch.where(is_empty_N1, probability_NTV[row_N, accepted_N], residual_NV)
+    next_N = draw(residual_NV, rng.uniform(numbers))
+    return accepted_N.tolist(), next_N
 
 
 def _widest(device: torch.device) -> torch.dtype:
