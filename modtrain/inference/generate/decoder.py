@@ -129,7 +129,7 @@ class Decoder:
         batch = max(1, min(config.batch_size, len(prompts)))
         self._free = list(range(batch))
         self._active: dict[int, _Sequence] = {}
-        self._rng = PerSequenceRNG.from_seed(config.sampling.seed, len(prompts))
+        self._rng = PerSequenceRNG(config.sampling.seed, len(prompts))
         self._device = next(model.parameters()).device
         self._cache = self._new_cache(batch, config.budget)
         self._draft_cache = self._new_cache(batch, config.draft_budget) if config.drafts else None

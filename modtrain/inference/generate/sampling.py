@@ -6,7 +6,7 @@ Shapes: B batch, N rows to sample for, G drafts, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,20 +83,13 @@ class PerSequenceRNG:
     A sequence draws the same numbers alone and in a batch, on every device.
     """
 
-    def __init__(self, seeds: Iterable[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    @classmethod
-    def from_seed(cls, seed: int, count: int, first: int = 0) -> PerSequenceRNG:
-        """Return the generators of the sequences ``first`` to ``first + count`` of a job.
+    def __init__(self, seed: int, count: int, first: int = 0) -> None:
+        """Make the generators of the sequences ``first`` to ``first + count`` of a job.
 
         The seed of a sequence depends on ``seed`` and its number only.
         """
-        return cls(_hash_seed(seed, first + i) for i in range(count))
-
-    def __len__(self) -> int:
-        """Number of sequences."""
-        return len(self._generators)
+        seeds = [_hash_seed(seed, first + i) for i in range(count)]
+        self._generators = [torch.Generator().manual_seed(number) for number in seeds]
 
     def uniform(self, rows: Sequence[int]) -> Tensor:
         """Return the next number in [0, 1) of each of the sequences ``rows``: (N,), float64."""

@@ -46,7 +46,7 @@ def ready(name: str):
 
 def slowly(model, config: DecoderConfig, prompt: list[int], number: int):
     """One sequence, all of it run again for each token: (tokens made, depths, reason)."""
-    text, rng = list(prompt), PerSequenceRNG.from_seed(config.sampling.seed, 1, first=number)
+    text, rng = list(prompt), PerSequenceRNG(config.sampling.seed, 1, first=number)
     reason = "length"
 
     def run():

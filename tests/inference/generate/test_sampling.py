@@ -83,7 +83,7 @@ def test_a_row_is_drawn_by_what_it_would_be_alone(logits_BV, config):
     together_BV = distribution(logits_BV, config)
     alone = [distribution(row_1V, config) for row_1V in logits_BV.split(1)]
     assert torch.equal(together_BV, torch.cat(alone))
-    uniform_B = PerSequenceRNG.from_seed(3, len(logits_BV)).uniform(range(len(logits_BV)))
+    uniform_B = PerSequenceRNG(3, len(logits_BV)).uniform(range(len(logits_BV)))
     single = [draw(*pair) for pair in zip(alone, uniform_B.split(1), strict=True)]
     assert torch.equal(draw(together_BV, uniform_B), torch.cat(single))
 
@@ -136,14 +136,14 @@ def test_logits_that_are_not_finite_raise(row, greedy):
 
 
 def test_a_sequence_draws_the_same_numbers_whatever_the_others_do():
-    together = PerSequenceRNG.from_seed(7, 3)
+    together = PerSequenceRNG(7, 3)
     rounds = [[0, 1, 2], [0, 2], [2], [2, 0], [1, 0, 2]]
     drawn: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for rows in rounds:
         for row, number in zip(rows, together.uniform(rows).tolist(), strict=True):
             drawn[row].append(number)
     for row, numbers in drawn.items():
-        alone = PerSequenceRNG.from_seed(7, 1, first=row)
+        alone = PerSequenceRNG(7, 1, first=row)
         assert [alone.uniform([0]).item() for _ in numbers] == numbers
     assert together.uniform([]).shape == (0,)
     assert together.uniform([1]).dtype == torch.float64
@@ -153,15 +153,14 @@ def test_seeds_and_sequences_draw_apart():
     firsts = [
         number
         for seed in (-1, 0, 1, 2**40)
-        for number in PerSequenceRNG.from_seed(seed, 50).uniform(range(50)).tolist()
+        for number in PerSequenceRNG(seed, 50).uniform(range(50)).tolist()
     ]
     assert len(set(firsts)) == 200
-    assert len(PerSequenceRNG.from_seed(0, 50)) == 50
 
 
 def test_the_generators_leave_the_global_generator_alone():
     before = torch.get_rng_state()
-    PerSequenceRNG.from_seed(0, 3).uniform([0, 1, 2])
+    PerSequenceRNG(0, 3).uniform([0, 1, 2])
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -171,7 +170,7 @@ def chi_square(counts_C: Tensor, probability_C: Tensor) -> float:
 
 
 def test_numbers_are_uniform_within_a_sequence_and_across_sequences():
-    one, many = PerSequenceRNG.from_seed(0, 1), PerSequenceRNG.from_seed(1, 4000)
+    one, many = PerSequenceRNG(0, 1), PerSequenceRNG.from_seed(1, 4000)
     within = torch.cat([one.uniform([0] * 1000) for _ in range(4)])
     across = many.uniform(range(4000))
     following = many.uniform(range(4000))
