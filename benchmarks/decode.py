@@ -167,7 +167,7 @@ class _Decoding:
     def run(self, tokens: int) -> float:
         """Make so many tokens of each sequence. Returns the seconds."""
         batch = len(self.last_B1)
-        rng, token_B1 = PerSequenceRNG.from_seed(1, batch), self.last_B1
+        rng, token_B1 = PerSequenceRNG(1, batch), self.last_B1
         start = time.perf_counter()
         for _ in range(tokens):
             output = self.model.extend(token_B1, self.cache, last_only=True)

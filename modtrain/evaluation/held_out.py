@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from modtrain.data.stream.batch import Batch
-from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.flops import Load, forward_flops, realised_flops
 from modtrain.models.sequence import RoutingRecord
@@ -68,16 +67,6 @@ class HeldOut:
     def causal(self) -> Decision | None:
         """The causal decision whose loss is reported; None if there is none."""
         return next(iter(self.decisions.values()), None)
-
-    @property
-    def causal_loss(self) -> float | None:
-        """The loss by that decision."""
-        return None if self.causal is None else self.causal.loss
-
-    @property
-    def top_k_loss(self) -> float | None:
-        """The loss as trained, 'not causal'."""
-        return None if self.top_k is None else self.top_k.loss
 
 
 def evaluate(
@@ -183,10 +172,6 @@ class _Accumulator:
         self.executed_M = _zeros(len(self.mixtures))
         self.load_ME = _zeros(len(self.mixtures), (experts.count or 0) + experts.noop)
 
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / self.tokens
-
     def add(self, output: ModelOutput, targets_BS: Tensor) -> None:
         count, length = targets_BS.numel(), targets_BS.shape[1]
         self.tokens, self.sequences = self.tokens + count, self.sequences + len(targets_BS)
@@ -227,7 +212,7 @@ class _Accumulator:
         shares = (self.chosen_R / self.tokens).tolist()
         loads = (self.load_ME / self.sequences).tolist()
         return Decision(
-            self.mean_loss,
+            self.loss / self.tokens,
             flops,
             dict(zip(labels, shares, strict=True)),
             agreement,
@@ -238,41 +223,26 @@ class _Accumulator:
         """Count where each causal decision agrees with the actual choice."""
         for selection in self.compared:
             cells_R4 = self.confusion.setdefault(selection, _zeros(len(self.routers), 4))
-            thresholds = self.budgets.get(selection, ComputeBudget()).thresholds
             for i, (router, record) in enumerate(zip(self.routers, records, strict=True)):
                 value_BS = router.decision_values(selection, record.scores_BS, record.predictor_BS)
-                threshold = (
-                    router.decision_threshold(selection) if thresholds is None else thresholds[i]
-                )
+                threshold = router.decision_threshold(selection, self.budgets.get(selection))
                 cell_BS = (value_BS > threshold).long() * 2 + record.chosen_BS.long()
                 cells_R4[i] += torch.bincount(cell_BS.flatten(), minlength=4).cpu().double()
 
     def _loads(self) -> list[Load]:
         """The mean load of each layer per sequence."""
-        parts = self.config.routed_parts
         count_R2 = torch.stack([self.chosen_R, self.squares_R], dim=1) / self.sequences
-        counts = dict(zip(parts, map(tuple, count_R2.tolist()), strict=True))
-        slots = dict(
-            zip(self.config.expert_labels, (self.executed_M / self.sequences).tolist(), strict=True)
-        )
-        all_tokens = (float(self.seq_len), float(self.seq_len**2))
-        return [
-            _load(self.config, layer, counts, all_tokens, slots.get(f"layer_{layer:02d}", 0.0))
-            for layer in range(self.config.num_layers)
-        ]
-
-
-def _load(
-    config: ModelConfig,
-    layer: int,
-    counts: dict[tuple[int, str], tuple[float, ...]],
-    all_tokens: tuple[float, ...],
-    slots: float,
-) -> Load:
-    block = counts.get((layer, "block"), all_tokens)
-    mixer = counts.get((layer, "attention"), block)
-    mlp = counts.get((layer, "mlp"), block)
-    return Load(mixer[0], mixer[1], mlp[0], slots if config.has_experts(layer) else 0.0)
+        counts = dict(zip(self.config.routed_parts, count_R2.tolist(), strict=True))
+        slots_M = (self.executed_M / self.sequences).tolist()
+        slots = dict(zip(self.config.expert_labels, slots_M, strict=True))
+        loads = []
+        for layer in range(self.config.num_layers):
+            all_tokens = [float(self.seq_len), float(self.seq_len**2)]
+            block = counts.get((layer, "block"), all_tokens)
+            mixer = counts.get((layer, "attention"), block)
+            mlp = counts.get((layer, "mlp"), block)
+            loads.append(Load(mixer[0], mixer[1], mlp[0], slots.get(f"layer_{layer:02d}", 0.0)))
+        return loads
 
 
 def _zeros(*shape: int) -> Tensor:

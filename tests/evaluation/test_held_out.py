@@ -46,7 +46,7 @@ def test_scores_match_a_count(batches):
     with torch.no_grad():
         top_k = model(every[:, :-1], every[:, 1:])
     assert found.tokens == every[:, 1:].numel()
-    assert found.top_k_loss == pytest.approx(float(top_k.loss))
+    assert found.top_k.loss == pytest.approx(float(top_k.loss))
     for label, record in zip(["layer_01", "layer_03"], top_k.routing, strict=True):
         pairs = list(
             zip(

@@ -50,9 +50,9 @@ def decision_margin(
     margins = [math.inf]
     for router, record in zip(model.routers, output.routing, strict=True):
         is_trained = selection == "token"
-        threshold = router.threshold() if is_trained else router.decision_threshold(selection)
-        if budget is not None and budget.thresholds is not None:
-            threshold = budget.thresholds[router.number]
+        threshold = (
+            router.threshold() if is_trained else router.decision_threshold(selection, budget)
+        )
         value_BS = router.decision_values(selection, record.scores_BS, record.predictor_BS)
         if record.valid_BS is not None:
             value_BS = value_BS[record.valid_BS.expand_as(value_BS)]

@@ -125,12 +125,7 @@ def deciding_values(
         return f"no content ({router.config.score})", None, None
     if selection in TRAINING_SELECTIONS:
         return "score", record.scores_BS, None
-    thresholds = None if budget is None else budget.thresholds
-    threshold = (
-        float(router.decision_threshold(selection))
-        if thresholds is None
-        else thresholds[router.number]
-    )
+    threshold = float(router.decision_threshold(selection, budget))
     value_BS = router.decision_values(selection, record.scores_BS, record.predictor_BS)
     name = "predictor's logit" if selection == "predictor" else "score"
     # At a threshold of minus infinity every token is routed, and there is no line to draw.

@@ -142,8 +142,12 @@ class MixtureOfDepths(nn.Module):
         """The running quantile of the scores, a scalar; 0 before the first update."""
         return self.threshold_sum / self.threshold_weight.clamp(min=1e-12)
 
-    def decision_threshold(self, selection: Selection) -> Tensor | float:
-        """The value that `decision_values` have to exceed for a token to be routed, as trained."""
+    def decision_threshold(
+        self, selection: Selection, budget: ComputeBudget | None = None
+    ) -> Tensor | float:
+        """The value that `decision_values` have to exceed: the budget's, or as trained."""
+        if budget is not None and budget.thresholds is not None:
+            return budget.thresholds[self.number]
         return self.threshold() if selection == "threshold" else 0.0
 
     def decision_values(
@@ -267,12 +271,11 @@ class MixtureOfDepths(nn.Module):
     ) -> Tensor:
         """Return the routed tokens (B, S), within the compute budget."""
         selection, budget = context.selection, context.budget or ComputeBudget()
-        override = None if budget.thresholds is None else budget.thresholds[self.number]
         if self.config.needs_causal:
-            threshold = self.decision_threshold(selection) if override is None else override
+            threshold = self.decision_threshold(selection, budget)
             chosen_BS = self.decision_values(selection, scores_BS, predictor_BS) > threshold
         else:
-            share = capacity if override is None else override
+            share = capacity if budget.thresholds is None else budget.thresholds[self.number]
             positions_BS = context.positions_BS.expand_as(scores_BS)
             if self.config.score == "fixed":
                 chosen_BS = evenly_spaced_positions(positions_BS, share)

@@ -127,8 +127,8 @@ def held_out_metrics(held_out: HeldOut) -> dict[str, float]:
     if held_out.causal is not None:
         values[CAUSAL_LOSS] = held_out.causal.loss
         values[CAUSAL_FLOPS] = held_out.causal.flops
-    if held_out.top_k_loss is not None:
-        values[TOP_K_LOSS] = held_out.top_k_loss
+    if held_out.top_k is not None:
+        values[TOP_K_LOSS] = held_out.top_k.loss
     for name, decision in held_out.decisions.items():
         if len(held_out.decisions) > 1:
             values[f"held_out/causal_loss_{name}"] = decision.loss

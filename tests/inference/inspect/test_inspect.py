@@ -81,7 +81,7 @@ def test_documents_and_capacities_are_those_of_an_evaluation():
     window = Batch.from_tokens(batch, int(batch[0, 5]))
     found = evaluate(model, [window], nullcontext(), **options)
     losses = {name: decision.loss for name, decision in found.decisions.items()}
-    for selection, loss in [*losses.items(), ("top_k", found.top_k_loss)]:
+    for selection, loss in [*losses.items(), ("top_k", found.top_k.loss)]:
         assert trace(
             model, [window], selection, nullcontext(), **options
         ).mean_loss == pytest.approx(loss)

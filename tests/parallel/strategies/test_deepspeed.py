@@ -102,7 +102,7 @@ class Watched(LanguageModule):
         if self.evaluates:
             context = self.trainer.precision_plugin.forward_context()
             found = evaluate(self.model, [Batch.from_tokens(micro_batch(10_000))], context)
-            self.held_out += [found.causal_loss, found.top_k_loss]
+            self.held_out += [found.causal.loss, found.top_k.loss]
 
     def on_train_end(self):
         if self.path is not None:
