@@ -125,22 +125,16 @@ def sequence_context(
     window: int | None = None,
     documents_BS: Tensor | None = None,
     valid_BS: Tensor | None = None,
-    query_index_N: Tensor | None = None,
 ) -> SequenceContext:
-    """Make the context of tokens at ``positions_BS`` (RoPE, arXiv 2104.09864).
-
-    query_index_N: see `attention_mask`.
-    """
-    cos_BSW, sin_BSW = rotary(positions_BS, head_width, theta)
+    """Make the context of tokens at ``positions_BS`` (RoPE, arXiv 2104.09864)."""
     return SequenceContext(
         positions_BS,
-        cos_BSW,
-        sin_BSW,
+        *rotary(positions_BS, head_width, theta),
         selection,
         window,
         documents_BS,
         valid_BS,
-        attention_mask(positions_BS, window, documents_BS, valid_BS, query_index_N),
+        attention_mask(positions_BS, window, documents_BS, valid_BS),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modtrain.models.attention import Attention
 from modtrain.models.block import Block, Residual, SplitLayer
 from modtrain.models.cache.cache import Cache, CacheView
-from modtrain.models.cache.packing import PackedTokens, pack
+from modtrain.models.cache.packing import pack
 from modtrain.models.config import ModelConfig
 from modtrain.models.convolution import Convolution
 from modtrain.models.depth.config import ComputeBudget, Selection
@@ -28,8 +28,8 @@ from modtrain.models.sequence import (
     ExpertRecord,
     RoutingRecord,
     SequenceContext,
+    attention_mask,
     rotary,
-    sequence_context,
 )
 
 
@@ -108,8 +108,12 @@ class Transformer(nn.Module):
         """
         selection = selection or self.config.training_selection
         self._check(budget)
-        context = self._context(tokens_BS, selection, documents_BS, valid_BS)
-        context = context._replace(budget=budget)
+        if valid_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
+        else:
+            positions_BS = (valid_BS.long().cumsum(dim=1) - 1).clamp(min=0)
+        context = self._context(positions_BS, selection, documents_BS, valid_BS, budget)
+        context = context._replace(attention_mask_BSS=self._attention_mask(context))
         x_BSD = self.embedding(tokens_BS)
         routing: tuple[RoutingRecord, ...] = ()
         experts: tuple[ExpertRecord, ...] = ()
@@ -169,7 +173,16 @@ class Transformer(nn.Module):
         if budget is not None and budget.layer_cap is not None and not tracks_routed:
             raise ValueError("layer_cap needs a cache made with tracks_routed=True")
         tokens = pack(tokens_NS, valid_NS, documents_NS)
-        context = self._cached_context(tokens, cache, self._causal(selection), rows, budget)
+        start_N1 = torch.tensor([cache.seen[row] for row in rows], device=tokens_NS.device)[:, None]
+        context = self._context(
+            start_N1 + torch.arange(tokens_NS.shape[1], device=tokens_NS.device),
+            self._causal(selection),
+            tokens.documents_NS,
+            tokens.valid_NS,
+            budget,
+        )
+        routed = tuple(CacheView(store, rows, tokens.counts) for store in cache.routed)
+        context = context._replace(routed=routed)
         x_NSD = self.embedding(tokens.tokens_NS)
         routing: tuple[RoutingRecord, ...] = ()
         for layer, store, capacity in zip(
@@ -190,14 +203,6 @@ class Transformer(nn.Module):
         A method, which tensor and context parallelism override to divide the tokens among ranks.
         """
         return next_token_loss(x_BSD, weight_VD, targets_BS, self.config.loss_chunk)
-
-    def local_query_indices(self, tokens_BS: Tensor) -> Tensor | None:
-        """Return the indices of the tokens whose queries this process computes; None: all.
-
-        A method, which context parallelism overrides.
-        """
-        del tokens_BS
-        return None
 
     def batch_stats(self, output: ModelOutput) -> list[Tensor]:
         """Return a batch's statistics for the running states of routers and experts."""
@@ -222,24 +227,28 @@ class Transformer(nn.Module):
 
     def _context(
         self,
-        tokens_BS: Tensor,
+        positions_BS: Tensor,
         selection: Selection,
         documents_BS: Tensor | None,
         valid_BS: Tensor | None,
+        budget: ComputeBudget | None,
     ) -> SequenceContext:
-        if valid_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
-        else:
-            positions_BS = (valid_BS.long().cumsum(dim=1) - 1).clamp(min=0)
-        return sequence_context(
+        """The tokens' context, without an attention mask."""
+        config = self.config
+        return SequenceContext(
             positions_BS,
-            self.config.head_width,
-            self.config.rope_theta,
-            selection=selection,
-            window=self.config.sliding_window,
-            documents_BS=documents_BS,
-            valid_BS=valid_BS,
-            query_index_N=self.local_query_indices(tokens_BS),
+            *rotary(positions_BS, config.head_width, config.rope_theta),
+            selection,
+            config.sliding_window,
+            documents_BS,
+            valid_BS,
+            budget=budget,
+        )
+
+    def _attention_mask(self, context: SequenceContext) -> Tensor | None:
+        """See `attention_mask`; a method, which context parallelism overrides."""
+        return attention_mask(
+            context.positions_BS, context.window, context.documents_BS, context.valid_BS
         )
 
     def _check(self, budget: ComputeBudget | None) -> None:
@@ -265,30 +274,6 @@ class Transformer(nn.Module):
                 " router.gate=none"
             )
         return chosen
-
-    def _cached_context(
-        self,
-        tokens: PackedTokens,
-        cache: Cache,
-        selection: Selection,
-        rows: list[int],
-        budget: ComputeBudget | None,
-    ) -> SequenceContext:
-        device = tokens.tokens_NS.device
-        start_N1 = torch.tensor([cache.seen[row] for row in rows], device=device).unsqueeze(1)
-        positions_NS = start_N1 + torch.arange(tokens.tokens_NS.shape[1], device=device)
-        cos_NSW, sin_NSW = rotary(positions_NS, self.config.head_width, self.config.rope_theta)
-        return SequenceContext(
-            positions_NS,
-            cos_NSW,
-            sin_NSW,
-            selection,
-            self.config.sliding_window,
-            tokens.documents_NS,
-            tokens.valid_NS,
-            routed=tuple(CacheView(store, rows, tokens.counts) for store in cache.routed),
-            budget=budget,
-        )
 
     def _auxiliary(
         self, routing: tuple[RoutingRecord, ...], experts: tuple[ExpertRecord, ...]

@@ -54,7 +54,7 @@ from modtrain.models.depth.selection import TokenSlots
 from modtrain.models.experts.layer import Experts, Rows
 from modtrain.models.feed_forward import FeedForward
 from modtrain.models.loss import IGNORED
-from modtrain.models.sequence import Output, SequenceContext
+from modtrain.models.sequence import Output, SequenceContext, attention_mask
 from modtrain.models.transformer import ModelOutput, Transformer
 from modtrain.parallel.swap import swap_class
 from modtrain.parallel.validation import context_problems
@@ -176,22 +176,21 @@ class CPTransformer(Transformer):
             return output
         return output._replace(logits_BSV=self.chunks.gather(output.logits_BSV, tokens_BS.shape[1]))
 
-    def _context(self, tokens_BS: Tensor, *others: Any) -> SequenceContext:
-        context = super()._context(tokens_BS, *others)
-        sees_BLS = context.attention_mask_BSS
+    def _attention_mask(self, context: SequenceContext) -> Tensor | None:
+        positions_BS, documents_BS = context.positions_BS, context.documents_BS
+        index_L = self.chunks.local_positions(positions_BS.shape[1], positions_BS.device)
+        sees_BLS = attention_mask(
+            positions_BS, context.window, documents_BS, context.valid_BS, index_L
+        )
         if sees_BLS is None:
-            return context
+            return None
         # What is added to attention's scores: of a mask each layer would make, and keep, its own.
         bias = cast_for_autocast(self.embedding.weight.new_zeros(()))
-        return context._replace(attention_mask_BSS=torch.where(sees_BLS, bias, float("-inf")))
+        return torch.where(sees_BLS, bias, float("-inf"))
 
     def extend(self, *_args: Any, **_others: Any) -> ModelOutput:
         """Refuse: what a cache holds is of whole sequences. Raises TypeError."""
         raise TypeError("a model whose sequences are shared out over ranks has no cache")
-
-    def local_query_indices(self, tokens_BS: Tensor) -> Tensor:
-        """Return the places (L) of this rank's tokens."""
-        return self.chunks.local_positions(tokens_BS.shape[1], tokens_BS.device)
 
     def token_loss(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
         """Return the mean over the whole sequences' tokens, of the share (B, L, D) of them."""
