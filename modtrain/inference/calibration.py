@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.common.validation import key_of
+from modtrain.common.validation import broken_rules, key_of
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.evaluation.held_out import evaluation_mode
@@ -50,16 +50,14 @@ def make_budget(
     raise_if_any(budget_problems(config, model.config, prefix))
     if not config.overrides:
         return None
-    thresholds = None
+    budget = ComputeBudget(None, config.layer_cap, config.step_cap)
     if config.capacity is not None:
-        caps = ComputeBudget(None, config.layer_cap, config.step_cap)
-        calibration = Calibration(model, selection, batches, precision, caps=caps)
+        calibration = Calibration(model, selection, batches, precision, caps=budget)
         return calibration.budget(config.capacity)
     if config.shift:
-        thresholds = tuple(
-            float(router.decision_threshold(selection)) + config.shift for router in model.routers
-        )
-    return ComputeBudget(thresholds, config.layer_cap, config.step_cap)
+        trained = [float(router.decision_threshold(selection)) for router in model.routers]
+        budget = budget._replace(thresholds=tuple(value + config.shift for value in trained))
+    return budget
 
 
 def budget_of_run(
@@ -73,14 +71,7 @@ def budget_of_run(
     batches = []
     if config.capacity is not None:
         batches = training_text(loaded, config.calibration_sequences, batch_size)
-    return make_budget(
-        loaded.model,
-        selection,
-        config,
-        batches,
-        loaded.autocast,
-        prefix=prefix,
-    )
+    return make_budget(loaded.model, selection, config, batches, loaded.autocast, prefix=prefix)
 
 
 def training_text(loaded: LoadedRun, sequences: int, batch_size: int) -> list[Batch]:
@@ -129,15 +120,12 @@ def budget_problems(config: ComputeBudgetConfig, model: ModelConfig, prefix: str
     elif not model.causal_selections:
         reason = "changes causal decisions, and the model was trained without any"
     if reason is not None:
-        return [
-            Problem(key_of(prefix, name), value, reason, "leave it out")
-            for name, value in config.overrides.items()
-        ]
-    if "shift" in config.overrides and not model.router.needs_causal:
-        reason = f"changes a threshold, and router.score={model.router.score} has none"
-        remedy = f"set {key_of(prefix, 'capacity')} instead"
-        return [Problem(key_of(prefix, "shift"), config.shift, reason, remedy)]
-    return []
+        rules = ((True, name, reason, "leave it out") for name in config.overrides)
+        return broken_rules(config, prefix, *rules)
+    reason = f"changes a threshold, and router.score={model.router.score} has none"
+    remedy = f"set {key_of(prefix, 'capacity')} instead"
+    has_none = "shift" in config.overrides and not model.router.needs_causal
+    return broken_rules(config, prefix, (has_none, "shift", reason, remedy))
 
 
 class Calibration:

@@ -53,11 +53,11 @@ def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
 def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
     settings = config.inference
     selections = resolve_decisions(settings, loaded.trained.model)
-    budgets: dict[Selection, ComputeBudget] = {}
-    for selection in selections:
-        budget = budget_of_run(loaded, selection, settings, config.batch_size)
-        if budget is not None:
-            budgets[selection] = budget
+    budgets = {
+        selection: budget
+        for selection in selections
+        if (budget := budget_of_run(loaded, selection, settings, config.batch_size)) is not None
+    }
     held_out = _held_out(config, loaded, selections, budgets)
     results = {**_header(config, loaded, held_out), **_losses(held_out, _tokens_per_byte(loaded))}
     write_text(

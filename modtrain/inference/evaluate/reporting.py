@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -17,12 +17,8 @@ from modtrain.common.atomic_io import atomic_writer
 _TOP_K = "top-k, not causal"
 
 
-class Point(NamedTuple):
-    """One value of a TensorBoard curve."""
-
-    tag: str
-    value: float
-    step: int
+# A value of a TensorBoard curve: tag, value, step.
+Point = tuple[str, float, int]
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -60,8 +56,8 @@ def write_points(directory: Path, step: int, points: Iterable[Point]) -> None:
     for old in directory.glob(f"events.out.tfevents.*{suffix}"):
         old.unlink()
     with SummaryWriter(str(directory), filename_suffix=suffix) as writer:
-        for point in points:
-            writer.add_scalar(point.tag, point.value, point.step)
+        for tag, value, at_step in points:
+            writer.add_scalar(tag, value, at_step)
 
 
 def evaluation_points(figures: dict[str, Any]) -> list[Point]:
@@ -78,7 +74,7 @@ def evaluation_points(figures: dict[str, Any]) -> list[Point]:
         for label, scores in decision.get("agreement_with_top_k_not_causal", {}).items():
             for key, value in scores.items():
                 values[f"eval/{name}/{label}/{key} against {_TOP_K}"] = value
-    return [Point(tag, value, figures["step"]) for tag, value in values.items()]
+    return [(tag, value, figures["step"]) for tag, value in values.items()]
 
 
 def sweep_points(figures: dict[str, Any]) -> list[Point]:
@@ -88,7 +84,7 @@ def sweep_points(figures: dict[str, Any]) -> list[Point]:
     """
     curves = [(figures["points"], ""), ([figures["as_trained"]], " as trained")]
     return [
-        Point(f"eval/sweep/{key}{suffix} by kFLOPs a token", at[key], round(at["flops"] / 1000))
+        (f"eval/sweep/{key}{suffix} by kFLOPs a token", at[key], round(at["flops"] / 1000))
         for points, suffix in curves
         for at in points
         for key in ("loss", "perplexity", "bits_per_byte")
@@ -142,8 +138,8 @@ def _format_budget(figures: dict[str, Any]) -> str:
 
 
 def _summary(figures: dict[str, Any]) -> Table:
-    table = Table(show_header=False)
-    _columns(table, "", "")
+    table = _table("", "")
+    table.show_header = False
     top_k = figures["top_k_not_causal"] or {"loss": None}
     rows = [
         ("causal loss (nats a token)", figures["causal_loss"], "{:.4f}"),
@@ -163,8 +159,7 @@ def _summary(figures: dict[str, Any]) -> Table:
 
 
 def _decisions(selections: dict[str, dict[str, Any]]) -> Table:
-    table = Table()
-    _columns(table, "", "loss", "perplexity", "bits a byte", f"over {_TOP_K}", "forward FLOPs")
+    table = _table("", "loss", "perplexity", "bits a byte", f"over {_TOP_K}", "forward FLOPs")
     for name, decision in selections.items():
         gap = decision.get("gap_to_top_k_not_causal")
         table.add_row(
@@ -180,11 +175,8 @@ def _decisions(selections: dict[str, dict[str, Any]]) -> Table:
 
 def _routers(decision: dict[str, Any]) -> Table:
     agreement = decision.get("agreement_with_top_k_not_causal", {})
-    table = Table()
-    _columns(table, "router", "realised capacity")
-    if agreement:
-        for heading in ("accuracy", "F1", "balanced accuracy"):
-            table.add_column(heading, justify="right")
+    headings = ["accuracy", "F1", "balanced accuracy"] if agreement else []
+    table = _table("router", "realised capacity", *headings)
     for label, share in decision["realised_capacity"].items():
         scores = agreement.get(label, {})
         table.add_row(label, f"{share:.4f}", *(f"{value:.4f}" for value in scores.values()))
@@ -192,16 +184,14 @@ def _routers(decision: dict[str, Any]) -> Table:
 
 
 def _experts(loads: dict[str, list[float]]) -> Table:
-    table = Table()
-    _columns(table, "layer", *map(str, range(max(map(len, loads.values())))))
+    table = _table("layer", *map(str, range(max(map(len, loads.values())))))
     for label, shares in loads.items():
         table.add_row(label, *(f"{share:.3f}" for share in shares))
     return table
 
 
 def _sweep(figures: dict[str, Any]) -> Table:
-    table = Table()
-    _columns(table, "capacity", "realised", "loss", "bits a byte", "forward FLOPs", "of dense")
+    table = _table("capacity", "realised", "loss", "bits a byte", "forward FLOPs", "of dense")
     rows = [(f"{at['capacity']:g}", at) for at in figures["points"]]
     for title, at in [*rows, ("as trained", figures["as_trained"])]:
         table.add_row(
@@ -221,7 +211,9 @@ def _print(console: Console, heading: str, table: Table) -> None:
     console.print(table)
 
 
-def _columns(table: Table, first: str, *others: str) -> None:
+def _table(first: str, *others: str) -> Table:
+    table = Table()
     table.add_column(first, no_wrap=True)
     for heading in others:
         table.add_column(heading, justify="right")
+    return table
