@@ -280,7 +280,7 @@ def drawing(
         dark = _svg(draw, second, height, left)
     else:
         # Drawing is slow, and only the colours differ.
-        colors = dict(zip(_inks(first), _inks(second), strict=True))
+        colors = {first.text: second.text, first.faint: second.faint, first.line: second.line}
         dark = re.sub("|".join(colors), lambda match: colors[match[0]], light)
     return Drawing(_uri(light), _uri(dark), round(_WIDTH * 96), round(height * 96), title, alt)
 
@@ -304,11 +304,6 @@ def _svg(draw: Callable[[Figure, Theme], None], theme: Theme, height: float, lef
 
 def _uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
-def _inks(theme: Theme) -> list[str]:
-    """All colours of figures without an image."""
-    return [theme.text, theme.faint, theme.line]
 
 
 def _some(rows: int) -> list[int]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -45,27 +44,6 @@ class Subject:
     capacities: list[float]
 
 
-class TokenRow(NamedTuple):
-    """One token of the text as displayed."""
-
-    number: int
-    token: int
-    shown: str
-    part_of: str
-    position: int
-    depth: int
-    parts: str
-    loss: str
-    entropy: str
-
-
-class Share(NamedTuple):
-    """A share and its colour level, 0 for none."""
-
-    level: int
-    share: float
-
-
 def render(subject: Subject, trace: Trace, pieces: Sequence[Piece], tokens_shown: int) -> str:
     """Return the page. pieces: one per token; the first ``tokens_shown`` are shown one by one."""
     names = [short_name(router.label) for router in trace.routers]
@@ -102,27 +80,26 @@ def render(subject: Subject, trace: Trace, pieces: Sequence[Piece], tokens_shown
 
 def token_rows(
     trace: Trace, pieces: Sequence[Piece], names: Sequence[str], most: int
-) -> list[TokenRow]:
+) -> list[dict[str, object]]:
     """Return the first ``most`` tokens as displayed."""
     depth_N = trace.depths
-    return [
-        TokenRow(
-            place + 1,
-            int(trace.token_N[place]),
-            piece.shown,
-            piece.characters,
-            int(trace.position_N[place]),
-            int(depth_N[place]),
-            ", ".join(
-                name
-                for name, router in zip(names, trace.routers, strict=True)
-                if router.chosen_N[place]
-            ),
-            _nats(trace.loss_N[place]),
-            _nats(trace.entropy_N[place]),
+    rows: list[dict[str, object]] = []
+    for place, piece in enumerate(pieces[:most]):
+        routers = zip(names, trace.routers, strict=True)
+        rows.append(
+            {
+                "number": place + 1,
+                "token": int(trace.token_N[place]),
+                "shown": piece.shown,
+                "part_of": piece.characters,
+                "position": int(trace.position_N[place]),
+                "depth": int(depth_N[place]),
+                "parts": ", ".join(name for name, router in routers if router.chosen_N[place]),
+                "loss": _nats(trace.loss_N[place]),
+                "entropy": _nats(trace.entropy_N[place]),
+            }
         )
-        for place, piece in enumerate(pieces[:most])
-    ]
+    return rows
 
 
 def depth_shares(trace: Trace) -> list[tuple[int, float]]:
@@ -131,11 +108,11 @@ def depth_shares(trace: Trace) -> list[tuple[int, float]]:
     return [(int(number), float(number / count.sum())) for number in count]
 
 
-def expert_shares(mixture: ExpertTrace) -> list[Share]:
-    """Return each expert's share with a colour level relative to the layer's largest."""
+def expert_shares(mixture: ExpertTrace) -> list[dict[str, float]]:
+    """Return each expert's share with a colour level, 0 for none, relative to the largest."""
     most = float(mixture.share_E.max())
     return [
-        Share(math.ceil(_EXPERT_LEVELS * share / most) if share > 0 else 0, share)
+        {"level": math.ceil(_EXPERT_LEVELS * share / most) if share > 0 else 0, "share": share}
         for share in mixture.share_E.tolist()
     ]
 

@@ -154,44 +154,34 @@ class _TraceRecorder:
         self.choices: list[Tensor] = []
 
     def add(self, inputs_BS: Tensor, targets_BS: Tensor, output: ModelOutput) -> None:
-        if output.logits_BSV is None:
-            raise ValueError("the trace needs logits, which a call with targets does not return")
         self._keep("token", inputs_BS)
         self._keep("position", torch.arange(inputs_BS.shape[1]).expand(inputs_BS.shape))
         # One sequence at a time: log-probabilities of a batch would double the logits' memory.
-        for logits_SV, targets_S in zip(output.logits_BSV, targets_BS, strict=True):
+        for logits_SV, targets_S in zip(output.require_logits(), targets_BS, strict=True):
             loss_S, entropy_S = prediction_quality(logits_SV, targets_S)
             self._keep("loss", loss_S, torch.float64)
             self._keep("entropy", entropy_S, torch.float64)
-        decisions = [
-            deciding_values(router, self.selection, record, self.budget)
-            for router, record in zip(self.model.routers, output.routing, strict=True)
-        ]
-        self.decisions = [(name, threshold) for name, _, threshold in decisions]
-        for i, (record, (_, value_BS, _)) in enumerate(zip(output.routing, decisions, strict=True)):
+        self.decisions = []
+        for i, (router, record) in enumerate(zip(self.model.routers, output.routing, strict=True)):
+            name, value_BS, threshold = deciding_values(router, self.selection, record, self.budget)
+            self.decisions.append((name, threshold))
             if value_BS is not None:
                 self._keep(f"value {i}", value_BS, torch.float64)
             self._keep(f"chosen {i}", record.chosen_BS)
         counts = self._choices(output, inputs_BS.numel())
-        before = self.choices or [torch.zeros_like(count_E) for count_E in counts]
-        self.choices = [a + b for a, b in zip(before, counts, strict=True)]
+        if self.choices:
+            counts = [a + b for a, b in zip(self.choices, counts, strict=True)]
+        self.choices = counts
 
     def trace(self) -> Trace:
         if not self.columns:
             raise ValueError("there is no text to inspect")
         column = {name: torch.cat(parts).numpy() for name, parts in self.columns.items()}
         config = self.model.config
+        decisions = zip(config.routed_labels, self.decisions, strict=True)
         routers = [
-            RouterTrace(
-                label,
-                name,
-                threshold,
-                column.get(f"value {place}"),
-                column[f"chosen {place}"],
-            )
-            for place, (label, (name, threshold)) in enumerate(
-                zip(config.routed_labels, self.decisions, strict=True)
-            )
+            RouterTrace(label, *decision, column.get(f"value {i}"), column[f"chosen {i}"])
+            for i, (label, decision) in enumerate(decisions)
         ]
         # Under expert choice no-op experts are only part of the softmax and get no tokens.
         noop = config.experts.noop if config.experts.choice == "token" else 0
@@ -199,14 +189,9 @@ class _TraceRecorder:
             ExpertTrace(label, (count_E / count_E.sum().clamp(min=1)).numpy(), noop)
             for label, count_E in zip(config.expert_labels, self.choices, strict=True)
         ]
-        return Trace(
-            column["token"],
-            column["position"],
-            column["loss"],
-            column["entropy"],
-            routers,
-            experts,
-        )
+        names = ("token", "position", "loss", "entropy")
+        columns = {f"{name}_N": column[name] for name in names}
+        return Trace(**columns, routers=routers, experts=experts)
 
     def _keep(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
         # To the host first: not every device has float64.

@@ -118,16 +118,9 @@ class MixtureOfDepths(nn.Module):
         scores_BS = self._scores(x_BSD, context, count)
         predictor_BS = self._predicted(x_BSD, context)
         slots, chosen_BS = self._choose(scores_BS, predictor_BS, capacity, context)
-        trains = context.selection in TRAINING_SELECTIONS
-        record = RoutingRecord(
-            scores_BS,
-            chosen_BS,
-            predictor_BS,
-            context.valid_BS,
-            quantile(scores_BS, count, context.valid_BS)
-            if trains and self.config.has_threshold
-            else None,
-        )
+        record = RoutingRecord(scores_BS, chosen_BS, predictor_BS, context.valid_BS)
+        if context.selection in TRAINING_SELECTIONS and self.config.has_threshold:
+            record = record._replace(quantile=quantile(scores_BS, count, context.valid_BS))
         if slots is None:
             return Output(x_BSD, routing=(record,))
         output = self._route(x_BSD, context, scores_BS, slots)
