@@ -87,10 +87,7 @@ def forward_flops(
 
 
 def realised_flops(
-    config: ModelConfig,
-    seq_len: int,
-    loads: Sequence[Load],
-    selection: Selection | None = None,
+    config: ModelConfig, seq_len: int, loads: Sequence[Load], selection: Selection | None = None
 ) -> Cost:
     """Executed FLOPs per sequence if each layer processed its entry of ``loads``.
 

@@ -79,10 +79,7 @@ class SequenceContext(NamedTuple):
         )
 
     def gather(
-        self,
-        index_BK: Tensor,
-        valid_BK: Tensor | None = None,
-        query_index_N: Tensor | None = None,
+        self, index_BK: Tensor, valid_BK: Tensor | None = None, query_index_N: Tensor | None = None
     ) -> SequenceContext:
         """Return the context of the tokens ``index_BK`` only; they keep their positions.
 

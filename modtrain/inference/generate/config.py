@@ -50,10 +50,7 @@ class SamplingConfig:
             key = key_of(prefix, "temperature")
             problems.append(Problem(key, self.temperature, "is not above 0", remedy))
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            key, remedy = (
-                key_of(prefix, "top_p"),
-                "give a number above 0, up to 1, or null",
-            )
+            key, remedy = (key_of(prefix, "top_p"), "give a number above 0, up to 1, or null")
             problems.append(Problem(key, self.top_p, "is not in (0, 1]", remedy))
         return problems
 

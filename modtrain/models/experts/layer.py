@@ -302,11 +302,7 @@ def capacity_rows(
 
 
 def expert_choice_rows(
-    probability_BSE: Tensor,
-    valid_BS: Tensor,
-    documents_BS: Tensor | None,
-    choices: int,
-    slots: int,
+    probability_BSE: Tensor, valid_BS: Tensor, documents_BS: Tensor | None, choices: int, slots: int
 ) -> Rows:
     """C rows for each expert and sequence, with its largest probabilities, and their quantile.
 
