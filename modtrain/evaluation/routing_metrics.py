@@ -32,7 +32,8 @@ def routing_metrics(labels: Sequence[str], records: Sequence[RoutingRecord]) -> 
         if before is not None:
             both = (chosen & before).sum()
             metrics[f"{name}/chosen_again"] = both / chosen.sum().clamp(min=1)
-        metrics[f"{name}/position_entropy"] = _position_entropy(chosen)
+        chosen_S = chosen.float().sum(dim=0)
+        metrics[f"{name}/position_entropy"] = _entropy(chosen_S / chosen_S.sum().clamp(min=1))
         before = chosen
     return metrics
 
@@ -50,8 +51,7 @@ def expert_metrics(
     for label, record in zip(labels, records, strict=True):
         name, load = f"experts/{label}", record.load_E.detach()
         metrics[f"{name}/load_max"] = load.max() * len(load)
-        entropy = -(load * load.clamp(min=1e-12).log()).sum()
-        metrics[f"{name}/load_entropy"] = entropy / math.log(max(2, len(load)))
+        metrics[f"{name}/load_entropy"] = _entropy(load)
         metrics[f"{name}/dropped"] = record.dropped
         if num_noop:
             metrics[f"{name}/noop_share"] = load[-num_noop:].sum()
@@ -64,8 +64,7 @@ def chosen_picture(records: Sequence[RoutingRecord], height: int = 8) -> Tensor:
     return rows.repeat_interleave(height, dim=0).unsqueeze(0)
 
 
-def _position_entropy(chosen_BS: Tensor) -> Tensor:
-    share_S = chosen_BS.float().sum(dim=0)
-    share_S = share_S / share_S.sum().clamp(min=1)
-    entropy = -(share_S * share_S.clamp(min=1e-12).log()).sum()
-    return entropy / math.log(max(2, chosen_BS.shape[1]))
+def _entropy(shares: Tensor) -> Tensor:
+    """Entropy over its largest value, log N."""
+    entropy = -(shares * shares.clamp(min=1e-12).log()).sum()
+    return entropy / math.log(max(2, len(shares)))

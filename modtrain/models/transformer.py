@@ -114,15 +114,7 @@ class Transformer(nn.Module):
             positions_BS = (valid_BS.long().cumsum(dim=1) - 1).clamp(min=0)
         context = self._context(positions_BS, selection, documents_BS, valid_BS, budget)
         context = context._replace(attention_mask_BSS=self._attention_mask(context))
-        x_BSD = self.embedding(tokens_BS)
-        routing: tuple[RoutingRecord, ...] = ()
-        experts: tuple[ExpertRecord, ...] = ()
-        for layer, capacity in zip(self.layers, self._capacities(capacities), strict=True):
-            output = layer(x_BSD, context._replace(capacity=capacity))
-            x_BSD = output.value_BSD
-            routing, experts = routing + output.routing, experts + output.experts
-            context = context.count_entered(output.routing)
-            context = context._replace(received_BS=output.received_BS)
+        x_BSD, routing, experts = self._run_layers(tokens_BS, context, capacities)
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return ModelOutput(self.head(x_BSD), None, {}, routing, experts)
@@ -183,15 +175,8 @@ class Transformer(nn.Module):
         )
         routed = tuple(CacheView(store, rows, tokens.counts) for store in cache.routed)
         context = context._replace(routed=routed)
-        x_NSD = self.embedding(tokens.tokens_NS)
-        routing: tuple[RoutingRecord, ...] = ()
-        for layer, store, capacity in zip(
-            self.layers, cache.layers, self._capacities(capacities), strict=True
-        ):
-            view = CacheView(store, rows, tokens.counts)
-            output = layer(x_NSD, context._replace(cache=view, capacity=capacity))
-            x_NSD, routing = output.value_BSD, routing + output.routing
-            context = context.count_entered(output.routing)
+        views = [CacheView(store, rows, tokens.counts) for store in cache.layers]
+        x_NSD, routing, _ = self._run_layers(tokens.tokens_NS, context, capacities, views)
         cache.advance(rows, tokens.counts)
         x_NSD = tokens.last(x_NSD) if last_only else tokens.unpack(x_NSD)
         routing = tuple(tokens.unpack_record(record, valid_NS) for record in routing)
@@ -221,9 +206,27 @@ class Transformer(nn.Module):
         for module, value in zip(stateful, stats, strict=True):
             module.update_running_stats(value)
 
-    def _capacities(self, capacities: Sequence[float | None] | None) -> Sequence[float | None]:
-        """One capacity per layer; None: the layer's own."""
-        return [None] * len(self.layers) if capacities is None else capacities
+    def _run_layers(
+        self,
+        tokens_BS: Tensor,
+        context: SequenceContext,
+        capacities: Sequence[float | None] | None,
+        caches: Sequence[CacheView] | None = None,
+    ) -> tuple[Tensor, tuple[RoutingRecord, ...], tuple[ExpertRecord, ...]]:
+        """Return the residual stream (B, S, D) after the last layer, and all records."""
+        none = [None] * len(self.layers)
+        x_BSD = self.embedding(tokens_BS)
+        routing: tuple[RoutingRecord, ...] = ()
+        experts: tuple[ExpertRecord, ...] = ()
+        for layer, cache, capacity in zip(
+            self.layers, caches or none, none if capacities is None else capacities, strict=True
+        ):
+            output = layer(x_BSD, context._replace(cache=cache, capacity=capacity))
+            x_BSD = output.value_BSD
+            routing, experts = routing + output.routing, experts + output.experts
+            context = context.count_entered(output.routing)
+            context = context._replace(received_BS=output.received_BS)
+        return x_BSD, routing, experts
 
     def _context(
         self,

@@ -71,8 +71,11 @@ def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
 
 def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
     """Compute the loss over FLOPs, each capacity calibrated like ``inference.capacity``."""
-    settings, selection = config.inference, _swept_decision(config, loaded)
-    rate = _tokens_per_byte(loaded)
+    settings, model = config.inference, loaded.trained.model
+    decisions = resolve_decisions(settings, model)
+    problems = budget_problems(ComputeBudgetConfig(capacity=1.0), model, "")
+    raise_if_any([Problem("sweep", config.sweep, p.reason, p.remedy) for p in problems])
+    selection, rate = decisions[0], _tokens_per_byte(loaded)
     calibration = Calibration(
         loaded.model,
         selection,
@@ -97,16 +100,6 @@ def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
     draw_sweep(results, loaded.directory.path / f"{name}.png")
     write_points(loaded.directory.tensorboard / name, loaded.step, sweep_points(results))
     return results
-
-
-def _swept_decision(config: EvalRunConfig, loaded: LoadedRun) -> Selection:
-    """Return the decision to sweep. Raises ConfigError if its capacity cannot be changed."""
-    known = resolve_decisions(config.inference, loaded.trained.model)
-    problems = budget_problems(ComputeBudgetConfig(capacity=1.0), loaded.trained.model, "")
-    raise_if_any(
-        [Problem("sweep", config.sweep, problem.reason, problem.remedy) for problem in problems]
-    )
-    return known[0]
 
 
 def _held_out(

@@ -9,34 +9,22 @@ from collections.abc import Callable, Sequence
 from modtrain.common.errors import Problem
 
 
-def _cosine(layer: int, last: int) -> float:
-    return (1 + math.cos(math.pi * layer / last)) / 2
-
-
 def _u_shape(layer: int, last: int) -> float:
     # With an even number of layers the middle two are the lowest, exactly at the capacity.
     bottom = last % 2
     return ((2 * layer - last) ** 2 - bottom) / (last**2 - bottom) if last > 1 else 1.0
 
 
-def _ramp_down(layer: int, last: int) -> float:
-    return (last - layer) / last
-
-
-def _ramp_up(layer: int, last: int) -> float:
-    return layer / last
-
-
 # How far each layer is from the capacity (0) towards all the tokens (1).
 _GRADED: dict[str, Callable[[int, int], float]] = {
-    "cosine": _cosine,
+    "cosine": lambda layer, last: (1 + math.cos(math.pi * layer / last)) / 2,
     "u_shape": _u_shape,
-    "ramp_down": _ramp_down,
-    "ramp_up": _ramp_up,
+    "ramp_down": lambda layer, last: (last - layer) / last,
+    "ramp_up": lambda layer, last: layer / last,
 }
 PATTERNS = ("dense", "every", "every_other", "all_but_ends", *_GRADED)
 # At most four digits of repetition: a typing error must not exhaust the memory.
-_LIST_TERM = re.compile(r"\s*\[([^\[\]]*)\]\s*(?:\*\s*(\d{1,4}))?\s*")
+_LIST_TERM = r"\s*\[([^\[\]]*)\]\s*(?:\*\s*(\d{1,4}))?\s*"
 
 
 def num_chosen(capacity: float, seq_len: int) -> int:
@@ -150,17 +138,9 @@ def _as_list(pattern: object) -> list[float]:
 
 def _parse(text: str) -> list[float]:
     """Read ``[1, .125]*6``, and sums of such lists: ``[1]*2 + [.5, .125]*3``."""
+    if not re.fullmatch(rf"{_LIST_TERM}(?:\+{_LIST_TERM})*", text):
+        raise ValueError("is neither a pattern's name nor a list of capacities")
     values: list[float] = []
-    position = 0
-    while True:
-        term = _LIST_TERM.match(text, position)
-        if term is None:
-            raise ValueError("is neither a pattern's name nor a list of capacities")
-        numbers = [float(item) for item in term[1].split(",")]
-        values += numbers * int(term[2] or 1)
-        position = term.end()
-        if position == len(text):
-            return values
-        if text[position] != "+":
-            raise ValueError("is neither a pattern's name nor a list of capacities")
-        position += 1
+    for numbers, times in re.findall(_LIST_TERM, text):
+        values += [float(item) for item in numbers.split(",")] * int(times or 1)
+    return values
