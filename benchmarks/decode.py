@@ -35,7 +35,7 @@ from benchmarks._harness import (
     ratio,
 )
 from benchmarks._llama import as_llama
-from modtrain.inference.generate.config import SamplingConfig
+from modtrain.inference.config import SamplingConfig
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Token
 from modtrain.inference.generate.sampling import PerSequenceRNG, distribution, draw
 from modtrain.models.cache.cache import Cache

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modtrain.inference.api import generate, load_run
-    from modtrain.inference.generate.config import SamplingConfig
+    from modtrain.inference.config import SamplingConfig
     from modtrain.models.config import ModelConfig
     from modtrain.models.depth.config import ComputeBudget, RouterConfig
     from modtrain.models.depth.layer import MixtureOfDepths, predictor_loss
@@ -38,7 +38,7 @@ _MODULES = {
     "MixtureOfDepths": "modtrain.models.depth.layer",
     "ModelConfig": "modtrain.models.config",
     "RouterConfig": "modtrain.models.depth.config",
-    "SamplingConfig": "modtrain.inference.generate.config",
+    "SamplingConfig": "modtrain.inference.config",
     "Transformer": "modtrain.models.transformer",
     "forward_flops": "modtrain.models.flops",
     "generate": "modtrain.inference.api",

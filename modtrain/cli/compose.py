@@ -38,8 +38,7 @@ from modtrain.common.renamed_keys import new_name, renamed_in_files
 from modtrain.data.config import PrepareConfig
 from modtrain.experiments.compare.config import CompareConfig, Comparison
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
-from modtrain.inference.config import EvalRunConfig, InspectConfig
-from modtrain.inference.generate.config import GenerateConfig
+from modtrain.inference.config import EvalRunConfig, GenerateConfig, InspectConfig
 from modtrain.training.config import TrainConfig
 
 SCHEMAS: dict[str, type] = {

@@ -9,8 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from modtrain.common.errors import Problem, raise_if_any
-from modtrain.inference.config import TrainedRunConfig
-from modtrain.inference.generate.config import SamplingConfig
+from modtrain.inference.config import SamplingConfig, TrainedRunConfig
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Token
 from modtrain.inference.generate.text_stream import TextStream
 from modtrain.inference.loading import load_run as load_configured_run

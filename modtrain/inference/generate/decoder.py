@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modtrain.data.stream.documents import document_numbers
-from modtrain.inference.generate.config import SamplingConfig
+from modtrain.inference.config import SamplingConfig
 from modtrain.inference.generate.sampling import Drafts, PerSequenceRNG, distribution, draw, verify
 from modtrain.models.cache.cache import Cache
 from modtrain.models.depth.config import ComputeBudget, Selection

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from modtrain.common.errors import DataError, Problem, raise_if_any
 from modtrain.inference.calibration import budget_of_run, resolve_decisions
-from modtrain.inference.generate.config import GenerateConfig
+from modtrain.inference.config import GenerateConfig
 from modtrain.inference.generate.continuations import (
     OUTPUT_KEYS,
     Continuation,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modtrain.common.errors import ModtrainError
-from modtrain.inference.generate.config import SamplingConfig
+from modtrain.inference.config import SamplingConfig
 
 
 class SamplingError(ModtrainError):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modtrain.inference.generate.config import SamplingConfig
+from modtrain.inference.config import SamplingConfig
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, End, Token
 from modtrain.inference.generate.sampling import PerSequenceRNG, distribution, draw
 from modtrain.models.depth.config import ComputeBudget, RouterConfig

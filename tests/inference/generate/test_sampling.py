@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
-from modtrain.inference.generate.config import SamplingConfig
+from modtrain.inference.config import SamplingConfig
 from modtrain.inference.generate.sampling import PerSequenceRNG, SamplingError, distribution, draw
 from tests.helpers.model_cases import quick
 
