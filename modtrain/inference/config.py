@@ -31,12 +31,12 @@ class TrainedRunConfig:
     accelerator: str = "auto"
     precision: str = "auto"
 
-    def problems(self, prefix: str = "") -> list[Problem]:
-        """Everything wrong with these settings."""
+    def problems(self) -> list[Problem]:
+        """Everything wrong with the settings."""
         return [
-            *not_empty(self, prefix, "run", "add run=my_run"),
-            *one_of(self, prefix, "accelerator", ACCELERATORS),
-            *one_of(self, prefix, "precision", PRECISIONS),
+            *not_empty(self, "", "run", "add run=my_run"),
+            *one_of(self, "", "accelerator", ACCELERATORS),
+            *one_of(self, "", "precision", PRECISIONS),
         ]
 
 
@@ -115,32 +115,31 @@ class EvalRunConfig(TrainedRunConfig):
     inference: ComputeBudgetConfig = field(default_factory=ComputeBudgetConfig)
     sweep: list[float] | None = None
 
-    def problems(self, prefix: str = "") -> list[Problem]:
+    def problems(self) -> list[Problem]:
         """Everything wrong with the settings."""
         return [
-            *super().problems(prefix),
-            *at_least(self, prefix, 1, "sequences", "batch_size"),
-            *self.inference.problems(key_of(prefix, "inference")),
-            *self._sweep_problems(prefix),
+            *super().problems(),
+            *at_least(self, "", 1, "sequences", "batch_size"),
+            *self.inference.problems(),
+            *([] if self.sweep is None else self._sweep_problems(self.sweep)),
         ]
 
-    def _sweep_problems(self, prefix: str) -> list[Problem]:
-        if self.sweep is None:
-            return []
-        key, remedy = key_of(prefix, "sweep"), "give capacities such as [0.0625, 0.125, 0.25, 1]"
-        reasons = [f"has {share}, not in (0, 1]" for share in self.sweep if not 0 < share <= 1]
-        if not self.sweep:
+    def _sweep_problems(self, sweep: list[float]) -> list[Problem]:
+        reasons = [f"has {share}, not in (0, 1]" for share in sweep if not 0 < share <= 1]
+        if not sweep:
             reasons.append("is empty")
-        if len(set(self.sweep)) != len(self.sweep):
+        if len(set(sweep)) != len(sweep):
             reasons.append("names a capacity twice")
-        problems = [Problem(key, self.sweep, reason, remedy) for reason in reasons]
-        for name in ("capacity", "shift"):
-            if name in self.inference.overrides:
-                inner = key_of(key_of(prefix, "inference"), name)
-                reason = f"cannot be combined with {key}, which sets it for each point"
-                value = self.inference.overrides[name]
-                problems.append(Problem(inner, value, reason, "leave one of the two out"))
-        return problems
+        remedy = "give capacities such as [0.0625, 0.125, 0.25, 1]"
+        reason = "cannot be combined with sweep, which sets it for each point"
+        return [
+            *(Problem("sweep", sweep, reason, remedy) for reason in reasons),
+            *(
+                Problem(f"inference.{name}", value, reason, "leave one of the two out")
+                for name, value in self.inference.overrides.items()
+                if name in ("capacity", "shift")
+            ),
+        ]
 
 
 @dataclass
@@ -165,24 +164,21 @@ class InspectConfig(TrainedRunConfig):
     output: str | None = None
     tokens_shown: int = 2000
 
-    def problems(self, prefix: str = "") -> list[Problem]:
+    def problems(self) -> list[Problem]:
         """Everything wrong with the settings."""
-        return [
-            *super().problems(prefix),
-            *at_least(self, prefix, 1, "sequences", "batch_size", "tokens_shown"),
-            *self.inference.problems(key_of(prefix, "inference")),
-            *self._text_problems(prefix),
-            *output_problems(self, prefix),
+        problems = [
+            *super().problems(),
+            *at_least(self, "", 1, "sequences", "batch_size", "tokens_shown"),
+            *self.inference.problems(),
         ]
-
-    def _text_problems(self, prefix: str) -> list[Problem]:
         if self.text is not None and self.file is not None:
-            reason = f"cannot be combined with {key_of(prefix, 'text')}"
-            return [Problem(key_of(prefix, "file"), self.file, reason, "leave one of them out")]
-        if self.text == "":
-            reason = "is empty"
-            return [Problem(key_of(prefix, "text"), "''", reason, "give some text, or null")]
-        return [*text_problems(self, prefix, "text"), *file_problems(self, prefix, "file")]
+            reason, remedy = "cannot be combined with text", "leave one of them out"
+            problems.append(Problem("file", self.file, reason, remedy))
+        elif self.text == "":
+            problems.append(Problem("text", "''", "is empty", "give some text, or null"))
+        else:
+            problems += text_problems("text", self.text) + file_problems("file", self.file)
+        return problems + output_problems(self.output)
 
 
 @dataclass
@@ -282,30 +278,26 @@ class GenerateConfig(TrainedRunConfig):
     inference: ComputeBudgetConfig = field(default_factory=ComputeBudgetConfig)
     speculate: SpeculateConfig = field(default_factory=SpeculateConfig)
 
-    def problems(self, prefix: str = "") -> list[Problem]:
+    def problems(self) -> list[Problem]:
         """Everything wrong with the settings."""
         problems = [
-            *super().problems(prefix),
-            *at_least(self, prefix, 1, "samples", "max_tokens", "batch_size", "prefill_chunk"),
-            *self.sampling.problems(key_of(prefix, "sampling")),
-            *self.inference.problems(key_of(prefix, "inference")),
-            *self.speculate.problems(key_of(prefix, "speculate")),
+            *super().problems(),
+            *at_least(self, "", 1, "samples", "max_tokens", "batch_size", "prefill_chunk"),
+            *self.sampling.problems("sampling"),
+            *self.inference.problems(),
+            *self.speculate.problems("speculate"),
         ]
         if "" in self.stop:
             reason, remedy = "has an empty string, which would stop everything", "leave it out"
-            problems.append(Problem(key_of(prefix, "stop"), self.stop, reason, remedy))
-        return problems + self._source_problems(prefix)
-
-    def _source_problems(self, prefix: str) -> list[Problem]:
-        given = [name for name in ("prompt", "file", "input") if getattr(self, name) is not None]
+            problems.append(Problem("stop", self.stop, reason, remedy))
+        sources = {"prompt": self.prompt, "file": self.file, "input": self.input}
+        given = {name: value for name, value in sources.items() if value is not None}
         reason = f"cannot be combined: {' and '.join(given)} are given"
-        problems = [
-            Problem(key_of(prefix, name), getattr(self, name), reason, "give one of them")
-            for name in given[1:]
-        ]
         return [
             *problems,
-            *text_problems(self, prefix, "prompt"),
-            *file_problems(self, prefix, "file", "input"),
-            *output_problems(self, prefix),
+            *(Problem(name, given[name], reason, "give one of them") for name in [*given][1:]),
+            *text_problems("prompt", self.prompt),
+            *file_problems("file", self.file),
+            *file_problems("input", self.input),
+            *output_problems(self.output),
         ]

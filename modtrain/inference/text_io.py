@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from modtrain.common.errors import DataError, Problem
-from modtrain.common.validation import key_of
 
 STANDARD_INPUT = "-"
 
@@ -37,33 +36,28 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def text_problems(config: object, prefix: str, name: str) -> list[Problem]:
-    """Check that a field is valid Unicode; None passes."""
-    text = getattr(config, name)
+def text_problems(key: str, text: str | None) -> list[Problem]:
+    """Check that a text is valid Unicode."""
     if text is None or is_unicode(text):
         return []
-    return [Problem(key_of(prefix, name), repr(text), "is not valid Unicode", "give UTF-8")]
+    return [Problem(key, repr(text), "is not valid Unicode", "give UTF-8")]
 
 
-def file_problems(config: object, prefix: str, *names: str) -> list[Problem]:
-    """Find fields that name a file which does not exist; None and ``-`` pass."""
-    remedy = "give a file that exists, or - for standard input"
-    return [
-        Problem(key_of(prefix, name), path, "is no file", remedy)
-        for name in names
-        if (path := getattr(config, name)) not in (None, STANDARD_INPUT)
-        and not Path(path).is_file()
-    ]
+def file_problems(key: str, path: str | None) -> list[Problem]:
+    """Check that a file exists; ``-`` is standard input."""
+    if path in (None, STANDARD_INPUT) or Path(str(path)).is_file():
+        return []
+    return [Problem(key, path, "is no file", "give a file that exists, or - for standard input")]
 
 
-def output_problems(config: object, prefix: str, name: str = "output") -> list[Problem]:
-    """Check that a field names a file that can be written; None passes."""
-    value = getattr(config, name)
+def output_problems(value: str | None) -> list[Problem]:
+    """Check that the file under ``output`` can be written."""
     if value is None:
         return []
-    path, key = Path(value), key_of(prefix, name)
+    path = Path(value)
     if path.is_dir():
-        return [Problem(key, value, "is a directory", "give the name of a file in it")]
-    if not path.parent.is_dir():
-        return [Problem(key, value, "is in a directory that does not exist", f"make {path.parent}")]
-    return []
+        return [Problem("output", value, "is a directory", "give the name of a file in it")]
+    if path.parent.is_dir():
+        return []
+    reason = "is in a directory that does not exist"
+    return [Problem("output", value, reason, f"make {path.parent}")]
