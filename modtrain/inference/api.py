@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.inference.config import SamplingConfig, TrainedRunConfig
-from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Token
+from modtrain.inference.generate.continuations import Continuation
+from modtrain.inference.generate.decoder import Decoder, DecoderConfig
 from modtrain.inference.generate.text_stream import TextStream
 from modtrain.inference.loading import load_run as load_configured_run
 from modtrain.inference.token_text import Vocabulary
@@ -77,12 +78,8 @@ def generate(
         end_id=vocabulary.end_id,
     )
     decoder = Decoder(model, config, [tokens])
-    stream = TextStream(tokenizer, stop, before=tokens)
+    continuation = Continuation({}, TextStream(tokenizer, stop, before=tokens))
     for event in decoder.run():
-        if isinstance(event, Token):
-            stream.push(event.id)
-        else:
-            stream.finish()
-        if stream.stopped:
+        if continuation.push(event):
             decoder.stop(event.number)
-    return stream.text
+    return continuation.stream.text

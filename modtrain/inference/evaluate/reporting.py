@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,8 @@ def _format_budget(figures: dict[str, Any]) -> str:
 
 
 def _summary(figures: dict[str, Any]) -> Table:
-    table = _table("", "")
-    table.show_header = False
     top_k = figures["top_k_not_causal"] or {"loss": None}
-    rows = [
+    values = [
         ("causal loss (nats a token)", figures["causal_loss"], "{:.4f}"),
         ("perplexity", figures["perplexity"], "{:.2f}"),
         ("bits a byte", figures["bits_per_byte"], "{:.4f}"),
@@ -150,51 +148,45 @@ def _summary(figures: dict[str, Any]) -> Table:
         ("forward FLOPs a token, as trained", figures["trained_flops"], "{:,.0f}"),
         ("the same, if dense", figures["dense_equivalent_flops"], "{:,.0f}"),
     ]
-    for title, value, form in rows:
-        if value is not None:
-            table.add_row(title, form.format(value))
+    rows = [(title, form.format(value)) for title, value, form in values if value is not None]
     if figures["causal_loss"] is None:
-        table.add_row("causal loss", "none: trained without router.causal")
+        rows.append(("causal loss", "none: trained without router.causal"))
+    table = _table(["", ""], rows)
+    table.show_header = False
     return table
 
 
 def _decisions(selections: dict[str, dict[str, Any]]) -> Table:
-    table = _table("", "loss", "perplexity", "bits a byte", f"over {_TOP_K}", "forward FLOPs")
+    headings = ["", "loss", "perplexity", "bits a byte", f"over {_TOP_K}", "forward FLOPs"]
+    rows = []
     for name, decision in selections.items():
         gap = decision.get("gap_to_top_k_not_causal")
-        table.add_row(
-            name,
-            f"{decision['loss']:.4f}",
-            f"{decision['perplexity']:.2f}",
-            f"{decision['bits_per_byte']:.4f}",
-            "-" if gap is None else f"{gap:+.4f}",
-            f"{decision['flops']:,.0f}",
-        )
-    return table
+        loss, perplexity = f"{decision['loss']:.4f}", f"{decision['perplexity']:.2f}"
+        bits, flops = f"{decision['bits_per_byte']:.4f}", f"{decision['flops']:,.0f}"
+        rows.append((name, loss, perplexity, bits, "-" if gap is None else f"{gap:+.4f}", flops))
+    return _table(headings, rows)
 
 
 def _routers(decision: dict[str, Any]) -> Table:
     agreement = decision.get("agreement_with_top_k_not_causal", {})
-    headings = ["accuracy", "F1", "balanced accuracy"] if agreement else []
-    table = _table("router", "realised capacity", *headings)
-    for label, share in decision["realised_capacity"].items():
-        scores = agreement.get(label, {})
-        table.add_row(label, f"{share:.4f}", *(f"{value:.4f}" for value in scores.values()))
-    return table
+    scores = ["accuracy", "F1", "balanced accuracy"] if agreement else []
+    rows = [
+        (label, *(f"{value:.4f}" for value in (share, *agreement.get(label, {}).values())))
+        for label, share in decision["realised_capacity"].items()
+    ]
+    return _table(["router", "realised capacity", *scores], rows)
 
 
 def _experts(loads: dict[str, list[float]]) -> Table:
-    table = _table("layer", *map(str, range(max(map(len, loads.values())))))
-    for label, shares in loads.items():
-        table.add_row(label, *(f"{share:.3f}" for share in shares))
-    return table
+    headings = ["layer", *map(str, range(max(map(len, loads.values()))))]
+    rows = [(label, *(f"{share:.3f}" for share in shares)) for label, shares in loads.items()]
+    return _table(headings, rows)
 
 
 def _sweep(figures: dict[str, Any]) -> Table:
-    table = _table("capacity", "realised", "loss", "bits a byte", "forward FLOPs", "of dense")
-    rows = [(f"{at['capacity']:g}", at) for at in figures["points"]]
-    for title, at in [*rows, ("as trained", figures["as_trained"])]:
-        table.add_row(
+    points = [(f"{at['capacity']:g}", at) for at in figures["points"]]
+    rows = [
+        (
             title,
             f"{statistics.mean(at['realised_capacity'].values()):.4f}",
             f"{at['loss']:.4f}",
@@ -202,7 +194,11 @@ def _sweep(figures: dict[str, Any]) -> Table:
             f"{at['flops']:,.0f}",
             f"{at['flops'] / figures['dense_equivalent_flops']:.3f}",
         )
-    return table
+        for title, at in [*points, ("as trained", figures["as_trained"])]
+    ]
+    return _table(
+        ["capacity", "realised", "loss", "bits a byte", "forward FLOPs", "of dense"], rows
+    )
 
 
 def _print(console: Console, heading: str, table: Table) -> None:
@@ -211,9 +207,10 @@ def _print(console: Console, heading: str, table: Table) -> None:
     console.print(table)
 
 
-def _table(first: str, *others: str) -> Table:
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table()
-    table.add_column(first, no_wrap=True)
-    for heading in others:
-        table.add_column(heading, justify="right")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -64,13 +64,6 @@ class Continuation:
         """Return the text since the last call."""
         pieces, self.pieces = self.pieces, []
         return pieces
-
-
-class Writer(Protocol):
-    """Writes continuations in order, as early as possible."""
-
-    def write(self) -> None:
-        """Write what is available."""
 
 
 class PlainWriter:

@@ -18,7 +18,6 @@ from modtrain.inference.generate.continuations import (
     Continuation,
     JSONLinesWriter,
     PlainWriter,
-    Writer,
     output,
 )
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Statistics
@@ -49,9 +48,11 @@ def generate(config: GenerateConfig) -> None:
     ]
     start = time.perf_counter()
     with loaded.autocast(), output(config.output) as out:
-        writer: Writer = PlainWriter(out, continuations, len(loaded.model.routers))
-        if config.input is not None:
-            writer = JSONLinesWriter(out, continuations, config.show_depth)
+        writer = (
+            PlainWriter(out, continuations, len(loaded.model.routers))
+            if config.input is None
+            else JSONLinesWriter(out, continuations, config.show_depth)
+        )
         for event in decoder.run():
             if continuations[event.number].push(event):
                 decoder.stop(event.number)
