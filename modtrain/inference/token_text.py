@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from modtrain.data.prepare.tokenizer import DocumentEncoder, check_tokenizer
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACES = re.compile(r"^ +$|  +")
 # Code points that errors="surrogateescape" gives to bytes that are not UTF-8.
 _ESCAPED = 0xDC00
@@ -73,7 +73,7 @@ class TokenTexts:
             return b""
         if self._is_byte_level:
             return byte_level_bytes(token)
-        byte = _BYTE_TOKEN.fullmatch(token)
+        byte = BYTE_TOKEN.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
 
     def pieces(self, numbers: Sequence[int]) -> list[Piece]:

@@ -89,10 +89,8 @@ class SequenceContext(NamedTuple):
         batch = index_BK.shape[0]
 
         def select(table_BSW: Tensor) -> Tensor:
-            if table_BSW.shape[0] == 1:
-                return table_BSW[0][index_BK]
-            index = index_BK.unsqueeze(-1).expand(-1, -1, table_BSW.shape[-1])
-            return table_BSW.gather(1, index)
+            index_BKW = index_BK.unsqueeze(-1).expand(-1, -1, table_BSW.shape[-1])
+            return table_BSW.expand(batch, -1, -1).gather(1, index_BKW)
 
         positions = self.positions_BS.expand(batch, -1).gather(1, index_BK)
         documents = self.documents_BS

@@ -60,10 +60,8 @@ def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
     }
     held_out = _held_out(config, loaded, selections, budgets)
     results = {**_header(config, loaded, held_out), **_losses(held_out, _tokens_per_byte(loaded))}
-    write_text(
-        loaded.directory.path / f"eval-{loaded.step:09d}{settings.suffix}.json",
-        json.dumps(results, indent=1),
-    )
+    path = loaded.directory.path / f"eval-{loaded.step:09d}{settings.suffix}.json"
+    write_text(path, json.dumps(results, indent=1))
     events = loaded.directory.tensorboard / f"eval{settings.suffix}"
     write_points(events, loaded.step, evaluation_points(results))
     return results
@@ -138,9 +136,7 @@ def _header(config: EvalRunConfig, loaded: LoadedRun, held_out: HeldOut) -> dict
 
 def _losses(held_out: HeldOut, tokens_per_byte: float) -> dict[str, Any]:
     """The losses by decision; those of the first one are also at the top level."""
-    top_k = None
-    if held_out.top_k is not None:
-        top_k = _decision(held_out.top_k, tokens_per_byte)
+    top_k = None if held_out.top_k is None else _decision(held_out.top_k, tokens_per_byte)
     decisions = {}
     for name, decision in held_out.decisions.items():
         gap = None if top_k is None else decision.loss - top_k["loss"]
@@ -152,14 +148,11 @@ def _losses(held_out: HeldOut, tokens_per_byte: float) -> dict[str, Any]:
             },
         }
     first = next(iter(decisions.values()), {})
-    keys = {
-        "causal_loss": "loss",
-        "causal_flops": "flops",
-        "perplexity": "perplexity",
-        "bits_per_byte": "bits_per_byte",
-    }
     return {
-        **{name: first.get(key) for name, key in keys.items()},
+        "causal_loss": first.get("loss"),
+        "causal_flops": first.get("flops"),
+        "perplexity": first.get("perplexity"),
+        "bits_per_byte": first.get("bits_per_byte"),
         "decisions": decisions,
         "top_k_not_causal": top_k,
     }

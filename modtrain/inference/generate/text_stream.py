@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from rich.style import Style
 from rich.text import Text
 from tokenizers import Tokenizer, decoders
 
-from modtrain.inference.token_text import byte_level_bytes
+from modtrain.inference.token_text import BYTE_TOKEN, byte_level_bytes
 
 Piece = tuple[str, Any]
 """A text, and the mark of its token."""
@@ -27,7 +26,6 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 # A model may generate terminal control sequences: they are shown as symbols instead.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class TextStream:
@@ -158,7 +156,7 @@ class _WindowDecoder:
         self._mark: Any = None
 
     def push(self, token_id: int, token: str, mark: Any) -> list[Piece]:
-        if self._falls_back and _BYTE.fullmatch(token):
+        if self._falls_back and BYTE_TOKEN.fullmatch(token):
             self._run.append(token_id)
             self._mark = mark
             return []

@@ -111,8 +111,9 @@ class Cache:
                 entries. Nothing is changed then.
         """
         rows = range(self.batch) if rows is None else rows
+        drops = any(s.window is not None or s.last is not None for s in self.layers)
         for row, count in zip(rows, seen, strict=True):
-            shortest = self._max_seen[row] - self.margin if self._drops_entries() else 0
+            shortest = self._max_seen[row] - self.margin if drops else 0
             if not max(0, shortest) <= count <= self.seen[row]:
                 raise ValueError(
                     f"sequence {row} has {self.seen[row]} tokens: cannot truncate to {count}"
@@ -126,6 +127,3 @@ class Cache:
     def allocated_bytes(self) -> int:
         """Allocated memory."""
         return sum(store.allocated_bytes() for store in (*self.layers, *self.routed))
-
-    def _drops_entries(self) -> bool:
-        return any(s.window is not None or s.last is not None for s in self.layers)

@@ -78,7 +78,7 @@ def top_k_of_documents(
     # Number of valid tokens up to each position, and how many of these to choose.
     num_valid_BS = valid_BS.long().cumsum(dim=1)
     total_B1 = num_valid_BS[:, -1:]
-    share_B1 = _share_of_valid(count, valid_BS)
+    share_B1 = rounded_share(count, total_B1, length)
     quota_BS = (2 * num_valid_BS * share_B1 + total_B1) // (2 * total_B1).clamp(min=1)
     before_BS = torch.where(start_BS > 0, quota_BS.gather(1, (start_BS - 1).clamp(min=0)), 0)
     document_quota_BS = quota_BS.gather(1, last_BS) - before_BS
@@ -86,11 +86,9 @@ def top_k_of_documents(
     return torch.zeros_like(valid_BS).scatter(1, order_BS, chosen_BS)
 
 
-def _share_of_valid(count: int, valid_BS: Tensor) -> Tensor:
-    """Return how many tokens (B, 1) to choose per sequence: count n / S of n valid, at least 1."""
-    length = valid_BS.shape[1]
-    total_B1 = valid_BS.sum(dim=1, keepdim=True)
-    return ((2 * total_B1 * count + length) // (2 * length)).clamp(min=1)
+def rounded_share(count: int, num_valid: Tensor, length: int) -> Tensor:
+    """Return round(count n / S) of n valid tokens, at least 1, in integer arithmetic."""
+    return ((2 * count * num_valid + length) // (2 * length)).clamp(min=1)
 
 
 def chosen_first(chosen_BS: Tensor, count: int) -> Tensor:
@@ -116,7 +114,8 @@ def token_choice(
     share_B1 = torch.full_like(scores_BS[:, :1], count, dtype=torch.long)
     if valid_BS is not None:
         scores_BS = scores_BS.masked_fill(~valid_BS, float("-inf"))
-        share_B1 = _share_of_valid(count, valid_BS.expand_as(scores_BS))
+        total_B1 = valid_BS.expand_as(scores_BS).sum(dim=1, keepdim=True)
+        share_B1 = rounded_share(count, total_B1, scores_BS.shape[1])
     best = scores_BS.topk(num_slots, dim=1)
     rank_K = torch.arange(num_slots, device=scores_BS.device)
     above_BK = torch.where(has_threshold, best.values > threshold, rank_K < share_B1)
@@ -173,6 +172,6 @@ def quantile(scores_BS: Tensor, count: int, valid_BS: Tensor | None) -> Tensor:
     valid_N = valid_BS.expand(batch, length).flatten()
     ranked_N = flat_N.masked_fill(~valid_N, float("-inf")).sort(descending=True).values
     total = valid_N.sum()
-    above_1 = ((2 * total * count + length) // (2 * length)).clamp(min=1)
+    above_1 = rounded_share(count, total, length)
     pair_2 = torch.stack([above_1 - 1, torch.minimum(above_1, (total - 1).clamp(min=0))])
     return ranked_N.gather(0, pair_2).mean()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import TRAINING_SELECTIONS
-from modtrain.models.depth.selection import chosen_first, top_k_of_documents
+from modtrain.models.depth.selection import chosen_first, rounded_share, top_k_of_documents
 from modtrain.models.experts.grouped import grouped_matmul
 from modtrain.models.feed_forward import MLP
 from modtrain.models.norm import RMSNorm
@@ -315,9 +315,7 @@ def expert_choice_rows(
     device = valid_BS.device
     valid_BS1 = valid_BS.unsqueeze(-1)
     valid_B = valid_BS.sum(1)
-    # C V / S in integer arithmetic, halves rounded up.
-    capacity_B = (2 * slots * valid_B + length) // (2 * length)
-    capacity_B = torch.minimum(capacity_B.clamp(min=1), valid_B)
+    capacity_B = torch.minimum(rounded_share(slots, valid_B, length), valid_B)
     if documents_BS is None:
         score_BSE = torch.where(valid_BS1, probability_BSE, -1)
         weight_BCE, index_BCE = score_BSE.topk(slots, dim=1)
