@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, K chosen, D model, W half the width of a head, E ex
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -216,17 +216,6 @@ class Output(NamedTuple):
     routing: tuple[RoutingRecord, ...] = ()
     experts: tuple[ExpertRecord, ...] = ()
     received_BS: Tensor | None = None
-
-
-class SequenceModule(Protocol):
-    """A module that maps (B, S, D) to an update of the same shape, which can be routed.
-
-    It returns the update f(x), not x + f(x), as a tensor or as an `Output` with records.
-    """
-
-    def __call__(self, x_BSD: Tensor, context: SequenceContext) -> Tensor | Output:
-        """Return the update (B, S, D)."""
-        ...
 
 
 def as_output(result: Tensor | Output) -> Output:

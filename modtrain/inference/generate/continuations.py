@@ -76,8 +76,7 @@ class PlainWriter:
     def __init__(self, out: TextIO, continuations: Sequence[Continuation], max_depth: int) -> None:
         self._out, self._continuations, self._max_depth = out, continuations, max_depth
         self._console = Console(file=out, highlight=False, markup=False, soft_wrap=True)
-        self._index = 0
-        self._has_heading = False
+        self._index = self._num_headings = 0
 
     def write(self) -> None:
         """Write what is available."""
@@ -91,14 +90,14 @@ class PlainWriter:
                 break
             self._write_pieces([("\n", None)])
             self._index += 1
-            self._has_heading = False
         self._out.flush()
 
     def _write_heading(self) -> None:
-        if len(self._continuations) > 1 and not self._has_heading:
-            heading = f"--- {self._index + 1} of {len(self._continuations)}\n"
-            self._write_pieces([(heading, None)])
-        self._has_heading = True
+        """Number the current text, once."""
+        count = len(self._continuations)
+        if count > 1 and self._num_headings == self._index:
+            self._num_headings += 1
+            self._write_pieces([(f"--- {self._num_headings} of {count}\n", None)])
 
     def _write_pieces(self, pieces: list[Piece]) -> None:
         if self._console.is_terminal:

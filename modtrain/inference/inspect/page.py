@@ -50,31 +50,34 @@ def render(subject: Subject, trace: Trace, pieces: Sequence[Piece], tokens_shown
     both = themes(len(names))
     routed = bool(names)
     noops = max((mixture.noop for mixture in trace.experts), default=0)
-    return (
-        _environment()
-        .get_template(_TEMPLATE)
-        .render(
-            subject=subject,
-            trace=trace,
-            num_tokens=len(trace.token_N),
-            rows=token_rows(trace, pieces, names, tokens_shown),
-            routers=list(zip(names, trace.routers, subject.capacities, strict=True)),
-            depths=depth_shares(trace) if routed else [],
-            strips=strips_figures(trace, names, both, _TOKENS_IN_STRIPS) if routed else [],
-            in_strips=min(_TOKENS_IN_STRIPS, len(trace.token_N)),
-            depth_drawings=depth_figures(trace, both) if routed else [],
-            router_drawings=[
-                router_figure(name, router, router.value_N, both)
-                for name, router in zip(names, trace.routers, strict=True)
-                if router.value_N is not None
-            ],
-            experts=[(short_name(m.label), expert_shares(m)) for m in trace.experts],
-            computing=max((len(m.share_E) - m.noop for m in trace.experts), default=0),
-            noops=noops,
-            themes=both,
-            expert_themes=themes(_EXPERT_LEVELS),
-            ink_on=ink_on,
-        )
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(_TEMPLATE).render(
+        subject=subject,
+        trace=trace,
+        num_tokens=len(trace.token_N),
+        rows=token_rows(trace, pieces, names, tokens_shown),
+        routers=list(zip(names, trace.routers, subject.capacities, strict=True)),
+        depths=depth_shares(trace) if routed else [],
+        strips=strips_figures(trace, names, both, _TOKENS_IN_STRIPS) if routed else [],
+        in_strips=min(_TOKENS_IN_STRIPS, len(trace.token_N)),
+        depth_drawings=depth_figures(trace, both) if routed else [],
+        router_drawings=[
+            router_figure(name, router, router.value_N, both)
+            for name, router in zip(names, trace.routers, strict=True)
+            if router.value_N is not None
+        ],
+        experts=[(short_name(m.label), expert_shares(m)) for m in trace.experts],
+        computing=max((len(m.share_E) - m.noop for m in trace.experts), default=0),
+        noops=noops,
+        themes=both,
+        expert_themes=themes(_EXPERT_LEVELS),
+        ink_on=ink_on,
     )
 
 
@@ -120,16 +123,6 @@ def expert_shares(mixture: ExpertTrace) -> list[dict[str, float]]:
 def short_name(label: str) -> str:
     """``layer_03_mlp`` → ``03 mlp``."""
     return label.removeprefix("layer_").replace("_", " ")
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _nats(value: float) -> str:

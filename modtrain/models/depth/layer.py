@@ -44,9 +44,9 @@ from modtrain.models.sequence import (
 class MixtureOfDepths(nn.Module):
     """x_i + g_i f(X)_i for the chosen tokens X, x_i unchanged for the rest (arXiv 2404.02258).
 
-    Any module from (B, S, D) to (B, S, D) can be routed. A `SequenceModule`, whose forward has a
-    parameter ``context``, is given the context of the chosen tokens; another one is called with
-    their features alone::
+    Any module from (B, S, D) to (B, S, D) can be routed. If its forward has a parameter
+    ``context``, it is given the `SequenceContext` of the chosen tokens, and may return an `Output`
+    with records; else it is called with their features alone::
 
         layer = MixtureOfDepths(nn.TransformerEncoderLayer(64, 4, batch_first=True), 64,
                                 capacity=0.25, includes_residual=True)
