@@ -71,10 +71,7 @@ class Attention(nn.Module):
     def mix(
         self, q_BSHW: Tensor, k_BSGW: Tensor, v_BSGW: Tensor, context: SequenceContext
     ) -> Tensor:
-        """Return the attention output of each query (B, S, H, W).
-
-        A method, which context parallelism overrides to gather keys and values.
-        """
+        """Return each query's attention output (B, S, H, W); context parallelism overrides it."""
         if context.cache is not None:
             return attend_with_cache(context.cache, q_BSHW, k_BSGW, v_BSGW, context)
         mask = context.attention_mask_BSS

@@ -170,10 +170,7 @@ class ModelConfig:
 
     @property
     def causal_selections(self) -> list[Selection]:
-        """The model's causal decisions; reported losses use the first one.
-
-        Empty if no causal decision was trained.
-        """
+        """The causal decisions that were trained, if any; reported losses use the first one."""
         if self.is_routed and self.router.needs_causal:
             return list(self.router.causal_routers)
         return ["causal"]

@@ -41,10 +41,7 @@ class Convolution(nn.Module):
         return out
 
     def mix(self, value_BSD: Tensor, taps_WD: Tensor, context: SequenceContext) -> Tensor:
-        """Return the mixed values (B, S, D).
-
-        A method, which context parallelism overrides to fetch preceding tokens of other ranks.
-        """
+        """Return the mixed values (B, S, D); context parallelism overrides it."""
         return apply_taps(with_left_context(value_BSD, context, len(taps_WD) - 1), taps_WD)
 
     def weights(self) -> Tensor:

@@ -154,10 +154,7 @@ def parameters(config: ModelConfig) -> Cost:
 
 
 def hidden_matrix_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """Shapes (out, in) of the matrices that the layers multiply by, in no order.
-
-    Those of `modtrain.models.transformer.hidden_matrices`: routed experts are left out.
-    """
+    """Shapes (out, in) of `modtrain.models.transformer.hidden_matrices`, in no order."""
     shapes: list[tuple[int, int]] = []
     d = config.d_model
     query_dim, kv_dim = config.num_heads * config.head_width, config.kv_heads * config.head_width

@@ -183,10 +183,7 @@ class Transformer(nn.Module):
         return ModelOutput(self.head(self.norm(x_NSD)), None, {}, routing, ())
 
     def token_loss(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the head's logits, in nats per token.
-
-        A method, which tensor and context parallelism override to divide the tokens among ranks.
-        """
+        """Return the mean cross-entropy, in nats per token; parallelism overrides it."""
         return next_token_loss(x_BSD, weight_VD, targets_BS, self.config.loss_chunk)
 
     def batch_stats(self, output: ModelOutput) -> list[Tensor]:
@@ -197,10 +194,7 @@ class Transformer(nn.Module):
         return [value for value in stats if value is not None]
 
     def update_running_stats(self, stats: Sequence[Tensor]) -> None:
-        """Update thresholds and biases. Call it once per optimizer step.
-
-        stats: the result of `batch_stats`, averaged over micro-batches and ranks.
-        """
+        """Update thresholds and biases by a step's `batch_stats`, a mean over batches and ranks."""
         modules: list[MixtureOfDepths | Experts] = [*self.routers, *self.mixtures]
         stateful = [module for module in modules if module.has_running_stats]
         for module, value in zip(stateful, stats, strict=True):

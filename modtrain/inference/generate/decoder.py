@@ -365,10 +365,7 @@ class Decoder:
 
 
 def pad_texts(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return texts as one tensor (N, S), padded at the end, and False for padding.
-
-    The mask is None if nothing is padded.
-    """
+    """Return texts as one tensor (N, S), padded at the end, and False for padding (None: none)."""
     lengths = [len(text) for text in texts]
     longest = max(lengths)
     rows = [[*text, *[0] * (longest - len(text))] for text in texts]

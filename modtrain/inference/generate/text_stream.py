@@ -202,10 +202,7 @@ def _color(depth: int, max_depth: int) -> Color:
 
 
 def mark_depth(pieces: Iterable[tuple[str, int | None]]) -> str:
-    """Return the pieces, each followed by its depth in subscript digits, where colours are missing.
-
-    A mark of None adds nothing.
-    """
+    """Return the pieces, each followed by its depth in subscript digits unless that is None."""
     return "".join(
         piece if depth is None else piece + str(depth).translate(_SUBSCRIPTS)
         for piece, depth in pieces

@@ -82,10 +82,7 @@ class RouterConfig:
 
     @property
     def needs_causal(self) -> bool:
-        """Whether the training selection depends on later tokens, so that sampling needs another.
-
-        False for scores that ignore content.
-        """
+        """Whether training selects by later tokens: False for scores that ignore content."""
         return self.score not in CONTENT_FREE_SCORES
 
     @property

@@ -124,10 +124,7 @@ def token_choice(
 
 
 def filled_slots(chosen_BS: Tensor, counts: list[int]) -> TokenSlots | None:
-    """Return the slots of the sequences with chosen tokens; None if there are none.
-
-    counts: number of chosen tokens of each sequence.
-    """
+    """Return the slots of sequences with chosen tokens, ``counts`` of each; None if none has."""
     rows = [row for row, count in enumerate(counts) if count]
     if not rows:
         return None

@@ -68,10 +68,7 @@ class ExpertMLPs(nn.Module):
         return multiply(hidden_MW, down)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return up (E, D, W), gate (E, D, W) or None, and down (E, W, D).
-
-        A method, which parallelism overrides.
-        """
+        """Return up (E, D, W), gate (E, D, W) or None, down (E, W, D); parallelism overrides it."""
         return self.up, self.gate, self.down
 
 
@@ -141,10 +138,7 @@ class Experts(nn.Module):
         return self.mix(x_BSD, context)
 
     def mix(self, x_BSD: Tensor, context: SequenceContext) -> Output:
-        """See `forward`.
-
-        A method, so that ranks that have shares of a sequence can choose over all of it.
-        """
+        """See `forward`; context parallelism overrides it, to choose over whole sequences."""
         valid_BS = context.valid_BS
         if valid_BS is not None:
             valid_BS = valid_BS.expand(x_BSD.shape[:2])
@@ -174,10 +168,7 @@ class Experts(nn.Module):
         return self.config.choice == "expert" or self.config.balance_kind == "bias"
 
     def batch_stats(self, record: ExpertRecord) -> Tensor | None:
-        """Return the record's quantiles or load for `update_running_stats`; None if unused.
-
-        To be averaged over a step's micro-batches and ranks.
-        """
+        """Return the record's quantiles or load for `update_running_stats`; None if unused."""
         if self.config.choice == "expert":
             return record.quantile_E
         return record.load_E if self.config.balance_kind == "bias" else None
