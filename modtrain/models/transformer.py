@@ -107,7 +107,6 @@ class Transformer(nn.Module):
         valid_BS: False for padding. budget: limits on causal decisions.
         """
         selection = selection or self.config.training_selection
-        self._check(budget)
         if valid_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
         else:
@@ -160,7 +159,6 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"{len(tokens_NS)} sequences of tokens for the rows {rows} of {cache.batch}"
             )
-        self._check(budget)
         tracks_routed = len(cache.routed) == len(self.config.routed_parts)
         if budget is not None and budget.layer_cap is not None and not tracks_routed:
             raise ValueError("layer_cap needs a cache made with tracks_routed=True")
@@ -231,7 +229,10 @@ class Transformer(nn.Module):
         budget: ComputeBudget | None,
     ) -> SequenceContext:
         """The tokens' context, without an attention mask."""
-        config = self.config
+        config, routers = self.config, len(self.config.routed_parts)
+        thresholds = None if budget is None else budget.thresholds
+        if thresholds is not None and len(thresholds) != routers:
+            raise ValueError(f"{len(thresholds)} thresholds for {routers} routers")
         return SequenceContext(
             positions_BS,
             *rotary(positions_BS, config.head_width, config.rope_theta),
@@ -247,13 +248,6 @@ class Transformer(nn.Module):
         return attention_mask(
             context.positions_BS, context.window, context.documents_BS, context.valid_BS
         )
-
-    def _check(self, budget: ComputeBudget | None) -> None:
-        if budget is None or budget.thresholds is None:
-            return
-        routers = len(self.config.routed_parts)
-        if len(budget.thresholds) != routers:
-            raise ValueError(f"{len(budget.thresholds)} thresholds for {routers} routers")
 
     def _causal(self, selection: Selection | None) -> Selection:
         """Return the causal decision to use. Raises ValueError if there is none."""
