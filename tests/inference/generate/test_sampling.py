@@ -170,7 +170,7 @@ def chi_square(counts_C: Tensor, probability_C: Tensor) -> float:
 
 
 def test_numbers_are_uniform_within_a_sequence_and_across_sequences():
-    one, many = PerSequenceRNG(0, 1), PerSequenceRNG.from_seed(1, 4000)
+    one, many = PerSequenceRNG(0, 1), PerSequenceRNG(1, 4000)
     within = torch.cat([one.uniform([0] * 1000) for _ in range(4)])
     across = many.uniform(range(4000))
     following = many.uniform(range(4000))
