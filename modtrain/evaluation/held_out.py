@@ -160,17 +160,17 @@ class _Accumulator:
         compared: Sequence[Selection],
         budgets: Mapping[Selection, ComputeBudget],
     ) -> None:
-        self.model, self.config, self.selection = model, model.config, selection
+        self.config, self.selection = model.config, selection
         self.compared, self.budgets = compared, budgets
-        self.routers, self.mixtures = model.routers, model.mixtures
+        self.routers, mixtures = model.routers, len(model.mixtures)
         self.tokens = self.sequences = self.seq_len = 0
         self.loss = 0.0
         self.chosen_R, self.squares_R = (_zeros(len(self.routers)) for _ in range(2))
         # By causal decision and router: counts of (skip, route) against top-k.
         self.confusion: dict[str, Tensor] = {}
         experts = self.config.experts
-        self.executed_M = _zeros(len(self.mixtures))
-        self.load_ME = _zeros(len(self.mixtures), (experts.count or 0) + experts.noop)
+        self.executed_M = _zeros(mixtures)
+        self.load_ME = _zeros(mixtures, (experts.count or 0) + experts.noop)
 
     def add(self, output: ModelOutput, targets_BS: Tensor) -> None:
         count, length = targets_BS.numel(), targets_BS.shape[1]

@@ -81,11 +81,11 @@ def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
         loaded.autocast,
         caps=ComputeBudget(None, settings.layer_cap, settings.step_cap),
     )
-    trained = _held_out(config, loaded, [selection], {}, as_trained=False)
+    trained = _held_out(config, loaded, [selection], {})
     points = []
     for capacity in sorted(config.sweep or []):
         budgets = {selection: calibration.budget(capacity)}
-        calibrated = _held_out(config, loaded, [selection], budgets, as_trained=False)
+        calibrated = _held_out(config, loaded, [selection], budgets)
         points.append({"capacity": capacity, **_decision(calibrated.decisions[selection], rate)})
     results = {
         **_header(config, loaded, trained),
@@ -105,7 +105,6 @@ def _held_out(
     loaded: LoadedRun,
     selections: list[Selection],
     budgets: Mapping[Selection, ComputeBudget],
-    as_trained: bool = True,
 ) -> HeldOut:
     return evaluate(
         loaded.model,
@@ -113,7 +112,7 @@ def _held_out(
         loaded.autocast(),
         capacities=loaded.capacities,
         selections=selections,
-        as_trained=as_trained,
+        as_trained=config.sweep is None,
         budgets=budgets,
     )
 

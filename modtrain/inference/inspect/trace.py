@@ -20,6 +20,7 @@ from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import evaluation_mode
 from modtrain.models.depth.config import TRAINING_SELECTIONS, ComputeBudget, Selection
 from modtrain.models.depth.layer import MixtureOfDepths
+from modtrain.models.depth.router import to_fp32_or_wider
 from modtrain.models.loss import IGNORED
 from modtrain.models.sequence import RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer
@@ -134,8 +135,7 @@ def deciding_values(
 
 def prediction_quality(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
     """Return loss and entropy (S,) in nats; the loss is NaN where the target is -100."""
-    wide = torch.promote_types(logits_SV.dtype, torch.float32)
-    log_SV = logits_SV.to(wide).log_softmax(-1)
+    log_SV = to_fp32_or_wider(logits_SV).log_softmax(-1)
     entropy_S = -(log_SV.exp() * log_SV).sum(-1)
     known_S = targets_S != IGNORED
     loss_S = -log_SV.gather(1, targets_S.where(known_S, 0).unsqueeze(1)).squeeze(1)

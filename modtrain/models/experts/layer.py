@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import TRAINING_SELECTIONS
+from modtrain.models.depth.router import to_fp32_or_wider
 from modtrain.models.depth.selection import chosen_first, rounded_share, top_k_of_documents
 from modtrain.models.experts.grouped import grouped_matmul
 from modtrain.models.feed_forward import MLP
@@ -34,9 +35,8 @@ class ExpertRouter(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return the logits (T, R), in float32 or wider: in bfloat16 many would tie."""
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return x_TD.to(wide) @ self.weight.to(wide).t()
+            return to_fp32_or_wider(x_TD) @ to_fp32_or_wider(self.weight).t()
 
 
 class ExpertMLPs(nn.Module):
