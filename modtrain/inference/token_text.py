@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -59,8 +58,8 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        decoder = json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
-        self._is_byte_level = "ByteLevel" in decoder
+        decoder = tokenizer.decoder
+        self._is_byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
         added = tokenizer.get_added_tokens_decoder()
         self._added = {number: token.content for number, token in added.items()}
 

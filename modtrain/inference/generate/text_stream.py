@@ -81,11 +81,8 @@ class TextStream:
         if self.stopped:
             return []
         pieces = self._add(self._decoder.finish())
-        return pieces if self.stopped else pieces + self._release(self._num_pending)
-
-    @property
-    def _num_pending(self) -> int:
-        return sum(len(text) for text, _ in self._pending)
+        num_pending = sum(len(text) for text, _ in self._pending)
+        return pieces if self.stopped else pieces + self._release(num_pending)
 
     def _decode(self, token_id: int, mark: Any) -> list[Piece]:
         """Decode a token; special tokens and unknown ids give no text."""

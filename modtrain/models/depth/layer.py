@@ -307,11 +307,11 @@ class MixtureOfDepths(nn.Module):
         index_BK, slot_mask_BK = slots.index_BK, slots.slot_mask_BK
         # Rows of the flattened batch: selecting and adding whole rows is several times faster than
         # gather and scatter with an index spread over the features.
-        if slots.rows is None or slots.counts is None:
+        if slots.rows is None:
             number_B = torch.arange(batch, device=x_BSD.device)
         else:
-            number_B = torch.tensor(slots.rows, device=x_BSD.device)
-            context = context.select_rows(slots.rows, slots.counts)
+            number_B = torch.tensor([*slots.rows], device=x_BSD.device)
+            context = context.select_rows([*slots.rows], [*slots.rows.values()])
             scores_BS = scores_BS.index_select(0, number_B)
         row_N = (index_BK + number_B.unsqueeze(1) * length).flatten()
         chosen_BKD = x_BSD.reshape(-1, dim).index_select(0, row_N).view(len(number_B), -1, dim)

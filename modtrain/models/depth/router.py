@@ -90,8 +90,7 @@ def evenly_spaced_scores(x_BSD: Tensor, count: int) -> Tensor:
     """
     batch, length, _ = x_BSD.shape
     cumulative_S = torch.arange(length + 1, device=x_BSD.device) * count // length
-    wide = torch.promote_types(x_BSD.dtype, torch.float32)
-    return cumulative_S.diff().to(wide).expand(batch, -1)
+    return to_fp32_or_wider(cumulative_S.diff().to(x_BSD.dtype)).expand(batch, -1)
 
 
 def hash_positions(positions_BS: Tensor, share: float, salt: int) -> Tensor:

@@ -18,14 +18,13 @@ class TokenSlots(NamedTuple):
 
     index_BK: their positions; chosen tokens first, in ascending order, so that plain causal
     attention among them is valid. slot_mask_BK: False for padding slots; None: no padding.
-    rows: the sequences of the batch that the slots belong to, and ``counts`` how many slots of
-    each are filled; None: all sequences, in order.
+    rows: the sequences of the batch that the slots belong to, with how many slots of each are
+    filled; None: all sequences, in order.
     """
 
     index_BK: Tensor
     slot_mask_BK: Tensor | None = None
-    rows: list[int] | None = None
-    counts: list[int] | None = None
+    rows: dict[int, int] | None = None
 
 
 def top_k(scores_BS: Tensor, count: int) -> Tensor:
@@ -125,20 +124,17 @@ def token_choice(
 
 def filled_slots(chosen_BS: Tensor, counts: list[int]) -> TokenSlots | None:
     """Return the slots of sequences with chosen tokens, ``counts`` of each; None if none has."""
-    rows = [row for row, count in enumerate(counts) if count]
+    rows = {row: count for row, count in enumerate(counts) if count}
     if not rows:
         return None
     if len(rows) < len(counts):
-        chosen_BS = chosen_BS[torch.tensor(rows, device=chosen_BS.device)]
-    row_counts = [counts[row] for row in rows]
+        chosen_BS = chosen_BS[torch.tensor([*rows], device=chosen_BS.device)]
     if chosen_BS.shape[1] == 1:
-        return TokenSlots(
-            chosen_BS.new_zeros(chosen_BS.shape, dtype=torch.long), None, rows, row_counts
-        )
-    num_slots = max(row_counts)
+        return TokenSlots(torch.zeros_like(chosen_BS, dtype=torch.long), None, rows)
+    num_slots = max(rows.values())
     index_BK = chosen_first(chosen_BS, num_slots)
-    slot_mask_BK = None if min(row_counts) == num_slots else chosen_BS.gather(1, index_BK)
-    return TokenSlots(index_BK, slot_mask_BK, rows, row_counts)
+    is_full = min(rows.values()) == num_slots
+    return TokenSlots(index_BK, None if is_full else chosen_BS.gather(1, index_BK), rows)
 
 
 def apply_cumulative_cap(wanted_BS: Tensor, allowed_BS: Tensor, before_B1: Tensor | int) -> Tensor:

@@ -50,7 +50,8 @@ def _rows(x_ND: Tensor, weight_EDF: Tensor, offsets_E: Tensor) -> Tensor:
         return _looped_rows(x_ND, weight_EDF, offsets_E)
     if _is_native(x_ND, weight_EDF.shape[-1]):
         out_NF = F.grouped_mm(x_ND.contiguous(), weight_EDF, offs=offsets_E)
-        return out_NF.masked_fill_(_after_last(x_ND, offsets_E), 0)
+        after_last_N = torch.arange(len(x_ND), device=x_ND.device) >= offsets_E[-1]
+        return out_NF.masked_fill_(after_last_N.unsqueeze(-1), 0)
     return _blocked_rows(x_ND, weight_EDF, offsets_E)
 
 
@@ -116,11 +117,6 @@ def _is_native(x_ND: Tensor, width: int) -> bool:
         and width % _ALIGNMENT == 0
         and torch.cuda.get_device_capability(x_ND.device)[0] in (9, 10)
     )
-
-
-def _after_last(x_ND: Tensor, offsets_E: Tensor) -> Tensor:
-    """True for rows (N, 1) after the last offset."""
-    return (torch.arange(x_ND.shape[0], device=x_ND.device) >= offsets_E[-1]).unsqueeze(-1)
 
 
 def _looped_rows(x_ND: Tensor, weight_EDF: Tensor, offsets_E: Tensor) -> Tensor:
