@@ -164,24 +164,20 @@ class Calibration:
         Raises:
             ValueError: there is no text.
         """
-        return self.caps._replace(thresholds=self._thresholds(share))
-
-    def _thresholds(self, share: float) -> tuple[float, ...]:
         routers = len(self.model.routers)
         if not self.model.config.router.needs_causal:
-            return (share,) * routers
+            return self.caps._replace(thresholds=(share,) * routers)
         if share >= 1:
-            return (-math.inf,) * routers
+            return self.caps._replace(thresholds=(-math.inf,) * routers)
         if self._as_trained is None:
             self._as_trained = self._values(self.caps)
-        values = self._as_trained
-        thresholds = tuple(threshold_for_share(value_N, share) for value_N in values)
+        thresholds = tuple(threshold_for_share(value_N, share) for value_N in self._as_trained)
         for _ in range(routers - 1):
             values = self._values(self.caps._replace(thresholds=thresholds))
             if all(map(_is_close, values, thresholds, [share] * routers)):
                 break
             thresholds = tuple(threshold_for_share(value_N, share) for value_N in values)
-        return thresholds
+        return self.caps._replace(thresholds=thresholds)
 
     def _values(self, budget: ComputeBudget) -> list[Tensor]:
         """The decision values (N,) of each router under ``budget``."""

@@ -318,7 +318,12 @@ def hidden_matrices(model: Transformer) -> list[nn.Parameter]:
 
 def _layer(config: ModelConfig, index: int) -> nn.Module:
     capacity = config.capacities[index]
-    attention = _mixer(config, index)
+    attention: nn.Module
+    if config.mixers[index] == "convolution":
+        attention = Convolution(config)
+    else:
+        next_is_routed = index + 1 < config.num_layers and config.capacities[index + 1] is not None
+        attention = Attention(config, next_is_routed and config.router.score == "attention")
     mlp = Experts(config) if config.has_experts(index) else FeedForward(config)
     if capacity is None:
         return Residual(Block(attention, mlp))
@@ -336,10 +341,3 @@ def _layer(config: ModelConfig, index: int) -> nn.Module:
         Residual(attention) if target == "mlp" else routed(attention, "attention"),
         Residual(mlp) if target == "attention" else routed(mlp, "mlp"),
     )
-
-
-def _mixer(config: ModelConfig, index: int) -> nn.Module:
-    if config.mixers[index] == "convolution":
-        return Convolution(config)
-    next_is_routed = index + 1 < config.num_layers and config.capacities[index + 1] is not None
-    return Attention(config, returns_received=next_is_routed and config.router.score == "attention")

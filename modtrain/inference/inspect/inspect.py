@@ -60,8 +60,7 @@ def inspect_run(config: InspectConfig) -> Path:
         capacities=[loaded.capacities[layer] or 1.0 for layer, _ in model.routed_parts],
     )
     name = f"inspect-{loaded.step:09d}{config.inference.suffix}.html"
-    default = loaded.directory.path / name
-    path = default if config.output is None else Path(config.output)
+    path = Path(config.output or loaded.directory.path / name)
     pieces = texts.pieces(recorded.token_N.tolist())
     write_text(path, render(subject, recorded, pieces, config.tokens_shown))
     return path
