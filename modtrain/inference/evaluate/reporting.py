@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +60,18 @@ def write_points(directory: Path, step: int, points: Iterable[Point]) -> None:
             writer.add_scalar(tag, value, at_step)
 
 
-def evaluation_points(figures: dict[str, Any]) -> list[Point]:
+def evaluation_points(figures: dict[str, Any]) -> Iterator[Point]:
     """The results of each decision as ``eval/<decision>/…``, at the checkpoint's step."""
-    values: dict[str, float] = {}
     for name, decision in _selections(figures).items():
-        for key in ("loss", "perplexity", "bits_per_byte"):
-            values[f"eval/{name}/{key}"] = decision[key]
-        values[f"eval/{name}/flops_per_token"] = decision["flops"]
+        values = {key: decision[key] for key in ("loss", "perplexity", "bits_per_byte")}
+        values["flops_per_token"] = decision["flops"]
         if decision.get("gap_to_top_k_not_causal") is not None:
-            values[f"eval/{name}/gap to {_TOP_K}"] = decision["gap_to_top_k_not_causal"]
+            values[f"gap to {_TOP_K}"] = decision["gap_to_top_k_not_causal"]
         for label, share in decision["realised_capacity"].items():
-            values[f"eval/{name}/{label}/realised_capacity"] = share
+            values[f"{label}/realised_capacity"] = share
         for label, scores in decision.get("agreement_with_top_k_not_causal", {}).items():
-            for key, value in scores.items():
-                values[f"eval/{name}/{label}/{key} against {_TOP_K}"] = value
-    return [(tag, value, figures["step"]) for tag, value in values.items()]
+            values |= {f"{label}/{key} against {_TOP_K}": scores[key] for key in scores}
+        yield from ((f"eval/{name}/{key}", value, figures["step"]) for key, value in values.items())
 
 
 def sweep_points(figures: dict[str, Any]) -> list[Point]:
