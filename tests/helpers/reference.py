@@ -26,11 +26,16 @@ def gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
+def angles(positions: Tensor, width: int, theta: float) -> Tensor:
+    """Position * theta^(-2i/W), of shape (..., W/2)."""
+    frequencies = [theta ** (-2 * i / width) for i in range(width // 2)]
+    return positions.unsqueeze(-1) * torch.tensor(frequencies, dtype=torch.float64)
+
+
 def rope(x_SW: Tensor, positions_S: Tensor, theta: float) -> Tensor:
-    """Pairs (i, i + W/2) as complex numbers, turned by position * theta^(-2i/W)."""
+    """Pairs (i, i + W/2) as complex numbers, turned by their angle."""
     half = x_SW.shape[-1] // 2
-    frequency_W = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=torch.float64)
-    angle_SW = torch.outer(positions_S.to(torch.float64), frequency_W)
+    angle_SW = angles(positions_S, x_SW.shape[-1], theta)
     turned_SW = torch.complex(x_SW[:, :half], x_SW[:, half:]) * torch.polar(
         torch.ones_like(angle_SW), angle_SW
     )

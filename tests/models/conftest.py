@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from modtrain.models import sequence, transformer
+from tests.helpers import reference
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,7 @@ def _rotary_in_float64(monkeypatch):
     hundredfold."""
 
     def rotary(positions_BS: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-        half = head_width // 2
-        frequencies = [theta ** (-i / half) for i in range(half)]
-        angle_BSW = positions_BS.unsqueeze(-1) * torch.tensor(frequencies, dtype=torch.float64)
+        angle_BSW = reference.angles(positions_BS, head_width, theta)
         return angle_BSW.cos(), angle_BSW.sin()
 
     for module in (sequence, transformer):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks._llama import as_llama
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.layer import MixtureOfDepths
+from modtrain.models.sequence import rotary
 from modtrain.models.transformer import Transformer
 from tests.helpers import reference
 from tests.helpers.model_cases import (
@@ -269,3 +270,12 @@ def test_a_dense_model_is_a_llama(changes):
         theirs_BSV = as_llama(model, 64)(tokens_BS).logits
         ours_BSV = model(tokens_BS).logits_BSV
     torch.testing.assert_close(ours_BSV, theirs_BSV, atol=1e-4, rtol=1e-4)
+
+
+def test_rotary_factors_are_as_precise_as_their_angles():
+    positions_BS = torch.arange(4096)[None]
+    angle_BSW = reference.angles(positions_BS, 64, 1e4)
+    bound_BS1 = 2 * torch.finfo(torch.float32).eps * (1 + positions_BS.unsqueeze(-1))
+    exact = (angle_BSW.cos(), angle_BSW.sin())
+    for ours_BSW, exact_BSW in zip(rotary(positions_BS, 64, 1e4), exact, strict=True):
+        assert ((ours_BSW - exact_BSW).abs() <= bound_BS1).all()
