@@ -37,21 +37,21 @@ def is_unicode(text: str) -> bool:
 
 
 def text_problems(key: str, text: str | None) -> list[Problem]:
-    """Check that a text is valid Unicode."""
+    """Check that a text is valid Unicode; None passes."""
     if text is None or is_unicode(text):
         return []
     return [Problem(key, repr(text), "is not valid Unicode", "give UTF-8")]
 
 
 def file_problems(key: str, path: str | None) -> list[Problem]:
-    """Check that a file exists; ``-`` is standard input."""
+    """Check that a file exists; None and ``-``, standard input, pass."""
     if path in (None, STANDARD_INPUT) or Path(str(path)).is_file():
         return []
     return [Problem(key, path, "is no file", "give a file that exists, or - for standard input")]
 
 
 def output_problems(value: str | None) -> list[Problem]:
-    """Check that the file under ``output`` can be written."""
+    """Check that the file under ``output`` can be written; None passes."""
     if value is None:
         return []
     path = Path(value)
