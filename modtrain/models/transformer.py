@@ -229,9 +229,9 @@ class Transformer(nn.Module):
         budget: ComputeBudget | None,
     ) -> SequenceContext:
         """The tokens' context, without an attention mask."""
-        config, routers = self.config, len(self.config.routed_parts)
+        config = self.config
         thresholds = None if budget is None else budget.thresholds
-        if thresholds is not None and len(thresholds) != routers:
+        if thresholds is not None and len(thresholds) != (routers := len(config.routed_parts)):
             raise ValueError(f"{len(thresholds)} thresholds for {routers} routers")
         return SequenceContext(
             positions_BS,
