@@ -77,7 +77,7 @@ def test_every_name_is_importable_and_documented():
         ("import modtrain; modtrain.ModelConfig", {"torch"}),
         ("import modtrain.data.config", {"torch", "numpy", "pyarrow", "lightning"}),
         ("import modtrain.data.stream.index", {"torch", "numpy", "pyarrow", "lightning"}),
-        ("import modtrain.inference.generate.config", {"torch"}),
+        ("import modtrain.inference.config", {"torch"}),
         # They fork, which what torch has started does not bear.
         ("import modtrain.experiments.search.search", {"torch"}),
         ("import modtrain.experiments.sweep.sweep", {"torch"}),
