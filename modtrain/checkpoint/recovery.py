@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,12 +42,10 @@ def latest(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
     def newest_first() -> list[_Candidate]:
         return [_candidate(path) for _, path in reversed(whole_checkpoints(root))]
 
-    for path, manifest, damage in _checked(newest_first, ranks):
-        if manifest is not None and not damage:
-            return manifest.step, path
-        if ranks.is_rank0:
-            log.warning("skipping a checkpoint: %s", damage)
-    return None
+    newest, damaged = _newest_whole(newest_first, ranks)
+    for _, damage in damaged if ranks.is_rank0 else ():
+        log.warning("skipping a checkpoint: %s", damage)
+    return newest
 
 
 def find_checkpoint(root: Path, step: int | None) -> tuple[int, Path]:
@@ -103,23 +101,18 @@ def recover(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
             shutil.rmtree(path, ignore_errors=True)
         return [_candidate(path) for path in sorted(root.glob(f"{STEP_PREFIX}*"), reverse=True)]
 
-    damaged: list[tuple[Path, str]] = []
-    for path, manifest, damage in _checked(newest_first, ranks):
-        if manifest is not None and not damage:
-            with ranks.raise_on_all_ranks():
-                if ranks.is_rank0:
-                    for damaged_path, reason in damaged:
-                        _quarantine(damaged_path, reason)
-            return manifest.step, path
-        damaged.append((path, damage))
-    if damaged:
+    newest, damaged = _newest_whole(newest_first, ranks)
+    if damaged and newest is None:
         # All of them: more likely a disk, a node or a version of modtrain than flipped bits.
         reasons = "".join(f"\n  {reason}" for _, reason in damaged)
         raise CheckpointError(
             f"none of the checkpoints under {root} can be used:{reasons}\n"
             "remedy: repair what keeps them from being read; to start over, move them elsewhere"
         )
-    return None
+    with ranks.raise_on_all_ranks():
+        for path, reason in damaged if ranks.is_rank0 else ():
+            _quarantine(path, reason)
+    return newest
 
 
 def prune(root: Path, keep_last: int, keep_every: int | None, contents: bool = False) -> list[Path]:
@@ -157,14 +150,17 @@ def _candidate(path: Path) -> _Candidate:
         return path, None, str(error)
 
 
-def _checked(list_candidates: Callable[[], list[_Candidate]], ranks: Ranks) -> Iterator[_Candidate]:
-    """Iterate over rank 0's candidates with the damage of each, the same on every rank."""
-    candidates: list[_Candidate] = []
-    with ranks.raise_on_all_ranks():
-        if ranks.is_rank0:
-            candidates = list_candidates()
-    for path, manifest, damage in ranks.broadcast_from_rank0(candidates):
-        yield path, manifest, damage or _damage(path, manifest, ranks)
+def _newest_whole(
+    list_candidates: Callable[[], list[_Candidate]], ranks: Ranks
+) -> tuple[tuple[int, Path] | None, list[tuple[Path, str]]]:
+    """Return (step, path) of the first whole one of rank 0's candidates, and the damaged before."""
+    damaged: list[tuple[Path, str]] = []
+    for path, manifest, damage in ranks.run_on_rank0(list_candidates):
+        reason = damage or _damage(path, manifest, ranks)
+        if manifest is not None and not reason:
+            return (manifest.step, path), damaged
+        damaged.append((path, reason))
+    return None, damaged
 
 
 def _damage(path: Path, manifest: Manifest | None, ranks: Ranks) -> str:

@@ -9,11 +9,7 @@ from dataclasses import dataclass
 from modtrain.common.errors import ConfigError, Problem
 
 # torchrun's variables, and srun's that mean the same.
-_SRUN_NAMES = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_NTASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-}
+_SRUN_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 @dataclass(frozen=True)
@@ -29,11 +25,6 @@ class Launch:
     def num_nodes(self) -> int:
         """The number of nodes."""
         return self.world_size // self.local_world_size
-
-    @property
-    def node(self) -> int:
-        """The number of this process's node."""
-        return self.rank // self.local_world_size
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
@@ -67,7 +58,7 @@ class Launch:
         environment["RANK"], environment["WORLD_SIZE"] = str(self.rank), str(self.world_size)
         environment["LOCAL_RANK"] = str(self.local_rank)
         environment["LOCAL_WORLD_SIZE"] = str(self.local_world_size)
-        environment["GROUP_RANK"] = str(self.node)
+        environment["GROUP_RANK"] = str(self.rank // self.local_world_size)
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
         if missing:
             reason = f"is not set: {self.world_size} processes need a rendezvous address"

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from modtrain.common.errors import CheckpointError, ModtrainError, RankError
+from modtrain.common.errors import ModtrainError, RankError
 from modtrain.distributed.launch import Launch
 
 T = TypeVar("T")
@@ -95,28 +95,12 @@ class Ranks:
         return values
 
     def run_on_rank0(self, work: Callable[[], T]) -> T:
-        """Call ``work`` on rank 0 and return its result on every rank.
-
-        Raises:
-            Exception: on rank 0 its own error. On the others one with the same text:
-                CheckpointError for a CheckpointError, RankError for another one.
-        """
-        result, error = None, None
-        if self.is_rank0:
-            try:
+        """Call ``work`` on rank 0; return its small result, or raise its error, on every rank."""
+        result: Any = None
+        with self.raise_on_all_ranks():
+            if self.is_rank0:
                 result = work()
-            except Exception as raised:
-                error = raised
-        # The error as text: not every exception can be pickled.
-        text, is_checkpoint_error = error and str(error), isinstance(error, CheckpointError)
-        result, text, is_checkpoint_error = self.broadcast_from_rank0(
-            (result, text, is_checkpoint_error)
-        )
-        if error is not None:
-            raise error
-        if text is not None:
-            raise CheckpointError(text) if is_checkpoint_error else RankError(f"rank 0: {text}")
-        return cast(T, result)
+        return cast(T, self.broadcast_from_rank0(result))
 
     def any(self, value: bool) -> bool:
         """Whether ``value`` is true on any rank."""

@@ -52,6 +52,11 @@ class Watchdog:
         """
         self.store, self.rank, self.world_size = store, rank, world_size
         self.timeout, self.logs = timeout, logs
+        self._report_interval = min(10.0, max(0.2, timeout / 8))
+        # Seconds within which a rank that is alive, stuck or not, reports.
+        self._report_timeout = max(_GRACE, 3 * self._report_interval)
+        # Seconds between two requests; all ranks ask one store.
+        self._poll_interval = max(0.05, world_size / 1000)
         self._where, self._last_heartbeat = "start", time.monotonic()
         self._patience, self._is_dumped = timeout, False
         # Rank 0's host and the first failure, seen while rank 0 lived: its process serves the
@@ -146,11 +151,11 @@ class Watchdog:
 
     def _heartbeats(self) -> dict[int, Any]:
         """Return the last heartbeat of every rank that has sent one."""
-        reports = {}
-        for rank in range(self.world_size):
-            if self.store.check([f"heartbeat/{rank}"]):
-                reports[rank] = json.loads(self.store.get(f"heartbeat/{rank}"))
-        return reports
+        return {
+            rank: json.loads(self.store.get(f"heartbeat/{rank}"))
+            for rank in range(self.world_size)
+            if self.store.check([f"heartbeat/{rank}"])
+        }
 
     def _describe_silent(self, ranks: list[int], before: dict[int, Any]) -> str:
         """Describe ranks that report no failure by their heartbeats ``before`` and now."""
@@ -165,20 +170,6 @@ class Watchdog:
             state = f"has been at {where} for {idle:.0f} s" if is_alive else "has died"
             lines.append(f"rank {rank} on {host} {state}; its last report was from {where}")
         return "; ".join(lines) + ". Its own output, or its stacks in logs/, may say why"
-
-    @property
-    def _report_interval(self) -> float:
-        return min(10.0, max(0.2, self.timeout / 8))
-
-    @property
-    def _report_timeout(self) -> float:
-        """Seconds within which a rank that is alive, stuck or not, reports."""
-        return max(_GRACE, 3 * self._report_interval)
-
-    @property
-    def _poll_interval(self) -> float:
-        """Seconds between two requests; all ranks ask one store."""
-        return max(0.05, self.world_size / 1000)
 
     def _run(self) -> None:
         number, host = 0, host_and_pid()
