@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,11 @@ from modtrain.checkpoint.parts import Part, Staging, device_of, digest_of, parts
 from modtrain.checkpoint.recovery import prune
 from modtrain.checkpoint.state import rank_part
 from modtrain.checkpoint.writing import refuse_to_overwrite, write
-from modtrain.common.errors import CheckpointError
+from modtrain.common.errors import CheckpointError, ModtrainError, RankError
 from modtrain.distributed.process_group import Ranks
+from modtrain.distributed.watchdog import SLOW_TIMEOUT
 
 log = logging.getLogger(__name__)
-
-TIMEOUT = timedelta(minutes=30)
 
 
 class Checkpointer:
@@ -31,8 +31,9 @@ class Checkpointer:
 
     At most one save is in flight. A save that fails leaves what was there before as it was; the
     next `save`, `poll`, `wait` or `close` raises its error on every rank. Close it where training
-    ends, or use it in a ``with``, which does not wait after an error: a save that is not waited for
-    ends with the process, and leaves no checkpoint.
+    ends, or use it in a ``with``, which waits after an error only if it is one of modtrain's and no
+    other rank's, which may take part in the save. One that is not waited for ends with the process,
+    and leaves no checkpoint.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Checkpointer:
         ranks: Ranks,
         keep_last: int | None = None,
         keep_every: int | None = None,
-        timeout: timedelta = TIMEOUT,
+        timeout: timedelta = timedelta(seconds=SLOW_TIMEOUT),
     ) -> None:
         """Make the group that saves communicate over; collective.
 
@@ -61,9 +62,12 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is None:
             self.close()
+        elif isinstance(error, ModtrainError) and not isinstance(error, RankError):
+            with suppress(CheckpointError):
+                self.close()
 
     def save(
         self,
@@ -122,13 +126,10 @@ class Checkpointer:
         self._copied.wait()
 
     def poll(self) -> bool:
-        """Whether a save is in flight on any rank; raise if it has failed.
+        """Whether a save is in flight on any rank; raise CheckpointError if it has failed.
 
         Free when none is in flight; otherwise a small reduction, so that all ranks learn of a
         failure at the same step.
-
-        Raises:
-            CheckpointError: the save failed.
         """
         if self._thread is None:
             return False
@@ -137,11 +138,7 @@ class Checkpointer:
         return self._thread is not None
 
     def wait(self) -> None:
-        """Wait for the save in flight, if there is one.
-
-        Raises:
-            CheckpointError: it failed.
-        """
+        """Wait for the save in flight, if there is one; raise CheckpointError if it failed."""
         if self._thread is None:
             return
         self._thread.join()

@@ -47,17 +47,11 @@ class CheckpointsConfig:
 
     def _unused(self) -> list[Problem]:
         """Find keys that the action does not use."""
-        uses = {
-            "prune": ("keep_last", "keep_every"),
-            "consolidate": ("step", "output"),
-        }
-        problems = []
-        for action, names in uses.items():
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and self.action != action and self.action in ACTIONS:
-                    reason = f"has no meaning for action={self.action}"
-                    problems.append(
-                        Problem(name, value, reason, f"leave it out, or action={action}")
-                    )
-        return problems
+        uses = {"keep_last": "prune", "keep_every": "prune"}
+        uses |= {"step": "consolidate", "output": "consolidate"}
+        reason = f"has no meaning for action={self.action}"
+        return [
+            Problem(name, getattr(self, name), reason, f"leave it out, or action={action}")
+            for name, action in uses.items()
+            if getattr(self, name) is not None and self.action in {*ACTIONS} - {action}
+        ]

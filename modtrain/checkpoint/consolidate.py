@@ -47,31 +47,28 @@ def consolidate(
         CheckpointError: the checkpoint cannot be read.
     """
     reader, tied = TensorReader(path), dict(tied or {})
+    kinds = {
+        key: dtype if dtype is not None and saved.is_floating_point else saved
+        for key, saved in reader.dtypes.items()
+        if key.startswith(MODEL) and key.removeprefix(MODEL) not in tied
+    }
     # The widest dtype first, so that each tensor is aligned to its element size.
-    keys = sorted(
-        (k for k in reader if k.startswith(MODEL) and k.removeprefix(MODEL) not in tied),
-        key=lambda key: (-_dtype(reader, key, dtype).itemsize, key),
-    )
-    texts = {**(metadata or {}), "tied": json.dumps(tied)}
-    header = _header(reader, keys, dtype, texts)
+    kinds = dict(sorted(kinds.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    header = _header(reader, kinds, {**(metadata or {}), "tied": json.dumps(tied)})
     with atomic_writer(output, output.parent) as file:
         file.write(header)
-        for key in keys:
-            values = reader.read(key, _dtype(reader, key, dtype)).reshape(-1)
-            file.write(values.view(torch.uint8).numpy().data)
+        for key, kind in kinds.items():
+            file.write(reader.read(key, kind).reshape(-1).view(torch.uint8).numpy().data)
         return file.tell()
 
 
 def _header(
-    reader: TensorReader,
-    keys: list[str],
-    dtype: torch.dtype | None,
-    metadata: Mapping[str, str],
+    reader: TensorReader, kinds: Mapping[str, torch.dtype], metadata: Mapping[str, str]
 ) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     start = 0
-    for key in keys:
-        kind, size = _dtype(reader, key, dtype), reader.sizes[key]
+    for key, kind in kinds.items():
+        size = reader.sizes[key]
         end = start + prod(size) * kind.itemsize
         entries[key.removeprefix(MODEL)] = {
             "dtype": _DTYPES[kind],
@@ -82,8 +79,3 @@ def _header(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _dtype(reader: TensorReader, key: str, requested: torch.dtype | None) -> torch.dtype:
-    saved = reader.dtypes[key]
-    return requested if requested is not None and saved.is_floating_point else saved

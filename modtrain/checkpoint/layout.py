@@ -102,13 +102,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def verify(path: Path, contents: bool = True) -> int:
-    """Check the checkpoint ``path`` against its manifest and return its step.
-
-    contents: also compare checksums, which reads every byte.
-
-    Raises:
-        CheckpointError: a file is missing, of another size, or altered.
-    """
+    """Check the checkpoint ``path`` as `Manifest.check` does, and return its step."""
     manifest = Manifest.read(path)
     manifest.check(path, contents=contents)
     return manifest.step

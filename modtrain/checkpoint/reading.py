@@ -51,11 +51,7 @@ class TensorReader(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the metadata.
-
-        Raises:
-            CheckpointError: the metadata cannot be read or contains more than plain data.
-        """
+        """Read the metadata; raise CheckpointError if it is damaged or more than plain data."""
         self.path = path
         self._reader = _SafeReader(path)
         self.sizes: dict[str, torch.Size] = {}
@@ -74,7 +70,15 @@ class TensorReader(Mapping[str, Tensor]):
         Raises:
             CheckpointError: one is missing, has another shape, or cannot be read.
         """
-        self._check(tensors)
+        missing = [key for key in tensors if key not in self.sizes]
+        if missing:
+            raise CheckpointError(f"{self.path} lacks {format_names(missing)}")
+        for key, tensor in tensors.items():
+            if tensor.shape != self.sizes[key]:
+                raise CheckpointError(
+                    f"{self.path} has {key} of shape {tuple(self.sizes[key])};"
+                    f" this model has {tuple(tensor.shape)}: it is another model"
+                )
         with translate_load_errors(self.path), warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load_sharded(
@@ -82,20 +86,16 @@ class TensorReader(Mapping[str, Tensor]):
             )
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the whole tensor ``key`` on the CPU, as ``dtype`` or in its saved dtype."""
-        tensor = self.empty(key, dtype)
-        self.into({key: tensor})
-        return tensor
-
-    def empty(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return an uninitialized CPU tensor for ``key``.
+        """Return the whole tensor ``key`` on the CPU, as ``dtype`` or in its saved dtype.
 
         Raises:
-            CheckpointError: there is no such tensor.
+            CheckpointError: there is no such tensor, or it cannot be read.
         """
         if key not in self.sizes:
             raise CheckpointError(f"{self.path} lacks {key}")
-        return torch.empty(self.sizes[key], dtype=dtype or self.dtypes[key])
+        tensor = torch.empty(self.sizes[key], dtype=dtype or self.dtypes[key])
+        self.into({key: tensor})
+        return tensor
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.sizes:
@@ -110,17 +110,6 @@ class TensorReader(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        missing = [key for key in tensors if key not in self.sizes]
-        if missing:
-            raise CheckpointError(f"{self.path} lacks {format_names(missing)}")
-        for key, tensor in tensors.items():
-            if tensor.shape != self.sizes[key]:
-                raise CheckpointError(
-                    f"{self.path} has {key} of shape {tuple(self.sizes[key])};"
-                    f" this model has {tuple(tensor.shape)}: it is another model"
-                )
 
 
 def read_extra_state(path: Path) -> Any:

@@ -33,8 +33,6 @@ from modtrain.optimizers.registry import spec_of
 MODEL, OPTIMIZER, RANK_STATE = "state_dict.", "optimizer.", "ranks.{}.state"
 GROUPS, TIED = "optimizer_groups", "tied"
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers as ``state_dict.<name>``: views, each once.
@@ -50,16 +48,6 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return _named(model)[1]
 
 
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's tensors as ``optimizer.<name>.<key>``: views, not copies."""
-    return {
-        f"{OPTIMIZER}{name}.{key}": value
-        for name, parameter in _owned(model, optimizer)
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
-
-
 def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return each group's plain hyperparameters.
 
@@ -68,7 +56,7 @@ def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     names = _names_of(model)
     return [
         {
-            **{key: value for key, value in group.items() if key != "params"},
+            **group,
             "params": [names[id(p)] for p in group["params"]],
             "stateless": [names[id(p)] for p in group["params"] if not optimizer.state.get(p)],
         }
@@ -79,11 +67,19 @@ def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
 def named_state(
     model: nn.Module, optimizer: Optimizer | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return all tensors for `Checkpointer.save`, and their entries of its ``extra_state``."""
+    """Return all tensors for `Checkpointer.save`, and their entries of its ``extra_state``.
+
+    They are views, not copies.
+    """
     tensors = model_tensors(model)
     extra_state: dict[str, Any] = {TIED: tied_names(model)}
     if optimizer is not None:
-        tensors |= optimizer_tensors(model, optimizer)
+        tensors |= {
+            f"{OPTIMIZER}{name}.{key}": value
+            for name, parameter in _owned(model, optimizer)
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
         extra_state[GROUPS] = optimizer_groups(model, optimizer)
     return tensors, extra_state
 
@@ -107,10 +103,7 @@ Fill = Callable[[TensorReader, Mapping[str, Any]], None]
 
 
 def restore(
-    path: Path,
-    model: nn.Module,
-    optimizer: Optimizer | None = None,
-    ranks: Ranks = ONE_PROCESS,
+    path: Path, model: nn.Module, optimizer: Optimizer | None = None, ranks: Ranks = ONE_PROCESS
 ) -> RestoredState:
     """Put the state of the checkpoint ``path`` into ``model`` and ``optimizer``, in place.
 
@@ -207,18 +200,12 @@ def _named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for full, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             continue
-        name = _plain_name(full)
+        name = full.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
         if id(value) in seen:
             tied[name] = seen[id(value)]
         else:
             seen[id(value)], tensors[name] = name, value
     return tensors, tied
-
-
-def _plain_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _names_of(model: nn.Module) -> dict[int, str]:
@@ -238,14 +225,13 @@ def _allocate(
     path: Path, model: nn.Module, optimizer: Optimizer, saved: list[dict[str, Any]] | None
 ) -> None:
     """Allocate the state that the saved parameters had."""
-    stateless: set[str] = set()
+    names, spec, stateless = _names_of(model), spec_of(optimizer), set()
     if saved is not None:
         known = {name for group in saved for name in group["params"]}
         unknown = [name for name, _ in _owned(model, optimizer) if name not in known]
         if unknown:
             raise CheckpointError(f"{path} has no optimizer state of {format_names(unknown)}")
         stateless = {name for group in saved for name in group["stateless"]}
-    names, spec = _names_of(model), spec_of(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if names[id(parameter)] in stateless:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import socket
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,11 +97,7 @@ def _write_parts(temporary: Path, parts: Callable[[], list[Part]], ranks: Ranks)
 
 
 def _commit(
-    path: Path,
-    temporary: Path,
-    extra_state: Any,
-    step: int,
-    reports: list[tuple[str, str, Files]],
+    path: Path, temporary: Path, extra_state: Any, step: int, reports: list[tuple[str, str, Files]]
 ) -> None:
     """Check that every rank's files are there, add rank 0's own, and rename the directory."""
     files: Files = {}
@@ -154,17 +151,14 @@ class _HashingFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with Path(path).open(mode) as file:
-            stream = _HashingStream(cast(BinaryIO, file))
+        with _HashingStream(io.FileIO(path, mode)) as stream:
             try:
                 yield stream
             except Exception as error:
                 # torch.save raises its own error instead.
                 raise stream.failure or error from error
-        self.written[Path(path).name] = {
-            "bytes": stream.size,
-            "sha256": stream.digest.hexdigest(),
-        }
+        digest = stream.digest.hexdigest()
+        self.written[Path(path).name] = {"bytes": stream.size, "sha256": digest}
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)
@@ -174,30 +168,23 @@ class _HashingFiles(FileSystem):
         """Make nothing: rank 0 has made the directory, and must not be created again."""
 
 
-class _HashingStream:
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+class _HashingStream(io.BufferedWriter):
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self.size, self.digest = 0, hashlib.sha256()
         self.failure: OSError | None = None
 
     def write(self, content: Any) -> int:
         self.digest.update(content)
-        self.size += memoryview(content).nbytes
         try:
-            return self.file.write(content)
+            written = super().write(content)
         except OSError as error:
             self.failure = error
             raise
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        self.file.flush()
+        self.size += written
+        return written
 
     def fileno(self) -> int:
         # Torch calls it to fsync, and does not flush before.
-        self.file.flush()
-        return self.file.fileno()
-
-    def close(self) -> None:
-        self.file.close()
+        self.flush()
+        return super().fileno()
