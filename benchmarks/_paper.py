@@ -46,7 +46,7 @@ from modtrain.parallel.strategies.fsdp import FSDPStrategy
 from modtrain.training.config import TrainConfig
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve, strategy_options
-from modtrain.training.trainer import make_trainer
+from modtrain.training.run import make_trainer
 
 del modtrain.parallel.expert  # for its operator alone
 
@@ -105,7 +105,9 @@ def trace(world_size: int, rank: int, seq_len: int, overrides: Sequence[str]) ->
         if not isinstance(strategy, FSDPStrategy):
             raise TypeError(f"strategy={config.strategy.name} does not cut parameters")
         paper = Paper(config, plan)
-        axes = _axes(strategy.meshes)
+        axes = groups_of(strategy.meshes)
+        # Last, for it may be an axis as well.
+        axes[ALL] = [torch.distributed.distributed_c10d._get_default_group()]
         paper.sizes = {name: groups[0].size() for name, groups in axes.items()}
         with _without_memory(), _Counting(axes) as counting:
             module = LanguageModule(config, plan)
@@ -187,9 +189,14 @@ class _Pieces:
         return self.tensor.narrow(self.dim, start, length)
 
 
-def _axes(meshes: Meshes) -> dict[str, list[ProcessGroup]]:
-    # Last the one of all ranks, which may be an axis as well.
-    return meshes.axes() | {ALL: [torch.distributed.distributed_c10d._get_default_group()]}
+def groups_of(meshes: Meshes) -> dict[str, list[ProcessGroup]]:
+    """Return this rank's process groups by the axis that they are of."""
+    groups: dict[str, list[ProcessGroup]] = {}
+    every = (meshes.layers, meshes.root, meshes.tensor, meshes.context, meshes.expert)
+    for mesh in filter(None, (*every, meshes.experts)):
+        for axis in mesh.mesh_dim_names or ():
+            groups.setdefault(axis, []).append(mesh.get_group(axis))
+    return groups
 
 
 class _Batches:

@@ -18,7 +18,6 @@ from benchmarks._paper import ALL, Paper, sent
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.parallel.context import local_length
-from modtrain.parallel.expert import sent_bytes
 
 _DECIDING = re.compile(r"\.(router|predictor|expert_router)\.")
 _EXPERTS = re.compile(r"\.inner\.(up|gate|down)$")
@@ -170,6 +169,20 @@ def _rows(paper: Paper, tokens: int) -> _Rows:
         return _Rows(even, float((experts.count or 0) * -(-slots // context)))
     # Without numbers it is not known how many go to no-ops: they count as if none did.
     return _Rows(even, float(local_length(tokens, context) * experts.top_k))
+
+
+def sent_bytes(rows: float, d_model: int, itemsize: int, expert_size: int) -> float:
+    """Bytes that a rank sends to others in a layer's training step, one rank's on average.
+
+    Exact for static shapes; for dropless experts under an even load, where 8 bytes an expert of
+    another rank come on top for the counts.
+
+    rows: pairs of a token and a computing expert of one rank's micro-batch, slots that stay empty
+    included (`ExpertsConfig.computed_slots` times sequences). itemsize: 2 under bf16 autocast, 4 in
+    fp32. Full activation checkpointing sends half as much again: what went forward goes twice.
+    Selective keeps what came, and sends nothing twice.
+    """
+    return 4 * rows * d_model * itemsize * (1 - 1 / expert_size)
 
 
 def _exchanges(paper: Paper) -> Theory:

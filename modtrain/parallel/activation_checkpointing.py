@@ -60,10 +60,7 @@ class _Checkpointed(CheckpointWrapper):
     """
 
     def named_modules(
-        self,
-        memo: set[nn.Module] | None = None,
-        prefix: str = "",
-        remove_duplicate: bool = True,
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """Give the wrapper itself, and the layer inside under the same name."""
         memo = set() if memo is None else memo

@@ -5,7 +5,8 @@ ones shard them (FSDP2). An expert group is made of data- and context-parallel r
 tokens of its own. Where matrices are sliced (tensor parallel) before, so are each expert's here.
 
 Rows of no-op experts and of padding stay where they are. A training step sends each of the others
-four times: there and back, and its gradients likewise; see `sent_bytes`.
+four times: there and back, and its gradients likewise; full activation checkpointing sends half as
+much again, selective keeps what came. `benchmarks._traffic.sent_bytes` counts them.
 
 - Static shapes (experts with a capacity, in training): all ranks send as much to all, and nothing
   is read on the host. Every rank's batch has to have the same shape.
@@ -55,22 +56,13 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
 def spread_experts(experts: ExpertMLPs, mesh: DeviceMesh, group: Group) -> None:
     """Leave this rank its own of ``experts``, in place."""
     for name, weight in experts.named_parameters():
-        setattr(experts, name, _own_experts(weight, mesh, group))
+        # A copy: a view would keep the memory of all experts.
+        own = local_tensor(weight).detach().chunk(group.size)[group.rank].clone()
+        slices = weight.placements if isinstance(weight, DTensor) else ()
+        placements: list[Placement] = [Shard(0), *slices]
+        spread = DTensor.from_local(own, mesh, placements, run_check=False)
+        setattr(experts, name, nn.Parameter(spread, weight.requires_grad))
     swap_class(experts, ExpertParallelMLPs, expert_group=group)
-
-
-def sent_bytes(rows: float, d_model: int, itemsize: int, expert_size: int) -> float:
-    """Bytes that a rank sends to others in a layer's training step, one rank's on average.
-
-    Exact for static shapes; for dropless experts under an even load, where 8 bytes an expert of
-    another rank come on top for the counts.
-
-    rows: pairs of a token and a computing expert of one rank's micro-batch, slots that stay empty
-    included (`ExpertsConfig.computed_slots` times sequences). itemsize: 2 under bf16 autocast, 4 in
-    fp32. Full activation checkpointing sends half as much again: what went forward goes twice.
-    Selective keeps what came, and sends nothing twice.
-    """
-    return 4 * rows * d_model * itemsize * (1 - 1 / expert_size)
 
 
 class ExpertParallelMLPs(ExpertMLPs):
@@ -193,12 +185,3 @@ def _sizes(sent_RL: Tensor, received_RL: Tensor, rows: int) -> tuple[list[int], 
         return even, even
     sent, received = torch.stack([sent_RL.sum(1), received_RL.sum(1)]).tolist()
     return sent, received
-
-
-def _own_experts(weight: nn.Parameter, mesh: DeviceMesh, group: Group) -> nn.Parameter:
-    # A copy: a view would keep the memory of all experts.
-    own = local_tensor(weight).detach().chunk(group.size)[group.rank].clone()
-    slices = weight.placements if isinstance(weight, DTensor) else ()
-    placements: list[Placement] = [Shard(0), *slices]
-    spread = DTensor.from_local(own, mesh, placements, run_check=False)
-    return nn.Parameter(spread, requires_grad=weight.requires_grad)

@@ -35,15 +35,6 @@ class Meshes:
     expert: DeviceMesh | None = None
     experts: DeviceMesh | None = None
 
-    def axes(self) -> dict[str, list[dist.ProcessGroup]]:
-        """Return this rank's process groups by the axis that they are of."""
-        groups: dict[str, list[dist.ProcessGroup]] = {}
-        meshes = (self.layers, self.root, self.tensor, self.context, self.expert, self.experts)
-        for mesh in filter(None, meshes):
-            for axis in mesh.mesh_dim_names or ():
-                groups.setdefault(axis, []).append(mesh.get_group(axis))
-        return groups
-
 
 def make_meshes(dims: ParallelDims, device_type: str = "cpu") -> Meshes:
     """Make the meshes of all ranks; collective, and the same on each of them.

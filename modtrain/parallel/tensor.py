@@ -116,7 +116,10 @@ class _TPPart(nn.Module):
 
 
 class _TPModule(_TPPart):
-    """A mixer or an MLP: from a chunk of the tokens, by way of all of them, to a chunk."""
+    """A mixer or an MLP with some of the heads or hidden features.
+
+    From a chunk of the tokens, by way of all of them, to a chunk.
+    """
 
     norm: RMSNorm
 
@@ -131,20 +134,12 @@ class _TPModule(_TPPart):
         return self.group.gather_seq(update_BLD, length) if self.is_alone else update_BLD
 
 
-class TPAttention(_TPModule, Attention):
-    """Attention with some of the heads."""
-
-
 class TPConvolution(_TPModule, Convolution):
     """A convolution of some of the features."""
 
     def weights(self) -> Tensor:
         """Return the taps of those features."""
         return local_tensor(self.taps)
-
-
-class TPFeedForward(_TPModule, FeedForward):
-    """An MLP with some of the hidden features."""
 
 
 class TPExperts(_TPPart, Experts):
@@ -222,7 +217,7 @@ def _norm_of_part(norm: RMSNorm, x: Tensor, group: Group) -> Tensor:
 def _slice_part(
     module: nn.Module, group: Group, mesh: DeviceMesh, context_size: int, is_alone: bool
 ) -> None:
-    kind: type[_TPPart]
+    kind: type[_TPPart] = _TPModule
     if isinstance(module, Experts):
         kind = TPExperts
         _slice(module.inner, mesh, up=2, gate=2, down=1)
@@ -231,7 +226,6 @@ def _slice_part(
             _slice_mlp(module.shared, mesh)
             swap_class(module.shared, TPMLP, group=group)
     elif isinstance(module, Attention):
-        kind = TPAttention
         _slice_linears(mesh, [module.q, module.k, module.v], module.out)
         for norm in (module.q_norm, module.k_norm):
             if norm is not None:
@@ -241,7 +235,6 @@ def _slice_part(
         _slice_linears(mesh, [module.value, module.gate], module.out)
         _slice(module, mesh, taps=1)
     elif isinstance(module, FeedForward):
-        kind = TPFeedForward
         _slice_mlp(module.inner, mesh)
     else:
         raise TypeError(f"tensor parallelism does not support {type(module).__name__}")

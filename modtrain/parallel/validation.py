@@ -31,7 +31,7 @@ def dims_problems(
         problems += dims.problems(prefix, shard_is_set="shard_size" in config.preset.keys)
     if problems:
         return problems
-    if asks_for_experts(config):
+    if (config.expert_parallel or 1) > 1 or config.preset.default == "expert_parallel":
         problems += expert_problems(config, prefix, model, dims)
     if dims.expert == 1 and not problems:
         problems += even_expert_problems(config, prefix, model, dims)
@@ -39,11 +39,6 @@ def dims_problems(
     if dims.tensor == 1:
         problems += context_problems(model, dims.context)
     return problems
-
-
-def asks_for_experts(config: StrategyConfig) -> bool:
-    """Whether experts are to be spread over processes."""
-    return (config.expert_parallel or 1) > 1 or config.preset.default == "expert_parallel"
 
 
 def even_expert_problems(

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks._paper import groups_of
 from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
 from modtrain.models.experts.config import ExpertsConfig
@@ -139,7 +140,7 @@ def _groups(dims):
     meshes = make_meshes(dims)
     axes = {
         axis: {tuple(dist.get_process_group_ranks(group)) for group in groups}
-        for axis, groups in meshes.axes().items()
+        for axis, groups in groups_of(meshes).items()
     }
     return dims.data_rank(dist.get_rank()), axes
 

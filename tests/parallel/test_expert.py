@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks._traffic import sent_bytes
 from modtrain.distributed.collectives import Group
 from modtrain.models.config import ModelConfig
 from modtrain.models.experts.config import ExpertsConfig
@@ -26,7 +27,7 @@ from modtrain.models.experts.layer import ExpertMLPs
 from modtrain.models.transformer import ModelOutput, Transformer
 from modtrain.parallel.config import LayerOptions
 from modtrain.parallel.dims import ParallelDims
-from modtrain.parallel.expert import apply_expert_parallel, by_expert, sent_bytes, spread_experts
+from modtrain.parallel.expert import apply_expert_parallel, by_expert, spread_experts
 from modtrain.parallel.meshes import Meshes, make_meshes
 from modtrain.parallel.parallelize import parallelize
 from tests.helpers.model_cases import lively, quick, random_tokens, small

@@ -17,59 +17,40 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from modtrain.checkpoint.reading import TensorReader
 from modtrain.checkpoint.state import RestoredState, load, optimizer_groups, tied_names
 from modtrain.common.errors import ConfigError, Problem, TrainingError
-from modtrain.models.transformer import Transformer
 from modtrain.parallel.config import StrategyConfig, StrategyOptions
-from modtrain.parallel.parallelize import prepare_layers
-from modtrain.parallel.strategies.base import Forward, TrainingStrategy
-from modtrain.parallel.strategies.deepspeed_state import (
-    clip_gradients,
-    publish,
-    put,
-    take_groups,
-    tensors,
-)
+from modtrain.parallel.strategies import deepspeed_state as state
+from modtrain.parallel.strategies.ddp import DataParallelStrategy
 
 # Elements of a bucket of gradients: 200 MB in fp32. A small model has smaller ones.
 _BUCKET = 50_000_000
 
 
-class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
-    """Trains under ZeRO; all else is Lightning's plain data parallelism."""
+class DeepSpeedStrategy(DataParallelStrategy):
+    """Trains under ZeRO, by an engine that is made when there is an optimizer."""
 
     deduplicate = False
 
     def __init__(self, options: StrategyOptions, device_type: str) -> None:
-        """Import DeepSpeed for a device_type of ``cuda`` or ``cpu``.
-
-        Raises:
-            ConfigError: DeepSpeed is not installed, or cannot use the device.
-        """
-        super().__init__(timeout=timedelta(seconds=options.config.timeout))
+        """Raise ConfigError if DeepSpeed is not installed, or cannot use the device."""
+        super().__init__(options, device_type)
         self.deepspeed = import_deepspeed(device_type)
         self.engine: Any = None
         # The gradient of the last step was not finite, and DeepSpeed left out the step.
         self.overflowed = False
         self._boundary = True
         self._groups: list[dict[str, Any]] = []
-
-    def parallelize(self, model: Transformer) -> Forward:
-        """Prepare the layers; the engine does the rest when there is an optimizer."""
-        prepare_layers(model, self.options.layers)
-        return model
 
     def setup(self, trainer: L.Trainer) -> None:
         """Put the module and its optimizer into an engine."""
@@ -174,22 +155,16 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
         self, groups: Sequence[Sequence[nn.Parameter]], limit: float | None
     ) -> list[Tensor]:
         """Clip each group by its own norm; return the norms before."""
-        return clip_gradients(self.engine, groups, limit)
+        return state.clip_gradients(self.engine, groups, limit)
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
-    ) -> None:
-        """Save as every strategy does.
+    def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors that this rank saves, and the metadata of all.
 
         Raises:
             TrainingError: the last step was skipped, and no guard has noticed.
         """
         self._check_overflow()
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors that this rank saves, and the metadata of all."""
-        named = tensors(self.engine, self._transformer)
+        named = state.tensors(self.engine, self._transformer)
         groups = [
             {**group, "params": known["params"], "stateless": []}
             for group, known in zip(self.engine.optimizer.param_groups, self._groups, strict=True)
@@ -198,13 +173,13 @@ class DeepSpeedStrategy(TrainingStrategy, DDPStrategy):
 
     def restore(self, path: Path) -> RestoredState:
         """Put the state of the checkpoint ``path`` into the engine; return what else was saved."""
-        restored = load(
-            path,
-            lambda reader, _: put(self.engine, self._transformer, reader),
-            self.checkpointer.ranks,
-        )
-        publish(self.engine)
-        take_groups(self.engine, self._groups, restored.extra_state)
+
+        def fill(reader: TensorReader, _extra_state: Any) -> None:
+            state.put(self.engine, self._transformer, reader)
+
+        restored = load(path, fill, self.checkpointer.ranks)
+        state.publish(self.engine)
+        state.take_groups(self.engine, self._groups, restored.extra_state)
         return restored
 
     @property

@@ -252,11 +252,7 @@ def _flats(engine: Any) -> list[Tensor]:
 
 
 def _moments(engine: Any) -> tuple[str, ...]:
-    """Return the names of the optimizer's state that has the shape of the parameters.
-
-    Raises:
-        TypeError: ZeRO cannot run such an optimizer.
-    """
+    """Return the names of the optimizer's state that has the shape of the parameters."""
     optimizer = engine.optimizer.optimizer
     moments = spec_of(optimizer).zero_state
     if moments is None:
