@@ -23,8 +23,8 @@ from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.common.overrides import spelled
 from modtrain.training.config import TrainConfig
-from modtrain.training.memory import device_bytes, gibibytes
 from modtrain.training.plan import resolve
+from modtrain.training.plan_report import device_bytes, gibibytes
 from modtrain.training.run_directory import check_resumable
 
 # Messages of sbatch where it finds no controller.

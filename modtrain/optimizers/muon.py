@@ -44,11 +44,10 @@ class MuonSpec(OptimizerSpec):
         rest = [p for p in model.parameters() if p.requires_grad and p not in hidden]
         parts: list[Optimizer] = []
         if matrices:
-            decay = config.weight_decay if own.weight_decay is None else own.weight_decay
             muon = DistributedMuon(
                 matrices,
-                lr=config.lr if own.lr is None else own.lr,
-                weight_decay=decay,
+                lr=self.rates(config)["lr_muon"],
+                weight_decay=config.weight_decay if own.weight_decay is None else own.weight_decay,
                 momentum=own.momentum,
                 nesterov=own.nesterov,
                 ns_steps=own.ns_steps,

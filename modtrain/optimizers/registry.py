@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-OPTIMIZERS: dict[str, OptimizerSpec] = {
-    "adamw": AdamWSpec(),
-    "muon": MuonSpec(),
-}
+OPTIMIZERS: dict[str, OptimizerSpec] = {"adamw": AdamWSpec(), "muon": MuonSpec()}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:

@@ -255,11 +255,9 @@ class TrainConfig:
             own.append(Problem("seed", self.seed, "is not in [0, 2^32)", "give one that is"))
         own += self._name_problems() if needs_name or self.name is not None else []
         by_part = {
-            part: getattr(self, part).problems(part)
-            for part in (
-                *("model", "data", "budget", "batch", "optimizer", "schedule"),
-                *("capacity_schedule", "strategy", "eval", "checkpoint", "spike", "log"),
-            )
+            name: part.problems(name)
+            for name, part in vars(self).items()
+            if hasattr(part, "problems")
         }
         combination = [
             *optimizer_problems(self.optimizer, "optimizer", self.strategy.stage is not None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,24 +30,19 @@ class MetricsLog:
         writes: bool = True,
     ) -> None:
         """Open the files. writes: False on ranks that do not write."""
-        self.plan, self.writes = plan, writes
+        self.plan = plan
         self._file: TextIO | None = None
         self._writers: dict[str, SummaryWriter] = {}
         if not writes:
             return
-        _remove_after(run.metrics, start_step)
+        keep_metrics(run.metrics, lambda record: record["step"] <= start_step)
         self._file = run.metrics.open("a")
         # TensorBoard's step is an integer, and a file has one kind of step: one file for each axis.
         # FLOPs do not fit into 64 bits; TFLOPs do.
         if tensorboard:
-            starts = {
-                "step": start_step,
-                "tokens": start_step * plan.tokens_per_step,
-                "TFLOPs": self._teraflops(start_step),
-            }
             self._writers = {
                 axis: SummaryWriter(str(run.tensorboard / f"by_{axis}"), purge_step=start + 1)
-                for axis, start in starts.items()
+                for axis, start in self._positions(start_step).items()
             }
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -61,17 +57,13 @@ class MetricsLog:
         }
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        positions = self._positions(step)
         for axis, writer in self._writers.items():
-            position = {
-                "step": step,
-                "tokens": record["tokens"],
-                "TFLOPs": self._teraflops(step),
-            }[axis]
             for name, value in values.items():
-                if axis == "step" or name.startswith(("loss", "held_out")):
-                    writer.add_scalar(
-                        f"{name} by {axis}" if axis != "step" else name, value, position
-                    )
+                if axis == "step":
+                    writer.add_scalar(name, value, step)
+                elif name.startswith(("loss", "held_out")):
+                    writer.add_scalar(f"{name} by {axis}", value, positions[axis])
 
     def add_image(self, step: int, name: str, image_CHW: Tensor) -> None:
         """Record an image in TensorBoard."""
@@ -85,8 +77,10 @@ class MetricsLog:
         for writer in self._writers.values():
             writer.close()
 
-    def _teraflops(self, step: int) -> int:
-        return round(self.plan.flops_until(step) / 1e12)
+    def _positions(self, step: int) -> dict[str, int]:
+        """Return where ``step`` stands on each of TensorBoard's axes."""
+        teraflops = round(self.plan.flops_until(step) / 1e12)
+        return {"step": step, "tokens": step * self.plan.tokens_per_step, "TFLOPs": teraflops}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -102,7 +96,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _remove_after(path: Path, step: int) -> None:
+def keep_metrics(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite the file, if there is one, with those of its records that ``is_kept`` accepts."""
     if path.is_file():
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        kept = filter(is_kept, read_metrics(path))
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

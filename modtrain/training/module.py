@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,10 @@ from modtrain.parallel.lightning_overrides import set_loop_position
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
-from modtrain.training.random_state import random_states, restore_random_states
-from modtrain.training.running_stats import RunningStats
 from modtrain.training.schedules import lr_factor
+from modtrain.training.spikes.detector import SpikeSkipper
 from modtrain.training.spikes.journal import check_left_out
-from modtrain.training.spikes.skipper import SpikeSkipper
-from modtrain.training.step_statistics import StepStatistics
+from modtrain.training.step_statistics import RunningStats, StepStatistics
 
 
 class LanguageModule(L.LightningModule):
@@ -42,9 +41,8 @@ class LanguageModule(L.LightningModule):
         self.spikes = None if config.spike.action == "none" else SpikeSkipper(config.spike)
         # In a list: as a sub-module its parameters would get a second name in checkpoints.
         self._forward: list[Forward] = []
-        # Of the checkpoint that training resumes from, until it starts.
-        self._saved_random_states: dict[str, Any] | None = None
-        self._saved_statistics: dict[str, Any] | None = None
+        # Of the checkpoint that training resumes from: it starts with them.
+        self._saved: dict[str, Any] = {}
 
     def configure_model(self) -> None:
         """Let the strategy parallelize the model, once."""
@@ -71,8 +69,7 @@ class LanguageModule(L.LightningModule):
             raise RuntimeError("the model returned no loss for its targets")
         objective: Tensor = sum(output.auxiliary.values(), start=output.loss)
         if self.spikes is not None:
-            self.spikes.begin_micro_batch(self.statistics)
-            self.spikes.add(output.loss, objective)
+            self.spikes.add(output.loss, objective, self.statistics)
         self.statistics.add(output)
         self.running_stats.add(self.model, output)
         return objective
@@ -94,17 +91,15 @@ class LanguageModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Restore statistics and random states, after everything else that draws numbers."""
+        saved, self._saved = self._saved, {}
         self.statistics = StepStatistics.zero(self.device)
-        if self._saved_statistics is not None:
-            self.statistics = StepStatistics.from_state(
-                self._saved_statistics, self.plan.accumulate, self.device
-            )
-            self._saved_statistics = None
+        if saved:
+            accumulate = self.plan.accumulate
+            self.statistics = StepStatistics.from_state(saved["sums"], accumulate, self.device)
         if self.spikes is not None:
             self.spikes.detector.to(self.device)
-        if self._saved_random_states is not None:
-            restore_random_states(self._saved_random_states)
-            self._saved_random_states = None
+        if "random_states" in saved:
+            restore_random_states(saved["random_states"])
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the learning-rate schedule by step."""
@@ -173,10 +168,10 @@ class LanguageModule(L.LightningModule):
         # Ranks that read the same data must draw the same numbers: the saved states are of use only
         # where the same ranks read the same data.
         if own is not None and progress.get("data_parallel", data_parallel) == data_parallel:
-            self._saved_random_states, self._saved_statistics = own["random_states"], own["sums"]
+            self._saved = own
         else:
             # Other numbers than at the start, and other ones on each data-parallel rank.
-            self._saved_statistics = checkpoint["sums"]
+            self._saved = {"sums": checkpoint["sums"]}
             step = int(checkpoint["global_step"])
             seeds = np.random.SeedSequence([self.config.seed, step, self._strategy.data_rank])
             L.seed_everything(int(seeds.generate_state(1)[0]), verbose=False)
@@ -192,3 +187,30 @@ class LanguageModule(L.LightningModule):
             return 0
         last = np.array(step * self.plan.sequences_per_step - 1, dtype=np.int64)
         return int(stream_positions(last, [(start, stop) for start, stop in skipped_samples])) + 1
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of every global generator, as tensors and plain numbers."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(internal), gauss],
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            *(int(position), int(has_gauss), float(cached)),
+        ],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Set every global generator to what `random_states` returned."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *others = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *others))

@@ -5,8 +5,10 @@ Imports no torch: `modtrain plan` and the checks before a run are fast.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.stream.index import IndexSummary, read_summary
@@ -16,17 +18,10 @@ from modtrain.models.flops import training_flops_per_token
 from modtrain.parallel.config import LayerOptions, StrategyOptions, dims_of, expected_launch
 from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.validation import dims_problems
-from modtrain.training.capacity_schedule import CapacityStage, capacity_stages
 from modtrain.training.config import TrainConfig
+from modtrain.training.schedules import CapacityStage, capacity_stages
 
 _ONE_PROCESS = ParallelDims()
-
-
-@dataclass(frozen=True)
-class CostedStage(CapacityStage):
-    """A stage of the capacity schedule. flops_per_token: executed, for training."""
-
-    flops_per_token: float
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class TrainingPlan:
     seq_len: int
     sequences_per_step: int
     accumulate: int
-    stages: tuple[CostedStage, ...]
+    stages: tuple[CapacityStage, ...]
     dims: ParallelDims = _ONE_PROCESS
 
     @property
@@ -117,9 +112,8 @@ def resolve(
         problems += data_mismatches(config)
         if summary is None:
             raise_if_any(problems)
-    problems += _missing_vocabulary(config, summary)
-    seq_len, length_problems = _sequence_length(config, summary, needs_data)
-    problems += length_problems
+    problems += [] if summary is not None else _unprepared(config)
+    seq_len = _sequence_length(config, summary, needs_data)
     launch = expected_launch(config.strategy, Launch()) if launch is None else launch
     dims = _ONE_PROCESS
     if not by_part["strategy"] and not by_part["model"]:
@@ -129,10 +123,12 @@ def resolve(
     if seq_len > 0:
         problems += _batch_problems(config, seq_len, dims.data_parallel)
         problems += [] if by_part["model"] else _capacity_problems(config, seq_len)
-    eos_id, eos_problems = _end_of_document(config, summary)
-    problems += eos_problems
     raise_if_any(problems)
-    vocab_size = config.model.vocab_size or (summary.vocab_size if summary else 0)
+    vocab_size, eos_id = config.model.vocab_size, config.data.eos_id
+    if summary is not None:
+        vocab_size = vocab_size or summary.vocab_size
+        if config.data.document_mask and eos_id is None:
+            eos_id = summary.eos_id
     resolved = replace(
         config,
         model=replace(config.model, vocab_size=vocab_size),
@@ -179,17 +175,13 @@ class _Costs:
     """The cost of runs of any length, in FLOPs for each token of a step."""
 
     def __init__(self, config: TrainConfig, seq_len: int) -> None:
-        self.config, self.seq_len = config, seq_len
-        self.final = config.model.capacities
-        self._known: dict[tuple[float | None, ...], float] = {}
+        self.config, self.final = config, config.model.capacities
+        self._per_token = cache(partial(training_flops_per_token, config.model, seq_len))
 
-    def stages(self, steps: int) -> tuple[CostedStage, ...]:
+    def stages(self, steps: int) -> tuple[CapacityStage, ...]:
         """Return the stages of a run of ``steps`` steps."""
         stages = capacity_stages(self.config.capacity_schedule, self.final, steps)
-        return tuple(
-            CostedStage(s.first, s.stop, s.capacities, self._per_token(s.capacities))
-            for s in stages
-        )
+        return tuple(replace(s, flops_per_token=self._per_token(s.capacities)) for s in stages)
 
     def total(self, steps: int) -> float:
         """Return the sum over a run of ``steps`` steps."""
@@ -201,25 +193,12 @@ class _Costs:
         The stages stretch with the run: in a run one step longer each begins at the same step or
         one later. So the total rises with every step, and bisection finds the budget.
         """
-        if self.total(1) > budget:
-            return int(budget > self.total(1) / 2)
-        fewer, more = 1, 2
-        while self.total(more) <= budget:
-            fewer, more = more, 2 * more
-        while more - fewer > 1:
-            middle = (fewer + more) // 2
-            if self.total(middle) <= budget:
-                fewer = middle
-            else:
-                more = middle
+        too_many = 1
+        while self.total(too_many) <= budget:
+            too_many *= 2
+        more = bisect_right(range(too_many), budget, key=self.total)
+        fewer = more - 1
         return fewer if budget - self.total(fewer) <= self.total(more) - budget else more
-
-    def _per_token(self, capacities: tuple[float | None, ...]) -> float:
-        if capacities not in self._known:
-            self._known[capacities] = training_flops_per_token(
-                self.config.model, self.seq_len, capacities
-            )
-        return self._known[capacities]
 
 
 def _summary(path: str) -> IndexSummary | None:
@@ -240,42 +219,31 @@ def data_mismatches(config: TrainConfig) -> list[Problem]:
     return problems
 
 
-def _missing_vocabulary(config: TrainConfig, summary: IndexSummary | None) -> list[Problem]:
-    if summary is not None or config.model.vocab_size is not None:
-        return []
-    reason = f"comes from the tokenizer, but there is no prepared data in {config.data.path}"
-    remedy = "run modtrain prepare first, or set model.vocab_size"
-    return [Problem("model.vocab_size", "null", reason, remedy)]
+def _unprepared(config: TrainConfig) -> list[Problem]:
+    """Find the values that come with prepared data, of which there is none."""
+    data, shards = config.data, "comes from the shards, which do not exist yet"
+    reasons = {}
+    if config.model.vocab_size is None:
+        reason = f"comes from the tokenizer, but there is no prepared data in {data.path}"
+        reasons["model.vocab_size"] = reason
+    if data.seq_len is None:
+        reasons["data.seq_len"] = shards
+    if data.document_mask and data.eos_id is None:
+        reasons["data.eos_id"] = f"{shards}, and data.document_mask needs it"
+    return [
+        Problem(key, "null", reason, f"run modtrain prepare first, or set {key}")
+        for key, reason in reasons.items()
+    ]
 
 
-def _sequence_length(
-    config: TrainConfig, summary: IndexSummary | None, needs_data: bool
-) -> tuple[int, list[Problem]]:
+def _sequence_length(config: TrainConfig, summary: IndexSummary | None, needs_data: bool) -> int:
+    """Return the tokens of a sequence; 0 where they are not known or do not fit the shards."""
     length = config.data.seq_len
-    if summary is None:
-        if length is not None:
-            return length, []
-        remedy = "run modtrain prepare first, or set data.seq_len"
-        reason = "comes from the shards, which do not exist yet"
-        return 0, [Problem("data.seq_len", "null", reason, remedy)]
-    if length is None:
-        return summary.seq_len, []
+    if summary is None or length is None:
+        return length or (summary.seq_len if summary else 0)
     # A run with a length that does not fit the shards is refused by the data's own problems.
     is_read = length > 0 and summary.seq_len % length == 0
-    return (length if is_read or not needs_data else 0), []
-
-
-def _end_of_document(
-    config: TrainConfig, summary: IndexSummary | None
-) -> tuple[int | None, list[Problem]]:
-    eos_id = config.data.eos_id
-    if not config.data.document_mask or eos_id is not None:
-        return eos_id, []
-    if summary is not None:
-        return summary.eos_id, []
-    remedy = "run modtrain prepare first, or set data.eos_id"
-    reason = "comes from the shards, which do not exist yet, and data.document_mask needs it"
-    return None, [Problem("data.eos_id", "null", reason, remedy)]
+    return length if is_read or not needs_data else 0
 
 
 def _capacity_problems(config: TrainConfig, seq_len: int) -> list[Problem]:

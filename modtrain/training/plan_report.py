@@ -1,4 +1,4 @@
-"""What a run would take, printed before anything is built."""
+"""What a run would take, told before anything is built. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from modtrain.models.flops import (
 from modtrain.optimizers.registry import OPTIMIZERS
 from modtrain.parallel.dims import ParallelDims
 from modtrain.training.config import TrainConfig
-from modtrain.training.memory import gibibytes, state_bytes
 from modtrain.training.plan import TrainingPlan, data_mismatches, resolve
 from modtrain.training.schedules import lr_factor
+
+# In fp32, under bf16 mixed precision too.
+_BYTES_PER_PARAMETER = 4
 
 
 def show(config: TrainConfig) -> None:
@@ -48,8 +50,7 @@ def show(config: TrainConfig) -> None:
 
 def _warn_of_mismatches(config: TrainConfig) -> None:
     path = config.data.path
-    problems = data_mismatches(config) if (Path(path) / INDEX_NAME).exists() else []
-    if problems:
+    if (Path(path) / INDEX_NAME).exists() and (problems := data_mismatches(config)):
         head = f"warning: the prepared data in {path} does not fit this plan; train would refuse it"
         text = "\n".join([f"{head}:", *(f"  - {problem}" for problem in problems)])
         Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
@@ -79,15 +80,14 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     dense = TRAINING_OVER_FORWARD * dense_equivalent_flops(config.model, plan.seq_len).total
     over_dense = plan.flops_per_token * plan.seq_len / dense
     mean, at_end = (", mean of the run", ", at the end") if len(plan.stages) > 1 else ("", "")
-    routed = [i for i, c in enumerate(config.model.capacities) if c is not None]
-    shown = ", ".join(map(str, routed)) if routed else "none"
+    routed = {i: c for i, c in enumerate(config.model.capacities) if c is not None}
     peak = config.optimizer.lr
     warmup = max(1, round(config.schedule.warmup * plan.steps))
     last = peak * lr_factor(config.schedule, plan.steps - 1, plan.steps)
     ranks = plan.dims.data_parallel
     each = f" on each of {ranks} data-parallel ranks" if ranks > 1 else ""
     rows = {
-        "routed layers": shown,
+        "routed layers": ", ".join(map(str, routed)) or "none",
         "executed over dense-equivalent FLOPs": f"{over_dense:.4f}",
         "training FLOPs a token": f"{plan.flops_per_token:,.0f}"
         f" ({TRAINING_OVER_FORWARD} x forward{mean})",
@@ -112,7 +112,7 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
             f"{router.target} by {router.score} score, gate {router.gate_kind}, {router.choice}"
             f" choice; causal: {', '.join(router.causal_routers) or 'as it is'}"
         )
-        tokens = {num_chosen(c, plan.seq_len) for c in config.model.capacities if c is not None}
+        tokens = {num_chosen(capacity, plan.seq_len) for capacity in routed.values()}
         rows[f"tokens chosen in a routed layer{at_end}"] = ", ".join(map(str, sorted(tokens)))
     for name, value in rows.items():
         table.add_row(name, value)
@@ -167,3 +167,38 @@ def _memory(config: TrainConfig, dims: ParallelDims) -> Table:
     table.add_section()
     table.add_row("total", gibibytes(sum(size for size, _ in sizes.values())))
     return table
+
+
+def state_bytes(config: TrainConfig, dims: ParallelDims) -> dict[str, tuple[int, int]]:
+    """Return for each kind of state the bytes that a process holds, and in how many pieces it is.
+
+    Activations are not in it. What ``strategy.offload`` moves lies in the host's memory.
+    """
+    optimizer, stage = OPTIMIZERS[config.optimizer.name], config.strategy.stage
+    each = _BYTES_PER_PARAMETER * parameters(config.model).total
+    pieces = dims.world_size if stage else dims.copy
+    # Of each: its size, and from which of ZeRO's stages on it is shared out.
+    kinds = {
+        "weights": (each, 3),
+        "gradients": (each, 2),
+        optimizer.state_label: (optimizer.state_bytes(config.model), 1),
+    }
+    return {
+        name: (size // pieces, pieces) if stage is None or stage >= least else (size, 1)
+        for name, (size, least) in kinds.items()
+    }
+
+
+def device_bytes(config: TrainConfig, dims: ParallelDims) -> int:
+    """Return the bytes of the state that a process keeps on its device, without activations."""
+    sizes = state_bytes(config, dims)
+    if config.strategy.offload:
+        del sizes[OPTIMIZERS[config.optimizer.name].state_label]
+        if config.strategy.stage == 3:
+            del sizes["weights"]
+    return sum(size for size, _ in sizes.values())
+
+
+def gibibytes(size: int) -> str:
+    """Return a number of bytes for people to read."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

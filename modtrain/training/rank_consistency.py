@@ -17,25 +17,20 @@ from modtrain.training.run_directory import code_version, dotted_values, package
 
 
 def check_rank_consistency(config: TrainConfig, data_fingerprint: str, ranks: Ranks) -> None:
-    """Raise on every rank unless all agree with rank 0; collective.
-
-    Raises:
-        RankError: names a rank, its host, and what differs with both values.
-    """
+    """Raise RankError on every rank unless all agree with rank 0; collective."""
     own = compared_values(config, data_fingerprint)
     rank0 = ranks.broadcast_from_rank0(own)
     with ranks.raise_on_all_ranks():
         differing = [
-            f"  {key}: {_shown(rank0.get(key))} on rank 0, {_shown(own.get(key))} here"
+            f"  {key}: {_shown(rank0.get(key))} on rank 0, {_shown(own.get(key))} here\n"
             for key in sorted(rank0.keys() | own.keys())
             if rank0.get(key) != own.get(key)
         ]
         if differing:
             raise RankError(
-                "\n".join(
-                    [f"rank {ranks.rank} ({socket.gethostname()}) differs from rank 0:", *differing]
-                )
-                + "\nremedy: start every process with the same command, code and packages"
+                f"rank {ranks.rank} ({socket.gethostname()}) differs from rank 0:\n"
+                + "".join(differing)
+                + "remedy: start every process with the same command, code and packages"
             )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -16,20 +17,19 @@ from rich.console import Console
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.recovery import recover, whole_checkpoints
-from modtrain.common.errors import CheckpointError, ModtrainError, RankError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks, init_ranks
 from modtrain.distributed.watchdog import SLOW_TIMEOUT, Watchdog, run_watchdog
-from modtrain.parallel.strategies.base import make_strategy
+from modtrain.parallel import lightning_overrides as overrides
+from modtrain.parallel.strategies.base import TrainingStrategy, make_strategy
 from modtrain.training.callbacks.checkpoints import CheckpointCallback
 from modtrain.training.callbacks.evaluation import HeldOutCallback
-from modtrain.training.callbacks.finite import FiniteLossGuard
+from modtrain.training.callbacks.guard import FiniteLossGuard
 from modtrain.training.callbacks.heartbeat import HeartbeatCallback
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.callbacks.progress import ProgressCallback
 from modtrain.training.callbacks.spike_guard import SpikeGuard
-from modtrain.training.callbacks.step import StepCallback
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.metrics_log import MetricsLog, read_metrics
@@ -39,7 +39,11 @@ from modtrain.training.rank_consistency import check_rank_consistency
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.spikes.journal import RollBackError, SpikeJournal
 from modtrain.training.stop_signal import STOP
-from modtrain.training.trainer import make_trainer
+
+_LIGHTNING_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
+    "fp32": "32-true",
+    "bf16": "bf16-mixed",
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,7 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig,
-    callbacks: Sequence[L.Callback] = (),
-    plan: TrainingPlan | None = None,
+    config: TrainConfig, callbacks: Sequence[L.Callback] = (), plan: TrainingPlan | None = None
 ) -> TrainResult:
     """Train the run that ``config`` describes, from its newest whole checkpoint if it has one.
 
@@ -81,25 +83,25 @@ def train(
         if plan is None:
             with ranks.raise_on_all_ranks():
                 config, plan = resolve(config, launch=launch)
-        return _Run(config, plan, launch, ranks, watchdog, callbacks).train()
+        return _Run(config, plan, launch, accelerator, ranks, watchdog, callbacks).train()
 
 
+@dataclass
 class _Run:
     """A run on this rank. Every method is collective."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        plan: TrainingPlan,
-        launch: Launch,
-        ranks: Ranks,
-        watchdog: Watchdog | None,
-        more_callbacks: Sequence[L.Callback],
-    ) -> None:
-        self.config, self.plan, self.more_callbacks = config, plan, more_callbacks
-        self.launch, self.ranks, self.watchdog = launch, ranks, watchdog
+    config: TrainConfig
+    plan: TrainingPlan
+    launch: Launch
+    accelerator: str
+    ranks: Ranks
+    watchdog: Watchdog | None
+    more_callbacks: Sequence[L.Callback]
+
+    def __post_init__(self) -> None:
+        config, plan = self.config, self.plan
         self.directory = RunDirectory.of(config)
-        self.console = Console(soft_wrap=True, quiet=not ranks.is_rank0)
+        self.console = Console(soft_wrap=True, quiet=not self.ranks.is_rank0)
         self.data = TokenDataModule(
             config.data,
             micro_batch_size=config.batch.micro_batch_size,
@@ -118,9 +120,7 @@ class _Run:
             self.console.print(f"{run.path} is complete: nothing to train")
             return TrainResult("already complete", run)
         with ExitStack() as lock:
-            with ranks.raise_on_all_ranks():
-                if ranks.is_rank0:
-                    lock.enter_context(run.locked())
+            ranks.run_on_rank0(lambda: lock.enter_context(run.locked()))
             return self._train_locked()
 
     def _train_locked(self) -> TrainResult:
@@ -130,12 +130,14 @@ class _Run:
         self._start()
         journal, last_step = SpikeJournal(run, ranks), None
         while last_step is None:
-            last_step = self._resume(journal)
+            # The fit before may have left its model in a reference cycle.
+            gc.collect()
+            saving = config.checkpoint
+            with Checkpointer(ranks, saving.keep_last, saving.keep_every) as checkpointer:
+                last_step = self._resume(checkpointer, journal)
         if last_step < plan.steps:
             return self._stopped()
-        with ranks.raise_on_all_ranks():
-            if ranks.is_rank0:
-                run.complete(_result(plan, run))
+        ranks.run_on_rank0(lambda: run.complete(_result(plan, run)))
         self.console.print(f"{run.path} is complete: {plan.steps} steps, {plan.flops:.3g} FLOPs")
         return TrainResult("complete", run)
 
@@ -144,36 +146,26 @@ class _Run:
         with self.ranks.raise_on_all_ranks():
             fingerprint = self.data.index.summary.fingerprint
         check_rank_consistency(self.config, fingerprint, self.ranks)
-        with self.ranks.raise_on_all_ranks():
-            if self.ranks.is_rank0:
-                device = resolve_accelerator(self.config.strategy.accelerator)
-                self.directory.start(self.config, fingerprint, device)
+        start = partial(self.directory.start, self.config, fingerprint, self.accelerator)
+        self.ranks.run_on_rank0(start)
         with self.ranks.raise_on_all_ranks():
             self.directory.check_visible()
 
-    def _resume(self, journal: SpikeJournal) -> int | None:
+    def _resume(self, checkpointer: Checkpointer, journal: SpikeJournal) -> int | None:
         """Train from the newest whole checkpoint; return the last step, None to roll back."""
-        # The fit before may have left its model in a reference cycle.
-        gc.collect()
-        saving = self.config.checkpoint
-        checkpointer = Checkpointer(self.ranks, saving.keep_last, saving.keep_every)
-        with _closed(checkpointer):
-            return self._resume_with(checkpointer, journal)
-
-    def _resume_with(self, checkpointer: Checkpointer, journal: SpikeJournal) -> int | None:
         config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
         if self.watchdog is not None:
             self.watchdog.heartbeat("the choice of a checkpoint", SLOW_TIMEOUT)
         start_step, path = recover(run.checkpoints, ranks) or (0, None)
-        messages = journal.resume(start_step, plan.sequences_per_step, config.spike)
+        message = journal.resume(start_step, plan.sequences_per_step, config.spike)
         self.data.skipped_samples = journal.skipped_samples
-        for message in messages:
+        if message:
             self.console.print(message)
         if start_step:
             self.console.print(f"{run.path} resumes from step {start_step} of {plan.steps}")
         log = MetricsLog(run, plan, start_step, config.log.tensorboard, ranks.is_rank0)
         try:
-            if messages:
+            if message:
                 log.write(start_step, {"spike/rollbacks": journal.rollbacks})
             if start_step == plan.steps:
                 return start_step
@@ -194,8 +186,7 @@ class _Run:
     ) -> int:
         """Train from ``start_step``, or the checkpoint ``path``; return the last step made."""
         config, plan = self.config, self.plan
-        accelerator = resolve_accelerator(config.strategy.accelerator)
-        strategy = make_strategy(strategy_options(config, plan), accelerator, checkpointer)
+        strategy = make_strategy(strategy_options(config, plan), self.accelerator, checkpointer)
         # Data-parallel ranks have different sequences, and draw different numbers for them.
         L.seed_everything((config.seed + strategy.data_rank) % 2**32, verbose=False)
         module = LanguageModule(config, plan)
@@ -211,16 +202,14 @@ class _Run:
         config, run, ranks = self.config, self.directory, self.ranks
         clock = StepClock()
         metrics = MetricsCallback(log, clock, config.log.every, config.precision, ranks)
-        intervals = [
-            *(config.log.every, config.checkpoint.every),
-            config.eval.every or config.log.every,
-        ]
+        every = config.log.every
+        intervals = [every, config.checkpoint.every, config.eval.every or every]
+        guarded = (run, self.data, intervals, checkpointer, ranks)
         # The order matters: nothing is recorded, evaluated or saved after a bad step.
-        guard: StepCallback = FiniteLossGuard(run, self.data, intervals, checkpointer, ranks)
-        if config.spike.action != "none":
-            guard = SpikeGuard(journal, self.data, intervals, checkpointer, log, self.console.print)
         callbacks: list[L.Callback] = [
-            guard,
+            FiniteLossGuard(*guarded)
+            if config.spike.action == "none"
+            else SpikeGuard(*guarded, journal, log, self.console.print),
             metrics,
             HeldOutCallback(log, clock, config.eval.every, self.data, ranks, self.watchdog),
         ]
@@ -243,17 +232,30 @@ class _Run:
         return TrainResult("stopped", run, STOP.exit_code)
 
 
-@contextmanager
-def _closed(checkpointer: Checkpointer) -> Iterator[None]:
-    """Wait for a save in flight at the end, unless another rank failed that takes part in it."""
-    try:
-        yield
-    except ModtrainError as error:
-        if not isinstance(error, RankError):
-            with suppress(CheckpointError):
-                checkpointer.close()
-        raise
-    checkpointer.close()
+def make_trainer(
+    config: TrainConfig,
+    plan: TrainingPlan,
+    strategy: TrainingStrategy,
+    launch: Launch,
+    callbacks: list[L.Callback],
+) -> L.Trainer:
+    """Build the trainer of a run whose precision is resolved."""
+    overrides.silence_messages()
+    trainer = L.Trainer(
+        accelerator=resolve_accelerator(config.strategy.accelerator),
+        strategy=strategy,
+        devices=launch.local_world_size,
+        num_nodes=launch.num_nodes,
+        precision=_LIGHTNING_PRECISION[config.precision],
+        max_steps=plan.steps,
+        accumulate_grad_batches=plan.accumulate,
+        callbacks=callbacks,
+        plugins=[overrides.cluster_environment(launch)],
+        deterministic=config.deterministic,
+        **overrides.SWITCHED_OFF,
+    )
+    overrides.disable_signal_handlers(trainer)
+    return trainer
 
 
 def _result(plan: TrainingPlan, run: RunDirectory) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -59,8 +59,7 @@ class RunDirectory:
         """Whether the run has reached its end."""
         return self.completed_mark.is_file()
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Lock the run: two processes in one directory would corrupt each other's files.
 
         Raises:
@@ -70,8 +69,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         reason = "is in use by another process: wait for it, or give another name="
         in_use = CheckpointError(f"{self.path} {reason}")
-        with acquire_lock(self.path / ".lock", in_use, _LOCK_TIMEOUT):
-            yield
+        return acquire_lock(self.path / ".lock", in_use, _LOCK_TIMEOUT)
 
     def start(self, config: TrainConfig, data_fingerprint: str, device: str) -> None:
         """Record this start; the first one freezes the configuration.
@@ -101,11 +99,7 @@ class RunDirectory:
             write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
     def check_visible(self) -> None:
-        """Raise unless this process sees what rank 0 wrote.
-
-        Raises:
-            CheckpointError: ``runs_dir`` is another directory on this node.
-        """
+        """Raise CheckpointError if ``runs_dir`` is not the directory that rank 0 wrote to."""
         if not self.config.is_file():
             raise CheckpointError(
                 f"{self.path} was started by rank 0 and is not visible on {platform.node()}:"
@@ -137,11 +131,7 @@ class RunDirectory:
         return replace(config, **translate(stored).get("checkpoint", {}))
 
     def check_same(self, config: TrainConfig) -> None:
-        """Raise if ``config`` differs from the run's own in a key that may not change.
-
-        Raises:
-            OtherRunError: names each key that differs, with both values.
-        """
+        """Raise OtherRunError with each key that may not change and differs from the run's own."""
         free: Sequence[str] = MUTABLE_KEYS
         if config.model.depends_on_micro_batch:
             free = [key for key in free if key != "batch.micro_batch_size"]
@@ -159,12 +149,9 @@ class RunDirectory:
 
 
 def check_resumable(config: TrainConfig, resolved: TrainConfig) -> None:
-    """Raise if the run's directory belongs to a run with another configuration.
+    """Raise CheckpointError if the run's directory has another configuration, or cannot be read.
 
     config: as given. resolved: the same after `resolve`.
-
-    Raises:
-        CheckpointError: as `RunDirectory.check_same` does, or the directory cannot be read.
     """
     run = RunDirectory.of(config)
     if run.config.is_file():

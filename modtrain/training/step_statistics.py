@@ -1,9 +1,10 @@
-"""Statistics of the steps between two records, summed on the device."""
+"""Statistics summed on the device: of the steps between two records, and of routers in a step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modtrain.models.sequence import ExpertRecord, RoutingRecord
-from modtrain.models.transformer import ModelOutput
+from modtrain.models.transformer import ModelOutput, Transformer
 
 Record = TypeVar("Record", RoutingRecord, ExpertRecord)
 
@@ -64,10 +65,6 @@ class StepStatistics:
             other = nan if before.grad_norm is None else before.grad_norm
             self.grad_norm = torch.where(is_skipped, other, self.grad_norm)
 
-    def discard(self, count: int) -> None:
-        """Subtract ``count`` micro-batches of skipped steps from the count."""
-        self.count -= count
-
     def means(self) -> dict[str, float]:
         """Return the mean losses of a micro-batch; NaN without one."""
         sums = {"loss": self.loss, **{f"{name}_loss": v for name, v in self.auxiliary.items()}}
@@ -106,6 +103,52 @@ class StepStatistics:
             count=round(state["count"] * scale),
             grad_norm=None if norm is None else norm.to(device),
         )
+
+
+class RunningStats:
+    """Sums what routers and experts see in a step, then updates the model's running statistics."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def add(self, model: Transformer, output: ModelOutput) -> None:
+        """Add the batch statistics of one micro-batch."""
+        values = model.batch_stats(output)
+        sums = self._sums or [torch.zeros_like(value) for value in values]
+        self._sums = [total + value for total, value in zip(sums, values, strict=True)]
+
+    def update(
+        self,
+        model: Transformer,
+        accumulate: int,
+        mean_over_ranks: Callable[[Tensor], Tensor],
+        is_skipped: Tensor | None,
+    ) -> None:
+        """Update the model's buffers after a step; collective.
+
+        accumulate: micro-batches of the step. is_skipped: 0-dim bool, whether the step was skipped;
+        None: it was not.
+        """
+        if not self._sums:
+            return
+        # One reduction: the tensors are small, and each would wait for the network.
+        flat = torch.cat([value.flatten() for value in self._sums]) / accumulate
+        parts = torch.split(mean_over_ranks(flat), [value.numel() for value in self._sums])
+        means = [mean.view_as(value) for mean, value in zip(parts, self._sums, strict=True)]
+        owners = (*model.routers, *model.mixtures)
+        buffers = [buffer for owner in owners for buffer in owner.buffers(recurse=False)]
+        with restore_if(is_skipped, buffers):
+            model.update_running_stats(means)
+        self._sums = []
+
+
+@contextmanager
+def restore_if(is_skipped: Tensor | None, buffers: Iterable[Tensor]) -> Iterator[None]:
+    """Undo the block's changes of ``buffers`` to the bit if ``is_skipped``; None: never."""
+    copies = [] if is_skipped is None else [(buffer, buffer.clone()) for buffer in buffers]
+    yield
+    for buffer, before in copies:
+        buffer.copy_(torch.where(is_skipped, before, buffer))  # type: ignore[arg-type]
 
 
 def _detached(record: Record) -> Record:

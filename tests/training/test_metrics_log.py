@@ -4,12 +4,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modtrain.training.metrics_log import MetricsLog, read_metrics
-from modtrain.training.plan import CostedStage, TrainingPlan
+from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.schedules import CapacityStage
 
 # A TFLOP a step, so that the third axis has a point for each.
 PLAN = TrainingPlan(
-    seq_len=10, sequences_per_step=4, accumulate=1, stages=(CostedStage(0, 9, (), 1e12 / 40),)
+    seq_len=10, sequences_per_step=4, accumulate=1, stages=(CapacityStage(0, 9, (), 1e12 / 40),)
 )
 
 

@@ -27,12 +27,12 @@ from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.depth.router import LinearRouter
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.strategies.base import make_strategy
-from modtrain.training.callbacks.finite import FiniteLossGuard
+from modtrain.training.callbacks.guard import FiniteLossGuard
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.hardware import resolve_precision
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import resolve, strategy_options
-from modtrain.training.trainer import make_trainer
+from modtrain.training.run import make_trainer
 from tests.helpers.marks import slow_but
 
 aten = torch.ops.aten

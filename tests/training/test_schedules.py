@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modtrain.models.config import ModelConfig
-from modtrain.training.capacity_schedule import capacity_stages, level_capacities, level_starts
 from modtrain.training.config import (
     CAPACITY_SCHEDULES,
     SCHEDULES,
@@ -15,7 +14,12 @@ from modtrain.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from modtrain.training.schedules import lr_factor
+from modtrain.training.schedules import (
+    capacity_stages,
+    level_capacities,
+    level_starts,
+    lr_factor,
+)
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SHARE = st.floats(0.01, 1)

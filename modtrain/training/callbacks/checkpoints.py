@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -20,19 +21,15 @@ from modtrain.training.stop_signal import STOP
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class CheckpointCallback(StepCallback):
     """Saves checkpoints; old ones are removed only when a newer one is on disk."""
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        config: CheckpointConfig,
-        clock: StepClock,
-        checkpointer: Checkpointer,
-        ranks: Ranks,
-    ) -> None:
-        self.run, self.config, self.clock = run, config, clock
-        self.checkpointer, self.ranks = checkpointer, ranks
+    run: RunDirectory
+    config: CheckpointConfig
+    clock: StepClock
+    checkpointer: Checkpointer
+    ranks: Ranks
 
     def on_train_start(self, *_args: Any) -> None:
         """Install the signal handlers, also for a run that no command line started."""
@@ -41,21 +38,17 @@ class CheckpointCallback(StepCallback):
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Save when it is due; after a stop signal save and end."""
         # All ranks must agree: a save is collective.
-        stop = self.ranks.any_at_last_call(STOP.requested)
+        stop, is_last = self.ranks.any_at_last_call(STOP.requested), step == module.plan.steps
         if not stop and not is_due(step, self.config.every, module.plan.steps):
             self.checkpointer.poll()
             return
-        if stop and step < module.plan.steps and not self._has_time_to_save(step):
-            trainer.should_stop = True
+        trainer.should_stop |= stop
+        if stop and not is_last and not self._has_time_to_save(step):
             return
-        blocking = stop or step == module.plan.steps or not self.config.background
+        options = {"blocking": stop or is_last or not self.config.background}
         with self.clock:
-            trainer.save_checkpoint(
-                checkpoint_path(self.run.checkpoints, step),
-                storage_options={"blocking": blocking},
-            )
-        if stop:
-            trainer.should_stop = True
+            path = checkpoint_path(self.run.checkpoints, step)
+            trainer.save_checkpoint(path, storage_options=options)
 
     def _has_time_to_save(self, step: int) -> bool:
         """Whether a save will finish before the process is killed, as far as is known."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -26,23 +27,19 @@ TOP_K_LOSS = "held_out/top_k_loss (not causal)"
 CAUSAL_FLOPS = "held_out/causal_flops_per_token"
 
 
+@dataclass(eq=False)
 class HeldOutCallback(StepCallback):
     """Records the causal loss, and the top-k loss, which is not causal.
 
     watchdog: gets a heartbeat for each batch, because a large split may take long.
     """
 
-    def __init__(
-        self,
-        metrics_log: MetricsLog,
-        clock: StepClock,
-        every: int | None,
-        data: TokenDataModule,
-        ranks: Ranks,
-        watchdog: Watchdog | None = None,
-    ) -> None:
-        self.metrics_log, self.clock, self.every = metrics_log, clock, every
-        self.data, self.ranks, self.watchdog = data, ranks, watchdog
+    metrics_log: MetricsLog
+    clock: StepClock
+    every: int | None
+    data: TokenDataModule
+    ranks: Ranks
+    watchdog: Watchdog | None
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Evaluate when it is due."""

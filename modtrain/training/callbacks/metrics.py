@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 import lightning as L
 import torch
@@ -40,22 +41,18 @@ class StepClock:
         self._since = time.perf_counter()
 
 
+@dataclass(eq=False)
 class MetricsCallback(StepCallback):
     """Writes a record every ``every`` steps. Only here a step waits for the device."""
 
-    def __init__(
-        self,
-        metrics_log: MetricsLog,
-        clock: StepClock,
-        every: int,
-        precision: str,
-        ranks: Ranks,
-    ) -> None:
-        self.metrics_log, self.clock, self.every = metrics_log, clock, every
-        self.precision, self.ranks = precision, ranks
-        self.latest: dict[str, float] = {}
-        self._last_step: int | None = None
-        self._peak: float | None = None
+    metrics_log: MetricsLog
+    clock: StepClock
+    every: int
+    precision: str
+    ranks: Ranks
+    latest: dict[str, float] = field(default_factory=dict, init=False)
+    _last_step: int = field(default=0, init=False)
+    _peak: float | None = field(default=None, init=False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock; print once if the MFU cannot be computed."""
@@ -71,7 +68,7 @@ class MetricsCallback(StepCallback):
         if not is_due(step, self.every, module.plan.steps):
             return
         values = self._learning(trainer, module)
-        last, self._last_step = self._last_step or 0, step
+        last, self._last_step = self._last_step, step
         steps = step - last
         # Reading the loss above waited for the device, so the time is that of finished steps.
         seconds = self.clock.lap()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import lightning as L
 
-from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.common.errors import CheckpointError
-from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.training.callbacks.guard import Guard
 from modtrain.training.callbacks.step import is_due
 from modtrain.training.config import TrainConfig
@@ -20,24 +19,18 @@ from modtrain.training.spikes.detector import Spike, SpikeReport
 from modtrain.training.spikes.journal import RollBackError, SpikeJournal
 
 
+@dataclass(eq=False)
 class SpikeGuard(Guard):
     """Reads the module's spike detector, and stops the run, reports a skip, or rolls back.
 
     The detector has skipped every step since a spike that halts.
+
+    print_message: shows a text to the user, on one rank.
     """
 
-    def __init__(
-        self,
-        journal: SpikeJournal,
-        data: TokenDataModule,
-        intervals: list[int],
-        checkpointer: Checkpointer,
-        metrics_log: MetricsLog,
-        print_message: Callable[[str], None],
-    ) -> None:
-        """intervals: as of `Guard`. print_message: shows a text to the user, on one rank."""
-        super().__init__(journal.run, data, intervals, checkpointer, journal.ranks)
-        self.journal, self.metrics_log, self.print_message = journal, metrics_log, print_message
+    journal: SpikeJournal
+    metrics_log: MetricsLog
+    print_message: Callable[[str], None]
 
     def on_step_end(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
         """Check when something is due; add the figures to a record."""
@@ -64,7 +57,8 @@ class SpikeGuard(Guard):
                 self._halt(module.config, spike, samples)
             self.journal.write("skip", spike, samples)
             self.print_message(f"{spike.description}: skipped, {limit} in a row at most")
-        module.statistics.discard(len(report.spikes) * module.plan.accumulate)
+        # The sums do not have what the skipped steps added.
+        module.statistics.count -= len(report.spikes) * module.plan.accumulate
         return report
 
     def _halt(self, run_config: TrainConfig, spike: Spike, samples: list[int]) -> None:
@@ -94,12 +88,8 @@ class SpikeGuard(Guard):
             "spike/skipped": report.num_skipped,
             "spike/rollbacks": self.journal.rollbacks,
         }
-        if (last := report.last) is not None:
-            values |= {
-                "spike/loss": last.loss,
-                "spike/grad_norm": last.grad_norm,
-                "spike/loss_limit": last.loss_limit,
-                "spike/grad_norm_limit": last.grad_norm_limit,
-            }
+        if report.last is not None:
+            for name in ("loss", "grad_norm", "loss_limit", "grad_norm_limit"):
+                values[f"spike/{name}"] = getattr(report.last, name)
         # JSON has no infinity, which is the limit during the warm-up.
         return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -10,10 +10,9 @@ from modtrain.common.validation import above_zero, at_least, one_of
 SPIKE_ACTIONS = ("none", "stop", "skip", "roll_back")
 # What the run does after a spike, and the key that limits how often.
 _CONTINUES = {
-    "skip": "makes no update at such a step",
-    "roll_back": "leaves out the samples since the checkpoint",
+    "skip": ("makes no update at such a step", "max_in_a_row"),
+    "roll_back": ("leaves out the samples since the checkpoint", "max_rollbacks"),
 }
-_LIMITS = {"skip": "max_in_a_row", "roll_back": "max_rollbacks"}
 
 
 @dataclass
@@ -60,7 +59,7 @@ class SpikeConfig:
 
     def strategy_problems(self, prefix: str, strategy: str) -> list[Problem]:
         """Find an action that the strategy does not support."""
-        if self.action not in ("skip", "roll_back") or not strategy.startswith("deepspeed"):
+        if self.action not in _CONTINUES or not strategy.startswith("deepspeed"):
             return []
         reason = f"continues after a NaN, and strategy.name={strategy} ends the run at one"
         remedy = "use stop or none, or strategy=fsdp"
@@ -74,10 +73,10 @@ def resume_remedy(config: SpikeConfig, strategy: str, is_finite: bool) -> str:
     infinity.
     """
     options = []
-    for action, effect in _CONTINUES.items():
+    for action, (effect, limit) in _CONTINUES.items():
         if action == config.action:
             # It reached its limit.
-            options.append(f"a larger spike.{_LIMITS[action]}")
+            options.append(f"a larger spike.{limit}")
             continue
         is_refused = SpikeConfig(action).strategy_problems("spike", strategy)
         options.append(f"{'strategy=fsdp ' if is_refused else ''}spike={action}, which {effect}")

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from modtrain.common.atomic_io import sync, write_json, write_text
+from modtrain.common.atomic_io import sync, write_json
 from modtrain.common.errors import CheckpointError
 from modtrain.data.stream.samplers import stream_positions
 from modtrain.distributed.process_group import Ranks
-from modtrain.training.metrics_log import read_metrics
+from modtrain.training.metrics_log import keep_metrics
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.spikes.config import SpikeConfig
 from modtrain.training.spikes.detector import Spike
@@ -41,55 +41,38 @@ class SpikeJournal:
     """
 
     def __init__(self, run: RunDirectory, ranks: Ranks) -> None:
-        """Read the files; collective.
-
-        Raises:
-            CheckpointError: ``left_out.json`` is damaged.
-        """
+        """Read the files, or raise CheckpointError for a damaged one; collective."""
         self.run, self.ranks = run, ranks
         self.events, self._path = run.path / "events.jsonl", run.path / "left_out.json"
-        content: dict[str, Any] = {}
-        with ranks.raise_on_all_ranks():
-            if ranks.is_rank0:
-                content = self._read()
-        content = ranks.broadcast_from_rank0(content)
-        self.skipped_samples: list[tuple[int, int]] = [
-            (start, stop) for start, stop in content["left_out"]
-        ]
-        self.rollbacks: int = content["rollbacks"]
+        self.skipped_samples, self.rollbacks = ranks.run_on_rank0(self._read)
         # The spike that ended the fit, with its samples: the run has to roll back.
         self.pending: tuple[Spike, list[int]] | None = None
 
-    def resume(self, start_step: int, samples_per_step: int, config: SpikeConfig) -> list[str]:
+    def resume(self, start_step: int, samples_per_step: int, config: SpikeConfig) -> str:
         """Prepare to resume from ``start_step``, without a pending spike's samples; collective.
 
-        Returns messages for the user: none unless the run rolls back.
+        Returns a message for the user: empty unless the run rolls back.
         """
         pending, self.pending = self.pending, None
-        messages = []
+        message = ""
         if pending is not None:
             spike, samples = pending
             start, stop = self._roll_back(
                 spike, samples, start_step, config.rollback_steps, samples_per_step
             )
-            messages = [
+            message = (
                 f"{spike.description}: rolled back to step {start_step} ({self.rollbacks} of"
                 f" {config.max_rollbacks} times); the samples at {start} to {stop - 1} of the"
                 " stream are left out"
-            ]
-        self._remove_skips_after(start_step)
-        return messages
+            )
 
-    def _remove_skips_after(self, start_step: int) -> None:
-        """Remove the skips after ``start_step``: those steps are made again."""
         with self.ranks.raise_on_all_ranks():
-            if self.ranks.is_rank0 and self.events.is_file():
-                kept = [
-                    event
-                    for event in read_metrics(self.events)
-                    if event["action"] != "skip" or event["step"] <= start_step
-                ]
-                write_text(self.events, "".join(json.dumps(event) + "\n" for event in kept))
+            if self.ranks.is_rank0:
+                # Without the skips after ``start_step``: those steps are made again.
+                keep_metrics(
+                    self.events, lambda e: e["action"] != "skip" or e["step"] <= start_step
+                )
+        return message
 
     def write(self, action: str, spike: Spike, samples: list[int], **more: Any) -> None:
         """Append a line to ``events.jsonl``; collective."""
@@ -115,10 +98,10 @@ class SpikeJournal:
         steps: int | None,
         samples_per_step: int,
     ) -> tuple[int, int]:
-        """Remove samples from the stream, and record it.
+        """Remove samples from the stream, and record it; return their positions (start, stop).
 
         to_step: of the checkpoint. steps: how many steps' samples are left out, the spike's the
-        last; None: all since ``to_step``. Returns the stream positions (start, stop).
+        last; None: all since ``to_step``.
         """
         last = spike.step
         first = to_step if steps is None else max(to_step, last - steps)
@@ -137,13 +120,13 @@ class SpikeJournal:
         self.write("roll_back", spike, samples, to_step=to_step, left_out=interval)
         return interval
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> tuple[list[tuple[int, int]], int]:
         if not self._path.is_file():
-            return {"left_out": [], "rollbacks": 0}
+            return [], 0
         try:
             content = json.loads(self._path.read_text())
             intervals = [(int(start), int(stop)) for start, stop in content["left_out"]]
-            return {"left_out": intervals, "rollbacks": int(content["rollbacks"])}
+            return intervals, int(content["rollbacks"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self._path} cannot be read: {error}. It lists the samples that the run leaves"
@@ -154,11 +137,7 @@ class SpikeJournal:
 def check_left_out(
     current: Sequence[Sequence[int]], saved: Sequence[Sequence[int]], position: int
 ) -> None:
-    """Raise unless both intervals of samples left out agree before ``position`` of the stream.
-
-    Raises:
-        CheckpointError: they do not.
-    """
+    """Raise CheckpointError unless both leave out the same samples before ``position``."""
     ours, theirs = ([list(i) for i in given if i[0] < position] for given in (current, saved))
     if ours != theirs:
         raise CheckpointError(

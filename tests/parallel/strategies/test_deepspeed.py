@@ -28,8 +28,9 @@ from modtrain.parallel.strategies.base import make_strategy
 from modtrain.parallel.validation import run_problems
 from modtrain.training.config import ScheduleConfig, TrainConfig
 from modtrain.training.module import LanguageModule
-from modtrain.training.plan import CostedStage, TrainingPlan, strategy_options
-from modtrain.training.trainer import make_trainer
+from modtrain.training.plan import TrainingPlan, strategy_options
+from modtrain.training.run import make_trainer
+from modtrain.training.schedules import CapacityStage
 from tests.helpers.marks import slow
 from tests.helpers.model_cases import VOCAB, bits, small
 from tests.helpers.ranks import on_ranks
@@ -130,7 +131,7 @@ def run(name, kind, steps, path=None, given=None, **choices):
         strategy=StrategyConfig(name=name, accelerator="cpu", **own),
         **choices,
     )
-    plan = TrainingPlan(LENGTH, 4, accumulate, (CostedStage(0, steps, model.capacities, 1.0),))
+    plan = TrainingPlan(LENGTH, 4, accumulate, (CapacityStage(0, steps, model.capacities, 1.0),))
     # The schedule is that of the whole run, wherever this part of it ends.
     whole = replace(plan, stages=(replace(plan.stages[0], stop=STEPS),))
     module = Watched(config, whole, path, evaluates, saves_again)

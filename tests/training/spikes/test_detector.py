@@ -17,8 +17,9 @@ from modtrain.distributed.process_group import Ranks
 from modtrain.training.plan import resolve
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.spikes.config import SPIKE_ACTIONS, SpikeConfig, resume_remedy
-from modtrain.training.spikes.detector import Spike, SpikeDetector, restore_if, skip_step
+from modtrain.training.spikes.detector import Spike, SpikeDetector, skip_step
 from modtrain.training.spikes.journal import SpikeJournal, check_left_out
+from modtrain.training.step_statistics import restore_if
 from tests.training.test_no_sync import step  # noqa: F401 a fixture
 
 # Quarters, so that sums are exact and a value never lies on a limit by rounding alone.
@@ -296,7 +297,7 @@ def test_roll_backs_take_out_what_was_read_since(tmp_path_factory, rolls):
     for count, (to_step, steps, most) in enumerate(rolls, 1):
         last = to_step + steps
         journal.pending = (a_spike(last), [1])
-        (said,) = journal.resume(to_step, 4, SpikeConfig("roll_back", rollback_steps=most))
+        said = journal.resume(to_step, 4, SpikeConfig("roll_back", rollback_steps=most))
         assert f"step {last} is a spike" in said
         first = to_step if most is None else max(to_step, last - most)
         del stream[4 * first : 4 * last]
@@ -304,7 +305,7 @@ def test_roll_backs_take_out_what_was_read_since(tmp_path_factory, rolls):
         assert found.tolist() == stream[:200]
         again = SpikeJournal(journal.run, Ranks.create())
         assert (again.skipped_samples, again.rollbacks) == (journal.skipped_samples, count)
-        assert again.resume(to_step, 4, SpikeConfig("roll_back")) == []
+        assert again.resume(to_step, 4, SpikeConfig("roll_back")) == ""
 
 
 def test_events_stay_but_for_skips_that_come_again(tmp_path):
