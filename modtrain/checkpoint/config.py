@@ -37,21 +37,17 @@ class CheckpointsConfig:
 
     def problems(self, prefix: str = "") -> list[Problem]:
         """Everything wrong with the request."""
+        uses = {"keep_last": "prune", "keep_every": "prune"}
+        uses |= {"step": "consolidate", "output": "consolidate"}
+        reason = f"has no meaning for action={self.action}"
         return [
             *not_empty(self, prefix, "run", "add run=my_run"),
             *one_of(self, prefix, "action", ACTIONS),
             *one_of(self, prefix, "dtype", DTYPES),
             *at_least(self, prefix, 1, "keep_last", "keep_every"),
-            *self._unused(),
-        ]
-
-    def _unused(self) -> list[Problem]:
-        """Find keys that the action does not use."""
-        uses = {"keep_last": "prune", "keep_every": "prune"}
-        uses |= {"step": "consolidate", "output": "consolidate"}
-        reason = f"has no meaning for action={self.action}"
-        return [
-            Problem(name, getattr(self, name), reason, f"leave it out, or action={action}")
-            for name, action in uses.items()
-            if getattr(self, name) is not None and self.action in {*ACTIONS} - {action}
+            *(
+                Problem(name, getattr(self, name), reason, f"leave it out, or action={action}")
+                for name, action in uses.items()
+                if getattr(self, name) is not None and self.action in {*ACTIONS} - {action}
+            ),
         ]

@@ -87,8 +87,7 @@ class Manifest:
             try:
                 if not file.is_file():
                     raise CheckpointError(f"{path} lacks its file {name}")
-                if file.stat().st_size != expected["bytes"]:
-                    size = expected["bytes"]
+                if file.stat().st_size != (size := expected["bytes"]):
                     raise CheckpointError(f"{file} has another size than {size} bytes")
                 if contents and file_sha256(file) != expected["sha256"]:
                     raise CheckpointError(f"{file} does not match its checksum")

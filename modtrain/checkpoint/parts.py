@@ -45,13 +45,11 @@ def parts_of(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[
     parts = []
     for number, key in enumerate(order):
         tensor = tensors[key].detach()
-        part = (
-            _of_dtensor(key, tensor, number)
-            if isinstance(tensor, DTensor)
-            else whole_part(key, tensor)
-            if number % world_size == rank
-            else None
-        )
+        part = None
+        if isinstance(tensor, DTensor):
+            part = _of_dtensor(key, tensor, number)
+        elif number % world_size == rank:
+            part = whole_part(key, tensor)
         if part is not None:
             parts.append(part)
     return parts

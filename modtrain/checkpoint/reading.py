@@ -173,24 +173,20 @@ class _SafeReader(FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            with (Path(self.path) / ".metadata").open("rb") as file:
-                metadata = _SafeUnpickler(file).load()
-            _check_metadata(metadata)
-            metadata.storage_meta = metadata.storage_meta or StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
-            self._metadata = metadata
-        return self._metadata
-
-
-def _check_metadata(metadata: Any) -> None:
-    if not isinstance(metadata, Metadata):
-        raise pickle.UnpicklingError("the metadata is of another type")
-    for info in (metadata.storage_data or {}).values():
-        if not is_plain_name(info.relative_path) or getattr(info, "transform_descriptors", None):
-            raise pickle.UnpicklingError(
-                f"it names {info.relative_path}, which is outside the checkpoint"
-            )
+        if self._metadata is not None:
+            return self._metadata
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _SafeUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("the metadata is of another type")
+        for info in (metadata.storage_data or {}).values():
+            name = info.relative_path
+            if not is_plain_name(name) or getattr(info, "transform_descriptors", None):
+                raise pickle.UnpicklingError(f"it names {name}, which is outside the checkpoint")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        self._metadata = metadata
+        return metadata
 
 
 class _TensorPlanner(DefaultLoadPlanner):
