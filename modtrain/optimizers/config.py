@@ -40,14 +40,11 @@ class MuonConfig:
             *at_least(self, prefix, 1, "ns_steps"),
             *one_of(self, prefix, "adjust_lr", ADJUST_LR),
         ]
-        if self.ns_steps >= _TOO_MANY:
-            reason, remedy = f"is not below torch's limit of {_TOO_MANY}", "5 is usual"
+        # torch.optim.Muon raises at its first step.
+        if self.ns_steps >= 100:
+            reason, remedy = "is not below torch's limit of 100", "5 is usual"
             problems.append(Problem(f"{prefix}.ns_steps", self.ns_steps, reason, remedy))
         return problems
-
-
-# torch.optim.Muon raises at its first step.
-_TOO_MANY = 100
 
 
 @dataclass

@@ -85,14 +85,6 @@ class MuonSpec(OptimizerSpec):
 
     def step_flops(self, model: ModelConfig, config: OptimizerConfig) -> int:
         """See `OptimizerSpec.step_flops`."""
-        each = (newton_schulz_flops(shape) for shape in hidden_matrix_shapes(model))
-        return config.muon.ns_steps * sum(each)
-
-
-def newton_schulz_flops(shape: tuple[int, int]) -> int:
-    """FLOPs of the products of one iteration: X Xᵀ, its square, and that times X.
-
-    X has the matrix's smaller side r in front: 2 r² c + 2 r³ + 2 r² c.
-    """
-    r, c = sorted(shape)
-    return 4 * r * r * c + 2 * r**3
+        # An iteration: X Xᵀ, its square, and that times X; X has the smaller side r in front.
+        shapes = (sorted(shape) for shape in hidden_matrix_shapes(model))
+        return config.muon.ns_steps * sum(4 * r * r * c + 2 * r**3 for r, c in shapes)

@@ -75,15 +75,11 @@ class _Checkpointed(CheckpointWrapper):
 def _selective_policy(
     _context: SelectiveCheckpointContext, operation: Any, *_args: Any, **_kwargs: Any
 ) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if _is_saved(operation) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _is_saved(operation: Any) -> bool:
-    """Whether the result of ``operation`` is kept."""
     namespace, _, name = operation.name().partition("::")
-    if namespace != "aten":
-        # What ranks exchanged is not to travel twice.
-        return namespace in ("modtrain", "_c10d_functional")
     name = name.partition(".")[0]
-    # Choices weigh little, and made anew they might fall out differently on some devices.
-    return name in _PRODUCTS | _CHOICES or name.startswith("_scaled_dot_product_")
+    # What ranks exchanged is not to travel twice.
+    is_saved = namespace in ("modtrain", "_c10d_functional")
+    if namespace == "aten":
+        # Choices weigh little, and made anew they might fall out differently on some devices.
+        is_saved = name in _PRODUCTS | _CHOICES or name.startswith("_scaled_dot_product_")
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -338,7 +338,10 @@ class CPExperts(Experts):
             normaliser = own_TR.logsumexp(-1, keepdim=True)
             rows = self._rows(own_TR, normaliser, own_BL.shape, own_BL, None, None)
             update_BLD = self._update(rows, normed_BLD.flatten(0, 1), x_BSD.dtype).view_as(x_BSD)
-            rows = self._counted(rows)
+            # Counted over all ranks.
+            counts = self.chunks.group.all_reduce(torch.cat([rows.load_R, rows.executed_E]))
+            load_R, executed_E = torch.split(counts, [len(rows.load_R), len(rows.executed_E)])
+            rows = rows._replace(load_R=load_R, executed_E=executed_E)
         else:
             documents_BS = context.documents_BS
             rows = self._rows(
@@ -349,12 +352,6 @@ class CPExperts(Experts):
             update_BLD = update_BLD + self.shared(normed_BLD)
         record = self._record(rows, logits_TR, normaliser_T1, valid_BS)
         return Output(update_BLD, experts=(record,))
-
-    def _counted(self, rows: Rows) -> Rows:
-        """Count the choices of all ranks."""
-        counts = self.chunks.group.all_reduce(torch.cat([rows.load_R, rows.executed_E]))
-        load_R, executed_E = torch.split(counts, [len(rows.load_R), len(rows.executed_E)])
-        return rows._replace(load_R=load_R, executed_E=executed_E)
 
     def _by_places(self, rows: Rows, normed_BLD: Tensor, length: int, dtype: torch.dtype) -> Tensor:
         """Compute some of each expert's places, of whichever tokens; all have the same number."""

@@ -85,8 +85,9 @@ class DeepSpeedStrategy(DataParallelStrategy):
             dist_init_required=False,
         )
         if stage == 3:
-            for owner, parameter in read_from_outside(module):
-                self.deepspeed.zero.register_external_parameter(owner, parameter)
+            # The loss multiplies by the head's weight in chunks, while the head does not run.
+            model = self._transformer
+            self.deepspeed.zero.register_external_parameter(model, model.head.weight)
         return engine
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -265,12 +266,3 @@ def zero_config(config: StrategyConfig, num_parameters: int, is_cuda: bool) -> d
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
-
-
-def read_from_outside(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Give (who reads, parameter) of those that are read while their own module does not run."""
-    for owner in module.modules():
-        head = getattr(owner, "head", None)
-        if isinstance(head, nn.Linear) and isinstance(head.weight, nn.Parameter):
-            # The loss multiplies by the head's weight in chunks.
-            yield owner, head.weight

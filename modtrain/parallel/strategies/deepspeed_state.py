@@ -226,10 +226,9 @@ def take_groups(engine: Any, known: list[dict[str, Any]], rest: Mapping[str, Any
 
 
 def _of_shape(state: Mapping[str, Tensor], key: str, shape: torch.Size) -> Tensor:
-    try:
-        value = state[key]
-    except KeyError:
-        raise CheckpointError(f"the checkpoint lacks {key}") from None
+    value = state.get(key)
+    if value is None:
+        raise CheckpointError(f"the checkpoint lacks {key}")
     if value.shape != shape:
         raise CheckpointError(f"{key} has shape {list(value.shape)}, not {list(shape)}")
     return value
