@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import platform
+import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +19,8 @@ from rich.console import Console
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.recovery import recover, whole_checkpoints
+from modtrain.common.atomic_io import digest
+from modtrain.common.errors import RankError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks, init_ranks
@@ -35,8 +39,12 @@ from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve, strategy_options
-from modtrain.training.rank_consistency import check_rank_consistency
-from modtrain.training.run_directory import RunDirectory
+from modtrain.training.run_directory import (
+    RunDirectory,
+    code_version,
+    dotted_values,
+    package_versions,
+)
 from modtrain.training.spikes.journal import RollBackError, SpikeJournal
 from modtrain.training.stop_signal import STOP
 
@@ -256,6 +264,36 @@ def make_trainer(
     )
     overrides.disable_signal_handlers(trainer)
     return trainer
+
+
+def check_rank_consistency(config: TrainConfig, data_fingerprint: str, ranks: Ranks) -> None:
+    """Raise RankError on all ranks unless they have the same configuration, code, packages, data.
+
+    Ranks that differ would silently train something else, or wait in different collectives.
+    """
+    code = code_version()
+    values: dict[str, Any] = {
+        "python": platform.python_version(),
+        "code.commit": code and code["commit"],
+        "code.uncommitted changes": code and digest(code["diff"])[:12],
+        "data fingerprint": data_fingerprint,
+        **{f"package {name}": version for name, version in package_versions().items()},
+        **dotted_values(config),
+    }
+    own = {key: value for key, value in values.items() if value is not None}
+    rank0 = ranks.broadcast_from_rank0(own)
+    with ranks.raise_on_all_ranks():
+        differing = [
+            f"  {key}: {rank0.get(key, 'none')} on rank 0, {own.get(key, 'none')} here\n"
+            for key in sorted(rank0.keys() | own.keys())
+            if rank0.get(key) != own.get(key)
+        ]
+        if differing:
+            raise RankError(
+                f"rank {ranks.rank} ({socket.gethostname()}) differs from rank 0:\n"
+                + "".join(differing)
+                + "remedy: start every process with the same command, code and packages"
+            )
 
 
 def _result(plan: TrainingPlan, run: RunDirectory) -> dict[str, Any]:

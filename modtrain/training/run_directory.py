@@ -79,8 +79,19 @@ class RunDirectory:
         """
         for folder in (self.checkpoints, self.tensorboard, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
-        started = _describe_start(data_fingerprint, device)
-        started["checkpoint"] = asdict(config.checkpoint)
+        started = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "modtrain": modtrain.__version__,
+            "code": code_version(),
+            "python": platform.python_version(),
+            "packages": package_versions(),
+            "host": platform.node(),
+            "device": device,
+            "cpus": os.cpu_count(),
+            "data_fingerprint": data_fingerprint,
+            "command": sys.argv,
+            "checkpoint": asdict(config.checkpoint),
+        }
         manifest: dict[str, Any] = {"data_fingerprint": data_fingerprint, "starts": []}
         if self.config.is_file():
             self.check_same(config)
@@ -202,21 +213,6 @@ def dotted_values(config: TrainConfig) -> dict[str, Any]:
 def package_versions() -> dict[str, str]:
     """Return the versions of the main packages."""
     return {name: metadata.version(name) for name in _PACKAGES}
-
-
-def _describe_start(data_fingerprint: str, device: str) -> dict[str, Any]:
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "modtrain": modtrain.__version__,
-        "code": code_version(),
-        "python": platform.python_version(),
-        "packages": package_versions(),
-        "host": platform.node(),
-        "device": device,
-        "cpus": os.cpu_count(),
-        "data_fingerprint": data_fingerprint,
-        "command": sys.argv,
-    }
 
 
 def code_version() -> dict[str, str] | None:

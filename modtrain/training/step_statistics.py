@@ -77,8 +77,7 @@ class StepStatistics:
         """Return the mean of the ranks' sums; collective."""
         flat = over_ranks(torch.stack([self.loss, *self.auxiliary.values()]).float())
         loss, *others = flat.unbind()
-        names = self.auxiliary
-        return replace(self, loss=loss, auxiliary=dict(zip(names, others, strict=True)))
+        return replace(self, loss=loss, auxiliary=dict(zip(self.auxiliary, others, strict=True)))
 
     def state(self, accumulate: int) -> dict[str, Any]:
         """Return what a checkpoint stores. accumulate: micro-batches a step."""

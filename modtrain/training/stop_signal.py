@@ -39,8 +39,7 @@ class StopRequest:
     @property
     def seconds_left(self) -> float | None:
         """Seconds until this process is killed, None if unknown."""
-        name = _TIME_LEFT.get(self.signum or 0)
-        seconds = os.environ.get(name, "") if name else ""
+        seconds = os.environ.get(_TIME_LEFT.get(self.signum or 0, ""), "")
         if not seconds.isdecimal():
             return None
         return int(seconds) - (time.monotonic() - self._since)

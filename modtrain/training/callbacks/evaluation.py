@@ -98,9 +98,8 @@ class HeldOutCallback(StepCallback):
                 capacities=module.plan.capacities_at(step - 1),
                 documents_BS=None if documents_1S is None else documents_1S[:1].to(module.device),
             )
-        self.metrics_log.add_image(
-            step, "router/chosen (layer x position)", chosen_picture(output.routing)
-        )
+        picture = chosen_picture(output.routing)
+        self.metrics_log.add_image(step, "router/chosen (layer x position)", picture)
 
 
 def _eager(module: LanguageModule) -> AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 
 from modtrain.distributed.watchdog import SLOW_TIMEOUT, Watchdog
-from modtrain.training.module import LanguageModule
+from modtrain.training.callbacks.step import language_module
 
 
 class HeartbeatCallback(L.Callback):
@@ -28,10 +28,11 @@ class HeartbeatCallback(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_args: Any
     ) -> None:
-        """Report the step that this micro-batch belongs to."""
-        step = trainer.global_step
-        timeout = SLOW_TIMEOUT if self._may_compile(pl_module, step) else 0.0
-        self.watchdog.heartbeat(f"step {step + 1}", timeout)
+        """Report the step of this micro-batch, which may compile another graph."""
+        module, step = language_module(pl_module), trainer.global_step
+        with_new_graph = (self._first_step, *(stage.first for stage in module.plan.stages))
+        may_compile = module.config.compile and step in with_new_graph
+        self.watchdog.heartbeat(f"step {step + 1}", SLOW_TIMEOUT if may_compile else 0.0)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_args: Any) -> None:
         """Report the end of a micro-batch and of what the callbacks before did after it."""
@@ -40,9 +41,3 @@ class HeartbeatCallback(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, *_args: Any) -> None:
         """Allow for the time of a save: it may wait for the save before, and for the disk."""
         self.watchdog.heartbeat(f"the save of step {trainer.global_step}", SLOW_TIMEOUT)
-
-    def _may_compile(self, module: L.LightningModule, step: int) -> bool:
-        """Whether step ``step``, counted from 0, may compile."""
-        if not isinstance(module, LanguageModule) or not module.config.compile:
-            return False
-        return step in (self._first_step, *(stage.first for stage in module.plan.stages))

@@ -77,9 +77,8 @@ class MetricsCallback(StepCallback):
             values["throughput/step_seconds"] = seconds / steps
             if self._peak is not None:
                 spent = module.plan.flops_until(step) - module.plan.flops_until(last)
-                values["throughput/mfu"] = spent / (
-                    seconds * self._peak * module.plan.dims.world_size
-                )
+                possible = seconds * self._peak * module.plan.dims.world_size
+                values["throughput/mfu"] = spent / possible
         self.latest = values
         self.metrics_log.write(step, values)
 

@@ -56,16 +56,7 @@ class SpikeJournal:
         pending, self.pending = self.pending, None
         message = ""
         if pending is not None:
-            spike, samples = pending
-            start, stop = self._roll_back(
-                spike, samples, start_step, config.rollback_steps, samples_per_step
-            )
-            message = (
-                f"{spike.description}: rolled back to step {start_step} ({self.rollbacks} of"
-                f" {config.max_rollbacks} times); the samples at {start} to {stop - 1} of the"
-                " stream are left out"
-            )
-
+            message = self._roll_back(*pending, start_step, samples_per_step, config)
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_rank0:
                 # Without the skips after ``start_step``: those steps are made again.
@@ -95,15 +86,11 @@ class SpikeJournal:
         spike: Spike,
         samples: list[int],
         to_step: int,
-        steps: int | None,
         samples_per_step: int,
-    ) -> tuple[int, int]:
-        """Remove samples from the stream, and record it; return their positions (start, stop).
-
-        to_step: of the checkpoint. steps: how many steps' samples are left out, the spike's the
-        last; None: all since ``to_step``.
-        """
-        last = spike.step
+        config: SpikeConfig,
+    ) -> str:
+        """Remove samples up to the spike's from the stream, and record it; return a message."""
+        last, steps = spike.step, config.rollback_steps
         first = to_step if steps is None else max(to_step, last - steps)
         ends = np.array([first * samples_per_step, last * samples_per_step - 1], dtype=np.int64)
         start, end = stream_positions(ends, self.skipped_samples).tolist()
@@ -118,7 +105,11 @@ class SpikeJournal:
                 sync(self.run.path)
         self.skipped_samples, self.rollbacks = skipped_samples, rollbacks
         self.write("roll_back", spike, samples, to_step=to_step, left_out=interval)
-        return interval
+        return (
+            f"{spike.description}: rolled back to step {to_step} ({rollbacks} of"
+            f" {config.max_rollbacks} times); the samples at {start} to {end} of the stream are"
+            " left out"
+        )
 
     def _read(self) -> tuple[list[tuple[int, int]], int]:
         if not self._path.is_file():
