@@ -23,10 +23,7 @@ def save_whole(path: Path, tensors: dict[str, torch.Tensor], step: int, rest: An
 def load_whole(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
     """Read the tensors of a checkpoint, and the rest, after checking it against its manifest."""
     verify(path)
-    rest, reader = read_extra_state(path), TensorReader(path)
-    tensors = {key: reader.empty(key) for key in reader}
-    reader.into(tensors)
-    return tensors, rest
+    return dict(TensorReader(path)), read_extra_state(path)
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
