@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from benchmarks._control import save_cost, store_cost
 from benchmarks._paper import ALL, Paper, fake_group, trace
-from benchmarks._traffic import sent_bytes, theory
+from benchmarks._traffic import theory
 from benchmarks.scale import overrides
 from modtrain.distributed.launch import Launch
 from modtrain.parallel.dims import ParallelDims
