@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from modtrain.cluster.config import (
     is_of_job,
     job_keys,
 )
-from modtrain.cluster.submit import JobTask
+from modtrain.cluster.script import ScriptTask
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.overrides import explain, misread, parse, plain, quoted
 from modtrain.common.renamed_keys import new_name, renamed_in_files
+from modtrain.common.shipped import conf_dir
 from modtrain.data.config import PrepareConfig
 from modtrain.experiments.compare.config import CompareConfig, Comparison
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
@@ -56,13 +57,6 @@ SCHEMAS: dict[str, type] = {
     "logs": LogsConfig,
     "cancel": CancelConfig,
 }
-
-
-def conf_dir() -> Path:
-    """Return the shipped ``conf/``: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def compose(
@@ -107,9 +101,7 @@ class _Composer:
         self.verb = verb
         self.extra_keys = extra_keys
         self.user_dir = None if config_dir is None else Path(config_dir).resolve()
-        self.search = (
-            [] if self.user_dir is None else [f"hydra.searchpath=[file://{self.user_dir}]"]
-        )
+        self.search = [f"hydra.searchpath=[file://{self.user_dir}]"] if self.user_dir else []
 
     def compose(self, overrides: list[Override]) -> tuple[DictConfig, list[Problem]]:
         lines = [str(override.input_line) for override in overrides]
@@ -162,12 +154,8 @@ class _Composer:
         if not group:
             return []
         loader = GlobalHydra.instance().config_loader()
-        user_options = (
-            []
-            if self.user_dir is None
-            else [path.stem for path in self.user_dir.glob(f"{group}/*.yaml")]
-        )
-        return sorted({*loader.get_group_options(group), *user_options})
+        user_files = self.user_dir.glob(f"{group}/*.yaml") if self.user_dir else ()
+        return sorted({*loader.get_group_options(group), *(path.stem for path in user_files)})
 
     def _raw(self, lines: list[str]) -> DictConfig:
         try:
@@ -220,21 +208,34 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
     """
     config = compose("compare", overrides, config_dir)
     raise_if_any(config.problems())
-    arms: dict[str, list[TrainConfig]] = {}
-    problems: list[Problem] = []
-    for arm, arm_overrides in config.chosen_arms.items():
-        try:
-            composed = compose("compare", [*overrides, *arm_overrides], config_dir)
-        except ConfigError as error:
-            problems += [
-                replace(problem, key=f"{arm}: {problem.key}") for problem in error.problems
-            ]
-            continue
-        shared = {f.name: getattr(composed, f.name) for f in fields(TrainConfig)}
-        arms[arm] = _runs_of_an_arm(TrainConfig(**shared), f"{config.name}/{arm}", config.seeds)
-    raise_if_any(problems)
+    overrides_of = {arm: [*overrides, *own] for arm, own in config.chosen_arms.items()}
+    arms = {
+        arm: _runs_of_an_arm(composed, f"{config.name}/{arm}", config.seeds)
+        for arm, composed in _compose_each("compare", overrides_of, config_dir).items()
+    }
     directory = Path(config.runs_dir) / str(config.name)
     return Comparison(directory, arms, not config.only, config.train, config.timed_rounds)
+
+
+def _compose_each(
+    verb: str, named: Mapping[str, Sequence[str]], config_dir: str | None
+) -> dict[str, Any]:
+    """Compose the overrides of each name; the problems of all are raised, prefixed by the names."""
+    composed: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for name, overrides in named.items():
+        try:
+            composed[name] = compose(verb, overrides, config_dir)
+        except ConfigError as error:
+            problems += [replace(p, key=f"{name}: {p.key}") for p in error.problems]
+    raise_if_any(problems)
+    return composed
+
+
+def _training_part(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Return the training configuration that ``config`` extends, with ``changes``."""
+    values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    return TrainConfig(**values | changes)
 
 
 def compose_search(overrides: Sequence[str], config_dir: str | None = None) -> Search:
@@ -249,17 +250,18 @@ def compose_search(overrides: Sequence[str], config_dir: str | None = None) -> S
 
     def trial(trial_overrides: Sequence[str], name: str) -> TrainConfig:
         composed = compose("search", [*shared, *trial_overrides], config_dir)
-        values = {f.name: getattr(composed, f.name) for f in fields(TrainConfig)}
-        return TrainConfig(**{**values, "name": name})
+        return _training_part(composed, name=name)
 
     return Search(config, trial)
 
 
 def _runs_of_an_arm(config: TrainConfig, name: str, seeds: list[int]) -> list[TrainConfig]:
     if not seeds:
-        return [replace(config, name=name)]
+        return [_training_part(config, name=name)]
     return [
-        replace(config, name=f"{name}/seed_{seed}", seed=seed, data=replace(config.data, seed=seed))
+        _training_part(
+            config, name=f"{name}/seed_{seed}", seed=seed, data=replace(config.data, seed=seed)
+        )
         for seed in seeds
     ]
 
@@ -273,7 +275,7 @@ class Submission:
     """A job, and what it or each task of its array is to do. directory: of the job."""
 
     config: SubmitConfig
-    tasks: list[JobTask]
+    tasks: list[ScriptTask]
     directory: Path
 
 
@@ -297,34 +299,31 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     problems += [p for p in config.problems() if not problems]
     if verb == "debug":
         raise_if_any(problems)
-        return Submission(config, [JobTask(verb, (), Path("runs/debug"))], Path("runs/debug"))
+        directory = Path("runs/debug")
+        return Submission(config, [ScriptTask(verb, (), directory)], directory)
     if config.array and verb != "train":
         remedy = "submit them one by one, or leave array out"
         problems.append(Problem("array", verb, "is for train alone", remedy))
     try:
-        composed = _compose_verb(verb, verb_overrides, config_dir)
+        joined = join_space(verb_overrides) if verb == "search" else verb_overrides
+        composed = compose(verb, joined, config_dir, job_keys())
+        if verb == "compare":
+            compose_arms(verb_overrides, config_dir)
         problems += composed.problems()
     except ConfigError as error:
         problems += [problem for problem in error.problems if problem not in problems]
         raise ConfigError(problems) from None
     raise_if_any(problems)
     directory = _directory_of(verb, composed)
-    if verb != "train":
-        return Submission(config, [JobTask(verb, tuple(verb_overrides), directory)], directory)
     if not config.array:
-        return Submission(
-            config, [JobTask(verb, tuple(verb_overrides), directory, composed)], directory
-        )
-    tasks = []
-    for name, task_overrides in config.array.items():
-        words = [*verb_overrides, *task_overrides, f"name={quoted(f'{composed.name}/{name}')}"]
-        try:
-            arm = compose(verb, words, config_dir)
-        except ConfigError as error:
-            problems += [replace(p, key=f"{name}: {p.key}") for p in error.problems]
-            continue
-        tasks.append(JobTask(verb, tuple(words), directory / name, arm))
-    raise_if_any(problems)
+        run = composed if verb == "train" else None
+        return Submission(config, [ScriptTask(verb, verb_overrides, directory, run)], directory)
+    task_overrides = {
+        name: [*verb_overrides, *own, f"name={quoted(f'{composed.name}/{name}')}"]
+        for name, own in config.array.items()
+    }
+    runs = _compose_each(verb, task_overrides, config_dir)
+    tasks = [ScriptTask(verb, task_overrides[name], directory / name, runs[name]) for name in runs]
     return Submission(config, tasks, directory)
 
 
@@ -334,15 +333,6 @@ def compose_job(overrides: Sequence[str], config_dir: str | None = None) -> Subm
     quoted_overrides = [re.sub(r"^after=(\d+_\d+)$", r"after='\1'", text) for text in overrides]
     config: SubmitConfig = compose("submit", quoted_overrides, config_dir)
     return config
-
-
-def _compose_verb(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
-    """Return the configuration of what a job runs; raises ConfigError."""
-    shared = join_space(overrides) if verb == "search" else overrides
-    composed = compose(verb, shared, config_dir, job_keys())
-    if verb == "compare":
-        compose_arms(overrides, config_dir)
-    return composed
 
 
 def _directory_of(verb: str, config: Any) -> Path:

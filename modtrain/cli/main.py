@@ -1,22 +1,18 @@
-"""The command line: verbs to functions, nothing else.
-
-Verbs import what they need only when called, so that help and mistakes come at once.
-"""
+"""The command line: verbs to functions, which are imported only when called."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from modtrain import __version__
 from modtrain.common.errors import ConfigError, ModtrainError, Problem, RankError
-
-if TYPE_CHECKING:
-    from modtrain.training.config import TrainConfig
 
 Verb = Callable[[list[str], str | None], int]
 
@@ -28,9 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.multirun and arguments.verb != "train":
         parser.error("-m sweeps over runs of train; another verb has one configuration")
     verb = _sweep if arguments.multirun else _VERBS[arguments.verb][0]
-    overrides = [*arguments.overrides, *_option_overrides(arguments)]
+    if isinstance(verb, str):
+        verb = partial(_call, arguments.verb, verb)
     try:
-        return verb(overrides, arguments.config_dir)
+        if arguments.verb in _TRAINING:
+            # Before the imports that take seconds: a signal during them must not be lost.
+            from modtrain.training.stop_signal import STOP
+
+            STOP.install()
+        return verb(arguments.overrides + arguments.options, arguments.config_dir)
     except ModtrainError as error:
         # Errors that all ranks raise are printed by rank 0 only.
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
@@ -46,21 +48,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _prepare(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.cli.compose import compose
+def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) -> int:
+    """Call ``target`` with the configuration of ``verb``; print its result, if not an exit code.
 
-    config = compose("prepare", overrides, config_dir)
-    from modtrain.data.prepare.pipeline import prepare
+    target: ``module:function``.
+    """
+    from modtrain.cli import compose
 
-    _print("\n".join(prepare(config).lines()))
+    composers: dict[str, Callable[..., Any]] = {
+        "compare": compose.compose_arms,
+        "search": compose.compose_search,
+    }
+    config = composers.get(verb, partial(compose.compose, verb))(overrides, config_dir)
+    result = pkgutil.resolve_name(target)(config)
+    if isinstance(result, int):
+        return result
+    if result is not None:
+        print(result)
     return 0
 
 
 def _train(overrides: list[str], config_dir: str | None) -> int:
-    # Before the imports that take seconds: a signal during them must not be lost.
-    from modtrain.training.stop_signal import STOP
-
-    STOP.install()
     from modtrain.training.outcome import report_outcome
 
     with report_outcome() as outcome:
@@ -92,41 +100,10 @@ def _no_sweep(overrides: list[str]) -> None:
 
 
 def _sweep(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.training.stop_signal import STOP
-
-    STOP.install()
-    from modtrain.cli.compose import compose, compose_job, conf_dir
+    from modtrain.cli.compose import compose, compose_job
     from modtrain.experiments.sweep.sweep import sweep
 
-    def compose_run(run: Sequence[str]) -> TrainConfig:
-        config: TrainConfig = compose("train", run, config_dir)
-        return config
-
-    return sweep(overrides, compose_run, compose_job, conf_dir(), config_dir)
-
-
-def _compare(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.training.stop_signal import STOP
-
-    STOP.install()
-    from modtrain.cli.compose import compose_arms
-
-    comparison = compose_arms(overrides, config_dir)
-    from modtrain.experiments.compare.compare import compare
-
-    return compare(comparison)
-
-
-def _search(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.training.stop_signal import STOP
-
-    STOP.install()
-    from modtrain.cli.compose import compose_search
-
-    composed = compose_search(overrides, config_dir)
-    from modtrain.experiments.search.search import search
-
-    return search(composed)
+    return sweep(overrides, lambda run: compose("train", run, config_dir), compose_job, config_dir)
 
 
 def _eval(overrides: list[str], config_dir: str | None) -> int:
@@ -146,27 +123,7 @@ def _inspect(overrides: list[str], config_dir: str | None) -> int:
     config = compose("inspect", overrides, config_dir)
     from modtrain.inference.inspect.inspect import inspect_run
 
-    _print(f"wrote {inspect_run(config)}")
-    return 0
-
-
-def _generate(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.cli.compose import compose
-
-    config = compose("generate", overrides, config_dir)
-    from modtrain.inference.generate.generate import generate
-
-    generate(config)
-    return 0
-
-
-def _checkpoints(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.cli.compose import compose
-
-    config = compose("checkpoints", overrides, config_dir)
-    from modtrain.cli.checkpoints import run_checkpoints
-
-    run_checkpoints(config)
+    print(f"wrote {inspect_run(config)}")
     return 0
 
 
@@ -196,34 +153,6 @@ def _status(overrides: list[str], config_dir: str | None) -> int:
     return 0
 
 
-def _logs(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.cli.compose import compose
-
-    config = compose("logs", overrides, config_dir)
-    from modtrain.cluster.logs import show_logs
-
-    show_logs(config)
-    return 0
-
-
-def _cancel(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.cli.compose import compose
-
-    config = compose("cancel", overrides, config_dir)
-    from modtrain.cluster.cancel import cancel_run
-
-    cancel_run(config, _print)
-    return 0
-
-
-def _plan(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.cli.compose import compose
-    from modtrain.training.plan_report import show
-
-    show(compose("plan", overrides, config_dir))
-    return 0
-
-
 def _doctor(overrides: list[str], config_dir: str | None) -> int:
     del config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -245,20 +174,35 @@ def _doctor(overrides: list[str], config_dir: str | None) -> int:
     return show(require)
 
 
-_VERBS: dict[str, tuple[Verb, str]] = {
-    "prepare": (_prepare, "text to tokenizer and shards"),
+# Verbs that train, and save on a signal.
+_TRAINING = ("train", "compare", "search")
+# What a verb calls, ``module:function`` with the verb's configuration, and a line of help.
+_VERBS: dict[str, tuple[str | Verb, str]] = {
+    "prepare": ("modtrain.data.prepare.pipeline:prepare", "text to tokenizer and shards"),
     "train": (_train, "train a run, or resume it"),
-    "compare": (_compare, "train several models on one budget and report them side by side"),
+    "compare": (
+        "modtrain.experiments.compare.compare:compare",
+        "train several models on one budget and report them side by side",
+    ),
     "eval": (_eval, "held-out losses of a run, causal and not"),
-    "search": (_search, "search the best values of some keys, with Optuna"),
+    "search": (
+        "modtrain.experiments.search.search:search",
+        "search the best values of some keys, with Optuna",
+    ),
     "inspect": (_inspect, "a page that shows what a run's routers do with a text"),
-    "generate": (_generate, "continue texts with a run"),
-    "checkpoints": (_checkpoints, "list, verify, prune or consolidate a run's checkpoints"),
+    "generate": ("modtrain.inference.generate.generate:generate", "continue texts with a run"),
+    "checkpoints": (
+        "modtrain.cli.checkpoints:run_checkpoints",
+        "list, verify, prune or consolidate a run's checkpoints",
+    ),
     "submit": (_submit, "train, prepare, eval, ... as a Slurm job"),
     "status": (_status, "state, step, loss, restarts, checkpoint and job of runs"),
-    "logs": (_logs, "output of a run's newest job"),
-    "cancel": (_cancel, "end a run's jobs, after a checkpoint"),
-    "plan": (_plan, "parameters, FLOPs, steps and memory of a run, without starting it"),
+    "logs": ("modtrain.cluster.logs:show_logs", "output of a run's newest job"),
+    "cancel": ("modtrain.cluster.cancel:cancel_run", "end a run's jobs, after a checkpoint"),
+    "plan": (
+        "modtrain.training.plan_report:show",
+        "parameters, FLOPs, steps and memory of a run, without starting it",
+    ),
     "doctor": (_doctor, "versions, devices, and what is missing on this machine"),
 }
 
@@ -276,15 +220,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-dir", metavar="DIR", help="a directory of your own YAML, laid out as conf/ is"
     )
+    # Options that stand for overrides.
+    parser.set_defaults(options=[])
+    for option, override, use in (
+        ("--show-depth", "show_depth=true", "for generate"),
+        ("--dry-run", "dry_run=true", "for submit, and sweeps on Slurm"),
+    ):
+        meaning = f"{use}, the same as {override}"
+        parser.add_argument(
+            option, dest="options", action="append_const", const=override, help=meaning
+        )
     parser.add_argument(
-        "--show-depth", action="store_true", help="for generate, the same as show_depth=true"
+        "--chain",
+        dest="options",
+        action="append",
+        type="chain={}".format,
+        metavar="N",
+        help="for submit, the same as chain=N",
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="for submit, and sweeps on Slurm, the same as dry_run=true",
-    )
-    parser.add_argument("--chain", metavar="N", help="for submit, the same as chain=N")
     parser.add_argument(
         "-m",
         "--multirun",
@@ -294,19 +247,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help="see below")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="key=value or group=name")
     return parser
-
-
-def _option_overrides(arguments: argparse.Namespace) -> list[str]:
-    """Return the overrides that the options stand for."""
-    overrides = []
-    if arguments.show_depth:
-        overrides.append("show_depth=true")
-    if arguments.dry_run:
-        overrides.append("dry_run=true")
-    if arguments.chain is not None:
-        overrides.append(f"chain={arguments.chain}")
-    return overrides
-
-
-def _print(text: str) -> None:
-    print(text)

@@ -34,7 +34,7 @@ _POLL_SECONDS, _KILL_GRACE = 1.0, 90.0
 Print = Callable[[str], None]
 
 
-def cancel_run(config: CancelConfig, print_line: Print) -> None:
+def cancel_run(config: CancelConfig, print_line: Print = print) -> None:
     """Cancel all jobs of the run that ``config`` names.
 
     Raises:
@@ -93,10 +93,7 @@ class _CancelledFile:
 
     def remove_except(self, cancelled: Collection[str]) -> None:
         """Remove the jobs that this call has added but not ``cancelled``."""
-        remaining_marks = {
-            mark for mark in self._new if any(map(SubmittedJob(mark).covers, cancelled))
-        }
-        removed = self._new - remaining_marks
+        removed = {mark for mark in self._new if not any(map(SubmittedJob(mark).covers, cancelled))}
         remaining = [name for name in self.path.read_text().split() if name not in removed]
         if remaining:
             # In place: a new file would not keep the permissions of this one.
@@ -146,7 +143,10 @@ class _Cancellation:
                     " `scontrol show job`; it will not be requeued"
                 )
             time.sleep(_POLL_SECONDS)
-            live = self._refresh()
+            # A script that has resubmitted itself has a new id.
+            self.run = read_run(self.run.path, self.run.name)
+            self.marks.add(self.run.submitted)
+            live = _live_jobs(self.run)
         # Slurm may report the end before the process has released its lock.
         while is_locked(self.run.path / ".lock") and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
@@ -170,12 +170,6 @@ class _Cancellation:
             self.signalled.update(unsaved)
             text = f"job {', '.join(unsaved)}: signalled to save and stop"
             self.print_line(f"{text}; {self.config.wait:g} s for it")
-
-    def _refresh(self) -> list[SlurmJob]:
-        """Query again: a script that has resubmitted itself has a new id."""
-        self.run = read_run(self.run.path, self.run.name)
-        self.marks.add(self.run.submitted)
-        return _live_jobs(self.run)
 
     def _unmark_denied(self, error: DeniedError) -> None:
         """Remove the jobs that continue from the file: all that no command has reached.

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from modtrain.cluster.runs import (
     RunRecord,
     SubmittedJob,
     existing_run,
+    lines_from_end,
     newest_first,
     read_run,
 )
@@ -29,7 +30,6 @@ from modtrain.cluster.status import live_jobs, state_of
 from modtrain.common.errors import raise_if_any
 from modtrain.common.overrides import spelled
 
-_BLOCK_BYTES = 2**16
 # Seconds between two reads of a file, and between two queries to Slurm.
 _POLL_SECONDS, _SLURM_POLL_SECONDS = 0.5, 5.0
 
@@ -51,7 +51,7 @@ def show_logs(config: LogsConfig) -> None:
         if config.follow:
             _follow(run, config)
         else:
-            _source(run, config).show_last(config.lines)
+            _source(run, config).show_new(last=config.lines)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has closed the pipe; without this Python prints an error at exit.
@@ -66,13 +66,13 @@ class Tail:
         self.position = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def show_last(self, lines: int) -> None:
-        """Show the last ``lines`` lines."""
-        self.position = offset_of_last(self.path, lines)
-        self.show_new()
+    def show_new(self, last: int | None = None) -> None:
+        """Show what was added. A file that is missing for a while has nothing new.
 
-    def show_new(self) -> None:
-        """Show what was added. A file that is missing for a while has nothing new."""
+        last: lines from the end at which to begin.
+        """
+        if last is not None:
+            self.position = offset_of_last(self.path, last)
         text = ""
         with suppress(OSError), self.path.open("rb") as file:
             # A resumed run truncates the records after its checkpoint; those were shown.
@@ -87,20 +87,13 @@ class Tail:
 
 def offset_of_last(path: Path, lines: int) -> int:
     """Return where the last ``lines`` lines of ``path`` begin, in bytes."""
-    with path.open("rb") as file:
-        offset = end = file.seek(0, os.SEEK_END)
-        while offset > 0 and lines > 0:
-            size = min(_BLOCK_BYTES, offset)
-            offset -= size
-            file.seek(offset)
-            block = file.read(size)
-            # The newline that ends the file starts no further line.
-            at = len(block) - (offset + size == end and block.endswith(b"\n"))
-            while (at := block.rfind(b"\n", 0, at)) >= 0:
-                lines -= 1
-                if lines == 0:
-                    return offset + at + 1
-        return 0 if lines > 0 else end
+    end = path.stat().st_size
+    from_end = lines_from_end(path, end=end)
+    newest = [line for line, _ in zip(from_end, range(lines + 1), strict=False)]
+    if newest and newest[0]:
+        # Without a newline at the end of the file nothing follows the last line.
+        newest = newest[:lines]
+    return min(end, end + 1 - sum(len(line) + 1 for line in newest))
 
 
 def _print(text: str) -> None:
@@ -136,19 +129,17 @@ class _Records:
 
 def _source(run: RunRecord, config: LogsConfig) -> Tail:
     """Choose what to show: the output of a job or of a sweep's job, or else the records."""
-    requested = newest_first(run.submitted) if config.job is None else [config.job]
-    for name in requested:
+    job_ids = newest_first(run.submitted)
+    for name in job_ids if config.job is None else [config.job]:
         output = _output_of(run, name)
         if output is not None:
             return Tail(output, _print)
-    job_ids = newest_first(run.submitted)
     if config.job is not None:
         known_ids = ", ".join(spelled("job", name) for name in job_ids) or "none"
         text = f"{run.path} has no output of job={config.job}"
         raise RunNotFoundError(f"{text}\nremedy: its jobs are {known_ids}")
-    others = list(run.path.glob("logs/slurm-*.out"))
-    if others:
-        return Tail(max(others, key=lambda path: path.stat().st_mtime), _print)
+    if output := _newest_file(run.path.glob("logs/slurm-*.out")):
+        return Tail(output, _print)
     for name in ("logs/job.log", "metrics.jsonl"):
         if (run.path / name).is_file():
             show = _Records(run.steps) if name == "metrics.jsonl" else _print
@@ -174,8 +165,12 @@ def _output_of(run: RunRecord, name: str) -> Path | None:
     for folder in (run.path / "logs", run.path.parent / "logs"):
         outputs = [*folder.glob(f"slurm-{name}.out"), *folder.glob(f"slurm-{name}_*.out")]
         if outputs:
-            return max(outputs, key=lambda path: path.stat().st_mtime)
+            return _newest_file(outputs)
     return None
+
+
+def _newest_file(paths: Iterable[Path]) -> Path | None:
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _follow(run: RunRecord, config: LogsConfig) -> None:
@@ -190,24 +185,22 @@ def _follow(run: RunRecord, config: LogsConfig) -> None:
             live = _live_jobs(run, config.job, live)
             alive = bool(live) or (run.locked and config.job is None)
             last_query = time.monotonic()
-            last_message = _print_once(_pending_message(live), last_message)
+            message = _pending_message(live) or last_message
+            if message != last_message:
+                print(message, file=sys.stderr)  # noqa: T201
+            last_message = message
         for tail in tails.values():
             tail.show_new()
-        newest = _newest(run, config)
-        if newest is not None and newest.path not in tails:
-            newest.show_last(sys.maxsize if tails else config.lines)
-            tails[newest.path] = newest
+        with suppress(RunNotFoundError):
+            newest = _source(run, config)
+            if newest.path not in tails:
+                newest.show_new(last=None if tails else config.lines)
+                tails[newest.path] = newest
         if alive:
             time.sleep(_POLL_SECONDS)
     state = state_of(run, {})
     reason = f": {state.reason}" if state.reason else ""
     print(f"{run.path} is {state.name}{reason}", file=sys.stderr)  # noqa: T201
-
-
-def _newest(run: RunRecord, config: LogsConfig) -> Tail | None:
-    with suppress(RunNotFoundError):
-        return _source(run, config)
-    return None
 
 
 def _live_jobs(run: RunRecord, job_id: str | None, previous: list[SlurmJob]) -> list[SlurmJob]:
@@ -231,9 +224,3 @@ def _pending_message(live: list[SlurmJob]) -> str:
     job = live[0]
     start = f", expected to start at {job.start}" if job.start else ""
     return f"job {job.id} waits: {job.reason or job.state.lower()}{start}"
-
-
-def _print_once(text: str, before: str) -> str:
-    if text and text != before:
-        print(text, file=sys.stderr)  # noqa: T201
-    return text or before

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,9 +84,8 @@ class Failure:
 class RunRecord:
     """What is known of a run. Times are seconds since 1970.
 
-    steps: of the whole run. saved: (step, time) of the newest
-    checkpoint. failures: oldest first. submitted: jobs, oldest first. changed: when something was
-    last recorded. notes: what could not be read.
+    steps: of the whole run. saved: (step, time) of the newest checkpoint. failures, submitted:
+    oldest first. changed: when something was last recorded. notes: what could not be read.
     is_group: no run itself: the directory of a job that works on runs below it or on none, as that
     of a sweep, an array, a search, a comparison or a preparation. last_active: when a group's
     jobs were last given to Slurm or seen at work.
@@ -117,29 +117,24 @@ class RunRecord:
 
 def find_runs(root: Path) -> list[Path]:
     """List the directories of runs at and below ``root``, by name. Runs may be nested."""
-    return sorted(_walk(root))
+    return sorted(_walk(root, set()))
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    seen: set[tuple[int, int]] = set()
-
-    def look(folder: Path) -> Iterator[Path]:
-        with suppress(OSError):
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                # A link to a folder that was visited, or to a parent.
-                return
-            seen.add((status.st_dev, status.st_ino))
-            entries = list(os.scandir(folder))
-            is_run = any(entry.name in _MARK_FILES for entry in entries)
-            if is_run:
-                yield folder
-            for entry in entries:
-                hidden = entry.name.startswith(".") or (is_run and entry.name in _RUN_FOLDERS)
-                if not hidden and entry.is_dir():
-                    yield from look(folder / entry.name)
-
-    return look(root)
+def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
+    with suppress(OSError):
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in visited:
+            # A link to a folder that was visited, or to a parent.
+            return
+        visited.add((status.st_dev, status.st_ino))
+        entries = list(os.scandir(folder))
+        is_run = any(entry.name in _MARK_FILES for entry in entries)
+        if is_run:
+            yield folder
+        for entry in entries:
+            hidden = entry.name.startswith(".") or (is_run and entry.name in _RUN_FOLDERS)
+            if not hidden and entry.is_dir():
+                yield from _walk(folder / entry.name, visited)
 
 
 def existing_run(runs_dir: str, name: str) -> Path:
@@ -162,47 +157,40 @@ def read_run(path: Path, name: str) -> RunRecord:
     run = RunRecord(name, path)
     run.complete = (path / "COMPLETED").exists()
     run.locked = is_locked(path / ".lock")
-    read = _Reader(run)
-    read("manifest.json", lambda file: setattr(run, "starts", _starts(file)))
-    read("jobs.jsonl", lambda file: setattr(run, "submitted", _submitted(file)))
+    run.starts = _read(run, "manifest.json", _starts) or []
+    run.submitted = _read(run, "jobs.jsonl", _submitted) or []
     run.is_group = _is_group(run)
-    read(CANCELLED, lambda file: setattr(run, "cancelled", frozenset(file.read_text().split())))
-    read("failures.tsv", lambda file: run.failures.extend(_read_failures(file)))
-    read("failure.json", lambda file: run.failures.extend(_read_final_failure(file)))
+    run.cancelled = frozenset(_read(run, CANCELLED, lambda file: file.read_text().split()) or ())
+    run.failures += _read(run, "failures.tsv", _read_failures) or []
+    run.failures += _read(run, "failure.json", _read_final_failure) or []
     if run.is_group:
         for file in sorted(path.glob("failures-*.tsv")):
-            read(file.name, lambda file: run.failures.extend(_read_failures(file)))
+            run.failures += _read(run, file.name, _read_failures) or []
         run.last_active = _last_active(run)
     run.failures.sort(key=lambda failure: failure.time)
-    read("checkpoints", lambda folder: setattr(run, "saved", _newest_checkpoint(folder)))
-    if not (run.complete and read("result.json", lambda file: _take_result(run, file))):
-        read("config.yaml", lambda file: setattr(run, "steps", _steps(file)))
-        read("metrics.jsonl", lambda file: _take_records(run, file))
+    run.saved = _read(run, "checkpoints", _newest_checkpoint)
+    if not (run.complete and _read(run, "result.json", partial(_take_result, run))):
+        run.steps = _read(run, "config.yaml", _steps)
+        _read(run, "metrics.jsonl", partial(_take_records, run))
     if run.saved is not None and not run.complete:
         # A checkpoint on a signal is saved between two records.
         run.step = max(run.step or 0, run.saved[0])
     return run
 
 
-class _Reader:
-    """Reads a run's files one by one, and records those that are damaged."""
-
-    def __init__(self, run: RunRecord) -> None:
-        self.run = run
-
-    def __call__(self, name: str, take: Callable[[Path], None]) -> bool:
-        path = self.run.path / name
-        try:
-            take(path)
-        except FileNotFoundError:
-            return False
-        except Exception as error:
-            # Whatever a damaged file raises, the other files and the other runs are shown.
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            reason = " ".join(reason.split())[:200] or type(error).__name__
-            self.run.notes.append(f"{path} cannot be read: {reason}")
-            return False
-        return True
+def _read(run: RunRecord, name: str, parse: Callable[[Path], T]) -> T | None:
+    """Parse one of the run's files; None where it is missing, or damaged, which is recorded."""
+    path = run.path / name
+    try:
+        return parse(path)
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        # Whatever a damaged file raises, the other files and the other runs are shown.
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = " ".join(reason.split())[:200] or type(error).__name__
+        run.notes.append(f"{path} cannot be read: {reason}")
+        return None
 
 
 def time_of(text: str) -> float:
@@ -219,21 +207,23 @@ def json_lines(path: Path) -> list[Any]:
     return records
 
 
-def lines_from_end(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
+def lines_from_end(
+    path: Path, max_bytes: int | None = None, end: int | None = None
+) -> Iterator[bytes]:
     """Iterate over the lines of ``path`` from the last one, without line ends.
 
-    max_bytes: bytes from the end at which to stop; None: at the file's beginning.
+    max_bytes: bytes from the end at which to stop; None: at the file's beginning. end: bytes from
+    the beginning that are read; None: all.
     """
     with path.open("rb") as file:
-        offset = end = file.seek(0, os.SEEK_END)
+        offset = end = file.seek(0, os.SEEK_END) if end is None else end
         rest = b""
         while offset > 0 and (max_bytes is None or end - offset < max_bytes):
             size = min(_BLOCK_BYTES, offset)
             offset -= size
             file.seek(offset)
-            first, *lines = (file.read(size) + rest).split(b"\n")
+            rest, *lines = (file.read(size) + rest).split(b"\n")
             yield from reversed(lines)
-            rest = first
         if offset == 0 and end:
             yield rest
 
@@ -265,7 +255,7 @@ def _is_group(run: RunRecord) -> bool:
 
 def has_runs_below(path: Path) -> bool:
     """Whether there are directories of runs below ``path``."""
-    return any(folder != path for folder in _walk(path))
+    return any(folder != path for folder in _walk(path, set()))
 
 
 def _last_active(run: RunRecord) -> float:
@@ -304,11 +294,12 @@ def _newest_checkpoint(root: Path) -> tuple[int, float] | None:
     return None
 
 
-def _take_result(run: RunRecord, path: Path) -> None:
+def _take_result(run: RunRecord, path: Path) -> bool:
     content = json.loads(path.read_text())
     run.steps = run.step = int(content["steps"])
     run.loss, run.held_out = content.get(LOSS), content.get(HELD_OUT)
     run.changed = path.stat().st_mtime
+    return True
 
 
 def _take_records(run: RunRecord, path: Path) -> None:
@@ -333,8 +324,7 @@ def _take_records(run: RunRecord, path: Path) -> None:
 
 def _steps(path: Path) -> int | None:
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = yaml.load(path.read_text(), loader)  # noqa: S506
-    content = translate(content)
+    content = translate(yaml.load(path.read_text(), loader))  # noqa: S506
     if content["budget"]["steps"] is not None:
         return int(content["budget"]["steps"])
     return derive(_typed(TrainConfig, content)).steps

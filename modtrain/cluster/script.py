@@ -11,15 +11,16 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from modtrain.cluster.config import ClusterConfig, SubmitConfig
 from modtrain.common.errors import ModtrainError
+from modtrain.common.shipped import slurm_dir
+from modtrain.training.config import TrainConfig
 
 _SETTINGS = "# --- settings"
 _END = "# --- end of settings ---"
-_DIRECTIVE = "#SBATCH "
 SERIAL = ("prepare", "eval", "search", "compare")
 """The verbs that run in one process on one node."""
 
@@ -32,21 +33,14 @@ class ScriptError(ModtrainError):
 class ScriptTask:
     """What modtrain runs in a job, or in one task of an array.
 
-    verb, overrides: of modtrain's command line. run_directory: where failures are recorded; None
-    where there is no run. config_dir: of the user's own YAML, or None.
+    verb, overrides: of modtrain's command line. directory: of the logs and of what the task does.
+    config: the run's, where the verb trains one; else None.
     """
 
     verb: str
     overrides: Sequence[str]
-    run_directory: Path | None = None
-    config_dir: Path | None = None
-
-    @property
-    def arguments(self) -> list[str]:
-        """The verb's arguments."""
-        options = [] if self.config_dir is None else ["--config-dir", str(self.config_dir)]
-        # After two dashes nothing is parsed as an option.
-        return [*options, "--", *self.overrides]
+    directory: Path
+    config: TrainConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class JobScript:
 
     name: as squeue shows it. script: path of the script. output: pattern of the job's log.
     directory: the working directory. code: the frozen copy. python: the interpreter. tasks: one,
-    or one for each task of an array.
+    or one for each task of an array. config_dir: of the user's own YAML, or None.
     """
 
     name: str
@@ -65,14 +59,8 @@ class JobScript:
     code: Path
     python: str
     config: SubmitConfig
-    tasks: Sequence[ScriptTask] = field(default_factory=list)
-
-
-def slurm_dir() -> Path:
-    """Return the shipped ``slurm/``: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    inside = package / "slurm"
-    return inside if inside.is_dir() else package.parent / "slurm"
+    tasks: Sequence[ScriptTask]
+    config_dir: Path | None = None
 
 
 def template_of(verb: str, config: SubmitConfig) -> str:
@@ -97,22 +85,18 @@ def render(job: JobScript) -> str:
     head, rest = template.split(_SETTINGS, 1)
     body = rest.split(_END, 1)[1]
     comments = [line for line in head.splitlines()[1:] if line.startswith("# ")]
-    return (
-        "\n".join(
-            [
-                "#!/usr/bin/env bash",
-                f"# Written by modtrain submit from slurm/{name}; sbatch takes it again.",
-                *comments[1:],
-                *(f"{_DIRECTIVE}{option}" for option in _options(job)),
-                "set -euo pipefail",
-                "",
-                f"{_SETTINGS} ---",
-                *_settings(job),
-                _END,
-            ]
-        )
-        + body
-    )
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# Written by modtrain submit from slurm/{name}; sbatch takes it again.",
+        *comments[1:],
+        *(f"#SBATCH {option}" for option in _options(job)),
+        "set -euo pipefail",
+        "",
+        f"{_SETTINGS} ---",
+        *_settings(job),
+        _END,
+    ]
+    return "\n".join(lines) + body
 
 
 def _options(job: JobScript) -> list[str]:
@@ -204,11 +188,20 @@ def _settings(job: JobScript) -> list[str]:
         "variables": [f"{name}={value}" for name, value in environment.items()],
     }
     lines += [_array(name, values) for name, values in lists.items()]
+    options = [] if job.config_dir is None else ["--config-dir", str(job.config_dir)]
+    task_lines = [
+        [
+            *_assignments({"run_directory": str(task.directory)}),
+            # After two dashes nothing is parsed as an option.
+            _array("overrides", [*options, "--", *task.overrides]),
+        ]
+        for task in job.tasks
+    ]
     if not config.array:
-        return lines + _task_lines(job.tasks[0])
+        return lines + task_lines[0]
     lines.append('case "$SLURM_ARRAY_TASK_ID" in')
-    for number, task in enumerate(job.tasks):
-        lines += [f"{number})", *(f"  {line}" for line in _task_lines(task)), "  ;;"]
+    for number, assignments in enumerate(task_lines):
+        lines += [f"{number})", *(f"  {line}" for line in assignments), "  ;;"]
     return [*lines, "esac"]
 
 
@@ -224,24 +217,18 @@ def _required_mounts(job: JobScript) -> list[str]:
     An array's runs are below its script: one mount covers all of them.
     """
     required = [job.directory, job.code, job.script.parent]
-    required += [task.run_directory for task in job.tasks if task.run_directory is not None]
     paths: list[Path] = []
-    for path in required:
-        if not any(path.is_relative_to(other) for other in paths):
-            paths.append(path)
-    for path in paths:
+    for path in (*required, *(task.directory for task in job.tasks)):
+        if any(path.is_relative_to(other) for other in paths):
+            continue
         if re.search("[,:]", str(path)):
             container = job.config.cluster.container
             raise ScriptError(
                 f"{path} contains a comma or a colon, at which {container} splits a mount."
                 " remedy: give another name= or runs_dir=, or one below the working directory"
             )
-    return [str(path) for path in paths]
-
-
-def _task_lines(task: ScriptTask) -> list[str]:
-    directory = "" if task.run_directory is None else str(task.run_directory)
-    return [*_assignments({"run_directory": directory}), _array("overrides", task.arguments)]
+        paths.append(path)
+    return list(map(str, paths))
 
 
 def _assignments(values: Mapping[str, str]) -> list[str]:

@@ -264,11 +264,11 @@ def _print_detail(
     )
 
 
-def _job_line(name: str, run: RunRecord, known: SlurmReply) -> str:
-    job = known.jobs.get(name)
-    submitted = next(known for known in run.submitted if known.id == name)
-    if job is None or not submitted.is_same(job):
-        return name if known.error else f"{name}: over"
+def _job_line(name: str, run: RunRecord, slurm_reply: SlurmReply) -> str:
+    job = slurm_reply.jobs.get(name)
+    submission = next(submission for submission in run.submitted if submission.id == name)
+    if job is None or not submission.is_same(job):
+        return name if slurm_reply.error else f"{name}: over"
     parts = [
         _describe_job(job),
         f"on {job.nodes}" if job.nodes and not job.is_pending else "",

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -31,21 +31,8 @@ from modtrain.training.run_directory import check_resumable
 _UNREACHABLE = ("Could not establish a configuration source", "Unable to contact slurm")
 
 
-@dataclass(frozen=True)
-class JobTask:
-    """What one task runs. config: the run's, where the verb trains one; else None.
-
-    overrides: as the user gave them. directory: of the script, logs and records.
-    """
-
-    verb: str
-    overrides: tuple[str, ...]
-    directory: Path
-    config: TrainConfig | None = None
-
-
 def submit(
-    tasks: Sequence[JobTask],
+    tasks: Sequence[ScriptTask],
     directory: Path,
     config: SubmitConfig,
     config_dir: Path | None,
@@ -107,7 +94,7 @@ def _overridden_defaults(config: SubmitConfig) -> list[str]:
 
 
 def _prepare(
-    tasks: Sequence[JobTask], directory: Path, config: SubmitConfig, config_dir: Path | None
+    tasks: Sequence[ScriptTask], directory: Path, config: SubmitConfig, config_dir: Path | None
 ) -> JobScript:
     """Make the directories, the copy of the code and the frozen configurations."""
     for folder in {directory, *(task.directory.resolve() for task in tasks)}:
@@ -117,7 +104,6 @@ def _prepare(
         if task.config is not None:
             plain = OmegaConf.to_yaml(OmegaConf.structured(task.config))
             write_text(task.directory / "submitted.yaml", plain)
-    own_conf = None if config_dir is None else code / "own_conf"
     return JobScript(
         name=job_name(directory),
         script=directory / _script_name(tasks, config),
@@ -126,19 +112,12 @@ def _prepare(
         code=code,
         python=_python(config),
         config=config,
-        tasks=[
-            ScriptTask(
-                verb=task.verb,
-                overrides=task.overrides,
-                run_directory=task.directory.resolve(),
-                config_dir=own_conf,
-            )
-            for task in tasks
-        ],
+        tasks=[replace(task, directory=task.directory.resolve()) for task in tasks],
+        config_dir=None if config_dir is None else code / "own_conf",
     )
 
 
-def _script_name(tasks: Sequence[JobTask], config: SubmitConfig) -> str:
+def _script_name(tasks: Sequence[ScriptTask], config: SubmitConfig) -> str:
     """Return the script's name; an array's contains a digest of its tasks.
 
     A task that resubmits itself is identified by its index, which must stay that of its run.
@@ -185,9 +164,8 @@ def _record_job(job: JobScript, number: str, before: str | None) -> None:
     entry = {"time": time, "script": str(job.script), "chained_after": before}
     # An evaluation's script is in the run's directory, but the job does not train the run.
     numbers = {} if job.tasks[0].verb == "eval" else {job.script.parent: number}
-    for index, task in enumerate(job.tasks):
-        if job.config.array and task.run_directory is not None:
-            numbers[task.run_directory] = f"{number}_{index}"
+    if job.config.array:
+        numbers |= {task.directory: f"{number}_{index}" for index, task in enumerate(job.tasks)}
     for folder, job_id in numbers.items():
         path = folder / "jobs.jsonl"
         if path.is_file() and any(line["job"] == job_id for line in json_lines(path)):
@@ -198,7 +176,7 @@ def _record_job(job: JobScript, number: str, before: str | None) -> None:
 
 
 def _print_next_commands(
-    tasks: Sequence[JobTask],
+    tasks: Sequence[ScriptTask],
     directory: Path,
     ids: Sequence[str],
     config: SubmitConfig,
@@ -224,7 +202,7 @@ def _print_next_commands(
         )
 
 
-def _problems(tasks: Sequence[JobTask], directory: Path, config: SubmitConfig) -> list[Problem]:
+def _problems(tasks: Sequence[ScriptTask], directory: Path, config: SubmitConfig) -> list[Problem]:
     problems = config.problems()
     if re.search(r"[\x00-\x1f\x7f\\]", str(directory.resolve())):
         # In a log's name Slurm interprets a backslash, which cannot be escaped.
@@ -268,7 +246,7 @@ def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
     return [Problem("cluster.gpu_memory", f"{memory:g}", reason, remedy)]
 
 
-def _queue_problems(tasks: Sequence[JobTask], config: SubmitConfig) -> list[Problem]:
+def _queue_problems(tasks: Sequence[ScriptTask], config: SubmitConfig) -> list[Problem]:
     """Find jobs that are in the queue for a run already: two would conflict."""
     if not slurm.has_slurm():
         return []

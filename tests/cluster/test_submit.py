@@ -42,7 +42,7 @@ def a_job(task=None, config=None, directory=Path("/work dir")):
         code=directory / "code",
         python="/usr/bin/python3",
         config=config or SubmitConfig(),
-        tasks=[task or ScriptTask("train", ["name=x"])],
+        tasks=[task or ScriptTask("train", ["name=x"], directory)],
     )
 
 
@@ -65,7 +65,7 @@ def submitted(words):
 @given(st.lists(NASTY, max_size=4), NASTY.filter(len), NASTY)
 def test_whatever_is_in_an_override_reaches_modtrain_as_it_is(overrides, module, value):
     site = ClusterConfig(modules=[module], environment={"A": value})
-    job = a_job(ScriptTask("train", overrides), SubmitConfig(cluster=site))
+    job = a_job(ScriptTask("train", overrides, Path("run")), SubmitConfig(cluster=site))
     text = render(job)
     check(text, "it")
     assert settings(text, "overrides") == ["--", *overrides]
@@ -96,7 +96,7 @@ def test_a_template_is_a_script(template):
 @pytest.mark.parametrize("site", SITES)
 def test_a_shipped_site_is_sound(site):
     submission = compose_submission(["debug", f"cluster={site}"])
-    text = render(a_job(ScriptTask("debug", []), submission.config))
+    text = render(a_job(ScriptTask("debug", [], Path("run")), submission.config))
     check(text, site)
 
 
@@ -200,7 +200,7 @@ def test_a_task_of_an_array_can_be_waited_for():
     submission = compose_submission(["debug", "after=123_4", "time=30"])
     assert submission.config.after == "123_4"
     assert "#SBATCH --dependency=afterok:123_4" in render(
-        a_job(ScriptTask("debug", []), submission.config)
+        a_job(ScriptTask("debug", [], Path("run")), submission.config)
     )
 
 
@@ -217,7 +217,7 @@ def test_other_verbs_are_jobs_of_one_process(verb, words, script, tiny):
         words = [*words, *tiny]
     submission = compose_submission([verb, *words, "nodes=1"])
     assert submission.directory == Path("runs/s")
-    job = a_job(ScriptTask(verb, submission.tasks[0].overrides), submission.config)
+    job = a_job(ScriptTask(verb, submission.tasks[0].overrides, Path("run")), submission.config)
     text = render(job)
     assert f"slurm/{script}.sbatch" in text
     assert settings(text, "verb", "overrides") == [verb, "--", *words]
@@ -240,7 +240,7 @@ def test_other_verbs_are_jobs_of_one_process(verb, words, script, tiny):
 )
 def test_a_verb_has_the_nodes_and_gpus_that_it_can_use(verb, asked, options):
     config = SubmitConfig(cluster=ClusterConfig(memory_per_node="0"), **asked)
-    lines = render(a_job(ScriptTask(verb, []), config)).splitlines()
+    lines = render(a_job(ScriptTask(verb, [], Path("run")), config)).splitlines()
     said = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
     assert set(options.split()) <= said
     # What is not asked for is not there: memory of a node that others share, and no GPU at all.

@@ -31,6 +31,7 @@ from rich.console import Console
 
 from modtrain.common.errors import Problem
 from modtrain.common.overrides import quoted
+from modtrain.common.shipped import conf_dir
 from modtrain.experiments import hparams
 from modtrain.experiments.sweep.job_process import EXIT_RESUMABLE, run_in_process
 from modtrain.experiments.sweep.job_state import failure_text, state_of
@@ -52,24 +53,20 @@ def print_line(text: str) -> None:
 class Multirun:
     """Hydra's multirun under ``overrides``, those of ``hydra`` itself, over ``axes``, the others.
 
-    conf_dir, user_dir: where Hydra finds YAML. is_on_slurm: whether the jobs run on Slurm.
+    user_dir: of the user's own YAML. is_on_slurm: whether the jobs run on Slurm.
     """
 
     def __init__(
-        self,
-        overrides: Sequence[Override],
-        axes: Sequence[Override],
-        conf_dir: Path,
-        user_dir: str | None,
+        self, overrides: Sequence[Override], axes: Sequence[Override], user_dir: str | None
     ) -> None:
         self.axes = [str(o.input_line) for o in axes]
         self.is_on_slurm = any(
             o.key_or_group == "hydra/launcher" and o.value() == "slurm" for o in overrides
         )
-        search_dirs = [] if user_dir is None else [f"file://{Path(user_dir).resolve()}"]
-        search = [f"hydra.searchpath=[{','.join(map(quoted, search_dirs))}]"] if search_dirs else []
-        hydra_overrides = [str(o.input_line) for o in overrides]
-        self.overrides, self.conf_dir = [*_QUIET, *hydra_overrides, *search], conf_dir
+        self.overrides = [*_QUIET, *(str(o.input_line) for o in overrides)]
+        if user_dir is not None:
+            folder = quoted(f"file://{Path(user_dir).resolve()}")
+            self.overrides.append(f"hydra.searchpath=[{folder}]")
 
     def problems(self) -> list[Problem]:
         """Everything that Hydra finds wrong with the overrides."""
@@ -117,7 +114,7 @@ class Multirun:
     def _hydra(self) -> Iterator[Hydra]:
         version.setbase("1.3")
         GlobalHydra.instance().clear()
-        search_path = create_config_search_path(str(self.conf_dir))
+        search_path = create_config_search_path(str(conf_dir()))
         try:
             yield Hydra.create_main_hydra2("modtrain", search_path)
         finally:

@@ -16,8 +16,9 @@ from pathlib import Path
 from modtrain.cluster import slurm
 from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.runs import json_lines
+from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.slurm import SlurmError, SlurmJob
-from modtrain.cluster.submit import JobTask, submit
+from modtrain.cluster.submit import submit
 from modtrain.experiments.sweep.job_state import state_of, write_failure
 from modtrain.experiments.sweep.jobs import SweepJob, overrides_of
 from modtrain.training.config import TrainConfig
@@ -61,7 +62,7 @@ def launch_on_slurm(
     new = [(job, run) for job, run in jobs if job.name not in queued]
     if new:
         tasks = [
-            JobTask("train", tuple(overrides_of(job, run)), runs[job.name].path, run)
+            ScriptTask("train", overrides_of(job, run), runs[job.name].path, run)
             for job, run in new
         ]
         array = {job.name: list(job.overrides) for job, _ in new}

@@ -49,13 +49,12 @@ def sweep(
     overrides: Sequence[str],
     compose: Compose,
     compose_job: ComposeJob,
-    conf_dir: Path,
     user_dir: str | None,
 ) -> int:
     """Train every job of ``overrides`` that is not complete.
 
     compose: builds a training configuration from overrides with one value each. compose_job: builds
-    the configuration of a Slurm job from its overrides and user_dir. conf_dir, user_dir: of YAML.
+    the configuration of a Slurm job from its overrides and user_dir. user_dir: of the user's YAML.
 
     Returns:
         0 where every job is complete; 130 or 75 where a signal stopped the sweep or one of its
@@ -78,7 +77,7 @@ def sweep(
     problems += job_problems + _sweeper_problems(for_hydra) + _name_problems(axes)
     if not jobs:
         raise_if_any(problems)
-    multirun = Multirun(for_hydra, axes, conf_dir, user_dir)
+    multirun = Multirun(for_hydra, axes, user_dir)
     try:
         slurm_job = _slurm_job(for_slurm, multirun, lambda own: compose_job(own, user_dir))
     except ConfigError as error:
