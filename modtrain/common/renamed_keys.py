@@ -7,8 +7,9 @@ key was renamed still resume, evaluate and generate.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def translate(content: Mapping[str, Any]) -> dict[str, Any]:
 
     ``content`` may be a part of a configuration, and is not changed.
     """
-    result: dict[str, Any] = _copy(content)
+    result = copy.deepcopy(dict(content))
     for old, new in RENAMED_KEYS.items():
         value = _pop(result, old.split("."))
         if value is not _MISSING:
@@ -87,22 +88,14 @@ def translate_flat(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of a nested configuration by dotted key, which begins with ``prefix``."""
-    return dict(_walk(content, prefix))
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        flat |= flatten(value, dotted) if isinstance(value, Mapping) else {dotted: value}
+    return flat
 
 
 _MISSING = object()
-
-
-def _walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _walk(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, node
-
-
-def _copy(node: Any) -> Any:
-    return {key: _copy(value) for key, value in node.items()} if isinstance(node, Mapping) else node
 
 
 def _pop(node: Any, parts: list[str]) -> Any:

@@ -6,7 +6,8 @@ Each returns the problems of the fields ``names`` of ``config``, whose keys begi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from modtrain.common.errors import Problem
 
@@ -18,49 +19,32 @@ def key_of(prefix: str, name: str) -> str:
 
 def at_least(config: object, prefix: str, least: int, *names: str) -> list[Problem]:
     """Find the fields that are not finite or below ``least``; None passes."""
-    return [
-        Problem(key_of(prefix, name), value, f"is not {least} or more", f"give {least} or more")
-        for name, value in _values(config, names)
-        if value is not None and not (least <= value < math.inf)
-    ]
+    wrong = f"is not {least} or more", f"give {least} or more"
+    return _failing(config, prefix, names, lambda v: v is None or least <= v < math.inf, *wrong)
 
 
 def above_zero(config: object, prefix: str, *names: str) -> list[Problem]:
     """Find the fields that are not finite and above 0; None passes."""
-    return [
-        Problem(key_of(prefix, name), value, "is not above 0", "give a positive number")
-        for name, value in _values(config, names)
-        if value is not None and not (math.isfinite(value) and value > 0)
-    ]
+    wrong = "is not above 0", "give a positive number"
+    return _failing(config, prefix, names, lambda v: v is None or 0 < v < math.inf, *wrong)
 
 
 def not_negative(config: object, prefix: str, *names: str) -> list[Problem]:
     """Find the fields that are not finite or below 0; None passes."""
-    return [
-        Problem(key_of(prefix, name), value, "is not 0 or more", "give 0 or a positive number")
-        for name, value in _values(config, names)
-        if value is not None and not (0 <= value < math.inf)
-    ]
+    wrong = "is not 0 or more", "give 0 or a positive number"
+    return _failing(config, prefix, names, lambda v: v is None or 0 <= v < math.inf, *wrong)
 
 
 def shares(config: object, prefix: str, *names: str) -> list[Problem]:
     """Find the fields outside [0, 1]."""
-    return [
-        Problem(
-            key_of(prefix, name), value, "is not a share in [0, 1]", "give a number from 0 to 1"
-        )
-        for name, value in _values(config, names)
-        if not 0 <= value <= 1
-    ]
+    wrong = "is not a share in [0, 1]", "give a number from 0 to 1"
+    return _failing(config, prefix, names, lambda v: 0 <= v <= 1, *wrong)
 
 
 def decays(config: object, prefix: str, *names: str) -> list[Problem]:
     """Find the fields outside [0, 1): a running mean with decay 1 would never move."""
-    return [
-        Problem(key_of(prefix, name), value, "is not in [0, 1)", "0.9 and 0.99 are usual")
-        for name, value in _values(config, names)
-        if not 0 <= value < 1
-    ]
+    wrong = "is not in [0, 1)", "0.9 and 0.99 are usual"
+    return _failing(config, prefix, names, lambda v: 0 <= v < 1, *wrong)
 
 
 def one_of(config: object, prefix: str, name: str, choices: Sequence[str]) -> list[Problem]:
@@ -91,5 +75,12 @@ def _shown(config: object, name: str) -> object:
     return "null" if value is None else value
 
 
-def _values(config: object, names: Iterable[str]) -> list[tuple[str, float]]:
-    return [(name, getattr(config, name)) for name in names]
+def _failing(
+    config: object, prefix: str, names: Iterable[str], passes: Callable[[Any], bool], *wrong: str
+) -> list[Problem]:
+    values = {name: getattr(config, name) for name in names}
+    return [
+        Problem(key_of(prefix, name), value, *wrong)
+        for name, value in values.items()
+        if not passes(value)
+    ]

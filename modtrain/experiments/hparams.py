@@ -21,6 +21,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from modtrain.distributed.launch import Launch
 from modtrain.experiments.sweep.jobs import read_jobs
 from modtrain.models.flops import forward_flops
+from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory
 
 LOSS = "held_out/causal_loss"
@@ -31,6 +32,12 @@ _METRICS = {
     TRAINING_FLOPS: "training TFLOPs, executed",
     FORWARD_FLOPS: "forward FLOPs a token, executed",
 }
+
+
+def forward_flops_per_token(config: TrainConfig) -> float:
+    """Return the executed FLOPs of a run's forward pass per token."""
+    seq_len = config.data.seq_len or 1
+    return forward_flops(config.model, seq_len).total / seq_len
 
 
 def write_experiment(directory: Path, keys: Iterable[str]) -> None:
@@ -61,12 +68,11 @@ def write_run(run: RunDirectory, swept: Mapping[str, str]) -> None:
     """Add a complete run to the table, or replace its row."""
     config = run.read_config()
     result = json.loads(run.result.read_text())
-    seq_len = config.data.seq_len or 1
     # A TensorBoard scalar is a 32-bit float, with a maximum of about 3e38; TFLOPs read better.
     metrics = {
         LOSS: result.get(LOSS),
         TRAINING_FLOPS: result["flops"] / 1e12,
-        FORWARD_FLOPS: forward_flops(config.model, seq_len).total / seq_len,
+        FORWARD_FLOPS: forward_flops_per_token(config),
     }
     session = summary_v2.hparams_pb(
         {key: _value(text) for key, text in swept.items()}, trial_id=str(config.name)

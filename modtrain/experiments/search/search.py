@@ -29,7 +29,6 @@ from modtrain.experiments.sweep.hydra_multirun import print_line
 from modtrain.experiments.sweep.job_process import run_in_process
 from modtrain.experiments.sweep.job_state import failure_text, pruned_mark, state_of
 from modtrain.experiments.sweep.jobs import SweepJob, write_jobs
-from modtrain.models.flops import forward_flops
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
 from modtrain.training.run_directory import RunDirectory
@@ -226,11 +225,9 @@ def suggest(trial: optuna.Trial, dimension: Dimension, name: str | None = None) 
 
 
 def _values(run: RunDirectory, directions: Sequence[str]) -> list[float | None]:
-    result, config = json.loads(run.result.read_text()), run.read_config()
-    seq_len = config.data.seq_len or 1
     values = {
-        "causal_loss": result.get(hparams.LOSS),
-        "forward_flops": forward_flops(config.model, seq_len).total / seq_len,
+        "causal_loss": json.loads(run.result.read_text()).get(hparams.LOSS),
+        "forward_flops": hparams.forward_flops_per_token(run.read_config()),
     }
     return [values[name] for name in directions]
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 
 from modtrain.common.errors import ModtrainError
-from modtrain.experiments.sweep.job_state import failure_path, is_in_use, state_of, write_failure
+from modtrain.experiments.sweep.job_state import failure_path, is_in_use, write_failure
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
@@ -27,7 +27,6 @@ _POLL_SECONDS = 0.1
 # A job whose sweep was killed saves and ends; a new sweep may start meanwhile.
 LOCK_TIMEOUT = 60.0
 EXIT_RESUMABLE = 75
-_FORWARDED_SIGNALS = {signal.SIGUSR1: signal.SIGUSR1}
 
 
 def run_in_process(run: RunDirectory, work: Callable[[], int], main_pid: int | None = None) -> int:
@@ -56,25 +55,19 @@ def run_in_process(run: RunDirectory, work: Callable[[], int], main_pid: int | N
     child.start()
     while child.is_alive():
         child.join(_POLL_SECONDS)
-        if not STOP.requested and _is_orphan(main_pid):
+        if not STOP.requested and main_pid not in (None, os.getpid(), os.getppid()):
             STOP.signum = signal.SIGTERM
         if STOP.requested and child.pid is not None and child.is_alive():
             # Not as SIGINT: a second one ends a run at once. Repeating the others does no harm.
-            os.kill(child.pid, _FORWARDED_SIGNALS.get(STOP.signum or 0, signal.SIGTERM))
+            is_usr1 = STOP.signum == signal.SIGUSR1
+            os.kill(child.pid, signal.SIGUSR1 if is_usr1 else signal.SIGTERM)
     return _record_end(run, child.exitcode or 0)
-
-
-def _is_orphan(main_pid: int | None) -> bool:
-    return main_pid not in (None, os.getpid(), os.getppid())
 
 
 def _record_end(run: RunDirectory, code: int) -> int:
     """Record a failure that the process could not record itself."""
-    if (
-        code in (0, EXIT_RESUMABLE, 130)
-        or failure_path(run).is_file()
-        or state_of(run) == "complete"
-    ):
+    is_recorded = failure_path(run).is_file() or run.is_complete
+    if code in (0, EXIT_RESUMABLE, 130) or is_recorded:
         return code
     if code < 0:
         name = signal.Signals(-code).name

@@ -92,14 +92,6 @@ def read_jobs(directory: Path) -> dict[str, dict[str, str]]:
     return {name: translate_flat(job["overrides"]) for name, job in stored.items()}
 
 
-def stored_names(directory: Path) -> dict[frozenset[tuple[str, str]], str]:
-    """Return the names that the sweep's jobs have in its list, by what was swept.
-
-    A key that was renamed since the sweep began would otherwise give its jobs new directories.
-    """
-    return {frozenset(swept.items()): name for name, swept in read_jobs(directory).items()}
-
-
 def write_jobs(directory: Path, jobs: Sequence[SweepJob]) -> None:
     """Add ``jobs`` to the sweep's list."""
     listed = read_jobs(directory) | {job.name: job.swept for job in jobs}

@@ -9,7 +9,7 @@ and no frozen code, and receive their work as a pickle.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from modtrain.cluster.runs import json_lines
 from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.submit import submit
+from modtrain.experiments.sweep.hydra_multirun import print_line
 from modtrain.experiments.sweep.job_state import state_of, write_failure
 from modtrain.experiments.sweep.jobs import SweepJob, overrides_of
 from modtrain.training.config import TrainConfig
@@ -34,15 +35,12 @@ _TIMEOUT = 600.0
 # States in which a job ends before its script can record why.
 _SLURM_FAILURES = frozenset(("OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"))
 
-Print = Callable[[str], None]
-
 
 def launch_on_slurm(
     jobs: Sequence[tuple[SweepJob, TrainConfig]],
     directory: Path,
     config: SubmitConfig,
     config_dir: Path | None,
-    print_line: Print,
 ) -> None:
     """Submit the jobs that are not in the queue, and wait until all have ended.
 
@@ -70,7 +68,7 @@ def launch_on_slurm(
             return
     for name, run in runs.items():
         print_line(f"{name}: job {_last_job(run)}")
-    _Waiting(dict(runs), print_line).wait()
+    _Waiting(dict(runs)).wait()
 
 
 @dataclass
@@ -78,7 +76,6 @@ class _Waiting:
     """The runs that are awaited, by name, and how often each one's job was not listed."""
 
     remaining: dict[str, RunDirectory]
-    print_line: Print
     num_missed: dict[str, int] = field(default_factory=dict)
 
     def wait(self) -> None:
@@ -91,13 +88,13 @@ class _Waiting:
             except SlurmError as error:
                 if not slurm.has_slurm() or time.monotonic() - last_answer > _TIMEOUT:
                     raise
-                self.print_line(f"retrying: {error}")
+                print_line(f"retrying: {error}")
             is_recent = time.monotonic() - began < _FIRST_POLLS_FOR
             if self.remaining:
                 STOP.pause(_FIRST_POLL_SECONDS if is_recent else _POLL_SECONDS)
         if self.remaining:
             jobs = " ".join(str(_last_job(run)) for run in self.remaining.values())
-            self.print_line(f"the jobs continue: {jobs}; the same command waits for them again")
+            print_line(f"the jobs continue: {jobs}; the same command waits for them again")
 
     def _poll(self) -> None:
         # A job that resubmits itself has a new id.
@@ -117,7 +114,7 @@ class _Waiting:
             ended == "FAILED" and state == "not started"
         ):
             write_failure(run, "Slurm", f"job {number} ended as {ended}")
-        self.print_line(f"{name}: {state_of(run)}")
+        print_line(f"{name}: {state_of(run)}")
 
 
 def _last_job(run: RunDirectory) -> str | None:

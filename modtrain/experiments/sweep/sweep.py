@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.cluster.config import SubmitConfig, is_of_job
 from modtrain.cluster.submit import run_problems
@@ -23,17 +25,10 @@ from modtrain.common.errors import CheckpointError, ConfigError, Problem, raise_
 from modtrain.common.overrides import misread, parse
 from modtrain.distributed.launch import Launch
 from modtrain.experiments import hparams
-from modtrain.experiments.sweep.config import SweepConfig, split_sweep_options
 from modtrain.experiments.sweep.hydra_multirun import Multirun, print_line
 from modtrain.experiments.sweep.job_process import EXIT_RESUMABLE
 from modtrain.experiments.sweep.job_state import STATES, failure_text, state_of
-from modtrain.experiments.sweep.jobs import (
-    SweepJob,
-    expand,
-    read_jobs,
-    stored_names,
-    write_jobs,
-)
+from modtrain.experiments.sweep.jobs import SweepJob, expand, read_jobs, write_jobs
 from modtrain.experiments.sweep.slurm_array import launch_on_slurm
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
@@ -69,7 +64,7 @@ def sweep(
         raise ConfigError([Problem("-m", "", reason, remedy)])
     parsed, problems = parse(overrides, sweeps=True)
     raise_if_any(problems)
-    options, parsed, problems = split_sweep_options(parsed)
+    retry, parsed, problems = _split_options(parsed)
     for_hydra = [o for o in parsed if o.key_or_group.startswith(("hydra.", "hydra/"))]
     for_slurm = [o for o in parsed if is_of_job(str(o.input_line))]
     axes = [o for o in parsed if o not in (*for_hydra, *for_slurm)]
@@ -83,7 +78,7 @@ def sweep(
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     base, jobs, runs = _checked(jobs, compose, multirun, slurm_job, problems)
-    checked = _Sweep(base, jobs, runs, options)
+    checked = _Sweep(base, jobs, runs, retry)
     checked.directory.mkdir(parents=True, exist_ok=True)
     with checked.locked():
         write_jobs(checked.directory, jobs)
@@ -93,12 +88,38 @@ def sweep(
         print_line(f"{checked.directory}: {len(jobs)} jobs, {len(to_start)} to train")
         if to_start and slurm_job is not None:
             job_overrides = None if user_dir is None else Path(user_dir)
-            launch_on_slurm(to_start, checked.directory, slurm_job, job_overrides, print_line)
+            launch_on_slurm(to_start, checked.directory, slurm_job, job_overrides)
             if slurm_job.dry_run:
                 return 0
         elif to_start:
             multirun.launch(to_start, checked.directory)
         return checked.report()
+
+
+@dataclass
+class _Options:
+    """Options of a sweep itself. retry: restart failed jobs; they resume from their checkpoints."""
+
+    retry: bool = False
+
+
+def _split_options(
+    overrides: Sequence[Override],
+) -> tuple[bool, list[Override], list[Problem]]:
+    """Take ``sweep.retry`` out of ``overrides``; return its value, the rest, and mistakes."""
+    sweep_overrides = [o for o in overrides if o.key_or_group.startswith("sweep.")]
+    options, problems = OmegaConf.structured(_Options), []
+    for override in sweep_overrides:
+        name = override.key_or_group.removeprefix("sweep.")
+        value = None if override.is_sweep_override() else override.value()
+        try:
+            options = OmegaConf.merge(options, {name: value})
+        except OmegaConfBaseException:
+            text = str(override.input_line).partition("=")[2]
+            reason = "is not an option of a sweep, or does not fit"
+            remedy = "there is sweep.retry=true"
+            problems.append(Problem(override.key_or_group, text, reason, remedy))
+    return options.retry, [o for o in overrides if o not in sweep_overrides], problems
 
 
 def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
@@ -167,7 +188,9 @@ def _checked(
         try:
             base = compose(job.overrides)
             if stored is None:
-                stored = stored_names(RunDirectory.of(base).path)
+                listed = read_jobs(RunDirectory.of(base).path)
+                stored = {frozenset(swept.items()): name for name, swept in listed.items()}
+            # Under a key's new name the job would have another directory than before.
             job = replace(job, name=stored.get(frozenset(job.swept.items()), job.name))
             named.append(job)
             runs[job.name] = replace(base, name=f"{base.name}/{job.name}" if base.name else None)
@@ -199,12 +222,15 @@ def _check(config: TrainConfig, slurm_job: SubmitConfig | None) -> None:
 
 @dataclass(frozen=True)
 class _Sweep:
-    """A sweep after its checks. runs: the configuration of each job by its name."""
+    """A sweep after its checks.
+
+    runs: the configuration of each job by its name. retry: whether failed jobs are restarted.
+    """
 
     base: TrainConfig
     jobs: list[SweepJob]
     runs: dict[str, TrainConfig]
-    options: SweepConfig
+    retry: bool
 
     @property
     def directory(self) -> Path:
@@ -227,16 +253,11 @@ class _Sweep:
         with acquire_lock(self.directory / ".sweep.lock", in_use):
             yield
 
-    def is_to_start(self, job: SweepJob) -> bool:
-        """Whether to start the job."""
-        state = state_of(self.run(job))
-        return state in ("stopped", "not started", "running") or (
-            state == "failed" and self.options.retry
-        )
-
     def jobs_to_start(self) -> list[tuple[SweepJob, TrainConfig]]:
-        """Return the jobs to start."""
-        return [(job, self.runs[job.name]) for job in self.jobs if self.is_to_start(job)]
+        """Return the jobs to start, with their configurations."""
+        states = {"stopped", "not started", "running", *(["failed"] if self.retry else [])}
+        to_start = [job for job in self.jobs if state_of(self.run(job)) in states]
+        return [(job, self.runs[job.name]) for job in to_start]
 
     def report(self) -> int:
         """Print the state of the jobs, and return the exit code."""

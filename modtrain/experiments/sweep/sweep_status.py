@@ -9,10 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from modtrain.common.errors import CheckpointError, ModtrainError
-from modtrain.experiments.hparams import LOSS
+from modtrain.experiments.hparams import LOSS, forward_flops_per_token
 from modtrain.experiments.sweep.job_state import failure_text, state_of
 from modtrain.experiments.sweep.jobs import read_jobs
-from modtrain.models.flops import forward_flops
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import resolve
 from modtrain.training.run_directory import RunDirectory
@@ -61,8 +60,7 @@ def _figures(run: RunDirectory) -> list[str]:
         step = record["step"]
     try:
         config = run.read_config()
-        seq_len = config.data.seq_len or 1
-        forward = f"{forward_flops(config.model, seq_len).total / seq_len:,.0f}"
+        forward = f"{forward_flops_per_token(config):,.0f}"
         steps = f"{resolve(config, needs_data=False)[1].steps:,}"
     except ModtrainError:
         # Not started, or its data is not here any more.
