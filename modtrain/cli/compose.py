@@ -213,8 +213,7 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
         arm: _runs_of_an_arm(composed, f"{config.name}/{arm}", config.seeds)
         for arm, composed in _compose_each("compare", overrides_of, config_dir).items()
     }
-    directory = Path(config.runs_dir) / str(config.name)
-    return Comparison(directory, arms, not config.only, config.train, config.timed_rounds)
+    return Comparison(config, arms)
 
 
 def _compose_each(

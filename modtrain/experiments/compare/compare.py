@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from modtrain.training.plan import resolve
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
 
+_REPORT = "compare.json"
+
 
 def compare(comparison: Comparison) -> int:
     """Train each arm to its end, then print and draw the comparison.
@@ -39,56 +42,50 @@ def compare(comparison: Comparison) -> int:
         reason = f"trains in one process, but {processes} were started"
         remedy = "run it without torchrun or srun, or start a single arm with modtrain train"
         raise ConfigError([Problem("compare", "", reason, remedy)])
-    console = Console()
     resolved = {
         name: [resolve(config) for config in configs] for name, configs in comparison.arms.items()
     }
     arms = {name: [config for config, _ in runs] for name, runs in resolved.items()}
-    if comparison.train:
-        report_path = comparison.directory / "compare.json"
-        if not all(map(_is_complete, arms.values())):
+    if comparison.config.train:
+        if _complete_runs(arms) != arms:
             # The report is outdated; it is written again when everything is trained.
-            report_path.unlink(missing_ok=True)
+            (comparison.directory / _REPORT).unlink(missing_ok=True)
         for runs_of_seed in zip(*resolved.values(), strict=True):
             for config, plan in runs_of_seed:
                 outcome = train(config, plan=plan)
                 if outcome.exit_code:
                     return outcome.exit_code
-    _report_and_show(replace(comparison, arms=arms), console)
+    _report_and_show(replace(comparison, arms=arms), Console())
     return 0
 
 
 def _report_and_show(comparison: Comparison, console: Console) -> None:
-    if not (comparison.train and comparison.is_whole):
-        show(_report(_complete_runs(comparison.arms), comparison.timed_rounds), console)
+    config, arms, directory = comparison.config, comparison.arms, comparison.directory
+    if config.only or not config.train:
+        complete = _complete_runs(arms)
+        if not complete:
+            raise TrainingError("no run of this comparison is complete: leave train=false out")
+        show(_report(complete, config.timed_rounds), console)
         return
-    path, picture = (comparison.directory / n for n in ("compare.json", "loss_over_flops.png"))
-    if not _is_current(path, comparison.arms):
-        draw(comparison.arms, picture)
-        report = _report(comparison.arms, comparison.timed_rounds)
-        write_text(path, json.dumps(report, indent=1))
+    path, picture = directory / _REPORT, directory / "loss_over_flops.png"
+    if not _is_current(path, arms):
+        draw(arms, picture)
+        write_text(path, json.dumps(_report(arms, config.timed_rounds), indent=1))
     else:
-        console.print(f"{comparison.directory} is complete: nothing was trained", soft_wrap=True)
+        console.print(f"{directory} is complete: nothing was trained", soft_wrap=True)
     show(json.loads(path.read_text()), console)
-    console.print(f"\npicture: {picture.resolve()}", soft_wrap=True)
-    where = shlex.quote(str(comparison.directory))
-    console.print(f"TensorBoard: {_tensorboard()} --logdir {where}", soft_wrap=True)
-
-
-def _is_complete(configs: list[TrainConfig]) -> bool:
-    return all(RunDirectory.of(config).is_complete for config in configs)
+    tensorboard = f"{_tensorboard()} --logdir {shlex.quote(str(directory))}"
+    lines = f"\npicture: {picture.resolve()}\nTensorBoard: {tensorboard}"
+    console.print(lines, soft_wrap=True)
 
 
 def _complete_runs(arms: dict[str, list[TrainConfig]]) -> dict[str, list[TrainConfig]]:
-    """Return the complete runs only. Raises TrainingError where there are none."""
+    """Return the complete runs, and no arm without one."""
     complete = {
         name: [config for config in configs if RunDirectory.of(config).is_complete]
         for name, configs in arms.items()
     }
-    complete = {name: configs for name, configs in complete.items() if configs}
-    if not complete:
-        raise TrainingError("no run of this comparison is complete: leave train=false out")
-    return complete
+    return {name: configs for name, configs in complete.items() if configs}
 
 
 def _is_current(report: Path, arms: dict[str, list[TrainConfig]]) -> bool:
@@ -112,11 +109,9 @@ def _tensorboard() -> str:
 
 
 def _report(arms: dict[str, list[TrainConfig]], rounds: int) -> dict[str, dict[str, Any]]:
-    times: dict[str, float] | dict[str, None] = dict.fromkeys(arms)
+    times: dict[str, float] = {}
     if rounds:
-        try:
+        # Where not all models fit together, the losses are reported without the times.
+        with suppress(torch.OutOfMemoryError):
             times = step_seconds({name: configs[0] for name, configs in arms.items()}, rounds)
-        except torch.OutOfMemoryError:
-            # Not all models fit together: report the losses without the times.
-            times = dict.fromkeys(arms)
-    return {name: describe(configs, times[name]) for name, configs in arms.items()}
+    return {name: describe(configs, times.get(name)) for name, configs in arms.items()}

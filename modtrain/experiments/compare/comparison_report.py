@@ -68,20 +68,18 @@ def show(report: dict[str, dict[str, Any]], console: Console) -> None:
         "forward FLOPs a token, causal": ("causal_flops_per_token", "{:,.0f}"),
         "step time of a micro-batch (ms)": ("micro_batch_seconds", "{:.1f}"),
     }
-    rows: list[list[str]] = []
+    rows: list[tuple[str, ...]] = [("", *report)]
     for title, (key, form) in columns.items():
         values = [arm[key] for arm in report.values()]
         scale = 1000 if key == "micro_batch_seconds" else 1
         if key not in ("causal_loss_spread", "micro_batch_seconds") or any(values):
-            rows.append([title, *("-" if v is None else form.format(v * scale) for v in values)])
+            rows.append((title, *("-" if v is None else form.format(v * scale) for v in values)))
     # Many arms are rows instead of columns, or the table would be wider than a terminal.
-    across = [["", *report], *rows]
-    if len(report) > 4:
-        across = [list(row) for row in zip(*across, strict=True)]
+    headings, *rows = zip(*rows, strict=True) if len(report) > 4 else rows
     table = Table(title=f"held-out loss at {equal} training FLOPs")
-    for number, heading in enumerate(across[0]):
+    for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
-    for row in across[1:]:
+    for row in rows:
         table.add_row(*row)
     console.print(table)
     for line in verdict(report):
@@ -127,16 +125,13 @@ def draw(arms: dict[str, list[TrainConfig]], path: Path) -> None:
     axes = figure.subplots()
     for number, (name, configs) in enumerate(arms.items()):
         records = read_metrics(RunDirectory.of(configs[0]).metrics)
-        points = [(r["flops"], r[CAUSAL_LOSS]) for r in records if CAUSAL_LOSS in r]
-        color = f"C{number % 10}"
-        style = ("-", "--", "-.")[number // 10 % 3]
-        if points:
-            label = f"{name}, causal"
-            axes.plot(*zip(*points, strict=True), marker="o", ls=style, color=color, label=label)
-        above = [(r["flops"], r[TOP_K_LOSS]) for r in records if TOP_K_LOSS in r]
-        if above and len(arms) <= 4:
-            label = f"{name}, top-k (not causal)"
-            axes.plot(*zip(*above, strict=True), ls=":", color=color, label=label)
+        curves = [(CAUSAL_LOSS, "causal", "o", ("-", "--", "-.")[number // 10 % 3])]
+        if len(arms) <= 4:
+            curves.append((TOP_K_LOSS, "top-k (not causal)", "", ":"))
+        for key, label, marker, style in curves:
+            if points := [(record["flops"], record[key]) for record in records if key in record]:
+                (line,) = axes.plot(*zip(*points, strict=True), label=f"{name}, {label}")
+                line.set(marker=marker, ls=style, color=f"C{number % 10}")
     axes.set_xlabel("training FLOPs, executed")
     axes.set_ylabel("held-out loss (nats a token)")
     axes.grid(alpha=0.3)

@@ -38,14 +38,9 @@ class CompareConfig(TrainConfig):
         """Everything wrong with the comparison and with what its arms share."""
         problems = super().problems(needs_name)
         if len(self.arms) < 2:
-            problems.append(
-                Problem(
-                    "arms",
-                    dict(self.arms),
-                    "a comparison needs at least two arms",
-                    """add '+arms={a: ["model.capacity=0.5"], b: ["model.capacity=0.25"]}'""",
-                )
-            )
+            reason = "a comparison needs at least two arms"
+            remedy = """add '+arms={a: ["model.capacity=0.5"], b: ["model.capacity=0.25"]}'"""
+            problems.append(Problem("arms", dict(self.arms), reason, remedy))
         problems += [
             Problem("only", name, "is not an arm", f"there are: {', '.join(self.arms)}")
             for name in self.only
@@ -63,14 +58,12 @@ class CompareConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be compared, composed and checked.
+    """What is to be compared, composed and checked. arms: the runs of each arm, one a seed."""
 
-    directory: where the report goes. arms: the runs of each arm, one a seed. is_whole: whether all
-    the arms are there. train, timed_rounds: as in `CompareConfig`.
-    """
-
-    directory: Path
+    config: CompareConfig
     arms: dict[str, list[TrainConfig]]
-    is_whole: bool = True
-    train: bool = True
-    timed_rounds: int = 8
+
+    @property
+    def directory(self) -> Path:
+        """Where the report goes."""
+        return Path(self.config.runs_dir) / str(self.config.name)
