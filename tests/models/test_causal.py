@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modtrain.data.stream.documents import document_numbers
+from modtrain.data.stream.batch import document_numbers
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import CAUSAL_ROUTERS, RouterConfig
 from modtrain.models.depth.router import hash_positions

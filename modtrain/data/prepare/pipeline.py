@@ -11,11 +11,11 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from modtrain.common.atomic_io import (
     NoLocksError,
@@ -42,7 +42,6 @@ from modtrain.data.prepare.pack import (
     plan_shards,
     write_shard,
 )
-from modtrain.data.prepare.progress import progress_over
 from modtrain.data.prepare.readers import Flaw
 from modtrain.data.prepare.report import PrepareReport
 from modtrain.data.prepare.sources import SourceFile, expand_sources
@@ -53,7 +52,7 @@ from modtrain.data.prepare.tokenizer import (
     training_texts,
 )
 from modtrain.data.prepare.units import Unit, plan_units
-from modtrain.data.prepare.worker_pool import run_jobs
+from modtrain.data.prepare.worker_pool import run_unfinished
 from modtrain.data.stream.index import (
     INDEX_NAME,
     ITEM_SIZES,
@@ -74,9 +73,6 @@ _TIMES = "times of change"
 _LARGEST_UINT16_VOCAB = 1 << 16
 
 _log = logging.getLogger(__name__)
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
@@ -235,12 +231,7 @@ def _ensure_tokenizer(
 def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path) -> bytes:
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path).read_bytes()
-    key_parts = [
-        asdict(config.tokenizer),
-        config.text_column,
-        config.valid_fraction,
-        config.seed,
-    ]
+    key_parts = [asdict(config.tokenizer), config.text_column, config.valid_fraction, config.seed]
     key = digest([key_parts, [unit.description() for unit in units]])
     trained = work / f"tokenizer-{key}.json"
     if not trained.exists():
@@ -277,14 +268,9 @@ def _encode(
         )
         for unit in units
     ]
-    records = _run(
-        "encoding",
-        encode_unit,
-        finished_record,
-        jobs,
-        [unit.num_bytes for unit in units],
-        num_workers=config.num_workers,
-        progress=progress,
+    sizes = [unit.num_bytes for unit in units]
+    records = run_unfinished(
+        "encoding", encode_unit, finished_record, jobs, sizes, config.num_workers, progress
     )
     tokens = {
         split: [
@@ -307,41 +293,14 @@ def _pack(
 ) -> dict[str, list[Shard]]:
     """The shards of each split. All are written as one batch of jobs, by one set of workers."""
     jobs = {split: plan_shards(tokens[split], layout, output / split, work) for split in SPLITS}
-    every_job = [job for split in SPLITS for job in jobs[split]]
+    all_jobs = [job for split in SPLITS for job in jobs[split]]
     item_size = ITEM_SIZES[layout.dtype]
-    shards = _run(
-        "writing shards",
-        write_shard,
-        finished_shard,
-        every_job,
-        [item_size * sum(count for _, _, count in job.pieces) for job in every_job],
-        num_workers=config.num_workers,
-        progress=progress,
+    sizes = [item_size * sum(count for _, _, count in job.pieces) for job in all_jobs]
+    shards = run_unfinished(
+        "writing shards", write_shard, finished_shard, all_jobs, sizes, config.num_workers, progress
     )
     num_train = len(jobs["train"])
     return {"train": shards[:num_train], "valid": shards[num_train:]}
-
-
-def _run(
-    label: str,
-    function: Callable[[Job], Result],
-    finished: Callable[[Job], Result | None],
-    jobs: Sequence[Job],
-    sizes: Sequence[int],
-    *,
-    num_workers: int,
-    progress: bool,
-) -> list[Result]:
-    """The result of each job, in order; those that an earlier run finished are not run again."""
-    results = {number: result for number, job in enumerate(jobs) if (result := finished(job))}
-    open_numbers = [number for number in range(len(jobs)) if number not in results]
-    with progress_over(label, sum(sizes), progress) as advance:
-        advance(sum(sizes[number] for number in results))
-        open_jobs = [jobs[number] for number in open_numbers]
-        for done, result in run_jobs(function, open_jobs, num_workers):
-            results[open_numbers[done]] = result
-            advance(sizes[open_numbers[done]])
-    return [results[number] for number in range(len(jobs))]
 
 
 # Counts ---------------------------------------------------------------------------------------

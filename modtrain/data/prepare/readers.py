@@ -81,13 +81,8 @@ class UnitReader:
     def _text_files(self) -> Iterator[str | Flaw]:
         for file in self.unit.files:
             content = Path(file.path).read_bytes().removeprefix(_BOM)
-            text = _decoded(content, file.path, 1)
             # A document's tokens must not depend on the system that wrote it.
-            yield (
-                text
-                if isinstance(text, Flaw)
-                else _checked(text.replace("\r\n", "\n"), file.path, 1)
-            )
+            yield self._text_or_flaw(content.replace(b"\r\n", b"\n"), file.path, 1)
 
     def _json_lines(self) -> Iterator[str | Flaw]:
         path = self.unit.files[0].path
@@ -113,11 +108,21 @@ class UnitReader:
         text = record.get(self.text_column) if isinstance(record, dict) else None
         return self._text_or_flaw(text, path, self.num_lines)
 
-    def _text_or_flaw(self, text: object, path: str, line: int) -> str | Flaw:
+    def _text_or_flaw(self, content: object, path: str, line: int) -> str | Flaw:
+        text = _decoded(content, path, line) if isinstance(content, bytes) else content
+        if isinstance(text, Flaw):
+            return text
         if not isinstance(text, str):
             what = "no" if text is None else type(text).__name__
             return Flaw("no_text", path, line, f"{what} text in {self.text_column!r}")
-        return _checked(text, path, line)
+        if not text.strip():
+            return Flaw("empty", path, line, "empty document")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            # JSON can spell half a surrogate pair, which no UTF-8 can.
+            return Flaw("invalid_utf8", path, line, "not UTF-8: an unpaired surrogate")
+        return text
 
     def _range_lines(self) -> Iterator[bytes]:
         """The lines that start inside the unit's byte range."""
@@ -153,10 +158,7 @@ class UnitReader:
                 for batch in file.iter_batches(256, groups, columns=[self.text_column]):
                     for value in _as_bytes(batch.column(0)).to_pylist():
                         row += 1
-                        text = _decoded(value, path, row) if isinstance(value, bytes) else value
-                        yield (
-                            text if isinstance(text, Flaw) else self._text_or_flaw(text, path, row)
-                        )
+                        yield self._text_or_flaw(value, path, row)
         except (OSError, pa.ArrowException) as error:
             yield Flaw("damaged", path, row + 1, f"not parquet, or cut short: {error}")
 
@@ -167,17 +169,6 @@ def _decoded(content: bytes, path: str, line: int) -> str | Flaw:
     except UnicodeDecodeError as error:
         line += content.count(b"\n", 0, error.start)
         return Flaw("invalid_utf8", path, line, f"not UTF-8: {error.reason}")
-
-
-def _checked(text: str, path: str, line: int) -> str | Flaw:
-    if not text.strip():
-        return Flaw("empty", path, line, "empty document")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        # JSON can spell half a surrogate pair, which no UTF-8 can.
-        return Flaw("invalid_utf8", path, line, "not UTF-8: an unpaired surrogate")
-    return text
 
 
 def _as_bytes(column: Any) -> Any:

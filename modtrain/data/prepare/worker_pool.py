@@ -1,7 +1,8 @@
-"""Jobs in several processes that start clean and end with their parent."""
+"""Jobs in several processes that start clean and end with their parent, and their progress."""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -9,12 +10,74 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from modtrain.common.errors import DataError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
+# A log line at each tenth of the work.
+_LOG_EVERY = 0.1
+
+
+def run_unfinished(
+    label: str,
+    function: Callable[[Job], Result],
+    finished: Callable[[Job], Result | None],
+    jobs: Sequence[Job],
+    sizes: Sequence[int],
+    num_workers: int,
+    progress: bool,
+) -> list[Result]:
+    """Return the result of each job, in order; what an earlier run ``finished`` is not run again.
+
+    sizes: bytes of each job, for the ``progress``, which ``label`` names. num_workers: as in
+    `run_jobs`.
+    """
+    results = {number: result for number, job in enumerate(jobs) if (result := finished(job))}
+    open_numbers = [number for number in range(len(jobs)) if number not in results]
+    with _progress_over(label, sum(sizes), progress) as advance:
+        advance(sum(sizes[number] for number in results))
+        open_jobs = [jobs[number] for number in open_numbers]
+        for done, result in run_jobs(function, open_jobs, num_workers):
+            results[open_numbers[done]] = result
+            advance(sizes[open_numbers[done]])
+    return [results[number] for number in range(len(jobs))]
+
+
+@contextmanager
+def _progress_over(label: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes each number of bytes done, of ``total`` in all.
+
+    Shows a bar on a terminal, log lines elsewhere.
+    """
+    console = Console(stderr=True)
+    if not shown:
+        yield lambda _: None
+    elif console.is_terminal:
+        columns = TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda num_bytes: bar.advance(task, num_bytes)
+    else:
+        done, next_share = 0, _LOG_EVERY
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done, next_share
+            done += num_bytes
+            share = done / total if total else 1.0
+            if share >= next_share:
+                # Sharper rounding would write 100% before the end.
+                _log.info("%s: %d%% of %.1f MB", label, int(share * 100), total / 1_000_000)
+                next_share = share + _LOG_EVERY
+
+        yield advance
 
 
 def usable_cpus() -> int:

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modtrain.data.stream.documents import document_numbers
-
 
 class Batch(NamedTuple):
     """Sequences for next-token prediction.
@@ -39,3 +37,13 @@ class Batch(NamedTuple):
         """Move all tensors to ``device``."""
         documents_BS = None if self.documents_BS is None else self.documents_BS.to(device)
         return Batch(self.inputs_BS.to(device), self.targets_BS.to(device), documents_BS)
+
+
+def document_numbers(tokens_BS: Tensor, eos_id: int) -> Tensor:
+    """Number the documents of each sequence: int64 (B, S), from 0 and rising by 1.
+
+    The end-of-document token ``eos_id`` belongs to the document that it ends. What a sequence
+    begins with may be the tail of a document that began in the one before; it has the number 0.
+    """
+    ends_BS = (tokens_BS == eos_id).long()
+    return ends_BS.cumsum(dim=1) - ends_BS

@@ -23,8 +23,6 @@ from modtrain.data.stream.samplers import (
     stream_positions,
 )
 
-__all__ = ["BatchPlan", "RankBatchSampler", "TokenDataModule"]
-
 
 class TokenDataModule(lightning.LightningDataModule):
     """Batches of int64 tokens for training and validation.
@@ -85,12 +83,7 @@ class TokenDataModule(lightning.LightningDataModule):
         """Identity of the stream: equal only if every position means the same tokens."""
         config = self.config
         return digest(
-            [
-                self.index.summary.fingerprint,
-                self.train_data.seq_len,
-                config.seed,
-                config.shuffle,
-            ]
+            [self.index.summary.fingerprint, self.train_data.seq_len, config.seed, config.shuffle]
         )
 
     @property

@@ -41,10 +41,7 @@ _ON_SLURM = "hydra/launcher=slurm"
 
 
 def sweep(
-    overrides: Sequence[str],
-    compose: Compose,
-    compose_job: ComposeJob,
-    user_dir: str | None,
+    overrides: Sequence[str], compose: Compose, compose_job: ComposeJob, user_dir: str | None
 ) -> int:
     """Train every job of ``overrides`` that is not complete.
 
@@ -103,9 +100,7 @@ class _Options:
     retry: bool = False
 
 
-def _split_options(
-    overrides: Sequence[Override],
-) -> tuple[bool, list[Override], list[Problem]]:
+def _split_options(overrides: Sequence[Override]) -> tuple[bool, list[Override], list[Problem]]:
     """Take ``sweep.retry`` out of ``overrides``; return its value, the rest, and mistakes."""
     sweep_overrides = [o for o in overrides if o.key_or_group.startswith("sweep.")]
     options, problems = OmegaConf.structured(_Options), []

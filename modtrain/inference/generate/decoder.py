@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from modtrain.data.stream.documents import document_numbers
+from modtrain.data.stream.batch import document_numbers
 from modtrain.inference.config import SamplingConfig
 from modtrain.inference.generate.sampling import Drafts, PerSequenceRNG, distribution, draw, verify
 from modtrain.models.cache.cache import Cache

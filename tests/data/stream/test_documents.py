@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modtrain.data.config import DataConfig
+from modtrain.data.stream.batch import document_numbers
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.documents import document_numbers
 from modtrain.data.stream.index import ShardIndex
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import DataConfig
-from modtrain.data.stream.batch import Batch
+from modtrain.data.stream.batch import Batch, document_numbers
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.documents import document_numbers
 from modtrain.data.stream.index import ShardIndex, read_summary
 
 
