@@ -75,14 +75,8 @@ def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:
         return []
     divisors = [n for n in range(min(seq_len, stored), 0, -1) if stored % n == 0]
     how = "is larger than" if seq_len > stored else "does not divide"
-    return [
-        Problem(
-            key,
-            seq_len,
-            f"{how} the shards' sequence length {stored}",
-            f"{key}={divisors[0]}, or prepare the data again with seq_len={seq_len}",
-        )
-    ]
+    remedy = f"{key}={divisors[0]}, or prepare the data again with seq_len={seq_len}"
+    return [Problem(key, seq_len, f"{how} the shards' sequence length {stored}", remedy)]
 
 
 @dataclass

@@ -133,7 +133,7 @@ def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
         for text, numbers in zip(texts, encoder.encode(texts), strict=True):
             content = text.encode()
             split = "valid" if chooser.is_valid(content) else "train"
-            tokens = np.array([*numbers, job.eos_id], dtype=_little_endian(job.dtype))
+            tokens = np.array([*numbers, job.eos_id], np.dtype(job.dtype).newbyteorder("<"))
             outputs[split].write(tokens.tobytes())
             counts = record.splits[split]
             counts.num_tokens += len(tokens)
@@ -171,7 +171,3 @@ def in_file(flaw: Flaw, unit: Unit) -> Flaw:
                 file.readline()
                 before += 1
     return Flaw(flaw.kind, flaw.path, before + flaw.line, flaw.detail)
-
-
-def _little_endian(dtype: str) -> np.dtype[Any]:
-    return np.dtype(dtype).newbyteorder("<")

@@ -232,7 +232,7 @@ def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path)
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path).read_bytes()
     key_parts = [asdict(config.tokenizer), config.text_column, config.valid_fraction, config.seed]
-    key = digest([key_parts, [unit.description() for unit in units]])
+    key = digest([key_parts, [asdict(unit) for unit in units]])
     trained = work / f"tokenizer-{key}.json"
     if not trained.exists():
         chooser = SplitChooser(config.seed, config.valid_fraction)

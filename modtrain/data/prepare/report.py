@@ -22,13 +22,7 @@ class PrepareReport:
     was_complete: bool
     examples: list[Flaw] = field(default_factory=list)
 
-    @property
-    def num_flaws(self) -> int:
-        """Documents and files left out."""
-        return sum(self.summary.flaws.values())
-
-    def lines(self) -> list[str]:
-        """The report as lines of text."""
+    def __str__(self) -> str:
         summary = self.summary
         done = "was complete already" if self.was_complete else "is complete"
         lines = [
@@ -46,7 +40,4 @@ class PrepareReport:
         for kind, count in summary.flaws.items():
             lines.append(f"left out: {count:,} {FLAW_KINDS.get(kind, kind)}")
             lines += [f"    {flaw}" for flaw in self.examples if flaw.kind == kind]
-        return lines
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join(lines)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -36,10 +35,6 @@ class Unit:
     start: int = 0
     end: int = 0
     first_row: int = 0
-
-    def description(self) -> dict[str, Any]:
-        """Identifies the unit and the state of its files."""
-        return asdict(self)
 
 
 def plan_units(files: Sequence[SourceFile], text_column: str) -> list[Unit]:

@@ -81,10 +81,8 @@ class TokenDataModule(lightning.LightningDataModule):
     @property
     def fingerprint(self) -> str:
         """Identity of the stream: equal only if every position means the same tokens."""
-        config = self.config
-        return digest(
-            [self.index.summary.fingerprint, self.train_data.seq_len, config.seed, config.shuffle]
-        )
+        shards, seed, shuffle = self.index.summary, self.config.seed, self.config.shuffle
+        return digest([shards.fingerprint, self.train_data.seq_len, seed, shuffle])
 
     @property
     def order(self) -> SampleOrder:

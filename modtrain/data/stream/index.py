@@ -164,15 +164,12 @@ def fingerprint(shards: Mapping[str, Sequence[Shard]], summary: IndexSummary) ->
 
 def index_content(summary: IndexSummary, shards: Mapping[str, Sequence[Shard]]) -> dict[str, Any]:
     """What ``index.json`` says; the fingerprint is worked out here."""
+    content = dict(vars(summary))
     return {
+        "report": {name: content.pop(name) for name in ("num_files", "flaws")},
+        **content,
         "version": INDEX_VERSION,
-        "seq_len": summary.seq_len,
-        "vocab_size": summary.vocab_size,
-        "eos_id": summary.eos_id,
-        "dtype": summary.dtype,
-        "tokenizer_sha256": summary.tokenizer_sha256,
         "fingerprint": fingerprint(shards, summary),
-        "report": {"num_files": summary.num_files, "flaws": summary.flaws},
         "splits": {
             name: {
                 **vars(summary.splits[name]),
