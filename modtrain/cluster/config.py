@@ -20,6 +20,8 @@ RESTARTS = ("requeue", "resubmit", "nothing")
 _TIME = re.compile(r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}|UNLIMITED")
 _PLAIN = re.compile(r"[^\x00-\x1f\x7f]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_=,+-][A-Za-z0-9_=.,+-]*")
+_JOB_ID = re.compile(r"\d+(_\d+)?")
 _OTHER_CLUSTER = re.compile(r"-M.*|--clusters?([= ].*)?")
 
 
@@ -99,23 +101,17 @@ class ClusterConfig:
             problems.append(Problem(key_of(prefix, "image"), "null", reason, remedy))
         for option in self.options:
             if not option.startswith("-"):
-                reason, remedy = (
-                    "is not an option of sbatch",
-                    "write --exclude=node7, with its dashes",
-                )
+                reason = "is not an option of sbatch"
+                remedy = "write --exclude=node7, with its dashes"
                 problems.append(Problem(key_of(prefix, "options"), option, reason, remedy))
             if _OTHER_CLUSTER.fullmatch(option):
                 reason = "sends the job to a controller that squeue and scancel here do not query"
                 remedy = "submit on a login node of that cluster, or export SLURM_CLUSTERS"
                 problems.append(Problem(key_of(prefix, "options"), option, reason, remedy))
-        for name in self.environment:
-            if not _VARIABLE.fullmatch(name):
-                reason, remedy = (
-                    "is not a valid variable name",
-                    "use letters, digits and underscores",
-                )
-                problems.append(Problem(key_of(prefix, "environment"), name, reason, remedy))
-        return problems
+        key, reason = key_of(prefix, "environment"), "is not a valid variable name"
+        remedy = "use letters, digits and underscores"
+        wrong_names = [name for name in self.environment if not _VARIABLE.fullmatch(name)]
+        return problems + [Problem(key, name, reason, remedy) for name in wrong_names]
 
     def _text_problems(self, prefix: str) -> list[Problem]:
         """Find values with a control character, which would break a line of the script."""
@@ -163,8 +159,7 @@ class SubmitConfig:
     @property
     def processes(self) -> int:
         """Processes on each node."""
-        gpus = self.gpus
-        return gpus or self.processes_per_node or 1
+        return self.gpus or self.processes_per_node or 1
 
     @property
     def gpus(self) -> int:
@@ -188,13 +183,13 @@ class SubmitConfig:
         """Number of jobs submitted at once, each waiting for the one before."""
         return int(self.chain) if self.chain is not None and self.chain.isdecimal() else 1
 
-    def problems(self, prefix: str = "") -> list[Problem]:
+    def problems(self) -> list[Problem]:
         """Everything wrong with the job."""
         problems = [
-            *self.cluster.problems(key_of(prefix, "cluster")),
-            *at_least(self, prefix, 1, "nodes", "processes_per_node", "at_once"),
-            *at_least(self, prefix, 0, "gpus_per_node"),
-            *time_problems(self, prefix),
+            *self.cluster.problems("cluster"),
+            *at_least(self, "", 1, "nodes", "processes_per_node", "at_once"),
+            *at_least(self, "", 0, "gpus_per_node"),
+            *time_problems(self, ""),
         ]
         if self.gpus > self.cluster.gpus_per_node:
             reason = f"is more than a node's cluster.gpus_per_node={self.cluster.gpus_per_node}"
@@ -207,17 +202,15 @@ class SubmitConfig:
         limit = self.time or self.cluster.time
         if not time_problems(self, "") and not problems and seconds_of(limit) <= self.cluster.lead:
             reason = f"is not longer than cluster.lead={self.cluster.lead} seconds"
-            remedy = (
-                "the run would be signalled to save at its start: raise time, or lower cluster.lead"
-            )
+            remedy = "it would be signalled to save at its start: raise time, or lower cluster.lead"
             problems.append(Problem("time", limit, reason, remedy))
         chain = self.chain
-        if chain is not None and chain != "complete" and not (chain.isdecimal() and int(chain)):
-            reason, remedy = "is not a number of jobs", "give a number, or complete"
-            problems.append(Problem("chain", chain, reason, remedy))
-        if self.after is not None and not re.fullmatch(r"\d+(_\d+)?", self.after):
-            reason, remedy = "is not a job id", "give the id that sbatch printed"
-            problems.append(Problem("after", self.after, reason, remedy))
+        if chain not in (None, "complete") and not (chain.isdecimal() and int(chain)):
+            remedy = "give a number, or complete"
+            problems.append(Problem("chain", chain, "is not a number of jobs", remedy))
+        if self.after is not None and not _JOB_ID.fullmatch(self.after):
+            remedy = "give the id that sbatch printed"
+            problems.append(Problem("after", self.after, "is not a job id", remedy))
         if self.after is not None and self.cluster.restart == "resubmit":
             reason = (
                 "would wait for ever with cluster.restart=resubmit: a job that stops with work"
@@ -229,19 +222,16 @@ class SubmitConfig:
             )
             problems.append(Problem("after", self.after, reason, remedy))
         if chain is not None and self.array:
-            reason, remedy = "has no meaning with an array", "leave one of them out"
-            problems.append(Problem("chain", chain, reason, remedy))
+            remedy = "leave one of them out"
+            problems.append(Problem("chain", chain, "has no meaning with an array", remedy))
         if self.at_once is not None and not self.array:
-            reason, remedy = "has no meaning without an array", "leave it out"
-            problems.append(Problem("at_once", self.at_once, reason, remedy))
-        return problems + self._array_problems()
-
-    def _array_problems(self) -> list[Problem]:
+            reason = "has no meaning without an array"
+            problems.append(Problem("at_once", self.at_once, reason, "leave it out"))
         remedy = "use letters, digits, dots, dashes and underscores"
-        return [
+        return problems + [
             Problem("array", name, "is not a plain directory name", remedy)
             for name in self.array
-            if not re.fullmatch(r"[A-Za-z0-9_=.,+-]+", name) or name.startswith(".")
+            if not _PLAIN_NAME.fullmatch(name)
         ]
 
 
@@ -258,13 +248,12 @@ class StatusConfig:
     sweep: str | None = None
     runs_dir: str = "runs"
 
-    def problems(self, prefix: str = "") -> list[Problem]:
+    def problems(self) -> list[Problem]:
         """Everything wrong with the request."""
-        del prefix
         if self.run is None or self.sweep is None:
             return []
-        reason = "cannot be combined with run"
-        return [Problem("sweep", self.sweep, reason, "leave one of them out")]
+        remedy = "leave one of them out"
+        return [Problem("sweep", self.sweep, "cannot be combined with run", remedy)]
 
 
 @dataclass
@@ -285,13 +274,13 @@ class LogsConfig:
     lines: int = 50
     job: str | None = None
 
-    def problems(self, prefix: str = "") -> list[Problem]:
+    def problems(self) -> list[Problem]:
         """Everything wrong with the request."""
         problems = [
-            *not_empty(self, prefix, "run", "add run=my_run"),
-            *at_least(self, prefix, 0, "lines"),
+            *not_empty(self, "", "run", "add run=my_run"),
+            *at_least(self, "", 0, "lines"),
         ]
-        if self.job is not None and not re.fullmatch(r"\d+(_\d+)?", self.job):
+        if self.job is not None and not _JOB_ID.fullmatch(self.job):
             remedy = "give one that `modtrain status` shows"
             problems.append(Problem("job", self.job, "is not a job id", remedy))
         return problems
@@ -312,11 +301,11 @@ class CancelConfig:
     save: bool = True
     wait: float = 300
 
-    def problems(self, prefix: str = "") -> list[Problem]:
+    def problems(self) -> list[Problem]:
         """Everything wrong with the request."""
         return [
-            *not_empty(self, prefix, "run", "add run=my_run"),
-            *at_least(self, prefix, 0, "wait"),
+            *not_empty(self, "", "run", "add run=my_run"),
+            *at_least(self, "", 0, "wait"),
         ]
 
 

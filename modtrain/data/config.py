@@ -131,18 +131,18 @@ class PrepareConfig:
     num_workers: int = 0
     seed: int = 0
 
-    def problems(self, prefix: str = "") -> list[Problem]:
-        """Everything wrong with this configuration, with keys below ``prefix``."""
+    def problems(self) -> list[Problem]:
+        """Everything wrong with this configuration."""
         problems = [
-            *not_empty(self, prefix, "sources", "name files: 'sources=[corpus/*.jsonl]'"),
-            *not_empty(self, prefix, "output", "name a directory: output=data/mine"),
-            *not_empty(self, prefix, "text_column", "text_column=text is usual"),
-            *self.tokenizer.problems(key_of(prefix, "tokenizer")),
-            *one_of(self, prefix, "on_error", ERROR_POLICIES),
-            *at_least(self, prefix, 1, "seq_len", "sequences_per_sample", "samples_per_shard"),
-            *at_least(self, prefix, 0, "num_workers", "seed"),
+            *not_empty(self, "", "sources", "name files: 'sources=[corpus/*.jsonl]'"),
+            *not_empty(self, "", "output", "name a directory: output=data/mine"),
+            *not_empty(self, "", "text_column", "text_column=text is usual"),
+            *self.tokenizer.problems("tokenizer"),
+            *one_of(self, "", "on_error", ERROR_POLICIES),
+            *at_least(self, "", 1, "seq_len", "sequences_per_sample", "samples_per_shard"),
+            *at_least(self, "", 0, "num_workers", "seed"),
         ]
         if not 0 < self.valid_fraction < 1:
-            key, reason = key_of(prefix, "valid_fraction"), "is not between 0 and 1, both excluded"
-            problems.append(Problem(key, self.valid_fraction, reason, "try 0.05"))
+            reason = "is not between 0 and 1, both excluded"
+            problems.append(Problem("valid_fraction", self.valid_fraction, reason, "try 0.05"))
         return problems
