@@ -207,6 +207,12 @@ def json_lines(path: Path) -> list[Any]:
     return records
 
 
+def job_ids(folder: Path) -> list[str]:
+    """Return the ids of the jobs that are recorded in ``folder``, oldest first."""
+    path = folder / "jobs.jsonl"
+    return [str(line["job"]) for line in json_lines(path)] if path.is_file() else []
+
+
 def lines_from_end(
     path: Path, max_bytes: int | None = None, end: int | None = None
 ) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from modtrain.cluster import slurm
 from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.freeze import freeze
-from modtrain.cluster.runs import json_lines
+from modtrain.cluster.runs import job_ids
 from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, check, render
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import Problem, raise_if_any
@@ -36,7 +36,6 @@ def submit(
     directory: Path,
     config: SubmitConfig,
     config_dir: Path | None,
-    console: Console | None = None,
 ) -> list[str]:
     """Submit a job that runs ``tasks``, one or those of an array; return its ids.
 
@@ -46,15 +45,15 @@ def submit(
         ConfigError: everything wrong with the job or a run, before anything is written.
         ScriptError, SlurmError: Slurm would reject the script, or has rejected it.
     """
-    console = console or Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     raise_if_any(_problems(tasks, directory, config))
     job = _prepare(tasks, directory.resolve(), config, config_dir)
     text = render(job)
     check(text, job.script.name)
     write_text(job.script, text)
-    console.print(f"wrote {job.script}", markup=False, highlight=False)
+    console.print(f"wrote {job.script}", highlight=False)
     if slurm.has_slurm():
-        console.print(_test_submission(job.script, config), markup=False)
+        console.print(_test_submission(job))
     elif not config.dry_run:
         raise ScriptError(
             f"sbatch is not available here: submit {job.script} on a login node of the cluster,"
@@ -62,21 +61,19 @@ def submit(
         )
     if config.dry_run:
         return []
-    ids = _submit_script(job, config)
+    ids = _submit_script(job)
     for number in ids:
-        console.print(f"submitted job {number}", markup=False)
+        console.print(f"submitted job {number}")
     _print_next_commands(tasks, directory, ids, config, console)
     return ids
 
 
-def _test_submission(script: Path, config: SubmitConfig) -> str:
+def _test_submission(job: JobScript) -> str:
     """Validate the script with ``sbatch --test-only``; an objection of Slurm is an error."""
     try:
-        slurm.run(
-            ["sbatch", "--test-only", str(script)], without_variables=_overridden_defaults(config)
-        )
+        _sbatch(job, "--test-only")
     except slurm.SlurmError as error:
-        if config.dry_run and _is_unreachable(error):
+        if job.config.dry_run and _is_unreachable(error):
             return "Slurm is not reachable from here: the script was not validated"
         raise
     return "Slurm accepts the script"
@@ -86,11 +83,12 @@ def _is_unreachable(error: slurm.SlurmError) -> bool:
     return any(message in str(error) for message in _UNREACHABLE)
 
 
-def _overridden_defaults(config: SubmitConfig) -> list[str]:
-    """Return the user's SBATCH_ variables that the site's configuration overrides."""
+def _sbatch(job: JobScript, *options: str) -> str:
+    """Run sbatch without the user's SBATCH_ variables that the site's configuration overrides."""
     names = ("partition", "account", "qos", "constraint", "reservation")
-    overridden = [name for name in names if getattr(config.cluster, name) is not None]
-    return [f"SBATCH_{name.upper()}" for name in overridden]
+    overridden = [name for name in names if getattr(job.config.cluster, name) is not None]
+    variables = [f"SBATCH_{name.upper()}" for name in overridden]
+    return slurm.run(["sbatch", *options, str(job.script)], without_variables=variables)
 
 
 def _prepare(
@@ -104,13 +102,16 @@ def _prepare(
         if task.config is not None:
             plain = OmegaConf.to_yaml(OmegaConf.structured(task.config))
             write_text(task.directory / "submitted.yaml", plain)
+    # Slurm's patterns begin with a percent sign, which is escaped in the folder's name.
+    logs = Path(str(directory / "logs").replace("%", "%%"))
+    python = sys.executable if config.cluster.container == "none" else "python3"
     return JobScript(
         name=job_name(directory),
         script=directory / _script_name(tasks, config),
-        output=_pattern(directory / "logs", "slurm-%A_%a.out" if config.array else "slurm-%j.out"),
+        output=logs / ("slurm-%A_%a.out" if config.array else "slurm-%j.out"),
         directory=Path.cwd(),
         code=code,
-        python=_python(config),
+        python=python if config.cluster.python is None else config.cluster.python,
         config=config,
         tasks=[replace(task, directory=task.directory.resolve()) for task in tasks],
         config_dir=None if config_dir is None else code / "own_conf",
@@ -128,30 +129,18 @@ def _script_name(tasks: Sequence[ScriptTask], config: SubmitConfig) -> str:
     return "submit.sbatch" if tasks[0].verb == "train" else f"{tasks[0].verb}.sbatch"
 
 
-def _python(config: SubmitConfig) -> str:
-    if config.cluster.python is not None:
-        return config.cluster.python
-    return sys.executable if config.cluster.container == "none" else "python3"
-
-
-def _pattern(folder: Path, name: str) -> Path:
-    """Return the pattern of a log's name; percent signs in the folder are escaped."""
-    return Path(str(folder).replace("%", "%%")) / name
-
-
 def job_name(directory: Path) -> str:
     """Return a plain name for ``squeue``: the run's last two parts."""
     parts = [part for part in directory.parts[-2:] if part != "runs"]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))[:60].strip("-") or "modtrain"
 
 
-def _submit_script(job: JobScript, config: SubmitConfig) -> list[str]:
+def _submit_script(job: JobScript) -> list[str]:
     """Submit the script; a chain's jobs depend on one another."""
     ids: list[str] = []
-    for _ in range(config.num_chained):
-        options = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-        command = ["sbatch", "--parsable", *options, str(job.script)]
-        output = slurm.run(command, without_variables=_overridden_defaults(config))
+    for _ in range(job.config.num_chained):
+        dependency = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+        output = _sbatch(job, "--parsable", *dependency)
         number = output.strip().splitlines()[-1].split(";")[0]
         _record_job(job, number, ids[-1] if ids else None)
         ids.append(number)
@@ -167,12 +156,10 @@ def _record_job(job: JobScript, number: str, before: str | None) -> None:
     if job.config.array:
         numbers |= {task.directory: f"{number}_{index}" for index, task in enumerate(job.tasks)}
     for folder, job_id in numbers.items():
-        path = folder / "jobs.jsonl"
-        if path.is_file() and any(line["job"] == job_id for line in json_lines(path)):
-            # The job has started, and its script has recorded it already.
-            continue
-        with path.open("a") as file:
-            file.write(json.dumps({"job": job_id, **entry}) + "\n")
+        # A job that has started was recorded by its script.
+        if job_id not in job_ids(folder):
+            with (folder / "jobs.jsonl").open("a") as file:
+                file.write(json.dumps({"job": job_id, **entry}) + "\n")
 
 
 def _print_next_commands(
@@ -183,8 +170,8 @@ def _print_next_commands(
     console: Console,
 ) -> None:
     if tasks[0].config is None:
-        console.print(f"follow: tail -F {directory}/logs/slurm-*.out", markup=False)
-        console.print(f"cancel: scancel {' '.join(ids)}", markup=False)
+        console.print(f"follow: tail -F {directory}/logs/slurm-*.out")
+        console.print(f"cancel: scancel {' '.join(ids)}")
         return
     runs, name = tasks[0].config.runs_dir, tasks[0].config.name
     if len(tasks) > 1:
@@ -192,13 +179,11 @@ def _print_next_commands(
     runs_dir = "" if runs == "runs" else f" {spelled('runs_dir', runs)}"
     for purpose, verb in (("state", "status"), ("follow", "logs"), ("cancel", "cancel")):
         option = " follow=true" if verb == "logs" else ""
-        command = f"{purpose}: modtrain {verb} {spelled('run', str(name))}{runs_dir}{option}"
-        console.print(command, markup=False)
+        console.print(f"{purpose}: modtrain {verb} {spelled('run', str(name))}{runs_dir}{option}")
     if config.is_resubmitted:
         console.print(
             "a job with another id resumes the run when this one stops: submit dependent jobs once"
-            f" the run is complete, since after={ids[-1]} might wait for ever",
-            markup=False,
+            f" the run is complete, since after={ids[-1]} might wait for ever"
         )
 
 
@@ -250,19 +235,16 @@ def _queue_problems(tasks: Sequence[ScriptTask], config: SubmitConfig) -> list[P
     """Find jobs that are in the queue for a run already: two would conflict."""
     if not slurm.has_slurm():
         return []
-    files = [task.directory / "jobs.jsonl" for task in tasks if task.config is not None]
-    ids = [str(line["job"]) for path in files if path.is_file() for line in json_lines(path)]
+    folders = [task.directory for task in tasks if task.config is not None]
+    ids = [job_id for folder in folders for job_id in job_ids(folder)]
     try:
-        known = slurm.jobs(ids)
+        jobs_by_id = slurm.jobs(ids)
     except slurm.SlurmError as error:
         if config.dry_run and _is_unreachable(error):
             return []
         raise
-    active = [number for number in ids if number in known and not known[number].is_finished]
+    active = [i for i in ids if i in jobs_by_id and not jobs_by_id[i].is_finished]
     if not active:
         return []
-    reason = "is in the queue for this run already"
-    remedy = (
-        "let it continue, or cancel it with modtrain cancel; chain=N submits N jobs in sequence"
-    )
-    return [Problem("job", ", ".join(active), reason, remedy)]
+    remedy = "let it continue, or use modtrain cancel; chain=N submits N jobs in sequence"
+    return [Problem("job", ", ".join(active), "is in the queue for this run already", remedy)]

@@ -76,23 +76,15 @@ class SearchConfig(TrainConfig):
         problems += one_of(self, "", "directions", OBJECTIVES) + one_of(self, "", "pruner", PRUNERS)
         problems += at_least(self, "", 1, "trials") + at_least(self, "", 0, "search_seed")
         if not self.directions or len(set(self.directions)) < len(self.directions):
-            remedy = "name one or two, each once"
-            problems.append(
-                Problem("directions", self.directions, "names none, or one twice", remedy)
-            )
-        return problems + self._pruner_problems() + parse_space(self.space)[1]
-
-    def _pruner_problems(self) -> list[Problem]:
-        if self.pruner == "none":
-            return []
-        if self.directions != ["causal_loss"]:
+            reason, remedy = "names none, or one twice", "name one or two, each once"
+            problems.append(Problem("directions", self.directions, reason, remedy))
+        if self.pruner != "none" and self.directions != ["causal_loss"]:
             reason = "needs directions=[causal_loss]: Optuna prunes by one objective"
-            remedy = "leave it out"
-            return [Problem("pruner", self.pruner, reason, remedy)]
-        if self.eval.every is None:
-            reason, remedy = "needs evaluations before the end", "set eval.every"
-            return [Problem("pruner", self.pruner, reason, remedy)]
-        return []
+            problems.append(Problem("pruner", self.pruner, reason, "leave it out"))
+        elif self.pruner != "none" and self.eval.every is None:
+            reason = "needs evaluations before the end"
+            problems.append(Problem("pruner", self.pruner, reason, "set eval.every"))
+        return problems + parse_space(self.space)[1]
 
 
 @dataclass(frozen=True)
@@ -135,10 +127,8 @@ def parse_space(space: Mapping[str, str]) -> tuple[list[Dimension], list[Problem
             override = OverridesParser.create().parse_override(f"{key}={text}")
             dimensions.append(_dimension(key, override))
         except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
-            message = str(error).splitlines()[0]
-            problems.append(
-                Problem(f"space.{key}", text, f"is no range of values: {message}", remedy)
-            )
+            reason = f"is no range of values: {str(error).splitlines()[0]}"
+            problems.append(Problem(f"space.{key}", text, reason, remedy))
     return dimensions, problems
 
 
@@ -159,6 +149,5 @@ def _dimension(key: str, override: Override) -> Dimension:
         low, high = sorted((values[0], values[-1]))
         return Dimension(key, low=low, high=high, whole=whole, step=abs(values[1] - values[0]))
     if isinstance(value, ChoiceSweep):
-        texts = tuple(text for text in override.sweep_string_iterator())
-        return Dimension(key, values=tuple(dict.fromkeys(texts)))
+        return Dimension(key, values=tuple(dict.fromkeys(override.sweep_string_iterator())))
     raise ValueError("it is one value")

@@ -5,6 +5,7 @@ The journal's lock works on a network file system, where SQLite's does not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ _MUTABLE = (
     *("name", "eval.every", "eval.batch_size"),
 )
 
+_PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+    "none": optuna.pruners.NopPruner,
+    "median": optuna.pruners.MedianPruner,
+    "halving": optuna.pruners.SuccessiveHalvingPruner,
+}
+
 
 def open_study(
     directory: Path, config: SearchConfig, shared: TrainConfig | None = None
@@ -47,7 +54,7 @@ def open_study(
         study_name="search",
         storage=JournalStorage(JournalFileBackend(str(path), lock_obj=lock)),
         directions=["minimize"] * len(config.directions),
-        pruner=_pruner(config.pruner),
+        pruner=_PRUNERS[config.pruner](),
         load_if_exists=True,
     )
     _check_unchanged(
@@ -102,16 +109,6 @@ def _raise_if_changed(directory: Path, changed: list[str]) -> None:
 def parameter_names(study: optuna.Study) -> dict[str, str]:
     """Return the names under which the study knows keys that were renamed since it began."""
     return {new: key for key in study.user_attrs["space"] if (new := new_name(key)) is not None}
-
-
-def _pruner(name: str) -> optuna.pruners.BasePruner:
-    makers = {
-        "none": optuna.pruners.NopPruner,
-        "median": optuna.pruners.MedianPruner,
-        "halving": optuna.pruners.SuccessiveHalvingPruner,
-    }
-    pruner: optuna.pruners.BasePruner = makers[name]()
-    return pruner
 
 
 def _drop_partial_line(path: Path, lock: JournalFileSymlinkLock) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from modtrain.cluster import slurm
 from modtrain.cluster.config import SubmitConfig
-from modtrain.cluster.runs import json_lines
+from modtrain.cluster.runs import job_ids
 from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.submit import submit
@@ -118,6 +118,5 @@ class _Waiting:
 
 
 def _last_job(run: RunDirectory) -> str | None:
-    path = run.path / "jobs.jsonl"
-    lines = json_lines(path) if path.is_file() else []
-    return str(lines[-1]["job"]) if lines else None
+    ids = job_ids(run.path)
+    return ids[-1] if ids else None
