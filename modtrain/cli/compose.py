@@ -74,7 +74,8 @@ def compose(
         ConfigError: all overrides that cannot be parsed or do not fit; a file of ``config_dir``
             that is not YAML.
     """
-    _register()
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     if config_dir is not None and not Path(config_dir).is_dir():
         problem = Problem("--config-dir", config_dir, "is not a directory", "give one that exists")
         raise ConfigError([problem])
@@ -85,7 +86,8 @@ def compose(
         wrong = {problem.key for problem in problems}
         sound = [override for override in parsed if override.get_key_element() not in wrong]
         config, override_problems = composer.compose(sound)
-    problems += override_problems + _misread_problems(config, sound)
+    texts = [o for o in sound if isinstance(OmegaConf.select(config, o.key_or_group), str)]
+    problems += override_problems + [mistake for text in texts if (mistake := misread(text))]
     typed = OmegaConf.to_object(config)
     if problems:
         # Report all problems in one message.
@@ -166,18 +168,6 @@ class _Composer:
             raise ConfigError([problem]) from None
         OmegaConf.to_container(config, resolve=True)
         return config
-
-
-def _register() -> None:
-    store = ConfigStore.instance()
-    for verb, schema in SCHEMAS.items():
-        store.store(name=f"{verb}_schema", node=schema)
-
-
-def _misread_problems(config: DictConfig, overrides: Sequence[Override]) -> list[Problem]:
-    """Find texts that Hydra has parsed as another type."""
-    texts = [o for o in overrides if isinstance(OmegaConf.select(config, o.key_or_group), str)]
-    return [problem for override in texts if (problem := misread(override)) is not None]
 
 
 def _combined_error(verb: str, overrides: list[Override], error: Exception) -> ConfigError:

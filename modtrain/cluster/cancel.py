@@ -19,7 +19,6 @@ from modtrain.cluster.runs import (
     RunRecord,
     SubmittedJob,
     existing_run,
-    newest_first,
     read_run,
 )
 from modtrain.cluster.slurm import DeniedError, SlurmError, SlurmJob
@@ -74,8 +73,7 @@ def cancel_run(config: CancelConfig, print_line: Print = print) -> None:
 
 
 def _live_jobs(run: RunRecord) -> list[SlurmJob]:
-    """Query Slurm for the unfinished jobs, running ones first."""
-    return live_jobs(run.submitted, slurm.jobs(newest_first(run.submitted)))
+    return live_jobs(run.submitted, slurm.jobs(run.job_ids))
 
 
 class _CancelledFile:

@@ -15,6 +15,8 @@ from modtrain.distributed.launch import Launch
 LAUNCHERS = ("srun", "torchrun")
 CONTAINERS = ("none", "apptainer", "pyxis")
 RESTARTS = ("requeue", "resubmit", "nothing")
+SITE_OPTIONS = ("partition", "account", "qos", "constraint", "reservation")
+"""Fields of `ClusterConfig` that are options of sbatch by the same name."""
 
 # What Slurm takes as a time: minutes, [hours:]minutes:seconds, days-hours[:minutes[:seconds]].
 _TIME = re.compile(r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}|UNLIMITED")
@@ -115,8 +117,8 @@ class ClusterConfig:
 
     def _text_problems(self, prefix: str) -> list[Problem]:
         """Find values with a control character, which would break a line of the script."""
-        names = ("partition", "account", "qos", "constraint", "reservation", "gres", "gpu_type")
-        values = [(name, getattr(self, name)) for name in (*names, "memory_per_node")]
+        names = (*SITE_OPTIONS, "gres", "gpu_type", "memory_per_node")
+        values = [(name, getattr(self, name)) for name in names]
         values += [("options", option) for option in self.options]
         remedy = "write it on one line"
         return [

@@ -22,7 +22,6 @@ from modtrain.cluster.runs import (
     SubmittedJob,
     existing_run,
     lines_from_end,
-    newest_first,
     read_run,
 )
 from modtrain.cluster.slurm import SlurmError, SlurmJob
@@ -45,8 +44,7 @@ def show_logs(config: LogsConfig) -> None:
         SlurmError: a job is to be followed, and Slurm is not available.
     """
     raise_if_any(config.problems())
-    path = existing_run(config.runs_dir, str(config.run))
-    run = read_run(path, str(config.run))
+    run = read_run(existing_run(config.runs_dir, str(config.run)), str(config.run))
     try:
         if config.follow:
             _follow(run, config)
@@ -129,15 +127,14 @@ class _Records:
 
 def _source(run: RunRecord, config: LogsConfig) -> Tail:
     """Choose what to show: the output of a job or of a sweep's job, or else the records."""
-    job_ids = newest_first(run.submitted)
-    for name in job_ids if config.job is None else [config.job]:
+    for name in run.job_ids if config.job is None else [config.job]:
         output = _output_of(run, name)
         if output is not None:
             return Tail(output, _print)
     if config.job is not None:
-        known_ids = ", ".join(spelled("job", name) for name in job_ids) or "none"
+        job_ids = ", ".join(spelled("job", name) for name in run.job_ids) or "none"
         text = f"{run.path} has no output of job={config.job}"
-        raise RunNotFoundError(f"{text}\nremedy: its jobs are {known_ids}")
+        raise RunNotFoundError(f"{text}\nremedy: its jobs are {job_ids}")
     if output := _newest_file(run.path.glob("logs/slurm-*.out")):
         return Tail(output, _print)
     for name in ("logs/job.log", "metrics.jsonl"):
@@ -150,11 +147,11 @@ def _source(run: RunRecord, config: LogsConfig) -> Tail:
             f" status {spelled('sweep', run.name)}, and show one with modtrain logs"
             f" {spelled('run', f'{run.name}/<its name>')}"
         )
-    waits = [
-        f"; its newest job is {name}: `modtrain status` shows why it is pending" for name in job_ids
-    ]
+    text = f"{run.path} has printed nothing yet"
+    if run.job_ids:
+        text += f"; its newest job is {run.job_ids[0]}: `modtrain status` shows why it is pending"
     raise RunNotFoundError(
-        f"{run.path} has printed nothing yet{''.join(waits[:1])}\n"
+        f"{text}\n"
         f"remedy: wait, or follow it with modtrain logs {spelled('run', run.name)} follow=true"
     )
 
@@ -205,14 +202,13 @@ def _follow(run: RunRecord, config: LogsConfig) -> None:
 
 def _live_jobs(run: RunRecord, job_id: str | None, previous: list[SlurmJob]) -> list[SlurmJob]:
     """Query Slurm for the unfinished jobs; without an answer, return the previous ones."""
-    names = newest_first(run.submitted)
-    if names and not slurm.has_slurm():
+    if run.submitted and not slurm.has_slurm():
         raise SlurmError(
-            f"Slurm is not available here, and job {names[0]} cannot be followed without it\n"
+            f"Slurm is not available here, and job {run.job_ids[0]} cannot be followed without it\n"
             "remedy: follow it on a login node, or leave follow=true out"
         )
     try:
-        live = live_jobs(run.submitted, slurm.jobs(names))
+        live = live_jobs(run.submitted, slurm.jobs(run.job_ids))
     except SlurmError:
         return previous
     return [job for job in live if job_id is None or SubmittedJob(job_id).covers(job.id)]

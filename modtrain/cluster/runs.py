@@ -9,7 +9,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
@@ -114,6 +114,11 @@ class RunRecord:
         """Number of starts after the first."""
         return max(0, len(self.starts) - 1)
 
+    @property
+    def job_ids(self) -> list[str]:
+        """Ids of the submitted jobs, each once, the last one first."""
+        return list(dict.fromkeys(job.id for job in reversed(self.submitted)))
+
 
 def find_runs(root: Path) -> list[Path]:
     """List the directories of runs at and below ``root``, by name. Runs may be nested."""
@@ -207,7 +212,7 @@ def json_lines(path: Path) -> list[Any]:
     return records
 
 
-def job_ids(folder: Path) -> list[str]:
+def read_job_ids(folder: Path) -> list[str]:
     """Return the ids of the jobs that are recorded in ``folder``, oldest first."""
     path = folder / "jobs.jsonl"
     return [str(line["job"]) for line in json_lines(path)] if path.is_file() else []
@@ -346,8 +351,3 @@ def _typed(kind: type[T], content: dict[str, Any]) -> T:
             nested = is_dataclass(default) and isinstance(value, dict)
             values[entry.name] = _typed(type(default), value) if nested else value
     return kind(**values)
-
-
-def newest_first(submitted: Sequence[SubmittedJob]) -> list[str]:
-    """Return the ids of jobs, each once, the last submitted first."""
-    return list(dict.fromkeys(job.id for job in reversed(submitted)))

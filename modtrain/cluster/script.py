@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modtrain.cluster.config import ClusterConfig, SubmitConfig
+from modtrain.cluster.config import SITE_OPTIONS, ClusterConfig, SubmitConfig
 from modtrain.common.errors import ModtrainError
 from modtrain.common.shipped import slurm_dir
 from modtrain.training.config import TrainConfig
@@ -109,13 +109,10 @@ def _options(job: JobScript) -> list[str]:
         memory = None
     per_node = 1 if serial or site.launcher == "torchrun" else config.processes
     processes_per_task = config.processes if site.launcher == "torchrun" and not serial else 1
+    limit = "" if config.at_once is None else f"%{config.at_once}"
     named: dict[str, str | int | None] = {
         "job-name": job.name,
-        "partition": site.partition,
-        "account": site.account,
-        "qos": site.qos,
-        "constraint": site.constraint,
-        "reservation": site.reservation,
+        **{name: getattr(site, name) for name in SITE_OPTIONS},
         "nodes": 1 if serial else config.nodes,
         "ntasks-per-node": per_node,
         **_gpu_options(site, gpus),
@@ -123,7 +120,7 @@ def _options(job: JobScript) -> list[str]:
         "mem": memory,
         "time": config.time or site.time,
         "signal": f"B:USR1@{site.lead}",
-        "array": _array_option(job),
+        "array": f"0-{len(job.tasks) - 1}{limit}" if config.array else None,
         "dependency": f"afterok:{config.after}" if config.after else None,
         "chdir": str(job.directory),
         "output": str(job.output),
@@ -134,13 +131,6 @@ def _options(job: JobScript) -> list[str]:
     is_requeued = site.restart == "requeue" and verb != "debug"
     options.append("--requeue" if is_requeued else "--no-requeue")
     return options + site.options
-
-
-def _array_option(job: JobScript) -> str | None:
-    if not job.config.array:
-        return None
-    limit = "" if job.config.at_once is None else f"%{job.config.at_once}"
-    return f"0-{len(job.tasks) - 1}{limit}"
 
 
 def gpus_of(config: SubmitConfig, verb: str) -> int:

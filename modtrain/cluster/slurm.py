@@ -19,17 +19,13 @@ _FIELDS = (
 )
 _FORMAT = ",".join(f"{field}|" for field in _FIELDS)
 _RECORD = re.compile(r"^(?=\d\S* *\|)", re.MULTILINE)
-_FINISHED = frozenset(
-    (
-        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
-        *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
-    )
+_FINISHED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 )
-_PENDING = frozenset(
-    (
-        *("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"),
-        *("RESV_DEL_HOLD", "SPECIAL_EXIT"),
-    )
+_PENDING = (
+    *("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"),
+    *("RESV_DEL_HOLD", "SPECIAL_EXIT"),
 )
 # A command for a thousand jobs is truncated to this in errors.
 _MAX_COMMAND_CHARS = 300
@@ -42,7 +38,7 @@ _REMOVED_VARIABLES = (
     *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_JOB_NAME"),
 )
 # These select the controller and authenticate the user.
-_KEPT_VARIABLES = frozenset(("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"))
+_KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _DENIED = "Access/permission denied"
 
 

@@ -27,7 +27,6 @@ from modtrain.cluster.runs import (
     existing_run,
     find_runs,
     has_runs_below,
-    newest_first,
     read_run,
 )
 from modtrain.cluster.slurm import SlurmError, SlurmJob
@@ -108,7 +107,7 @@ def wide_console() -> Console:
 def ask_slurm(runs: Sequence[RunRecord]) -> SlurmReply:
     """Query Slurm once for the jobs of all unfinished runs. Raises nothing."""
     unfinished = [run for run in runs if not run.complete]
-    ids = {name for run in unfinished for name in newest_first(run.submitted)[:_MAX_JOBS]}
+    ids = {name for run in unfinished for name in run.job_ids[:_MAX_JOBS]}
     if ids and not slurm.has_slurm():
         return SlurmReply(
             error="Slurm is not available here: pending and remote jobs are not shown"
@@ -249,7 +248,7 @@ def _print_detail(
     for name, value in lines.items():
         if value:
             table.add_row(name, Text(value))
-    for name in reversed(newest_first(run.submitted)[:_MAX_JOBS]):
+    for name in reversed(run.job_ids[:_MAX_JOBS]):
         table.add_row("job", Text(_job_line(name, run, slurm_reply)))
     for failure in run.failures[-_MAX_FAILURES:]:
         table.add_row("failed", Text(_failure_line(failure)))

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from modtrain.cluster import slurm
-from modtrain.cluster.config import SubmitConfig
+from modtrain.cluster.config import SITE_OPTIONS, SubmitConfig
 from modtrain.cluster.freeze import freeze
-from modtrain.cluster.runs import job_ids
+from modtrain.cluster.runs import read_job_ids
 from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, check, render
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import Problem, raise_if_any
@@ -85,8 +85,7 @@ def _is_unreachable(error: slurm.SlurmError) -> bool:
 
 def _sbatch(job: JobScript, *options: str) -> str:
     """Run sbatch without the user's SBATCH_ variables that the site's configuration overrides."""
-    names = ("partition", "account", "qos", "constraint", "reservation")
-    overridden = [name for name in names if getattr(job.config.cluster, name) is not None]
+    overridden = [name for name in SITE_OPTIONS if getattr(job.config.cluster, name) is not None]
     variables = [f"SBATCH_{name.upper()}" for name in overridden]
     return slurm.run(["sbatch", *options, str(job.script)], without_variables=variables)
 
@@ -157,7 +156,7 @@ def _record_job(job: JobScript, number: str, before: str | None) -> None:
         numbers |= {task.directory: f"{number}_{index}" for index, task in enumerate(job.tasks)}
     for folder, job_id in numbers.items():
         # A job that has started was recorded by its script.
-        if job_id not in job_ids(folder):
+        if job_id not in read_job_ids(folder):
             with (folder / "jobs.jsonl").open("a") as file:
                 file.write(json.dumps({"job": job_id, **entry}) + "\n")
 
@@ -236,7 +235,7 @@ def _queue_problems(tasks: Sequence[ScriptTask], config: SubmitConfig) -> list[P
     if not slurm.has_slurm():
         return []
     folders = [task.directory for task in tasks if task.config is not None]
-    ids = [job_id for folder in folders for job_id in job_ids(folder)]
+    ids = [job_id for folder in folders for job_id in read_job_ids(folder)]
     try:
         jobs_by_id = slurm.jobs(ids)
     except slurm.SlurmError as error:

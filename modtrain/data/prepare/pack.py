@@ -142,8 +142,9 @@ def write_shard(job: ShardJob) -> Shard:
         with TarWriter(file, user=_OWNER, group=_OWNER, mtime=0, encoder=False) as tar:
             for start in range(0, len(sequences_NT), job.layout.sequences_per_sample):
                 part_NT = sequences_NT[start : start + job.layout.sequences_per_sample]
-                key = f"{job.first_sequence + start:012d}"
-                tar.write({"__key__": key, "tokens.npy": _npy(part_NT)})
+                key, buffer = f"{job.first_sequence + start:012d}", io.BytesIO()
+                np.save(buffer, np.ascontiguousarray(part_NT), allow_pickle=False)
+                tar.write({"__key__": key, "tokens.npy": buffer.getvalue()})
                 counts.append(len(part_NT))
         file.flush()
     with tarfile.open(path, "r:") as tar:
@@ -166,9 +167,3 @@ def _sequences(job: ShardJob) -> NDArray[Any]:
     )
     seq_len = job.layout.seq_len
     return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()

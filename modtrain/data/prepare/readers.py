@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import zstandard
@@ -45,18 +45,6 @@ class Flaw:
 
 class _CutShortError(Exception):
     """A compressed stream that ends before its end mark, or cannot be decompressed."""
-
-
-class _Decompressor(Protocol):
-    """What zlib and zstandard share."""
-
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, /) -> bytes: ...
 
 
 class UnitReader:
@@ -140,9 +128,9 @@ class UnitReader:
                 yield line
 
     def _stream_lines(self) -> Iterator[bytes]:
-        make = _gzip_member if self.unit.kind == "jsonl.gz" else _zstd_frame
+        is_gzip = self.unit.kind == "jsonl.gz"
         rest = b""
-        for chunk in _decompressed(Path(self.unit.files[0].path), make):
+        for chunk in _decompressed(Path(self.unit.files[0].path), is_gzip):
             # What follows the last newline waits: of a damaged file it must not be a document.
             *lines, rest = (rest + chunk).split(b"\n")
             yield from lines
@@ -180,15 +168,14 @@ def _as_bytes(column: Any) -> Any:
     return column.cast(pa.large_binary()) if pa.types.is_large_string(column.type) else column
 
 
-def _gzip_member() -> Any:
-    return zlib.decompressobj(wbits=31)
-
-
-def _zstd_frame() -> Any:
+def _decompressor(is_gzip: bool) -> Any:
+    """Both kinds have ``decompress``, ``eof`` and ``unused_data``."""
+    if is_gzip:
+        return zlib.decompressobj(wbits=31)
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
-def _decompressed(path: Path, make: Callable[[], _Decompressor]) -> Iterator[bytes]:
+def _decompressed(path: Path, is_gzip: bool) -> Iterator[bytes]:
     """The content of a file of one or more compressed members, raising where it is cut short."""
     current = None
     with path.open("rb") as file:
@@ -197,7 +184,7 @@ def _decompressed(path: Path, make: Callable[[], _Decompressor]) -> Iterator[byt
                 # gzip allows zeros after a member; no member or frame starts with one.
                 data = data.lstrip(b"\0")
             while data:
-                current = make() if current is None or current.eof else current
+                current = _decompressor(is_gzip) if current is None or current.eof else current
                 try:
                     content = current.decompress(data)
                 except (zlib.error, zstandard.ZstdError) as error:

@@ -38,8 +38,14 @@ class SourceFile:
     @classmethod
     def of(cls, path: str) -> SourceFile:
         """Look at a file. Raises DataError for a suffix that is not known."""
+        kinds = [kind for suffix, kind in KINDS.items() if path.lower().endswith(suffix)]
+        if not kinds:
+            suffixes = ", ".join(KINDS)
+            raise DataError(
+                f"{path}: its suffix is not known. Known are {suffixes}; narrow the source."
+            )
         status = Path(path).stat()
-        return cls(path, _kind(path), status.st_size, status.st_mtime_ns)
+        return cls(path, kinds[0], status.st_size, status.st_mtime_ns)
 
 
 def expand_sources(sources: Sequence[str]) -> list[SourceFile]:
@@ -59,14 +65,6 @@ def expand_sources(sources: Sequence[str]) -> list[SourceFile]:
     if errors:
         raise DataError("\n".join(errors))
     return list(files.values())
-
-
-def _kind(path: str) -> str:
-    for suffix, kind in KINDS.items():
-        if path.lower().endswith(suffix):
-            return kind
-    suffixes = ", ".join(KINDS)
-    raise DataError(f"{path}: its suffix is not known. Known are {suffixes}; narrow the source.")
 
 
 def _matches(source: str) -> list[str]:

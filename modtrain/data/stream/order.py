@@ -40,7 +40,8 @@ class SampleOrder:
         epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
         if not self.shuffle:
             return np.asarray(offsets)
-        keys_P = self._epoch_keys(epochs.ravel())
+        seed = _mix(np.array([self.seed & _MASK_64], dtype=np.uint64))
+        keys_P = _mix(seed + epochs.ravel().astype(np.uint64) * _GOLDEN)
         numbers_P = self._permute(offsets.ravel().astype(np.uint64), keys_P)
         outside = np.flatnonzero(numbers_P >= self.num_samples)
         while outside.size:
@@ -48,10 +49,6 @@ class SampleOrder:
             numbers_P[outside] = walked
             outside = outside[walked >= self.num_samples]
         return numbers_P.astype(np.int64).reshape(epochs.shape)
-
-    def _epoch_keys(self, epochs_P: NDArray[np.int64]) -> NDArray[np.uint64]:
-        seed = _mix(np.array([self.seed & _MASK_64], dtype=np.uint64))
-        return _mix(seed + epochs_P.astype(np.uint64) * _GOLDEN)
 
     def _permute(
         self, numbers_P: NDArray[np.uint64], keys_P: NDArray[np.uint64]

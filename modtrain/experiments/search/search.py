@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
@@ -37,6 +37,7 @@ from modtrain.training.stop_signal import STOP
 # Seconds between two checks for a free trial.
 _POLL_SECONDS = 5.0
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+_UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 
 
 def search(search: Search) -> int:
@@ -79,15 +80,11 @@ class _Searcher:
                 if trial is not None:
                     self._run_trial(trial)
                     continue
-            if not self._has_unfinished_trials():
+            if not self.study.get_trials(deepcopy=False, states=_UNFINISHED):
                 break
             # A worker may die, which frees its trial.
             STOP.pause(_POLL_SECONDS)
         return self._report()
-
-    def _has_unfinished_trials(self) -> bool:
-        trials = self.study.get_trials(deepcopy=False)
-        return any(trial.state not in _DONE for trial in trials)
 
     def _check_ends(self) -> TrainConfig:
         """Return the trial at the first of all ends, resolved.
@@ -171,11 +168,14 @@ class _Searcher:
     def _report(self) -> int:
         """Print and write the best trials."""
         trials = self.study.get_trials(deepcopy=False)
-        best = (
-            [self._describe(trial) for trial in self.study.best_trials]
-            if any(trial.state == TrialState.COMPLETE for trial in trials)
-            else []
-        )
+        best: list[dict[str, Any]] = [
+            {
+                "run": self._name(trial.number),
+                "parameters": translate_flat(trial.params),
+                "values": dict(zip(self.config.directions, trial.values, strict=True)),
+            }
+            for trial in self.study.best_trials
+        ]
         counts = {state.name.lower(): sum(t.state == state for t in trials) for state in _DONE}
         num_left = self.config.trials - sum(counts.values())
         report = {"directions": list(self.config.directions), "trials": counts, "best": best}
@@ -189,13 +189,6 @@ class _Searcher:
             print_line(f"stopped by {STOP.name}: the same command resumes")
             return STOP.exit_code
         return 0 if best else 1
-
-    def _describe(self, trial: FrozenTrial) -> dict[str, Any]:
-        return {
-            "run": self._name(trial.number),
-            "parameters": translate_flat(trial.params),
-            "values": dict(zip(self.config.directions, trial.values, strict=True)),
-        }
 
     def _name(self, number: int) -> str:
         return f"{self.config.study}/trial_{number:04d}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from modtrain.cluster import slurm
 from modtrain.cluster.config import SubmitConfig
-from modtrain.cluster.runs import job_ids
+from modtrain.cluster.runs import read_job_ids
 from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.submit import submit
@@ -118,5 +118,5 @@ class _Waiting:
 
 
 def _last_job(run: RunDirectory) -> str | None:
-    ids = job_ids(run.path)
+    ids = read_job_ids(run.path)
     return ids[-1] if ids else None
