@@ -18,7 +18,7 @@ def test_the_configs_are_structured_configs():
 def test_good_configs_have_no_problems(prepared):
     for config in (DataConfig(str(prepared)), DataConfig(str(prepared), 8, verify="none")):
         assert config.problems("data") == config.shard_problems("data") == []
-    assert PrepareConfig(sources=["a.txt"], output="out").problems("prepare") == []
+    assert PrepareConfig(sources=["a.txt"], output="out").problems() == []
 
 
 def test_all_problems_of_a_prepare_are_told_at_once():
@@ -35,9 +35,9 @@ def test_all_problems_of_a_prepare_are_told_at_once():
         num_workers=-1,
         seed=-1,
     )
-    keys = {problem.key for problem in config.problems("prepare")}
+    keys = {problem.key for problem in config.problems()}
     names = {*vars(config)} - {"tokenizer"} | {"tokenizer.vocab_size", "tokenizer.train_bytes"}
-    assert keys == {f"prepare.{name}" for name in names}
+    assert keys == names
 
 
 def test_all_problems_of_the_data_are_told_at_once(prepared):
