@@ -103,7 +103,12 @@ def _sweep(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.cli.compose import compose, compose_job
     from modtrain.experiments.sweep.sweep import sweep
 
-    return sweep(overrides, lambda run: compose("train", run, config_dir), compose_job, config_dir)
+    return sweep(
+        overrides,
+        lambda run: compose("train", run, config_dir),
+        lambda job: compose_job(job, config_dir),
+        config_dir,
+    )
 
 
 def _eval(overrides: list[str], config_dir: str | None) -> int:

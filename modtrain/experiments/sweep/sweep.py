@@ -9,8 +9,7 @@ that jobs of an earlier start, and of a launcher that died, are included.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from modtrain.training.run_directory import RunDirectory, check_resumable
 from modtrain.training.stop_signal import STOP
 
 Compose = Callable[[Sequence[str]], TrainConfig]
-ComposeJob = Callable[[Sequence[str], str | None], SubmitConfig]
+ComposeJob = Callable[[Sequence[str]], SubmitConfig]
 _ON_SLURM = "hydra/launcher=slurm"
 
 
@@ -46,7 +45,7 @@ def sweep(
     """Train every job of ``overrides`` that is not complete.
 
     compose: builds a training configuration from overrides with one value each. compose_job: builds
-    the configuration of a Slurm job from its overrides and user_dir. user_dir: of the user's YAML.
+    the configuration of a Slurm job from its overrides. user_dir: of the user's YAML.
 
     Returns:
         0 where every job is complete; 130 or 75 where a signal stopped the sweep or one of its
@@ -54,6 +53,7 @@ def sweep(
 
     Raises:
         ConfigError: everything wrong with any job, before one starts.
+        CheckpointError: another process sweeps it, or the file system has no locks.
     """
     if (processes := Launch.from_environment().world_size) > 1:
         reason = f"starts its runs itself, but {processes} processes were started"
@@ -71,26 +71,27 @@ def sweep(
         raise_if_any(problems)
     multirun = Multirun(for_hydra, axes, user_dir)
     try:
-        slurm_job = _slurm_job(for_slurm, multirun, lambda own: compose_job(own, user_dir))
+        slurm_job = _slurm_job(for_slurm, multirun, compose_job)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
-    base, jobs, runs = _checked(jobs, compose, multirun, slurm_job, problems)
-    checked = _Sweep(base, jobs, runs, retry)
-    checked.directory.mkdir(parents=True, exist_ok=True)
-    with checked.locked():
-        write_jobs(checked.directory, jobs)
-        keys = {key for swept in read_jobs(checked.directory).values() for key in swept}
-        hparams.write_experiment(checked.directory, keys)
-        to_start = checked.jobs_to_start()
-        print_line(f"{checked.directory}: {len(jobs)} jobs, {len(to_start)} to train")
+    directory, checked = _checked(jobs, compose, multirun, slurm_job, problems)
+    directory.mkdir(parents=True, exist_ok=True)
+    reason = "is being swept by another process: wait for it to end"
+    with acquire_lock(directory / ".sweep.lock", CheckpointError(f"{directory} {reason}")):
+        write_jobs(directory, [job for job, _ in checked])
+        keys = {key for swept in read_jobs(directory).values() for key in swept}
+        hparams.write_experiment(directory, keys)
+        states = {"stopped", "not started", "running", *(["failed"] if retry else [])}
+        to_start = [each for each in checked if state_of(RunDirectory.of(each[1])) in states]
+        print_line(f"{directory}: {len(checked)} jobs, {len(to_start)} to train")
         if to_start and slurm_job is not None:
-            job_overrides = None if user_dir is None else Path(user_dir)
-            launch_on_slurm(to_start, checked.directory, slurm_job, job_overrides)
+            config_dir = None if user_dir is None else Path(user_dir)
+            launch_on_slurm(to_start, directory, slurm_job, config_dir)
             if slurm_job.dry_run:
                 return 0
         elif to_start:
-            multirun.launch(to_start, checked.directory)
-        return checked.report()
+            multirun.launch(to_start, directory)
+        return _report(directory, checked)
 
 
 @dataclass
@@ -119,10 +120,9 @@ def _split_options(overrides: Sequence[Override]) -> tuple[bool, list[Override],
 
 def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
     reason = "is not supported by modtrain's sweeps, whose jobs are known before the first starts"
+    remedy = "leave it out; to search: modtrain search"
     return [
-        Problem(
-            o.key_or_group, o.input_line or "", reason, "leave it out; to search: modtrain search"
-        )
+        Problem(o.key_or_group, o.input_line or "", reason, remedy)
         for o in overrides
         if o.key_or_group in ("hydra/sweeper", "hydra.mode")
         or o.key_or_group.startswith(("hydra.sweep.", "hydra.sweeper.", "hydra.run."))
@@ -136,9 +136,7 @@ def _name_problems(axes: Sequence[Override]) -> list[Problem]:
 
 
 def _slurm_job(
-    overrides: Sequence[Override],
-    multirun: Multirun,
-    compose_job: Callable[[Sequence[str]], SubmitConfig],
+    overrides: Sequence[Override], multirun: Multirun, compose_job: ComposeJob
 ) -> SubmitConfig | None:
     """Return the configuration of the sweep's Slurm jobs; None where they run on this machine."""
     problems = []
@@ -167,17 +165,16 @@ def _checked(
     multirun: Multirun,
     slurm_job: SubmitConfig | None,
     problems: list[Problem],
-) -> tuple[TrainConfig, list[SweepJob], dict[str, TrainConfig]]:
-    """Return what the jobs share, the jobs under their final names, and each one's configuration.
+) -> tuple[Path, list[tuple[SweepJob, TrainConfig]]]:
+    """Return the sweep's directory, and the jobs under their final names with their configurations.
 
     Raises:
         ConfigError: the problems of all jobs; problems that all share are listed once.
     """
     wrong: dict[Problem, list[str]] = {}
-    runs: dict[str, TrainConfig] = {}
+    checked: list[tuple[SweepJob, TrainConfig]] = []
     base: TrainConfig | None = None
     stored: dict[frozenset[tuple[str, str]], str] | None = None
-    named = []
     for expanded in jobs:
         job = expanded
         try:
@@ -187,9 +184,9 @@ def _checked(
                 stored = {frozenset(swept.items()): name for name, swept in listed.items()}
             # Under a key's new name the job would have another directory than before.
             job = replace(job, name=stored.get(frozenset(job.swept.items()), job.name))
-            named.append(job)
-            runs[job.name] = replace(base, name=f"{base.name}/{job.name}" if base.name else None)
-            _check(runs[job.name], slurm_job)
+            config = replace(base, name=f"{base.name}/{job.name}" if base.name else None)
+            checked.append((job, config))
+            _check(config, slurm_job)
         except ConfigError as error:
             for problem in error.problems:
                 wrong.setdefault(problem, []).append(job.name)
@@ -199,7 +196,7 @@ def _checked(
         problems += [replace(problem, key=key) for key in keys]
     raise_if_any(problems + multirun.problems())
     assert base is not None  # noqa: S101  (every job had an error, or one is composed)
-    return base, named, runs
+    return RunDirectory.of(base).path, checked
 
 
 def _check(config: TrainConfig, slurm_job: SubmitConfig | None) -> None:
@@ -215,58 +212,21 @@ def _check(config: TrainConfig, slurm_job: SubmitConfig | None) -> None:
         raise ConfigError([Problem("name", config.name, str(error), remedy)]) from None
 
 
-@dataclass(frozen=True)
-class _Sweep:
-    """A sweep after its checks.
-
-    runs: the configuration of each job by its name. retry: whether failed jobs are restarted.
-    """
-
-    base: TrainConfig
-    jobs: list[SweepJob]
-    runs: dict[str, TrainConfig]
-    retry: bool
-
-    @property
-    def directory(self) -> Path:
-        """The directory of the sweep and its jobs."""
-        return RunDirectory.of(self.base).path
-
-    def run(self, job: SweepJob) -> RunDirectory:
-        """Return the directory of a job."""
-        return RunDirectory.of(self.runs[job.name])
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock of the sweep.
-
-        Raises:
-            CheckpointError: another process has it, or the file system has no locks.
-        """
-        reason = "is being swept by another process: wait for it to end"
-        in_use = CheckpointError(f"{self.directory} {reason}")
-        with acquire_lock(self.directory / ".sweep.lock", in_use):
-            yield
-
-    def jobs_to_start(self) -> list[tuple[SweepJob, TrainConfig]]:
-        """Return the jobs to start, with their configurations."""
-        states = {"stopped", "not started", "running", *(["failed"] if self.retry else [])}
-        to_start = [job for job in self.jobs if state_of(self.run(job)) in states]
-        return [(job, self.runs[job.name]) for job in to_start]
-
-    def report(self) -> int:
-        """Print the state of the jobs, and return the exit code."""
-        states = [(job, state_of(self.run(job))) for job in self.jobs]
-        counts = collections.Counter(state for _, state in states)
-        counts_text = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-        print_line(f"{self.directory}: {counts_text}")
-        for job in (job for job, state in states if state == "failed"):
-            print_line(f"  {job.name} failed: {failure_text(self.run(job))}")
-        if counts["failed"]:
-            print_line("  the same command with sweep.retry=true restarts these")
-        if counts["complete"] == len(states):
-            return 0
-        if STOP.requested:
-            print_line(f"stopped by {STOP.name}: the same command resumes")
-            return STOP.exit_code
-        return 1 if counts["failed"] else EXIT_RESUMABLE
+def _report(directory: Path, jobs: Sequence[tuple[SweepJob, TrainConfig]]) -> int:
+    """Print the state of the jobs, and return the exit code."""
+    runs = {job.name: RunDirectory.of(config) for job, config in jobs}
+    states = {name: state_of(run) for name, run in runs.items()}
+    counts = collections.Counter(states.values())
+    counts_text = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    print_line(f"{directory}: {counts_text}")
+    for name, state in states.items():
+        if state == "failed":
+            print_line(f"  {name} failed: {failure_text(runs[name])}")
+    if counts["failed"]:
+        print_line("  the same command with sweep.retry=true restarts these")
+    if counts["complete"] == len(states):
+        return 0
+    if STOP.requested:
+        print_line(f"stopped by {STOP.name}: the same command resumes")
+        return STOP.exit_code
+    return 1 if counts["failed"] else EXIT_RESUMABLE
