@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from modtrain.cluster.config import (
     job_keys,
 )
 from modtrain.cluster.script import ScriptTask
+from modtrain.cluster.submit import Submission
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.overrides import explain, misread, parse, plain, quoted
 from modtrain.common.renamed_keys import new_name, renamed_in_files
@@ -257,15 +258,6 @@ def _runs_of_an_arm(config: TrainConfig, name: str, seeds: list[int]) -> list[Tr
 
 SUBMITTED = ("train", "prepare", "eval", "compare", "search", "debug")
 """The verbs that a job can run, and ``debug``, which keeps nodes for interactive use."""
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A job, and what it or each task of its array is to do. directory: of the job."""
-
-    config: SubmitConfig
-    tasks: list[ScriptTask]
-    directory: Path
 
 
 def compose_submission(words: Sequence[str], config_dir: str | None = None) -> Submission:

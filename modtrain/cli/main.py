@@ -103,12 +103,9 @@ def _sweep(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.cli.compose import compose, compose_job
     from modtrain.experiments.sweep.sweep import sweep
 
-    return sweep(
-        overrides,
-        lambda run: compose("train", run, config_dir),
-        lambda job: compose_job(job, config_dir),
-        config_dir,
-    )
+    compose_train = partial(compose, "train", config_dir=config_dir)
+    compose_slurm_job = partial(compose_job, config_dir=config_dir)
+    return sweep(overrides, compose_train, compose_slurm_job, config_dir)
 
 
 def _eval(overrides: list[str], config_dir: str | None) -> int:
@@ -138,8 +135,7 @@ def _submit(overrides: list[str], config_dir: str | None) -> int:
     job = compose_submission(overrides, config_dir)
     from modtrain.cluster.submit import submit
 
-    user_dir = None if config_dir is None else Path(config_dir)
-    submit(job.tasks, job.directory, job.config, user_dir)
+    submit(job, None if config_dir is None else Path(config_dir))
     return 0
 
 

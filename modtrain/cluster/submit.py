@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -31,40 +31,44 @@ from modtrain.training.run_directory import check_resumable
 _UNREACHABLE = ("Could not establish a configuration source", "Unable to contact slurm")
 
 
-def submit(
-    tasks: Sequence[ScriptTask],
-    directory: Path,
-    config: SubmitConfig,
-    config_dir: Path | None,
-) -> list[str]:
-    """Submit a job that runs ``tasks``, one or those of an array; return its ids.
+@dataclass(frozen=True)
+class Submission:
+    """A job, and what it or each task of its array is to do. directory: of the job as a whole."""
 
-    directory: of the job as a whole.
+    config: SubmitConfig
+    tasks: Sequence[ScriptTask]
+    directory: Path
+
+
+def submit(submission: Submission, config_dir: Path | None) -> list[str]:
+    """Submit a job, checked and with its code frozen; return its ids.
+
+    config_dir: of the user's own YAML.
 
     Raises:
         ConfigError: everything wrong with the job or a run, before anything is written.
         ScriptError, SlurmError: Slurm would reject the script, or has rejected it.
     """
     console = Console(soft_wrap=True, markup=False)
-    raise_if_any(_problems(tasks, directory, config))
-    job = _prepare(tasks, directory.resolve(), config, config_dir)
+    raise_if_any(_problems(submission))
+    job = _prepare(submission, config_dir)
     text = render(job)
     check(text, job.script.name)
     write_text(job.script, text)
     console.print(f"wrote {job.script}", highlight=False)
     if slurm.has_slurm():
         console.print(_test_submission(job))
-    elif not config.dry_run:
+    elif not job.config.dry_run:
         raise ScriptError(
             f"sbatch is not available here: submit {job.script} on a login node of the cluster,"
             " or add --dry-run to only write it"
         )
-    if config.dry_run:
+    if job.config.dry_run:
         return []
     ids = _submit_script(job)
     for number in ids:
         console.print(f"submitted job {number}")
-    _print_next_commands(tasks, directory, ids, config, console)
+    _print_next_commands(submission, ids, console)
     return ids
 
 
@@ -90,10 +94,9 @@ def _sbatch(job: JobScript, *options: str) -> str:
     return slurm.run(["sbatch", *options, str(job.script)], without_variables=variables)
 
 
-def _prepare(
-    tasks: Sequence[ScriptTask], directory: Path, config: SubmitConfig, config_dir: Path | None
-) -> JobScript:
+def _prepare(submission: Submission, config_dir: Path | None) -> JobScript:
     """Make the directories, the copy of the code and the frozen configurations."""
+    config, tasks, directory = submission.config, submission.tasks, submission.directory.resolve()
     for folder in {directory, *(task.directory.resolve() for task in tasks)}:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
     code = freeze(directory, config_dir)
@@ -161,15 +164,10 @@ def _record_job(job: JobScript, number: str, before: str | None) -> None:
                 file.write(json.dumps({"job": job_id, **entry}) + "\n")
 
 
-def _print_next_commands(
-    tasks: Sequence[ScriptTask],
-    directory: Path,
-    ids: Sequence[str],
-    config: SubmitConfig,
-    console: Console,
-) -> None:
+def _print_next_commands(submission: Submission, ids: Sequence[str], console: Console) -> None:
+    tasks = submission.tasks
     if tasks[0].config is None:
-        console.print(f"follow: tail -F {directory}/logs/slurm-*.out")
+        console.print(f"follow: tail -F {submission.directory}/logs/slurm-*.out")
         console.print(f"cancel: scancel {' '.join(ids)}")
         return
     runs, name = tasks[0].config.runs_dir, tasks[0].config.name
@@ -179,14 +177,15 @@ def _print_next_commands(
     for purpose, verb in (("state", "status"), ("follow", "logs"), ("cancel", "cancel")):
         option = " follow=true" if verb == "logs" else ""
         console.print(f"{purpose}: modtrain {verb} {spelled('run', str(name))}{runs_dir}{option}")
-    if config.is_resubmitted:
+    if submission.config.is_resubmitted:
         console.print(
             "a job with another id resumes the run when this one stops: submit dependent jobs once"
             f" the run is complete, since after={ids[-1]} might wait for ever"
         )
 
 
-def _problems(tasks: Sequence[ScriptTask], directory: Path, config: SubmitConfig) -> list[Problem]:
+def _problems(submission: Submission) -> list[Problem]:
+    config, tasks, directory = submission.config, submission.tasks, submission.directory
     problems = config.problems()
     if re.search(r"[\x00-\x1f\x7f\\]", str(directory.resolve())):
         # In a log's name Slurm interprets a backslash, which cannot be escaped.

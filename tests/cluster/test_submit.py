@@ -58,7 +58,7 @@ def settings(text, *names):
 
 def submitted(words):
     submission = compose_submission(words)
-    submit(submission.tasks, submission.directory, submission.config, None)
+    submit(submission, None)
 
 
 @settings_of(max_examples=30, deadline=None)
@@ -348,7 +348,7 @@ def test_the_plan_is_held_against_the_nodes(tiny, tmp_path, monkeypatch):
     submission = compose_submission([*run, *large, "strategy=fsdp"])
     from modtrain.cluster.submit import _problems
 
-    assert _problems(submission.tasks, submission.directory, submission.config) == []
+    assert _problems(submission) == []
 
 
 def test_a_dry_run_writes_the_script_and_the_code(tiny, tmp_path):

@@ -93,17 +93,14 @@ class TokenDataset(Dataset[Tensor]):
         tokens_BS = np.concatenate(rows).astype(np.int64).reshape(-1, length)
         return torch.from_numpy(tokens_BS)
 
-    def _items(self, shard: int) -> NDArray[Any]:
-        """A shard's bytes as items of the tokens' type; tar pads files to whole blocks of 512."""
-        if shard not in self._maps:
-            path, size = self._paths[shard], self._sizes[shard]
-            self._maps[shard] = _mapped(path, size).view(self._dtype)
-        return self._maps[shard]
-
     def _checked_first_item(self, member: int) -> int:
         """Where a member's tokens begin, in items, after a look at its .npy header."""
         shard, offset = self._shard_M[member], self._offset_M[member]
-        content = self._items(shard).view(np.uint8)
+        if shard not in self._maps:
+            # Items of the tokens' type: tar pads files to whole blocks of 512 bytes.
+            content = _mapped(self._paths[shard], self._sizes[shard])
+            self._maps[shard] = content.view(self._dtype)
+        content = self._maps[shard].view(np.uint8)
         header = content[offset : offset + _HEADER_BYTES].tobytes()
         expected = ((self._count_M[member], self._stored_len + 1), False, self._dtype)
         # The header alone is read and nothing unpickled: the tokens are plain numbers.

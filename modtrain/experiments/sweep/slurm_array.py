@@ -18,7 +18,7 @@ from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.runs import read_job_ids
 from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.slurm import SlurmError, SlurmJob
-from modtrain.cluster.submit import submit
+from modtrain.cluster.submit import Submission, submit
 from modtrain.experiments.sweep.hydra_multirun import print_line
 from modtrain.experiments.sweep.job_state import state_of, write_failure
 from modtrain.experiments.sweep.jobs import SweepJob, overrides_of
@@ -64,7 +64,7 @@ def launch_on_slurm(
             for job, run in new
         ]
         array = {job.name: list(job.overrides) for job, _ in new}
-        if not submit(tasks, directory, replace(config, array=array), config_dir):
+        if not submit(Submission(replace(config, array=array), tasks, directory), config_dir):
             return
     for name, run in runs.items():
         print_line(f"{name}: job {_last_job(run)}")
