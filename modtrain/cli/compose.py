@@ -107,14 +107,13 @@ class _Composer:
         self.search = [f"hydra.searchpath=[file://{self.user_dir}]"] if self.user_dir else []
 
     def compose(self, overrides: list[Override]) -> tuple[DictConfig, list[Problem]]:
-        lines = [str(override.input_line) for override in overrides]
         try:
-            return self._raw(lines), []
+            return self._raw(overrides), []
         except (HydraException, OmegaConfBaseException):
             pass
         groups = [o for o in overrides if self._options(o.key_or_group)]
         try:
-            base = self._raw([str(o.input_line) for o in groups])
+            base = self._raw(groups)
         except (HydraException, OmegaConfBaseException) as error:
             raise self._file_error(groups, error) from None
         problems, good = [], list(groups)
@@ -122,12 +121,12 @@ class _Composer:
             if override in groups:
                 continue
             try:
-                self._raw([*(str(o.input_line) for o in groups), str(override.input_line)])
+                self._raw([*groups, override])
                 good.append(override)
             except (HydraException, OmegaConfBaseException) as error:
                 problems.append(explain(override, base, error, self.extra_keys))
         try:
-            return self._raw([str(o.input_line) for o in good]), problems
+            return self._raw(good), problems
         except (HydraException, OmegaConfBaseException) as error:
             raise _combined_error(self.verb, good, error) from None
 
@@ -160,7 +159,8 @@ class _Composer:
         user_files = self.user_dir.glob(f"{group}/*.yaml") if self.user_dir else ()
         return sorted({*loader.get_group_options(group), *(path.stem for path in user_files)})
 
-    def _raw(self, lines: list[str]) -> DictConfig:
+    def _raw(self, overrides: list[Override]) -> DictConfig:
+        lines = [str(override.input_line) for override in overrides]
         try:
             config = hydra_compose(self.verb, overrides=[*self.search, *lines])
         except (yaml.YAMLError, UnicodeDecodeError) as error:

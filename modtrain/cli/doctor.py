@@ -16,6 +16,7 @@ from rich.table import Table
 
 import modtrain
 from modtrain.common.errors import ConfigError, Problem
+from modtrain.data.prepare.worker_pool import usable_cpus
 
 # What `require` can ask for.
 NEEDS = ("packages", "corpus", "cuda", "nccl", "compiler", "disk", "shared_memory", "slurm")
@@ -98,24 +99,21 @@ def _package(name: str, imported: bool) -> Finding:
 
 
 def _devices() -> list[Finding]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    findings = [Finding("CPUs", f"{usable} usable, {torch.get_num_threads()} threads in torch")]
+    usable = f"{usable_cpus()} usable, {torch.get_num_threads()} threads in torch"
+    findings = [Finding("CPUs", usable)]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
-            memory = f"{device.total_memory / 2**30:.0f} GiB"
             bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-            findings.append(
-                Finding(f"cuda:{index}", f"{device.name}, {memory}, {bf16}", need="cuda")
-            )
+            value = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {bf16}"
+            findings.append(Finding(f"cuda:{index}", value, need="cuda"))
     elif torch.version.cuda is None:
         remedy = "for GPU use install a CUDA build of torch"
         findings.append(Finding("CUDA", "this torch is a CPU build", remedy, "cuda"))
     else:
+        value = f"built for {torch.version.cuda}, no device"
         remedy = "for GPU use check the driver with nvidia-smi"
-        findings.append(
-            Finding("CUDA", f"built for {torch.version.cuda}, no device", remedy, "cuda")
-        )
+        findings.append(Finding("CUDA", value, remedy, "cuda"))
     if torch.backends.mps.is_available():
         findings.append(Finding("MPS", "available"))
     distributed = torch.distributed

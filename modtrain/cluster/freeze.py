@@ -25,7 +25,7 @@ def freeze(directory: Path, config_dir: Path | None = None) -> Path:
     """
     files = _files()
     if config_dir is not None:
-        files |= {Path("own_conf") / name: path for name, path in _files_below(config_dir).items()}
+        files |= _files_below(config_dir, Path("own_conf"))
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())
@@ -46,18 +46,16 @@ def _files() -> dict[Path, Path]:
     """Return the files of the running modtrain, by their paths in a copy."""
     package = Path(modtrain.__file__).parent
     root = package.parent
+    folders = {part: root / part for part in _PARTS}
     if (package / "conf").is_dir():
         # Installed: scripts are inside the package; a job's script expects them beside it.
-        scripts = {Path("slurm") / name: p for name, p in _files_below(package / "slurm").items()}
-        return {Path("modtrain") / name: p for name, p in _files_below(package).items()} | scripts
-    tracked = _tracked(root)
-    if tracked is not None:
+        folders = {"modtrain": package, "slurm": package / "slurm"}
+    elif (tracked := _tracked(root)) is not None:
         return {name: root / name for name in tracked if (root / name).is_file()}
-    return {
-        Path(part) / name: path
-        for part in _PARTS
-        for name, path in _files_below(root / part).items()
-    }
+    files: dict[Path, Path] = {}
+    for part, folder in folders.items():
+        files |= _files_below(folder, Path(part))
+    return files
 
 
 def _tracked(root: Path) -> list[Path] | None:
@@ -73,9 +71,10 @@ def _tracked(root: Path) -> list[Path] | None:
     return [Path(name) for name in done.stdout.split("\0") if name]
 
 
-def _files_below(folder: Path) -> dict[Path, Path]:
+def _files_below(folder: Path, part: Path) -> dict[Path, Path]:
+    """Return the files below ``folder``, by their paths below ``part`` of a copy."""
     return {
-        path.relative_to(folder): path
+        part / path.relative_to(folder): path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     }

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,7 @@ def offset_of_last(path: Path, lines: int) -> int:
     return min(end, end + 1 - sum(len(line) + 1 for line in newest))
 
 
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+_print = partial(print, end="", flush=True)
 
 
 class _Records:

@@ -100,12 +100,10 @@ def _is_current(report: Path, arms: dict[str, list[TrainConfig]]) -> bool:
 
 def _tensorboard() -> str:
     """The tensorboard command of this environment, which may not be on the PATH."""
-    beside = Path(sys.executable).with_name("tensorboard")
-    if not beside.is_file():
-        return "tensorboard"
-    if beside.is_relative_to(Path.cwd()):
-        beside = beside.relative_to(Path.cwd())
-    return shlex.quote(str(beside))
+    path = Path(sys.executable).with_name("tensorboard")
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return shlex.quote(str(path)) if path.is_file() else "tensorboard"
 
 
 def _report(arms: dict[str, list[TrainConfig]], rounds: int) -> dict[str, dict[str, Any]]:

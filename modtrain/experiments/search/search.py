@@ -228,11 +228,7 @@ def _values(run: RunDirectory, directions: Sequence[str]) -> list[float | None]:
 def _train_trial(
     config: TrainConfig, search: SearchConfig, number: int, overrides: dict[str, str]
 ) -> int:
-    """Train a trial in its own process, which opens the study again."""
     # Not in the process that forks.
     from modtrain.experiments.search.trial_callback import train_or_prune  # noqa: PLC0415
 
-    study = None
-    if search.pruner != "none":
-        study = open_study(Path(search.runs_dir) / str(search.study), search)
-    return train_or_prune(config, study, number, overrides)
+    return train_or_prune(config, search, number, overrides)

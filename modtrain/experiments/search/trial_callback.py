@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,8 @@ import optuna
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import TrainingError
 from modtrain.experiments import hparams
+from modtrain.experiments.search.config import SearchConfig
+from modtrain.experiments.search.study import open_study
 from modtrain.experiments.sweep.job_state import pruned_mark
 from modtrain.training.config import TrainConfig
 from modtrain.training.metrics_log import read_metrics
@@ -49,15 +52,16 @@ class PruningCallback(L.Callback):
 
 
 def train_or_prune(
-    config: TrainConfig, study: optuna.Study | None, number: int, overrides: Mapping[str, str]
+    config: TrainConfig, search: SearchConfig, number: int, overrides: Mapping[str, str]
 ) -> int:
     """Train a trial's run; return its exit code, 0 for one that was pruned.
 
-    study: receives the losses; None: no pruning.
+    With a pruner the study, which this process opens again, receives the losses.
     """
     run = RunDirectory.of(config)
     callbacks = []
-    if study is not None:
+    if search.pruner != "none":
+        study = open_study(Path(search.runs_dir) / str(search.study), search)
         trial_id = study.get_trials(deepcopy=False)[number]._trial_id
         callbacks = [PruningCallback(run, optuna.Trial(study, trial_id))]
     try:
