@@ -70,9 +70,7 @@ def _list(run: RunDirectory, console: Console, contents: bool) -> None:
 
 def _row(path: Path) -> tuple[str, str, str, str, str]:
     manifest, extra_state = Manifest.read(path), read_extra_state(path)
-    progress: dict[str, Any] = (
-        extra_state.get("progress", {}) if isinstance(extra_state, dict) else {}
-    )
+    progress = extra_state.get("progress", {}) if isinstance(extra_state, dict) else {}
     tokens, flops = progress.get("tokens"), progress.get("flops")
     return (
         str(manifest.step),

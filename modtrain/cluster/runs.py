@@ -110,11 +110,6 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def restarts(self) -> int:
-        """Number of starts after the first."""
-        return max(0, len(self.starts) - 1)
-
-    @property
     def job_ids(self) -> list[str]:
         """Ids of the submitted jobs, each once, the last one first."""
         return list(dict.fromkeys(job.id for job in reversed(self.submitted)))

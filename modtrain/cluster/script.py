@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,35 +156,27 @@ def _settings(job: JobScript) -> list[str]:
         for library in ("NCCL", "GLOO"):
             environment.setdefault(f"{library}_SOCKET_IFNAME", site.network_interface)
     lines = _assignments(
-        {
-            "code": str(job.code),
-            "python": job.python,
-            "script": str(job.script),
-            "launcher": site.launcher,
-            "processes": str(config.processes),
-            "container": site.container,
-            "image": site.image or "",
-            "scratch": site.scratch or "",
-            "again": _restart_mode(config),
-            "lead": str(site.lead),
-            "grace": str(site.grace),
-            "verb": job.tasks[0].verb,
-        }
+        code=str(job.code),
+        python=job.python,
+        script=str(job.script),
+        launcher=site.launcher,
+        processes=str(config.processes),
+        container=site.container,
+        image=site.image or "",
+        scratch=site.scratch or "",
+        again=_restart_mode(config),
+        lead=str(site.lead),
+        grace=str(site.grace),
+        verb=job.tasks[0].verb,
+        mounts=[*_required_mounts(job), *site.mounts] if site.container != "none" else [],
+        site_files=site.source,
+        modules=site.modules,
+        variables=[f"{name}={value}" for name, value in environment.items()],
     )
-    lists = {
-        "mounts": [*_required_mounts(job), *site.mounts] if site.container != "none" else [],
-        "site_files": site.source,
-        "modules": site.modules,
-        "variables": [f"{name}={value}" for name, value in environment.items()],
-    }
-    lines += [_array(name, values) for name, values in lists.items()]
-    options = [] if job.config_dir is None else ["--config-dir", str(job.config_dir)]
+    # After two dashes nothing is parsed as an option.
+    options = ["--"] if job.config_dir is None else ["--config-dir", str(job.config_dir), "--"]
     task_lines = [
-        [
-            *_assignments({"run_directory": str(task.directory)}),
-            # After two dashes nothing is parsed as an option.
-            _array("overrides", [*options, "--", *task.overrides]),
-        ]
+        _assignments(run_directory=str(task.directory), overrides=[*options, *task.overrides])
         for task in job.tasks
     ]
     if not config.array:
@@ -221,12 +213,12 @@ def _required_mounts(job: JobScript) -> list[str]:
     return list(map(str, paths))
 
 
-def _assignments(values: Mapping[str, str]) -> list[str]:
-    return [f"{name}={shlex.quote(value)}" for name, value in values.items()]
-
-
-def _array(name: str, values: Sequence[str]) -> str:
-    return f"{name}=({shlex.join(values)})"
+def _assignments(**values: str | list[str]) -> list[str]:
+    """Return bash's assignments of texts and arrays."""
+    return [
+        f"{name}={shlex.quote(value) if isinstance(value, str) else f'({shlex.join(value)})'}"
+        for name, value in values.items()
+    ]
 
 
 def _quoted(value: str) -> str:

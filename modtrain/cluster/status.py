@@ -214,7 +214,7 @@ def _table(shown: Sequence[tuple[RunRecord, RunState]], slurm_reply: SlurmReply)
             _percent_done(run),
             _format_loss(run.loss),
             _format_loss(run.held_out),
-            str(run.restarts) if run.starts else "",
+            str(len(run.starts) - 1) if run.starts else "",
             _checkpoint_text(run),
             Text(_job_text(run, slurm_reply)),
             Text(_shorten(state.reason)),
