@@ -20,14 +20,14 @@ from optuna.trial import TrialState
 
 from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.common.renamed_keys import translate_flat
+from modtrain.common.renamed_keys import new_name, translate_flat
 from modtrain.distributed.launch import Launch
 from modtrain.experiments import hparams
 from modtrain.experiments.search.config import Dimension, Search, SearchConfig, parse_space
-from modtrain.experiments.search.study import open_study, parameter_names
+from modtrain.experiments.search.study import open_study
 from modtrain.experiments.sweep.hydra_multirun import print_line
 from modtrain.experiments.sweep.job_process import run_in_process
-from modtrain.experiments.sweep.job_state import failure_text, pruned_mark, state_of
+from modtrain.experiments.sweep.job_state import PRUNED, failure_text, state_of
 from modtrain.experiments.sweep.jobs import SweepJob, write_jobs
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
@@ -70,7 +70,9 @@ class _Searcher:
         with self._locked():
             self.study = open_study(self.directory, self.config, shared)
             hparams.write_experiment(self.directory, list(self.config.space))
-        self.names = parameter_names(self.study)
+        space = self.study.user_attrs["space"]
+        # Names under which the study knows keys that were renamed since it began.
+        self.names = {new: key for key in space if (new := new_name(key)) is not None}
 
     def run(self) -> int:
         """Work until the study has its trials."""
@@ -146,9 +148,9 @@ class _Searcher:
             config = self.search.compose([f"{k}={v}" for k, v in overrides.items()], name)
         except ConfigError as error:
             return self._fail(trial, str(error))
-        if not pruned_mark(run).is_file():
+        if not (run.path / PRUNED).is_file():
             run_in_process(run, partial(_train_trial, config, self.config, trial.number, overrides))
-        if pruned_mark(run).is_file():
+        if (run.path / PRUNED).is_file():
             self.study.tell(trial, state=TrialState.PRUNED)
         elif run.is_complete:
             values = _values(run, self.config.directions)

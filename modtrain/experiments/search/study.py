@@ -16,7 +16,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from modtrain.common.errors import CheckpointError, OtherRunError
-from modtrain.common.renamed_keys import new_name, translate_flat
+from modtrain.common.renamed_keys import translate_flat
 from modtrain.data.stream.index import read_summary
 from modtrain.experiments.search.config import SearchConfig
 from modtrain.training.config import MUTABLE_KEYS, TrainConfig
@@ -104,11 +104,6 @@ def _raise_if_changed(directory: Path, changed: list[str]) -> None:
             "\n".join([f"{directory} has another search:", *changed])
             + "\nremedy: undo these changes to resume it, or give another study= for a new search"
         )
-
-
-def parameter_names(study: optuna.Study) -> dict[str, str]:
-    """Return the names under which the study knows keys that were renamed since it began."""
-    return {new: key for key in study.user_attrs["space"] if (new := new_name(key)) is not None}
 
 
 def _drop_partial_line(path: Path, lock: JournalFileSymlinkLock) -> None:

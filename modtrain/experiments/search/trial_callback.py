@@ -14,7 +14,7 @@ from modtrain.common.errors import TrainingError
 from modtrain.experiments import hparams
 from modtrain.experiments.search.config import SearchConfig
 from modtrain.experiments.search.study import open_study
-from modtrain.experiments.sweep.job_state import pruned_mark
+from modtrain.experiments.sweep.job_state import PRUNED
 from modtrain.training.config import TrainConfig
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run import train
@@ -67,7 +67,7 @@ def train_or_prune(
     try:
         outcome = train(config, callbacks)
     except PrunedError as pruned:
-        write_text(pruned_mark(run), f"{pruned}\n")
+        write_text(run.path / PRUNED, f"{pruned}\n")
         return 0
     if outcome.exit_code == 0 and config.log.tensorboard:
         hparams.write_run(run, overrides)

@@ -41,6 +41,7 @@ from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP, STOP_SIGNALS
 
 _LAUNCHERS = ("basic", "joblib", "slurm")
+_HOW_TO = "docs/how-to/sweep-and-search.md"
 _JOB_LOCK = threading.Lock()
 _QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none")
 
@@ -79,11 +80,9 @@ class Multirun:
                     raise HydraException(f"hydra/launcher={chosen} is not supported by modtrain")
             except (HydraException, OmegaConfBaseException) as error:
                 reason = " ".join(str(error).split())
-                remedy = (
-                    "hydra/launcher is basic, joblib or slurm; see docs/how-to/sweep-and-search.md"
-                )
-                if self.is_on_slurm:
-                    remedy = "use the keys of modtrain submit: cluster.partition=gpu, nodes=2"
+                remedy = "use the keys of modtrain submit: cluster.partition=gpu, nodes=2"
+                if not self.is_on_slurm:
+                    remedy = f"hydra/launcher is basic, joblib or slurm; see {_HOW_TO}"
                 return [Problem(" ".join(self.overrides[len(_QUIET) :]), "", reason, remedy)]
         return []
 

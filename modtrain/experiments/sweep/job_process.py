@@ -18,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 
 from modtrain.common.errors import ModtrainError
-from modtrain.experiments.sweep.job_state import failure_path, is_in_use, write_failure
+from modtrain.experiments.sweep.job_state import FAILURE, is_in_use, write_failure
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
@@ -48,7 +48,7 @@ def run_in_process(run: RunDirectory, work: Callable[[], int], main_pid: int | N
     if is_in_use(run):
         return EXIT_RESUMABLE
     run.logs.mkdir(parents=True, exist_ok=True)
-    failure_path(run).unlink(missing_ok=True)
+    (run.path / FAILURE).unlink(missing_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     child = _CONTEXT.Process(target=_run_child, args=(run, work))
@@ -66,7 +66,7 @@ def run_in_process(run: RunDirectory, work: Callable[[], int], main_pid: int | N
 
 def _record_end(run: RunDirectory, code: int) -> int:
     """Record a failure that the process could not record itself."""
-    is_recorded = failure_path(run).is_file() or run.is_complete
+    is_recorded = (run.path / FAILURE).is_file() or run.is_complete
     if code in (0, EXIT_RESUMABLE, 130) or is_recorded:
         return code
     if code < 0:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-from pathlib import Path
 
 from modtrain.common.atomic_io import is_locked, write_text
 from modtrain.training.run_directory import RunDirectory
 
 STATES = ("complete", "running", "failed", "pruned", "stopped", "not started")
+FAILURE, PRUNED = "failure.json", "PRUNED"
+"""Files of a run: why its job failed, and the mark of one that a search has pruned."""
 
 
 def state_of(run: RunDirectory) -> str:
@@ -18,9 +19,9 @@ def state_of(run: RunDirectory) -> str:
         return "complete"
     if is_in_use(run):
         return "running"
-    if failure_path(run).is_file():
+    if (run.path / FAILURE).is_file():
         return "failed"
-    if pruned_mark(run).is_file():
+    if (run.path / PRUNED).is_file():
         return "pruned"
     return "stopped" if run.config.is_file() else "not started"
 
@@ -30,28 +31,18 @@ def is_in_use(run: RunDirectory) -> bool:
     return is_locked(run.path / ".lock")
 
 
-def failure_path(run: RunDirectory) -> Path:
-    """Return the file that records why a job failed."""
-    return run.path / "failure.json"
-
-
-def pruned_mark(run: RunDirectory) -> Path:
-    """Return the file that marks a run as pruned by a search."""
-    return run.path / "PRUNED"
-
-
 def write_failure(run: RunDirectory, kind: str, text: str) -> None:
     """Record why the job failed. kind: the error's class, or how the process ended."""
     run.path.mkdir(parents=True, exist_ok=True)
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     failure = {"kind": kind, "text": text, "time": time}
-    write_text(failure_path(run), json.dumps(failure, indent=1) + "\n")
+    write_text(run.path / FAILURE, json.dumps(failure, indent=1) + "\n")
 
 
 def failure_text(run: RunDirectory) -> str:
     """Return the kind and the text of the failure; empty without one."""
     try:
-        failure = json.loads(failure_path(run).read_text())
+        failure = json.loads((run.path / FAILURE).read_text())
     except (OSError, ValueError):
         return ""
     return f"{failure['kind']}: {failure['text']}"
