@@ -34,7 +34,7 @@ from modtrain.cluster.config import (
 from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.submit import Submission
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.common.overrides import explain, misread, parse, plain, quoted
+from modtrain.common.overrides import explain, misread, parse, plain, quoted, search_path
 from modtrain.common.renamed_keys import new_name, renamed_in_files
 from modtrain.common.shipped import conf_dir
 from modtrain.data.config import PrepareConfig
@@ -104,7 +104,7 @@ class _Composer:
         self.verb = verb
         self.extra_keys = extra_keys
         self.user_dir = None if config_dir is None else Path(config_dir).resolve()
-        self.search = [f"hydra.searchpath=[file://{self.user_dir}]"] if self.user_dir else []
+        self.search = search_path(config_dir)
 
     def compose(self, overrides: list[Override]) -> tuple[DictConfig, list[Problem]]:
         try:

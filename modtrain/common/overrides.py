@@ -9,6 +9,7 @@ import difflib
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
@@ -59,6 +60,13 @@ def parse(overrides: Sequence[str], sweeps: bool = False) -> tuple[list[Override
 def quoted(text: str) -> str:
     """Quote ``text`` so that Hydra parses it unchanged."""
     return QuotedString(text, Quote.double).with_quotes()
+
+
+def search_path(config_dir: str | None) -> list[str]:
+    """Return the override by which Hydra also finds YAML in ``config_dir``; none without one."""
+    if config_dir is None:
+        return []
+    return [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"]
 
 
 def spelled(key: str, value: str) -> str:

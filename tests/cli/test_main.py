@@ -154,10 +154,11 @@ def test_ctrl_c_in_prepare_is_told_in_a_line_and_gone_on_with(tmp_path):
     assert (tmp_path / "out/index.json").exists()
 
 
-def test_a_users_own_directory_of_configurations_is_searched(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/mine.yaml").write_text("defaults: [tiny]\nnum_layers: 6\n")
-    config = compose("train", ["model=mine"], str(tmp_path))
+@pytest.mark.parametrize("name", ["mine", "a b", "a,b", "a[1]", "a=b"])
+def test_a_users_own_directory_of_configurations_is_searched(name, tmp_path):
+    (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / name / "model/mine.yaml").write_text("defaults: [tiny]\nnum_layers: 6\n")
+    config = compose("train", ["model=mine"], str(tmp_path / name))
     assert (config.model.num_layers, config.model.d_model) == (6, 32)
     with pytest.raises(ConfigError, match="is not a directory"):
         compose("train", [], str(tmp_path / "nowhere"))

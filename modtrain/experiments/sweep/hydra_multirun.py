@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from modtrain.common.errors import Problem
-from modtrain.common.overrides import quoted
+from modtrain.common.overrides import quoted, search_path
 from modtrain.common.shipped import conf_dir
 from modtrain.experiments import hparams
 from modtrain.experiments.sweep.job_process import EXIT_RESUMABLE, run_in_process
@@ -64,10 +64,8 @@ class Multirun:
         self.is_on_slurm = any(
             o.key_or_group == "hydra/launcher" and o.value() == "slurm" for o in overrides
         )
-        self.overrides = [*_QUIET, *(str(o.input_line) for o in overrides)]
-        if user_dir is not None:
-            folder = quoted(f"file://{Path(user_dir).resolve()}")
-            self.overrides.append(f"hydra.searchpath=[{folder}]")
+        lines = [str(o.input_line) for o in overrides]
+        self.overrides = [*_QUIET, *lines, *search_path(user_dir)]
 
     def problems(self) -> list[Problem]:
         """Everything that Hydra finds wrong with the overrides."""
