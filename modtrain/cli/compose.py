@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,8 @@ class _Composer:
         self.search = search_path(config_dir)
 
     def compose(self, overrides: list[Override]) -> tuple[DictConfig, list[Problem]]:
-        try:
+        with suppress(HydraException, OmegaConfBaseException):
             return self._raw(overrides), []
-        except (HydraException, OmegaConfBaseException):
-            pass
         groups = [o for o in overrides if self._options(o.key_or_group)]
         try:
             base = self._raw(groups)
