@@ -120,11 +120,12 @@ def ask_slurm(runs: Sequence[RunRecord]) -> SlurmReply:
 
 def live_jobs(submitted: Sequence[SubmittedJob], jobs: Mapping[str, SlurmJob]) -> list[SlurmJob]:
     """Return the run's unfinished jobs, running ones first, then oldest first."""
-    live: dict[str, SlurmJob] = {}
-    for submission in submitted:
-        for job in jobs.values():
-            if submission.covers(job.id) and submission.is_same(job) and not job.is_finished:
-                live[job.id] = job
+    live = {
+        job.id: job
+        for submission in submitted
+        for job in jobs.values()
+        if submission.covers(job.id) and submission.is_same(job) and not job.is_finished
+    }
     return sorted(live.values(), key=lambda job: (job.is_pending, job.number))
 
 

@@ -21,23 +21,18 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 # torch 2.13 renamed these two; the old names warn since then.
-_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
+all_gather_single: Callable[[Tensor, int, GroupName], Tensor] = (
+    getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+)
+"""Gather a tensor of all ranks along a dim; asynchronous, traceable."""
+
+reduce_scatter_single: Callable[[Tensor, str, int, GroupName], Tensor] = (
+    getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
+)
+"""Reduce a tensor over the ranks, return this rank's part along a dim; asynchronous."""
 
 HAS_ISOLATED_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 """Whether each `torch.compile` call has a limit of graphs of its own (torch 2.13)."""
-
-
-def all_gather_single(x: Tensor, dim: int, group_name: GroupName) -> Tensor:
-    """Gather ``x`` of all ranks along ``dim``; asynchronous, traceable."""
-    gathered: Tensor = _gather(x, dim, group_name)
-    return gathered
-
-
-def reduce_scatter_single(x: Tensor, op: str, dim: int, group_name: GroupName) -> Tensor:
-    """Reduce ``x`` over the ranks and return this rank's part along ``dim``; asynchronous."""
-    scattered: Tensor = _scatter(x, op, dim, group_name)
-    return scattered
 
 
 try:

@@ -172,9 +172,6 @@ def finish(
     write_json(output / INDEX_NAME, index_content(summary, shards), staging)
 
 
-# What was asked for ---------------------------------------------------------------------------
-
-
 def _request(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
     """All that the output depends on, free of paths, so that the folders can be moved."""
     options = asdict(config)
@@ -236,9 +233,6 @@ def _work_directory(output: Path) -> Iterator[Path]:
         yield work
 
 
-# Tokenizer ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _StoredTokenizer:
     path: Path
@@ -273,9 +267,6 @@ def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path)
         content = train_tokenizer(texts, config.tokenizer.vocab_size)
         write_bytes(trained, content, work / "staging")
     return trained.read_bytes()
-
-
-# Encoding and packing -------------------------------------------------------------------------
 
 
 def _encode(
@@ -334,9 +325,6 @@ def _pack(
     )
     num_train = len(jobs["train"])
     return {"train": shards[:num_train], "valid": shards[num_train:]}
-
-
-# Counts ---------------------------------------------------------------------------------------
 
 
 def _split_summary(records: Sequence[UnitRecord], split: str, layout: PackLayout) -> SplitSummary:
