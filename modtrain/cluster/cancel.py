@@ -7,9 +7,8 @@ Jobs that this user may not cancel are removed from the list again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from modtrain.cluster import slurm
 from modtrain.cluster.config import CancelConfig
@@ -55,9 +54,7 @@ def cancel_run(config: CancelConfig, print_line: Print = print) -> None:
         print_line(f"{path} has no pending or running job: nothing to cancel")
         return
     before = run.saved
-    marks = _CancelledFile(path, run.cancelled)
-    marks.add(run.submitted)
-    _Cancellation(run, marks, config, print_line).end(live)
+    _Cancellation(run, config, print_line).end(live)
     run = read_run(path, run.name)
     if run.is_group:
         runs_dir = "" if config.runs_dir == "runs" else f" {spelled('runs_dir', config.runs_dir)}"
@@ -76,42 +73,18 @@ def _live_jobs(run: RunRecord) -> list[SlurmJob]:
     return live_jobs(run.submitted, slurm.jobs(run.job_ids))
 
 
-class _CancelledFile:
-    """The ``CANCELLED`` file, to which this call adds jobs. before: those listed already."""
-
-    def __init__(self, folder: Path, before: Collection[str]) -> None:
-        self.path = folder / CANCELLED
-        self._before, self._new = frozenset(before), set[str]()
-
-    def add(self, jobs: Iterable[SubmittedJob]) -> None:
-        new = dict.fromkeys(job.id for job in jobs if job.id not in self._before | self._new)
-        with self.path.open("a") as file:
-            file.write("".join(f"{name}\n" for name in new))
-        self._new.update(new)
-
-    def remove_except(self, cancelled: Collection[str]) -> None:
-        """Remove the jobs that this call has added but not ``cancelled``."""
-        removed = {mark for mark in self._new if not any(map(SubmittedJob(mark).covers, cancelled))}
-        remaining = [name for name in self.path.read_text().split() if name not in removed]
-        if remaining:
-            # In place: a new file would not keep the permissions of this one.
-            self.path.write_text("".join(f"{name}\n" for name in remaining))
-        else:
-            self.path.unlink()
-
-
 @dataclass
 class _Cancellation:
     """The state of a cancellation.
 
-    signalled: jobs that were signalled to save. cancelled: jobs that scancel has ended. last_ids:
-    the jobs of the last command.
+    marked: jobs that it has listed in ``CANCELLED``. signalled: jobs that were signalled to save.
+    cancelled: jobs that scancel has ended. last_ids: the jobs of the last command.
     """
 
     run: RunRecord
-    marks: _CancelledFile
     config: CancelConfig
     print_line: Print
+    marked: set[str] = field(default_factory=set)
     signalled: set[str] = field(default_factory=set)
     cancelled: set[str] = field(default_factory=set)
     last_ids: list[str] = field(default_factory=list)
@@ -124,6 +97,7 @@ class _Cancellation:
         save_until = time.monotonic() + (self.config.wait if self.config.save else 0)
         deadline = save_until + _KILL_GRACE
         error_text = ""
+        self._mark()
         while live:
             try:
                 self._act(live, time.monotonic() >= save_until)
@@ -143,11 +117,18 @@ class _Cancellation:
             time.sleep(_POLL_SECONDS)
             # A script that has resubmitted itself has a new id.
             self.run = read_run(self.run.path, self.run.name)
-            self.marks.add(self.run.submitted)
+            self._mark()
             live = _live_jobs(self.run)
         # Slurm may report the end before the process has released its lock.
         while is_locked(self.run.path / ".lock") and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
+
+    def _mark(self) -> None:
+        """List the run's jobs in ``CANCELLED``."""
+        new = [name for name in reversed(self.run.job_ids) if name not in self.run.cancelled]
+        with (self.run.path / CANCELLED).open("a") as file:
+            file.write("".join(f"{name}\n" for name in new))
+        self.marked.update(new)
 
     def _act(self, live: list[SlurmJob], is_overdue: bool) -> None:
         waiting = [job.id for job in live if job.is_pending]
@@ -175,4 +156,12 @@ class _Cancellation:
         A command that is denied for one job takes effect on the others.
         """
         denied = {name for name in self.last_ids if error.names(name)} or set(self.last_ids)
-        self.marks.remove_except((self.signalled | self.cancelled | set(self.last_ids)) - denied)
+        reached = (self.signalled | self.cancelled | set(self.last_ids)) - denied
+        removed = {name for name in self.marked if not any(map(SubmittedJob(name).covers, reached))}
+        path = self.run.path / CANCELLED
+        remaining = [name for name in path.read_text().split() if name not in removed]
+        if remaining:
+            # In place: a new file would not keep the permissions of this one.
+            path.write_text("".join(f"{name}\n" for name in remaining))
+        else:
+            path.unlink()

@@ -53,11 +53,10 @@ def sweep_table(directory: Path) -> Table:
 
 
 def _figures(run: RunDirectory) -> list[str]:
-    step, steps, forward = 0, _NONE, _NONE
-    last: dict[str, Any] = {}
+    steps, forward = _NONE, _NONE
+    last: dict[str, Any] = {"step": 0}
     for record in read_metrics(run.metrics):
         last.update(record)
-        step = record["step"]
     try:
         config = run.read_config()
         forward = f"{forward_flops_per_token(config):,.0f}"
@@ -67,7 +66,7 @@ def _figures(run: RunDirectory) -> list[str]:
         pass
     return [
         state_of(run),
-        f"{step:,}/{steps}" if run.config.is_file() else _NONE,
+        f"{last['step']:,}/{steps}" if run.config.is_file() else _NONE,
         _format(last.get("loss"), "{:.4f}"),
         _format(last.get(LOSS), "{:.4f}"),
         _format(last.get("flops"), "{:.3e}"),
