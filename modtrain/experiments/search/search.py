@@ -26,8 +26,7 @@ from modtrain.experiments import hparams
 from modtrain.experiments.search.config import Dimension, Search, SearchConfig, parse_space
 from modtrain.experiments.search.study import open_study
 from modtrain.experiments.sweep.hydra_multirun import print_line
-from modtrain.experiments.sweep.job_process import run_in_process
-from modtrain.experiments.sweep.job_state import PRUNED, failure_text, state_of
+from modtrain.experiments.sweep.job_process import PRUNED, failure_text, run_in_process, state_of
 from modtrain.experiments.sweep.jobs import SweepJob, write_jobs
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
@@ -89,11 +88,7 @@ class _Searcher:
         return self._report()
 
     def _check_ends(self) -> TrainConfig:
-        """Return the trial at the first of all ends, resolved.
-
-        Raises:
-            ConfigError: everything wrong at any end.
-        """
+        """Return the trial at the first of all ends, resolved; raise all that is wrong at any."""
         problems: dict[Problem, None] = {}
         resolved: list[TrainConfig] = []
         for overrides in self._end_points():

@@ -5,6 +5,7 @@ The journal's lock works on a network file system, where SQLite's does not.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,7 @@ def _drop_partial_line(path: Path, lock: JournalFileSymlinkLock) -> None:
     lock.acquire()
     try:
         content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            with path.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
     finally:
         lock.release()

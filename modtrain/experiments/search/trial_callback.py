@@ -14,7 +14,7 @@ from modtrain.common.errors import TrainingError
 from modtrain.experiments import hparams
 from modtrain.experiments.search.config import SearchConfig
 from modtrain.experiments.search.study import open_study
-from modtrain.experiments.sweep.job_state import PRUNED
+from modtrain.experiments.sweep.job_process import PRUNED
 from modtrain.training.config import TrainConfig
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run import train

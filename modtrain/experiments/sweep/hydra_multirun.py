@@ -33,8 +33,12 @@ from modtrain.common.errors import Problem
 from modtrain.common.overrides import quoted, search_path
 from modtrain.common.shipped import conf_dir
 from modtrain.experiments import hparams
-from modtrain.experiments.sweep.job_process import EXIT_RESUMABLE, run_in_process
-from modtrain.experiments.sweep.job_state import failure_text, state_of
+from modtrain.experiments.sweep.job_process import (
+    EXIT_RESUMABLE,
+    failure_text,
+    run_in_process,
+    state_of,
+)
 from modtrain.experiments.sweep.jobs import SweepJob, overrides_of
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory

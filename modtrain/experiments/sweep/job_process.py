@@ -1,4 +1,4 @@
-"""A job in a process of its own, so that its crash does not end the sweep.
+"""A job in a process of its own, so that its crash does not end the sweep, and its state.
 
 Its memory is also released for the next job, and signal handlers are per process. The process is
 forked: the parent has imported neither torch nor CUDA, which cannot be forked once they have
@@ -7,6 +7,8 @@ started threads.
 
 from __future__ import annotations
 
+import datetime
+import json
 import multiprocessing
 import os
 import signal
@@ -17,11 +19,14 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
 
+from modtrain.common.atomic_io import is_locked, write_text
 from modtrain.common.errors import ModtrainError
-from modtrain.experiments.sweep.job_state import FAILURE, is_in_use, write_failure
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
+STATES = ("complete", "running", "failed", "pruned", "stopped", "not started")
+FAILURE, PRUNED = "failure.json", "PRUNED"
+"""Files of a run: why its job failed, and the mark of one that a search has pruned."""
 _CONTEXT = multiprocessing.get_context("fork")
 _POLL_SECONDS = 0.1
 # A job whose sweep was killed saves and ends; a new sweep may start meanwhile.
@@ -108,3 +113,38 @@ def _stop_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def state_of(run: RunDirectory) -> str:
+    """Return one of `STATES`; ``stopped``: started, not complete, and no process works on it."""
+    if run.is_complete:
+        return "complete"
+    if is_in_use(run):
+        return "running"
+    if (run.path / FAILURE).is_file():
+        return "failed"
+    if (run.path / PRUNED).is_file():
+        return "pruned"
+    return "stopped" if run.config.is_file() else "not started"
+
+
+def is_in_use(run: RunDirectory) -> bool:
+    """Whether a process works in the run's directory."""
+    return is_locked(run.path / ".lock")
+
+
+def write_failure(run: RunDirectory, kind: str, text: str) -> None:
+    """Record why the job failed. kind: the error's class, or how the process ended."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    failure = {"kind": kind, "text": text, "time": time}
+    write_text(run.path / FAILURE, json.dumps(failure, indent=1) + "\n")
+
+
+def failure_text(run: RunDirectory) -> str:
+    """Return the kind and the text of the failure; empty without one."""
+    try:
+        failure = json.loads((run.path / FAILURE).read_text())
+    except (OSError, ValueError):
+        return ""
+    return f"{failure['kind']}: {failure['text']}"

@@ -20,7 +20,7 @@ from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.submit import Submission, submit
 from modtrain.experiments.sweep.hydra_multirun import print_line
-from modtrain.experiments.sweep.job_state import state_of, write_failure
+from modtrain.experiments.sweep.job_process import state_of, write_failure
 from modtrain.experiments.sweep.jobs import SweepJob, overrides_of
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory
@@ -52,12 +52,8 @@ def launch_on_slurm(
     runs = {job.name: RunDirectory.of(run) for job, run in jobs}
     last_jobs = {name: job for name, run in runs.items() if (job := _last_job(run))}
     jobs_by_id = slurm.jobs(set(last_jobs.values()))
-    queued = {
-        name
-        for name, job in last_jobs.items()
-        if job in jobs_by_id and not jobs_by_id[job].is_finished
-    }
-    new = [(job, run) for job, run in jobs if job.name not in queued]
+    queued = {job_id for job_id, job in jobs_by_id.items() if not job.is_finished}
+    new = [(job, run) for job, run in jobs if last_jobs.get(job.name) not in queued]
     if new:
         tasks = [
             ScriptTask("train", overrides_of(job, run), runs[job.name].path, run)

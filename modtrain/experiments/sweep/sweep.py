@@ -25,8 +25,7 @@ from modtrain.common.overrides import misread, parse
 from modtrain.distributed.launch import Launch
 from modtrain.experiments import hparams
 from modtrain.experiments.sweep.hydra_multirun import Multirun, print_line
-from modtrain.experiments.sweep.job_process import EXIT_RESUMABLE
-from modtrain.experiments.sweep.job_state import STATES, failure_text, state_of
+from modtrain.experiments.sweep.job_process import EXIT_RESUMABLE, STATES, failure_text, state_of
 from modtrain.experiments.sweep.jobs import SweepJob, expand, read_jobs, write_jobs
 from modtrain.experiments.sweep.slurm_array import launch_on_slurm
 from modtrain.training.config import TrainConfig

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from modtrain.common.errors import CheckpointError, ModtrainError
 from modtrain.experiments.hparams import LOSS, forward_flops_per_token
-from modtrain.experiments.sweep.job_state import failure_text, state_of
+from modtrain.experiments.sweep.job_process import failure_text, state_of
 from modtrain.experiments.sweep.jobs import read_jobs
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import resolve

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from modtrain.experiments.sweep.job_state import state_of
+from modtrain.experiments.sweep.job_process import state_of
 from modtrain.training.run_directory import RunDirectory
 from tests.cluster.slurm.slurm_cluster import ROOT, wait_until
 from tests.conftest import run_modtrain

@@ -21,7 +21,7 @@ from modtrain.cli import main as cli
 from modtrain.common.errors import CheckpointError
 from modtrain.experiments.sweep import hydra_multirun as sweep_hydra
 from modtrain.experiments.sweep import job_process as sweep_process
-from modtrain.experiments.sweep.job_state import is_in_use, state_of
+from modtrain.experiments.sweep.job_process import is_in_use, state_of
 from modtrain.experiments.sweep.jobs import expand, job_name
 from modtrain.experiments.sweep.sweep_status import sweep_table
 from modtrain.training.metrics_log import read_metrics
