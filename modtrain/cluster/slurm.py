@@ -196,18 +196,11 @@ def parse_jobs(output: str) -> list[SlurmJob]:
         if len(fields) < len(_FIELDS):
             continue
         name, state, reason, nodes, time_left, restarts, start, command = fields
-        parsed.append(
-            SlurmJob(
-                id=name,
-                state=state,
-                reason="" if reason == "None" else reason,
-                nodes=nodes,
-                time_left=time_left,
-                restarts=int(restarts) if restarts.isdecimal() else 0,
-                start=None if start in ("N/A", "") else start,
-                command=command.removesuffix("|").rstrip(),
-            )
-        )
+        reason = "" if reason == "None" else reason
+        num_restarts = int(restarts) if restarts.isdecimal() else 0
+        time = None if start in ("N/A", "") else start
+        path = command.removesuffix("|").rstrip()
+        parsed.append(SlurmJob(name, state, reason, nodes, time_left, num_restarts, time, path))
     return parsed
 
 

@@ -72,8 +72,7 @@ class UnitRecord:
     """What came of a unit.
 
     num_lines: lines read, with which the next unit of the same file numbers its own.
-    flaws: kind → count.
-    examples: the first few of each kind.
+    flaws: kind → count. examples: the first few of each kind.
     """
 
     num_lines: int = 0

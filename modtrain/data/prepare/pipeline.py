@@ -136,7 +136,8 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         )
         records, tokens = _encode(config, units, tokenizer, work=work, progress=progress)
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
-        _refuse_empty_split(splits, records, config)
+        flaws = _flaw_counts(records)
+        _refuse_empty_split(splits, flaws, config)
         shards = _pack(config, tokens, layout, output=output, work=work, progress=progress)
         summary = IndexSummary(
             seq_len=config.seq_len,
@@ -146,7 +147,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             tokenizer_sha256=tokenizer.sha256,
             fingerprint="",
             num_files=len(files),
-            flaws=_flaw_counts(records),
+            flaws=flaws,
             splits=splits,
         )
         write_json(output / REQUEST_NAME, request, work / "staging")
@@ -340,9 +341,8 @@ def _split_summary(records: Sequence[UnitRecord], split: str, layout: PackLayout
 
 
 def _refuse_empty_split(
-    splits: dict[str, SplitSummary], records: Sequence[UnitRecord], config: PrepareConfig
+    splits: dict[str, SplitSummary], flaws: dict[str, int], config: PrepareConfig
 ) -> None:
-    flaws = _flaw_counts(records)
     for name, split in splits.items():
         if split.num_sequences == 0:
             flaw_counts = ", ".join(f"{count} {kind}" for kind, count in flaws.items()) or "none"

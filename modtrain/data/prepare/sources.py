@@ -25,8 +25,7 @@ KINDS = {
 class SourceFile:
     """One file of the corpus.
 
-    kind: one of the values of KINDS.
-    size: bytes.
+    kind: one of the values of `KINDS`. size: in bytes.
     mtime_ns: time of its last change, in ns; with the size it tells a changed file.
     """
 

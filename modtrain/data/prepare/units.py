@@ -21,12 +21,10 @@ PARQUET_UNIT_BYTES = 32_000_000
 class Unit:
     """A piece of the corpus that one worker reads at once.
 
-    kind: of the files.
-    files: several for ``text``, else one.
+    files: several for ``text``, else one. num_bytes: on disk, for progress.
     start, end: byte range (``jsonl``: the lines that start in it) or range of row groups
         (``parquet``); 0 and 0 where a file is read whole.
     first_row: number of the first row (``parquet``), for messages.
-    num_bytes: bytes on disk, for progress.
     """
 
     kind: str

@@ -34,7 +34,6 @@ class SplitSummary:
     num_sequences: stored sequences, each of seq_len + 1 tokens, the last of them the first of the
         next sequence.
     num_tokens: tokens of all documents with their end tokens, the dropped tail included.
-    num_documents: documents.
     num_bytes: UTF-8 bytes of the documents' text; num_bytes / num_tokens turns a loss a token
         into bits a byte.
     dropped_tokens: tokens of the incomplete last sequence, which is not stored.

@@ -26,10 +26,9 @@ _LOOKUP_POSITIONS = 1 << 14
 class BatchPlan:
     """How a step's samples are assigned to ranks and micro-batches.
 
-    micro_batch_size: samples in one forward pass of one rank (m).
-    accumulate: micro-batches of a rank in a step (A).
-    num_steps: optimizer steps of the whole run.
-    world_size, rank: of the ranks that read different data (W, r).
+    micro_batch_size: samples in one forward pass of one rank (m). accumulate: micro-batches of a
+    rank in a step (A). num_steps: optimizer steps of the whole run. world_size, rank: of the ranks
+    that read different data (W, r).
     """
 
     micro_batch_size: int

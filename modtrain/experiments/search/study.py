@@ -58,15 +58,13 @@ def open_study(
         pruner=_PRUNERS[config.pruner](),
         load_if_exists=True,
     )
-    _check_unchanged(
-        study, directory, {"space": config.space, "directions": list(config.directions)}
-    )
+    now = {"space": config.space, "directions": list(config.directions)}
+    _check_unchanged(study, directory, now)
     if shared is not None:
         _check_settings_unchanged(study, directory, shared)
         # The data may have been prepared again in the same place.
-        _check_unchanged(
-            study, directory, {"data fingerprint": read_summary(shared.data.path).fingerprint}
-        )
+        fingerprint = read_summary(shared.data.path).fingerprint
+        _check_unchanged(study, directory, {"data fingerprint": fingerprint})
     return study
 
 

@@ -65,7 +65,10 @@ def sweep(
     for_slurm = [o for o in parsed if is_of_job(str(o.input_line))]
     axes = [o for o in parsed if o not in (*for_hydra, *for_slurm)]
     jobs, job_problems = expand(axes)
-    problems += job_problems + _sweeper_problems(for_hydra) + _name_problems(axes)
+    problems += job_problems + _sweeper_problems(for_hydra)
+    # A name that Hydra parses as a number.
+    names = [o for o in axes if o.key_or_group == "name" and not o.is_sweep_override()]
+    problems += [mistake for name in names if (mistake := misread(name))]
     if not jobs:
         raise_if_any(problems)
     multirun = Multirun(for_hydra, axes, user_dir)
@@ -126,12 +129,6 @@ def _sweeper_problems(overrides: Sequence[Override]) -> list[Problem]:
         if o.key_or_group in ("hydra/sweeper", "hydra.mode")
         or o.key_or_group.startswith(("hydra.sweep.", "hydra.sweeper.", "hydra.run."))
     ]
-
-
-def _name_problems(axes: Sequence[Override]) -> list[Problem]:
-    """Find a name that Hydra parses as a number."""
-    names = [o for o in axes if o.key_or_group == "name" and not o.is_sweep_override()]
-    return [problem for override in names if (problem := misread(override)) is not None]
 
 
 def _slurm_job(
