@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import modtrain
-from modtrain.common.errors import ConfigError, Problem
+from modtrain.common.errors import Problem, raise_if_any
 from modtrain.data.prepare.worker_pool import usable_cpus
 
 # What `require` can ask for.
@@ -65,10 +65,8 @@ def show(require: Sequence[str] = ()) -> int:
     Raises:
         ConfigError: ``require`` has an item that is not in `NEEDS`.
     """
-    unknown = [need for need in require if need not in NEEDS]
-    if unknown:
-        remedy = f"choose from {', '.join(NEEDS)}"
-        raise ConfigError([Problem("require", need, "is not known", remedy) for need in unknown])
+    remedy = f"choose from {', '.join(NEEDS)}"
+    raise_if_any([Problem("require", n, "is not known", remedy) for n in require if n not in NEEDS])
     console = Console()
     findings = examine(imported="packages" in require)
     table = Table(title="modtrain doctor", show_header=False)
@@ -116,15 +114,12 @@ def _devices() -> list[Finding]:
         findings.append(Finding("CUDA", value, remedy, "cuda"))
     if torch.backends.mps.is_available():
         findings.append(Finding("MPS", "available"))
-    distributed = torch.distributed
-    backends = {
-        "gloo": distributed.is_gloo_available(),
-        "nccl": distributed.is_nccl_available(),
-        "mpi": distributed.is_mpi_available(),
-    }
-    available = ", ".join(name for name, is_there in backends.items() if is_there)
-    missing = "" if backends["nccl"] else "several GPUs need NCCL, which CUDA builds of torch have"
-    return [*findings, Finding("distributed", available or "none", missing, "nccl")]
+    names = ("gloo", "nccl", "mpi")
+    backends = [name for name in names if torch.distributed.is_backend_available(name)]
+    missing = (
+        "" if "nccl" in backends else "several GPUs need NCCL, which CUDA builds of torch have"
+    )
+    return [*findings, Finding("distributed", ", ".join(backends) or "none", missing, "nccl")]
 
 
 def _compiler() -> Finding:
@@ -149,11 +144,10 @@ def _space() -> list[Finding]:
 
 
 def _slurm() -> Finding:
-    paths = {name: shutil.which(name) for name in ("sbatch", "srun", "scontrol", "sacct")}
-    missing = [name for name, path in paths.items() if path is None]
+    names = ("sbatch", "srun", "scontrol", "sacct")
+    missing = [name for name in names if shutil.which(name) is None]
     if not missing:
-        return Finding("Slurm", "sbatch, srun, scontrol, sacct")
+        return Finding("Slurm", ", ".join(names))
     remedy = f"for cluster use: {', '.join(missing)} not on the PATH"
-    return Finding(
-        "Slurm", "not found" if len(missing) == len(paths) else "in part", remedy, "slurm"
-    )
+    value = "not found" if len(missing) == len(names) else "in part"
+    return Finding("Slurm", value, remedy, "slurm")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modtrain import __version__
-from modtrain.common.errors import ConfigError, ModtrainError, Problem, RankError
+from modtrain.common.errors import ConfigError, ModtrainError, Problem, RankError, raise_if_any
 
 Verb = Callable[[list[str], str | None], int]
 
@@ -94,9 +94,8 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
 def _no_sweep(overrides: list[str]) -> None:
     """Raise ConfigError for options that only a sweep uses."""
     for_sweeps = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep."))]
-    if for_sweeps:
-        reason, remedy = "is for a sweep", "add -m, or leave it out"
-        raise ConfigError([Problem(text, "", reason, remedy) for text in for_sweeps])
+    reason, remedy = "is for a sweep", "add -m, or leave it out"
+    raise_if_any([Problem(text, "", reason, remedy) for text in for_sweeps])
 
 
 def _sweep(overrides: list[str], config_dir: str | None) -> int:

@@ -47,10 +47,8 @@ class TokenDataModule(lightning.LightningDataModule):
     ) -> None:
         """Nothing is read yet.
 
-        micro_batch_size: samples in a forward pass of a rank.
-        accumulate: micro-batches of a rank in a step.
-        num_steps: optimizer steps of the whole run, not of what is left of it.
-        eval_batch_size: samples in a validation batch of a rank.
+        micro_batch_size, accumulate: as in `BatchPlan`. num_steps: optimizer steps of the whole
+        run, not of what is left of it. eval_batch_size: samples in a validation batch of a rank.
         eval_sequences: validate on that many first samples of all ranks together; None takes all.
         """
         super().__init__()
