@@ -47,7 +47,9 @@ def plan_units(files: Sequence[SourceFile], text_column: str) -> list[Unit]:
             continue
         for file in group:
             if kind == "jsonl":
-                units += _line_units(file)
+                for start in range(0, file.size, LINES_UNIT_BYTES):
+                    end = min(start + LINES_UNIT_BYTES, file.size)
+                    units.append(Unit("jsonl", (file,), end - start, start, end))
             elif kind == "parquet":
                 units += _parquet_units(file, text_column)
             else:
@@ -65,12 +67,6 @@ def _text_units(files: Sequence[SourceFile]) -> Iterator[Unit]:
         batch.append(file)
         size += file.size
     yield Unit("text", tuple(batch), size)
-
-
-def _line_units(file: SourceFile) -> Iterator[Unit]:
-    for start in range(0, file.size, LINES_UNIT_BYTES):
-        end = min(start + LINES_UNIT_BYTES, file.size)
-        yield Unit("jsonl", (file,), end - start, start, end)
 
 
 def _parquet_units(file: SourceFile, text_column: str) -> Iterator[Unit]:

@@ -9,15 +9,16 @@ and no frozen code, and receive their work as a pickle.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from modtrain.cluster import slurm
 from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.runs import read_job_ids
 from modtrain.cluster.script import ScriptTask
-from modtrain.cluster.slurm import SlurmError, SlurmJob
+from modtrain.cluster.slurm import SlurmError
 from modtrain.cluster.submit import Submission, submit
 from modtrain.experiments.sweep.hydra_multirun import print_line
 from modtrain.experiments.sweep.job_process import state_of, write_failure
@@ -64,47 +65,40 @@ def launch_on_slurm(
             return
     for name, run in runs.items():
         print_line(f"{name}: job {_last_job(run)}")
-    _Waiting(dict(runs)).wait()
+    _wait(runs)
 
 
-@dataclass
-class _Waiting:
-    """The runs that are awaited, by name, and how often each one's job was not listed."""
+def _wait(remaining: dict[str, RunDirectory]) -> None:
+    """Wait until the jobs of all runs, by name, have ended, or a signal arrives."""
+    began = last_answer = time.monotonic()
+    num_missed: Counter[str] = Counter()
+    while remaining and not STOP.requested:
+        try:
+            _remove_ended(remaining, num_missed)
+            last_answer = time.monotonic()
+        except SlurmError as error:
+            if not slurm.has_slurm() or time.monotonic() - last_answer > _TIMEOUT:
+                raise
+            print_line(f"retrying: {error}")
+        is_recent = time.monotonic() - began < _FIRST_POLLS_FOR
+        if remaining:
+            STOP.pause(_FIRST_POLL_SECONDS if is_recent else _POLL_SECONDS)
+    if remaining:
+        jobs = " ".join(str(_last_job(run)) for run in remaining.values())
+        print_line(f"the jobs continue: {jobs}; the same command waits for them again")
 
-    remaining: dict[str, RunDirectory]
-    num_missed: dict[str, int] = field(default_factory=dict)
 
-    def wait(self) -> None:
-        """Wait until all jobs have ended, or a signal arrives."""
-        began = last_answer = time.monotonic()
-        while self.remaining and not STOP.requested:
-            try:
-                self._poll()
-                last_answer = time.monotonic()
-            except SlurmError as error:
-                if not slurm.has_slurm() or time.monotonic() - last_answer > _TIMEOUT:
-                    raise
-                print_line(f"retrying: {error}")
-            is_recent = time.monotonic() - began < _FIRST_POLLS_FOR
-            if self.remaining:
-                STOP.pause(_FIRST_POLL_SECONDS if is_recent else _POLL_SECONDS)
-        if self.remaining:
-            jobs = " ".join(str(_last_job(run)) for run in self.remaining.values())
-            print_line(f"the jobs continue: {jobs}; the same command waits for them again")
-
-    def _poll(self) -> None:
-        # A job that resubmits itself has a new id.
-        jobs = {name: str(_last_job(run)) for name, run in self.remaining.items()}
-        jobs_by_id = slurm.jobs(set(jobs.values()))
-        for name, number in jobs.items():
-            job = jobs_by_id.get(number)
-            is_gone = job is None or job.is_finished
-            self.num_missed[name] = self.num_missed.get(name, 0) + 1 if is_gone else 0
-            if self.num_missed[name] >= _POLLS_UNTIL_GONE:
-                self._handle_end(name, number, job)
-
-    def _handle_end(self, name: str, number: str, job: SlurmJob | None) -> None:
-        run = self.remaining.pop(name)
+def _remove_ended(remaining: dict[str, RunDirectory], num_missed: Counter[str]) -> None:
+    """Query Slurm once. num_missed: how often in a row a run's job was not listed."""
+    # A job that resubmits itself has a new id.
+    jobs = {name: str(_last_job(run)) for name, run in remaining.items()}
+    jobs_by_id = slurm.jobs(set(jobs.values()))
+    for name, number in jobs.items():
+        job = jobs_by_id.get(number)
+        num_missed[name] = num_missed[name] + 1 if job is None or job.is_finished else 0
+        if num_missed[name] < _POLLS_UNTIL_GONE:
+            continue
+        run = remaining.pop(name)
         state, ended = state_of(run), "" if job is None else job.state
         if (ended in _SLURM_FAILURES and state in ("stopped", "not started")) or (
             ended == "FAILED" and state == "not started"

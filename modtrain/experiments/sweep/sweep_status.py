@@ -16,14 +16,7 @@ from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import resolve
 from modtrain.training.run_directory import RunDirectory
 
-_FIGURES = (
-    "state",
-    "step",
-    "loss",
-    "held-out causal loss",
-    "training FLOPs",
-    "forward FLOPs a token",
-)
+_FIGURES = ("step", "loss", "held-out causal loss", "training FLOPs", "forward FLOPs a token")
 _NONE = "-"
 
 
@@ -42,8 +35,9 @@ def sweep_table(directory: Path) -> Table:
     table = Table(title=str(directory))
     for key in keys:
         table.add_column(key, overflow="fold")
+    table.add_column("state")
     for figure in _FIGURES:
-        table.add_column(figure, justify="left" if figure == "state" else "right")
+        table.add_column(figure, justify="right")
     table.add_column("why", overflow="fold")
     for name, swept in jobs.items():
         run = RunDirectory(directory / name)
