@@ -266,6 +266,7 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
         ConfigError: everything wrong with either.
     """
     verb, *overrides = words or [""]
+    user_dir = None if config_dir is None else Path(config_dir)
     if verb not in SUBMITTED:
         remedy = f"write modtrain submit VERB ..., VERB one of {', '.join(SUBMITTED)}"
         raise ConfigError([Problem("submit", verb, "is not a verb that a job can run", remedy)])
@@ -280,7 +281,7 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     if verb == "debug":
         raise_if_any(problems)
         directory = Path("runs/debug")
-        return Submission(config, [ScriptTask(verb, (), directory)], directory)
+        return Submission(config, [ScriptTask(verb, (), directory)], directory, user_dir)
     if config.array and verb != "train":
         remedy = "submit them one by one, or leave array out"
         problems.append(Problem("array", verb, "is for train alone", remedy))
@@ -297,14 +298,15 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     directory = _directory_of(verb, composed)
     if not config.array:
         run = composed if verb == "train" else None
-        return Submission(config, [ScriptTask(verb, verb_overrides, directory, run)], directory)
+        tasks = [ScriptTask(verb, verb_overrides, directory, run)]
+        return Submission(config, tasks, directory, user_dir)
     task_overrides = {
         name: [*verb_overrides, *own, f"name={quoted(f'{composed.name}/{name}')}"]
         for name, own in config.array.items()
     }
     runs = _compose_each(verb, task_overrides, config_dir)
     tasks = [ScriptTask(verb, task_overrides[name], directory / name, runs[name]) for name in runs]
-    return Submission(config, tasks, directory)
+    return Submission(config, tasks, directory, user_dir)
 
 
 def compose_job(overrides: Sequence[str], config_dir: str | None = None) -> SubmitConfig:

@@ -58,6 +58,7 @@ def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) 
     composers: dict[str, Callable[..., Any]] = {
         "compare": compose.compose_arms,
         "search": compose.compose_search,
+        "submit": compose.compose_submission,
     }
     config = composers.get(verb, partial(compose.compose, verb))(overrides, config_dir)
     result = pkgutil.resolve_name(target)(config)
@@ -128,16 +129,6 @@ def _inspect(overrides: list[str], config_dir: str | None) -> int:
     return 0
 
 
-def _submit(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.cli.compose import compose_submission
-
-    job = compose_submission(overrides, config_dir)
-    from modtrain.cluster.submit import submit
-
-    submit(job, None if config_dir is None else Path(config_dir))
-    return 0
-
-
 def _status(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.cli.compose import compose
 
@@ -195,7 +186,7 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
         "modtrain.cli.checkpoints:run_checkpoints",
         "list, verify, prune or consolidate a run's checkpoints",
     ),
-    "submit": (_submit, "train, prepare, eval, ... as a Slurm job"),
+    "submit": ("modtrain.cluster.submit:submit", "train, prepare, eval, ... as a Slurm job"),
     "status": (_status, "state, step, loss, restarts, checkpoint and job of runs"),
     "logs": ("modtrain.cluster.logs:show_logs", "output of a run's newest job"),
     "cancel": ("modtrain.cluster.cancel:cancel_run", "end a run's jobs, after a checkpoint"),

@@ -33,17 +33,19 @@ _UNREACHABLE = ("Could not establish a configuration source", "Unable to contact
 
 @dataclass(frozen=True)
 class Submission:
-    """A job, and what it or each task of its array is to do. directory: of the job as a whole."""
+    """A job, and what it or each task of its array is to do.
+
+    directory: of the job as a whole. config_dir: of the user's own YAML, or None.
+    """
 
     config: SubmitConfig
     tasks: Sequence[ScriptTask]
     directory: Path
+    config_dir: Path | None = None
 
 
-def submit(submission: Submission, config_dir: Path | None) -> list[str]:
-    """Submit a job, checked and with its code frozen; return its ids.
-
-    config_dir: of the user's own YAML.
+def submit(submission: Submission) -> None:
+    """Check a job, freeze its code, and submit it unless it is a dry run.
 
     Raises:
         ConfigError: everything wrong with the job or a run, before anything is written.
@@ -51,7 +53,7 @@ def submit(submission: Submission, config_dir: Path | None) -> list[str]:
     """
     console = Console(soft_wrap=True, markup=False)
     raise_if_any(_problems(submission))
-    job = _prepare(submission, config_dir)
+    job = _prepare(submission)
     text = render(job)
     check(text, job.script.name)
     write_text(job.script, text)
@@ -64,12 +66,11 @@ def submit(submission: Submission, config_dir: Path | None) -> list[str]:
             " or add --dry-run to only write it"
         )
     if job.config.dry_run:
-        return []
+        return
     ids = _submit_script(job)
     for number in ids:
         console.print(f"submitted job {number}")
     _print_next_commands(submission, ids, console)
-    return ids
 
 
 def _test_submission(job: JobScript) -> str:
@@ -94,12 +95,12 @@ def _sbatch(job: JobScript, *options: str) -> str:
     return slurm.run(["sbatch", *options, str(job.script)], without_variables=variables)
 
 
-def _prepare(submission: Submission, config_dir: Path | None) -> JobScript:
+def _prepare(submission: Submission) -> JobScript:
     """Make the directories, the copy of the code and the frozen configurations."""
     config, tasks, directory = submission.config, submission.tasks, submission.directory.resolve()
     for folder in {directory, *(task.directory.resolve() for task in tasks)}:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-    code = freeze(directory, config_dir)
+    code = freeze(directory, submission.config_dir)
     for task in tasks:
         if task.config is not None:
             plain = OmegaConf.to_yaml(OmegaConf.structured(task.config))
@@ -116,7 +117,7 @@ def _prepare(submission: Submission, config_dir: Path | None) -> JobScript:
         python=python if config.cluster.python is None else config.cluster.python,
         config=config,
         tasks=[replace(task, directory=task.directory.resolve()) for task in tasks],
-        config_dir=None if config_dir is None else code / "own_conf",
+        config_dir=None if submission.config_dir is None else code / "own_conf",
     )
 
 

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 class Problem:
     """One thing wrong with a configuration.
 
-    key: the dotted config key, as a user would override it (``model.capacity``).
-    value: its value.
-    reason: what is wrong with it.
-    remedy: what to write instead.
+    key: the dotted config key, as a user would override it (``model.capacity``). value: its value.
+    reason: what is wrong with it. remedy: what to write instead.
     """
 
     key: str

@@ -58,7 +58,7 @@ def settings(text, *names):
 
 def submitted(words):
     submission = compose_submission(words)
-    submit(submission, None)
+    submit(submission)
 
 
 @settings_of(max_examples=30, deadline=None)

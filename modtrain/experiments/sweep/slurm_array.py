@@ -61,7 +61,8 @@ def launch_on_slurm(
             for job, run in new
         ]
         array = {job.name: list(job.overrides) for job, _ in new}
-        if not submit(Submission(replace(config, array=array), tasks, directory), config_dir):
+        submit(Submission(replace(config, array=array), tasks, directory, config_dir))
+        if config.dry_run:
             return
     for name, run in runs.items():
         print_line(f"{name}: job {_last_job(run)}")
