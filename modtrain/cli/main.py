@@ -75,7 +75,9 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
     with report_outcome() as outcome:
         from modtrain.cli.compose import compose
 
-        _no_sweep(overrides)
+        swept = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep."))]
+        reason, remedy = "is for a sweep", "add -m, or leave it out"
+        raise_if_any([Problem(text, "", reason, remedy) for text in swept])
         config = compose("train", overrides, config_dir)
         from modtrain.distributed.launch import Launch
         from modtrain.training.plan import resolve
@@ -90,13 +92,6 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
             write_swept(ended.run)
         outcome.exit_code = ended.exit_code
         return outcome.exit_code
-
-
-def _no_sweep(overrides: list[str]) -> None:
-    """Raise ConfigError for options that only a sweep uses."""
-    for_sweeps = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep."))]
-    reason, remedy = "is for a sweep", "add -m, or leave it out"
-    raise_if_any([Problem(text, "", reason, remedy) for text in for_sweeps])
 
 
 def _sweep(overrides: list[str], config_dir: str | None) -> int:

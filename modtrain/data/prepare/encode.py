@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -89,22 +89,15 @@ class UnitRecord:
         if seen < EXAMPLES_OF_A_KIND:
             self.examples.append(flaw)
 
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> UnitRecord:
-        """The record that ``asdict`` gave."""
-        return cls(
-            num_lines=content["num_lines"],
-            splits={name: SplitCounts(**counts) for name, counts in content["splits"].items()},
-            flaws=content["flaws"],
-            examples=[Flaw(**flaw) for flaw in content["examples"]],
-        )
-
 
 def finished_record(job: EncodeJob) -> UnitRecord | None:
     """The record of a unit that an earlier run finished, None if it has to be done."""
     if not job.record_file.exists():
         return None
-    return UnitRecord.from_json(json.loads(job.record_file.read_bytes()))
+    content = json.loads(job.record_file.read_bytes())
+    splits = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
+    examples = [Flaw(**flaw) for flaw in content["examples"]]
+    return UnitRecord(content["num_lines"], splits, content["flaws"], examples)
 
 
 def encode_unit(job: EncodeJob) -> UnitRecord:

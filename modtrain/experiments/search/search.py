@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,11 +194,9 @@ class _Searcher:
     def _run(self, number: int) -> RunDirectory:
         return RunDirectory(Path(self.config.runs_dir) / self._name(number))
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager[None]:
         """Hold the lock of the study against other workers."""
-        with acquire_lock(self.directory / ".search.lock", timeout=math.inf):
-            yield
+        return acquire_lock(self.directory / ".search.lock", timeout=math.inf)
 
 
 def suggest(trial: optuna.Trial, dimension: Dimension, name: str | None = None) -> str:
