@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from modtrain.checkpoint.config import CheckpointsConfig
 from modtrain.checkpoint.consolidate import consolidate
@@ -46,10 +46,9 @@ def run_checkpoints(config: CheckpointsConfig, console: Console | None = None) -
 
 def _list(run: RunDirectory, console: Console, contents: bool) -> None:
     """Print a row for each; with ``contents`` read every byte, and raise if one is damaged."""
-    table = Table(title=str(run.checkpoints))
     headings = ("step", "bytes", "ranks", "tokens", "FLOPs", "verified" if contents else "whole")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    columns = [Column(heading, justify="right") for heading in headings]
+    table = Table(*columns, title=str(run.checkpoints))
     damaged = []
     for path in sorted(run.checkpoints.glob(f"{STEP_PREFIX}*")):
         try:

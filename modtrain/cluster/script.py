@@ -69,8 +69,7 @@ def template_of(verb: str, config: SubmitConfig) -> str:
         if config.array:
             return "array.sbatch"
         return "train.sbatch" if config.nodes == 1 else "train_nodes.sbatch"
-    templates = {"prepare": "prepare.sbatch", "eval": "eval.sbatch", "debug": "debug.sbatch"}
-    return templates.get(verb, "sweep_worker.sbatch")
+    return f"{verb if verb in ('prepare', 'eval', 'debug') else 'sweep_worker'}.sbatch"
 
 
 def render(job: JobScript) -> str:

@@ -29,12 +29,6 @@ def above_zero(config: object, prefix: str, *names: str) -> list[Problem]:
     return _failing(config, prefix, names, lambda v: v is None or 0 < v < math.inf, *wrong)
 
 
-def not_negative(config: object, prefix: str, *names: str) -> list[Problem]:
-    """Find the fields that are not finite or below 0; None passes."""
-    wrong = "is not 0 or more", "give 0 or a positive number"
-    return _failing(config, prefix, names, lambda v: v is None or 0 <= v < math.inf, *wrong)
-
-
 def shares(config: object, prefix: str, *names: str) -> list[Problem]:
     """Find the fields outside [0, 1]."""
     wrong = "is not a share in [0, 1]", "give a number from 0 to 1"

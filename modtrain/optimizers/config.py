@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, at_least, decays, not_negative, one_of
+from modtrain.common.validation import above_zero, at_least, decays, one_of
 
 ADJUST_LR = ("match_rms_adamw", "original")
 
@@ -35,7 +35,7 @@ class MuonConfig:
         """Everything wrong with the values."""
         problems = [
             *above_zero(self, prefix, "lr"),
-            *not_negative(self, prefix, "weight_decay"),
+            *at_least(self, prefix, 0, "weight_decay"),
             *decays(self, prefix, "momentum"),
             *at_least(self, prefix, 1, "ns_steps"),
             *one_of(self, prefix, "adjust_lr", ADJUST_LR),
@@ -74,6 +74,6 @@ class OptimizerConfig:
         return [
             *above_zero(self, prefix, "lr", "eps", "grad_clip"),
             *decays(self, prefix, "beta1", "beta2"),
-            *not_negative(self, prefix, "weight_decay"),
+            *at_least(self, prefix, 0, "weight_decay"),
             *self.muon.problems(f"{prefix}.muon"),
         ]
