@@ -38,6 +38,11 @@ class Dimension:
     log: bool = False
     step: float | None = None
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Values to check before a search starts: each value of a choice, or both ends."""
+        return self.values or (str(self.low), str(self.high))
+
 
 @dataclass
 class SearchConfig(TrainConfig):

@@ -101,10 +101,9 @@ class _Searcher:
         return resolved[0]
 
     def _end_points(self) -> list[list[str]]:
-        """Each dimension at each of its values or ends, the others at their first."""
-        ends = {d.key: d.values or (str(d.low), str(d.high)) for d in self.dimensions}
-        first = {key: values[0] for key, values in ends.items()}
-        tried = [first] + [first | {key: end} for key in ends for end in ends[key][1:]]
+        """Each dimension at each of its ends, the others at their first."""
+        first = {d.key: d.ends[0] for d in self.dimensions}
+        tried = [first] + [first | {d.key: end} for d in self.dimensions for end in d.ends[1:]]
         return [[f"{key}={value}" for key, value in at.items()] for at in tried]
 
     def _claim(self, locks: ExitStack) -> optuna.Trial | None:
