@@ -53,13 +53,14 @@ def write_corpus(folder: Path, documents: int, longest: int) -> None:
 
 @dataclass(frozen=True)
 class Program:
-    """modtrain as started in ``folder``, by default the one of this checkout.
+    """modtrain as started in ``folder``, by default the one of this checkout and environment.
 
     Raises RuntimeError with the output where a command fails.
     """
 
     folder: Path
     root: Path = ROOT
+    python: str = sys.executable
 
     def run(self, *arguments: str, processes: int = 1) -> str:
         """Run ``modtrain *arguments`` to its end, under torchrun where ``processes`` > 1."""
@@ -134,7 +135,7 @@ class Program:
     def _start(self, arguments: tuple[str, ...], processes: int) -> subprocess.Popen[str]:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
         return subprocess.Popen(
-            [sys.executable, "-m", *(torchrun if processes > 1 else []), "modtrain", *arguments],
+            [self.python, "-m", *(torchrun if processes > 1 else []), "modtrain", *arguments],
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
