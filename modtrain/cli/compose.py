@@ -198,7 +198,7 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
     """
     config = compose("compare", overrides, config_dir)
     raise_if_any(config.problems())
-    overrides_of = {arm: [*overrides, *own] for arm, own in config.chosen_arms.items()}
+    overrides_of = {arm: [*overrides, *added] for arm, added in config.chosen_arms.items()}
     arms = {
         arm: _runs_of_an_arm(composed, f"{config.name}/{arm}", config.seeds)
         for arm, composed in _compose_each("compare", overrides_of, config_dir).items()
@@ -301,8 +301,8 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
         tasks = [ScriptTask(verb, verb_overrides, directory, run)]
         return Submission(config, tasks, directory, user_dir)
     task_overrides = {
-        name: [*verb_overrides, *own, f"name={quoted(f'{composed.name}/{name}')}"]
-        for name, own in config.array.items()
+        name: [*verb_overrides, *added, f"name={quoted(f'{composed.name}/{name}')}"]
+        for name, added in config.array.items()
     }
     runs = _compose_each(verb, task_overrides, config_dir)
     tasks = [ScriptTask(verb, task_overrides[name], directory / name, runs[name]) for name in runs]

@@ -84,7 +84,7 @@ def sweep(
         keys = {key for swept in read_jobs(directory).values() for key in swept}
         hparams.write_experiment(directory, keys)
         states = {"stopped", "not started", "running", *(["failed"] if retry else [])}
-        to_start = [each for each in checked if state_of(RunDirectory.of(each[1])) in states]
+        to_start = [pair for pair in checked if state_of(RunDirectory.of(pair[1])) in states]
         print_line(f"{directory}: {len(checked)} jobs, {len(to_start)} to train")
         if to_start and slurm_job is not None:
             config_dir = None if user_dir is None else Path(user_dir)
