@@ -161,14 +161,13 @@ def modtrain_command(*arguments: str) -> list[str]:
 
 
 def run_modtrain(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "COLUMNS": "200"}
     return subprocess.run(
         modtrain_command(*arguments),
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=environment,
+        env={**os.environ, "COLUMNS": "200"},
         check=False,
     )
 

@@ -40,14 +40,10 @@ def test_an_installed_modtrain_prepares_trains_and_evaluates(tmp_path):
     for line in (
         f"{prepare} tokenizer.vocab_size=300 valid_fraction=0.2",
         f"{train} batch.tokens=256 batch.micro_batch_size=4",
-        "eval run=a sequences=8",
-        "generate run=a max_tokens=4",
-        "inspect run=a sequences=2",
-        "plan model=mod_3b data.seq_len=2048 budget.flops=1e20",
-        "doctor",
+        *("eval run=a sequences=8", "generate run=a max_tokens=4", "inspect run=a sequences=2"),
+        *("plan model=mod_3b data.seq_len=2048 budget.flops=1e20", "doctor"),
     ):
-        arguments = line.split()
-        command = [environment / "bin/modtrain", *arguments]
+        command = [environment / "bin/modtrain", *line.split()]
         done = subprocess.run(command, cwd=away, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert (away / "runs/a/COMPLETED").is_file()

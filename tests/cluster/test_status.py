@@ -70,10 +70,8 @@ def test_a_job_that_died_before_the_start_failed(tmp_path):
 
 def test_a_requeued_job_tells_what_it_was_requeued_after(tmp_path):
     run = Made(tmp_path / "r").starts(60).jobs("7").failed(5, "rank 3 died")
-    assert (
-        run.state(SlurmJob("7", "PENDING", "BeginTime"))[1]
-        == "BeginTime; failed before: rank 3 died"
-    )
+    pending = SlurmJob("7", "PENDING", "BeginTime")
+    assert run.state(pending)[1] == "BeginTime; failed before: rank 3 died"
     assert run.state(SlurmJob("7", "RUNNING"))[1] == ""
 
 

@@ -1,7 +1,6 @@
 """Jobs as they are rendered: every value is data, and what cannot run is told before the queue."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -21,6 +20,7 @@ from modtrain.cluster.submit import job_name, submit
 from modtrain.common.errors import OtherRunError
 from modtrain.common.overrides import quoted
 from modtrain.training.run import train
+from tests.cluster.made_runs import line, play
 from tests.conftest import run_modtrain
 from tests.helpers.problems import problems_of
 
@@ -294,13 +294,9 @@ def test_a_mistake_is_told_before_anything_is_written(words, key, tiny, tmp_path
 @pytest.fixture
 def played(tmp_path, monkeypatch):
     """An sbatch that gives the number 4711, and an squeue in whose answer that job waits."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    row = "|".join(["4711", "PENDING", "Priority", "", "", "0", "N/A", ""]) + "|"
-    for name, text in (("sbatch", "4711"), ("squeue", row)):
-        (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    folder = play(monkeypatch, tmp_path, line("4711", "PENDING", "Priority", command=""))
+    (folder / "sbatch").write_text("#!/bin/sh\necho 4711\n")
+    (folder / "sbatch").chmod(0o755)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -114,6 +114,5 @@ def _timeouts() -> list[timedelta]:
 
 
 def test_every_group_has_the_timeout():
-    assert (
-        on_ranks(_timeouts, 2, joins=False) == [[timedelta(seconds=77)] * 4 + [_SAVE_TIMEOUT]] * 2
-    )
+    expected = [timedelta(seconds=77)] * 4 + [_SAVE_TIMEOUT]
+    assert on_ranks(_timeouts, 2, joins=False) == [expected] * 2

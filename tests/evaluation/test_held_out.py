@@ -31,6 +31,10 @@ def build(pattern="every_other", causal=("predictor",), seed=0):
     return model
 
 
+def judged(model, batches, **options):
+    return evaluate(model, map(Batch.from_tokens, batches), nullcontext(), **options)
+
+
 @pytest.fixture
 def batches():
     generator = torch.Generator().manual_seed(1)
@@ -41,20 +45,15 @@ def batches():
 def test_scores_match_a_count(batches):
     """Losses, costs and capacities are compared in `tests.inference.evaluate.test_evaluate`."""
     model = build()
-    found = evaluate(model, map(Batch.from_tokens, batches), nullcontext())
+    found = judged(model, batches)
     every = torch.cat(batches)
     with torch.no_grad():
         top_k = model(every[:, :-1], every[:, 1:])
     assert found.tokens == every[:, 1:].numel()
     assert found.top_k.loss == pytest.approx(float(top_k.loss))
     for label, record in zip(["layer_01", "layer_03"], top_k.routing, strict=True):
-        pairs = list(
-            zip(
-                (record.predictor_BS > 0).flatten().tolist(),
-                record.chosen_BS.flatten().tolist(),
-                strict=True,
-            )
-        )
+        sides = (record.predictor_BS > 0), record.chosen_BS
+        pairs = list(zip(*(side_BS.flatten().tolist() for side_BS in sides), strict=True))
         yes, no = (sum(1 for _, truth in pairs if truth is side) for side in (True, False))
         hits, rejections = pairs.count((True, True)), pairs.count((False, False))
         guesses = sum(1 for guess, _ in pairs if guess)
@@ -66,16 +65,16 @@ def test_scores_match_a_count(batches):
 
 def test_the_model_is_left_as_it_was(batches):
     model = build().train()
-    evaluate(model, map(Batch.from_tokens, batches), nullcontext())
+    judged(model, batches)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="no held-out batches"):
-        evaluate(model, [], nullcontext())
+        judged(model, [])
 
 
 def test_what_is_asked_for_is_what_is_computed(batches, monkeypatch):
     model = build(causal=("predictor", "auxiliary"))
-    whole = evaluate(model, map(Batch.from_tokens, batches), nullcontext())
+    whole = judged(model, batches)
     seen, forward = [], model.forward
 
     def counted(*arguments, **named):
@@ -83,19 +82,11 @@ def test_what_is_asked_for_is_what_is_computed(batches, monkeypatch):
         return forward(*arguments, **named)
 
     monkeypatch.setattr(model, "forward", counted)
-    some = evaluate(
-        model,
-        map(Batch.from_tokens, batches),
-        nullcontext(),
-        selections=["auxiliary"],
-        as_trained=False,
-    )
+    some = judged(model, batches, selections=["auxiliary"], as_trained=False)
     assert seen == [("auxiliary", None)] * len(batches)
     assert some.top_k is None
     expected = replace(whole.decisions["auxiliary"], agreement={})
     assert some.decisions == {"auxiliary": expected}
     assert (some.tokens, some.trained_flops) == (whole.tokens, whole.trained_flops)
     with pytest.raises(ValueError, match="no selection to evaluate"):
-        evaluate(
-            model, map(Batch.from_tokens, batches), nullcontext(), selections=[], as_trained=False
-        )
+        judged(model, batches, selections=[], as_trained=False)

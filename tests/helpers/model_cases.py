@@ -155,6 +155,8 @@ def configs(draw: st.DrawFn, max_layers: int = 4) -> ModelConfig:
     num_layers = draw(st.integers(1, max_layers))
     capacity = st.sampled_from([0.05, 0.125, 0.3, 0.5, 0.85, 1.0])
     listed = st.lists(capacity, min_size=num_layers, max_size=num_layers)
+    mixers = st.sampled_from(["attention", "convolution"])
+    mixers = st.lists(mixers, min_size=num_layers, max_size=num_layers)
     patterns = st.sampled_from(["dense", "every", "every_other"]) | listed
     if num_layers % 2 == 0:
         patterns |= st.just(f"[1, .125]*{num_layers // 2}")
@@ -171,17 +173,9 @@ def configs(draw: st.DrawFn, max_layers: int = 4) -> ModelConfig:
         qk_norm=draw(st.booleans()),
         sliding_window=draw(st.sampled_from([None, 1, 3, 9])),
         rope_theta=draw(st.sampled_from([100.0, 10000.0])),
-        norm_eps=draw(st.sampled_from([1e-6, 0.5])),
         pattern=draw(patterns),
         capacity=draw(capacity),
-        mixer=draw(
-            st.sampled_from(["attention", "attention", "convolution"])
-            | st.lists(
-                st.sampled_from(["attention", "convolution"]),
-                min_size=num_layers,
-                max_size=num_layers,
-            )
-        ),
+        mixer=draw(st.sampled_from(["attention", "attention", "convolution"]) | mixers),
         conv_width=draw(st.sampled_from([1, 3])),
         router=draw(routers()),
     )

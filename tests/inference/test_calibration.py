@@ -189,12 +189,9 @@ def test_a_neutral_dial_changes_no_bit(selection):
     model, tokens = build(dtype=torch.float32), random_tokens(3, SEQ_LEN)
     before = model(tokens, selection=selection)
     assert make_budget(model, selection, ComputeBudgetConfig(decision=selection)) is None
-    barely = (
-        ComputeBudgetConfig(shift=1e-30)
-        if selection == "predictor"
-        else ComputeBudgetConfig(step_cap=3)
-    )
-    for settings in (ComputeBudgetConfig(layer_cap=1.0, step_cap=3), barely):
+    barely = {"shift": 1e-30} if selection == "predictor" else {"step_cap": 3}
+    for changes in ({"layer_cap": 1.0, "step_cap": 3}, barely):
+        settings = ComputeBudgetConfig(**changes)
         budget = make_budget(model, selection, settings)
         after = model(tokens, selection=selection, budget=budget)
         assert torch.equal(bits(before.logits_BSV), bits(after.logits_BSV))
@@ -206,15 +203,9 @@ def test_a_shift_is_added_to_the_trained_level(selection):
     trained = [float(router.decision_threshold(selection)) for router in model.routers]
     budget = make_budget(model, selection, ComputeBudgetConfig(shift=0.25))
     assert budget.thresholds == tuple(level + 0.25 for level in trained)
-    shares = [
-        realised(
-            model,
-            text(),
-            selection,
-            make_budget(model, selection, ComputeBudgetConfig(shift=shift)),
-        )[0]
-        for shift in (-1.5, -0.3, 0.3, 1.5)
-    ]
+    settings = [ComputeBudgetConfig(shift=shift) for shift in (-1.5, -0.3, 0.3, 1.5)]
+    budgets = [make_budget(model, selection, one) for one in settings]
+    shares = [realised(model, text(), selection, budget)[0] for budget in budgets]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > shares[-1]
 

@@ -32,14 +32,8 @@ def test_the_bytes_of_the_tokens_are_the_texts(content):
 
 def test_parts_of_a_character_are_told_as_bytes_and_name_it(tokenizer):
     pieces = TokenTexts(tokenizer).pieces(tokenizer.encode("a€é").ids)
-    assert pieces == [
-        Piece("a"),
-        Piece("⟨e2⟩", "€"),
-        Piece("⟨82⟩", "€"),
-        Piece("⟨ac €⟩", "€"),
-        Piece("⟨c3⟩", "é"),
-        Piece("⟨a9 é⟩", "é"),
-    ]
+    parts = [("⟨e2⟩", "€"), ("⟨82⟩", "€"), ("⟨ac €⟩", "€"), ("⟨c3⟩", "é"), ("⟨a9 é⟩", "é")]
+    assert pieces == [Piece("a"), *(Piece(*part) for part in parts)]
     # Cut in the middle, and bytes that are no text at all.
     ids = tokenizer.encode("€").ids
     assert [piece.shown for piece in TokenTexts(tokenizer).pieces(ids[1:] + ids[:1])] == [

@@ -80,12 +80,10 @@ def test_all_the_problems_are_told_at_once():
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"num_heads": 3}, "model.num_heads"),
-        ({"num_heads": 10**6}, "model.num_heads"),
-        ({"num_heads": 16}, "model.num_heads"),  # a head of width 1: RoPE turns pairs
+        # A head of width 1: RoPE turns pairs.
+        *(({"num_heads": number}, "model.num_heads") for number in (3, 16, 10**6)),
         ({"head_dim": 5}, "model.head_dim"),
-        ({"num_heads": 4, "num_kv_heads": 3}, "model.num_kv_heads"),
-        ({"num_heads": 4, "num_kv_heads": 8}, "model.num_kv_heads"),
+        *(({"num_heads": 4, "num_kv_heads": number}, "model.num_kv_heads") for number in (3, 8)),
         *(
             ({name: value}, f"model.{name}")
             for name in (
@@ -119,20 +117,17 @@ def test_all_the_problems_are_told_at_once():
         ({"router": RouterConfig(causal=["predictor", "predictor"])}, "model.router.causal"),
         ({"router": RouterConfig(predictor_dim=-3)}, "model.router.predictor_dim"),
         ({"num_layers": 10**9}, "model.num_layers"),
-        ({"mixer": "mamba"}, "model.mixer"),
-        ({"mixer": ["attention"] * 3}, "model.mixer"),
-        ({"mixer": ["attention"] * 3 + ["conv"]}, "model.mixer"),
-        ({"mixer": None}, "model.mixer"),
+        *(
+            ({"mixer": value}, "model.mixer")
+            for value in ("mamba", ["attention"] * 3, ["attention"] * 3 + ["conv"], None)
+        ),
         *(
             ({"router": RouterConfig(**wrong)}, f"model.router.{key}")
             for wrong, key in (
-                ({"target": "layer"}, "target"),
-                ({"score": "norm"}, "score"),
-                ({"choice": "tokens"}, "choice"),
+                *(({key: "layer"}, key) for key in ("target", "score", "choice")),
                 ({"capacity_factor": 0.5}, "capacity_factor"),
                 ({"auxiliary_weight": 0.0}, "auxiliary_weight"),
-                ({"threshold_decay": 1.5}, "threshold_decay"),
-                ({"threshold_decay": 1.0}, "threshold_decay"),
+                *(({"threshold_decay": value}, "threshold_decay") for value in (1.0, 1.5)),
                 # What cannot work together.
                 ({"score": "random", "causal": ["predictor"]}, "causal"),
                 ({"score": "fixed", "causal": ["threshold"]}, "causal"),
@@ -163,19 +158,15 @@ def test_all_the_problems_are_told_at_once():
             for wrong, key in (
                 ({"count": 0}, "count"),
                 ({"count": 1, "top_k": 1}, "count"),
-                ({"top_k": 8}, "top_k"),
-                ({"top_k": 0}, "top_k"),
+                *(({"top_k": value}, "top_k") for value in (0, 8)),
                 ({"top_k": 3}, "dim"),  # d_ff=32 is no multiple of 3
                 ({"shared": 1}, "dim"),
-                ({"shared": -1}, "shared"),
-                ({"noop": -1}, "noop"),
+                *(({key: -1}, key) for key in ("shared", "noop")),
                 ({"choice": "tokens"}, "choice"),
                 ({"capacity_factor": 0.0}, "capacity_factor"),
                 ({"balance": "even"}, "balance"),
-                ({"choice": "expert", "balance": "loss"}, "balance"),
-                ({"choice": "expert", "balance": "bias"}, "balance"),
-                ({"balance_weight": -1.0}, "balance_weight"),
-                ({"balance_weight": math.nan}, "balance_weight"),
+                *(({"choice": "expert", "balance": way}, "balance") for way in ("loss", "bias")),
+                *(({"balance_weight": value}, "balance_weight") for value in (-1.0, math.nan)),
                 ({"z_loss_weight": math.inf}, "z_loss_weight"),
                 ({"bias_rate": 0.0}, "bias_rate"),
                 ({"every": 5}, "every"),

@@ -236,15 +236,9 @@ def part_of(name: str) -> str:
         return "norms"
     if name.endswith("gate.scale"):
         return "router"
-    for part, place in (
-        ("router", "router"),
-        ("predictor", "predictor"),
-        ("embedding", "embedding"),
-        ("head", "head"),
-        ("mlp", "inner"),
-    ):
+    for place in ("router", "predictor", "embedding", "head", "inner"):
         if f".{place}." in f".{name}":
-            return part
+            return "mlp" if place == "inner" else place
     assert ".attention." in name
     return "mixer_projections"
 

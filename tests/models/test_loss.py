@@ -62,10 +62,7 @@ def assert_same(call, x: Tensor, weight_VD: Tensor, targets: Tensor, tolerance: 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 20),
-    st.integers(1, 9),
-    st.integers(1, 30),
-    st.integers(1, 25),
+    *(st.integers(1, most) for most in (20, 9, 30, 25)),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     st.booleans(),
     st.data(),

@@ -101,9 +101,7 @@ def test_experts_are_asked_for_where_they_are_spread():
 @pytest.mark.parametrize(
     "config",
     [
-        StrategyConfig("ddp", shard_size=2),
-        StrategyConfig("ddp", tensor_parallel=2),
-        StrategyConfig("ddp", context_parallel=2),
+        *(StrategyConfig("ddp", **{key: 2}) for key in ("shard_size", *DEGREES[:2])),
         StrategyConfig("deepspeed_2", expert_parallel=2),
         StrategyConfig("fsdp", shard_size=2),
         StrategyConfig("fsdp", offload=True),

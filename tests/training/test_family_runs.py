@@ -103,7 +103,7 @@ def records(run: RunDirectory, kind: str = "loss") -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.on_commit(
-    *("every decision, schedule", "balance bias, selective", "every decision", "schedule")
+    *("every decision, schedule", "balance bias, selective", "random score, full", "schedule")
 )
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_stopped_run_ends_bitwise_as_the_one_never_stopped(start, finished, monkeypatch, name):

@@ -23,7 +23,6 @@ from modtrain.models.transformer import Transformer
 from modtrain.training.callbacks import metrics as metrics_callback
 from modtrain.training.config import ScheduleConfig
 from modtrain.training.metrics_log import read_metrics
-from modtrain.training.module import LanguageModule
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory, code_version
 from modtrain.training.schedules import lr_factor
@@ -295,26 +294,6 @@ def test_predictors_change_nothing_in_the_trunk_over_a_whole_run(start):
     without = weights(start("without", tight, "model.router.causal=[]").run)
     assert any("predictor" in key for key in with_predictor)
     assert all(torch.equal(with_predictor[key], without[key]) for key in without)
-
-
-@pytest.mark.slow
-def test_random_states_come_back(start, monkeypatch):
-    """Whatever draws random numbers in a step draws the same after a resume."""
-    drawn: dict[str, list[float]] = {}
-    original = LanguageModule.training_step
-
-    def training_step(module, batch, batch_idx):
-        drawn.setdefault(module.config.name, []).append(float(torch.rand(())))
-        return original(module, batch, batch_idx)
-
-    monkeypatch.setattr(LanguageModule, "training_step", training_step)
-    start("whole")
-    with monkeypatch.context() as patch:
-        before_step(6, request_stop, patch.setattr)
-        start("cut")
-    STOP.signum = None
-    start("cut")
-    assert drawn["cut"] == drawn["whole"]
 
 
 def test_utilisation_is_of_executed_flops(start, monkeypatch):

@@ -125,9 +125,7 @@ def test_a_capacity_that_does_not_change_makes_no_stage():
     ("changes", "key"),
     [
         ({"name": "exponential"}, "name"),
-        ({"name": "linear", "start": 0.0}, "start"),
-        ({"name": "linear", "start": 1.5}, "start"),
-        ({"name": "linear", "start": math.nan}, "start"),
+        *(({"name": "linear", "start": value}, "start") for value in (0.0, 1.5, math.nan)),
         ({"name": "cosine", "begin": 0.6}, "begin"),
         ({"name": "cosine", "begin": -0.1}, "begin"),
         ({"name": "cosine", "end": 1.1}, "end"),

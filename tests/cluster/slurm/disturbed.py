@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.slurm.slurm_cluster import ENDED, Cluster, wait_until
+from tests.cluster.slurm.slurm_cluster import ENDED, Cluster
 from tests.helpers.runs import last_step, run_lines
+from tests.helpers.waiting import wait_until
 
 FAULTY = Path(__file__).with_name("faulty")
 STEPS = 24

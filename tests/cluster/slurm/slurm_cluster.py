@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,6 @@ def missing() -> str | None:
 def is_installed() -> bool:
     """Whether Slurm's daemons are here already."""
     return shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is not None
-
-
-def wait_until(
-    is_so: Callable[[], Any], timeout: float = 60, describe: Callable[[], str] = str
-) -> Any:
-    """Wait until ``is_so()`` is true and return it; where it is not in time, fail with a text."""
-    deadline = time.monotonic() + timeout
-    while not (found := is_so()):
-        assert time.monotonic() < deadline, describe()
-        time.sleep(0.05)
-    return found
 
 
 class Cluster:

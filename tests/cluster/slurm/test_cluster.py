@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import slurm_cluster
-from tests.cluster.slurm.slurm_cluster import wait_until
+from tests.helpers.waiting import wait_until
 
 
 @pytest.mark.quick

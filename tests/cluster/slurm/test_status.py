@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm.slurm_cluster import HERE, MINISLURM, wait_until
+from tests.cluster.slurm.slurm_cluster import HERE, MINISLURM
+from tests.helpers.waiting import wait_until
 
 # A job that saves at USR1 and comes back by itself, whatever is written in its directory.
 STUBBORN = """#!/bin/bash

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from modtrain.cluster.script import slurm_dir
-from tests.cluster.slurm.slurm_cluster import ROOT, Cluster, wait_until
+from tests.cluster.slurm.slurm_cluster import ROOT, Cluster
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(900)
 # No test is as long as this: it ends what hangs.

@@ -8,9 +8,10 @@ import pytest
 
 from modtrain.experiments.sweep.job_process import state_of
 from modtrain.training.run_directory import RunDirectory
-from tests.cluster.slurm.slurm_cluster import ROOT, wait_until
+from tests.cluster.slurm.slurm_cluster import ROOT
 from tests.conftest import run_modtrain
 from tests.helpers.saved import assert_same_bits, newest_tensors
+from tests.helpers.waiting import wait_until
 
 STEPS = 60
 

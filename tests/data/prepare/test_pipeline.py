@@ -59,17 +59,11 @@ def test_decoded_shards_are_the_documents(tmp_path, small_units):
         expected = [text for text in documents if chooser.is_valid(text.encode()) is is_valid]
         counts = report.summary.splits[split]
         stream = stored_tokens(tmp_path / "out", split)
-        assert (
-            len(stream)
-            == counts.num_sequences * 16 + 1
-            == counts.num_tokens - counts.dropped_tokens
-        )
+        assert len(stream) == counts.num_sequences * 16 + 1
+        assert len(stream) == counts.num_tokens - counts.dropped_tokens
         assert counts.dropped_tokens < 16
-        assert (
-            counts.num_documents
-            == len(expected)
-            == stream.count(eos_id) + (counts.dropped_tokens > 0)
-        )
+        assert counts.num_documents == len(expected)
+        assert len(expected) == stream.count(eos_id) + (counts.dropped_tokens > 0)
         assert counts.num_bytes == sum(len(text.encode()) for text in expected)
         whole = "".join(text + END_OF_DOCUMENT for text in expected)
         decoded = tokenizer.decode(stream, skip_special_tokens=False)

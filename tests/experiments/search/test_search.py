@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from modtrain.models.flops import forward_flops
 from modtrain.training.run_directory import RunDirectory
 from tests.conftest import fork_modtrain
 from tests.helpers.problems import problems_of
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
 
@@ -186,9 +186,7 @@ def test_a_file_system_without_locks_is_named(arguments, no_locks, capsys):
 def test_a_killed_trial_goes_on_with_its_parameters(arguments):
     one = arguments("trials=1", steps=30)
     process = fork_modtrain(one)
-    until = time.monotonic() + 60
-    while not list(run(0).checkpoints.glob("step-*")) and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: list(run(0).checkpoints.glob("step-*")))
     os.kill(process.pid, signal.SIGKILL)
     process.join(30)
     (begun,) = study(one).trials

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run_directory import RunDirectory
 from tests.conftest import fork_modtrain, run_modtrain
 from tests.helpers.saved import assert_same_bits, newest_tensors
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
 
@@ -253,10 +253,7 @@ def test_a_crash_is_the_jobs_alone(arguments, monkeypatch, end, kind):
 
 
 def await_checkpoint(run, seconds=30):
-    until = time.monotonic() + seconds
-    while not list(run.checkpoints.glob("step-*")) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert time.monotonic() < until
+    wait_until(lambda: list(run.checkpoints.glob("step-*")), seconds)
 
 
 @pytest.fixture
@@ -287,9 +284,7 @@ def test_what_stops_a_sweep_costs_nothing_that_is_saved(arguments, whole, signum
     process.join(30)
     assert process.exitcode == code
     # What the kill has left behind saves, and ends by itself.
-    until = time.monotonic() + 10
-    while is_in_use(first) and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: not is_in_use(first), 10)
     assert [state_of(run) for run in (first, second)] == ["stopped", "not started"]
     again = fork_modtrain(sweep)
     again.join(60)
@@ -348,14 +343,10 @@ def test_joblib_trains_two_at_a_time(arguments, tmp_path, killed):
                 await_checkpoint(RunDirectory(Path(f"runs/s/model.capacity={capacity}")), 120)
             workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             process.kill()
-        until = time.monotonic() + 30
-        while any(is_in_use(run) for run in jobs_of().values()) and time.monotonic() < until:
-            time.sleep(0.1)
+        wait_until(lambda: not any(is_in_use(run) for run in jobs_of().values()), 30)
         # Nobody is left to give them another job.
-        while any(map(is_running, workers)) and time.monotonic() < until:
-            time.sleep(0.1)
         assert len(workers) >= 2
-        assert not any(map(is_running, workers))
+        wait_until(lambda: not any(map(is_running, workers)), 30)
         assert [state_of(run) for run in jobs_of().values()] == ["stopped"] * 2
     done = run_modtrain(*sweep, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,11 +17,10 @@ from tests.helpers.model_cases import (
     balance_predictors,
     lively,
     quick,
-    random_tokens,
-    settle,
     small,
 )
 from tests.helpers.thresholds import require_margin
+from tests.models.cache import cache_cases
 
 END = 5
 MODELS = {
@@ -38,10 +37,7 @@ MODELS = {
 
 
 def ready(name: str):
-    model = settle(lively(small(**MODELS[name]), seed=3), 24)
-    if model.config.is_routed and "predictor" in model.config.router.causal_routers:
-        balance_predictors(model, random_tokens(4, 24, 50))
-    return model.eval()
+    return cache_cases.ready(small(**MODELS[name]), 24, seed=3)
 
 
 def slowly(model, config: DecoderConfig, prompt: list[int], number: int):

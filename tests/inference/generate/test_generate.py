@@ -55,20 +55,16 @@ def slowly(run, prompt: str, count: int) -> str:
     return tokenizer.decode(made)
 
 
-@pytest.mark.parametrize("prompt", ["the old tree", ""])
-def test_the_text_is_what_the_model_says(routed, capsys, prompt):
-    generate(asked(routed, f"prompt='{prompt}'"))
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("routed", "the old tree"), ("routed", ""), ("dense", "the")]
+)
+def test_the_text_is_what_the_model_says(request, capsys, name, prompt):
+    run = request.getfixturevalue(name)
+    generate(asked(run, f"prompt='{prompt}'"))
     said = capsys.readouterr()
-    assert said.out == slowly(routed, prompt, 12) + "\n"
+    assert said.out == slowly(run, prompt, 12) + "\n"
     assert "12 tokens after" in said.err
-    assert re.search(r"routed: layer_\d\d \d", said.err)
-
-
-def test_a_dense_run_goes_on_too(dense, capsys):
-    generate(asked(dense, "prompt=the"))
-    said = capsys.readouterr()
-    assert said.out == slowly(dense, "the", 12) + "\n"
-    assert "routed:" not in said.err
+    assert bool(re.search(r"routed: layer_\d\d \d", said.err)) == (name == "routed")
 
 
 def test_prompts_come_from_a_file_or_standard_input(routed, tmp_path, capsys, monkeypatch):

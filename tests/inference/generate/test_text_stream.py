@@ -150,15 +150,6 @@ def ids_of(text: str) -> list[int]:
     return [byte_level().token_to_id(character) for character in text]
 
 
-def test_a_stop_string_is_held_until_it_is_whole_or_cannot_be():
-    stream = TextStream(byte_level(), ["abc", "\nQ:"])
-    returned = [stream.push(token, place) for place, token in enumerate(ids_of("xabxaabc"))]
-    a, b, x = "abx"
-    assert returned == [[(x, 0)], [], [], [(a, 1), (b, 2), (x, 3)], [], [(a, 4)], [], []]
-    assert stream.stopped
-    assert stream.text == "xabxa"
-
-
 def test_nothing_comes_after_a_stop_string_not_even_a_character_begun():
     tokenizer = Tokenizer(models.WordLevel({"abð": 0}, "abð"))
     tokenizer.decoder = decoders.ByteLevel()

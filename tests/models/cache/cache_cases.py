@@ -40,7 +40,6 @@ EXPERTS = {
 OTHER_ROUTERS = (
     {"score": "random"},
     {"score": "fixed"},
-    {"score": "fixed", "gate": "raw"},
     {"score": "attention"},
     {"score": "attention", "target": "mlp", "gate_scale": True},
     {"score": "oracle_norm", "gate": "none"},

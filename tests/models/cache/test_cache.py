@@ -84,6 +84,16 @@ def test_each_sequence_equals_itself_alone_in_float32(run):
     assert_each_alone(run, 1e-5)
 
 
+@pytest.mark.parametrize("changes", [{"pattern": "dense"}, {"capacity": 0.5}])
+def test_all_rows_come_in_any_order(changes):
+    run = run_of(ready(small(num_layers=2, **changes), 24), 9, 7)
+    run.step(3, 3, rows=[1, 0])
+    run.step(1, 1)
+    run.step(1, 3, rows=[1, 0])
+    run.step(2, 2, rows=[1, 0])
+    assert_each_alone(run)
+
+
 @quick(15)
 @given(cached_configs(), st.data())
 def test_what_padding_holds_changes_nothing(config, data):
@@ -334,6 +344,15 @@ def test_a_cap_set_later_counts_what_took_part_before(before):
     assert later.nonzero()[:, 0].tolist() == [7, 9, 11, 13]
 
 
+@pytest.mark.parametrize("gate", ["raw", "sigmoid"])
+def test_a_gate_on_fixed_scores_is_alike_in_pieces(gate):
+    config = small(num_layers=2, capacity=0.3, router=RouterConfig(score="fixed", gate=gate))
+    run = run_of(ready(config, 24), 12)
+    for count in (5, 5, 2):
+        run.step(count)
+    assert_each_alone(run)
+
+
 # Errors.
 
 
@@ -345,6 +364,9 @@ def test_what_does_not_fit_is_refused():
             model.extend(tokens, Cache(config, 2), selection)
     for rows in ([0], [0, 1, 1], [1, 1]):
         with pytest.raises(ValueError, match="2 sequences of tokens for the rows"):
+            model.extend(tokens, Cache(config, 2), rows=rows)
+    for rows in ([0, -2], [-1, 0], [0, 2]):
+        with pytest.raises(ValueError, match="rows"):
             model.extend(tokens, Cache(config, 2), rows=rows)
     with pytest.raises(ValueError, match="2 sequences of tokens for the rows"):
         model.extend(tokens, Cache(config, 3))
@@ -364,19 +386,9 @@ def test_scores_of_the_whole_sequence_are_refused(router):
     assert not config.problems()
     with pytest.raises(ValueError, match="whole sequence"):
         ready(config, 24).extend(random_tokens(2, 3), Cache(config, 2))
-
-
-def test_scores_that_no_layer_asks_for_are_no_error():
-    config = small(pattern="dense", router=RouterConfig(score="oracle_norm", gate="raw"))
-    assert not config.problems()
+    # Where no layer asks for them they are no error.
+    config.pattern = "dense"
     ready(config, 24).extend(random_tokens(2, 3), Cache(config, 2))
-
-
-@pytest.mark.parametrize("rows", [[0, -2], [-1, 0], [0, 2]])
-def test_rows_that_there_are_not_are_refused(rows):
-    config = small()
-    with pytest.raises(ValueError, match="rows"):
-        ready(config, 24).extend(random_tokens(2, 3), Cache(config, 2), rows=rows)
 
 
 def test_thresholds_are_one_per_router():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
 from modtrain.cli.compose import compose
 from modtrain.data.stream.datamodule import TokenDataModule
@@ -91,18 +92,14 @@ def run_told_in_setup(lines: list[str], rank: int) -> str:
 
 def run_drawing(lines: list[str]) -> list[int]:
     """Train; return what the random state is at the start of each step."""
-    seen = _RandomStates()
+    states: list[int] = []
+
+    def note(*_: object) -> None:
+        states.append(zlib.crc32(torch.get_rng_state().numpy().tobytes()))
+
     STOP.signum = None
-    train(compose("train", lines), [seen])
-    return seen.states
-
-
-class _RandomStates(L.Callback):
-    def __init__(self) -> None:
-        self.states: list[int] = []
-
-    def on_train_batch_start(self, _trainer, _module, _batch, _batch_idx) -> None:
-        self.states.append(zlib.crc32(torch.get_rng_state().numpy().tobytes()))
+    train(compose("train", lines), [LambdaCallback(on_train_batch_start=note)])
+    return states
 
 
 def run_showing_evaluations(lines: list[str], mark: str) -> str:

@@ -181,15 +181,8 @@ def test_judging_waits_for_nothing(step, more):  # noqa: F811
     assert (found.spikes, found.last.step) == ([], 4)
 
 
-WRONG = {
-    "action": "wait",
-    "threshold": 0.0,
-    "window": 1,
-    "warmup": 1,
-    "max_in_a_row": 0,
-    "max_rollbacks": 0,
-    "rollback_steps": 0,
-}
+WRONG = {"action": "wait", "threshold": 0.0, "window": 1, "warmup": 1}
+WRONG |= dict.fromkeys(("max_in_a_row", "max_rollbacks", "rollback_steps"), 0)
 
 
 def test_a_policy_that_cannot_work_is_told(tiny):
