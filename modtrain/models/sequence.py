@@ -69,12 +69,13 @@ class SequenceContext(NamedTuple):
         if len(rows) == len(self.positions_BS):
             return self._replace(cache=cache)
         index_N = torch.tensor(rows, device=self.positions_BS.device)
-        documents = self.documents_BS
+        documents, valid = self.documents_BS, self.valid_BS
         return self._replace(
             positions_BS=self.positions_BS.index_select(0, index_N),
             cos_BSW=self.cos_BSW.index_select(0, index_N),
             sin_BSW=self.sin_BSW.index_select(0, index_N),
             documents_BS=None if documents is None else documents.index_select(0, index_N),
+            valid_BS=None if valid is None else valid.index_select(0, index_N),
             cache=cache,
         )
 
