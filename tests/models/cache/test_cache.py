@@ -1,5 +1,6 @@
 """Tokens run through a cache, in whatever pieces, come to what they come to all at once."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -14,6 +15,7 @@ from modtrain.models.cache.ragged_store import RaggedStore
 from modtrain.models.depth import layer as depth
 from modtrain.models.depth.config import ComputeBudget, RouterConfig
 from modtrain.models.depth.selection import apply_cumulative_cap
+from modtrain.models.experts.config import ExpertsConfig
 from tests.helpers.model_cases import VOCAB, quick, random_tokens, small
 from tests.helpers.thresholds import require_margin
 from tests.models.cache.cache_cases import (
@@ -398,3 +400,12 @@ def test_thresholds_are_one_per_router():
             model(tokens, selection="predictor", budget=ComputeBudget(thresholds))
         with pytest.raises(ValueError, match="thresholds for 2 routers"):
             model.extend(tokens, Cache(model.config, 1), budget=ComputeBudget(thresholds))
+
+
+def test_single_tokens_beside_padding_enter_experts():
+    config = small(pattern="every", experts=ExpertsConfig(count=2, dim=8))
+    model, budget = ready(config, 24), ComputeBudget(thresholds=(-math.inf,) * config.num_layers)
+    tokens_NS, valid_NS = random_tokens(3, 1), torch.tensor([[True], [False], [True]])
+    found = model.extend(tokens_NS, Cache(config, 3), budget=budget, valid_NS=valid_NS)
+    alone = model.extend(tokens_NS[2:], Cache(config, 1), budget=budget)
+    torch.testing.assert_close(found.logits_BSV[2:], alone.logits_BSV)
