@@ -162,6 +162,10 @@ def test_a_users_own_directory_of_configurations_is_searched(name, tmp_path):
     assert (config.model.num_layers, config.model.d_model) == (6, 32)
     with pytest.raises(ConfigError, match="is not a directory"):
         compose("train", [], str(tmp_path / "nowhere"))
+
+
+def test_a_mistake_in_a_users_file_is_told_without_a_traceback(tmp_path):
+    (tmp_path / "model").mkdir()
     (tmp_path / "model/mine.yaml").write_text("num_layerz: 6\n")
     with pytest.raises(ConfigError, match="num_layerz"):
         compose("train", ["model=mine"], str(tmp_path))
