@@ -60,6 +60,8 @@ def slowly(run, prompt: str, count: int) -> str:
 )
 def test_the_text_is_what_the_model_says(request, capsys, name, prompt):
     run = request.getfixturevalue(name)
+    # What it prints where it is trained.
+    capsys.readouterr()
     generate(asked(run, f"prompt='{prompt}'"))
     said = capsys.readouterr()
     assert said.out == slowly(run, prompt, 12) + "\n"
