@@ -16,13 +16,13 @@ from typing import Any
 from modtrain.cluster import slurm
 from modtrain.cluster.config import LogsConfig
 from modtrain.cluster.runs import (
+    BLOCK_BYTES,
     HELD_OUT,
     LOSS,
     RunNotFoundError,
     RunRecord,
     SubmittedJob,
     existing_run,
-    lines_from_end,
     read_run,
 )
 from modtrain.cluster.slurm import SlurmError, SlurmJob
@@ -86,13 +86,21 @@ class Tail:
 
 def offset_of_last(path: Path, lines: int) -> int:
     """Return where the last ``lines`` lines of ``path`` begin, in bytes."""
-    end = path.stat().st_size
-    from_end = lines_from_end(path, end=end)
-    newest = [line for line, _ in zip(from_end, range(lines + 1), strict=False)]
-    if newest and newest[0]:
-        # Without a newline at the end of the file nothing follows the last line.
-        newest = newest[:lines]
-    return min(end, end + 1 - sum(len(line) + 1 for line in newest))
+    with path.open("rb") as file:
+        offset = end = file.seek(0, os.SEEK_END)
+        # Block by block: a progress bar makes one line of a whole log.
+        while offset > 0 and lines > 0:
+            size = min(BLOCK_BYTES, offset)
+            offset -= size
+            file.seek(offset)
+            block = file.read(size)
+            # The newline that ends the file starts no further line.
+            at = len(block) - (offset + size == end and block.endswith(b"\n"))
+            while (at := block.rfind(b"\n", 0, at)) >= 0:
+                lines -= 1
+                if lines == 0:
+                    return offset + at + 1
+        return 0 if lines > 0 else end
 
 
 _print = partial(print, end="", flush=True)

@@ -37,7 +37,7 @@ _RUN_FOLDERS = frozenset(("checkpoints", "tensorboard", "logs", "code"))
 CANCELLED = "CANCELLED"
 """File of the ids of cancelled jobs, one a line. These jobs are not restarted."""
 LOSS, HELD_OUT = "loss", "held_out/causal_loss"
-_BLOCK_BYTES = 2**16
+BLOCK_BYTES = 2**16
 # Bytes from the end in which the last losses are searched: there may be few held-out losses.
 _MAX_LOOKBACK = 2**20
 # A job may still print for this long after its final failure.
@@ -210,28 +210,30 @@ def json_lines(path: Path) -> list[Any]:
 def read_job_ids(folder: Path) -> list[str]:
     """Return the ids of the jobs that are recorded in ``folder``, oldest first."""
     path = folder / "jobs.jsonl"
-    return [str(line["job"]) for line in json_lines(path)] if path.is_file() else []
+    return [job.id for job in _submitted(path)] if path.is_file() else []
 
 
-def lines_from_end(
-    path: Path, max_bytes: int | None = None, end: int | None = None
-) -> Iterator[bytes]:
+def lines_from_end(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
     """Iterate over the lines of ``path`` from the last one, without line ends.
 
-    max_bytes: bytes from the end at which to stop; None: at the file's beginning. end: bytes from
-    the beginning that are read; None: all.
+    max_bytes: bytes from the end at which to stop; None: at the file's beginning.
     """
     with path.open("rb") as file:
-        offset = end = file.seek(0, os.SEEK_END) if end is None else end
-        rest = b""
+        offset = end = file.seek(0, os.SEEK_END)
+        # Pieces of a line whose beginning is not read yet, the last one first.
+        pieces: list[bytes] = []
         while offset > 0 and (max_bytes is None or end - offset < max_bytes):
-            size = min(_BLOCK_BYTES, offset)
+            size = min(BLOCK_BYTES, offset)
             offset -= size
             file.seek(offset)
-            rest, *lines = (file.read(size) + rest).split(b"\n")
-            yield from reversed(lines)
+            first, *lines = file.read(size).split(b"\n")
+            if lines:
+                lines[-1] += b"".join(reversed(pieces))
+                pieces = []
+                yield from reversed(lines)
+            pieces.append(first)
         if offset == 0 and end:
-            yield rest
+            yield b"".join(reversed(pieces))
 
 
 def _starts(path: Path) -> list[float]:
@@ -330,7 +332,10 @@ def _take_records(run: RunRecord, path: Path) -> None:
 
 def _steps(path: Path) -> int | None:
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = translate(yaml.load(path.read_text(), loader))  # noqa: S506
+    content = yaml.load(path.read_text(), loader)  # noqa: S506
+    if not isinstance(content, dict):
+        raise TypeError("it is not the configuration of a run")
+    content = translate(content)
     if content["budget"]["steps"] is not None:
         return int(content["budget"]["steps"])
     return derive(_typed(TrainConfig, content)).steps

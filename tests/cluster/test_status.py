@@ -14,7 +14,7 @@ from modtrain.cli.compose import compose
 from modtrain.cli.main import main
 from modtrain.cluster import logs, slurm
 from modtrain.cluster.config import StatusConfig
-from modtrain.cluster.runs import find_runs, lines_from_end, read_run
+from modtrain.cluster.runs import find_runs, lines_from_end, read_job_ids, read_run
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs, state_of
 from modtrain.common.overrides import spelled
@@ -151,6 +151,7 @@ def test_a_damaged_run_hides_no_other(tmp_path):
     (tmp_path / "b/config.yaml").write_text("budget: [")
     (tmp_path / "b/manifest.json").write_bytes(b"\xff\x00{")
     (tmp_path / "b/jobs.jsonl").write_text('7\n{"job"\n{"job": "9"}\n')
+    assert read_job_ids(tmp_path / "b") == ["9"]
     (tmp_path / "b/failures.tsv").write_text("half a li\n" + f"{iso(3)}\t9\t0\tthe disk is full\n")
     (tmp_path / "b/failure.json").write_text("{}")
     (tmp_path / "c/metrics.jsonl").write_bytes(os.urandom(5000))
