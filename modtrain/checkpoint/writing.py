@@ -26,7 +26,7 @@ from modtrain.checkpoint.layout import EXTRA_STATE, MANIFEST, Manifest, temporar
 from modtrain.checkpoint.parts import Part
 from modtrain.checkpoint.reading import describe_failure
 from modtrain.common.atomic_io import sync
-from modtrain.common.errors import CheckpointError
+from modtrain.common.errors import CheckpointError, RankError
 from modtrain.distributed.process_group import Ranks
 
 Files = dict[str, dict[str, Any]]
@@ -61,6 +61,9 @@ def write(
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, CheckpointError):
             raise
+        if isinstance(error, RankError):
+            # Rank 0 shows the remedy.
+            raise CheckpointError(f"{path} could not be written: {error}") from error
         raise CheckpointError(
             f"{path} could not be written: {describe_failure(error)}. Earlier checkpoints are"
             " untouched. Free space or repair the disk, then rerun to resume"

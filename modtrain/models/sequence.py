@@ -90,8 +90,11 @@ class SequenceContext(NamedTuple):
         batch = index_BK.shape[0]
 
         def select(table_BSW: Tensor) -> Tensor:
+            if table_BSW.shape[0] == 1:
+                # Whole rows, which are several times faster than single features.
+                return table_BSW[0][index_BK]
             index_BKW = index_BK.unsqueeze(-1).expand(-1, -1, table_BSW.shape[-1])
-            return table_BSW.expand(batch, -1, -1).gather(1, index_BKW)
+            return table_BSW.gather(1, index_BKW)
 
         positions = self.positions_BS.expand(batch, -1).gather(1, index_BK)
         documents = self.documents_BS

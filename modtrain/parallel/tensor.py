@@ -32,10 +32,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from modtrain.common.errors import raise_if_any
-from modtrain.distributed.collectives import Group, cast_for_autocast, local_tensor
+from modtrain.distributed.collectives import Group, cast_for_autocast
 from modtrain.models.attention import Attention
 from modtrain.models.block import Block, Residual
 from modtrain.models.convolution import Convolution
@@ -139,7 +139,7 @@ class TPConvolution(_TPModule, Convolution):
 
     def weights(self) -> Tensor:
         """Return the taps of those features."""
-        return local_tensor(self.taps)
+        return _local_slice(self.taps)
 
 
 class TPExperts(_TPPart, Experts):
@@ -169,8 +169,8 @@ class TPExpertMLPs(ExpertMLPs):
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return this rank's slices."""
-        gate = None if self.gate is None else local_tensor(self.gate)
-        return local_tensor(self.up), gate, local_tensor(self.down)
+        gate = None if self.gate is None else _local_slice(self.gate)
+        return _local_slice(self.up), gate, _local_slice(self.down)
 
 
 class TPMLP(MLP):
@@ -188,7 +188,7 @@ class TPLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the slice's product."""
-        return F.linear(x, local_tensor(self.weight))
+        return F.linear(x, _local_slice(self.weight))
 
 
 class TPHeadNorm(RMSNorm):
@@ -253,6 +253,13 @@ def _slice_linears(mesh: DeviceMesh, to_hidden: list[nn.Linear], from_hidden: nn
     _slice(from_hidden, mesh, weight=1)
     for linear in (*to_hidden, from_hidden):
         swap_class(linear, TPLinear)
+
+
+def _local_slice(parameter: Tensor | None) -> Tensor:
+    # A whole parameter would be counted once by each rank.
+    if not isinstance(parameter, DTensor):
+        raise TypeError("this parameter is not sliced")
+    return parameter.to_local()
 
 
 def _slice(module: nn.Module, mesh: DeviceMesh, **dims: int) -> None:

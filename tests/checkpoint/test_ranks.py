@@ -327,6 +327,7 @@ def fails_on_one(root: str, how: str) -> tuple[str, list[str], tuple[int, str]]:
 def test_what_fails_on_one_rank_fails_on_all_and_the_next_save_works(tmp_path, how, says):
     for said, names, found in on_ranks(fails_on_one, 2, str(tmp_path), how):
         assert re.search(says, said), said
+        assert ("repair the disk" in said) == (how != "tensors")
         assert names == ["step-000000001"]
         assert found == (3, tmp_path / "step-000000003")
 

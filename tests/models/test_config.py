@@ -108,6 +108,8 @@ def test_all_the_problems_are_told_at_once():
                 *([1, 0.5, 1, wrong] for wrong in (math.nan, 10**400, "0.5", None, True)),
                 *("[1, .5]*3", "[1, .5]*0", "[1, .5]*-2", "[1, .5]*99999999999999", "[1, 2]*2"),
                 *(f"[1, .5]*{'9' * 6000}", "[1, nan]*2", "[1, inf]*2", "[1, x]*2", "[[1, .5]]*2"),
+                # Tried in 2^n ways, it would take longer than anyone waits.
+                " + ".join(["[1]"] * 60) + " +",
                 *("[1, .5]*2 +", "[1, .5]*2 [1]", "[1, .5", "[]", "[ , ]", "", "every other"),
                 *("DENSE", None, 0.5, {"layers": 4}),
             )

@@ -14,6 +14,7 @@ from modtrain.parallel.config import LayerOptions
 from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.meshes import make_meshes
 from modtrain.parallel.parallelize import parallelize, prepare_layers
+from modtrain.parallel.tensor import TPLinear
 from modtrain.parallel.validation import tensor_problems
 from tests.helpers.model_cases import MODELS, distinct_tokens, small
 from tests.helpers.ranks import on_ranks
@@ -138,3 +139,11 @@ def test_few_experts_are_cut_by_their_features():
         assert shapes[f"{mlp}inner.up"] == (5, 4, 12)
         assert shapes[f"{mlp}inner.down"] == (5, 3, 16)
         assert shapes[f"{mlp}shared.up.weight"] == (3, 16)
+
+
+def test_a_weight_that_is_not_sliced_is_refused():
+    """Whole, it would be counted once by each rank."""
+    linear = torch.nn.Linear(2, 2)
+    linear.__class__ = TPLinear
+    with pytest.raises(TypeError, match="not sliced"):
+        linear(torch.ones(1, 2))

@@ -23,8 +23,9 @@ _GRADED: dict[str, Callable[[int, int], float]] = {
     "ramp_up": lambda layer, last: layer / last,
 }
 PATTERNS = ("dense", "every", "every_other", "all_but_ends", *_GRADED)
-# At most four digits of repetition: a typing error must not exhaust the memory.
-_LIST_TERM = r"\s*\[([^\[\]]*)\]\s*(?:\*\s*(\d{1,4}))?\s*"
+# At most four digits of repetition: a typing error must not exhaust the memory. A space matches in
+# one place only, or a long text with an error at its end would be tried in 2^n ways.
+_LIST_TERM = r"\s*\[([^\[\]]*)\]\s*(?:\*\s*(\d{1,4})\s*)?"
 
 
 def num_chosen(capacity: float, seq_len: int) -> int:
