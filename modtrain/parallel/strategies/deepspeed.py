@@ -23,6 +23,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -158,13 +159,19 @@ class DeepSpeedStrategy(DataParallelStrategy):
         """Clip each group by its own norm; return the norms before."""
         return state.clip_gradients(self.engine, groups, limit)
 
-    def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors that this rank saves, and the metadata of all.
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Save as every strategy does.
 
         Raises:
             TrainingError: the last step was skipped, and no guard has noticed.
         """
         self._check_overflow()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def named_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors that this rank saves, and the metadata of all."""
         named = state.tensors(self.engine, self._transformer)
         groups = [
             {**group, "params": known["params"], "stateless": []}
