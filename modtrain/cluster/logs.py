@@ -16,12 +16,12 @@ from typing import Any
 from modtrain.cluster import slurm
 from modtrain.cluster.config import LogsConfig
 from modtrain.cluster.runs import (
-    BLOCK_BYTES,
     HELD_OUT,
     LOSS,
     RunNotFoundError,
     RunRecord,
     SubmittedJob,
+    blocks_from_end,
     existing_run,
     read_run,
 )
@@ -87,20 +87,17 @@ class Tail:
 def offset_of_last(path: Path, lines: int) -> int:
     """Return where the last ``lines`` lines of ``path`` begin, in bytes."""
     with path.open("rb") as file:
-        offset = end = file.seek(0, os.SEEK_END)
-        # Block by block: a progress bar makes one line of a whole log.
-        while offset > 0 and lines > 0:
-            size = min(BLOCK_BYTES, offset)
-            offset -= size
-            file.seek(offset)
-            block = file.read(size)
+        if lines == 0:
+            return file.seek(0, os.SEEK_END)
+        # Not by lines: a progress bar makes one of a whole log.
+        for number, (offset, block) in enumerate(blocks_from_end(file)):
             # The newline that ends the file starts no further line.
-            at = len(block) - (offset + size == end and block.endswith(b"\n"))
+            at = len(block) - (number == 0 and block.endswith(b"\n"))
             while (at := block.rfind(b"\n", 0, at)) >= 0:
                 lines -= 1
                 if lines == 0:
                     return offset + at + 1
-        return 0 if lines > 0 else end
+        return 0
 
 
 _print = partial(print, end="", flush=True)
