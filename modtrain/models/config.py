@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from modtrain.common.errors import Problem
@@ -259,3 +259,31 @@ class ModelConfig:
                 f"use a divisor of {self.num_heads}",
             ),
         )
+
+
+def unrouted_layers(model: ModelConfig) -> ModelConfig | None:
+    """Return the dense model of the layers that ``model`` does not route, alone.
+
+    It is the fair control of a routed model: what is left if the routed layers do nothing. None
+    where there is no such model: no layer is routed, or all are; routers choose tokens for a part
+    of a block only; or the experts of the remaining layers follow no `ExpertsConfig.every`.
+    """
+    capacities = model.capacities
+    kept = [layer for layer, capacity in enumerate(capacities) if capacity is None]
+    if len(kept) in (0, len(capacities)) or model.router.target != "block":
+        return None
+    control = replace(
+        model,
+        num_layers=len(kept),
+        pattern="dense",
+        mixer=model.mixer if isinstance(model.mixer, str) else [model.mixers[i] for i in kept],
+        router=RouterConfig(),
+    )
+    has_experts = [model.has_experts(layer) for layer in kept]
+    if not any(has_experts):
+        return replace(control, experts=ExpertsConfig())
+    for every in range(1, len(kept) + 1):
+        control = replace(control, experts=replace(model.experts, every=every))
+        if [control.has_experts(layer) for layer in range(len(kept))] == has_experts:
+            return control
+    return None
