@@ -39,7 +39,7 @@ from modtrain.common.overrides import explain, misread, parse, plain, quoted, se
 from modtrain.common.renamed_keys import new_name, renamed_in_files
 from modtrain.common.shipped import conf_dir
 from modtrain.data.config import PrepareConfig
-from modtrain.experiments.compare.config import CompareConfig, Comparison
+from modtrain.experiments.compare.config import CompareConfig, Comparison, add_controls
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
 from modtrain.inference.config import EvalRunConfig, GenerateConfig, InspectConfig
 from modtrain.training.config import TrainConfig
@@ -198,12 +198,20 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
     """
     config = compose("compare", overrides, config_dir)
     raise_if_any(config.problems())
-    overrides_of = {arm: [*overrides, *added] for arm, added in config.chosen_arms.items()}
+    overrides_of = {arm: [*overrides, *added] for arm, added in config.arms.items()}
+    composed: dict[str, CompareConfig] = _compose_each("compare", overrides_of, config_dir)
+    controls: dict[str, str] = {}
+    if config.controls:
+        composed, controls = add_controls(composed)
+    if missing := [name for name in config.only if name not in composed]:
+        remedy = f"there are: {', '.join(composed)}"
+        raise ConfigError([Problem("only", name, "is not an arm", remedy) for name in missing])
     arms = {
-        arm: _runs_of_an_arm(composed, f"{config.name}/{arm}", config.seeds)
-        for arm, composed in _compose_each("compare", overrides_of, config_dir).items()
+        arm: _runs_of_an_arm(run, f"{config.name}/{arm}", config.seeds)
+        for arm, run in composed.items()
+        if not config.only or arm in config.only
     }
-    return Comparison(config, arms)
+    return Comparison(config, arms, controls)
 
 
 def _compose_each(

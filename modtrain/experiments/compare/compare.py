@@ -65,12 +65,12 @@ def _report_and_show(comparison: Comparison, console: Console) -> None:
         complete = _complete_runs(arms)
         if not complete:
             raise TrainingError("no run of this comparison is complete: leave train=false out")
-        show(_report(complete, config.timed_rounds), console)
+        show(_report(replace(comparison, arms=complete)), console)
         return
     path, picture = directory / _REPORT, directory / "loss_over_flops.png"
     if not _is_current(path, arms):
         draw(arms, picture)
-        write_text(path, json.dumps(_report(arms, config.timed_rounds), indent=1))
+        write_text(path, json.dumps(_report(comparison), indent=1))
     else:
         console.print(f"{directory} is complete: nothing was trained", soft_wrap=True)
     show(json.loads(path.read_text()), console)
@@ -106,10 +106,14 @@ def _tensorboard() -> str:
     return shlex.quote(str(path)) if path.is_file() else "tensorboard"
 
 
-def _report(arms: dict[str, list[TrainConfig]], rounds: int) -> dict[str, dict[str, Any]]:
+def _report(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    arms, rounds = comparison.arms, comparison.config.timed_rounds
     times: dict[str, float] = {}
     if rounds:
         # Where not all models fit together, the losses are reported without the times.
         with suppress(torch.OutOfMemoryError):
             times = step_seconds({name: configs[0] for name, configs in arms.items()}, rounds)
-    return {name: describe(configs, times.get(name)) for name, configs in arms.items()}
+    return {
+        name: describe(configs, times.get(name), comparison.controls.get(name))
+        for name, configs in arms.items()
+    }

@@ -24,11 +24,14 @@ _OTHER = "held_out/causal_loss_"
 _NUM_STANDARD_ERRORS = 2.0
 
 
-def describe(configs: list[TrainConfig], seconds: float | None) -> dict[str, Any]:
+def describe(
+    configs: list[TrainConfig], seconds: float | None, control: str | None
+) -> dict[str, Any]:
     """Return the figures of an arm whose runs, one a seed, are complete.
 
     Losses are means over the seeds, in nats a token; ``causal_losses`` has them one by one, by the
-    seed. seconds: of a micro-batch's training step, if it was measured.
+    seed. seconds: of a micro-batch's training step, if it was measured. control: the arm that is
+    the dense model of its unrouted layers alone.
     """
     results = [json.loads(RunDirectory.of(config).result.read_text()) for config in configs]
     model, seq_len = configs[0].model, configs[0].data.seq_len or 1
@@ -49,6 +52,8 @@ def describe(configs: list[TrainConfig], seconds: float | None) -> dict[str, Any
         "causal_flops_per_token": _mean([result.get(CAUSAL_FLOPS) for result in results]),
         "dense_equivalent_flops_per_token": dense_equivalent_flops(model, seq_len).total / seq_len,
         "micro_batch_seconds": seconds,
+        "is_routed": model.is_routed,
+        "control": control,
         **{key: results[0][key] for key in ("steps", "tokens", "flops")},
     }
 
@@ -87,22 +92,38 @@ def show(report: dict[str, dict[str, Any]], console: Console) -> None:
 
 
 def verdict(report: dict[str, dict[str, Any]]) -> list[str]:
-    """Compare each arm with the first one, in a sentence each."""
-    (first, base), *others = report.items()
-    lines = []
-    for name, arm in others:
-        if arm["causal_loss"] is None or base["causal_loss"] is None:
-            lines.append(f"{name} and {first} cannot be compared: one has no causal decision")
-            continue
-        change, word, sure = _change(arm, base)
-        flops = arm["forward_flops_per_token"] / base["forward_flops_per_token"]
-        times = (arm["micro_batch_seconds"], base["micro_batch_seconds"])
-        timed = "" if None in times else f" and {times[0] / times[1]:.3f} of its step time"
-        lines.append(
-            f"{name} {word} {first} at this size: causal loss {change:+.2%}{sure}, with"
-            f" {flops:.3f} of its forward FLOPs{timed}"
-        )
-    return lines
+    """Compare each arm with the first one, each routed arm with its control and the best dense arm.
+
+    A sentence for each pair.
+    """
+    first, *others = report
+    pairs = [(name, first) for name in others]
+    dense = {
+        arm["causal_loss"]: name
+        for name, arm in report.items()
+        if arm.get("is_routed") is False and arm["causal_loss"] is not None
+    }
+    for name, arm in report.items():
+        if arm.get("is_routed"):
+            rivals = [arm.get("control"), dense[min(dense)] if dense else None]
+            pairs += [(name, rival) for rival in rivals if rival in report]
+    return [_sentence(report, *pair) for pair in dict.fromkeys(pairs)]
+
+
+def _sentence(report: dict[str, dict[str, Any]], name: str, other: str) -> str:
+    """Compare the arm ``name`` with the arm ``other``."""
+    arm, base = report[name], report[other]
+    if arm["causal_loss"] is None or base["causal_loss"] is None:
+        return f"{name} and {other} cannot be compared: one has no causal decision"
+    change, word, sure = _change(arm, base)
+    flops = arm["forward_flops_per_token"] / base["forward_flops_per_token"]
+    times = (arm["micro_batch_seconds"], base["micro_batch_seconds"])
+    timed = "" if None in times else f" and {times[0] / times[1]:.3f} of its step time"
+    what = ", the dense model of its unrouted layers," if arm.get("control") == other else ""
+    return (
+        f"{name} {word} {other}{what} at this size: causal loss {change:+.2%}{sure}, with"
+        f" {flops:.3f} of its forward FLOPs{timed}"
+    )
 
 
 def _change(arm: dict[str, Any], base: dict[str, Any]) -> tuple[float, str, str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from modtrain.common.errors import Problem
+from modtrain.common.errors import ConfigError, Problem
 from modtrain.common.validation import at_least
-from modtrain.training.config import TrainConfig
+from modtrain.models.config import unrouted_layers
+from modtrain.models.depth.config import RouterConfig
+from modtrain.training.config import CapacityScheduleConfig, TrainConfig
+
+_CONTROL = "_unrouted"
 
 
 @dataclass
@@ -18,6 +23,9 @@ class CompareConfig(TrainConfig):
         first is what the others are compared with.
     seeds: each arm is trained with every one of these, for its weights and the order of its data;
         empty: once, as ``seed`` and ``data.seed`` say.
+    controls: train beside each routed arm the dense model of its unrouted layers alone, as the arm
+        ``<name>_unrouted``. It is the model that remains where routed layers do nothing, so a
+        routed arm has to beat it (docs/reports/results.md). Arms with the same one share it.
     only: arms to train and report; empty: all of them.
     train: false reports the complete runs and trains none.
     timed_rounds: training steps of each arm that are timed side by side at the end; 0: none.
@@ -25,14 +33,10 @@ class CompareConfig(TrainConfig):
 
     arms: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
+    controls: bool = True
     only: list[str] = field(default_factory=list)
     train: bool = True
     timed_rounds: int = 8
-
-    @property
-    def chosen_arms(self) -> dict[str, list[str]]:
-        """The arms selected by ``only``, in their order."""
-        return {k: v for k, v in self.arms.items() if not self.only or k in self.only}
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
         """Everything wrong with the comparison and with what its arms share."""
@@ -44,7 +48,7 @@ class CompareConfig(TrainConfig):
         problems += [
             Problem("only", name, "is not an arm", f"there are: {', '.join(self.arms)}")
             for name in self.only
-            if name not in self.arms
+            if name not in self.arms and not self._may_be_control(name)
         ]
         if len(set(self.seeds)) != len(self.seeds):
             problems.append(Problem("seeds", self.seeds, "names a seed twice", "name each once"))
@@ -55,15 +59,62 @@ class CompareConfig(TrainConfig):
         ]
         return problems + at_least(self, "", 0, "timed_rounds")
 
+    def _may_be_control(self, name: str) -> bool:
+        return self.controls and name.endswith(_CONTROL) and name[: -len(_CONTROL)] in self.arms
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be compared, composed and checked. arms: the runs of each arm, one a seed."""
+    """What is to be compared, composed and checked.
+
+    arms: the runs of each arm, one a seed. controls: of routed arms, the arm that is the dense
+    model of their unrouted layers alone.
+    """
 
     config: CompareConfig
     arms: dict[str, list[TrainConfig]]
+    controls: dict[str, str] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
         """Where the report goes."""
         return Path(self.config.runs_dir) / str(self.config.name)
+
+
+def add_controls(
+    arms: Mapping[str, CompareConfig],
+) -> tuple[dict[str, CompareConfig], dict[str, str]]:
+    """Add to ``arms`` the dense model of the unrouted layers of each arm that has one.
+
+    Returns all arms, a control behind the first arm that it belongs to, and the name of the control
+    of each arm that has one: another arm's where it is the same model, trained in the same way.
+
+    Raises:
+        ConfigError: an arm has a control's name, but is another model.
+    """
+    names: dict[str, str] = {}
+    known = {name: _as_trained(config) for name, config in arms.items()}
+    expanded: dict[str, CompareConfig] = {}
+    for name, config in arms.items():
+        expanded[name] = config
+        model = None if config.model.problems() else unrouted_layers(config.model)
+        if model is None:
+            continue
+        control = replace(config, model=model, capacity_schedule=CapacityScheduleConfig())
+        same = [other for other in known if known[other] == _as_trained(control)]
+        if not same and name + _CONTROL in known:
+            reason = f"is the name of the control of {name}, and another model"
+            problem = Problem("arms", name + _CONTROL, reason, "rename it, or set controls=false")
+            raise ConfigError([problem])
+        names[name] = same[0] if same else name + _CONTROL
+        if not same:
+            known[names[name]], expanded[names[name]] = _as_trained(control), control
+    return expanded, names
+
+
+def _as_trained(config: CompareConfig) -> CompareConfig:
+    """Return the configuration without what has no effect in a dense model."""
+    if config.model.problems() or config.model.is_routed:
+        return config
+    model = replace(config.model, pattern="dense", capacity=1.0, router=RouterConfig())
+    return replace(config, model=model)

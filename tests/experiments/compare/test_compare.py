@@ -34,6 +34,63 @@ def test_without_a_causal_loss_there_is_no_verdict():
     assert "cannot be compared" in line
 
 
+def test_a_routed_arm_is_compared_with_its_control_and_the_best_dense_arm():
+    report = {
+        name: arm(loss) | {"is_routed": False, "control": None}
+        for name, loss in (("deep", 2.0), ("mod", 1.9), ("mod_unrouted", 1.85), ("wide", 1.8))
+    }
+    report["mod"] |= {"is_routed": True, "control": "mod_unrouted"}
+    lines = verdict(report)
+    assert [line.split(" at this size")[0] for line in lines] == [
+        "mod beats deep",
+        "mod_unrouted beats deep",
+        "wide beats deep",
+        "mod loses to mod_unrouted, the dense model of its unrouted layers,",
+        "mod loses to wide",
+    ]
+
+
+ARMS = "+arms={%s}"
+
+
+def names_of(*arms, changes=()):
+    """The arms of a comparison of the tiny model, and the control of each routed one."""
+    comparison = compose_arms(["model=tiny", "budget.steps=1", ARMS % ", ".join(arms), *changes])
+    return list(comparison.arms), comparison.controls
+
+
+def test_arms_with_the_same_unrouted_layers_share_a_control():
+    arms, controls = names_of(
+        'a: ["model.pattern=dense"]',
+        'b: ["model.capacity=0.25", "capacity_schedule=cosine"]',
+        'c: ["model.router.gate=sigmoid"]',
+        'd: ["model.pattern=every"]',
+        'e: ["optimizer.lr=0.1"]',
+    )
+    assert arms == ["a", "b", "b_unrouted", "c", "d", "e", "e_unrouted"]
+    assert controls == {"b": "b_unrouted", "c": "b_unrouted", "e": "e_unrouted"}
+
+
+def test_an_arm_that_is_the_control_already_is_used():
+    dense = 'half: ["model.pattern=dense", "model.num_layers=2", "model.router.gate=none"]'
+    arms, controls = names_of('mod: ["model.num_layers=4"]', dense)
+    assert (arms, controls) == (["mod", "half"], {"mod": "half"})
+
+
+def test_a_control_can_be_left_out_or_trained_alone():
+    arms = ("a: []", 'b: ["model.pattern=dense"]')
+    assert names_of(*arms, changes=["controls=false"]) == (["a", "b"], {})
+    assert names_of(*arms, changes=["only=[a_unrouted]"])[0] == ["a_unrouted"]
+    for only, name in (("b_unrouted", "b"), ("c_unrouted", "c")):
+        with pytest.raises(ConfigError, match=f"only={name}_unrouted: is not an arm"):
+            names_of(*arms, changes=[f"only=[{only}]"])
+
+
+def test_another_arm_may_not_have_the_name_of_a_control():
+    with pytest.raises(ConfigError, match="arms=a_unrouted: is the name of the control of a"):
+        names_of("a: []", 'a_unrouted: ["model.pattern=every"]')
+
+
 def overrides(tiny, tmp_path):
     budget = [o for o in tiny if not o.startswith("budget")]
     arms = '+arms={whole: ["model.pattern=dense"], routed: ["model.capacity=0.25"]}'
