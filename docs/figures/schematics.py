@@ -9,6 +9,7 @@ from pathlib import Path
 import grimp
 from charts import results_chart
 from drawing import Drawing, flow
+from fits import fit_chart
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,6 +20,7 @@ def draw_all(folder: Path) -> None:
     for name, draw in FIGURES.items():
         draw().save(folder, name)
     results_chart(folder)
+    fit_chart(folder)
 
 
 # Where a package stands in its row of the import contract: 0 left, 1 middle, 2 right.

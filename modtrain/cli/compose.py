@@ -40,6 +40,7 @@ from modtrain.common.renamed_keys import new_name, renamed_in_files
 from modtrain.common.shipped import conf_dir
 from modtrain.data.config import PrepareConfig
 from modtrain.experiments.compare.config import CompareConfig, Comparison, add_controls
+from modtrain.experiments.fit.config import FitConfig
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
 from modtrain.inference.config import EvalRunConfig, GenerateConfig, InspectConfig
 from modtrain.training.config import TrainConfig
@@ -55,6 +56,7 @@ SCHEMAS: dict[str, type] = {
     "checkpoints": CheckpointsConfig,
     "submit": SubmitConfig,
     "search": SearchConfig,
+    "fit": FitConfig,
     "status": StatusConfig,
     "logs": LogsConfig,
     "cancel": CancelConfig,

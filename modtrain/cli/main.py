@@ -175,6 +175,10 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
         "modtrain.experiments.search.search:search",
         "search the best values of some keys, with Optuna",
     ),
+    "fit": (
+        "modtrain.experiments.fit.fit:fit",
+        "a scaling law from a file of losses, parameters, tokens and FLOPs",
+    ),
     "inspect": (_inspect, "a page that shows what a run's routers do with a text"),
     "generate": ("modtrain.inference.generate.generate:generate", "continue texts with a run"),
     "checkpoints": (

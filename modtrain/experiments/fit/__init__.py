@@ -1,0 +1,1 @@
+"""Scaling laws: loss over parameters, tokens and training FLOPs. Imports no torch."""
