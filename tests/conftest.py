@@ -62,7 +62,7 @@ def _kept_on_commit(cases: list[pytest.Function]) -> list[pytest.Function]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """Skip what needs expert parallelism where torch is too old for it, whatever rank says so."""
+    """Skip what needs expert parallelism where torch is too old for it, on whatever rank."""
     try:
         yield
     except Exception as error:
@@ -72,7 +72,7 @@ def pytest_runtest_call() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Write the table of the failures that were gone through, as Markdown."""
+    """Write the table of the failures that were tested, as Markdown."""
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
     rows = [value for r in reports for key, value in r.user_properties if key == "failure"]
     if not rows:
@@ -113,7 +113,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def empty_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stay out of the checkout, whose data/ may hold anything or nothing."""
+    """Leave the checkout, whose data/ may have anything or nothing."""
     monkeypatch.chdir(tmp_path)
 
 

@@ -30,11 +30,11 @@ def scopes(tree: ast.Module) -> Iterator[tuple[Scope, str]]:
 
 def names_in(node: Scope) -> set[str]:
     """The arguments of a function; of a class, its fields, attributes and methods' arguments."""
-    found = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    names = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
     if isinstance(node, ast.ClassDef):
-        found |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-        found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return found
+        names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+        names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return names
 
 
 def unknown_arguments(tree: ast.Module) -> list[str]:
@@ -53,12 +53,14 @@ def raised(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, name
 
 
-def test_described_arguments_are_there():
-    found = [f"{path}:{problem}" for path, tree in trees() for problem in unknown_arguments(tree)]
-    assert not found, "\n".join(found)
+def test_described_arguments_exist():
+    problems = [
+        f"{path}:{problem}" for path, tree in trees() for problem in unknown_arguments(tree)
+    ]
+    assert not problems, "\n".join(problems)
 
 
-def test_errors_that_are_said_to_be_raised_exist():
+def test_documented_errors_exist():
     known = set(vars(builtins))
     for _, tree in trees():
         for node in ast.walk(tree):
@@ -66,10 +68,10 @@ def test_errors_that_are_said_to_be_raised_exist():
                 known.add(node.name)
             if isinstance(node, ast.ImportFrom):
                 known |= {alias.name for alias in node.names}
-    found = [
+    problems = [
         f"{path}:{line}: {name}"
         for path, tree in trees()
         for line, name in raised(tree)
         if name not in known
     ]
-    assert not found, "\n".join(found)
+    assert not problems, "\n".join(problems)

@@ -155,7 +155,7 @@ def test_every_verb_is_shown():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_files_it_names_are_there(document):
+def test_the_files_it_names_exist(document):
     text = document.read_text()
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in target and not target.startswith("<"):

@@ -1,4 +1,4 @@
-"""The first thing a newcomer does, for real: interrupted, gone on with, and started once more."""
+"""The first thing a newcomer does, for real: interrupted, resumed, and started once more."""
 
 import os
 import re
@@ -19,7 +19,7 @@ COMMAND = "make quickstart"
 
 def start(folder: Path, log: Path) -> subprocess.Popen:
     # Under `make test-slow` an inner make would report the folders that it enters and leaves; and a
-    # newcomer has not told torch to use a single thread.
+    # newcomer has not set torch to use a single thread.
     inner = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "OMP_NUM_THREADS"}
     outside = {k: v for k, v in os.environ.items() if k not in inner}
     with log.open("w") as output:
@@ -62,8 +62,8 @@ def test_make_quickstart(tmp_path):
     assert process.wait(timeout=1800) == 0
     shown = (tmp_path / "last.log").read_text()
     assert "resumes from step" in shown
-    for said in ("causal loss", "top-k loss, not causal", "forward FLOPs a token", "step time"):
-        assert said in shown
+    for expected in ("causal loss", "top-k loss, not causal", "forward FLOPs a token", "step time"):
+        assert expected in shown
     assert re.search(r"mod (beats|loses to|equals) dense", shown)
     (picture,) = re.findall(r"^picture: (.*)$", shown, re.MULTILINE)
     assert Path(picture).read_bytes().startswith(b"\x89PNG")

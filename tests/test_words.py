@@ -1,8 +1,8 @@
 """Identifiers that have given way to the field's terms, and must not come back.
 
-Add a name to `BANNED`, with the one to use, once the package is free of it. Functions, classes,
-arguments, attributes and variables of the package, the benchmarks and the documents' extensions
-are checked; comments and texts are not.
+Add a name to `BANNED`, with the one to use, once the code is free of it. Functions, classes,
+arguments, attributes and variables of the package, the benchmarks, the documents' extensions and
+the tests are checked, and the words of test names; comments and texts are not.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 import modtrain
 
 ROOT = Path(modtrain.__file__).parents[1]
-FOLDERS = ("modtrain", "benchmarks", "docs")
+FOLDERS = ("modtrain", "benchmarks", "docs", "tests")
 
 BANNED = {
     # models
@@ -69,6 +69,18 @@ BANNED = {
     "whoever": "the thing's own name",
     "gone": "removed",
 }
+# As one of the words of a test's name.
+BANNED_IN_TEST_NAMES = {
+    "told": "reported",
+    "tells": "reports",
+    "said": "printed",
+    "says": "prints, names",
+    "nobody": "no token, padding, or the thing's own name",
+    "whoever": "the thing's own name",
+    "gone": "removed",
+    "apart": "separately",
+    "dial": "budget",
+}
 
 
 def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -79,18 +91,26 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield name, getattr(node, "lineno", 0)
 
 
-def uses(source: str) -> list[tuple[int, str]]:
-    return sorted((line, name) for name, line in identifiers(ast.parse(source)) if name in BANNED)
+def uses(source: str) -> list[tuple[int, str, str]]:
+    """Lines with a banned name, the name or the word of it, and what to use."""
+    lines = []
+    for name, line in identifiers(ast.parse(source)):
+        if name in BANNED:
+            lines.append((line, name, BANNED[name]))
+        if name.startswith("test_"):
+            words = BANNED_IN_TEST_NAMES.keys() & name.split("_")
+            lines += [(line, word, BANNED_IN_TEST_NAMES[word]) for word in words]
+    return sorted(lines)
 
 
 def test_identifiers_are_the_fields_terms():
-    found = [
-        f"{path.relative_to(ROOT)}:{line}: {name}: use {BANNED[name]}"
+    problems = [
+        f"{path.relative_to(ROOT)}:{line}: {name}: use {better}"
         for folder in FOLDERS
         for path in sorted((ROOT / folder).rglob("*.py"))
-        for line, name in uses(path.read_text())
+        for line, name, better in uses(path.read_text())
     ]
-    assert not found, "\n".join(found)
+    assert not problems, "\n".join(problems)
 
 
 def test_every_kind_of_identifier_is_looked_at():
@@ -98,9 +118,10 @@ def test_every_kind_of_identifier_is_looked_at():
         "def hold(said, *told, **nobody): gone = room.wish\n"
         "class Dice: tick: int = 0\n"
         "import a as held; f(apart=1); [go_on for _ in b]\n"
+        "def test_what_is_told(): pass\n"
         "'unless' # within\n"
     )
-    names = {name for _, name in uses(source)}
+    names = {name for _, name, _ in uses(source)}
     assert names == {
         *("hold", "said", "told", "nobody", "gone", "room", "wish", "Dice", "tick", "held"),
         *("apart", "go_on"),

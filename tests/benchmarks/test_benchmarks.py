@@ -50,7 +50,7 @@ RATIOS = {
 }
 
 
-def test_every_benchmark_is_run_here_and_by_make_bench():
+def test_every_benchmark_is_tested_and_run_by_make_bench():
     names = {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
     assert names == SMALL.keys() == RATIOS.keys()
     target = (ROOT / "Makefile").read_text().split("bench:")[1].split("done")[0]

@@ -1,4 +1,4 @@
-"""A rank of 1,024 does and sends in a step what theory says, and no more than one of 128."""
+"""A rank of 1,024 computes and sends in a step as in theory, and no more than one of 128."""
 
 import functools
 import gc
@@ -25,7 +25,7 @@ _MOD = (
     "model.router.causal=[predictor,threshold]",
 )
 _DENSE = (*_MOD, "model.pattern=dense")
-# On 16 ranks experts' matrices are cut by another dim than the experts'; on 128 none is even.
+# On 16 ranks experts' matrices are sharded by another dim than the experts'; on 128 none is even.
 _MODE = (
     *_MOD,
     *("model.experts.count=8", "model.experts.top_k=2", "model.experts.shared=1"),
@@ -40,7 +40,7 @@ SETUPS = (
 
 @functools.cache
 def traced(setup: str, world_size: int, lines: tuple[str, ...] = _MODE, rank: int = 0) -> Paper:
-    # Experts have to come out even over the ranks that cut them.
+    # The experts have to be divisible by the ranks that shard them.
     wide = ["model.experts.dim=2048"] if lines is _MODE else []
     return trace(world_size, rank, SEQ_LEN, [*lines, *wide, *overrides(setup)])
 
@@ -69,18 +69,18 @@ def test_a_rank_of_1024_does_what_a_rank_of_128_does(setup):
             pytest.param(setup, 16, _MOD, marks=pytest.mark.slow)
             for setup in ("fsdp", "fsdp_tp/2", "fsdp_cp/2")
         ),
-        # Groups for which no number of tokens comes out even, and experts with limited room.
+        # Groups for which no number of tokens comes out even, and experts with limited capacity.
         ("fsdp_cp/3", 6, _LIMITED),
     ],
 )
-def test_every_collective_and_every_byte_is_what_theory_says(setup, world_size, lines):
+def test_every_collective_and_every_byte_is_that_of_theory(setup, world_size, lines):
     paper = traced(setup, world_size, lines)
     expected = theory(paper)
     assert paper.traffic.keys() == expected.keys()
     for key, wanted in expected.items():
-        found = paper.traffic[key]
-        assert found.number == wanted.number, key
-        assert found.sent == pytest.approx(wanted.bound, rel=1e-12), key
+        actual = paper.traffic[key]
+        assert actual.number == wanted.number, key
+        assert actual.sent == pytest.approx(wanted.bound, rel=1e-12), key
         assert wanted.bound >= wanted.sent > 0, key
 
 
@@ -124,7 +124,7 @@ def test_the_last_rank_does_what_the_first_does(setup):
     assert all(last.state[name] <= size for name, size in first.state.items())
 
 
-def test_a_model_that_cannot_be_cut_so_is_told():
+def test_a_model_that_cannot_be_sharded_so_is_reported():
     with pytest.raises(Exception, match="tensor_parallel"):
         traced("fsdp_tp/4", 16)
     assert not dist.is_initialized()
@@ -150,7 +150,7 @@ def calls_of(work: Callable[[], object]) -> int:
     "degrees", [{}, {"replicate": 8}, {"tensor": 8}, {"context": 2, "tensor": 4, "expert": 8}]
 )
 def test_meshes_take_work_and_memory_by_the_rank_at_most(degrees):
-    def made(world_size: int) -> tuple[int, int]:
+    def calls_and_blocks(world_size: int) -> tuple[int, int]:
         kept = []
 
         def make() -> None:
@@ -166,8 +166,8 @@ def test_meshes_take_work_and_memory_by_the_rank_at_most(degrees):
             gc.collect()
             return calls, sys.getallocatedblocks() - before
 
-    made(64)  # what is made once
-    (calls, blocks), (more_calls, more_blocks) = made(256), made(1024)
+    calls_and_blocks(64)  # what is made once
+    (calls, blocks), (more_calls, more_blocks) = calls_and_blocks(256), calls_and_blocks(1024)
     # Four times the ranks; by their square it would be sixteen.
     assert more_calls < 5 * calls
     # Python keeps the numbers up to 256; of the others each list of all ranks has its own.
@@ -175,7 +175,7 @@ def test_meshes_take_work_and_memory_by_the_rank_at_most(degrees):
 
 
 @pytest.mark.slow
-def test_a_save_is_told_in_entries_of_all_ranks():
+def test_a_save_is_counted_in_entries_of_all_ranks():
     paper = traced("hsdp/8", 16)
     one, four = (save_cost(paper.items, world_size) for world_size in (16, 64))
     assert one.entries == 16 * len(paper.items)

@@ -44,12 +44,12 @@ def save(root, step):
 def test_any_state_comes_back_bitwise(tmp_path_factory, tensors, rest):
     path = tmp_path_factory.mktemp("state") / "step-000000001"
     save_whole(path, tensors, 1, rest)
-    found, found_rest = load_whole(path)
-    assert found.keys() == tensors.keys()
+    loaded, loaded_rest = load_whole(path)
+    assert loaded.keys() == tensors.keys()
     for key, tensor in tensors.items():
-        assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor)
+        assert loaded[key].dtype == tensor.dtype and torch.equal(loaded[key], tensor)
     # Types count as well.
-    assert repr(found_rest) == repr(rest)
+    assert repr(loaded_rest) == repr(rest)
 
 
 def test_what_a_later_torch_adds_to_the_metadata_is_not_read(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_latest_goes_by_the_content_not_by_the_name(tmp_path):
 
 
 def test_every_bit_of_a_manifest_counts(tmp_path):
-    """One that is flipped would go on with the samples of another step."""
+    """A flipped one would resume with the samples of another step."""
     path = save(tmp_path, 4)
     manifest = path / "manifest.json"
     text = manifest.read_bytes()
@@ -128,7 +128,7 @@ def json_of(path):
         return None
 
 
-def test_where_no_checkpoint_can_be_read_none_is_put_away(tmp_path, monkeypatch):
+def test_where_no_checkpoint_can_be_read_none_is_moved(tmp_path, monkeypatch):
     """A disk that is away for a while must not send the run back to its first step."""
     steps = (2, 4)
     for step in steps:
@@ -146,7 +146,7 @@ def test_where_no_checkpoint_can_be_read_none_is_put_away(tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Each file as long at its last fsync as it is in the end: a power cut takes nothing of it."""
+    """Each file as long at its last fsync as it is in the end: a power cut loses nothing of it."""
     synced = {}
     fsync = os.fsync
 

@@ -1,4 +1,4 @@
-"""Saves beside training, in one process: what they copy, wait for, keep and tell."""
+"""Saves beside training, in one process: what they copy, wait for, keep and report."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def put(checkpointer, root, step, value, **options):
     return path
 
 
-def test_a_save_holds_what_was_there_when_it_was_asked_for(tmp_path, gate):
+def test_a_save_has_the_state_of_the_moment_it_was_requested(tmp_path, gate):
     checkpointer, value = Checkpointer(Ranks.create()), torch.ones(4)
     path = put(checkpointer, tmp_path, 1, value)
     value.zero_()
@@ -87,7 +87,7 @@ def test_a_blocking_save_is_on_disk_and_takes_no_copy(tmp_path):
     assert TensorReader(path)["w"].tolist() == [1, 1]
 
 
-def test_old_ones_go_when_the_new_one_is_there(tmp_path, gate):
+def test_old_ones_are_removed_when_the_new_one_is_complete(tmp_path, gate):
     gate.set()
     checkpointer = Checkpointer(Ranks.create(), keep_last=1, keep_every=2)
     for step in (1, 2, 3):
@@ -100,7 +100,7 @@ def test_old_ones_go_when_the_new_one_is_there(tmp_path, gate):
     assert [step for step, _ in whole_checkpoints(tmp_path)] == [2, 5]
 
 
-def test_a_failed_save_prunes_nothing_and_is_told_once(tmp_path, monkeypatch):
+def test_a_failed_save_prunes_nothing_and_is_reported_once(tmp_path, monkeypatch):
     for step in (0, 1):
         put(Checkpointer(Ranks.create()), tmp_path, step, torch.ones(1), blocking=True)
     checkpointer = Checkpointer(Ranks.create(), keep_last=1)
@@ -163,7 +163,7 @@ def test_a_disk_that_became_read_only_fails_the_save_alone(small_disk):
     assert recover(small_disk) == (1, kept)
 
 
-def test_a_directory_that_vanished_is_told_and_not_made_anew(tmp_path):
+def test_a_directory_that_vanished_is_reported_and_not_created_again(tmp_path):
     root = tmp_path / "checkpoints"
     root.mkdir()
     checkpointer = Checkpointer(Ranks.create())
@@ -176,7 +176,7 @@ def test_a_directory_that_vanished_is_told_and_not_made_anew(tmp_path):
     assert recover(root) is None
 
 
-def test_a_directory_that_vanishes_midway_is_told(tmp_path, monkeypatch):
+def test_a_directory_that_vanishes_midway_is_reported(tmp_path, monkeypatch):
     write = writing._HashingStream.write
 
     def vanish(self, content):

@@ -68,7 +68,7 @@ def layout(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def made(name: str, seed: int = 0) -> tuple[nn.Module, torch.optim.AdamW]:
+def model_and_optimizer(name: str, seed: int = 0) -> tuple[nn.Module, torch.optim.AdamW]:
     model = layout(Net(seed), name)
     # Fused keeps the count of steps on the device, and wants what it gets there.
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -105,7 +105,7 @@ def full_state(model, optimizer) -> dict[str, list]:
 def saves(root: str, name: str) -> tuple[dict[str, list], list[float]]:
     """Train 3 steps, save beside 2 more, and return the state at 3 and the losses after it."""
     ranks = Ranks.create()
-    model, optimizer = made(name)
+    model, optimizer = model_and_optimizer(name)
     train(model, optimizer, 3)
     optimizer.param_groups[0]["lr"] = 0.007
     checkpointer = Checkpointer(ranks)
@@ -121,7 +121,7 @@ def saves(root: str, name: str) -> tuple[dict[str, list], list[float]]:
 
 def restores(root: str, name: str) -> tuple:
     ranks = Ranks.create()
-    model, optimizer = made(name, seed=1)
+    model, optimizer = model_and_optimizer(name, seed=1)
     step, path = recover(Path(root), ranks)
     restored = restore(path, model, optimizer, ranks)
     assert (step, restored.step, restored.extra_state["progress"]) == (3, 3, {"tokens": 72})
@@ -150,8 +150,8 @@ def run(function, world: int, *arguments):
 def test_state_comes_back_bitwise_in_any_layout(tmp_path, before, after):
     state, losses = run(saves, before[1], str(tmp_path), before[0])[0]
     outcomes = run(restores, after[1], str(tmp_path), after[0])
-    for rank, (found, later, own, world, rates) in enumerate(outcomes):
-        assert found == state
+    for rank, (restored, later, own, world, rates) in enumerate(outcomes):
+        assert restored == state
         assert later == pytest.approx(losses, abs=1e-5)
         assert world == before[1]
         assert rates == [0.007, 0.01]
@@ -165,7 +165,7 @@ def test_state_comes_back_bitwise_in_any_layout(tmp_path, before, after):
 
 def shares(name: str) -> tuple[list[str], int, int]:
     """Keys and bytes that this rank writes, and bytes of everything."""
-    model, optimizer = made(name)
+    model, optimizer = model_and_optimizer(name)
     train(model, optimizer, 1)
     tensors = named_state(model, optimizer)[0]
     parts = parts_of(tensors, dist.get_rank(), dist.get_world_size())
@@ -175,12 +175,12 @@ def shares(name: str) -> tuple[list[str], int, int]:
 
 @pytest.mark.parametrize(("name", "world"), [("ddp", 2), ("hsdp", 4), ("fsdp", 4)])
 def test_each_rank_writes_its_share_and_nothing_twice(name, world):
-    found = on_ranks(shares, world, name)
-    keys = [key for own, _, _ in found for key in own]
+    outcomes = on_ranks(shares, world, name)
+    keys = [key for own, _, _ in outcomes for key in own]
     assert len(keys) == len(set(keys))
-    total = found[0][2]
-    assert sum(own for _, own, _ in found) == total
-    assert max(own for _, own, _ in found) < 1.5 * total / world
+    total = outcomes[0][2]
+    assert sum(own for _, own, _ in outcomes) == total
+    assert max(own for _, own, _ in outcomes) < 1.5 * total / world
 
 
 def spread(root: str, axis: int) -> bool:
@@ -305,31 +305,31 @@ def fails_on_one(root: str, how: str) -> tuple[str, list[str], tuple[int, str]]:
     try:
         while checkpointer.poll():
             time.sleep(0.01)
-        said = ""
+        message = ""
     except CheckpointError as error:
-        said = str(error)
+        message = str(error)
     os.fsync = fsync
     vars(checkpointer._staging).pop("copy", None)
     names = sorted(path.name for path in folder.iterdir())
     small(checkpointer, folder, 3)
     checkpointer.close()
-    return said, names, recover(folder, ranks)
+    return message, names, recover(folder, ranks)
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "pattern"),
     [
         ("disk", "rank 1: .*No space left"),
         ("memory", r"rank 1: .*(memory|negative|overflow)"),
         ("tensors", "rank 1 .* other tensors"),
     ],
 )
-def test_what_fails_on_one_rank_fails_on_all_and_the_next_save_works(tmp_path, how, says):
-    for said, names, found in on_ranks(fails_on_one, 2, str(tmp_path), how):
-        assert re.search(says, said), said
-        assert ("repair the disk" in said) == (how != "tensors")
+def test_what_fails_on_one_rank_fails_on_all_and_the_next_save_works(tmp_path, how, pattern):
+    for message, names, newest in on_ranks(fails_on_one, 2, str(tmp_path), how):
+        assert re.search(pattern, message), message
+        assert ("repair the disk" in message) == (how != "tensors")
         assert names == ["step-000000001"]
-        assert found == (3, tmp_path / "step-000000003")
+        assert newest == (3, tmp_path / "step-000000003")
 
 
 def dies_in_a_save(root: str) -> str:
@@ -387,15 +387,15 @@ def test_each_rank_reads_its_share_of_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", ".metadata", "state.pt", "all"])
-def test_damage_that_one_rank_finds_is_told_to_all(tmp_path, file):
+def test_damage_that_one_rank_finds_is_known_to_all(tmp_path, file):
     on_ranks(saved_by_two, 2, str(tmp_path), 1, 2)
     hurt = tmp_path / "step-000000002"
     for path in hurt.iterdir() if file == "all" else [hurt / file]:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
-    for found in on_ranks(recovers, 2, str(tmp_path)):
-        assert found[:2] == ((1, tmp_path / "step-000000001"),) * 2
+    for recovered in on_ranks(recovers, 2, str(tmp_path)):
+        assert recovered[:2] == ((1, tmp_path / "step-000000001"),) * 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "damaged-step-000000002",
         "step-000000001",
@@ -428,7 +428,7 @@ def restores_another_model(root: str) -> str:
     return "restored"
 
 
-def test_names_that_are_missing_or_left_over_are_told(tmp_path):
+def test_missing_and_unexpected_names_are_reported(tmp_path):
     saves(str(tmp_path), "single")
     first, second = on_ranks(restores_another_model, 2, str(tmp_path))
     assert first.startswith("RankError: rank 1")
@@ -442,7 +442,7 @@ def test_names_that_are_missing_or_left_over_are_told(tmp_path):
     model.layers[1][0] = nn.Linear(WIDTH, HIDDEN + 1)
     with pytest.raises(CheckpointError, match=r"layers\.1\.0\.\w+ of shape"):
         restore(path, model)
-    fewer = torch.optim.AdamW(made("single")[0].parameters())
+    fewer = torch.optim.AdamW(model_and_optimizer("single")[0].parameters())
     with pytest.raises(ValueError, match="does not have"):
         restore(path, Net(), fewer)
 
@@ -456,14 +456,14 @@ def test_groups_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_a_parameter_that_never_had_a_gradient_has_no_state_and_gets_none(tmp_path):
-    model, optimizer = made("single")
+    model, optimizer = model_and_optimizer("single")
     model.layers[1].requires_grad_(False)
     train(model, optimizer, 1)
     tensors, extra_state = named_state(model, optimizer)
     path = checkpoint_path(tmp_path, 1)
     with Checkpointer(Ranks.create()) as checkpointer:
         checkpointer.save(path, tensors, extra_state, 1)
-    again, fresh = made("single", seed=1)
+    again, fresh = model_and_optimizer("single", seed=1)
     train(again, fresh, 1)
     restore(path, again, fresh)
     assert full_state(again, fresh) == full_state(model, optimizer)

@@ -1,4 +1,4 @@
-"""What `modtrain checkpoints` tells and does, and the file that a checkpoint's weights make."""
+"""What `modtrain checkpoints` prints and does, and the file that a checkpoint's weights make."""
 
 import io
 import json
@@ -65,10 +65,10 @@ def saves(root: str, *steps: int) -> None:
 
 @pytest.fixture
 def run(tmp_path) -> RunDirectory:
-    found = RunDirectory(tmp_path / "r")
-    found.checkpoints.mkdir(parents=True)
-    found.config.write_text(OmegaConf.to_yaml(OmegaConf.structured(CONFIG)))
-    return found
+    directory = RunDirectory(tmp_path / "r")
+    directory.checkpoints.mkdir(parents=True)
+    directory.config.write_text(OmegaConf.to_yaml(OmegaConf.structured(CONFIG)))
+    return directory
 
 
 def verb(run: RunDirectory, **changes) -> str:
@@ -90,8 +90,8 @@ def test_the_list_has_steps_bytes_and_progress(run):
     hurt(run, 1)
     manifest = Manifest.read(checkpoint_path(run.checkpoints, 2))
     shown = verb(run)
-    for said in ("1,000", "2,000", "2e+09", f"{manifest.num_bytes:,}"):
-        assert said in shown, shown
+    for text in ("1,000", "2,000", "2e+09", f"{manifest.num_bytes:,}"):
+        assert text in shown, shown
     (run.checkpoints / "step-000000001" / "state.pt").unlink()
     assert "lacks its file state.pt" in verb(run)
 
@@ -125,8 +125,8 @@ def test_prune_keeps_another_checkpoint_in_place_of_a_damaged_one(run):
     saves(str(run.path.parent), 1, 2, 3)
     hurt(run, 3)
     verb(run, action="prune", keep_last=1)
-    found = latest(run.checkpoints)
-    assert found is not None and found[0] == 2
+    newest = latest(run.checkpoints)
+    assert newest is not None and newest[0] == 2
     assert [s for s, _ in whole_checkpoints(run.checkpoints)] == [2, 3]
 
 
@@ -171,12 +171,12 @@ def test_consolidated_weights_are_those_of_the_checkpoint(run, world):
     assert loaded.keys() == weights.keys() - {"head.weight"}
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
     with safe_open(file, "pt") as opened:
-        told = opened.metadata()
-    assert json.loads(told["tied"]) == {"head.weight": "embedding.weight"}
-    assert told["step"] == "5"
+        metadata = opened.metadata()
+    assert json.loads(metadata["tied"]) == {"head.weight": "embedding.weight"}
+    assert metadata["step"] == "5"
     parts = {"router": MODEL.router, "experts": MODEL.experts}
-    assert ModelConfig(**{**json.loads(told["model"]), **parts}) == MODEL
-    assert len(told["config_sha256"]) == 64
+    assert ModelConfig(**{**json.loads(metadata["model"]), **parts}) == MODEL
+    assert len(metadata["config_sha256"]) == 64
 
 
 def test_consolidated_weights_in_bf16(run):
@@ -274,11 +274,11 @@ def test_an_interrupted_consolidation_leaves_no_file(run, monkeypatch):
         (["run=r", "action=verify", "keep_last=3"], "keep_last"),
     ],
 )
-def test_what_cannot_be_asked_for_is_told(overrides, key):
+def test_invalid_requests_are_reported(overrides, key):
     assert list(problems_of(run_checkpoints, compose("checkpoints", overrides))) == [key]
 
 
-def test_the_command_tells_and_fails(run, capsys):
+def test_the_command_reports_and_fails(run, capsys):
     saves(str(run.path.parent), 1)
     asked = ["checkpoints", f"runs_dir={run.path.parent}"]
     assert main([*asked, "run=r"]) == 0

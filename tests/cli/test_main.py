@@ -50,7 +50,7 @@ def test_a_wrong_configuration_needs_no_torch(tmp_path):
     assert done.stdout.split() == ["2", "False"]
 
 
-def test_every_mistake_is_told_at_once_with_exit_code_2_and_no_traceback(prepared, tmp_path):
+def test_every_mistake_is_reported_at_once_with_exit_code_2_and_no_traceback(prepared, tmp_path):
     done = run_modtrain(
         *("train", "model=tiny", f"data.path={prepared}", "model.capacity=1.3"),
         *("model.num_heads=3", "data.seq_len=128", "budget.steps=1", "budget.tokens=5"),
@@ -59,12 +59,12 @@ def test_every_mistake_is_told_at_once_with_exit_code_2_and_no_traceback(prepare
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    for said in (
+    for text in (
         *("model.capacity=1.3", "model.num_heads=3", "data.seq_len=128", "budget="),
         *("modle.d_model=3", "did you mean model.d_model?", "batch.tokens=many"),
         *("schedule=cosin", "did you mean cosine?", "optimizer.lr=-1", "name=null", "x=["),
     ):
-        assert said in done.stderr, said
+        assert text in done.stderr, text
     assert done.stderr.count("remedy:") == 10
 
 
@@ -87,14 +87,14 @@ def test_every_mistake_is_told_at_once_with_exit_code_2_and_no_traceback(prepare
     ],
 )
 def test_each_mistake_names_key_value_and_remedy(prepared, overrides, key, value):
-    found = errors(f"data.path={prepared}", *overrides)
-    assert key in found
-    assert found[key].remedy
+    problems = errors(f"data.path={prepared}", *overrides)
+    assert key in problems
+    assert problems[key].remedy
     if value is not None:
-        assert found[key].value == value
+        assert problems[key].value == value
 
 
-def test_missing_data_says_to_prepare_it(tmp_path):
+def test_missing_data_names_the_prepare_command(tmp_path):
     done = run_modtrain("train", "name=x", "budget.steps=1", cwd=tmp_path)
     assert done.returncode in (1, 2)
     assert "modtrain prepare" in done.stderr
@@ -116,18 +116,18 @@ def test_no_override_gives_a_traceback(overrides):
 
 
 @pytest.mark.parametrize("override", ["=0", "+=1", "~", ""])
-def test_an_override_without_a_key_is_told(override):
+def test_an_override_without_a_key_is_reported(override):
     with pytest.raises(ConfigError, match="has no key"):
         compose("train", [override])
 
 
-def test_overrides_that_only_clash_together_are_told_without_a_traceback():
+def test_overrides_that_clash_with_each_other_are_reported_without_a_traceback():
     with pytest.raises(ConfigError):
         compose("train", ["+experiment=quickstart", "experiment=quickstart"])
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_prepare_is_told_in_a_line_and_gone_on_with(tmp_path):
+def test_ctrl_c_in_prepare_is_reported_in_a_line_and_resumed(tmp_path):
     corpus = make_corpus(tmp_path / "corpus", documents=1500, words=2000)
     command = [
         *("prepare", "corpus=files", f"sources=[{corpus}/*.txt]", "output=out", "seq_len=64"),
@@ -164,7 +164,7 @@ def test_a_users_own_directory_of_configurations_is_searched(name, tmp_path):
         compose("train", [], str(tmp_path / "nowhere"))
 
 
-def test_a_mistake_in_a_users_file_is_told_without_a_traceback(tmp_path):
+def test_a_mistake_in_a_users_file_is_reported_without_a_traceback(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/mine.yaml").write_text("num_layerz: 6\n")
     with pytest.raises(ConfigError, match="num_layerz"):
@@ -172,7 +172,7 @@ def test_a_mistake_in_a_users_file_is_told_without_a_traceback(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("verb", "file", "content", "said"),
+    ("verb", "file", "content", "text"),
     [
         ("submit", "cluster/bad", b"partition: x\n gpus: 4\n", "cluster/bad.yaml"),
         ("train", "model/bad", b"d_model:\t64\n", "model/bad.yaml"),
@@ -180,13 +180,13 @@ def test_a_mistake_in_a_users_file_is_told_without_a_traceback(tmp_path):
         ("train", "model/bad", b"d_model: \xff\n", "invalid start byte"),
     ],
 )
-def test_a_users_file_that_is_no_yaml_is_told(verb, file, content, said, tmp_path):
+def test_a_users_file_that_is_no_yaml_is_reported(verb, file, content, text, tmp_path):
     path = tmp_path / f"{file}.yaml"
     path.parent.mkdir()
     path.write_bytes(content)
     (problem,) = problems_of(compose, verb, [file.replace("/", "=")], str(tmp_path)).values()
     assert str(problem.value) == str(tmp_path)
-    assert said in problem.reason
+    assert text in problem.reason
 
 
 @pytest.mark.parametrize(
@@ -203,12 +203,12 @@ def test_a_users_file_that_is_no_yaml_is_told(verb, file, content, said, tmp_pat
         ("submit", "+cluster.environment.DEBUG=true", "True"),
     ],
 )
-def test_a_text_that_would_be_read_as_a_number_is_told(verb, override, read):
+def test_a_text_that_would_be_read_as_a_number_is_reported(verb, override, read):
     key, _, text = override.partition("=")
-    found = errors(override, verb=verb)[key.lstrip("+")]
-    assert found.value == text
-    assert found.reason == f"would be read as {read}"
-    assert found.remedy == f"write '{key}=\"{text}\"'"
+    problem = errors(override, verb=verb)[key.lstrip("+")]
+    assert problem.value == text
+    assert problem.reason == f"would be read as {read}"
+    assert problem.remedy == f"write '{key}=\"{text}\"'"
 
 
 @pytest.mark.parametrize("given", ["123", "0123", "No", "inf", '"1e5"', "a_1"])
@@ -224,10 +224,10 @@ def test_a_name_is_what_was_written(given):
         ("run=[", "run", "'key=\"a value with = or brackets\"'"),
     ],
 )
-def test_what_is_not_understood_is_told_with_a_form_that_works(override, key, remedy):
-    found = errors(override, verb="eval")[key]
-    assert not found.reason.endswith(("None", ": "))
-    assert found.remedy.endswith(remedy)
+def test_what_is_not_understood_is_reported_with_a_form_that_works(override, key, remedy):
+    problem = errors(override, verb="eval")[key]
+    assert not problem.reason.endswith(("None", ": "))
+    assert problem.remedy.endswith(remedy)
     (word,) = shlex.split(remedy)
     assert compose("eval", [word.replace("key", "run")]).run
 
@@ -240,14 +240,14 @@ def test_a_choice_that_is_no_text_does_not_exist(choice):
 def test_plan_prints_parts_conventions_and_schedule(capsys):
     assert cli.main(["plan", "model=mod_60m", "data.seq_len=2048", "budget.flops=6e18"]) == 0
     shown = capsys.readouterr().out
-    for said in (
+    for text in (
         *("attention products", "router", "predictor", "head", "if dense", "backward = 2 x"),
         *("steps", "tokens", "cosine", "AdamW moments", "causal attention is counted in full"),
     ):
-        assert said in shown
+        assert text in shown
 
 
-def test_a_plan_that_does_not_fit_the_prepared_data_is_made_with_a_warning(prepared, capsys):
+def test_a_plan_that_does_not_fit_the_prepared_data_warns(prepared, capsys):
     """For other values than those of the data, as if there were none; train refuses them."""
     words = ["model=mod_60m", "model.vocab_size=299", "budget.flops=6e18"]
     words += ["data.seq_len=2048", "data.document_mask=true", "data.eos_id=7"]
@@ -259,12 +259,12 @@ def test_a_plan_that_does_not_fit_the_prepared_data_is_made_with_a_warning(prepa
     beside = capsys.readouterr()
     assert beside.out == without.out
     assert f"warning: the prepared data in {prepared}" in beside.err
-    told = ("data.seq_len=2048", "length 64", "data.eos_id=7", "model.vocab_size=299", "300")
-    assert all(said in beside.err for said in told)
+    texts = ("data.seq_len=2048", "length 64", "data.eos_id=7", "model.vocab_size=299", "300")
+    assert all(text in beside.err for text in texts)
     assert beside.err.count("remedy:") == 3
     assert cli.main(["train", "name=x", *words]) == 2
     refused = capsys.readouterr().err
-    assert all(said in refused for said in told)
+    assert all(text in refused for text in texts)
     # What is left open comes from the data.
     assert cli.main(["plan", "model=tiny", f"data.path={prepared}", "budget.steps=12"]) == 0
     fitting = capsys.readouterr()
@@ -281,29 +281,29 @@ def test_an_index_that_cannot_be_read_is_warned_of_too(prepared, tmp_path, capsy
     assert "data.path=old" in capsys.readouterr().err
 
 
-def test_a_mistake_in_a_plan_is_told_without_what_it_does_not_need(prepared, capsys):
+def test_a_mistake_in_a_plan_is_reported_without_what_it_does_not_need(prepared, capsys):
     words = ["data.seq_len=2048", f"data.path={prepared}", "budget.steps=1", "budget.stesp=1"]
     assert cli.main(["plan", *words]) == 2
     assert capsys.readouterr().err.count("remedy:") == 1
 
 
-def test_doctor_says_what_is_here(capsys):
+def test_doctor_lists_what_is_installed(capsys):
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for said in ("torch", "lightning", "gloo", "disk", "shared memory", "Slurm", "CUDA"):
-        assert said in shown
+    for text in ("torch", "lightning", "gloo", "disk", "shared memory", "Slurm", "CUDA"):
+        assert text in shown
     assert cli.main(["doctor", "model=tiny"]) == 2
 
 
 @pytest.mark.slow
-def test_eval_after_training_tells_causal_and_not(tiny, prepared, tmp_path, capsys, monkeypatch):
+def test_eval_after_training_labels_causal_and_not(tiny, prepared, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *tiny, "name=a"]) == 0
     capsys.readouterr()
     assert cli.main(["eval", "run=a", "sequences=8", "batch_size=4"]) == 0
     shown = capsys.readouterr().out
-    for said in ("causal loss", "top-k loss, not causal", "bits a byte", "balanced accuracy"):
-        assert said in shown
+    for text in ("causal loss", "top-k loss, not causal", "bits a byte", "balanced accuracy"):
+        assert text in shown
     (file,) = (tmp_path / "runs/a").glob("eval-*.json")
     figures = json.loads(file.read_text())
     result = json.loads((tmp_path / "runs/a/result.json").read_text())

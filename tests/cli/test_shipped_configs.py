@@ -1,4 +1,4 @@
-"""Every shipped configuration composes, builds, steps, and costs what it says."""
+"""Every shipped configuration composes, builds, steps, and costs as in its name and formula."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def composed(*overrides):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_builds_steps_and_costs_what_the_formula_says(name):
+def test_a_model_builds_steps_and_costs_as_in_the_formula(name):
     config = composed(f"model={name}").model
     assert config.problems() == []
     # Without values: sizes and operations are real, memory is not needed.
@@ -49,7 +49,7 @@ def test_a_model_builds_steps_and_costs_what_the_formula_says(name):
 
 
 @pytest.mark.parametrize("size", PAPER_SIZES)
-def test_sizes_are_what_their_names_say(size):
+def test_sizes_are_those_of_their_names(size):
     dense, routed = (composed(f"model={kind}_{size}").model for kind in ("dense", "mod"))
     assert parameters(dense).total == pytest.approx(PAPER_SIZES[size], rel=0.1)
     assert (dense.d_model, dense.num_layers) == (routed.d_model, routed.num_layers)
@@ -63,8 +63,8 @@ def test_sizes_are_what_their_names_say(size):
 def test_every_choice_of_a_group_composes_without_a_problem(group):
     for path in (conf_dir() / group).glob("*.yaml"):
         config = composed(f"{group}={path.stem}")
-        found = [p for p in config.problems() if p.key != "data.path"]
-        assert found == [], path
+        problems = [p for p in config.problems() if p.key != "data.path"]
+        assert problems == [], path
 
 
 def test_every_corpus_composes():

@@ -1,4 +1,4 @@
-"""What `modtrain cancel` asks of Slurm, which is played, and what it says."""
+"""What `modtrain cancel` asks of Slurm, which is played, and what it prints."""
 
 from pathlib import Path
 
@@ -9,22 +9,22 @@ from modtrain.cluster import slurm
 from modtrain.cluster.cancel import cancel_run
 from modtrain.cluster.config import CancelConfig
 from modtrain.cluster.slurm import SlurmError, SlurmJob
-from tests.cluster.made_runs import Group, Made, held, play
+from tests.cluster.fake_runs import FakeRun, Group, locked, play
 
 
 def cancelled(root: Path, **changes) -> list[str]:
-    said: list[str] = []
-    cancel_run(CancelConfig(run="r", runs_dir=str(root), **changes), said.append)
-    return said
+    messages: list[str] = []
+    cancel_run(CancelConfig(run="r", runs_dir=str(root), **changes), messages.append)
+    return messages
 
 
 def test_without_a_job_there_is_nothing_to_cancel(tmp_path, capsys):
-    run = Made(tmp_path / "r").starts(9)
+    run = FakeRun(tmp_path / "r").starts(9)
     asked = ["cancel", "run=r", f"runs_dir={tmp_path}"]
     assert main(asked) == 0
     assert "nothing to cancel" in capsys.readouterr().out
     assert not (run.path / "CANCELLED").exists()
-    with held(run.path):
+    with locked(run.path):
         assert main(asked) == 1
     assert "Ctrl-C" in capsys.readouterr().err
     assert main(["cancel", "run=q", f"runs_dir={tmp_path}"]) == 1
@@ -32,14 +32,14 @@ def test_without_a_job_there_is_nothing_to_cancel(tmp_path, capsys):
 
 
 def test_without_slurm_the_jobs_of_a_run_cannot_be_cancelled(tmp_path, monkeypatch):
-    Made(tmp_path / "r").jobs("7")
+    FakeRun(tmp_path / "r").jobs("7")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match="login node"):
         cancelled(tmp_path)
 
 
 class PlayedSlurm:
-    """Jobs that wait, run, and end when they are told to."""
+    """Jobs that wait, run, and end when they are cancelled."""
 
     def __init__(self, monkeypatch, saves: bool, **states: str) -> None:
         self.states = {name.removeprefix("j"): state for name, state in states.items()}
@@ -63,33 +63,33 @@ class PlayedSlurm:
 
 
 def test_waiting_jobs_are_ended_first_then_the_running_one_saves(tmp_path, monkeypatch):
-    run = Made(tmp_path / "r").starts(9).jobs("1", "2", "3", "4").saved(8)
+    run = FakeRun(tmp_path / "r").starts(9).jobs("1", "2", "3", "4").saved(8)
     played = PlayedSlurm(
         monkeypatch, True, j1="COMPLETED", j2="RUNNING", j3="PENDING", j4="PENDING"
     )
-    said = cancelled(tmp_path, wait=5)
+    messages = cancelled(tmp_path, wait=5)
     assert played.calls == [("cancel", "3", "4"), ("save", "2"), ("cancel", "2")]
     assert (run.path / "CANCELLED").read_text().split() == ["1", "2", "3", "4"]
-    assert "be resumed from step 8, saved before" in said[-1]
+    assert "be resumed from step 8, saved before" in messages[-1]
 
 
 def test_a_job_that_does_not_save_is_ended_after_the_wait(tmp_path, monkeypatch):
-    Made(tmp_path / "r").starts(9).jobs("2")
+    FakeRun(tmp_path / "r").starts(9).jobs("2")
     played = PlayedSlurm(monkeypatch, False, j2="RUNNING")
-    said = cancelled(tmp_path, wait=0.1)
+    messages = cancelled(tmp_path, wait=0.1)
     assert played.calls == [("save", "2"), ("cancel", "2")]
-    assert "ended after 0.1 s" in said[1] and "no checkpoint" in said[-1]
+    assert "ended after 0.1 s" in messages[1] and "no checkpoint" in messages[-1]
 
 
 def test_save_false_asks_for_nothing(tmp_path, monkeypatch):
-    Made(tmp_path / "r").starts(9).jobs("2", "3")
+    FakeRun(tmp_path / "r").starts(9).jobs("2", "3")
     played = PlayedSlurm(monkeypatch, True, j2="RUNNING", j3="PENDING")
     cancelled(tmp_path, save=False)
     assert played.calls == [("cancel", "3"), ("cancel", "2")]
 
 
-def test_a_job_that_does_not_end_is_told(tmp_path, monkeypatch):
-    Made(tmp_path / "r").starts(9).jobs("2")
+def test_a_job_that_does_not_end_is_reported(tmp_path, monkeypatch):
+    FakeRun(tmp_path / "r").starts(9).jobs("2")
     played = PlayedSlurm(monkeypatch, False, j2="RUNNING")
     monkeypatch.setattr(slurm, "cancel", lambda ids: played.calls.append("in vain"))
     monkeypatch.setattr("modtrain.cluster.cancel._KILL_GRACE", 0.1)
@@ -105,8 +105,8 @@ def denies(played: PlayedSlurm, *denied: str, named: bool = True) -> None:
             do([name for name in ids if name not in denied])
             if refused := [name for name in ids if name in denied]:
                 of = f" on job id {refused[0]}" if named else ""
-                said = f"scancel: error: Kill job error{of}: Access/permission denied"
-                raise slurm.DeniedError(f"scancel {' '.join(ids)} failed: {said}", said)
+                error = f"scancel: error: Kill job error{of}: Access/permission denied"
+                raise slurm.DeniedError(f"scancel {' '.join(ids)} failed: {error}", error)
 
         return asked
 
@@ -116,15 +116,15 @@ def denies(played: PlayedSlurm, *denied: str, named: bool = True) -> None:
 
 @pytest.mark.parametrize("state", ["RUNNING", "PENDING"])
 @pytest.mark.parametrize("changes", [{}, {"save": False}])
-def test_anothers_job_is_neither_ended_nor_marked(tmp_path, monkeypatch, state, changes):
-    run = Made(tmp_path / "r").starts(9).jobs("1", "501")
+def test_another_users_job_is_neither_ended_nor_marked(tmp_path, monkeypatch, state, changes):
+    run = FakeRun(tmp_path / "r").starts(9).jobs("1", "501")
     denies(PlayedSlurm(monkeypatch, False, j501=state), "501")
     monkeypatch.setattr("modtrain.cluster.cancel._KILL_GRACE", 0.1)
-    said: list[str] = []
+    messages: list[str] = []
     config = CancelConfig(run="r", runs_dir=str(tmp_path), wait=0.1, **changes)
     with pytest.raises(slurm.DeniedError):
-        cancel_run(config, said.append)
-    assert said == []
+        cancel_run(config, messages.append)
+    assert messages == []
     assert not (run.path / "CANCELLED").exists()
     # What an earlier call named stays.
     (run.path / "CANCELLED").write_text("1\n")
@@ -143,7 +143,7 @@ def test_anothers_job_is_neither_ended_nor_marked(tmp_path, monkeypatch, state, 
     ],
 )
 def test_what_was_ended_stays_marked(tmp_path, monkeypatch, named, states, kept):
-    run = Made(tmp_path / "r").starts(9).jobs("2", "501")
+    run = FakeRun(tmp_path / "r").starts(9).jobs("2", "501")
     denies(PlayedSlurm(monkeypatch, False, **states), "501", named=named)
     with pytest.raises(SlurmError, match="denied"):
         cancelled(tmp_path)
@@ -151,7 +151,7 @@ def test_what_was_ended_stays_marked(tmp_path, monkeypatch, named, states, kept)
     assert (marks.read_text().split() if marks.exists() else []) == kept
 
 
-def test_what_slurm_denies_is_told_apart(tmp_path, monkeypatch):
+def test_what_slurm_denies_is_reported_separately(tmp_path, monkeypatch):
     play(monkeypatch, tmp_path, code=1, error="error on job id 5_12: Access/permission denied")
     with pytest.raises(slurm.DeniedError, match="another user's: ask them") as error:
         slurm.cancel(["5_12", "5_1"])
@@ -162,6 +162,6 @@ def test_what_slurm_denies_is_told_apart(tmp_path, monkeypatch):
 def test_a_cancelled_group_is_over(tmp_path, monkeypatch):
     group = Group(tmp_path / "r", "search.sbatch")
     PlayedSlurm(monkeypatch, False, j7="PENDING")
-    (said,) = cancelled(tmp_path)
-    assert "modtrain status run=r" in said
+    (message,) = cancelled(tmp_path)
+    assert "modtrain status run=r" in message
     assert group.state(SlurmJob("7", "FAILED")) == ("over", "")

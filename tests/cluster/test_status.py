@@ -18,11 +18,11 @@ from modtrain.cluster.runs import find_runs, lines_from_end, read_job_ids, read_
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs, state_of
 from modtrain.common.overrides import spelled
-from tests.cluster.made_runs import Group, Made, held, iso, line, play, shown
+from tests.cluster.fake_runs import FakeRun, Group, iso, line, locked, play, shown
 
 
 def test_states_follow_from_the_files(tmp_path):
-    run = Made(tmp_path / "r")
+    run = FakeRun(tmp_path / "r")
     assert run.state() == ("never started", "")
     run.starts(100)
     assert run.state() == ("stopped", "")
@@ -30,7 +30,7 @@ def test_states_follow_from_the_files(tmp_path):
     assert run.state() == ("stopped", "")
     run.failed(50, "CUDA is gone")
     assert run.state() == ("failed", "CUDA is gone")
-    with held(run.path):
+    with locked(run.path):
         assert run.state()[0] == "running"
     run.starts(100, 20)
     assert run.state() == ("stopped", "")
@@ -58,25 +58,25 @@ def test_states_follow_from_the_files(tmp_path):
     ],
 )
 def test_slurm_counts_as_well(tmp_path, job, state, why):
-    assert Made(tmp_path / "r").starts(9).jobs("7").state(job) == (state, why)
+    assert FakeRun(tmp_path / "r").starts(9).jobs("7").state(job) == (state, why)
 
 
 def test_a_job_that_died_before_the_start_failed(tmp_path):
-    run = Made(tmp_path / "r").jobs("7")
+    run = FakeRun(tmp_path / "r").jobs("7")
     failed = SlurmJob("7", "FAILED", "NonZeroExitCode")
     assert run.state(failed) == ("failed", "job 7: failed (NonZeroExitCode)")
     assert run.state(SlurmJob("7", "CANCELLED"))[0] == "never started"
 
 
-def test_a_requeued_job_tells_what_it_was_requeued_after(tmp_path):
-    run = Made(tmp_path / "r").starts(60).jobs("7").failed(5, "rank 3 died")
+def test_a_requeued_job_names_the_cause(tmp_path):
+    run = FakeRun(tmp_path / "r").starts(60).jobs("7").failed(5, "rank 3 died")
     pending = SlurmJob("7", "PENDING", "BeginTime")
     assert run.state(pending)[1] == "BeginTime; failed before: rank 3 died"
     assert run.state(SlurmJob("7", "RUNNING"))[1] == ""
 
 
-def test_a_cancelled_run_says_so(tmp_path):
-    run = Made(tmp_path / "r").starts(60).jobs("7")
+def test_a_cancelled_run_is_shown_as_cancelled(tmp_path):
+    run = FakeRun(tmp_path / "r").starts(60).jobs("7")
     (run.path / "CANCELLED").write_text("7\n")
     assert run.state() == ("stopped", "cancelled")
     assert run.jobs("8").state() == ("stopped", "")
@@ -89,19 +89,19 @@ def test_a_cancelled_run_says_so(tmp_path):
 def test_the_steps_are_those_of_the_plan(tmp_path, budget, schedule):
     from modtrain.training.plan import derive
 
-    run = Made(tmp_path / "r", *budget, f"capacity_schedule={schedule}")
-    found = run.read()
-    assert found.steps == derive(run.config).steps > 10
-    assert found.notes == []
+    run = FakeRun(tmp_path / "r", *budget, f"capacity_schedule={schedule}")
+    status = run.read()
+    assert status.steps == derive(run.config).steps > 10
+    assert status.notes == []
 
 
-def test_losses_are_the_last_ones_whatever_lies_between(tmp_path):
+def test_losses_are_the_last_ones_whatever_is_between(tmp_path):
     filler = {f"router/{n}": 0.5 for n in range(50)}
     held_out = [{"step": 2, "loss": 9.0, "held_out/causal_loss": 4.25}]
     records = [{"step": n, "loss": n / 10, **filler} for n in range(3, 203)]
-    run = Made(tmp_path / "r").records(*held_out, *records)
-    found = run.read()
-    assert (found.step, found.loss, found.held_out) == (202, 20.2, 4.25)
+    run = FakeRun(tmp_path / "r").records(*held_out, *records)
+    status = run.read()
+    assert (status.step, status.loss, status.held_out) == (202, 20.2, 4.25)
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 203, "loss": 1.0, "rou')
     assert run.read().step == 202
@@ -123,16 +123,16 @@ def test_a_file_of_any_length_is_read_from_its_end(tmp_path):
 
 
 def test_metrics_are_not_read_whole(tmp_path):
-    run = Made(tmp_path / "r")
+    run = FakeRun(tmp_path / "r")
     with (run.path / "metrics.jsonl").open("wb") as file:
         file.write(b'{"step": 1, "loss": 5.0, "held_out/causal_loss": 5.0}\n')
         file.truncate(2**33)
         file.seek(0, os.SEEK_END)
         file.write(b'\n{"step": 3, "loss": 2.0}\n')
     started = time.perf_counter()
-    found = run.read()
+    status = run.read()
     assert time.perf_counter() - started < 1
-    assert (found.step, found.loss, found.held_out) == (3, 2.0, None)
+    assert (status.step, status.loss, status.held_out) == (3, 2.0, None)
 
 
 def test_the_names_are_those_that_training_writes():
@@ -147,7 +147,7 @@ def test_the_names_are_those_that_training_writes():
 
 def test_a_damaged_run_hides_no_other(tmp_path):
     for name in ("a", "b", "c"):
-        Made(tmp_path / name).starts(60).records({"step": 5, "loss": 2.5})
+        FakeRun(tmp_path / name).starts(60).records({"step": 5, "loss": 2.5})
     (tmp_path / "b/config.yaml").write_text("budget: [")
     (tmp_path / "b/manifest.json").write_bytes(b"\xff\x00{")
     (tmp_path / "b/jobs.jsonl").write_text('7\n{"job"\n{"job": "9"}\n')
@@ -168,23 +168,23 @@ def test_a_damaged_run_hides_no_other(tmp_path):
 
 def test_runs_are_found_at_any_depth_and_only_once(tmp_path):
     for name in ("sweep/lr=1,a=2", "sweep", "one", "deep/er/still"):
-        Made(tmp_path / name) if name != "sweep" else (tmp_path / "sweep/jobs.jsonl").touch()
-    Made(tmp_path / "one/code/runs/frozen")
-    Made(tmp_path / ".hidden/x")
+        FakeRun(tmp_path / name) if name != "sweep" else (tmp_path / "sweep/jobs.jsonl").touch()
+    FakeRun(tmp_path / "one/code/runs/frozen")
+    FakeRun(tmp_path / ".hidden/x")
     (tmp_path / "sweep/again").symlink_to(tmp_path)
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
-    found = [str(path.relative_to(tmp_path)) for path in find_runs(tmp_path)]
-    assert found == ["deep/er/still", "one", "sweep", "sweep/lr=1,a=2"]
+    paths = [str(path.relative_to(tmp_path)) for path in find_runs(tmp_path)]
+    assert paths == ["deep/er/still", "one", "sweep", "sweep/lr=1,a=2"]
     assert find_runs(tmp_path / "none") == []
 
 
-def test_a_run_before_its_end_is_not_told_to_be_whole(tmp_path):
-    Made(tmp_path / "r", "budget.steps=10000").records({"step": 9999, "loss": 2.0})
+def test_a_run_before_its_end_is_not_shown_as_complete(tmp_path):
+    FakeRun(tmp_path / "r", "budget.steps=10000").records({"step": 9999, "loss": 2.0})
     assert "99.9%" in shown(StatusConfig(runs_dir=str(tmp_path)))
 
 
 def test_a_linked_directory_of_runs_is_looked_into(tmp_path):
-    Made(tmp_path / "scratch/far")
+    FakeRun(tmp_path / "scratch/far")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/big").symlink_to(tmp_path / "scratch")
     assert [path.name for path in find_runs(tmp_path / "runs")] == ["far"]
@@ -193,9 +193,9 @@ def test_a_linked_directory_of_runs_is_looked_into(tmp_path):
 def test_slurm_is_asked_once_for_all_runs_and_not_for_complete_ones(tmp_path, monkeypatch):
     folder = play(monkeypatch, tmp_path, line("71", "PENDING", "Resources", command=""))
     root = tmp_path / "runs"
-    Made(root / "a").jobs("71", "72")
-    Made(root / "b").starts(9).jobs("81")
-    (Made(root / "c").jobs("91").path / "COMPLETED").touch()
+    FakeRun(root / "a").jobs("71", "72")
+    FakeRun(root / "b").starts(9).jobs("81")
+    (FakeRun(root / "c").jobs("91").path / "COMPLETED").touch()
     text = shown(StatusConfig(runs_dir=str(root)))
     (call,) = (folder / "calls").read_text().splitlines()
     assert call.split()[-1] == "--jobs=71,72,81"
@@ -203,9 +203,9 @@ def test_slurm_is_asked_once_for_all_runs_and_not_for_complete_ones(tmp_path, mo
     assert "pending" in row and "71" in row and "Resources" in row
 
 
-def test_slurm_that_does_not_answer_is_told_beside_the_table(tmp_path, monkeypatch):
+def test_slurm_that_does_not_answer_is_reported_below_the_table(tmp_path, monkeypatch):
     play(monkeypatch, tmp_path, code=1, error="Unable to contact slurm controller")
-    Made(tmp_path / "runs/a").starts(9).jobs("71")
+    FakeRun(tmp_path / "runs/a").starts(9).jobs("71")
     text = shown(StatusConfig(runs_dir=str(tmp_path / "runs")))
     assert "stopped" in text and "Unable to contact slurm controller" in text
     assert "scontrol ping" in text
@@ -215,16 +215,16 @@ def test_one_run_in_detail(tmp_path, monkeypatch):
     start = "2031-01-02T03:04:05"
     play(monkeypatch, tmp_path, line("71", "PENDING", "Priority", start, "2", ""))
     root = tmp_path / "my runs"
-    run = Made(root / "s/lr=0.1,b=2").starts(600, 500, 60).jobs("70", "71").saved(40)
+    run = FakeRun(root / "s/lr=0.1,b=2").starts(600, 500, 60).jobs("70", "71").saved(40)
     run.records({"step": 40, "loss": 2.0, "held_out/causal_loss": 2.25})
     for number in range(7):
         run.failed(50 - number, f"cause {number} [red]of it", step=40)
     text = shown(StatusConfig(run="s/lr=0.1,b=2", runs_dir=str(root)))
-    for said in (
+    for expected in (
         *("pending: Priority", "40/100 40%", "2.0000", "2.2500", "step 40", "70: over"),
         *(f"expected to start at {start}", "requeued 2 times", "cause 6 [red]of it", "cause 2"),
     ):
-        assert said in text, said
+        assert expected in text, expected
     assert "cause 1" not in text
     follow = next(row for row in text.splitlines() if row.startswith("to follow: "))
     words = shlex.split(follow.removeprefix("to follow: "))
@@ -252,15 +252,15 @@ def test_json_and_tables_of_squeue_are_read_whatever_a_path_holds():
     assert slurm.parse_jobs("") == []
 
 
-def test_of_an_array_the_liveliest_task_speaks(tmp_path, monkeypatch):
+def test_an_array_has_the_state_of_its_most_active_task(tmp_path, monkeypatch):
     states = {"0": "COMPLETED", "10": "RUNNING", "2": "PENDING", "1": "RUNNING"}
     tasks = "".join(line(f"5_{task}", state) for task, state in states.items())
     play(monkeypatch, tmp_path, tasks)
-    found = slurm.jobs(["5"])
-    assert found["5"].id in ("5_1", "5_10")
-    assert found["5_2"].is_pending and found["5_0"].is_finished
-    run = Made(tmp_path / "submit").jobs("5").read()
-    same = {name: SlurmJob(job.id, job.state) for name, job in found.items()}
+    jobs = slurm.jobs(["5"])
+    assert jobs["5"].id in ("5_1", "5_10")
+    assert jobs["5_2"].is_pending and jobs["5_0"].is_finished
+    run = FakeRun(tmp_path / "submit").jobs("5").read()
+    same = {name: SlurmJob(job.id, job.state) for name, job in jobs.items()}
     assert [job.id for job in live_jobs(run.submitted, same)] == ["5_1", "5_10", "5_2"]
 
 
@@ -299,7 +299,7 @@ def test_slurm_sees_of_the_environment_what_is_for_it(name, is_passed, monkeypat
 
 
 def test_logs_show_the_newest_job_that_has_begun(tmp_path, capsys):
-    run = Made(tmp_path / "r").jobs("7", "8", "9")
+    run = FakeRun(tmp_path / "r").jobs("7", "8", "9")
     (run.path / "logs").mkdir()
     for name in ("7", "8"):
         text = "".join(f"{name}: line {n}\n" for n in range(100))
@@ -331,7 +331,7 @@ def test_the_last_lines_are_found(tmp_path, size, ended):
 
 
 def test_a_run_without_a_job_shows_its_records(tmp_path, capsys):
-    run = Made(tmp_path / "r").records(
+    run = FakeRun(tmp_path / "r").records(
         {"step": 10, "loss": 3.5, "flops": 2e9, "throughput/tokens_per_second": 1234.5},
         {"step": 10, "held_out/causal_loss": 3.75, "flops": 2e9},
     )
@@ -345,11 +345,11 @@ def test_a_run_without_a_job_shows_its_records(tmp_path, capsys):
     assert capsys.readouterr().out == "said by a sweep's job\n"
 
 
-def test_logs_follow_until_the_lock_is_gone(tmp_path):
-    run = Made(tmp_path / "r").starts(9).records({"step": 1, "loss": 3.0})
+def test_logs_follow_until_the_lock_is_released(tmp_path):
+    run = FakeRun(tmp_path / "r").starts(9).records({"step": 1, "loss": 3.0})
     command = [sys.executable, "-m", "modtrain", "logs", "run=r", f"runs_dir={tmp_path}"]
     with (
-        held(run.path),
+        locked(run.path),
         subprocess.Popen([*command, "follow=true"], stdout=subprocess.PIPE, text=True) as process,
     ):
         try:
@@ -364,7 +364,7 @@ def test_logs_follow_until_the_lock_is_gone(tmp_path):
 
 
 def test_logs_into_a_closed_pipe_end_quietly(tmp_path):
-    run = Made(tmp_path / "r").jobs("7")
+    run = FakeRun(tmp_path / "r").jobs("7")
     (run.path / "logs").mkdir()
     (run.path / "logs/slurm-7.out").write_text("x\n" * 500)
     reads, writes = os.pipe()
@@ -384,13 +384,13 @@ def test_a_group_is_shown_while_its_job_is_live_and_never_counted(tmp_path, monk
     root = tmp_path / "runs"
     Group(root / "sweep")
     for name in ("a", "b"):
-        (Made(root / "sweep" / name).starts(60).path / "COMPLETED").touch()
+        (FakeRun(root / "sweep" / name).starts(60).path / "COMPLETED").touch()
     config = StatusConfig(runs_dir=str(root))
     text = shown(config)
     row = next(row for row in text.splitlines() if "│ sweep " in row)
     assert "pending" in row and "7_1" in row and "Priority" in row
     assert "\n2 runs: 2 complete" in text
-    (folder / "said").write_text("")
+    (folder / "output").write_text("")
     text = shown(config)
     assert "│ sweep " not in text and "never started" not in text
     assert "\n2 runs: 2 complete" in text
@@ -401,14 +401,14 @@ def test_a_group_is_shown_while_its_job_is_live_and_never_counted(tmp_path, monk
 
 def test_a_group_without_a_script_is_known_by_its_runs(tmp_path):
     root = tmp_path / "sw"
-    (Made(root / "a").starts(60).path / "COMPLETED").touch()
+    (FakeRun(root / "a").starts(60).path / "COMPLETED").touch()
     (root / "jobs.jsonl").write_text('{"job": "7"}\n')
     assert "\n1 run: 1 complete" in shown(StatusConfig(runs_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("own", ["config.yaml", "submitted.yaml", "submit.sbatch"])
 def test_a_run_above_others_is_one_of_its_own(tmp_path, own):
-    Made(tmp_path / "r/below").starts(9)
+    FakeRun(tmp_path / "r/below").starts(9)
     (tmp_path / "r" / own).write_text("{}")
     (tmp_path / "r/jobs.jsonl").write_text('{"job": "7"}\n')
     assert not read_run(tmp_path / "r", "r").is_group
@@ -416,7 +416,7 @@ def test_a_run_above_others_is_one_of_its_own(tmp_path, own):
 
 
 @pytest.mark.parametrize("verb", ["search", "compare", "prepare"])
-def test_a_group_that_failed_says_why(tmp_path, verb):
+def test_a_failed_group_names_its_cause(tmp_path, verb):
     group = Group(tmp_path / "g", f"{verb}.sbatch")
     assert group.state() == ("over", "")
     assert group.state(SlurmJob("7", "PENDING", "Resources")) == ("pending", "Resources")
@@ -434,23 +434,23 @@ def test_a_group_that_failed_says_why(tmp_path, verb):
     assert group.state() == ("over", "")
 
 
-def test_how_an_arrays_task_ended_its_run_says(tmp_path):
+def test_the_end_of_an_arrays_task_is_that_of_its_run(tmp_path):
     group = Group(tmp_path / "g")
     # Slurm's answer under the array's number is that of one of its tasks.
-    found = state_of(read_run(group.path, "g"), {"7": SlurmJob("7_3", "OUT_OF_MEMORY")})
-    assert found.name == "over"
+    state = state_of(read_run(group.path, "g"), {"7": SlurmJob("7_3", "OUT_OF_MEMORY")})
+    assert state.name == "over"
 
 
 def test_a_group_that_stopped_has_not_failed(tmp_path):
     group = Group(tmp_path / "g", "search.sbatch")
     ended = SlurmJob("7", "FAILED", "NonZeroExitCode")
     assert group.state(ended)[0] == "failed"
-    Made(group.path / "trial").starts(9)
+    FakeRun(group.path / "trial").starts(9)
     assert group.state(ended) == ("over", "")
 
 
 def test_status_is_quick_and_loads_no_torch(tmp_path):
-    Made(tmp_path / "runs/r").starts(9)
+    FakeRun(tmp_path / "runs/r").starts(9)
     code = (
         "import sys\nfrom modtrain.cli.main import main\n"
         "for verb in (['status'], ['status', 'run=r'], ['logs', 'run=r', 'lines=1'],"
@@ -463,7 +463,7 @@ def test_status_is_quick_and_loads_no_torch(tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_mistakes_are_told(tmp_path, capsys, monkeypatch):
+def test_mistakes_are_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["status"]) == 0
     assert "there are no runs in runs" in capsys.readouterr().out
@@ -473,18 +473,18 @@ def test_mistakes_are_told(tmp_path, capsys, monkeypatch):
     assert main(["logs", "run=a", "lines=-1"]) == 2
 
 
-def test_a_real_run_is_told_of(tiny, tmp_path, capsys, monkeypatch):
+def test_a_real_run_is_shown(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *tiny, "name=group/a"]) == 0
     capsys.readouterr()
     assert main(["status", "run=group"]) == 0
     text = capsys.readouterr().out
     result = json.loads((tmp_path / "runs/group/a/result.json").read_text())
-    for said in ("group/a", "complete", "12/12", "100%", "12, ", f"{result['loss']:.4f}"):
-        assert said in text, said
+    for expected in ("group/a", "complete", "12/12", "100%", "12, ", f"{result['loss']:.4f}"):
+        assert expected in text, expected
     (tmp_path / "runs/group/a/COMPLETED").unlink()
-    found = read_run(tmp_path / "runs/group/a", "a")
-    assert (found.step, found.steps, found.saved[0]) == (12, 12, 12)
-    assert found.loss == pytest.approx(result["loss"])
-    assert found.held_out == pytest.approx(result["held_out/causal_loss"])
-    assert (len(found.starts), found.notes) == (1, [])
+    status = read_run(tmp_path / "runs/group/a", "a")
+    assert (status.step, status.steps, status.saved[0]) == (12, 12, 12)
+    assert status.loss == pytest.approx(result["loss"])
+    assert status.held_out == pytest.approx(result["held_out/causal_loss"])
+    assert (len(status.starts), status.notes) == (1, [])

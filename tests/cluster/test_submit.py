@@ -1,4 +1,4 @@
-"""Jobs as they are rendered: every value is data, and what cannot run is told before the queue."""
+"""Jobs as they are rendered: every value is data, and invalid jobs are refused before the queue."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from modtrain.cluster.submit import job_name, submit
 from modtrain.common.errors import OtherRunError
 from modtrain.common.overrides import quoted
 from modtrain.training.run import train
-from tests.cluster.made_runs import line, play
+from tests.cluster.fake_runs import line, play
 from tests.conftest import run_modtrain
 from tests.helpers.problems import problems_of
 
@@ -110,11 +110,11 @@ def test_shell_scripts_are_linted():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("if true; then\n", "not a valid shell script"), ("true\n#SBATCH --nodes=2\n", "line 2")],
 )
-def test_what_sbatch_would_not_see_is_found(text, said):
-    with pytest.raises(ScriptError, match=said):
+def test_what_sbatch_would_not_see_is_reported(text, message):
+    with pytest.raises(ScriptError, match=message):
         check(text, "it")
 
 
@@ -135,11 +135,11 @@ def test_times_are_slurms(time, seconds):
         ("10080", "7 days", '"2:48:00"', "7-00:00:00"),
     ],
 )
-def test_a_time_that_yaml_made_a_number_of_is_told(written, minutes, meant, days, tmp_path):
+def test_a_time_that_yaml_reads_as_a_number_is_reported(written, minutes, meant, days, tmp_path):
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster/mine.yaml").write_text(f"time: {written}\n")
-    found = problems_of(compose_submission, ["debug", "cluster=mine"], str(tmp_path))
-    (problem,) = found.values()
+    problems = problems_of(compose_submission, ["debug", "cluster=mine"], str(tmp_path))
+    (problem,) = problems.values()
     assert problem.key == "cluster.time"
     assert minutes in problem.reason
     assert meant in problem.remedy
@@ -157,7 +157,7 @@ def test_a_job_goes_to_the_cluster_that_is_asked_for_its_state(option):
 
 
 @pytest.mark.parametrize(
-    ("words", "key", "said"),
+    ("words", "key", "message"),
     [
         (["train", "node=2"], "node", "did you mean nodes?"),
         (["prepare", "partition=x"], "partition", "did you mean cluster.partition?"),
@@ -169,13 +169,13 @@ def test_a_job_goes_to_the_cluster_that_is_asked_for_its_state(option):
         (["train", "+array={true: ['seed=1']}"], "array", "begin the name with a letter"),
     ],
 )
-def test_a_mistake_in_the_jobs_keys_has_a_remedy(words, key, said):
-    assert said in problems_of(compose_submission, words)[key].remedy
+def test_a_mistake_in_the_jobs_keys_has_a_remedy(words, key, message):
+    assert message in problems_of(compose_submission, words)[key].remedy
 
 
-def test_a_wrong_directory_of_configurations_is_told_once(tmp_path):
-    found = problems_of(compose_submission, ["train", "name=x"], str(tmp_path / "nowhere"))
-    assert list(found) == ["--config-dir"]
+def test_a_wrong_directory_of_configurations_is_reported_once(tmp_path):
+    problems = problems_of(compose_submission, ["train", "name=x"], str(tmp_path / "nowhere"))
+    assert list(problems) == ["--config-dir"]
 
 
 @given(NASTY.filter(lambda text: "\n" not in text))
@@ -241,11 +241,11 @@ def test_other_verbs_are_jobs_of_one_process(verb, words, script, tiny):
 def test_a_verb_has_the_nodes_and_gpus_that_it_can_use(verb, asked, options):
     config = SubmitConfig(cluster=ClusterConfig(memory_per_node="0"), **asked)
     lines = render(a_job(ScriptTask(verb, [], Path("run")), config)).splitlines()
-    said = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
-    assert set(options.split()) <= said
+    directives = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    assert set(options.split()) <= directives
     # What is not asked for is not there: memory of a node that others share, and no GPU at all.
     for option in ("--gpus-per-node", "--mem"):
-        assert any(o.startswith(option) for o in said) == (option in options), option
+        assert any(o.startswith(option) for o in directives) == (option in options), option
 
 
 def test_a_run_of_another_configuration_is_refused_before_the_queue(tiny, tmp_path, monkeypatch):
@@ -284,7 +284,7 @@ def test_a_run_of_another_configuration_is_refused_before_the_queue(tiny, tmp_pa
         (["eval", "run=nowhere", "after=3_1", "cluster.restart=resubmit"], "after"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_written(words, key, tiny, tmp_path, monkeypatch):
+def test_a_mistake_is_reported_before_anything_is_written(words, key, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more = ["name=x", *tiny] if words[0] == "train" else []
     assert key in problems_of(submitted, [words[0], *more, *words[1:]])
@@ -302,7 +302,7 @@ def played(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("more", "is_told"),
+    ("more", "is_warned"),
     [
         (["chain=complete"], True),
         (["cluster.restart=resubmit"], True),
@@ -310,11 +310,11 @@ def played(tmp_path, monkeypatch):
         (["chain=2", "cluster.restart=resubmit"], False),
     ],
 )
-def test_where_no_job_can_wait_for_a_number_it_is_told(more, is_told, tiny, played, capsys):
+def test_waiting_for_a_number_warns_where_no_job_can(more, is_warned, tiny, played, capsys):
     submitted(["train", "name=x", *tiny, "cluster=cpu", *more])
-    told = " ".join(capsys.readouterr().out.split())
-    assert "submitted job 4711" in told
-    assert ("after=4711 might wait for ever" in told) == is_told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "submitted job 4711" in output
+    assert ("after=4711 might wait for ever" in output) == is_warned
 
 
 @pytest.mark.parametrize("more", [[], ["after=4711"]])
@@ -333,14 +333,14 @@ def test_a_job_that_ends_within_its_limit_can_be_waited_for():
         assert SubmitConfig(after="3", cluster=ClusterConfig(restart=restart)).problems() == []
 
 
-def test_the_plan_is_held_against_the_nodes(tiny, tmp_path, monkeypatch):
+def test_the_plan_is_compared_with_the_nodes(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = ["train", "name=x", *tiny]
     assert "strategy.name" in problems_of(submitted, run)
     assert "batch.tokens" in problems_of(submitted, [*run, "strategy=ddp", "nodes=3"])
     large = ["model=dense_3b", "model.vocab_size=512", "batch.tokens=4096", "strategy=ddp"]
-    found = problems_of(submitted, [*run, *large, "cluster.gpu_memory=40"])
-    assert "GiB" in found["cluster.gpu_memory"].reason
+    problems = problems_of(submitted, [*run, *large, "cluster.gpu_memory=40"])
+    assert "GiB" in problems["cluster.gpu_memory"].reason
     submission = compose_submission([*run, *large, "strategy=fsdp"])
     from modtrain.cluster.submit import _problems
 

@@ -78,20 +78,22 @@ def test_a_sections_name_covers_its_keys(renamed):
 
 @pytest.mark.parametrize("plus", ["", "+", "++", "~"])
 def test_an_old_key_on_the_command_line_names_the_new_one(renamed, plus):
-    found = problems_of(compose, "train", [f"{plus}batch.size=64", "held_out.every=2", "seed=-1"])
-    assert str(found["batch.size"]) == (
+    problems = problems_of(
+        compose, "train", [f"{plus}batch.size=64", "held_out.every=2", "seed=-1"]
+    )
+    assert str(problems["batch.size"]) == (
         "batch.size=64: was renamed\n    remedy: write batch.tokens"
     )
-    assert found["held_out.every"].remedy == "write eval.every"
-    assert "seed" in found
+    assert problems["held_out.every"].remedy == "write eval.every"
+    assert "seed" in problems
 
 
-def test_an_old_key_is_found_wherever_overrides_stand(renamed, arguments, tmp_path, capsys):
+def test_an_old_key_is_found_wherever_overrides_are(renamed, arguments, tmp_path, capsys):
     own = "arms={a: ['model.share=0.5'], b: []}"
     assert "a: model.share" in problems_of(compose_arms, [*arguments, f"+{own}"])
     space = ["space.model.share=interval(0.2,1)", "study=q"]
-    found = problems_of(compose_search, [*arguments, *space])
-    assert found["space.model.share"].remedy == "write space.model.capacity"
+    problems = problems_of(compose_search, [*arguments, *space])
+    assert problems["space.model.share"].remedy == "write space.model.capacity"
     assert "batch.size" in problems_of(compose_submission, ["train", "name=x", "batch.size=8"])
     assert cli.main(["train", "-m", *arguments, "name=s", "model.share=0.25,0.5"]) == 2
     assert "model.share=0.25,0.5: was renamed" in capsys.readouterr().err
@@ -105,16 +107,16 @@ def test_old_keys_in_a_users_files_are_named_all_at_once(renamed, tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
-    found = problems_of(compose, "train", ["experiment=mine"], str(tmp_path))
-    assert found.keys() == {"model.share", "held_out.every", "batch.size"}
-    assert found["model.share"].value == 0.5
-    assert found["model.share"].reason == "was renamed (in experiment/mine.yaml)"
-    assert found["held_out.every"].remedy == "write eval.every"
+    problems = problems_of(compose, "train", ["experiment=mine"], str(tmp_path))
+    assert problems.keys() == {"model.share", "held_out.every", "batch.size"}
+    assert problems["model.share"].value == 0.5
+    assert problems["model.share"].reason == "was renamed (in experiment/mine.yaml)"
+    assert problems["held_out.every"].remedy == "write eval.every"
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_stop_request")
-def test_a_run_that_stored_old_keys_goes_on(renamed, arguments, monkeypatch):
+def test_a_run_that_stored_old_keys_resumes(renamed, arguments, monkeypatch):
     arguments = [*arguments, "name=r", "model.capacity=0.5", "checkpoint.keep_last=3"]
     assert cli.main(["train", *arguments]) == 0
     run = RunDirectory(Path("runs/r"))
@@ -141,7 +143,7 @@ def test_a_run_that_stored_old_keys_goes_on(renamed, arguments, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_stop_request")
-def test_a_sweep_that_stored_old_keys_goes_on(renamed, arguments, capsys):
+def test_a_sweep_that_stored_old_keys_resumes(renamed, arguments, capsys):
     command = ["train", "-m", *arguments, "name=s", "model.capacity=0.25,0.5"]
     assert cli.main(command) == 0
     listed = Path("runs/s/sweep.json")
@@ -160,7 +162,7 @@ def test_a_sweep_that_stored_old_keys_goes_on(renamed, arguments, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_stop_request")
-def test_a_search_that_stored_old_keys_goes_on_with_its_trial(renamed, arguments):
+def test_a_search_that_stored_old_keys_resumes_its_trial(renamed, arguments):
     command = [*arguments, "study=q", "trials=1", "space.model.capacity=interval(0.2,1)"]
     search = compose_search(command)
     search.directory.mkdir(parents=True)

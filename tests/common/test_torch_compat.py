@@ -25,17 +25,17 @@ def _exchanges() -> list[tuple[list, list]]:
         ("reduce_scatter_single", "reduce_scatter_tensor", ("sum", 1)),
     )
     for name, older, more in names:
-        here = getattr(torch_compat, name)(x, *more, group)
+        ours = getattr(torch_compat, name)(x, *more, group)
         there = getattr(collectives, older)(x, *more, group)
-        both.append(tuple(collectives.wait_tensor(y).tolist() for y in (here, there)))
+        both.append(tuple(collectives.wait_tensor(y).tolist() for y in (ours, there)))
     return both
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_collectives_of_either_name_do_the_same():
     for exchanges in on_ranks(_exchanges, 2):
-        for here, there in exchanges:
-            assert here == there
+        for ours, expected in exchanges:
+            assert ours == expected
 
 
 def test_a_limit_of_graphs_is_set_whichever_way_torch_takes_it(monkeypatch):

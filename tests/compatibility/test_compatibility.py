@@ -31,5 +31,5 @@ def test_a_run_of_an_earlier_version_loads(commit, name, tmp_path):
         archive.extractall(tmp_path, filter="data")
     expected = json.loads((FOLDER / f"{commit}.json").read_text())
     tolerance = None if expected["machine"] == fingerprint() else TOLERANCE
-    found = results_of(Program(tmp_path), name)
-    assert differences(expected["runs"][name], found, tolerance) == []
+    results = results_of(Program(tmp_path), name)
+    assert differences(expected["runs"][name], results, tolerance) == []

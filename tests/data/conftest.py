@@ -20,10 +20,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Cut the corpus in units of so many bytes."""
+    """Split the corpus in units of so many bytes."""
 
-    def cut(num_bytes: int) -> None:
+    def set_unit_bytes(num_bytes: int) -> None:
         for name in ("TEXT_UNIT_BYTES", "LINES_UNIT_BYTES", "PARQUET_UNIT_BYTES"):
             monkeypatch.setattr(f"modtrain.data.prepare.units.{name}", num_bytes)
 
-    return cut
+    return set_unit_bytes

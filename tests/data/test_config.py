@@ -21,7 +21,7 @@ def test_good_configs_have_no_problems(prepared):
     assert PrepareConfig(sources=["a.txt"], output="out").problems() == []
 
 
-def test_all_problems_of_a_prepare_are_told_at_once():
+def test_all_problems_of_a_prepare_are_reported_at_once():
     config = PrepareConfig(
         sources=[],
         output="",
@@ -40,12 +40,12 @@ def test_all_problems_of_a_prepare_are_told_at_once():
     assert keys == names
 
 
-def test_all_problems_of_the_data_are_told_at_once(prepared):
+def test_all_problems_of_the_data_are_reported_at_once(prepared):
     config = DataConfig(
         path=str(prepared), seq_len=5, seed=-1, num_workers=-1, prefetch_factor=0, verify="md5"
     )
-    found = [*config.problems("data"), *config.shard_problems("data")]
-    assert {problem.key for problem in found} == {
+    problems = [*config.problems("data"), *config.shard_problems("data")]
+    assert {problem.key for problem in problems} == {
         f"data.{name}" for name in ("seq_len", "seed", "num_workers", "prefetch_factor", "verify")
     }
 

@@ -1,4 +1,4 @@
-"""Where a process stands, as launchers tell it, and what strategies make of it."""
+"""Ranks from the variables of launchers, and what strategies make of them."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_what_is_exported_is_read_back():
         ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE"),
     ],
 )
-def test_a_launcher_that_tells_nonsense_is_an_error(changed, key):
+def test_invalid_variables_of_a_launcher_are_an_error(changed, key):
     assert list(problems_of(Launch.from_environment, TORCHRUN | changed)) == [key]
 
 

@@ -27,13 +27,13 @@ def _tells() -> tuple[object, ...]:
     )
 
 
-def test_ranks_are_told_alike():
+def test_ranks_get_the_same_outcome():
     assert on_ranks(_tells, 3) == [(rank, "by 0", [0, 10, 20], True, 6.0) for rank in range(3)]
 
 
 def _runs_on_rank0() -> list[str]:
     ranks = Ranks.create().duplicate()
-    found = [ranks.run_on_rank0(lambda: f"made by {ranks.rank}")]
+    results = [ranks.run_on_rank0(lambda: f"made by {ranks.rank}")]
     for error in (CheckpointError("full"), ValueError("odd")):
 
         def fail(error: Exception = error) -> str:
@@ -42,8 +42,8 @@ def _runs_on_rank0() -> list[str]:
         try:
             ranks.run_on_rank0(fail)
         except Exception as raised:
-            found.append(f"{type(raised).__name__}: {raised}")
-    return found
+            results.append(f"{type(raised).__name__}: {raised}")
+    return results
 
 
 def test_what_rank_0_does_alone_is_known_to_all():
@@ -79,8 +79,8 @@ def _fails_on_one() -> str:
 def test_an_error_on_one_rank_is_raised_on_all():
     first, second, third = on_ranks(_fails_on_one, 3)
     assert second == "own"
-    for said in (first, third):
-        assert said.startswith("rank 1 on ") and said.endswith("the shard is gone")
+    for message in (first, third):
+        assert message.startswith("rank 1 on ") and message.endswith("the shard is gone")
 
 
 _SAVE_TIMEOUT = timedelta(minutes=30)

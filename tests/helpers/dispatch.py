@@ -11,7 +11,7 @@ class Seen(TorchDispatchMode):
     """Notes operations and their results.
 
     names: in their order. elements: of the largest result. dtypes: of the last result, by the name
-    without namespace and overload. peak_bytes: the most that was held of results at once.
+    without namespace and overload. peak_bytes: the most of results that were alive at once.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,9 @@ class Seen(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 reference = StorageWeakRef(storage)
                 self._storages[reference.cdata] = reference, storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self.held_bytes())
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes())
         return out
 
-    def held_bytes(self) -> int:
-        """Bytes of results that are still held."""
+    def live_bytes(self) -> int:
+        """Bytes of results that are still alive."""
         return sum(size for reference, size in self._storages.values() if not reference.expired())

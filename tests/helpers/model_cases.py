@@ -46,7 +46,7 @@ MODELS = {
     "mod in a window": small(
         num_layers=2, capacity=0.6, sliding_window=5, router=RouterConfig(gate="tanh")
     ),
-    "parts routed apart": small(
+    "separately routed parts": small(
         num_layers=3,
         mixer=["convolution", "attention", "convolution"],
         activation="gelu",
@@ -109,7 +109,7 @@ def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float6
 
 
 def balance_predictors(model: Transformer, tokens_BS: Tensor) -> None:
-    """Move each predictor's bias so that it says yes to about half of ``tokens_BS``."""
+    """Move each predictor's bias so that it is positive for about half of ``tokens_BS``."""
     with torch.no_grad():
         for place, router in enumerate(model.routers):
             logits_BS = model(tokens_BS, selection="predictor").routing[place].predictor_BS

@@ -36,9 +36,9 @@ _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 class RankFailedError(AssertionError):
     """What a rank raised, with its traceback."""
 
-    def __init__(self, rank: int, kind: str, said: str, trace: str) -> None:
-        super().__init__(f"rank {rank}: {kind}: {said}\n{trace}")
-        self.rank, self.kind, self.said = rank, kind, said
+    def __init__(self, rank: int, kind: str, message: str, trace: str) -> None:
+        super().__init__(f"rank {rank}: {kind}: {message}\n{trace}")
+        self.rank, self.kind, self.message = rank, kind, message
 
 
 def on_ranks(
@@ -55,7 +55,7 @@ def on_ranks(
     outcomes = outcomes_on_ranks(function, world_size, *arguments, **options)
     failed = [outcome for outcome in outcomes if isinstance(outcome, RankFailedError)]
     if failed:
-        # Whoever waited for the one that failed did so too: no rank's word alone is the cause.
+        # Ranks that waited for the failed one fail too: no single message is the cause.
         for other in failed[1:]:
             failed[0].add_note(str(other))
         raise failed[0]
@@ -78,7 +78,7 @@ def outcomes_on_ranks(
 
 
 class Fleet:
-    """Ranks that run ``function(*arguments)``; whoever is left at the block's end is killed."""
+    """Ranks that run ``function(*arguments)``; ranks left at the block's end are killed."""
 
     def __init__(
         self, function: Callable[..., Any], world_size: int, *arguments: Any, joins: bool = True
@@ -124,17 +124,17 @@ class Fleet:
         Raises:
             TimeoutError: some rank did not end in time; names them.
         """
-        found: dict[int, Any] = {}
+        by_rank: dict[int, Any] = {}
         pipes, deadline = dict(self.pipes), time.monotonic() + timeout
         while pipes:
             ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 late = sorted(pipes.values())
-                raise TimeoutError(f"ranks {late} did not end within {timeout:.0f} s; {found}")
+                raise TimeoutError(f"ranks {late} did not end within {timeout:.0f} s; {by_rank}")
             for pipe in ready:
                 rank = pipes.pop(pipe)  # type: ignore[arg-type]
-                found[rank] = self._outcome(rank, pipe)  # type: ignore[arg-type]
-        return [found[rank] for rank in range(len(self.children))]
+                by_rank[rank] = self._outcome(rank, pipe)  # type: ignore[arg-type]
+        return [by_rank[rank] for rank in range(len(self.children))]
 
     def _outcome(self, rank: int, pipe: Connection) -> Any:
         try:
@@ -146,7 +146,7 @@ class Fleet:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, and that no outgoing connection is given meanwhile."""
+    """Return a free port, which no outgoing connection is given meanwhile."""
     first_given = int(_GIVEN_PORTS.read_text().split()[0]) if _GIVEN_PORTS.exists() else 32768
     below = range(first_given - 10_000, first_given) if first_given > 12_000 else range(0, 1)
     for _ in range(100):

@@ -187,8 +187,8 @@ def factor(p: Parameters, prefix: str, c: ModelConfig, x_SD: Tensor) -> Tensor:
         "tanh": torch.tanh(score_S / size_S if c.router.score == "linear" else score_S),
         "none": torch.ones_like(score_S),
     }
-    found = kinds[c.router.gate or "raw"]
-    return found * p[f"{prefix}gate.scale"] if c.router.gate_scale else found
+    value = kinds[c.router.gate or "raw"]
+    return value * p[f"{prefix}gate.scale"] if c.router.gate_scale else value
 
 
 def routed_layer(

@@ -62,8 +62,8 @@ def assert_same_records(runs: Path, one: str, other: str, atol: float = 5e-5) ->
     """Equal records but for speed and what is of the last micro-batch, of which ranks differ."""
     histories = [read_metrics(runs / name / "metrics.jsonl") for name in (one, other)]
     assert any("held_out/causal_loss" in record for record in histories[0])
-    for wanted, found in zip(*histories, strict=True):
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
+    for expected, actual in zip(*histories, strict=True):
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
             if not key.startswith(("throughput", "router", "experts")):
-                assert found[key] == pytest.approx(value, abs=atol, rel=1e-5), key
+                assert actual[key] == pytest.approx(value, abs=atol, rel=1e-5), key

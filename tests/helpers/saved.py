@@ -34,9 +34,9 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 def newest_tensors(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """Those of a run's newest checkpoint, which has to be of ``step`` where that is given."""
-    found = latest(run / "checkpoints")
-    assert found is not None and step in (None, found[0])
-    tensors = tensors_of(found[1])
+    newest = latest(run / "checkpoints")
+    assert newest is not None and step in (None, newest[0])
+    tensors = tensors_of(newest[1])
     assert any(key.startswith(MODEL) for key in tensors)
     assert any(key.endswith(".exp_avg") for key in tensors)
     return tensors

@@ -66,7 +66,7 @@ class Steps(L.Callback):
             self.detector = {key: value.tolist() for key, value in state.items()}
 
 
-def spoil(bad: list[int], factor: float, rank: int | None = None) -> None:
+def scale_loss(bad: list[int], factor: float, rank: int | None = None) -> None:
     """Let the loss of any step that holds one of the samples be a multiple of what it is."""
     original = LanguageModule.training_step
 
@@ -76,11 +76,11 @@ def spoil(bad: list[int], factor: float, rank: int | None = None) -> None:
             return original(module, batch, batch_idx)
         forward = module._forward[0]
 
-        def spoiled(*args, **kwargs):
+        def scaled(*args, **kwargs):
             output = forward(*args, **kwargs)
             return output._replace(loss=output.loss * factor)
 
-        module._forward[0] = spoiled
+        module._forward[0] = scaled
         try:
             return original(module, batch, batch_idx)
         finally:
@@ -90,8 +90,8 @@ def spoil(bad: list[int], factor: float, rank: int | None = None) -> None:
 
 
 def spiked(lines: list[str], bad: list[int], factor: float = 1e3, rank: int | None = None):
-    """Train on spoiled samples; return status, what each step changed, the detector's state."""
-    spoil(bad, factor, rank)
+    """Train on scaled samples; return status, what each step changed, the detector's state."""
+    scale_loss(bad, factor, rank)
     steps = Steps()
     status = train(compose("train", lines), [steps]).status
     return status, steps.changed, steps.detector

@@ -1,4 +1,4 @@
-"""Calibrated levels against counts, and what a dial that asks for nothing changes: nothing.
+"""Calibrated levels against counts; a neutral budget changes nothing.
 
 Shapes: B batch, S sequence, T = S + 1.
 """
@@ -42,18 +42,18 @@ def text(sequences=8, seed=0, eos_id=None):
 
 
 def realised(model, batches, selection, budget, **more):
-    found = evaluate(
+    evaluated = evaluate(
         *(model, batches, nullcontext()),
         selections=[selection],
         as_trained=False,
         budgets={} if budget is None else {selection: budget},
         **more,
     )
-    return list(found.decisions[selection].realised_capacity.values())
+    return list(evaluated.decisions[selection].realised_capacity.values())
 
 
 def count_passes(monkeypatch, model):
-    """A list that grows by the dial of each forward pass."""
+    """A list that grows by the budget of each forward pass."""
     seen, forward = [], model.forward
 
     def counted(*arguments, **named):
@@ -74,12 +74,12 @@ def test_a_level_takes_as_many_as_equal_values_allow(values, share, dtype):
     value_N = torch.tensor(values, dtype=dtype)
     wanted = max(1, round(share * len(values)))
     possible = {int((value_N > value).sum()) for value in value_N} | {len(values)}
-    found = int((value_N > threshold_for_share(value_N, share)).sum())
-    assert found in possible
-    assert abs(found - wanted) == min(abs(count - wanted) for count in possible)
+    num_chosen = int((value_N > threshold_for_share(value_N, share)).sum())
+    assert num_chosen in possible
+    assert abs(num_chosen - wanted) == min(abs(count - wanted) for count in possible)
 
 
-def test_a_level_lies_in_the_middle_and_between_neighbours_takes_the_upper_one():
+def test_a_level_is_in_the_middle_and_between_neighbours_takes_the_upper_one():
     assert threshold_for_share(torch.tensor([4.0, 1.0, 2.0, 3.0]), 0.5) == 2.5
     low = torch.tensor(1.0)
     for _ in range(2):
@@ -97,12 +97,12 @@ def test_each_router_takes_the_wanted_share_of_the_text_it_was_calibrated_on(sel
     budget = make_budget(model, selection, ComputeBudgetConfig(capacity=share), batches)
     tokens = 8 * SEQ_LEN
     wanted = max(1.0, share * tokens)
-    for found in realised(model, batches, selection, budget):
-        assert abs(found * tokens - wanted) <= max(0.5, 0.01 * wanted) + 1e-6
+    for actual in realised(model, batches, selection, budget):
+        assert abs(actual * tokens - wanted) <= max(0.5, 0.01 * wanted) + 1e-6
 
 
 @pytest.mark.parametrize("target", ["attention", "mlp", "both"])
-def test_parts_routed_apart_are_calibrated_in_running_order(target):
+def test_parts_with_own_routers_are_calibrated_in_running_order(target):
     model, batches = build(target=target), text()
     budget = make_budget(model, "predictor", ComputeBudgetConfig(capacity=0.4), batches)
     assert len(budget.thresholds) == (6 if target == "both" else 3)
@@ -111,7 +111,7 @@ def test_parts_routed_apart_are_calibrated_in_running_order(target):
     )
 
 
-def test_documents_are_kept_apart_as_in_the_evaluation():
+def test_documents_are_masked_as_in_the_evaluation():
     model, batches, settings = build(), text(), ComputeBudgetConfig(capacity=0.3)
     masked = text(eos_id=int(batches[0].inputs_BS[0, 5]))
     budget = make_budget(model, "threshold", settings, masked)
@@ -185,7 +185,7 @@ def test_a_capacity_is_what_routers_want_and_caps_come_off_it():
 
 
 @pytest.mark.parametrize("selection", EVERY)
-def test_a_neutral_dial_changes_no_bit(selection):
+def test_a_neutral_budget_changes_no_bit(selection):
     model, tokens = build(dtype=torch.float32), random_tokens(3, SEQ_LEN)
     before = model(tokens, selection=selection)
     assert make_budget(model, selection, ComputeBudgetConfig(decision=selection)) is None
@@ -211,7 +211,7 @@ def test_a_shift_is_added_to_the_trained_level(selection):
 
 
 @pytest.mark.parametrize(
-    ("model", "settings", "key", "said"),
+    ("model", "settings", "key", "message"),
     [
         ({"pattern": "dense"}, {"capacity": 0.5}, "capacity", "has none"),
         ({"pattern": "dense"}, {"step_cap": 0}, "step_cap", "has none"),
@@ -219,9 +219,9 @@ def test_a_shift_is_added_to_the_trained_level(selection):
         ({"score": "fixed", "causal": None}, {"shift": 0.5}, "shift", "router.score=fixed"),
     ],
 )
-def test_what_the_model_does_not_have_is_refused(model, settings, key, said):
+def test_what_the_model_does_not_have_is_refused(model, settings, key, message):
     routed = build(**model)
-    with pytest.raises(ConfigError, match=said) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         make_budget(routed, "predictor", ComputeBudgetConfig(**settings), prefix="draft")
     assert [problem.key for problem in error.value.problems] == [f"draft.{key}"]
 
@@ -257,6 +257,6 @@ def test_decisions_are_all_or_the_one_named():
         ({"capacity": 0.5, "shift": -1.0}, ["shift"]),
     ],
 )
-def test_every_setting_out_of_range_is_told_with_its_key(settings, keys):
-    found = EvalRunConfig(run="a", inference=ComputeBudgetConfig(**settings)).problems()
-    assert [problem.key for problem in found] == [f"inference.{key}" for key in keys]
+def test_every_setting_out_of_range_is_reported_under_its_key(settings, keys):
+    problems = EvalRunConfig(run="a", inference=ComputeBudgetConfig(**settings)).problems()
+    assert [problem.key for problem in problems] == [f"inference.{key}" for key in keys]

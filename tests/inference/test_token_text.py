@@ -30,7 +30,7 @@ def test_the_bytes_of_the_tokens_are_the_texts(content):
     assert len(texts.pieces(ids)) == len(ids)
 
 
-def test_parts_of_a_character_are_told_as_bytes_and_name_it(tokenizer):
+def test_parts_of_a_character_are_shown_as_bytes_and_name_it(tokenizer):
     pieces = TokenTexts(tokenizer).pieces(tokenizer.encode("a€é").ids)
     parts = [("⟨e2⟩", "€"), ("⟨82⟩", "€"), ("⟨ac €⟩", "€"), ("⟨c3⟩", "é"), ("⟨a9 é⟩", "é")]
     assert pieces == [Piece("a"), *(Piece(*part) for part in parts)]

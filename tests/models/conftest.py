@@ -18,7 +18,7 @@ def _one_thread():
 
 @pytest.fixture
 def _poisoned_memory():
-    """Memory that nobody has written holds NaN."""
+    """Uninitialized memory is NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(1).isnan()

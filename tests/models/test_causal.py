@@ -153,7 +153,7 @@ def test_token_choice_does_not_look_ahead_in_training_either(case, monkeypatch):
     assert not config.looks_ahead
     model = model_of(case)
     for router in model.routers:
-        # Room for all: where it runs out, the lowest scores give way to later ones.
+        # Capacity for all: where it runs out, the lowest scores give way to later ones.
         monkeypatch.setattr(router.config, "capacity_factor", 10.0)
     for seed in range(2):
         assert (moved(model, config.training_selection, seed).tril(-1) < 1e-9).all()
@@ -165,15 +165,15 @@ def test_another_sequence_never_matters(case):
     for selection in {decision_of(case), CASES[case].training_selection}:
         tokens_BS = random_tokens(4, LENGTH, 5)
         with torch.no_grad():
-            together = model(tokens_BS, selection=selection)
-            require_margin(model, together, selection)
+            batched = model(tokens_BS, selection=selection)
+            require_margin(model, batched, selection)
             alone = [model(row[None], selection=selection).logits_BSV for row in tokens_BS]
-        assert (together.logits_BSV - torch.cat(alone)).abs().max() < 1e-9
+        assert (batched.logits_BSV - torch.cat(alone)).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("router", [{}, {"choice": "token"}, {"causal": ["auxiliary"]}])
 @pytest.mark.parametrize("score", ["linear", "mlp", "oracle_norm", "attention"])
-def test_what_a_model_is_judged_by_is_a_decision_that_it_has(router, score):
+def test_a_model_is_evaluated_by_a_decision_that_it_has(router, score):
     router = RouterConfig(score=score, **router)
     config = small(router=router)
     if not config.problems():
@@ -198,9 +198,9 @@ def test_a_decision_that_the_model_lacks_is_refused(router):
     model = Transformer(small(router=RouterConfig(**router)))
     tokens_BS = random_tokens(2, 8)
     record = model(tokens_BS).routing[0]
-    held = model.config.router.causal_routers
+    trained = model.config.router.causal_routers
     for selection in (*CAUSAL_ROUTERS, "causal"):
-        if selection in held:
+        if selection in trained:
             value_BS = model.routers[0].decision_values(
                 selection, record.scores_BS, record.predictor_BS
             )

@@ -135,13 +135,13 @@ def step(model: Transformer, call, autocast: bool = False, **kwargs) -> Step:
     return Step(losses.detach(), decided, gradients, model.batch_stats(output))
 
 
-def assert_same(found: Step, expected: Step, rtol: float) -> None:
-    torch.testing.assert_close(found.losses, expected.losses, rtol=rtol, atol=rtol)
-    for one, two in zip(found.decided, expected.decided, strict=True):
+def assert_same(actual: Step, expected: Step, rtol: float) -> None:
+    torch.testing.assert_close(actual.losses, expected.losses, rtol=rtol, atol=rtol)
+    for one, two in zip(actual.decided, expected.decided, strict=True):
         assert torch.equal(one, two)
-    torch.testing.assert_close(found.observed, expected.observed, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(actual.observed, expected.observed, rtol=rtol, atol=rtol)
     for name, wanted in expected.gradients.items():
-        gradient = found.gradients[name]
+        gradient = actual.gradients[name]
         if wanted is None:
             # Of what only reaches the records the compiler makes zeros.
             assert gradient is None or not gradient.any(), name
@@ -207,9 +207,9 @@ def check_graphs(monkeypatch, schedule: list[tuple[float | None, ...]]) -> None:
         for stage, capacities in enumerate(schedule):
             with torch.no_grad():
                 expected = model(tokens_BS, tokens_BS, capacities=capacities)
-                found = call(tokens_BS, tokens_BS, capacities=capacities)
-            torch.testing.assert_close(found.loss, expected.loss)
-            assert torch.equal(found.routing[0].chosen_BS, expected.routing[0].chosen_BS)
+                actual = call(tokens_BS, tokens_BS, capacities=capacities)
+            torch.testing.assert_close(actual.loss, expected.loss)
+            assert torch.equal(actual.routing[0].chosen_BS, expected.routing[0].chosen_BS)
             assert counter.frame_count == (len(schedule) if times else stage + 1)
 
 
@@ -266,12 +266,12 @@ def test_inductors_step_under_autocast_is_near_eager():
     model = Transformer(small(init_std=0.2))
     expected = step(model, model, autocast=True)
     compiled = torch.compile(model, backend="inductor", fullgraph=True)
-    found = step(model, compiled, autocast=True)
-    torch.testing.assert_close(found.losses, expected.losses, rtol=0.02, atol=0)
-    for one, two in zip(found.decided, expected.decided, strict=True):
+    actual = step(model, compiled, autocast=True)
+    torch.testing.assert_close(actual.losses, expected.losses, rtol=0.02, atol=0)
+    for one, two in zip(actual.decided, expected.decided, strict=True):
         assert torch.equal(one.sum(dim=1), two.sum(dim=1))
         assert (one == two).double().mean() > 0.9
-    assert all(gradient.isfinite().all() for gradient in found.gradients.values())
+    assert all(gradient.isfinite().all() for gradient in actual.gradients.values())
 
 
 @pytest.mark.parametrize("pattern", ["dense", "every_other"])

@@ -1,4 +1,4 @@
-"""Mistakes in a model's configuration: all told at once, each with its remedy, none raised."""
+"""Mistakes in a model's configuration: all reported at once, each with its remedy, none raised."""
 
 import math
 import time
@@ -52,10 +52,10 @@ def test_k_is_the_rounded_share_and_at_least_one(capacity, seq_len, expected):
     assert num_chosen(capacity, seq_len) == expected
 
 
-# Problems, told together.
+# Problems, reported at once.
 
 
-def test_all_the_problems_are_told_at_once():
+def test_all_the_problems_are_reported_at_once():
     config = ModelConfig(
         d_model=64,
         num_layers=4,
@@ -130,7 +130,7 @@ def test_all_the_problems_are_told_at_once():
                 ({"capacity_factor": 0.5}, "capacity_factor"),
                 ({"auxiliary_weight": 0.0}, "auxiliary_weight"),
                 *(({"threshold_decay": value}, "threshold_decay") for value in (1.0, 1.5)),
-                # What cannot work together.
+                # What cannot be combined.
                 ({"score": "random", "causal": ["predictor"]}, "causal"),
                 ({"score": "fixed", "causal": ["threshold"]}, "causal"),
                 ({"score": "random", "choice": "token"}, "choice"),
@@ -178,13 +178,13 @@ def test_all_the_problems_are_told_at_once():
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_each_mistake_is_told_once_under_its_key(changes, key):
+def test_each_mistake_is_reported_once_under_its_key(changes, key):
     config = small(**changes)
-    found = config.problems()
-    assert [problem.key for problem in found] == [key]
-    assert found[0].reason
-    assert found[0].remedy
-    assert len(str(found[0])) < 20_000
+    problems = config.problems()
+    assert [problem.key for problem in problems] == [key]
+    assert problems[0].reason
+    assert problems[0].remedy
+    assert len(str(problems[0])) < 20_000
 
 
 @pytest.mark.parametrize(("d_model", "num_heads"), [(96, 5), (64, 3), (96, 1000), (250, 4)])

@@ -34,7 +34,7 @@ def matvec(matrix_shape, _vector_shape, **_):
 def measure(config: ModelConfig, batch: int, seq_len: int, backward: bool = False) -> Cost:
     """What torch executes, by part. Backward passes are counted where they ran, in ``mlp``."""
     model = Transformer(config)
-    # torch leaves the router's matrix-vector product (aten.mv) uncounted unless told how to.
+    # torch leaves the router's matrix-vector product (aten.mv) uncounted without a formula for it.
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: matvec})
     tokens_BS = random_tokens(batch, seq_len)
     # Only the math kernel is made of products that the counter knows on a CPU.
@@ -113,7 +113,7 @@ def test_measured_flops_of_experts_are_the_formulas(experts, target, activation)
 
 
 def test_no_op_experts_of_a_balanced_load_cost_their_share_less():
-    """The formula says half for as many no-ops as experts; what ran follows the choices made."""
+    """The formula is half for as many no-ops as experts; what ran follows the choices made."""
     config = small(pattern="dense", experts=ExpertsConfig(count=4, noop=4), num_layers=1)
     plain = small(pattern="dense", experts=ExpertsConfig(count=4), num_layers=1)
     formula, whole = (forward_flops(c, 32).experts for c in (config, plain))
@@ -148,8 +148,8 @@ def test_measured_flops_of_every_score_and_choice_are_the_formulas(router):
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
-def test_places_that_hold_nobody_are_sent_to_no_expert(capacity_factor):
-    """In the first step token choice takes just k tokens, in a room for half as many again."""
+def test_padding_slots_are_sent_to_no_expert(capacity_factor):
+    """In the first step token choice takes just k tokens, in slots for half as many again."""
     router = RouterConfig(choice="token", capacity_factor=1.5)
     experts = ExpertsConfig(count=4, capacity_factor=capacity_factor)
     config = small(pattern="every", capacity=0.5, router=router, experts=experts)
@@ -158,7 +158,7 @@ def test_places_that_hold_nobody_are_sent_to_no_expert(capacity_factor):
 
 
 @pytest.mark.parametrize("score", ["linear", "attention", "oracle_norm"])
-def test_a_score_that_nobody_reads_is_neither_computed_nor_counted(score):
+def test_an_unused_score_is_neither_computed_nor_counted(score):
     router = RouterConfig(score=score, gate="none", predictor_dim=8)
     config = small(router=router, pattern="every_other")
     model = Transformer(config)

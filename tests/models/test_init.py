@@ -90,9 +90,9 @@ def test_experts_convolutions_and_routers_of_two_layers_have_theirs(target):
     )
     parameters = named(config)
     for suffix, std in FAMILY.items():
-        found = [p for name, p in parameters.items() if name.endswith(suffix)]
-        assert len(found) == (4 if target == "both" and ".router." in suffix else 2), suffix
-        for parameter in found:
+        weights = [p for name, p in parameters.items() if name.endswith(suffix)]
+        assert len(weights) == (4 if target == "both" and ".router." in suffix else 2), suffix
+        for parameter in weights:
             tolerance = 5 / math.sqrt(2 * parameter.numel())
             assert float(parameter.std()) == pytest.approx(std, rel=tolerance), suffix
     scales = [p for name, p in parameters.items() if name.endswith("gate.scale")]
@@ -100,7 +100,7 @@ def test_experts_convolutions_and_routers_of_two_layers_have_theirs(target):
     assert all(float(scale) == 1 for scale in scales)
 
 
-def test_a_routed_mlps_router_and_its_experts_router_draw_apart():
+def test_a_routed_mlps_router_and_its_experts_router_start_differently():
     """Both are called router in an MLP; their names must not come to one seed or one spread."""
     experts = ExpertsConfig(count=2, top_k=1)
     router = RouterConfig(target="mlp")

@@ -51,11 +51,11 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def assert_same(call, x: Tensor, weight_VD: Tensor, targets: Tensor, tolerance: float) -> None:
-    """The same loss and gradients as ``whole``'s, of a loss that goes on to be scaled."""
+    """The same loss and gradients as ``whole``'s, of a loss that is scaled afterwards."""
     actual, expected = call(x, weight_VD, targets), whole(x, weight_VD, targets)
     assert_close(actual, expected, tolerance)
     leaves = [tensor for tensor in (x, weight_VD) if tensor.requires_grad]
-    gradients = [torch.autograd.grad(found * 3, leaves) for found in (actual, expected)]
+    gradients = [torch.autograd.grad(value * 3, leaves) for value in (actual, expected)]
     for one, two in zip(*gradients, strict=True):
         assert_close(one, two, tolerance)
 
@@ -86,7 +86,7 @@ def test_any_leading_dimensions_are_tokens():
     x_ND, weight_VD, targets_N = cases(12, 5, 7)
     x_BSD = x_ND.detach().view(3, 4, 5).requires_grad_()
     targets_BS = targets_N.view(3, 4)
-    # Cut as a batch (B, S + 1) is: not contiguous.
+    # Sliced as a batch (B, S + 1) is: not contiguous.
     actual = next_token_loss(x_BSD[:, 1:], weight_VD, targets_BS[:, :-1], 5)
     assert_close(actual, whole(x_BSD[:, 1:], weight_VD, targets_BS[:, :-1]), 1e-12)
     assert_same(next_token_loss, x_BSD, weight_VD, targets_BS, 1e-12)
@@ -130,11 +130,11 @@ def test_huge_logits_stay_finite():
 def test_a_tied_weight_gets_both_gradients():
     _, weight_VD, targets_N = cases(6, 4, 9)
     inputs_N = targets_N.roll(1)
-    found = []
+    gradients = []
     for call in (whole, lambda *inputs: next_token_loss(*inputs, 4)):
         x_ND = torch.tanh(F.embedding(inputs_N, weight_VD))
-        found.append(torch.autograd.grad(call(x_ND, weight_VD, targets_N), weight_VD)[0])
-    assert_close(*found, 1e-12)
+        gradients.append(torch.autograd.grad(call(x_ND, weight_VD, targets_N), weight_VD)[0])
+    assert_close(*gradients, 1e-12)
 
 
 def test_gradients_add_up_over_calls_and_over_a_retained_graph():
@@ -202,10 +202,10 @@ def test_no_product_is_computed_twice_or_in_vain(for_x, for_weight, products):
     assert forward.get_total_flops() == products * 2 * 11 * 4 * 30
     assert backward.get_total_flops() == 0
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        found = next_token_loss(x_ND, weight_VD, targets_N, 4)
+        actual = next_token_loss(x_ND, weight_VD, targets_N, 4)
     assert forward.get_total_flops() == 2 * 11 * 4 * 30
-    assert_close(found, whole(x_ND, weight_VD, targets_N), 1e-12)
-    assert not found.requires_grad
+    assert_close(actual, whole(x_ND, weight_VD, targets_N), 1e-12)
+    assert not actual.requires_grad
 
 
 def test_autocast_computes_products_in_its_dtype_and_softmax_in_float32():
@@ -216,7 +216,7 @@ def test_autocast_computes_products_in_its_dtype_and_softmax_in_float32():
     assert seen.dtypes["_log_softmax"] == torch.float32
 
 
-def test_without_a_gradient_nothing_is_made_for_one():
+def test_without_a_gradient_none_is_computed():
     x_ND, weight_VD, targets_N = cases(11, 4, 30)
     with torch.no_grad(), Seen() as seen:
         next_token_loss(x_ND, weight_VD, targets_N, 4)

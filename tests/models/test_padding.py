@@ -124,7 +124,7 @@ def test_padding_has_no_part_in_losses_and_quantiles(experts, side):
         torch.testing.assert_close(actual.auxiliary[name], loss, msg=name)
     for one, two in zip(model.batch_stats(actual), model.batch_stats(expected), strict=True):
         torch.testing.assert_close(one, two)
-    totals = [sum(found.auxiliary.values(), found.loss) for found in (actual, expected)]
+    totals = [sum(output.auxiliary.values(), output.loss) for output in (actual, expected)]
     parameters = dict(model.named_parameters())
     gradients = [torch.autograd.grad(total, list(parameters.values())) for total in totals]
     for name, one, two in zip(parameters, *gradients, strict=True):
@@ -150,12 +150,14 @@ def document_cases() -> dict[str, tuple[ModelConfig, list[str | None]]]:
     cases["experts"] = model_of("integrated", router={"target": "mlp"})
     cases["expert choice"] = model_of("expert choice", router={"target": "attention"})
     cases["staged expert choice"] = model_of("expert choice", capacity=0.5)
-    found = {name: (case, [None, *case.router.causal_routers]) for name, case in cases.items()}
+    with_decisions = {
+        name: (case, [None, *case.router.causal_routers]) for name, case in cases.items()
+    }
     # Experts choose among the tokens of a document when they are judged.
     for changes in ({}, {"choice": "expert"}, {"capacity_factor": 0.5}):
         config = small(pattern="dense", experts=ExpertsConfig(count=4, **changes))
-        found[f"judged, {changes}"] = config, ["causal"]
-    return found
+        with_decisions[f"judged, {changes}"] = config, ["causal"]
+    return with_decisions
 
 
 DOCUMENTS = document_cases()
@@ -169,8 +171,8 @@ def test_documents_run_as_each_would_by_itself(case):
     tokens_BS = distinct_tokens(2, 24)
     for selection in selections:
         with torch.no_grad():
-            together = model(tokens_BS, selection=selection, documents_BS=two_documents())
+            packed = model(tokens_BS, selection=selection, documents_BS=two_documents())
             # Angles of later positions are rounded to float32.
-            require_margin(model, together, selection or config.training_selection, least=1e-5)
+            require_margin(model, packed, selection or config.training_selection, least=1e-5)
             alone = [model(half, selection=selection).logits_BSV for half in tokens_BS.split(12, 1)]
-        torch.testing.assert_close(together.logits_BSV, torch.cat(alone, dim=1), rtol=0, atol=1e-4)
+        torch.testing.assert_close(packed.logits_BSV, torch.cat(alone, dim=1), rtol=0, atol=1e-4)

@@ -85,13 +85,13 @@ def reference_of(
 def expected_auxiliary(config: ModelConfig, chosen, scores, predictions) -> dict[str, Tensor]:
     """The losses beside the language model's, from what the reference decided."""
     targets = torch.stack(chosen).double()
-    found = {}
+    terms = {}
     if "predictor" in config.router.causal:
-        found["predictor"] = reference.binary_cross_entropy(torch.stack(predictions), targets)
+        terms["predictor"] = reference.binary_cross_entropy(torch.stack(predictions), targets)
     if "auxiliary" in config.router.causal:
         loss = reference.binary_cross_entropy(torch.stack(scores), targets)
-        found["auxiliary"] = config.router.auxiliary_weight * loss
-    return found
+        terms["auxiliary"] = config.router.auxiliary_weight * loss
+    return terms
 
 
 @quick(80)

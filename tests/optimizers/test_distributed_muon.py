@@ -34,7 +34,7 @@ LAYOUTS = {
 }
 
 
-def _made(dims, seed=0):
+def _model_and_muon(dims, seed=0):
     model = Transformer(MODEL, seed)
     if dims is not None:
         parallelize(model, make_meshes(dims), LayerOptions())
@@ -76,15 +76,15 @@ def _whole(model, optimizer):
 
 
 def _steps(dims):
-    model, optimizer = _made(dims)
+    model, optimizer = _model_and_muon(dims)
     _learn(optimizer, range(3))
     return _whole(model, optimizer)
 
 
-def _assert_close(found, wanted):
-    assert found.keys() == wanted.keys()
+def _assert_close(actual, wanted):
+    assert actual.keys() == wanted.keys()
     for key, value in wanted.items():
-        assert abs(found[key] - value).max() <= 1e-7 * max(1, abs(value).max()), key
+        assert abs(actual[key] - value).max() <= 1e-7 * max(1, abs(value).max()), key
 
 
 @pytest.mark.on_commit("fsdp 3", "fsdp_tp 1x2")
@@ -92,13 +92,13 @@ def _assert_close(found, wanted):
 def test_a_step_of_many_ranks_is_that_of_one_process(layout):
     dims = LAYOUTS[layout]
     alone = _steps(None)
-    for found in on_ranks(_steps, dims.world_size, dims):
-        _assert_close(found, alone)
+    for actual in on_ranks(_steps, dims.world_size, dims):
+        _assert_close(actual, alone)
 
 
 def _saves(root, dims):
     """Save at the second step, and return the state of the third."""
-    model, optimizer = _made(dims)
+    model, optimizer = _model_and_muon(dims)
     _learn(optimizer, range(2))
     tensors, rest = named_state(model, optimizer)
     with Checkpointer(Ranks.create()) as checkpointer:
@@ -109,7 +109,7 @@ def _saves(root, dims):
 
 
 def _resumes(root, dims):
-    model, optimizer = _made(dims, seed=1)
+    model, optimizer = _model_and_muon(dims, seed=1)
     ranks = Ranks.create()
     _, path = recover(Path(root), ranks)
     restore(path, model, optimizer, ranks)
@@ -122,14 +122,14 @@ def _resumes(root, dims):
 @pytest.mark.parametrize(
     ("before", "after"), [("fsdp 2", "fsdp_tp 1x2"), ("fsdp_tp 1x2", "fsdp 2"), ("one", "fsdp 3")]
 )
-def test_a_checkpoint_goes_on_under_another_layout(tmp_path, before, after):
+def test_a_checkpoint_resumes_under_another_layout(tmp_path, before, after):
     first, second = (LAYOUTS[name] for name in (before, after))
     saved, ended = on_ranks(_saves, _world_size(first), str(tmp_path), first)[0]
-    for restored, found in on_ranks(_resumes, _world_size(second), str(tmp_path), second):
+    for restored, actual in on_ranks(_resumes, _world_size(second), str(tmp_path), second):
         assert any(key.endswith("momentum_buffer") for key in saved)
         assert restored.keys() == saved.keys()
         assert all((restored[key] == saved[key]).all() for key in saved)
-        _assert_close(found, ended)
+        _assert_close(actual, ended)
 
 
 def _resumes_itself(root, dims):

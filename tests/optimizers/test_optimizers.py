@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, saved):
 
 
 @pytest.mark.parametrize(
-    ("more", "key", "said"),
+    ("more", "key", "message"),
     [
         (["optimizer.name=lion"], "optimizer.name", "adamw, muon"),
         (["optimizer.muon.momentum=0.9"], "optimizer.muon", "use optimizer=muon"),
@@ -185,10 +185,10 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, saved):
         (["optimizer=muon", "strategy=deepspeed_2"], "optimizer.name", "strategy=fsdp"),
     ],
 )
-def test_what_cannot_be_is_an_error_at_start(tiny, more, key, said):
-    found = problems_of(resolve, compose("train", [*tiny, "name=refused", *more]))
-    assert list(found) == [key]
-    assert said in found[key].remedy
+def test_what_cannot_be_is_an_error_at_start(tiny, more, key, message):
+    problems = problems_of(resolve, compose("train", [*tiny, "name=refused", *more]))
+    assert list(problems) == [key]
+    assert message in problems[key].remedy
 
 
 def test_the_plan_shows_what_the_optimizer_costs_beside_the_budget(tiny, capsys, monkeypatch):

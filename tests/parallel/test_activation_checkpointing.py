@@ -25,7 +25,7 @@ MODELS = {
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def made(name: str, mode: str, num_layers: int = 4) -> Transformer:
+def tensors_made(name: str, mode: str, num_layers: int = 4) -> Transformer:
     model = Transformer(small(num_layers=num_layers, init_std=0.2, **MODELS[name]))
     activation_checkpointing.apply(model, mode)
     return model
@@ -43,7 +43,7 @@ def step(
     name: str, mode: str, backend: str | None = None, autocast: bool = False
 ) -> dict[str, Tensor]:
     """Losses, gradients and running states of one step, by name, and what is drawn next."""
-    model = made(name, mode, 2)
+    model = tensors_made(name, mode, 2)
     call = model
     if backend is not None:
         call = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
@@ -61,18 +61,18 @@ def step(
 def test_a_step_is_bitwise_the_same_in_every_mode(name, autocast):
     expected = step(name, "none", autocast=autocast)
     for mode in ("selective", "full"):
-        found = step(name, mode, autocast=autocast)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        actual = step(name, mode, autocast=autocast)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_names_and_state_are_those_of_the_bare_model(mode):
-    bare, model = made("with state", "none"), made("with state", mode)
+    bare, model = tensors_made("with state", "none"), tensors_made("with state", mode)
     for method in ("named_parameters", "named_buffers", "state_dict"):
-        expected, found = dict(getattr(bare, method)()), dict(getattr(model, method)())
-        assert list(found) == list(expected)
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+        expected, actual = dict(getattr(bare, method)()), dict(getattr(model, method)())
+        assert list(actual) == list(expected)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
     # The wrapper has the name of what it wraps.
     names = dict.fromkeys(n for n, _ in model.named_modules())
     assert list(names) == [n for n, _ in bare.named_modules()]
@@ -94,10 +94,10 @@ def test_names_and_state_are_those_of_the_bare_model(mode):
 
 def kept_bytes(mode: str) -> int:
     """Bytes that a forward pass leaves behind for its backward pass."""
-    model = made("with state", mode)
+    model = tensors_made("with state", mode)
     with Seen() as seen:
         _, total = forward(model, 47)
-    kept = seen.held_bytes()
+    kept = seen.live_bytes()
     total.backward()
     return kept
 
@@ -109,7 +109,7 @@ def test_each_mode_keeps_less_than_the_one_before():
 
 
 def backward_flops(mode: str) -> int:
-    _, total = forward(made("with state", mode))
+    _, total = forward(tensors_made("with state", mode))
     with FlopCounterMode(display=False) as counter:
         total.backward()
     return counter.get_total_flops()
@@ -122,7 +122,7 @@ def test_selective_repeats_no_product_and_full_repeats_what_it_must():
 
 
 def test_selective_repeats_norms_but_neither_attention_nor_choices():
-    _, total = forward(made("with state", "selective"))
+    _, total = forward(tensors_made("with state", "selective"))
     with Seen() as seen:
         total.backward()
     repeated = " ".join(seen.names)
@@ -162,12 +162,12 @@ def test_selective_keeps_the_results_of_modtrains_own_operations():
     ("name", "backend"), [*((name, "aot_eager") for name in MODELS), ("dense", "inductor")]
 )
 def test_a_step_compiles_to_one_graph_in_every_mode(name, backend, mode):
-    expected, found = step(name, "none"), step(name, mode, backend)
-    assert found.keys() == expected.keys()
+    expected, actual = step(name, "none"), step(name, mode, backend)
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_mode_that_there_is_not_is_refused_with_those_that_there_are():
+def test_an_unknown_mode_is_refused_with_those_that_exist():
     with pytest.raises(ValueError, match="none, selective, full, not partial"):
         activation_checkpointing.apply(nn.Module(), "partial")

@@ -61,7 +61,7 @@ def _of_padded_on_a_rank(cases):
 
 
 def test_padding_and_logits():
-    cases = ["parts routed apart", "limited experts", "expert choice"]
+    cases = ["separately routed parts", "limited experts", "expert choice"]
     for results in on_ranks(_of_padded_on_a_rank, 2, cases):
         for case, (loss, logits, records) in zip(cases, results, strict=True):
             wanted = _of_padded(Transformer(MODELS[case]))
@@ -144,20 +144,20 @@ def test_each_token_has_one_rank_and_all_have_as_many_keys_to_see(size, length):
         places_L = chunks.local_positions(length, whole_S.device)
         assert places_L[own_L >= 0].tolist() == own_L[own_L >= 0].tolist()
         assert set(places_L[own_L < 0].tolist()) <= {length - 1}
-        place_S, is_held_S = chunks.local_index_and_mask(whole_S, length)
-        assert own_L[place_S[is_held_S]].tolist() == whole_S[is_held_S].tolist()
-        owners += is_held_S
+        place_S, is_local_S = chunks.local_index_and_mask(whole_S, length)
+        assert own_L[place_S[is_local_S]].tolist() == whole_S[is_local_S].tolist()
+        owners += is_local_S
         early, late, piece = chunks.chunk_offsets(length)
         work.add(early + late + 2 * piece)
     assert owners.tolist() == [1] * length
     assert len(work) == 1
 
 
-def test_what_cannot_be_shared_out_is_told():
+def test_what_context_parallelism_cannot_split_is_reported():
     config = small(router=RouterConfig(score="attention", gate="none"), pattern=[1, 0.5, 1, 0.5])
     strategy = StrategyConfig("fsdp_cp", context_parallel=2)
-    found = dims_problems(strategy, "strategy", config, Launch(4, 0, 0, 4))
-    assert [problem.key for problem in found] == ["model.router.score"]
+    problems = dims_problems(strategy, "strategy", config, Launch(4, 0, 0, 4))
+    assert [problem.key for problem in problems] == ["model.router.score"]
     alone = StrategyConfig("fsdp_cp", context_parallel=1)
     assert dims_problems(alone, "strategy", config, Launch(4, 0, 0, 4)) == []
 
@@ -167,15 +167,15 @@ def _refusals():
     unknown = Transformer(MODELS["dense"])
     unknown.layers[1].module.attention = torch.nn.Identity()
     routed = small(router=RouterConfig(score="attention", gate="none"), pattern=[1, 0.5, 1, 0.5])
-    said = []
+    messages = []
     for model in (unknown, Transformer(routed)):
         with pytest.raises((TypeError, ConfigError)) as caught:
             apply_context_parallel(model, mesh)
-        said.append(str(caught.value))
+        messages.append(str(caught.value))
     shared = _shared(MODELS["dense"], 2)
     with pytest.raises(TypeError) as caught:
         shared.extend(distinct_tokens(1, 4), Cache(shared.config, 1))
-    return [*said, str(caught.value)]
+    return [*messages, str(caught.value)]
 
 
 def test_what_would_be_computed_wrong_is_refused():

@@ -88,14 +88,14 @@ def test_degrees_make_up_the_processes_or_are_an_error(name, local, nodes, degre
         ("fsdp", {"tensor_parallel": 2, "expert_parallel": 4}, Launch(4), "expert_parallel"),
     ],
 )
-def test_what_does_not_fit_is_told_by_its_key(name, degrees, launch, key):
-    found = dims_problems(StrategyConfig(name, **degrees), "strategy", MODEL, launch)
-    assert [problem.key for problem in found] == [f"strategy.{key}"]
+def test_what_does_not_fit_is_reported_under_its_key(name, degrees, launch, key):
+    problems = dims_problems(StrategyConfig(name, **degrees), "strategy", MODEL, launch)
+    assert [problem.key for problem in problems] == [f"strategy.{key}"]
 
 
-def test_experts_are_asked_for_where_they_are_spread():
-    found = dims_problems(StrategyConfig("fsdp_ep"), "strategy", ModelConfig(), Launch())
-    assert [p.key for p in found] == ["strategy.name"]
+def test_expert_parallelism_requires_experts():
+    problems = dims_problems(StrategyConfig("fsdp_ep"), "strategy", ModelConfig(), Launch())
+    assert [p.key for p in problems] == ["strategy.name"]
 
 
 @pytest.mark.parametrize(
@@ -116,19 +116,19 @@ def test_a_key_that_would_do_nothing_is_an_error(config):
 
 def test_a_compiled_layer_is_not_recomputed_whole_under_tensor_parallel():
     config = StrategyConfig("fsdp_tp", activation_checkpointing="full")
-    found = run_problems(config, "strategy", compiles=True)
-    assert [problem.key for problem in found] == ["strategy.activation_checkpointing"]
+    problems = run_problems(config, "strategy", compiles=True)
+    assert [problem.key for problem in problems] == ["strategy.activation_checkpointing"]
     assert run_problems(config, "strategy", compiles=False) == []
 
 
-def test_experts_that_cannot_be_cut_evenly_on_many_ranks_are_told():
+def test_experts_that_cannot_be_sharded_evenly_on_many_ranks_are_reported():
     """16 experts on 1,024 ranks would travel as 1,024 pieces of the size of one."""
     model = ModelConfig(
         d_model=2560, num_heads=20, d_ff=1280, experts=ExpertsConfig(count=16, dim=1280)
     )
     many = Launch(1024, 0, 0, 8)
-    (found,) = dims_problems(StrategyConfig("fsdp"), "strategy", model, many)
-    assert (found.key, "hsdp" in found.remedy) == ("strategy.name", True)
+    (problem,) = dims_problems(StrategyConfig("fsdp"), "strategy", model, many)
+    assert (problem.key, "hsdp" in problem.remedy) == ("strategy.name", True)
     for sound in (StrategyConfig("hsdp"), StrategyConfig("fsdp_ep", expert_parallel=16)):
         assert dims_problems(sound, "strategy", model, many) == []
     assert dims_problems(StrategyConfig("fsdp"), "strategy", model, Launch(256, 0, 0, 8)) == []

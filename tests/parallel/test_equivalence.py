@@ -95,7 +95,7 @@ ARRAY = {
 QUICK = {
     "shard2": ["dense", "mod"],
     "context2 expert2": ["staged", "expert choice"],
-    "shard2 tensor2 expert2": ["integrated", "parts routed apart"],
+    "shard2 tensor2 expert2": ["integrated", "separately routed parts"],
     "replicate2 context2": ["mod in a window", "routed without a router"],
     "shard4 expert2": ["narrow expert choice", "mostly no-ops"],
     "replicate2 context2 tensor2 expert2": ["limited experts"],
@@ -226,25 +226,25 @@ def _on_a_rank(layout: str, runs: list[tuple[str, Option]], options: dict[str, A
     return traces
 
 
-def _assert_near(found: Any, wanted: Any, where: str) -> None:
-    assert found.keys() == wanted.keys(), where
+def _assert_near(actual: Any, wanted: Any, where: str) -> None:
+    assert actual.keys() == wanted.keys(), where
     for name, value in wanted.items():
-        assert found[name] == pytest.approx(value, abs=1e-5), (where, name)
+        assert actual[name] == pytest.approx(value, abs=1e-5), (where, name)
 
 
-def _assert_alike(found: Trace, wanted: Trace) -> None:
-    for number, chosen in found.chosen.items():
+def _assert_alike(actual: Trace, wanted: Trace) -> None:
+    for number, chosen in actual.chosen.items():
         assert chosen == wanted.chosen[number], f"micro-batch {number}"
-        _assert_near(found.auxiliary[number], wanted.auxiliary[number], f"micro-batch {number}")
-        pairs = zip(found.experts[number], wanted.experts[number], strict=True)
+        _assert_near(actual.auxiliary[number], wanted.auxiliary[number], f"micro-batch {number}")
+        pairs = zip(actual.experts[number], wanted.experts[number], strict=True)
         for (executed, *ours), (other_executed, *theirs) in pairs:
             assert executed == other_executed
             for one, other in zip(ours, theirs, strict=True):
                 assert one == pytest.approx(other)
-    _assert_near(found.gradients, wanted.gradients, "gradients")
-    assert found.losses == pytest.approx(wanted.losses, abs=1e-5)
-    assert found.norms == pytest.approx(wanted.norms, abs=1e-5)
-    _assert_near(found.state, wanted.state, "state")
+    _assert_near(actual.gradients, wanted.gradients, "gradients")
+    assert actual.losses == pytest.approx(wanted.losses, abs=1e-5)
+    assert actual.norms == pytest.approx(wanted.norms, abs=1e-5)
+    _assert_near(actual.state, wanted.state, "state")
 
 
 def _assert_learns_alike(
@@ -309,10 +309,10 @@ def test_bf16_is_near(layout):
     option = ARRAY[layout, "mod"]
     wanted = _in_one_process("mod", option, "bf16")
     options = {"precision": "bf16"}
-    for (found,) in on_ranks(_on_a_rank, 2, layout, [("mod", option)], options):
-        assert found.losses == pytest.approx(wanted.losses, abs=0.03)
-        assert found.losses != pytest.approx(wanted.losses, abs=1e-6)
-        assert found.norms == pytest.approx(wanted.norms, rel=0.1, abs=0.01)
+    for (actual,) in on_ranks(_on_a_rank, 2, layout, [("mod", option)], options):
+        assert actual.losses == pytest.approx(wanted.losses, abs=0.03)
+        assert actual.losses != pytest.approx(wanted.losses, abs=1e-6)
+        assert actual.norms == pytest.approx(wanted.norms, rel=0.1, abs=0.01)
 
 
 @pytest.mark.nightly
@@ -352,10 +352,10 @@ def _evaluates(layout: str, model_name: str, budgets: Any) -> Any:
 
     batches = _evaluation_batches()[dims.data_rank(dist.get_rank()) :: dims.data_parallel]
     batches = map(Batch.from_tokens, batches)
-    found = evaluate(model, batches, contextlib.nullcontext(), total=total, budgets=budgets)
+    evaluated = evaluate(model, batches, contextlib.nullcontext(), total=total, budgets=budgets)
     # Saved or clipped after it, a model is in its pieces.
     assert all(isinstance(value, DTensor) for value in model.parameters())
-    return found
+    return evaluated
 
 
 @pytest.mark.slow
@@ -363,8 +363,8 @@ def _evaluates(layout: str, model_name: str, budgets: Any) -> Any:
     ("layout", "model"),
     [
         ("shard2 context2", "mod"),
-        ("shard2 tensor2 expert2", "parts routed apart"),
-        ("context2 tensor2", "parts routed apart"),
+        ("shard2 tensor2 expert2", "separately routed parts"),
+        ("context2 tensor2", "separately routed parts"),
         ("shard4 expert4", "mostly no-ops"),
     ],
 )
@@ -376,9 +376,9 @@ def test_evaluates_as_one_process(layout, model):
     wanted = evaluate(whole, batches, contextlib.nullcontext(), budgets=budgets)
     shares = [s for d in wanted.decisions.values() for s in d.realised_capacity.values()]
     assert any(0 < share < 1 for share in shares), "all tokens take part, or none"
-    for found in on_ranks(_evaluates, LAYOUTS[layout].world_size, layout, model, budgets):
-        assert found.tokens == wanted.tokens
-        for decision, ours in [*found.decisions.items(), ("top_k", found.top_k)]:
+    for actual in on_ranks(_evaluates, LAYOUTS[layout].world_size, layout, model, budgets):
+        assert actual.tokens == wanted.tokens
+        for decision, ours in [*actual.decisions.items(), ("top_k", actual.top_k)]:
             theirs = wanted.top_k if decision == "top_k" else wanted.decisions[decision]
             assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
             assert ours.flops == pytest.approx(theirs.flops)
@@ -416,17 +416,17 @@ def _assert_checkpoints_cross(layouts: list[str | None], model: str, root: Path)
         path = checkpoint_path(folder, 1)
         world_size = 1 if layout is None else LAYOUTS[layout].world_size
         on_ranks(_passes_on, world_size, layout, model, given, path)
-        found = tensors_of(path)
-        wanted = found if given is None else tensors_of(given)
-        assert found.keys() == wanted.keys() and any("exp_avg" in key for key in found)
-        assert not [key for key, value in wanted.items() if not torch.equal(value, found[key])]
+        tensors = tensors_of(path)
+        wanted = tensors if given is None else tensors_of(given)
+        assert tensors.keys() == wanted.keys() and any("exp_avg" in key for key in tensors)
+        assert not [key for key, value in wanted.items() if not torch.equal(value, tensors[key])]
         given = path
 
 
 @pytest.mark.slow
 def test_checkpoints_cross_layouts(tmp_path):
     layouts = ["shard2 tensor2 expert2", "context2 tensor2", None, "replicate2 shard2 expert2"]
-    _assert_checkpoints_cross(layouts, "parts routed apart", tmp_path)
+    _assert_checkpoints_cross(layouts, "separately routed parts", tmp_path)
 
 
 @pytest.mark.nightly
@@ -489,7 +489,7 @@ def test_a_run_is_that_of_one_process(prepared, tmp_path, name, family):
     lines = run_lines(prepared, tmp_path, "many", *FAMILIES[family], *more)
     assert on_ranks(run, world_size, lines, joins=False) == ["complete"] * world_size
     assert_same_records(tmp_path, "one", "many")
-    wanted, found = (newest_weights(tmp_path / name, 4) for name in ("one", "many"))
-    assert found.keys() == wanted.keys()
+    wanted, actual = (newest_weights(tmp_path / name, 4) for name in ("one", "many"))
+    assert actual.keys() == wanted.keys()
     for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-4, msg=key)
+        torch.testing.assert_close(actual[key], value, rtol=0, atol=1e-4, msg=key)

@@ -74,25 +74,25 @@ def _exchanged(counts_RE: list[list[int]], activation: str, mesh: DeviceMesh) ->
     whole = ExpertMLPs(len(counts_E), 6, 5, activation).double()
     for weight in whole.parameters():
         nn.init.normal_(weight)
-    apart = copy.deepcopy(whole)
-    spread_experts(apart, mesh, Group.of(mesh))
+    sharded = copy.deepcopy(whole)
+    spread_experts(sharded, mesh, Group.of(mesh))
     torch.manual_seed(1 + rank)
-    # Behind them are rows of nobody.
+    # Behind them are padding rows.
     x_MD = torch.randn(rows + rank, 6, dtype=torch.float64)
     grad_MD = torch.randn_like(x_MD)
     x_MD[rows:] = float("nan")
-    found = []
-    for mlps in (whole, apart):
+    outputs = []
+    for mlps in (whole, sharded):
         leaf_MD = x_MD.clone().requires_grad_()
         y_MD = mlps(leaf_MD, counts_E.cumsum(0).int())
         y_MD.backward(grad_MD)
-        found.append([y_MD.detach(), leaf_MD.grad])
-    assert not any(tensor[rows:].any() for tensor in found[1])
+        outputs.append([y_MD.detach(), leaf_MD.grad])
+    assert not any(tensor[rows:].any() for tensor in outputs[1])
     for name, weight in whole.named_parameters():
         dist.all_reduce(weight.grad)
-        found[0].append(weight.grad / mesh.size())
-        found[1].append(apart.get_parameter(name).grad.full_tensor())
-    return max(_distance(one, other) for one, other in zip(*found, strict=True))
+        outputs[0].append(weight.grad / mesh.size())
+        outputs[1].append(sharded.get_parameter(name).grad.full_tensor())
+    return max(_distance(one, other) for one, other in zip(*outputs, strict=True))
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
@@ -110,17 +110,17 @@ def cases(draw: st.DrawFn, size: int) -> list[list[int]]:
 
 def _all_exchanged(size: int) -> float:
     """The worst of many cases, which are drawn alike on every rank."""
-    found = [0.0]
+    errors = [0.0]
     mesh = init_device_mesh("cpu", (size,))
 
     @quick(40 // size)
     @given(cases(size), st.sampled_from(["swiglu", "gelu"]))
     @example([[0] * size] * size, "swiglu")
     def examine(case: list[list[int]], activation: str) -> None:
-        found.append(_exchanged(case, activation, mesh))
+        errors.append(_exchanged(case, activation, mesh))
 
     examine()
-    return max(found)
+    return max(errors)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -169,7 +169,7 @@ def _placed() -> dict[str, tuple[Any, ...]]:
     config = model_of("limited", activation="gelu")
     plain = lively(config, dtype=torch.float32)
     _, sharded = pair_of(config, meshes_of(2, 2))
-    found = {}
+    placements = {}
     for (name, expected), (other_name, weight) in zip(
         plain.state_dict().items(), sharded.state_dict().items(), strict=True
     ):
@@ -177,16 +177,20 @@ def _placed() -> dict[str, tuple[Any, ...]]:
         local = weight.to_local()
         if ".inner." in name:
             assert local.untyped_storage().nbytes() == local.nbytes
-        found[name] = (tuple(weight.placements), weight.device_mesh.mesh_dim_names, local.shape)
-    return found
+        placements[name] = (
+            tuple(weight.placements),
+            weight.device_mesh.mesh_dim_names,
+            local.shape,
+        )
+    return placements
 
 
 def test_experts_lie_on_both_axes_and_the_rest_on_all_ranks():
-    for found in on_ranks(_placed, 4):
-        placements, axes, shape = found["layers.1.module.mlp.inner.up"]
+    for on_rank in on_ranks(_placed, 4):
+        placements, axes, shape = on_rank["layers.1.module.mlp.inner.up"]
         assert (placements, axes) == ((Shard(1), Shard(0)), ("expert_shard", "expert"))
         assert shape == (2, DIM // 2, 8)
-        placements, axes, shape = found["embedding.weight"]
+        placements, axes, shape = on_rank["embedding.weight"]
         assert placements == (Shard(0),) and len(axes) == 1 and shape == (12, DIM)
 
 
@@ -263,26 +267,26 @@ def _sent(variant: str, mode: str, precision: str, size: int) -> dict[str, Any]:
     }
 
 
-def test_static_rows_travel_as_the_formula_says():
+def test_static_rows_travel_as_in_the_formula():
     layers, rows = 2, 4 * 2 * 5  # slots: ceil(0.7 * 2 * 16 / 5)
-    for found in on_ranks(_sent, 2, "limited", "none", "fp32", 2):
-        assert found["rows"][0] == [10] * 4 and sum(found["rows"][0]) == rows
-        assert found["bytes"] == layers * sent_bytes(rows, DIM, 4, 2)
-        assert found["calls"] == 4 * layers
+    for traffic in on_ranks(_sent, 2, "limited", "none", "fp32", 2):
+        assert traffic["rows"][0] == [10] * 4 and sum(traffic["rows"][0]) == rows
+        assert traffic["bytes"] == layers * sent_bytes(rows, DIM, 4, 2)
+        assert traffic["calls"] == 4 * layers
 
 
 def test_dropless_rows_travel_as_they_were_counted():
     size, layers = 4, 2
-    found = on_ranks(_sent, size, "staged", "none", "fp32", size)
+    traffic = on_ranks(_sent, size, "staged", "none", "fp32", size)
     # Layers' counts of every rank's share, share by share.
-    shares = [found[0]["rows"][rank * layers : (rank + 1) * layers] for rank in range(size)]
+    shares = [traffic[0]["rows"][rank * layers : (rank + 1) * layers] for rank in range(size)]
     for rank in range(size):
         leave = sum(sum(c) - c[rank] for c in shares[rank])
         come = sum(c[rank] for other in range(size) if other != rank for c in shares[other])
         # There, and its gradient back; what came goes back, and its gradient comes.
-        assert found[rank]["bytes"] == 2 * (leave + come) * DIM * 4
-        assert found[rank]["calls"] == 5 * layers
-    total = sum(one["bytes"] for one in found)
+        assert traffic[rank]["bytes"] == 2 * (leave + come) * DIM * 4
+        assert traffic[rank]["calls"] == 5 * layers
+    total = sum(one["bytes"] for one in traffic)
     crossing = sum(sum(c) - c[rank] for rank in range(size) for c in shares[rank])
     assert total == sent_bytes(crossing * size / (size - 1), DIM, 4, size)
 
@@ -296,18 +300,18 @@ def _checkpointed(variant: str) -> dict[str, Any]:
 def test_checkpointed_layers_exchange_in_step(variant, calls):
     """The same gradients to the bit; ``selective`` sends nothing twice."""
     layers = 2
-    for found in on_ranks(_checkpointed, 2, variant):
-        assert [found[mode]["calls"] for mode in found] == [layers * number for number in calls]
-        for mode in found:
-            assert found[mode]["gradients"] == found["none"]["gradients"]
+    for outcome in on_ranks(_checkpointed, 2, variant):
+        assert [outcome[mode]["calls"] for mode in outcome] == [layers * number for number in calls]
+        for mode in outcome:
+            assert outcome[mode]["gradients"] == outcome["none"]["gradients"]
 
 
 @pytest.mark.parametrize("variant", ["integrated", "expert choice"])
 def test_bf16_travels_as_bf16(variant):
-    for found in on_ranks(_sent, 2, variant, "none", "bf16", 2):
-        assert found["dtypes"] == {torch.bfloat16}
-        assert found["loss error"] < 0.02
-        assert found["error"] < 0.02 * found["scale"]
+    for traffic in on_ranks(_sent, 2, variant, "none", "bf16", 2):
+        assert traffic["dtypes"] == {torch.bfloat16}
+        assert traffic["loss error"] < 0.02
+        assert traffic["error"] < 0.02 * traffic["scale"]
 
 
 # Under the compiler, and on paper.
@@ -321,14 +325,14 @@ def _compiled() -> float:
     inner = model.mixtures[0].inner
     torch.manual_seed(dist.get_rank())
     x_MD = torch.randn(16, DIM)
-    found = []
+    outputs = []
     for call in (inner, torch.compile(inner, fullgraph=True, dynamic=False, backend="aot_eager")):
         leaf_MD = x_MD.clone().requires_grad_()
         y_MD = call(leaf_MD, None)
         y_MD.square().sum().backward()
-        found.append([y_MD, leaf_MD.grad, *(p.grad.to_local() for p in inner.parameters())])
+        outputs.append([y_MD, leaf_MD.grad, *(p.grad.to_local() for p in inner.parameters())])
         inner.zero_grad()
-    return max(_distance(one, other) for one, other in zip(*found, strict=True))
+    return max(_distance(one, other) for one, other in zip(*outputs, strict=True))
 
 
 @pytest.mark.slow
@@ -340,14 +344,14 @@ def _on_paper() -> list[tuple[int, ...]]:
     dist.init_process_group("fake", rank=3, world_size=8, store=FakeStore())
     mesh = init_device_mesh("cpu", (8,))
     with FakeTensorMode():
-        apart = ExpertMLPs(16, 6, 5, "gelu")
-        spread_experts(apart, mesh, Group.of(mesh))
+        sharded = ExpertMLPs(16, 6, 5, "gelu")
+        spread_experts(sharded, mesh, Group.of(mesh))
         x_MD = torch.empty(80, 6, requires_grad=True)
         shapes = []
         for offsets_E in (None, torch.empty(16, dtype=torch.int32)):
-            y_MD = apart(x_MD, offsets_E)
+            y_MD = sharded(x_MD, offsets_E)
             y_MD.sum().backward()
-            shapes += [tuple(y_MD.shape), tuple(apart.up.grad.to_local().shape)]
+            shapes += [tuple(y_MD.shape), tuple(sharded.up.grad.to_local().shape)]
     return shapes
 
 

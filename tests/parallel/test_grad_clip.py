@@ -62,9 +62,9 @@ def test_pieces_are_clipped_as_the_whole(limit, scale):
         parameter.grad = whole
     norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
     outcomes = on_ranks(_clips, 4, limit, scale)
-    for found, gradients in outcomes:
-        assert found == outcomes[0][0], "the same bits on every rank"
-        assert found == pytest.approx(float(norm), rel=1e-6)
+    for norms, gradients in outcomes:
+        assert norms == outcomes[0][0], "the same bits on every rank"
+        assert norms == pytest.approx(float(norm), rel=1e-6)
         for name, whole in wholes.items():
             torch.testing.assert_close(torch.from_numpy(gradients[name]), whole)
 

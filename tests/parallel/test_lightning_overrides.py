@@ -129,7 +129,7 @@ class Whole(OwnMeshes):
     distributed_sampler_kwargs: ClassVar[dict] = {"num_replicas": 1, "rank": 0}
 
 
-def test_no_mesh_and_no_process_group_are_made(fit, monkeypatch):
+def test_no_mesh_and_no_process_group_are_created(fit, monkeypatch):
     monkeypatch.setattr(Line, "configure_model", lambda self: None)
     strategy = Whole()
     module, _ = fit(2, 1, strategy=strategy)

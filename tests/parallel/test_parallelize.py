@@ -1,4 +1,4 @@
-"""Models cut over ranks compute, learn and decide as one process does on the whole batch."""
+"""Models sharded over ranks compute, learn and decide as one process does on the whole batch."""
 
 import functools
 
@@ -64,7 +64,7 @@ def test_options_reach_every_layer():
 
 
 def _of_a_part(tokens_BS, targets_BS, documents_BS):
-    model = Transformer(MODELS["parts routed apart"])
+    model = Transformer(MODELS["separately routed parts"])
     parallelize(model, make_meshes(ParallelDims(2, tensor=2)), LayerOptions())
     return _loss_and_gradients(model, *map(torch.tensor, (tokens_BS, targets_BS, documents_BS)))
 
@@ -94,7 +94,7 @@ def test_shares_of_a_loss_that_leaves_tokens_out(length):
     targets_BS[0, length // 2 :] = IGNORED
     documents_BS = torch.arange(length).expand(2, -1) // 4
     wanted = _loss_and_gradients(
-        Transformer(MODELS["parts routed apart"]), tokens_BS, targets_BS, documents_BS
+        Transformer(MODELS["separately routed parts"]), tokens_BS, targets_BS, documents_BS
     )
     inputs = [x.tolist() for x in (tokens_BS, targets_BS, documents_BS)]
     for loss, logits_BSV, gradients in on_ranks(_of_a_part, 2, *inputs):
@@ -105,7 +105,7 @@ def test_shares_of_a_loss_that_leaves_tokens_out(length):
             assert gradient == pytest.approx(wanted[2][name], abs=1e-5), name
 
 
-def test_what_cannot_be_sliced_is_told_at_once():
+def test_what_cannot_be_sliced_is_reported_at_once():
     config = small(
         num_heads=4,
         num_kv_heads=2,
@@ -114,9 +114,9 @@ def test_what_cannot_be_sliced_is_told_at_once():
         router=RouterConfig(score="attention", target="mlp"),
         experts=ExpertsConfig(count=2, top_k=2, every=4, dim=6),
     )
-    found = tensor_problems(config, 4)
+    problems = tensor_problems(config, 4)
     keys = ["num_kv_heads", "d_ff", "experts.dim", "router.score"]
-    assert [problem.key for problem in found] == [f"model.{key}" for key in keys]
+    assert [problem.key for problem in problems] == [f"model.{key}" for key in keys]
     assert [p.key for p in tensor_problems(config, 3)][:2] == [
         "model.num_heads",
         "model.num_kv_heads",
@@ -132,8 +132,8 @@ def _pieces():
     return {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
 
 
-def test_few_experts_are_cut_by_their_features():
-    """Cut by number, five experts on four ranks would travel as eight."""
+def test_few_experts_are_sharded_by_their_features():
+    """Sharded by number, five experts on four ranks would travel as eight."""
     mlp = "layers.1.module.mlp."
     for shapes in on_ranks(_pieces, 4):
         assert shapes[f"{mlp}inner.up"] == (5, 4, 12)

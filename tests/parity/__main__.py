@@ -74,7 +74,7 @@ def record(names: list[str]) -> None:
     commit = git("log", "-1", "--format=%h", "--", *PROGRAM)
     commit += " and changes" if git("status", "--porcelain", "--", *PROGRAM) else ""
     cases = records.get(fingerprint(), {})
-    cases |= {name: {"commit": commit, **found} for name, found in measure(names).items()}
+    cases |= {name: {"commit": commit, **results} for name, results in measure(names).items()}
     records[fingerprint()] = {name: cases[name] for name in sorted(cases) if name in CASES}
     RECORDED.write_text(dump(records) + "\n")
 
@@ -106,9 +106,9 @@ def main() -> int:
         else:
             record(arguments.cases)
         return 0
-    found = check(arguments.cases, arguments.tolerance)
-    print("\n".join(found) or f"{len(arguments.cases)} cases: as recorded")
-    return 1 if found else 0
+    differing = check(arguments.cases, arguments.tolerance)
+    print("\n".join(differing) or f"{len(arguments.cases)} cases: as recorded")
+    return 1 if differing else 0
 
 
 if __name__ == "__main__":

@@ -32,20 +32,20 @@ def dump(value: Any, indent: int = 0) -> str:
     return "{\n" + ",\n".join(lines) + "\n" + " " * indent + "}"
 
 
-def differences(recorded: Any, found: Any, tolerance: float | None, where: str = "") -> list[str]:
+def differences(recorded: Any, actual: Any, tolerance: float | None, where: str = "") -> list[str]:
     """List where ``found`` is not ``recorded``.
 
     tolerance: how far floats may be apart, relative to the larger one and to 1. Texts and digests,
     for which there is no near, are not compared then. None: every bit counts.
     """
-    if isinstance(recorded, Mapping) and isinstance(found, Mapping):
-        pairs = [(str(k), recorded.get(k), found.get(k)) for k in {**recorded, **found}]
-    elif isinstance(recorded, list) and isinstance(found, list) and len(recorded) == len(found):
-        pairs = [(str(i), *pair) for i, pair in enumerate(zip(recorded, found, strict=True))]
-    elif _agree(recorded, found, tolerance):
+    if isinstance(recorded, Mapping) and isinstance(actual, Mapping):
+        pairs = [(str(k), recorded.get(k), actual.get(k)) for k in {**recorded, **actual}]
+    elif isinstance(recorded, list) and isinstance(actual, list) and len(recorded) == len(actual):
+        pairs = [(str(i), *pair) for i, pair in enumerate(zip(recorded, actual, strict=True))]
+    elif _agree(recorded, actual, tolerance):
         return []
     else:
-        return [f"{where}: recorded {_short(recorded)}, now {_short(found)}"]
+        return [f"{where}: recorded {_short(recorded)}, now {_short(actual)}"]
     return [
         line
         for key, old, new in pairs
@@ -53,12 +53,12 @@ def differences(recorded: Any, found: Any, tolerance: float | None, where: str =
     ]
 
 
-def _agree(recorded: Any, found: Any, tolerance: float | None) -> bool:
-    if tolerance is None or type(recorded) is not type(found) or isinstance(found, list):
-        return type(recorded) is type(found) and bool(recorded == found)
+def _agree(recorded: Any, actual: Any, tolerance: float | None) -> bool:
+    if tolerance is None or type(recorded) is not type(actual) or isinstance(actual, list):
+        return type(recorded) is type(actual) and bool(recorded == actual)
     if not isinstance(recorded, float):
         return True
-    return abs(recorded - found) <= tolerance * max(1.0, abs(recorded), abs(found))
+    return abs(recorded - actual) <= tolerance * max(1.0, abs(recorded), abs(actual))
 
 
 def _short(value: Any) -> str:

@@ -16,7 +16,7 @@ def test_results_are_as_recorded():
 
 
 @pytest.mark.parametrize(
-    ("now", "exact", "within"),
+    ("now", "exact", "is_near"),
     [
         ({"loss": [1.0, 2.0], "weights": "ab"}, 0, 0),
         ({"loss": [1.0, math.nextafter(2.0, 3.0)], "weights": "cd"}, 2, 0),
@@ -26,7 +26,7 @@ def test_results_are_as_recorded():
         ({"weights": "ab", "norm": 1.0}, 2, 2),
     ],
 )
-def test_differences_are_listed(now, exact, within):
+def test_differences_are_listed(now, exact, is_near):
     recorded = {"loss": [1.0, 2.0], "weights": "ab"}
     assert len(differences(recorded, now, None)) == exact
-    assert len(differences(recorded, now, 1e-5)) == within
+    assert len(differences(recorded, now, 1e-5)) == is_near

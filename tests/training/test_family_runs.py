@@ -210,11 +210,11 @@ def test_records_name_each_loss_and_what_routers_did(finished):
     assert any(record["experts/layer_00/dropped"] > 0 for record in records(run))
 
 
-def test_held_out_records_stand_by_each_decision(finished):
+def test_held_out_records_have_each_decision(finished):
     run = finished(*VARIANTS["every decision, schedule"])
-    found = records(run, "held_out/causal_loss")
-    assert [record["step"] for record in found] == [4, 8]
-    for record in found:
+    losses = records(run, "held_out/causal_loss")
+    assert [record["step"] for record in losses] == [4, 8]
+    for record in losses:
         assert record["held_out/causal_loss"] == record["held_out/causal_loss_auxiliary"]
         assert "held_out/top_k_loss (not causal)" in record
         for name in ("auxiliary", "predictor", "threshold"):
@@ -257,9 +257,9 @@ def test_an_evaluation_afterwards_finds_what_the_run_recorded_last(finished, nam
     assert figures["causal_loss"] == pytest.approx(last["held_out/causal_loss"], rel=1e-6)
     top_k = figures["top_k_not_causal"] or {"loss": None}
     assert top_k["loss"] == last.get("held_out/top_k_loss (not causal)")
-    for decision, found in figures["decisions"].items():
+    for decision, actual in figures["decisions"].items():
         key = f"held_out/causal_loss_{decision}"
-        assert found["loss"] == pytest.approx(last.get(key, figures["causal_loss"]), rel=1e-6)
+        assert actual["loss"] == pytest.approx(last.get(key, figures["causal_loss"]), rel=1e-6)
 
 
 def test_an_evaluation_in_the_middle_of_a_schedule_is_at_the_capacities_of_that_step(start):
@@ -268,8 +268,8 @@ def test_an_evaluation_in_the_middle_of_a_schedule_is_at_the_capacities_of_that_
     ).run
     figures = {step: evaluated(run, step=step) for step in (4, 8)}
     for record in records(run, "held_out/causal_loss"):
-        found = figures[record["step"]]
-        assert found["top_k_not_causal"]["loss"] == pytest.approx(
+        actual = figures[record["step"]]
+        assert actual["top_k_not_causal"]["loss"] == pytest.approx(
             record["held_out/top_k_loss (not causal)"], rel=1e-6
         )
     assert figures[4]["trained_flops"] > 1.2 * figures[8]["trained_flops"]

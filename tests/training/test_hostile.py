@@ -47,11 +47,11 @@ def torch_pickle(value) -> bytes:
 def path(tmp_path) -> Path:
     root = tmp_path / "checkpoints"
     root.mkdir()
-    found = checkpoint_path(root, 1)
+    checkpoint = checkpoint_path(root, 1)
     model = torch.nn.Linear(2, 2, bias=False)
     with Checkpointer(Ranks.create()) as checkpointer:
-        checkpointer.save(found, model_tensors(model), {"n": 1}, 1, {"random": 5})
-    return found
+        checkpointer.save(checkpoint, model_tensors(model), {"n": 1}, 1, {"random": 5})
+    return checkpoint
 
 
 def planted(path: Path, name: str, content: bytes) -> None:
@@ -150,7 +150,7 @@ def test_the_pickles_of_these_tests_would_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../state.pt", "/etc/passwd", "..", "", "a/b"])
-def test_a_manifest_that_names_files_elsewhere_is_passed_over(path, name):
+def test_a_manifest_that_names_files_elsewhere_is_skipped(path, name):
     manifest = Manifest.read(path)
     manifest.files[name] = manifest.files["state.pt"]
     manifest.write(path)

@@ -1,4 +1,4 @@
-"""Real processes, killed without warning, go on to the very weights of the run never killed."""
+"""Real processes, killed without warning, resume to the very weights of the run never killed."""
 
 import os
 import random
@@ -62,8 +62,8 @@ def check_kills(tiny, tmp_path, kills, *more):
     assert killed == kills
     done = run_modtrain("train", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    whole, cut = (newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut"))
-    assert_same_bits(whole, cut)
+    whole, resumed = (newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut"))
+    assert_same_bits(whole, resumed)
     assert list(losses_of(run)) == list(range(1, STEPS + 1))
 
 

@@ -22,7 +22,7 @@ def write(run, start_step, last):
 
 
 @pytest.mark.parametrize("resumed_at", [0, 3])
-def test_every_step_stands_once_after_a_kill(tmp_path, resumed_at):
+def test_every_step_is_recorded_once_after_a_kill(tmp_path, resumed_at):
     run = RunDirectory(tmp_path)
     write(run, 0, last=5)
     with run.metrics.open("a") as file:

@@ -64,12 +64,12 @@ class _Operators(TorchDispatchMode):
         )
         if packet in WAITS or masks:
             raise WaitedError(f"{func} waits for the device")
-        found = func(*args, **kwargs)
-        devices = {leaf.device for leaf in tree_leaves((args, found)) if isinstance(leaf, Tensor)}
+        result = func(*args, **kwargs)
+        devices = {leaf.device for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)}
         # A scalar on the CPU may take part in what a device computes; nothing else may.
         if len(devices) > 1:
             raise WaitedError(f"{func} copies between {devices}")
-        return found
+        return result
 
 
 class _Functions(TorchFunctionMode):

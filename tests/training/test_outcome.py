@@ -23,7 +23,7 @@ from tests.helpers.runs import last_step
         (RuntimeError("no"), 1),
     ],
 )
-def test_an_error_is_told_in_two_lines_and_goes_on(error, code, tmp_path, monkeypatch):
+def test_an_error_is_reported_in_two_lines_and_raised(error, code, tmp_path, monkeypatch):
     monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
     with pytest.raises(type(error)), report_outcome():
         raise error
@@ -33,7 +33,7 @@ def test_an_error_is_told_in_two_lines_and_goes_on(error, code, tmp_path, monkey
     assert " ".join(str(error).split()) in second
 
 
-def test_one_rank_tells(tmp_path, monkeypatch):
+def test_one_rank_reports(tmp_path, monkeypatch):
     monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
     monkeypatch.setenv("RANK", "1")
     with report_outcome() as outcome:
@@ -45,7 +45,7 @@ def test_one_rank_tells(tmp_path, monkeypatch):
     assert (tmp_path / "outcome").read_text() == "75\n\n"
 
 
-def test_a_script_that_is_gone_spoils_nothing(tmp_path, monkeypatch):
+def test_a_removed_script_breaks_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv(OUTCOME, str(tmp_path / "gone/outcome"))
     with report_outcome():
         pass
@@ -85,14 +85,14 @@ def test_a_save_that_would_not_come_to_its_end_is_not_begun(lead, tiny, tmp_path
             assert run.poll() is None
             time.sleep(0.02)
         run.send_signal(signal.SIGUSR1)
-        said = run.communicate(timeout=60)[1]
+        error = run.communicate(timeout=60)[1]
     assert run.returncode == 75
     assert (tmp_path / "outcome").read_text().startswith("75\n")
     newest = max(path.name for path in (tmp_path / "runs/x/checkpoints").glob("step-*"))
     last = last_step(tmp_path / "runs/x")
     if lead == "0":
-        assert "is not saved: a save takes" in said
+        assert "is not saved: a save takes" in error
         assert int(newest.removeprefix("step-")) % 7 == 0
     else:
-        assert "is not saved" not in said
+        assert "is not saved" not in error
         assert int(newest.removeprefix("step-")) == last

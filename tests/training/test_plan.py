@@ -100,7 +100,7 @@ def test_under_a_schedule_a_budget_is_met_by_the_nearest_whole_number_of_steps(r
     [(("step", 1.0, 0.0, 0.95), 10), (("linear", 1.0, 0.0, 1.0), 10), (("cosine",), 1)],
     ids=str,
 )
-def test_a_schedule_that_does_not_come_to_its_end_is_told(schedule, steps):
+def test_a_schedule_that_does_not_reach_its_end_is_reported(schedule, steps):
     run = config(
         capacity_schedule=CapacityScheduleConfig(*schedule), budget=BudgetConfig(steps=steps)
     )
@@ -135,20 +135,20 @@ def test_budgets_in_tokens_and_steps_agree(steps):
     assert by_steps == by_tokens == by_flops
 
 
-def test_a_budget_below_one_step_says_what_a_step_takes():
+def test_a_budget_below_one_step_names_what_a_step_takes():
     with pytest.raises(ConfigError, match="is less than one step"):
         derive(config(budget=BudgetConfig(flops=1.0)))
 
 
 def test_sizes_follow_from_the_data(prepared):
-    found, plan = resolve(
+    resolved, plan = resolve(
         config(
             data=DataConfig(path=str(prepared)),
             model=replace(MODEL, vocab_size=None),
             budget=BudgetConfig(steps=3),
         )
     )
-    assert (found.model.vocab_size, found.data.seq_len) == (300, 64)
+    assert (resolved.model.vocab_size, resolved.data.seq_len) == (300, 64)
     assert (plan.sequences_per_step, plan.accumulate, plan.tokens) == (8, 4, 3 * 512)
 
 
@@ -185,13 +185,13 @@ def test_a_batch_that_does_not_divide_names_a_size_that_does(prepared):
         resolve(wrong)
 
 
-def test_planning_needs_no_data_where_the_configuration_says_enough():
+def test_planning_needs_no_data_where_the_configuration_is_enough():
     assert resolve(config(budget=BudgetConfig(steps=2)), needs_data=False)[1].steps == 2
-    found = problems_of(resolve, TrainConfig(data=DataConfig(path="nowhere")), needs_data=False)
-    assert {"model.vocab_size", "data.seq_len", "budget"} <= found.keys()
+    problems = problems_of(resolve, TrainConfig(data=DataConfig(path="nowhere")), needs_data=False)
+    assert {"model.vocab_size", "data.seq_len", "budget"} <= problems.keys()
 
 
-def test_training_without_data_says_to_prepare_it():
+def test_training_without_data_names_the_prepare_command():
     with pytest.raises((DataError, ConfigError), match="prepare"):
         resolve(config(budget=BudgetConfig(steps=2)))
 
@@ -218,7 +218,7 @@ def test_a_capacity_of_no_token_names_layers_and_k(model, schedule, key, layers)
 
 
 @pytest.mark.parametrize("schedule", [{}, {"name": "constant", "start": 0.005}])
-def test_what_rounds_to_one_token_is_enough_and_an_unused_start_is_not_judged(schedule):
+def test_what_rounds_to_one_token_is_enough_and_an_unused_start_is_not_checked(schedule):
     run = config(
         model=replace(MODEL, capacity=0.6 / 64),
         capacity_schedule=CapacityScheduleConfig(**schedule),
@@ -238,7 +238,7 @@ def test_the_token_that_ends_documents_comes_with_the_mask_alone(prepared):
     assert resolve(resolved) == (resolved, plan)
 
 
-def test_a_mask_without_shards_says_where_the_end_token_comes_from():
+def test_a_mask_without_shards_names_the_source_of_the_end_token():
     run = config(
         data=DataConfig(path="nowhere", seq_len=64, document_mask=True),
         budget=BudgetConfig(steps=2),
@@ -254,11 +254,11 @@ def test_the_report_shows_the_stages(capsys):
         capacity_schedule=CapacityScheduleConfig("step", start=0.5, end=0.25),
     )
     show(run)
-    said = capsys.readouterr().out
-    assert "1 to 25" in said
-    assert "26 to 100" in said
+    output = capsys.readouterr().out
+    assert "1 to 25" in output
+    assert "26 to 100" in output
     plan = resolve(run, needs_data=False)[1]
-    assert f"{plan.flops_until(25) / plan.flops:.1%}" in said
-    assert f"{1 - plan.flops_until(25) / plan.flops:.1%}" in said
+    assert f"{plan.flops_until(25) / plan.flops:.1%}" in output
+    assert f"{1 - plan.flops_until(25) / plan.flops:.1%}" in output
     show(replace(run, capacity_schedule=CapacityScheduleConfig()))
     assert "schedule of capacities" not in capsys.readouterr().out

@@ -83,7 +83,7 @@ def test_a_slow_copy_of_a_save_has_the_weights_of_its_step(start, monkeypatch):
         )
 
 
-def test_metrics_stand_once_a_step_with_tokens_and_flops(start):
+def test_metrics_are_recorded_once_a_step_with_tokens_and_flops(start):
     records = read_metrics(start().run.metrics)
     training = [r for r in records if "loss" in r]
     assert [r["step"] for r in training] == [2, 4, 6, 8, 10, 12]
@@ -329,9 +329,9 @@ def test_a_terminal_shows_a_bar(tiny, tmp_path):
         try:
             while piece := os.read(ours, 65536):
                 shown += piece
-        except OSError:  # how a terminal says that the other side has gone
+        except OSError:  # how a terminal signals that the other side has closed
             pass
         assert process.wait() == 0
     text = shown.decode()
-    for said in ("bar", "━", "step 12/12", "loss", "tokens/s", "FLOPs", "left"):
-        assert said in text
+    for expected in ("bar", "━", "step 12/12", "loss", "tokens/s", "FLOPs", "left"):
+        assert expected in text

@@ -66,14 +66,14 @@ def test_the_level_is_the_one_nearest_to_the_curve(config, num_steps):
 @QUICK
 @given(schedules(), FINAL, STEPS)
 def test_capacities_go_from_the_start_to_the_final_ones_and_never_back(config, final, num_steps):
-    found = [capacities_at(config, final, step, num_steps) for step in range(num_steps)]
-    for step, capacities in enumerate(found):
+    actual = [capacities_at(config, final, step, num_steps) for step in range(num_steps)]
+    for step, capacities in enumerate(actual):
         if step / num_steps >= config.end + 1e-9 or config.name == "constant":
             assert capacities == final
         elif step / num_steps < config.begin - 1e-9:
             assert capacities == [None if share is None else config.start for share in final]
     for layer, share in enumerate(final):
-        values = [capacities[layer] for capacities in found]
+        values = [capacities[layer] for capacities in actual]
         if share is None:
             assert set(values) == {None}
         else:
@@ -85,7 +85,7 @@ def test_capacities_go_from_the_start_to_the_final_ones_and_never_back(config, f
 
 @QUICK
 @given(schedules(), FINAL, STEPS)
-def test_the_stages_say_what_each_step_has(config, final, num_steps):
+def test_the_stages_list_the_capacities_of_each_step(config, final, num_steps):
     stages = capacity_stages(config, final, num_steps)
     assert (stages[0].first, stages[-1].stop) == (0, num_steps)
     assert len(stages) <= config.num_levels
@@ -134,7 +134,7 @@ def test_a_capacity_that_does_not_change_makes_no_stage():
         ({"name": "linear", "begin": 1.0, "end": 1.0}, "begin"),
     ],
 )
-def test_mistakes_are_told_by_their_key(changes, key):
+def test_mistakes_are_reported_under_their_key(changes, key):
     (problem,) = CapacityScheduleConfig(**changes).problems("capacity_schedule")
     assert problem.key == f"capacity_schedule.{key}"
 

@@ -44,8 +44,8 @@ def slurm_possible() -> None:
 def cluster(slurm_possible: None) -> Iterator[Cluster]:
     """A Slurm of three nodes with 8 fake GPUs each, started on demand, one for each worker."""
     # Slurm's own: who ends a job leaves it the time to save, which a busy machine needs.
-    with cluster_of(conf="KillWait=30\n") as found:
-        yield found
+    with cluster_of(conf="KillWait=30\n") as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

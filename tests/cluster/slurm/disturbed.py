@@ -74,9 +74,9 @@ class Disturbed:
         Raises:
             AssertionError: it is not in time.
         """
-        return wait_until(is_so, timeout, lambda: f"not {what} in {timeout} s: {self.said()}")
+        return wait_until(is_so, timeout, lambda: f"not {what} in {timeout} s: {self.output()}")
 
-    def held(self, name: str, rank: int = 1) -> tuple[str, int]:
+    def wait_at_fault(self, name: str, rank: int = 1) -> tuple[str, int]:
         """Wait until a rank has come to a fault; return its node and its process there."""
         ends = [f".{index}" for index in range(len(self.tasks))] or [""]
         marks = [self.marks / f"{name}-{rank}{end}" for end in ends]
@@ -85,22 +85,22 @@ class Disturbed:
         return node, int(pid)
 
     def release(self, name: str) -> None:
-        """Let the ranks go on that are held there."""
+        """Let the ranks continue that wait there."""
         (self.marks / f"{name}.go").touch()
 
     def reached(self, step: int) -> None:
         """Wait for a step."""
         self.until(f"at step {step}", lambda: last_step(self.run) >= step)
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Everything that the job has printed."""
         # Not by asking Slurm, whose controller may be away.
         logs = sorted((self.run / "logs").glob("slurm-*.out"))
         return "".join(path.read_text(errors="replace") for path in logs)
 
-    def says(self, pattern: str, times: int = 1) -> None:
+    def wait_for_output(self, pattern: str, times: int = 1) -> None:
         """Wait until its output has this so often."""
-        self.until(f"saying {pattern}", lambda: len(re.findall(pattern, self.said())) >= times)
+        self.until(f"printing {pattern}", lambda: len(re.findall(pattern, self.output())) >= times)
 
     def failures(self) -> list[list[str]]:
         """The lines of the run's failures.tsv: time, job, newest step, cause."""
@@ -158,7 +158,7 @@ def start(
         asked.append(f"++array={{{tasks_own}}}")
     command = [str(PYTHON), "-m", "modtrain", "submit", "train", *lines, *asked]
     # Not what this process was started by.
-    told = cluster.run(
+    output = cluster.run(
         "env",
         *(f"--unset={name}" for name in os.environ if name.startswith("PYTEST_")),
         *command,
@@ -166,5 +166,5 @@ def start(
         cwd=folder,
         timeout=300,
     ).stdout
-    number = re.findall(r"submitted job (\d+)", told)[-1]
+    number = re.findall(r"submitted job (\d+)", output)[-1]
     return Disturbed(cluster, number, run, marks, tasks)

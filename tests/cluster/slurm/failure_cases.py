@@ -11,7 +11,7 @@ from tests.cluster.slurm.disturbed import Disturbed
 LATIN = "ValueError: the disk spoke Latin"
 
 
-def fault(at: str, step: int = 0, rank: int | None = 1, do: str = "hold", **more: Any) -> dict:
+def fault(at: str, step: int = 0, rank: int | None = 1, do: str = "pause", **more: Any) -> dict:
     return {"name": at, "at": at, "step": step, "rank": rank, "do": do, **more}
 
 
@@ -53,7 +53,7 @@ class Case:
 
 def signals(rank: int = 1, name: str = "KILL") -> Callable[[Disturbed], None]:
     def act(run: Disturbed) -> None:
-        run.kill_rank(*run.held("step", rank), name)
+        run.kill_rank(*run.wait_at_fault("step", rank), name)
         run.release("step")
 
     return act
@@ -61,14 +61,14 @@ def signals(rank: int = 1, name: str = "KILL") -> Callable[[Disturbed], None]:
 
 def cuts_power(place: str, rank: int = 1) -> Callable[[Disturbed], None]:
     def act(run: Disturbed) -> None:
-        node, _ = run.held(place, rank)
+        node, _ = run.wait_at_fault(place, rank)
         run.cluster.kill_node(node)
 
     return act
 
 
 def kills_slurmd_for_a_while(run: Disturbed) -> None:
-    node, _ = run.held("step")
+    node, _ = run.wait_at_fault("step")
     run.cluster.kill_slurmd(node)
     time.sleep(2)
     run.cluster.start_slurmd(node)
@@ -76,36 +76,36 @@ def kills_slurmd_for_a_while(run: Disturbed) -> None:
 
 
 def kills_slurmd(run: Disturbed) -> None:
-    node, _ = run.held("step")
+    node, _ = run.wait_at_fault("step")
     run.cluster.kill_slurmd(node)
     # Slurm takes the node for dead, and the job from it.
     run.cluster.wait(run.job, "PENDING", timeout=120)
 
 
 def restarts_controller(run: Disturbed) -> None:
-    run.held("step")
+    run.wait_at_fault("step")
     run.cluster.kill_controller()
     run.cluster.start_controller()
     run.release("step")
 
 
 def takes_controller_away(run: Disturbed) -> None:
-    node, pid = run.held("step")
+    node, pid = run.wait_at_fault("step")
     run.cluster.kill_controller()
     run.kill_rank(node, pid)
-    run.says("requeueing failed")
+    run.wait_for_output("requeueing failed")
     run.cluster.start_controller()
 
 
 def drains_and_requeues(run: Disturbed) -> None:
-    node, _ = run.held("step")
+    node, _ = run.wait_at_fault("step")
     run.cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
     run.cluster.run("scontrol", "requeue", run.job)
 
 
 def preempts(place: str) -> Callable[[Disturbed], None]:
     def act(run: Disturbed) -> None:
-        run.held(place)
+        run.wait_at_fault(place)
         run.preempt()
 
     return act
@@ -121,10 +121,10 @@ def is_slow(run: Disturbed) -> None:
 
 
 def is_full(run: Disturbed) -> None:
-    node, process = run.held("step")
+    node, process = run.wait_at_fault("step")
     with run.cluster.share_full():
         run.release("step")
-        # Its words may find no room in the job's log, which lies there too.
+        # Its messages may not fit in the job's log, which is there too.
         there = ("test", "-e", f"/proc/{process}")
         run.until("failing", lambda: run.cluster.on(node, *there).returncode)
         # What was saved before is whole, and stays so.
@@ -132,20 +132,22 @@ def is_full(run: Disturbed) -> None:
         time.sleep(10)
 
 
-def is_gone(run: Disturbed) -> None:
-    run.held("step")
-    with run.cluster.share_gone():
+def loses_share(run: Disturbed) -> None:
+    run.wait_at_fault("step")
+    with run.cluster.share_removed():
         run.release("step")
         time.sleep(15)
 
 
 def waits_for_stacks(run: Disturbed) -> None:
     stacks = run.run / "logs/stacks-rank-00001.txt"
-    run.until("showing where it hangs", lambda: stacks.exists() and "in hold" in stacks.read_text())
+    run.until(
+        "showing where it hangs", lambda: stacks.exists() and "in pause" in stacks.read_text()
+    )
 
 
 def waits_for_the_limit(run: Disturbed) -> None:
-    run.held("step")
+    run.wait_at_fault("step")
 
 
 # ---- the table
@@ -291,5 +293,5 @@ CASES = [
         share_mb=96,
     ),
     Case("full disk", "the shared file system is full", is_full, **ON_SHARE),
-    Case("lost mount", "the shared file system is away for 15 s", is_gone, **ON_SHARE),
+    Case("lost mount", "the shared file system is away for 15 s", loses_share, **ON_SHARE),
 ]

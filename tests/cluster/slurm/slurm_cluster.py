@@ -76,7 +76,7 @@ class Cluster:
         conf: more lines of slurm.conf; of a setting's several lines the last one counts.
 
         Raises:
-            RuntimeError: it did not start; says why.
+            RuntimeError: it did not start; with the reason.
         """
         self.directory = directory
         self.nodes = [f"node{number}" for number in range(1, num_nodes + 1)]
@@ -122,7 +122,7 @@ class Cluster:
         cwd: Path | None = None,
         timeout: float = 120,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on the login node, and return what it said.
+        """Run a command on the login node, and return what it printed.
 
         env: variables on top of this process's.
 
@@ -157,9 +157,9 @@ class Cluster:
         return self.run(*command, env=env, cwd=cwd).stdout.strip().split(";")[0]
 
     def details(self, job: str) -> dict[str, str]:
-        """Return what `scontrol show job` says of a job or of one task of an array."""
-        said = self.run("scontrol", "--oneliner", "show", "job", job, timeout=60).stdout
-        line = said.splitlines()[0] if said else ""
+        """Return what `scontrol show job` prints of a job or of one task of an array."""
+        output = self.run("scontrol", "--oneliner", "show", "job", job, timeout=60).stdout
+        line = output.splitlines()[0] if output else ""
         # A value may hold spaces; the next name ends it.
         return dict(re.findall(r"([A-Z][\w/:]*)=(.*?)(?=\s[A-Z][\w/:]*=|\s*$)", line))
 
@@ -214,7 +214,7 @@ class Cluster:
         self._checked("start", name)
 
     def kill_slurmd(self, name: str) -> None:
-        """Kill a node's daemon alone: its jobs go on."""
+        """Kill a node's daemon alone: its jobs keep running."""
         killed = self.on(name, "bash", "-c", f"kill -9 $(cat {self._pid_of(f'slurmd-{name}')})")
         assert not killed.returncode, killed.stderr
 
@@ -232,8 +232,10 @@ class Cluster:
         any cluster, and a test of them would show nothing about modtrain.
         """
         pid = self._pid_of("slurmctld").read_text().strip()
-        gone = f"for _ in {{1..200}}; do [ -e /proc/{pid} ] || exit 0; sleep .05; done; exit 1"
-        self.run("bash", "-c", f"kill {pid}; {gone}")
+        wait_for_exit = (
+            f"for _ in {{1..200}}; do [ -e /proc/{pid} ] || exit 0; sleep .05; done; exit 1"
+        )
+        self.run("bash", "-c", f"kill {pid}; {wait_for_exit}")
 
     def start_controller(self) -> None:
         """Start the controller again."""
@@ -247,22 +249,22 @@ class Cluster:
             time.sleep(0.2)
 
     @contextmanager
-    def share_gone(self) -> Iterator[None]:
-        """Take the shared file system away: paths are not there, open files go on."""
+    def share_removed(self) -> Iterator[None]:
+        """Take the shared file system away: paths are not there, open files still work."""
         self.run("umount", "--lazy", self.share)
         try:
             yield
         finally:
-            # The same file system, as long as anybody has a file open in it.
+            # The same file system, as long as any process has a file open in it.
             image = self.directory / "share.ext4"
             device = self.run("losetup", "-n", "-O", "NAME", "-j", image, check=False)
-            found = device.stdout.split()
-            source = ["-o", "rw", found[0]] if found else ["-o", "loop", str(image)]
+            devices = device.stdout.split()
+            source = ["-o", "rw", devices[0]] if devices else ["-o", "loop", str(image)]
             self.run("mount", *source, self.share)
 
     @contextmanager
     def share_frozen(self) -> Iterator[None]:
-        """Let whoever writes to the shared file system wait, as a server does that is away."""
+        """Block writes to the shared file system, as a server does that is away."""
         self.run("fsfreeze", "--freeze", self.share)
         try:
             yield
@@ -281,14 +283,14 @@ class Cluster:
                 time.sleep(0.05)
             yield
         finally:
-            # The shell with it, which dies with whoever has entered the login node.
+            # The shell with it, which dies with the process that entered the login node.
             filling.kill()
             filling.wait()
             self.run("rm", filler)
 
     def _free_kb(self) -> int:
-        said = self.run("df", "--block-size=1K", "--output=avail", self.share).stdout
-        return int(said.split()[-1])
+        output = self.run("df", "--block-size=1K", "--output=avail", self.share).stdout
+        return int(output.split()[-1])
 
     def seen(self, path: Path) -> Path:
         """Return by what path this process, which is on no node, sees one that the nodes have."""

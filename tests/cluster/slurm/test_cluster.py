@@ -24,7 +24,7 @@ def test_a_job_runs_on_nodes_of_their_own(cluster, tmp_path):
     assert cluster.details(job)["ExitCode"] == "0:0"
 
 
-def test_it_ends_with_whoever_started_it(slurm_possible):
+def test_it_ends_with_the_process_that_started_it(slurm_possible):
     """Even where that is killed, no process or device is left."""
     code = (
         "from slurm_cluster import cluster_of; import time\n"
@@ -46,8 +46,8 @@ def test_it_ends_with_whoever_started_it(slurm_possible):
     try:
         wait_until(lambda: not login.exists(), 10)
         devices = ["losetup", "-n", "-O", "BACK-FILE"]
-        held = subprocess.run(devices, check=True, capture_output=True, text=True).stdout
-        assert str(directory) not in held
+        attached = subprocess.run(devices, check=True, capture_output=True, text=True).stdout
+        assert str(directory) not in attached
     finally:
         environment = {**os.environ, "MINISLURM_DIR": str(directory)}
         subprocess.run([slurm_cluster.MINISLURM, "down"], env=environment, check=True)

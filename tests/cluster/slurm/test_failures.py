@@ -1,4 +1,4 @@
-"""What befalls runs on a cluster: each completes by itself, to the same bits, or says why not."""
+"""Failures of runs on a cluster: each completes by itself, to the same bits, or names its cause."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from tests.cluster.slurm.failure_cases import CASES, Case
 from tests.cluster.slurm.slurm_cluster import cluster_of
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import losses_of
-from tests.helpers.runs import run as run_here
+from tests.helpers.runs import run as run_in_process
 from tests.helpers.saved import assert_same_bits, newest_tensors
 
 # Their processes wait for one another more than they compute.
@@ -30,7 +30,7 @@ class Result:
     restarts: int
     seconds: float
     causes: list[str]
-    said: str
+    output: str
     weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
     losses: list[dict[int, float]] = field(default_factory=list)
 
@@ -57,7 +57,7 @@ class Matrix:
             if strategy not in self._undisturbed:
                 runs = self.folder / "undisturbed"
                 lines = overrides(self.prepared, runs, strategy, strategy)
-                assert on_ranks(run_here, 2, lines, joins=False) == ["complete"] * 2
+                assert on_ranks(run_in_process, 2, lines, joins=False) == ["complete"] * 2
                 self._undisturbed[strategy] = runs / strategy
             return self._undisturbed[strategy]
 
@@ -77,7 +77,7 @@ class Matrix:
                 max(restarts),
                 time.monotonic() - began,
                 [cause for *_, cause in run.failures()],
-                run.said(),
+                run.output(),
             )
             for directory in run.runs:
                 if (directory / "COMPLETED").exists():
@@ -98,9 +98,9 @@ def matrix(
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.originalname == NAME
     ]
-    made = Matrix(wanted, prepared, tmp_path_factory.mktemp("failures"))
-    yield made
-    made.close()
+    results = Matrix(wanted, prepared, tmp_path_factory.mktemp("failures"))
+    yield results
+    results.close()
 
 
 NAME = "test_a_disturbed_run_comes_to_the_same_end"
@@ -114,7 +114,7 @@ def test_a_disturbed_run_comes_to_the_same_end(case, matrix, record_property):
     row = [case.name, case.did, f"{case.strategy}, {case.launcher}", str(result.restarts)]
     ended = "complete" if result.weights else f"{result.state}: {result.causes[-1:]}"
     record_property("failure", [*row, ended, f"{result.seconds:.0f}"])
-    print(result.said)
+    print(result.output)
     assert result.state == case.ends
     assert case.restarts in (None, result.restarts)
     if case.causes is not None:
@@ -122,7 +122,7 @@ def test_a_disturbed_run_comes_to_the_same_end(case, matrix, record_property):
         assert all(map(str.__contains__, result.causes, case.causes)), result.causes
     if result.restarts and case.faults[0]["step"] >= 8:
         # From the beginning it would come to the same bits.
-        assert "resumes from step" in result.said
+        assert "resumes from step" in result.output
     if case.ends == "COMPLETED":
         whole = matrix.undisturbed(case.strategy)
         assert len(result.weights) == max(1, len(case.tasks))

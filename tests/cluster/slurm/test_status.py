@@ -1,4 +1,4 @@
-"""Runs on a real Slurm: told of, followed over a requeue, and cancelled for good."""
+"""Runs on a real Slurm: listed, followed over a requeue, and cancelled for good."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def start(cluster, run: Path, *options: str) -> str:
     return job
 
 
-def test_what_waits_and_what_runs_is_told_with_slurms_reason(cluster, run, tmp_path):
+def test_what_waits_and_what_runs_is_listed_with_slurms_reason(cluster, run, tmp_path):
     first = start(cluster, run)
     second = start(cluster, run, f"--dependency=afterany:{first}")
     cluster.wait(first, "RUNNING")
@@ -74,7 +74,7 @@ def test_logs_follow_over_a_requeue_to_the_end(cluster, run, tmp_path):
     try:
         assert followed.stdout.readline() == "start 0\n"
         cluster.run("scontrol", "requeue", job)
-        # Between them Slurm says that it requeued the job.
+        # Between them Slurm prints that it requeued the job.
         assert "start 1\n" in (followed.stdout.readline(), followed.stdout.readline())
         assert followed.poll() is None
         (run / "go").touch()
@@ -124,7 +124,7 @@ def test_a_job_that_does_not_save_is_killed(cluster, run, tmp_path):
     assert cluster.state(job) == "CANCELLED"
 
 
-def test_a_run_in_training_saves_is_cancelled_and_can_go_on(cluster, tmp_path, tiny):
+def test_a_run_in_training_saves_is_cancelled_and_can_resume(cluster, tmp_path, tiny):
     words = ["train", "name=x", *tiny, "strategy=ddp", "batch.tokens=512", "log.progress=false"]
     site = ["cluster=cpu", "nodes=2", "time=30", "cluster.lead=60", "budget.steps=4000"]
     cluster.modtrain(tmp_path, "submit", *words, *site, "chain=2", "eval.every=1000")

@@ -70,7 +70,7 @@ def test_whatever_a_run_is_called_it_is_data(cluster, tmp_path, words):
 
 
 @pytest.mark.nightly
-def test_a_job_runs_the_code_that_was_there_when_it_was_submitted(cluster, tmp_path, words):
+def test_a_job_runs_the_code_of_the_moment_it_was_submitted(cluster, tmp_path, words):
     own = tmp_path / "own/model"
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text((ROOT / "conf/model/tiny.yaml").read_text())
@@ -82,7 +82,7 @@ def test_a_job_runs_the_code_that_was_there_when_it_was_submitted(cluster, tmp_p
 
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_a_chain_goes_on_where_the_last_job_stopped(cluster, tmp_path, words, launcher):
+def test_a_chain_resumes_where_the_last_job_stopped(cluster, tmp_path, words, launcher):
     # A job of this chain is told to stop as soon as it trains; the last one has no work left.
     more = ["budget.steps=1000", f"cluster.launcher={launcher}", "chain=complete"]
     more += ["checkpoint.every=500", "eval.every=1000", "log.every=20"]
@@ -106,7 +106,7 @@ LONG = ["budget.steps=100000", "checkpoint.every=200", "eval.every=100000", "log
 
 
 @pytest.mark.nightly
-def test_who_ends_a_job_by_scancel_has_ended_it(cluster, tmp_path, words, monkeypatch):
+def test_a_job_ended_by_scancel_is_not_requeued(cluster, tmp_path, words, monkeypatch):
     """It is asked to save, and does not come back by itself."""
     # What a site's file ends with is not the job's end, and a user's defaults are not its settings.
     site = tmp_path / "site.sh"
@@ -114,8 +114,8 @@ def test_who_ends_a_job_by_scancel_has_ended_it(cluster, tmp_path, words, monkey
     monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
     monkeypatch.setenv("SBATCH_TIMELIMIT", "7")
     (job,) = submit(cluster, tmp_path, *words, *LONG, f"cluster.source=[{site}]")
-    said = cluster.details(job)
-    assert (said["Requeue"], said["TimeLimit"]) == ("1", "00:30:00")
+    details = cluster.details(job)
+    assert (details["Requeue"], details["TimeLimit"]) == ("1", "00:30:00")
     run = tmp_path / "runs/x"
     wait_until((run / "metrics.jsonl").is_file, 120)
     cluster.run("scancel", job)
@@ -178,7 +178,7 @@ def site_whose_modules_load(tmp_path: Path, when: str) -> list[str]:
 
 
 @pytest.mark.nightly
-def test_a_node_that_cannot_be_prepared_is_told_and_tried_again(cluster, tmp_path, words):
+def test_a_node_that_cannot_be_prepared_is_reported_and_retried(cluster, tmp_path, words):
     site = site_whose_modules_load(tmp_path, '-n "$SLURM_RESTART_COUNT"')
     (job,) = submit(cluster, tmp_path, *words, *site)
     cluster.wait(job, "COMPLETED", timeout=TIMEOUT)
@@ -241,7 +241,7 @@ def test_a_wrong_configuration_is_not_tried_again(cluster, tmp_path, words):
     assert "/gone" in (tmp_path / "runs/x/failures.tsv").read_text()
 
 
-def test_what_slurm_would_not_take_is_told_at_once(cluster, tmp_path, words):
+def test_what_slurm_would_refuse_is_reported_at_once(cluster, tmp_path, words):
     with pytest.raises(AssertionError, match="invalid partition"):
         submit(cluster, tmp_path, *words, "cluster.partition=nowhere")
     assert not (tmp_path / "runs/x/jobs.jsonl").exists()
@@ -294,7 +294,7 @@ def test_preparing_and_comparing_by_hand(cluster, tmp_path, tiny):
 
 
 @pytest.mark.nightly
-def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
+def test_a_failure_that_is_not_counted_is_not_requeued(cluster, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("short")
     words = ["sources=['texts/*.txt']", "output=data/x"]
@@ -305,13 +305,13 @@ def test_a_failure_that_nobody_counts_is_not_brought_back(cluster, tmp_path):
 
 
 @pytest.mark.nightly
-def test_nodes_to_look_around_on_are_held_and_usable(cluster, tmp_path):
+def test_an_interactive_allocation_is_usable(cluster, tmp_path):
     (job,) = submit(
         cluster, tmp_path, "debug", "cluster=cpu", "nodes=2", "processes_per_node=2", "time=30"
     )
     cluster.wait(job, "RUNNING")
-    said = cluster.details(job)
-    assert (said["NumNodes"], said["Requeue"]) == ("2", "0")
+    details = cluster.details(job)
+    assert (details["NumNodes"], details["Requeue"]) == ("2", "0")
     wait_until(lambda: "a shell on the first node" in cluster.output(job))
     shell, run = (text for text in cluster.output(job).splitlines() if "--overlap" in text)
     done = cluster.run("bash", "-c", shell.replace("--pty bash -l", "hostname"))

@@ -63,7 +63,7 @@ def await_running(cluster, run, before=None):
 
 @pytest.mark.nightly
 def test_jobs_that_are_stopped_come_back_and_end_as_if_undisturbed(cluster, tiny, tmp_path):
-    """One is told to stop before it listens, one loses its node; both end to the bit."""
+    """One gets the stop signal before it listens, one loses its node; both end to the bit."""
     alone = [o for o in tiny if not o.startswith("budget")]
     for capacity in (0.25, 0.5):
         done = run_modtrain(
@@ -83,11 +83,11 @@ def test_jobs_that_are_stopped_come_back_and_end_as_if_undisturbed(cluster, tiny
     node = cluster.details(job_of(second))["NodeList"]
     cluster.kill_node(node)
     try:
-        code, said = sweep.result()
+        code, output = sweep.result()
     finally:
         cluster.start_node(node)
         cluster.wait_for_nodes()
-    assert code == 0, said
+    assert code == 0, output
     assert len(json.loads(second.manifest.read_text())["starts"]) == 2
     assert cluster.details(job_of(first))["Restarts"] == "1"
     for run, capacity in ((first, 0.25), (second, 0.5)):
@@ -100,13 +100,13 @@ def test_jobs_that_are_stopped_come_back_and_end_as_if_undisturbed(cluster, tiny
 
 
 @pytest.mark.nightly
-def test_what_fails_for_good_is_told_and_started_again_on_request(cluster, tiny, tmp_path):
+def test_permanent_failures_are_reported_and_retried_on_request(cluster, tiny, tmp_path):
     capacities = "model.capacity=0.25,0.5"
     sweep = Sweep(cluster, tiny, tmp_path, capacities, "optimizer.lr=1e30")
     sweep.start()
-    code, said = sweep.result()
-    assert code == 1, said
-    assert said.count(": TrainingError: ") == 2
+    code, output = sweep.result()
+    assert code == 1, output
+    assert output.count(": TrainingError: ") == 2
     run = jobs(tmp_path)[1]
     assert state_of(run) == "failed"
     # As often as a job of its own is.
@@ -142,13 +142,13 @@ def test_a_cancelled_job_is_not_waited_for_and_a_new_value_is_added(cluster, tin
     await_saved(third)
     assert job_of(first) == first_of_all
     cluster.run("scancel", *(job_of(run) for run in (first, second, third)))
-    code, said = more.result()
-    assert code == 75, said
-    assert "3 stopped" in said
+    code, output = more.result()
+    assert code == 75, output
+    assert "3 stopped" in output
 
 
 def test_one_run_of_two_processes_that_submits_itself_again(cluster, tiny, tmp_path):
-    """A site without requeueing: a task of the array goes on under another number, alone."""
+    """A site without requeueing: a task of the array resumes under another number, alone."""
     more = ["strategy=ddp", "processes_per_node=2", "batch.tokens=512"]
     more += ["cluster.restart=resubmit", "at_once=1"]
     keep = [o for o in tiny if not o.startswith("batch.tokens")]
@@ -157,8 +157,8 @@ def test_one_run_of_two_processes_that_submits_itself_again(cluster, tiny, tmp_p
     first, second = jobs(tmp_path)
     await_saved(first)
     cluster.run("scancel", "--batch", "--signal=USR1", job_of(first))
-    code, said = sweep.result()
-    assert code == 0, said
+    code, output = sweep.result()
+    assert code == 0, output
     assert first.is_complete
     assert second.is_complete
     assert [len(jobs_of(run)) for run in (first, second)] == [2, 1]

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_a_killed_prepare_goes_on_where_it_stopped(tmp_path, small_units):
+def test_a_killed_prepare_resumes_where_it_stopped(tmp_path, small_units):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(3000))
     config = tiny_config([corpus], tmp_path / "killed")
     program = tmp_path / "program.py"
@@ -66,18 +66,18 @@ def _wait_for_end_of_group(group: int) -> None:
 
 
 def _living(group: int) -> bool:
-    """Whether a process group has a process that is more than a zombie nobody has reaped."""
+    """Whether a process group has a process that is more than a zombie."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, found, *_ = status.read_text().rpartition(")")[2].split()
+            state, _, process_group, *_ = status.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(found) == group and state != "Z":
+        if int(process_group) == group and state != "Z":
             return True
     return False
 
 
-def test_a_worker_that_dies_is_told():
+def test_a_worker_that_dies_is_reported():
     with pytest.raises(DataError, match="a worker process died"):
         list(run_jobs(os._exit, [3, 3], 2))
 

@@ -24,7 +24,7 @@ from tests.data.data_cases import make_documents, tiny_config, tree, write_jsonl
 
 
 def stored_tokens(output: Path, split: str) -> list[int]:
-    """The stream of a split, put together from its shards as webdataset reads them."""
+    """The stream of a split, joined from its shards as webdataset reads them."""
     stream: list[int] = []
     for shard in sorted((output / split).glob("*.tar")):
         samples = webdataset.WebDataset(str(shard), shardshuffle=False).decode()
@@ -122,7 +122,7 @@ class _Writes:
 
 
 @pytest.mark.slow
-def test_an_interrupted_prepare_goes_on_where_it_stopped(tmp_path, small_units, monkeypatch):
+def test_an_interrupted_prepare_resumes_where_it_stopped(tmp_path, small_units, monkeypatch):
     small_units(4000)
     sources = corpus_of_all_kinds(tmp_path / "corpus")
     writes = _Writes(monkeypatch)

@@ -1,4 +1,4 @@
-"""What counts as corpus, how it is cut in units, and what is made of damage in it."""
+"""What counts as corpus, how it is split in units, and how damage in it is handled."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def test_files_come_in_the_order_of_the_sources_sorted_and_once(tmp_path):
     assert names == ["b.txt", "[x].txt", "a.txt", "c.txt"]
 
 
-def test_all_sources_that_cannot_work_are_told(tmp_path):
+def test_all_invalid_sources_are_reported(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(DataError) as caught:
         expand_sources([str(tmp_path / "*.none"), str(tmp_path / "a.pdf"), str(tmp_path)])
@@ -156,7 +156,7 @@ BAD = [(kind, line) for kind, lines in BAD_LINES.items() for line in lines]
 
 @pytest.mark.parametrize(("kind", "line"), BAD)
 @pytest.mark.parametrize("unit_bytes", [1000, 10**6])
-def test_a_bad_line_is_counted_where_it_stands(tmp_path, small_units, kind, line, unit_bytes):
+def test_a_bad_line_is_counted_by_its_place(tmp_path, small_units, kind, line, unit_bytes):
     small_units(unit_bytes)
     good = lines_of(make_documents(60)).splitlines()
     path = tmp_path / "a.jsonl"
@@ -199,8 +199,8 @@ def test_bad_text_files(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"")
     documents, flaws = read(tmp_path / "*.txt")
     assert documents == ["fine\n"]
-    found = [(flaw.kind, Path(flaw.path).name, flaw.line) for flaw in flaws]
-    assert found == [("invalid_utf8", "b.txt", 2), ("empty", "c.txt", 1)]
+    places = [(flaw.kind, Path(flaw.path).name, flaw.line) for flaw in flaws]
+    assert places == [("invalid_utf8", "b.txt", 2), ("empty", "c.txt", 1)]
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
@@ -216,10 +216,10 @@ def test_documents_before_the_damage_in_a_compressed_file_are_kept(tmp_path, kin
     }[how]
     path = tmp_path / f"a.jsonl.{kind}"
     path.write_bytes(damaged)
-    found, flaws = read(path)
-    assert found == documents[: len(found)]
-    assert (0 if how == "empty" else 100) <= len(found) < len(documents)
-    assert [(flaw.kind, flaw.line) for flaw in flaws] == [("damaged", len(found) + 1)]
+    readable, flaws = read(path)
+    assert readable == documents[: len(readable)]
+    assert (0 if how == "empty" else 100) <= len(readable) < len(documents)
+    assert [(flaw.kind, flaw.line) for flaw in flaws] == [("damaged", len(readable) + 1)]
 
 
 def test_bad_parquet(tmp_path, small_units):

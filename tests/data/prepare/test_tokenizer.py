@@ -122,6 +122,6 @@ def test_the_choice_depends_on_the_seed_and_the_text_alone():
     assert chosen == [SplitChooser(0, 0.1).is_valid(content) for content in contents]
     other = [SplitChooser(1, 0.1).is_valid(content) for content in contents]
     assert chosen != other
-    # A larger share keeps what a smaller one held out.
+    # A larger share contains the held-out documents of a smaller one.
     more = [SplitChooser(0, 0.2).is_valid(content) for content in contents]
     assert all(later for earlier, later in zip(chosen, more, strict=True) if earlier)

@@ -34,9 +34,9 @@ def test_numbers_equal_those_of_a_loop(data, batch, length, eos_id):
     row = st.lists(st.integers(0, 3), min_size=length, max_size=length)
     tokens = data.draw(st.lists(row, min_size=batch, max_size=batch))
     dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
-    found = document_numbers(torch.tensor(tokens, dtype=dtype), eos_id)
-    assert found.dtype == torch.int64
-    assert found.tolist() == numbers_by_loop(tokens, eos_id)
+    actual = document_numbers(torch.tensor(tokens, dtype=dtype), eos_id)
+    assert actual.dtype == torch.int64
+    assert actual.tolist() == numbers_by_loop(tokens, eos_id)
 
 
 def test_it_compiles_into_one_graph():

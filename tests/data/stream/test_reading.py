@@ -60,7 +60,7 @@ def test_the_summary_is_that_of_the_index(prepared):
         assert sum(s.num_sequences for s in shards) == summary.splits[split].num_sequences
 
 
-def test_the_fingerprint_tells_other_tokens(copy):
+def test_the_fingerprint_differs_for_other_tokens(copy):
     content = json.loads((copy / "index.json").read_bytes())
     content["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
     (copy / "index.json").write_text(json.dumps(content))
@@ -168,9 +168,9 @@ def test_samples_are_the_stored_sequences_or_parts_of_them(prepared, rows, seq_l
     expected = np.stack(
         [row[k * length : (k + 1) * length + 1] for row in rows for k in range(parts)]
     )
-    found = data.__getitems__(list(range(len(data))))
-    assert found.dtype == torch.int64
-    assert found.tolist() == expected.tolist()
+    samples = data.__getitems__(list(range(len(data))))
+    assert samples.dtype == torch.int64
+    assert samples.tolist() == expected.tolist()
     assert data[len(data) - 1].tolist() == expected[-1].tolist()
 
 
@@ -261,14 +261,14 @@ def test_ranks_share_a_step(prepared):
     assert [torch.cat(pair).tolist() for pair in pairs] == expected
 
 
-def test_the_strategy_says_which_ranks_read_the_same(prepared):
+def test_the_strategy_decides_which_ranks_read_the_same(prepared):
     """Two tensor-parallel ranks of four are one data-parallel rank."""
     data = on_rank(module(prepared), 4, 3)
     data.trainer.distributed_sampler_kwargs = {"num_replicas": 2, "rank": 1}  # type: ignore
     assert (data.plan().world_size, data.plan().rank) == (2, 1)
 
 
-def test_epochs_go_on_one_after_another(prepared):
+def test_epochs_follow_one_another(prepared):
     size = read_summary(prepared).splits["train"].num_sequences
     data = module(prepared, micro_batch_size=1, accumulate=size, num_steps=2)
     first, second = data.sample_numbers(0), data.sample_numbers(1)
@@ -290,8 +290,8 @@ def test_validation_reads_the_first_samples_in_order(prepared, eval_sequences):
     loaders = [on_rank(data, 3, rank).val_dataloader() for rank in range(3)]
     per_rank = [list(map(tokens_of, loader)) for loader in loaders]
     assert len({len(batches) for batches in per_rank}) == 1
-    found = [row for batches in per_rank for row in torch.cat(batches).tolist()]
-    assert sorted(found) == sorted(expected.tolist())
+    rows = [row for batches in per_rank for row in torch.cat(batches).tolist()]
+    assert sorted(rows) == sorted(expected.tolist())
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -73,15 +73,15 @@ def test_validation_counts_each_sample_once(world_size, num_samples, batch_size)
         EvalBatchSampler(num_samples, batch_size, world_size, rank) for rank in range(world_size)
     ]
     for rank, sampler in enumerate(samplers):
-        found = list(sampler)
-        numbers = [number for batch in found for number in batch]
+        actual = list(sampler)
+        numbers = [number for batch in actual for number in batch]
         if rank < num_samples:
             assert numbers == list(range(rank, num_samples, world_size))
         else:
             assert len(numbers) == 1 and numbers[0] < num_samples
         assert sampler.is_repeat is (rank >= num_samples)
-        assert len(found) == len(sampler)
-        assert all(1 <= len(batch) <= max(2, batch_size) for batch in found)
+        assert len(actual) == len(sampler)
+        assert all(1 <= len(batch) <= max(2, batch_size) for batch in actual)
     assert len({len(sampler) for sampler in samplers}) == 1
 
 

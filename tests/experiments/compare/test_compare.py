@@ -20,12 +20,12 @@ def arm(loss, flops=100.0, seconds=1.0, by_seed=None):
 
 
 @pytest.mark.parametrize(
-    ("loss", "said"),
+    ("loss", "text"),
     [(1.9, "beats dense at this size: causal loss -5.00%"), (2.1, "loses to dense"), (2, "equals")],
 )
-def test_the_verdict_says_who_is_ahead_for_better_or_worse(loss, said):
+def test_the_verdict_names_the_better_arm(loss, text):
     (line,) = verdict({"dense": arm(2.0), "mod": arm(loss, flops=60.0, seconds=0.7)})
-    assert said in line
+    assert text in line
     assert "0.600 of its forward FLOPs and 0.700 of its step time" in line
 
 
@@ -98,7 +98,7 @@ def overrides(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_arms_spend_the_same_flops_and_the_report_stands_once(tiny, tmp_path, capsys):
+def test_arms_spend_the_same_flops_and_the_report_is_written_once(tiny, tmp_path, capsys):
     comparison = compose_arms([*overrides(tiny, tmp_path), "timed_rounds=1"])
     directory = comparison.directory
     assert compare(comparison) == 0
@@ -121,7 +121,7 @@ def test_arms_spend_the_same_flops_and_the_report_stands_once(tiny, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_a_report_is_made_anew_when_its_arms_change(tiny, tmp_path, capsys):
+def test_a_report_is_rewritten_when_its_arms_change(tiny, tmp_path, capsys):
     short = [o for o in overrides(tiny, tmp_path) if "arms" not in o]
     both = '+arms={a: ["model.pattern=dense"], b: ["model.router.causal=[]"]}'
     turned = '+arms={b: ["model.router.causal=[]"], a: ["model.pattern=dense"]}'
@@ -135,8 +135,8 @@ def test_a_report_is_made_anew_when_its_arms_change(tiny, tmp_path, capsys):
 
 def test_a_mistake_in_an_arm_names_the_arm(tiny, tmp_path):
     arms = '+arms={a: ["model.capacity=many"], b: ["optimizer=adam"]}'
-    found = problems_of(compose_arms, [*tiny, f"runs_dir={tmp_path}", arms])
-    assert found.keys() == {"a: model.capacity", "b: optimizer"}
+    problems = problems_of(compose_arms, [*tiny, f"runs_dir={tmp_path}", arms])
+    assert problems.keys() == {"a: model.capacity", "b: optimizer"}
 
 
 def test_one_arm_is_no_comparison(tiny):
@@ -144,14 +144,14 @@ def test_one_arm_is_no_comparison(tiny):
         compose_arms(list(tiny))
 
 
-def test_a_difference_within_the_spread_of_the_seeds_is_not_told_apart():
+def test_a_difference_smaller_than_the_spread_of_the_seeds_has_no_winner():
     base = arm(2.0, by_seed={"0": 1.9, "1": 2.0, "2": 2.1})
     noisy = arm(1.99, by_seed={"0": 2.0, "1": 1.9, "2": 2.07})
     steady = arm(1.95, by_seed={"0": 1.851, "1": 1.95, "2": 2.049})
-    said = verdict({"base": base, "noisy": noisy, "steady": steady})
-    assert said[0].startswith("noisy does not differ significantly from base")
-    assert said[1].startswith("steady beats base")
-    assert "over 3 seeds" in said[1]
+    text = verdict({"base": base, "noisy": noisy, "steady": steady})
+    assert text[0].startswith("noisy does not differ significantly from base")
+    assert text[1].startswith("steady beats base")
+    assert "over 3 seeds" in text[1]
 
 
 @pytest.mark.nightly
@@ -177,7 +177,7 @@ def test_seeds_are_runs_of_their_own_and_a_row_can_be_trained_alone(tiny, tmp_pa
         assert [(c.seed, c.data.seed) for c in configs] == [(3, 3), (5, 5)]
 
 
-def test_an_arm_that_is_not_there_and_a_seed_twice_are_told(tiny, tmp_path):
+def test_a_missing_arm_and_a_repeated_seed_are_reported(tiny, tmp_path):
     words = [*overrides(tiny, tmp_path), "only=[route]", "seeds=[1, 1]"]
     assert problems_of(compose_arms, words).keys() == {"only", "seeds"}
 
@@ -194,7 +194,7 @@ def test_a_report_of_other_seeds_is_not_shown_as_this_one(tiny, tmp_path):
     assert not path.exists()
 
 
-def test_several_processes_are_told_off(tiny, tmp_path, monkeypatch):
+def test_several_processes_are_refused(tiny, tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

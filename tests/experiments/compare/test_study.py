@@ -1,4 +1,4 @@
-"""The recorded study: every arm is legal, trains, and can be told of before all are there."""
+"""The recorded study: every arm is legal, trains, and is reported before all are complete."""
 
 import json
 
@@ -25,8 +25,8 @@ def test_every_arm_is_legal_builds_and_differs_from_the_others():
         assert [config.seed for config in configs] == [0, 1, 2]
         config = configs[0]
         # The data is not prepared here.
-        found = [p for p in config.problems() if not p.key.startswith("data")]
-        assert found == [], name
+        problems = [p for p in config.problems() if not p.key.startswith("data")]
+        assert problems == [], name
         config.model.vocab_size = 64
         Transformer(config.model)
         seen.append((config.model, config.capacity_schedule))

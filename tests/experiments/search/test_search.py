@@ -66,10 +66,10 @@ def test_a_space_is_of_any_kind():
         *(("x", "[1,2]"), ("2", "8"), ("one", "two")),
     ]
     drawn = {d.key: set() for d in dimensions}
-    found = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for _ in range(60):
-        trial = found.ask()
+        trial = study.ask()
         for dimension in dimensions:
             drawn[dimension.key].add(suggest(trial, dimension))
     assert drawn["b"] == {"1", "2", "3", "4"}
@@ -97,7 +97,7 @@ def test_a_space_is_of_any_kind():
         (["space.optimizer.lr=interval(2,1)"], "space.optimizer.lr"),
     ],
 )
-def test_what_a_search_cannot_do_is_told(arguments, more, key):
+def test_what_a_search_cannot_do_is_reported(arguments, more, key):
     assert list(problems_of(compose_search, arguments(*more)[1:])) == [key]
 
 
@@ -105,16 +105,16 @@ def test_what_a_search_cannot_do_is_told(arguments, more, key):
 def test_the_ends_of_the_space_are_tried_before_the_first_trial(arguments, capsys):
     space = ("space.model.capacity=interval(0.5,7)", "space.model.pattern=choice(every,zigzag)")
     assert cli.main(arguments(space=space)) == 2
-    said = capsys.readouterr().err
-    assert "model.capacity=7.0" in said
-    assert "model.pattern=zigzag" in said
+    error = capsys.readouterr().err
+    assert "model.capacity=7.0" in error
+    assert "model.pattern=zigzag" in error
     assert cli.main(arguments("space.modle.x=interval(0,1)")) == 2
     assert "modle.x" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
 @pytest.mark.slow
-def test_a_search_makes_its_trials_once_and_tells_the_front(arguments, capsys):
+def test_a_search_runs_its_trials_once_and_prints_the_front(arguments, capsys):
     two = arguments("trials=2", "directions=[causal_loss,forward_flops]")
     assert cli.main(two) == 0
     assert "2 complete; 0 to go" in capsys.readouterr().out
@@ -156,11 +156,11 @@ def test_ranked_trials_have_the_same_settings(arguments, prepared, monkeypatch, 
     best = Path("runs/q/best.json").read_text()
     changed = ("budget.steps=6", "seed=5", "model.d_model=128", "data.seed=3", "eval.sequences=4")
     assert cli.main([*two, *changed, "log.every=1"]) == 2
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     for key, _, value in (text.partition("=") for text in changed):
-        assert re.search(rf"^  {key}: \S+ in the study, {value} now$", said, re.M), key
-    assert said.count(" now\n") == len(changed)
-    assert "study= for a new search" in said
+        assert re.search(rf"^  {key}: \S+ in the study, {value} now$", error, re.M), key
+    assert error.count(" now\n") == len(changed)
+    assert "study= for a new search" in error
     with monkeypatch.context() as patch:
         other = replace(search_study.read_summary(prepared), fingerprint="new")
         patch.setattr(search_study, "read_summary", lambda _: other)
@@ -183,7 +183,7 @@ def test_a_file_system_without_locks_is_named(arguments, no_locks, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_trial_goes_on_with_its_parameters(arguments):
+def test_a_killed_trial_resumes_with_its_parameters(arguments):
     one = arguments("trials=1", steps=30)
     process = fork_modtrain(one)
     wait_until(lambda: list(run(0).checkpoints.glob("step-*")))
@@ -203,14 +203,14 @@ def test_a_killed_trial_goes_on_with_its_parameters(arguments):
 
 def known_trials(arguments, losses):
     """Give the study trials that were better than any to come can be."""
-    found = study(arguments)
+    known = study(arguments)
     for loss in losses:
-        trial = found.ask()
+        trial = known.ask()
         for dimension in parse_space(compose_search(arguments[1:]).config.space)[0]:
             suggest(trial, dimension)
         for step in (2, 4):
             trial.report(loss, step)
-        found.tell(trial, loss)
+        known.tell(trial, loss)
 
 
 @pytest.mark.nightly
@@ -229,7 +229,7 @@ def test_a_trial_that_does_badly_is_pruned_and_keeps_its_directory(arguments, ca
 
 
 @pytest.mark.nightly
-def test_a_failed_trial_counts_and_tells_why(arguments, capsys):
+def test_a_failed_trial_counts_and_names_its_error(arguments, capsys):
     bad = arguments("trials=1", space=("space.optimizer.lr=interval(1e29,1e30)",))
     assert cli.main(bad) == 1
     (trial,) = study(bad).trials

@@ -55,7 +55,7 @@ def jobs_of(path="runs/s"):
     return {d.name: RunDirectory(d) for d in Path(path).iterdir() if (d / ".hydra").is_dir()}
 
 
-def test_a_jobs_name_tells_its_overrides_and_is_no_others():
+def test_a_jobs_name_has_its_overrides_and_is_unique():
     assert job_name({"b": "x", "a": "0.5"}) == job_name({"a": "0.5", "b": "x"}) == "a=0.5,b=x"
     hard = [{"a": v} for v in ("x/y", "x y", "x_y", "[1,2]", "é", "$(x)", "\n", "v" * 400)]
     hard += [{"a": "v" * 399}, {"a/b": "c"}, {"a": "b,c=d"}, {"a": "b", "c": "d,"}, {"model": "."}]
@@ -79,19 +79,19 @@ def test_jobs_are_those_that_hydra_makes():
 
 
 @pytest.mark.slow
-def test_the_mistakes_of_all_jobs_are_told_before_the_first_starts(arguments, capsys):
+def test_the_mistakes_of_all_jobs_are_reported_before_the_first_starts(arguments, capsys):
     axes = ("model.capacity=0.5,7", "model.pattern=every,zigzag", "optimizer.lr=-1")
     assert cli.main(arguments(*axes)) == 2
-    said = capsys.readouterr().err
-    assert "4 problems" not in said
-    assert "model.capacity=7,model.pattern=every: model.capacity=7" in said
-    assert "model.capacity=0.5,model.pattern=zigzag: model.pattern=zigzag" in said
-    assert said.count("optimizer.lr=-1") == 1
+    error = capsys.readouterr().err
+    assert "4 problems" not in error
+    assert "model.capacity=7,model.pattern=every: model.capacity=7" in error
+    assert "model.capacity=0.5,model.pattern=zigzag: model.pattern=zigzag" in error
+    assert error.count("optimizer.lr=-1") == 1
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["model.capacity=0.5"], "sweeps nothing"),
         ([CAPACITIES, "sweep.retries=true"], "is not an option of a sweep"),
@@ -118,9 +118,9 @@ def test_the_mistakes_of_all_jobs_are_told_before_the_first_starts(arguments, ca
         ([CAPACITIES, "strategy=ddp", "strategy.world_size=2"], "number of processes"),
     ],
 )
-def test_what_a_sweep_cannot_do_is_told(arguments, capsys, more, said):
+def test_what_a_sweep_cannot_do_is_reported(arguments, capsys, more, message):
     assert cli.main(arguments(*more)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
@@ -188,7 +188,7 @@ def test_a_sweep_is_trained_once_and_grows(arguments, capsys, tmp_path):
     assert figures["training TFLOPs"] == pytest.approx(result["flops"] / 1e12)
     assert 0 < figures["forward FLOPs a token"] < rows[2][2]["forward FLOPs a token"]
 
-    # What a run cannot change is told of all jobs at once; the rest may.
+    # What a run cannot change is reported of all jobs at once; the rest may change.
     assert cli.main(arguments(CAPACITIES, "optimizer.lr=0.5")) == 2
     assert capsys.readouterr().err.count("optimizer.lr: 0.001 in the run, 0.5 now") == 2
     assert cli.main(arguments(CAPACITIES, "log.every=1")) == 0
@@ -198,9 +198,9 @@ def test_a_sweep_is_trained_once_and_grows(arguments, capsys, tmp_path):
 def test_a_failed_job_ends_no_other_and_is_started_again_on_request(arguments, capsys):
     lrs = "optimizer.lr=1e30,1e-3"
     assert cli.main(arguments(lrs)) == 1
-    said = capsys.readouterr().out
-    assert "1 complete, 1 failed" in said
-    assert "optimizer.lr=1e+30 failed: TrainingError: the loss" in said
+    output = capsys.readouterr().out
+    assert "1 complete, 1 failed" in output
+    assert "optimizer.lr=1e+30 failed: TrainingError: the loss" in output
     bad = jobs_of()["optimizer.lr=1e+30"]
     failure = json.loads((bad.path / "failure.json").read_text())
     assert failure.keys() == {"kind", "text", "time"}
@@ -258,7 +258,7 @@ def await_checkpoint(run, seconds=30):
 
 @pytest.fixture
 def whole(arguments):
-    """The run of capacity 0.5 that nobody disturbed."""
+    """The run of capacity 0.5 without interruption."""
     alone = [o for o in arguments(steps=STEPS, name="whole") if o != "-m"]
     assert cli.main([*alone, "model.capacity=0.5"]) == 0
     return newest_tensors(Path("runs/whole"), STEPS)
@@ -312,9 +312,9 @@ def test_a_run_in_use_is_left_alone_and_a_sweep_in_use_is_refused(arguments, mon
 
 def test_a_file_system_without_locks_is_named(arguments, no_locks, capsys):
     assert cli.main(arguments(CAPACITIES)) == 1
-    said = capsys.readouterr().err
-    assert "a file system with flock" in said
-    assert "another process" not in said
+    error = capsys.readouterr().err
+    assert "a file system with flock" in error
+    assert "another process" not in error
 
 
 def test_there_is_no_table_without_a_sweep(tmp_path):
@@ -323,7 +323,7 @@ def test_there_is_no_table_without_a_sweep(tmp_path):
 
 
 def is_running(process: str) -> bool:
-    """Whether there is such a process, and not only its exit code, which nobody may fetch here."""
+    """Whether there is such a process, and not only its exit code, which is not collected here."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -344,7 +344,7 @@ def test_joblib_trains_two_at_a_time(arguments, tmp_path, killed):
             workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             process.kill()
         wait_until(lambda: not any(is_in_use(run) for run in jobs_of().values()), 30)
-        # Nobody is left to give them another job.
+        # No process is left to give them another job.
         assert len(workers) >= 2
         wait_until(lambda: not any(map(is_running, workers)), 30)
         assert [state_of(run) for run in jobs_of().values()] == ["stopped"] * 2

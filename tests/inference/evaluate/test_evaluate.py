@@ -52,10 +52,10 @@ def request(run, **changes) -> EvalRunConfig:
 def flat(node, prefix="") -> dict:
     if not isinstance(node, dict) or not node:
         return {prefix: node}
-    found = {}
+    values = {}
     for key, value in node.items():
-        found |= flat(value, f"{prefix}/{key}" if prefix else key)
-    return found
+        values |= flat(value, f"{prefix}/{key}" if prefix else key)
+    return values
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
@@ -102,18 +102,18 @@ def test_figures_are_those_of_a_slow_loop(routed, settings):
     assert list(figures["decisions"]) == EVERY
     ways = {**figures["decisions"], "top_k": figures["top_k_not_causal"]}
     with torch.no_grad():
-        for name, found in ways.items():
+        for name, actual in ways.items():
             budget = None if name == "top_k" else budget_of_run(loaded, name, settings, 4)
             loss, flops, shares = slowly(loaded, name, budget)
-            assert found["loss"] == pytest.approx(loss, rel=1e-5)
-            assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+            assert actual["loss"] == pytest.approx(loss, rel=1e-5)
+            assert actual["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
             bits = loss / math.log(2) * valid.num_tokens / valid.num_bytes
-            assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-            assert found["flops"] == pytest.approx(flops, rel=1e-4)
-            assert list(found["realised_capacity"].values()) == pytest.approx(shares, abs=1e-9)
+            assert actual["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+            assert actual["flops"] == pytest.approx(flops, rel=1e-4)
+            assert list(actual["realised_capacity"].values()) == pytest.approx(shares, abs=1e-9)
     top_k = figures["top_k_not_causal"]
-    for found in figures["decisions"].values():
-        assert found["gap_to_top_k_not_causal"] == found["loss"] - top_k["loss"]
+    for actual in figures["decisions"].values():
+        assert actual["gap_to_top_k_not_causal"] == actual["loss"] - top_k["loss"]
     first = figures["decisions"]["predictor"]
     short = {"causal_loss": "loss", "causal_flops": "flops"}
     for key in ("causal_loss", "causal_flops", "perplexity", "bits_per_byte"):
@@ -122,7 +122,7 @@ def test_figures_are_those_of_a_slow_loop(routed, settings):
     assert figures["dense_equivalent_flops"] == equivalent
 
 
-def test_the_file_has_the_keys_that_are_documented_and_a_dial_another_file(routed):
+def test_the_file_has_the_documented_keys_and_a_budget_another_file(routed):
     plain = evaluate_run(request(routed))
     path = routed.path / "eval-000000006.json"
     before = path.read_bytes()
@@ -133,9 +133,9 @@ def test_the_file_has_the_keys_that_are_documented_and_a_dial_another_file(route
     }
     assert plain["budget"] is None
     assert set(plain["top_k_not_causal"]) == set(WAY)
-    for found in plain["decisions"].values():
-        assert set(found) == {*WAY, *AGAINST}
-        for scores in found["agreement_with_top_k_not_causal"].values():
+    for figures in plain["decisions"].values():
+        assert set(figures) == {*WAY, *AGAINST}
+        for scores in figures["agreement_with_top_k_not_causal"].values():
             assert set(scores) == {"accuracy", "f1", "balanced_accuracy"}
     settings = ComputeBudgetConfig(
         decision="threshold", capacity=0.4, layer_cap=0.9, calibration_sequences=4
@@ -155,14 +155,14 @@ def test_the_file_has_the_keys_that_are_documented_and_a_dial_another_file(route
 
 def test_the_agreement_of_a_moved_decision_is_that_of_the_moved_level(routed):
     everybody = evaluate_run(request(routed, inference=ComputeBudgetConfig(capacity=1.0)))
-    for found in everybody["decisions"].values():
-        assert set(found["realised_capacity"].values()) == {1.0}
-        for scores in found["agreement_with_top_k_not_causal"].values():
+    for decision in everybody["decisions"].values():
+        assert set(decision["realised_capacity"].values()) == {1.0}
+        for scores in decision["agreement_with_top_k_not_causal"].values():
             assert scores["accuracy"] == pytest.approx(0.25)
             assert scores["balanced_accuracy"] == 0.5
 
 
-def test_whatever_is_not_causal_says_so(routed, capsys, monkeypatch):
+def test_what_is_not_causal_is_labelled_so(routed, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     figures = evaluate_run(request(routed, inference=ComputeBudgetConfig(capacity=0.5)))
     show(figures)
@@ -181,7 +181,7 @@ def test_whatever_is_not_causal_says_so(routed, capsys, monkeypatch):
     assert all("against top-k, not causal" in tag for tag in agreements)
 
 
-def test_the_table_says_how_the_dial_stands(routed, capsys):
+def test_the_table_shows_the_budget(routed, capsys):
     show(evaluate_run(request(routed, inference=ComputeBudgetConfig(shift=0.5, step_cap=1))))
     first, _ = capsys.readouterr().out.split("\n", 1)
     assert first == "held-out text, step 6, 384 tokens, shift=0.5, step_cap=1"
@@ -194,9 +194,9 @@ def test_tensorboard_has_the_figures_at_the_checkpoints_step_once(routed):
     for _ in range(2):
         figures = evaluate_run(request(routed))
     assert len(list((routed.tensorboard / "eval").iterdir())) == 1
-    found = scalars(routed.tensorboard / "eval")
-    assert {step for points in found.values() for step, _ in points} == {6}
-    assert {len(points) for points in found.values()} == {1}
+    events = scalars(routed.tensorboard / "eval")
+    assert {step for points in events.values() for step, _ in points} == {6}
+    assert {len(points) for points in events.values()} == {1}
     ways = {**figures["decisions"], "top-k, not causal": figures["top_k_not_causal"]}
     expected = {}
     for name, way in ways.items():
@@ -213,7 +213,9 @@ def test_tensorboard_has_the_figures_at_the_checkpoints_step_once(routed):
         key.replace("@/", "") + ("/realised_capacity" if "@" in key else ""): value
         for key, value in expected.items()
     }
-    assert {tag: points[0][1] for tag, points in found.items()} == pytest.approx(expected, rel=1e-6)
+    assert {tag: points[0][1] for tag, points in events.items()} == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_calibration_reads_what_the_run_was_trained_on_first(routed):
@@ -258,33 +260,33 @@ def test_a_sweep_has_a_point_a_capacity_that_is_the_evaluation_there(routed, swe
 def test_a_sweep_is_written_drawn_and_recorded(routed, swept, capsys, monkeypatch):
     assert json.loads((routed.path / "sweep-000000006.json").read_text()) == swept
     assert (routed.path / "sweep-000000006.png").read_bytes().startswith(b"\x89PNG")
-    found = scalars(routed.tensorboard / "sweep-000000006")
-    assert len(found) == 6
+    events = scalars(routed.tensorboard / "sweep-000000006")
+    assert len(events) == 6
     for key in ("loss", "perplexity", "bits_per_byte"):
-        curve = found[f"eval/sweep/{key} by kFLOPs a token"]
+        curve = events[f"eval/sweep/{key} by kFLOPs a token"]
         steps = [round(point["flops"] / 1000) for point in swept["points"]]
         assert [step for step, _ in curve] == steps
         values = [point[key] for point in swept["points"]]
         assert [value for _, value in curve] == pytest.approx(values)
-        ((step, value),) = found[f"eval/sweep/{key} as trained by kFLOPs a token"]
+        ((step, value),) = events[f"eval/sweep/{key} as trained by kFLOPs a token"]
         assert step == round(swept["as_trained"]["flops"] / 1000)
         assert value == pytest.approx(swept["as_trained"][key])
     monkeypatch.setenv("COLUMNS", "200")
     show(swept)
     shown = capsys.readouterr().out
-    for said in ("sweep of predictor, causal", "calibration_sequences=8", "0.03", "as trained"):
-        assert said in shown
+    for text in ("sweep of predictor, causal", "calibration_sequences=8", "0.03", "as trained"):
+        assert text in shown
     share = swept["points"][0]["flops"] / swept["dense_equivalent_flops"]
     assert f"{share:.3f}" in shown
 
 
 def test_a_sweep_under_caps_or_of_another_decision_has_a_file_of_its_own(routed):
     settings = ComputeBudgetConfig(decision="auxiliary", layer_cap=0.5, calibration_sequences=4)
-    found = evaluate_run(request(routed, sweep=[1.0], inference=settings))
+    figures = evaluate_run(request(routed, sweep=[1.0], inference=settings))
     name = "sweep-000000006-auxiliary-layer_cap_0.5"
-    assert json.loads((routed.path / f"{name}.json").read_text()) == found
-    assert found["decision"] == "auxiliary"
-    assert set(found["points"][0]["realised_capacity"].values()) == {0.5}
+    assert json.loads((routed.path / f"{name}.json").read_text()) == figures
+    assert figures["decision"] == "auxiliary"
+    assert set(figures["points"][0]["realised_capacity"].values()) == {0.5}
 
 
 def test_a_sweep_makes_no_needless_pass(routed, monkeypatch):
@@ -321,7 +323,7 @@ def test_a_model_without_routers_is_evaluated_but_not_moved(dense, capsys):
         assert [problem.key for problem in error.value.problems] == [key]
 
 
-def test_experts_that_choose_look_ahead_and_their_loads_are_told(start, capsys):
+def test_expert_choice_looks_ahead_and_its_loads_are_printed(start, capsys):
     experts = ["model.experts.count=3", "model.experts.dim=16", "model.experts.choice=expert"]
     run = start("experts", "budget.steps=1", "model.pattern=dense", *experts)
     figures = evaluate_run(request(run))
@@ -337,7 +339,7 @@ def test_experts_that_choose_look_ahead_and_their_loads_are_told(start, capsys):
     assert "no-op experts last (top-k, not causal)" in shown
 
 
-def test_without_a_causal_decision_top_k_alone_is_told_and_nothing_is_swept(start, capsys):
+def test_without_a_causal_decision_top_k_alone_is_printed_and_nothing_is_swept(start, capsys):
     run = start("none", "budget.steps=1", "model.router.causal=[]")
     figures = evaluate_run(request(run))
     assert figures["causal_loss"] is figures["perplexity"] is None
@@ -359,14 +361,14 @@ def test_without_a_causal_decision_top_k_alone_is_told_and_nothing_is_swept(star
         ([0.5], {"shift": 0.5}, ["inference.shift"]),
     ],
 )
-def test_every_mistake_in_a_sweep_is_told(sweep, settings, keys):
-    found = EvalRunConfig(
+def test_every_mistake_in_a_sweep_is_reported(sweep, settings, keys):
+    problems = EvalRunConfig(
         run="a", sweep=sweep, inference=ComputeBudgetConfig(**settings)
     ).problems()
-    assert [problem.key for problem in found] == keys
+    assert [problem.key for problem in problems] == keys
 
 
-def test_the_command_line_knows_the_dial_and_the_sweep():
+def test_the_command_line_has_the_budget_and_the_sweep():
     config = compose("eval", ["run=a", "sweep=[0.03, 1]", "inference.step_cap=0"])
     assert (config.sweep, config.inference) == ([0.03, 1.0], ComputeBudgetConfig(step_cap=0))
     assert config.problems() == []

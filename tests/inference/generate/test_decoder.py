@@ -115,10 +115,10 @@ def test_a_batch_equals_one_by_one_run_whole(name, choices, prompts):
     model = ready(name)
     choices["mask_documents"] = choices["mask_documents"] and choices["end_id"] is not None
     config = DecoderConfig(model.config.causal_selections[0], **choices)
-    found = collected(Decoder(model, config, prompts).run())
-    assert found.keys() == set(range(len(prompts)))
+    actual = collected(Decoder(model, config, prompts).run())
+    assert actual.keys() == set(range(len(prompts)))
     for number, prompt in enumerate(prompts):
-        tokens, reason = found[number]
+        tokens, reason = actual[number]
         text, depths, why = slowly(model, config, prompt, number)
         assert reason == why
         if config.with_depth:
@@ -149,8 +149,8 @@ def test_greedy_self_speculation_changes_nothing(name, choices, drafts, prompts)
     )
     expected = collected(Decoder(model, plain, prompts).run())
     for number, prompt in enumerate(prompts):
-        made = [token.id for token in expected[number][0] if not token.is_prompt]
-        output = model(torch.tensor([prompt + made]), selection=selection, budget=plain.budget)
+        generated = [token.id for token in expected[number][0] if not token.is_prompt]
+        output = model(torch.tensor([prompt + generated]), selection=selection, budget=plain.budget)
         require_margin(model, output, selection, plain.budget)
     decoder = Decoder(model, drafted, prompts)
     assert collected(decoder.run()) == expected
@@ -183,8 +183,8 @@ def test_self_speculation_leaves_the_distribution_as_it_is(sampling):
         "predictor", 3, settings, batch_size=500, drafts=2, draft_budget=ComputeBudget(step_cap=0)
     )
     decoder = Decoder(model, drafted, [prompt] * count)
-    found = collected(decoder.run())
-    triples = [tuple(t.id for t in tokens) for tokens, _ in found.values()]
+    actual = collected(decoder.run())
+    triples = [tuple(t.id for t in tokens) for tokens, _ in actual.values()]
     expected = {}
     for triple in itertools.product(range(6), repeat=3):
         chance, text = 1.0, list(prompt)
@@ -218,7 +218,7 @@ def settle_small(config):
     return model.eval()
 
 
-def test_a_stopped_sequence_says_no_more():
+def test_a_stopped_sequence_generates_no_more():
     model = ready("mod")
     config = DecoderConfig("predictor", 20, SamplingConfig(greedy=True), batch_size=2)
     decoder = Decoder(model, config, [[1], [2], [3]])

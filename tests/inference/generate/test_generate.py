@@ -45,28 +45,28 @@ def slowly(run, prompt: str, count: int) -> str:
     loaded = load_run(asked(run))
     tokenizer = Tokenizer.from_file(str(loaded.tokenizer))
     tokens = tokenizer.encode(prompt).ids or [tokenizer.token_to_id("<|endoftext|>")]
-    made = []
+    generated = []
     for _ in range(count):
         with torch.no_grad():
-            text = torch.tensor([[*tokens, *made]])
+            text = torch.tensor([[*tokens, *generated]])
             decision = loaded.model.config.causal_selections[0]
             logits = loaded.model(text, selection=decision).logits_BSV
-        made.append(int(logits[0, -1].argmax()))
-    return tokenizer.decode(made)
+        generated.append(int(logits[0, -1].argmax()))
+    return tokenizer.decode(generated)
 
 
 @pytest.mark.parametrize(
     ("name", "prompt"), [("routed", "the old tree"), ("routed", ""), ("dense", "the")]
 )
-def test_the_text_is_what_the_model_says(request, capsys, name, prompt):
+def test_the_text_is_what_the_model_generates(request, capsys, name, prompt):
     run = request.getfixturevalue(name)
     # What it prints where it is trained.
     capsys.readouterr()
     generate(asked(run, f"prompt='{prompt}'"))
-    said = capsys.readouterr()
-    assert said.out == slowly(run, prompt, 12) + "\n"
-    assert "12 tokens after" in said.err
-    assert bool(re.search(r"routed: layer_\d\d \d", said.err)) == (name == "routed")
+    printed = capsys.readouterr()
+    assert printed.out == slowly(run, prompt, 12) + "\n"
+    assert "12 tokens after" in printed.err
+    assert bool(re.search(r"routed: layer_\d\d \d", printed.err)) == (name == "routed")
 
 
 def test_prompts_come_from_a_file_or_standard_input(routed, tmp_path, capsys, monkeypatch):
@@ -148,17 +148,17 @@ def test_samples_differ_and_come_again_with_their_seed(routed, capsys):
     assert run("sampling.seed=1") != first + "\n"
 
 
-def test_self_speculation_says_the_same(routed, capsys):
+def test_self_speculation_prints_the_same(routed, capsys):
     generate(asked(routed, "prompt=the", "speculate.tokens=3"))
-    said = capsys.readouterr()
-    assert said.out == slowly(routed, "the", 12) + "\n"
-    (passes,) = re.findall(r"([\d.]+) tokens per pass", said.err)
+    printed = capsys.readouterr()
+    assert printed.out == slowly(routed, "the", 12) + "\n"
+    (passes,) = re.findall(r"([\d.]+) tokens per pass", printed.err)
     assert 1 <= float(passes) <= 4
     generate(asked(routed, "prompt=the", "speculate.tokens=2", "speculate.capacity=0.25"))
-    assert capsys.readouterr().out == said.out
+    assert capsys.readouterr().out == printed.out
 
 
-def test_the_dial_moves_what_takes_part(routed, capsys):
+def test_the_budget_changes_what_is_routed(routed, capsys):
     def shares(*overrides):
         generate(asked(routed, "prompt=the", "max_tokens=60", *overrides))
         err = capsys.readouterr().err
@@ -178,7 +178,7 @@ def test_the_dial_moves_what_takes_part(routed, capsys):
         (["inference.capacity=0.5"], ["inference.capacity", "none"]),
     ],
 )
-def test_what_a_dense_model_cannot_do_is_told(dense, overrides, words):
+def test_what_a_dense_model_cannot_do_is_reported(dense, overrides, words):
     with pytest.raises(ConfigError) as caught:
         generate(asked(dense, *overrides))
     for word in words:
@@ -236,7 +236,7 @@ def test_content_free_routers_keep_their_schedule(start):
         (["inference.layer_cap=0"], ["inference.layer_cap"]),
     ],
 )
-def test_every_mistake_is_told_at_once(routed, overrides, words):
+def test_every_mistake_is_reported_at_once(routed, overrides, words):
     with pytest.raises(ConfigError) as caught:
         generate(asked(routed, *overrides))
     for word in words:
@@ -263,12 +263,12 @@ def test_a_terminal_gets_colours(routed, tmp_path):
     look = {"env": {**os.environ, "TERM": "xterm-256color"}, "cwd": tmp_path}
     with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL, **look) as done:
         os.close(theirs)
-        said = b""
+        output = b""
         # A closed terminal is an error to read from.
         with contextlib.suppress(OSError):
             while part := os.read(ours, 4096):
-                said += part
+                output += part
     os.close(ours)
     assert done.returncode == 0
-    assert b"\x1b[38;" in said
-    assert "₁".encode() not in said
+    assert b"\x1b[38;" in output
+    assert "₁".encode() not in output

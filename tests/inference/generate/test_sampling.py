@@ -18,7 +18,7 @@ JUST_BELOW_1 = 1 - 2**-53
 
 
 class HuggingFace(GenerationMixin):
-    """What transformers' own ``generate`` puts together from the same settings."""
+    """The processors that transformers' own ``generate`` builds from the same settings."""
 
     config = SimpleNamespace(is_encoder_decoder=False)
 
@@ -80,44 +80,44 @@ def test_the_distribution_is_that_of_hugging_face(logits_BV, config, length, see
 @given(logits(), sampling())
 @quick(60)
 def test_a_row_is_drawn_by_what_it_would_be_alone(logits_BV, config):
-    together_BV = distribution(logits_BV, config)
+    batch_BV = distribution(logits_BV, config)
     alone = [distribution(row_1V, config) for row_1V in logits_BV.split(1)]
-    assert torch.equal(together_BV, torch.cat(alone))
+    assert torch.equal(batch_BV, torch.cat(alone))
     uniform_B = PerSequenceRNG(3, len(logits_BV)).uniform(range(len(logits_BV)))
     single = [draw(*pair) for pair in zip(alone, uniform_B.split(1), strict=True)]
-    assert torch.equal(draw(together_BV, uniform_B), torch.cat(single))
+    assert torch.equal(draw(batch_BV, uniform_B), torch.cat(single))
 
 
 @pytest.mark.parametrize("changes", [{"top_k": 2}, {"min_p": 1.0}])
-def test_equals_stay_or_go_together(changes):
+def test_equal_logits_are_all_kept_or_all_removed(changes):
     logits_BV = torch.tensor([[0.0, 3.0, 1.0, 3.0, 3.0]])
-    found_BV = distribution(logits_BV, SamplingConfig(**changes))
+    actual_BV = distribution(logits_BV, SamplingConfig(**changes))
     expected_BV = torch.tensor([[0, 1 / 3, 0, 1 / 3, 1 / 3]], dtype=torch.float64)
-    torch.testing.assert_close(found_BV, expected_BV)
+    torch.testing.assert_close(actual_BV, expected_BV)
 
 
 @pytest.mark.parametrize("changes", [{"greedy": True}, {"top_p": 1e-9}])
 def test_of_equals_the_first_is_the_likeliest(changes):
     logits_BV = torch.zeros(3, 2000).index_fill(1, torch.tensor([1200, 70, 1999]), 1.0)
-    found_BV = distribution(logits_BV, SamplingConfig(**changes))
-    assert found_BV.argmax(dim=-1).tolist() == [70, 70, 70]
-    assert torch.equal(found_BV.sum(dim=-1), torch.ones(3, dtype=torch.float64))
+    actual_BV = distribution(logits_BV, SamplingConfig(**changes))
+    assert actual_BV.argmax(dim=-1).tolist() == [70, 70, 70]
+    assert torch.equal(actual_BV.sum(dim=-1), torch.ones(3, dtype=torch.float64))
 
 
 def test_top_p_takes_no_more_than_it_needs_and_1_takes_all():
     half, all_ = SamplingConfig(top_p=0.5), SamplingConfig(top_p=1.0)
     assert distribution(torch.zeros(1, 2), half).tolist() == [[1, 0]]
     # The first one's probability rounds to 1.
-    found_BV = distribution(torch.tensor([[0.0, -60.0]]), all_)
-    assert found_BV[0, 0] == 1
-    assert 0 < found_BV[0, 1] < 1e-26
+    actual_BV = distribution(torch.tensor([[0.0, -60.0]]), all_)
+    assert actual_BV[0, 0] == 1
+    assert 0 < actual_BV[0, 1] < 1e-26
 
 
 def test_nearly_no_temperature_is_greedy_and_half_precision_is_widened():
     logits_BV = torch.tensor([[1.0, 60000.0, 59968.0]], dtype=torch.float16)
     for temperature in (1e-308, 1e-3):
-        found_BV = distribution(logits_BV, SamplingConfig(temperature=temperature))
-        assert found_BV.tolist() == [[0, 1, 0]]
+        actual_BV = distribution(logits_BV, SamplingConfig(temperature=temperature))
+        assert actual_BV.tolist() == [[0, 1, 0]]
     assert distribution(logits_BV, SamplingConfig(temperature=100.0))[0, 2] == pytest.approx(
         1 / (1 + math.exp(0.32))
     )
@@ -136,20 +136,20 @@ def test_logits_that_are_not_finite_raise(row, greedy):
 
 
 def test_a_sequence_draws_the_same_numbers_whatever_the_others_do():
-    together = PerSequenceRNG(7, 3)
+    batch = PerSequenceRNG(7, 3)
     rounds = [[0, 1, 2], [0, 2], [2], [2, 0], [1, 0, 2]]
     drawn: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for rows in rounds:
-        for row, number in zip(rows, together.uniform(rows).tolist(), strict=True):
+        for row, number in zip(rows, batch.uniform(rows).tolist(), strict=True):
             drawn[row].append(number)
     for row, numbers in drawn.items():
         alone = PerSequenceRNG(7, 1, first=row)
         assert [alone.uniform([0]).item() for _ in numbers] == numbers
-    assert together.uniform([]).shape == (0,)
-    assert together.uniform([1]).dtype == torch.float64
+    assert batch.uniform([]).shape == (0,)
+    assert batch.uniform([1]).dtype == torch.float64
 
 
-def test_seeds_and_sequences_draw_apart():
+def test_seeds_and_sequences_draw_different_numbers():
     firsts = [
         number
         for seed in (-1, 0, 1, 2**40)
@@ -171,16 +171,16 @@ def chi_square(counts_C: Tensor, probability_C: Tensor) -> float:
 
 def test_numbers_are_uniform_within_a_sequence_and_across_sequences():
     one, many = PerSequenceRNG(0, 1), PerSequenceRNG(1, 4000)
-    within = torch.cat([one.uniform([0] * 1000) for _ in range(4)])
+    of_one = torch.cat([one.uniform([0] * 1000) for _ in range(4)])
     across = many.uniform(range(4000))
     following = many.uniform(range(4000))
     flat_C = torch.full((20,), 1 / 20)
-    for numbers in (within, across, following):
+    for numbers in (of_one, across, following):
         # 19 degrees of freedom: above 43.8 once in a thousand.
         assert chi_square((numbers * 20).long().bincount(minlength=20), flat_C) < 43.8
     for first, second in (
         (across, following),
-        (within[:-1], within[1:]),
+        (of_one[:-1], of_one[1:]),
         (across[:-1], across[1:]),
     ):
         pair = (first * 4).long() * 4 + (second * 4).long()
@@ -238,8 +238,8 @@ def test_a_sum_that_rounds_unevenly_draws_no_impossible_token(monkeypatch):
     edges = torch.tensor([0.0, 0.25, 0.5, 0.75, JUST_BELOW_1], dtype=torch.float64)
     jitter_N = 2e-9 * torch.rand(2000, generator=generator, dtype=torch.float64) - 1e-9
     uniform_N = (edges.repeat(400) + jitter_N).clamp(0, JUST_BELOW_1)
-    found_N = draw(probability_V.expand(2000, -1), uniform_N)
-    assert set(found_N.tolist()) == {30, 100, 101, 250}
+    actual_N = draw(probability_V.expand(2000, -1), uniform_N)
+    assert set(actual_N.tolist()) == {30, 100, 101, 250}
 
 
 def test_a_draw_reads_nothing_on_the_host():
@@ -249,17 +249,17 @@ def test_a_draw_reads_nothing_on_the_host():
         assert draw(probability_NV, uniform_N).shape == (4,)
 
 
-def test_every_setting_out_of_range_is_told_with_its_key():
+def test_every_setting_out_of_range_is_reported_under_its_key():
     assert SamplingConfig().problems() == []
     edge = SamplingConfig(top_k=1, top_p=1.0, min_p=0.0, temperature=1e-9, repetition_penalty=0.1)
     assert edge.problems() == []
     assert SamplingConfig(min_p=1.0).problems() == []
     wrong = SamplingConfig(temperature=0.0, top_k=0, top_p=0.0, min_p=1.5, repetition_penalty=-1.0)
-    found = {problem.key: problem for problem in wrong.problems("sampling")}
+    problems = {problem.key: problem for problem in wrong.problems("sampling")}
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    assert found.keys() == {f"sampling.{name}" for name in names}
-    assert all(problem.value == getattr(wrong, key[9:]) for key, problem in found.items())
-    assert "sampling.greedy=true" in found["sampling.temperature"].remedy
+    assert problems.keys() == {f"sampling.{name}" for name in names}
+    assert all(problem.value == getattr(wrong, key[9:]) for key, problem in problems.items())
+    assert "sampling.greedy=true" in problems["sampling.temperature"].remedy
     for changes in ({"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 1.01}):
         assert [p.key for p in SamplingConfig(**changes).problems()] == [*changes]
     for changes in ({"min_p": -0.1}, {"min_p": math.nan}, {"top_p": math.nan}):

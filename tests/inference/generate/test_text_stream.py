@@ -46,14 +46,14 @@ def other(name: str) -> Tokenizer:
     tokens = ["<s>", "▁ab", "##b", "a", "▁", "b</w>", "a</w>", ".", "n't", "é", "▁a▁b", "<0xE2>"]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, "<s>"))
     tokenizer.add_special_tokens(["<s>"])
-    made = {
+    tokenizers = {
         "metaspace": decoders.Metaspace(),
         "wordpiece": decoders.WordPiece(),
         "suffix": decoders.BPEDecoder(),
         "none": None,
     }
-    if made[name] is not None:
-        tokenizer.decoder = made[name]
+    if tokenizers[name] is not None:
+        tokenizer.decoder = tokenizers[name]
     return tokenizer
 
 
@@ -66,7 +66,7 @@ TOKENIZERS = {
 }
 
 
-def cut(text: str, stops: list[str]) -> str:
+def text_before_stop(text: str, stops: list[str]) -> str:
     """The text before the first stop string, the slow way."""
     for end in range(len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
@@ -84,12 +84,12 @@ def collect(stream: TextStream, ids: list[int]) -> list[tuple[str, int | None]]:
 @st.composite
 def stops(draw: st.DrawFn, text: str) -> list[str]:
     """Some of what is in the text, some of what nearly is."""
-    found = draw(st.lists(st.text("ab the\n�", min_size=1, max_size=4), max_size=2))
+    texts = draw(st.lists(st.text("ab the\n�", min_size=1, max_size=4), max_size=2))
     for _ in range(draw(st.integers(0, 2))):
         start = draw(st.integers(0, len(text)))
         part = text[start : start + draw(st.integers(1, 9))]
-        found += [part + ending for ending in [draw(st.sampled_from(["", "", "x"]))] if part]
-    return found
+        texts += [part + ending for ending in [draw(st.sampled_from(["", "", "x"]))] if part]
+    return texts
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -105,7 +105,7 @@ def test_the_pieces_are_the_whole_text_up_to_the_first_stop_string(name, data):
     chosen = data.draw(stops(whole))
     stream = TextStream(tokenizer, chosen)
     pieces = collect(stream, ids)
-    expected = cut(whole, chosen)
+    expected = text_before_stop(whole, chosen)
     assert "".join(text for text, _ in pieces) == expected
     assert stream.text == expected
     assert stream.stopped == any(stop in whole for stop in chosen)
@@ -120,7 +120,7 @@ def test_the_pieces_are_the_whole_text_up_to_the_first_stop_string(name, data):
 @given(st.text(max_size=60) | st.text("the old川😀ü\n", max_size=60), st.data())
 @example("naïve 川川 👩‍👩‍👧 ü\n", None)
 @quick(120)
-def test_what_is_held_back_is_a_character_or_a_stop_string_begun(text, data):
+def test_pending_text_is_a_character_or_a_stop_string_begun(text, data):
     tokenizer = byte_level()
     # The library takes the added token é for a byte, which by itself is no UTF-8.
     text = text.replace("\ufffd", "").replace("é", "")
@@ -134,13 +134,13 @@ def test_what_is_held_back_is_a_character_or_a_stop_string_begun(text, data):
         pieces += stream.push(token, place)
         whole_characters = tokenizer.decode(ids[: place + 1]).rstrip("\ufffd")
         owners += [place] * (len(whole_characters) - len(owners))
-        held = [
+        pending = [
             length
             for stop in chosen
             for length in range(1, len(stop))
             if whole_characters.endswith(stop[:length])
         ]
-        assert stream.text == whole_characters[: len(whole_characters) - max(held, default=0)]
+        assert stream.text == whole_characters[: len(whole_characters) - max(pending, default=0)]
     pieces += stream.finish()
     assert stream.text == text
     assert [place for part, place in pieces for _ in part] == owners
@@ -162,16 +162,16 @@ def test_nothing_comes_after_a_stop_string_not_even_a_character_begun():
 @example([], [3])
 @example([1, 1], [5])
 @quick(60)
-def test_a_text_that_goes_on_keeps_its_first_space(before, ids):
+def test_a_continued_text_keeps_its_first_space(before, ids):
     tokenizer = falling_back()
     stream = TextStream(tokenizer, ["the the the"], before=before)
     collect(stream, ids)
     expected = tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
-    assert stream.text == cut(expected, ["the the the"])
+    assert stream.text == text_before_stop(expected, ["the the the"])
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level, falling_back])
-def test_what_it_goes_on_from_gives_no_text_and_no_stop(tokenizer):
+def test_the_prompt_gives_no_text_and_no_stop(tokenizer):
     tokenizer = tokenizer()
     # The last byte of the prompt is one of two, and cannot be mended any more.
     names = ("a", "Ã", "b") if tokenizer is byte_level() else ("ab", "<0xC3>", "b")
@@ -206,7 +206,7 @@ def test_an_empty_stop_string_raises():
 
 @pytest.mark.parametrize("name", ["byte level", "byte fallback"])
 def test_the_cost_of_a_token_does_not_grow(name):
-    """Where all that is held back is decoded anew, these take minutes."""
+    """Where all pending text is decoded again, these take minutes."""
     tokenizer = TOKENIZERS[name]()
     token = tokenizer.token_to_id("ÿ" if name == "byte level" else "<0xFF>")
     stream = TextStream(tokenizer, ["\ufffdx", "y" * 50])

@@ -1,4 +1,4 @@
-"""Small models, and pages of them taken apart, that the tests of the inspection share."""
+"""Small models, and their parsed pages, that the tests of the inspection share."""
 
 from contextlib import nullcontext
 from html.parser import HTMLParser
@@ -45,12 +45,12 @@ def model_of(kind: str, **changes):
     return model.eval()
 
 
-def cut(tokens, batch_size=2):
+def windows_of(tokens, batch_size=2):
     return list(text_windows(tokens, SEQ_LEN, batch_size))
 
 
 def traced(model, tokens, selection, batch_size=2) -> Trace:
-    return trace(model, cut(tokens, batch_size), selection, nullcontext())
+    return trace(model, windows_of(tokens, batch_size), selection, nullcontext())
 
 
 def contrast(one: str, two: str) -> float:
@@ -104,7 +104,7 @@ class Parsed(HTMLParser):
         return [attributes["id"] for attributes in self.all("section")]
 
     @property
-    def said(self):
+    def text(self):
         return " ".join(" ".join(self.words).split())
 
 
@@ -126,6 +126,6 @@ def subject(model, selection, **changes) -> Subject:
 def page_of(kind, selection, content, tokenizer, tokens_shown=2000):
     model = model_of(kind, vocab_size=tokenizer.get_vocab_size())
     ids = tokenizer.encode(content).ids
-    found = traced(model, ids, selection, batch_size=64)
+    trace = traced(model, ids, selection, batch_size=64)
     pieces = TokenTexts(tokenizer).pieces(ids)
-    return found, pieces, render(subject(model, selection), found, pieces, tokens_shown)
+    return trace, pieces, render(subject(model, selection), trace, pieces, tokens_shown)

@@ -56,10 +56,10 @@ def test_binned_means_are_those_of_a_slow_loop(points, edges_of, most):
     assert edges[0] <= x.min()
     assert x.max() <= edges[-1]
     bins = binned(x, y, edges)
-    found = list(zip(bins.x, bins.mean, bins.error, bins.count, strict=True))
+    actual = list(zip(bins.x, bins.mean, bins.error, bins.count, strict=True))
     expected = slow_bins(x.tolist(), y.tolist(), edges.tolist())
-    assert len(found) == len(expected)
-    for one, two in zip(found, expected, strict=True):
+    assert len(actual) == len(expected)
+    for one, two in zip(actual, expected, strict=True):
         assert one == pytest.approx(two, nan_ok=True)
     assert sum(bins.count) == len(points)
 

@@ -30,8 +30,8 @@ def text() -> list[int]:
 def test_every_figure_of_a_token_is_that_of_a_slow_loop(kind, text):
     model = model_of(kind)
     for selection in model.config.causal_selections:
-        found = traced(model, text, selection)
-        assert found.token_N.tolist() == text
+        trace = traced(model, text, selection)
+        assert trace.token_N.tolist() == text
         for start in range(0, len(text), SEQ_LEN):
             window = text[start : start + SEQ_LEN]
             with torch.no_grad():
@@ -41,25 +41,25 @@ def test_every_figure_of_a_token_is_that_of_a_slow_loop(kind, text):
                 total = math.fsum(math.exp(logit) for logit in logits_V)
                 log_probs = [logit - math.log(total) for logit in logits_V]
                 entropy = -math.fsum(math.exp(log) * log for log in log_probs)
-                assert found.position_N[number] == place
-                assert found.entropy_N[number] == pytest.approx(entropy)
+                assert trace.position_N[number] == place
+                assert trace.entropy_N[number] == pytest.approx(entropy)
                 if number + 1 < len(text):
                     loss = -log_probs[text[number + 1]]
-                    assert found.loss_N[number] == pytest.approx(loss)
+                    assert trace.loss_N[number] == pytest.approx(loss)
                 entered = [bool(record.chosen_BS[0, place]) for record in output.routing]
-                assert [bool(r.chosen_N[number]) for r in found.routers] == entered
-                assert found.depths[number] == sum(entered)
-        assert math.isnan(found.loss_N[-1])
-        assert found.mean_loss == pytest.approx(math.fsum(found.loss_N[:-1]) / (len(text) - 1))
-        assert [r.label for r in found.routers] == model.config.routed_labels
+                assert [bool(r.chosen_N[number]) for r in trace.routers] == entered
+                assert trace.depths[number] == sum(entered)
+        assert math.isnan(trace.loss_N[-1])
+        assert trace.mean_loss == pytest.approx(math.fsum(trace.loss_N[:-1]) / (len(text) - 1))
+        assert [r.label for r in trace.routers] == model.config.routed_labels
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_capacity_and_load_are_those_of_an_evaluation(kind):
     model = model_of(kind)
     batches = [random_tokens(4, SEQ_LEN + 1, seed=8)]
-    found = evaluate(model, map(Batch.from_tokens, batches), nullcontext())
-    for selection, decision in found.decisions.items():
+    evaluated = evaluate(model, map(Batch.from_tokens, batches), nullcontext())
+    for selection, decision in evaluated.decisions.items():
         # One by one, so that the loads of unequally busy windows have to be weighed.
         rows = [Batch.from_tokens(row) for batch in batches for row in batch.split(1)]
         ours = trace(model, rows, selection, nullcontext())
@@ -68,7 +68,7 @@ def test_loss_capacity_and_load_are_those_of_an_evaluation(kind):
             assert r.chosen_N.mean() == pytest.approx(decision.realised_capacity[r.label])
         for mixture in ours.experts:
             load = decision.expert_load[mixture.label]
-            # Under expert choice nobody is sent to a no-op expert.
+            # Under expert choice no token is sent to a no-op expert.
             assert load[len(mixture.share_E) :] == [0.0] * (len(load) - len(mixture.share_E))
             assert mixture.share_E.tolist() == pytest.approx(load[: len(mixture.share_E)])
             assert mixture.share_E.sum() == pytest.approx(1)
@@ -79,9 +79,9 @@ def test_documents_and_capacities_are_those_of_an_evaluation():
     batch = random_tokens(4, SEQ_LEN + 1, seed=8)
     options = {"capacities": [None, 0.5, None, 0.75]}
     window = Batch.from_tokens(batch, int(batch[0, 5]))
-    found = evaluate(model, [window], nullcontext(), **options)
-    losses = {name: decision.loss for name, decision in found.decisions.items()}
-    for selection, loss in [*losses.items(), ("top_k", found.top_k.loss)]:
+    evaluated = evaluate(model, [window], nullcontext(), **options)
+    losses = {name: decision.loss for name, decision in evaluated.decisions.items()}
+    for selection, loss in [*losses.items(), ("top_k", evaluated.top_k.loss)]:
         assert trace(
             model, [window], selection, nullcontext(), **options
         ).mean_loss == pytest.approx(loss)
@@ -111,8 +111,8 @@ def test_later_tokens_change_nothing_of_earlier_ones_but_under_top_k():
     two = one[:10] + random_tokens(1, SEQ_LEN, seed=2)[0].tolist()[10:]
 
     def before(tokens, selection):
-        found = traced(model, tokens, selection)
-        return np.stack([r.chosen_N[:10] for r in found.routers]), found.entropy_N[:10]
+        trace = traced(model, tokens, selection)
+        return np.stack([r.chosen_N[:10] for r in trace.routers]), trace.entropy_N[:10]
 
     for selection in EVERY:
         assert all(
@@ -136,7 +136,7 @@ def test_looking_leaves_the_model_and_the_random_state_alone(text):
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 4))
 @quick(40)
-def test_windows_hold_the_text_once_and_ask_for_what_comes_next(tokens, seq_len, batch_size):
+def test_windows_have_the_text_once_and_the_next_tokens_as_targets(tokens, seq_len, batch_size):
     windows = list(text_windows(tokens, seq_len, batch_size))
     inputs = [number for side, _, _ in windows for number in side.flatten().tolist()]
     targets = [number for _, side, _ in windows for number in side.flatten().tolist()]
@@ -163,7 +163,7 @@ def test_the_first_causal_decision_is_taken_and_top_k_only_by_its_name():
         assert word in str(error.value)
 
 
-def test_a_dial_moves_the_line_and_what_takes_part():
+def test_a_budget_moves_the_threshold_and_what_is_routed():
     model = model_of("mod")
     windows = [Batch(random_tokens(2, 24), random_tokens(2, 24, 1))]
     budget = ComputeBudget((0.3, math.inf, -math.inf)[: len(model.routers)])

@@ -48,8 +48,8 @@ def test_a_page_is_well_formed_escaped_and_needs_nothing_from_outside(nasty):
     assert_self_contained(page)
     assert not re.search(r"https?:|url\(|@import", source)
     assert "<script" not in source
-    assert "a <b>run</b>" in page.said
-    assert "<script>source.txt" in page.said
+    assert "a <b>run</b>" in page.text
+    assert "<script>source.txt" in page.text
     assert page.tokens == [piece.shown for piece in pieces]
     assert "<script>" in "".join(page.tokens)
     assert page.sections == ["text", "strips", "depth", "routers", "experts"]
@@ -78,39 +78,39 @@ def test_the_figures_have_the_colours_of_their_page_and_only_those(nasty):
 
 
 def test_each_token_shows_its_own_numbers(nasty):
-    found, pieces, source = nasty
+    trace, pieces, source = nasty
     tips = [a for a in Parsed(source).all("span") if "title" in a]
     assert len(tips) == len(pieces)
     for place, (tip, piece) in enumerate(zip(tips, pieces, strict=True)):
-        depth = int(found.depths[place])
+        depth = int(trace.depths[place])
         assert tip.get("class") == (f"d{depth}" if depth else None)
         first, where, entered, quality = tip["title"].rsplit("\n", 3)
         part = f", part of {piece.characters}" if piece.characters else ""
         shown = piece.shown.strip("\n")
-        assert first == f"{shown} : token {found.token_N[place]}{part}"
-        assert where == f"no. {place + 1} of the text, {found.position_N[place]} of its window"
-        names = [r.label[-2:] for r in found.routers if r.chosen_N[place]]
-        said = f": {', '.join(names)}" if names else ""
-        assert entered == f"entered {depth} of {len(found.routers)}{said}"
-        loss = "-" if math.isnan(found.loss_N[place]) else f"{found.loss_N[place]:.2f}"
-        assert quality == f"loss {loss}, entropy {found.entropy_N[place]:.2f} nats"
+        assert first == f"{shown} : token {trace.token_N[place]}{part}"
+        assert where == f"no. {place + 1} of the text, {trace.position_N[place]} of its window"
+        names = [r.label[-2:] for r in trace.routers if r.chosen_N[place]]
+        listed = f": {', '.join(names)}" if names else ""
+        assert entered == f"entered {depth} of {len(trace.routers)}{listed}"
+        loss = "-" if math.isnan(trace.loss_N[place]) else f"{trace.loss_N[place]:.2f}"
+        assert quality == f"loss {loss}, entropy {trace.entropy_N[place]:.2f} nats"
 
 
 def test_the_header_and_the_legend_have_the_figures(nasty):
-    found, pieces, source = nasty
-    said = Parsed(source).said
-    assert "step 12,345" in said
-    assert "threshold (causal)" in said
-    assert f"{found.mean_loss:.4f} nats a token" in said
-    assert "not causal" not in said
-    for r in found.routers:
-        assert f"{r.label[-2:]} 0.2500 {r.chosen_N.mean():.4f} score {r.threshold:.3g}" in said
+    trace, pieces, source = nasty
+    text = Parsed(source).text
+    assert "step 12,345" in text
+    assert "threshold (causal)" in text
+    assert f"{trace.mean_loss:.4f} nats a token" in text
+    assert "not causal" not in text
+    for r in trace.routers:
+        assert f"{r.label[-2:]} 0.2500 {r.chosen_N.mean():.4f} score {r.threshold:.3g}" in text
     for depth in range(3):
-        count = int((found.depths == depth).sum())
-        assert f"{depth} of 2: {count} tokens, {100 * count / len(pieces):.1f}%" in said
-    for mixture in found.experts:
+        count = int((trace.depths == depth).sum())
+        assert f"{depth} of 2: {count} tokens, {100 * count / len(pieces):.1f}%" in text
+    for mixture in trace.experts:
         shares = " ".join(f"{100 * share:.1f}" for share in mixture.share_E)
-        assert f"{mixture.label[-2:]} {shares}" in said
+        assert f"{mixture.label[-2:]} {shares}" in text
 
 
 @pytest.mark.parametrize(
@@ -122,53 +122,53 @@ def test_the_header_and_the_legend_have_the_figures(nasty):
         ("fixed", ["text", "strips", "depth", "routers"]),
     ],
 )
-def test_a_page_lacks_what_does_not_apply_and_says_so(kind, sections, tokenizer, undrawn):
-    found, _, source = page_of(kind, "causal", "the river", tokenizer)
+def test_a_page_lacks_what_does_not_apply_and_names_it(kind, sections, tokenizer, undrawn):
+    trace, _, source = page_of(kind, "causal", "the river", tokenizer)
     page = Parsed(source)
     assert_self_contained(page)
     assert page.sections == sections
-    assert ("has no depth routing" in page.said) == ("strips" not in sections)
-    assert ("has no mixtures of experts" in page.said) == ("experts" not in sections)
+    assert ("has no depth routing" in page.text) == ("strips" not in sections)
+    assert ("has no mixtures of experts" in page.text) == ("experts" not in sections)
     if kind == "integrated":
-        assert "0 1 2 no-op 0 no-op 1 no-ops together" in page.said
-        for mixture in found.experts:
+        assert "0 1 2 no-op 0 no-op 1 no-ops together" in page.text
+        for mixture in trace.experts:
             shares = [*mixture.share_E, mixture.share_E[-2:].sum()]
             row = " ".join(f"{100 * share:.1f}" for share in shares)
-            assert f"{mixture.label[-2:]} {row}" in page.said
+            assert f"{mixture.label[-2:]} {row}" in page.text
         barred = [
             "noop" in (cell.get("class") or "")
-            for cell in page.all("td")[-6 * len(found.experts) :]
+            for cell in page.all("td")[-6 * len(trace.experts) :]
         ]
-        assert barred == [False, False, False, True, False, True] * len(found.experts)
+        assert barred == [False, False, False, True, False, True] * len(trace.experts)
     if kind == "expert choice":
-        assert "no-op 0" not in page.said
+        assert "no-op 0" not in page.text
     if kind == "fixed":
-        assert "ignore the tokens' content" in page.said
+        assert "ignore the tokens' content" in page.text
 
 
 def test_top_k_is_labelled_not_causal(tokenizer, undrawn):
     _, _, source = page_of("mod", "top_k", "the river", tokenizer)
-    said = Parsed(source).said
-    assert "not causal: top_k depends on later tokens" in said
-    assert "loss, not causal" in said
-    assert "causal loss" not in said
+    text = Parsed(source).text
+    assert "not causal: top_k depends on later tokens" in text
+    assert "loss, not causal" in text
+    assert "causal loss" not in text
 
 
 def test_a_single_token_makes_a_page_too(tokenizer):
-    found, _, source = page_of("mod", "predictor", "t", tokenizer)
-    assert found.mean_loss is None
-    assert "none: a single token" in Parsed(source).said
+    trace, _, source = page_of("mod", "predictor", "t", tokenizer)
+    assert trace.mean_loss is None
+    assert "none: a single token" in Parsed(source).text
 
 
 def test_a_long_text_is_shown_in_part_counted_whole_and_stays_small(tokenizer, undrawn):
-    found, pieces, source = page_of(
+    trace, pieces, source = page_of(
         "mod", "predictor", ("the tree " * 5000).strip(), tokenizer, 1500
     )
     page = Parsed(source)
     assert len(pieces) == 10000
     assert len(page.tokens) == 1500
-    assert "The first 1,500 of 10,000 tokens" in page.said
-    assert f"{found.routers[0].chosen_N.mean():.4f}" in page.said
+    assert "The first 1,500 of 10,000 tokens" in page.text
+    assert f"{trace.routers[0].chosen_N.mean():.4f}" in page.text
     assert len(source) < 2e6
 
 
@@ -187,18 +187,18 @@ def test_a_run_is_inspected_on_held_out_text_a_text_and_a_file(run, tmp_path, ca
     path = run / "inspect-000000002.html"
     assert capsys.readouterr().out == f"wrote {path}\n"
     page = Parsed(path.read_text())
-    assert "held-out text" in page.said
-    assert "128, in windows of 64" in page.said
+    assert "held-out text" in page.text
+    assert "128, in windows of 64" in page.text
     figures = evaluate_run(EvalRunConfig("a", str(run.parent), sequences=2, accelerator="cpu"))
-    assert f"{figures['causal_loss']:.4f} nats a token" in page.said
+    assert f"{figures['causal_loss']:.4f} nats a token" in page.text
     assert cli.main([*common, "text='the river'", f"output={tmp_path}/one.html"]) == 0
     one = Parsed((tmp_path / "one.html").read_text())
-    assert "the text given" in one.said
+    assert "the text given" in one.text
     assert "".join(one.tokens) == "the river"
     (tmp_path / "mine.txt").write_text(NASTY, encoding="utf-8")
     assert cli.main([*common, f"file={tmp_path}/mine.txt", f"output={tmp_path}/two.html"]) == 0
     two = Parsed((tmp_path / "two.html").read_text())
-    assert "mine.txt" in two.said
+    assert "mine.txt" in two.text
     assert "<script>alert(1)</script>" in "".join(two.tokens)
 
 
@@ -212,13 +212,13 @@ def test_a_page_is_written_whole_and_the_same_each_time(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_mistakes_of_an_inspection_are_told(run, tmp_path, capsys, undrawn):
+def test_mistakes_of_an_inspection_are_reported(run, tmp_path, capsys, undrawn):
     common = ["inspect", f"runs_dir={run.parent}"]
     wrong = ["text=a", "file=b", "batch_size=0", "tokens_shown=0", "sequences=0"]
     assert cli.main([*common, *wrong]) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for key in ("run=null", "file=b", "batch_size=0", "tokens_shown=0", "sequences=0"):
-        assert key in said
+        assert key in printed
     latin, empty = tmp_path / "latin", tmp_path / "empty"
     latin.write_bytes(b"caf\xe9 noir")
     empty.touch()
@@ -283,10 +283,10 @@ def test_a_browser_shows_all_of_it_legibly(browser, kind, tokenizer, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(source, encoding="utf-8")
     page = browser.new_page()
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    messages, requests = [], []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
     page.goto(path.as_uri(), wait_until="load")
     for width, scheme in product((400, 1400), ("light", "dark")):
         page.set_viewport_size({"width": width, "height": 900})
@@ -300,8 +300,8 @@ def test_a_browser_shows_all_of_it_legibly(browser, kind, tokenizer, tmp_path):
         for letters, ground in seen["colours"]:
             assert contrast(hexadecimal(letters), hexadecimal(ground)) >= 4.5
     page.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    assert messages == []
+    assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
 
 
 def hexadecimal(color: list[int]) -> str:

@@ -51,7 +51,7 @@ OTHER_ROUTERS = (
 def ready(
     config: ModelConfig, length: int, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> Transformer:
-    """A model that says yes to about half, by whatever decides."""
+    """A model that chooses about half, by each of its decisions."""
     model = settle(lively(config, seed), length)
     if config.is_routed and "predictor" in config.router.causal_routers:
         balance_predictors(model, random_tokens(4, length, 50))
@@ -93,7 +93,7 @@ def cases(draw: st.DrawFn) -> tuple[ModelConfig, int, int, list[int], int]:
 
 @st.composite
 def budgets(draw: st.DrawFn, config: ModelConfig) -> ComputeBudget | None:
-    """A dial with any of its three, each router's level its own."""
+    """A budget with any of its three limits, each router's level its own."""
     if draw(st.booleans()):
         return None
     routers, free = len(config.routed_parts), not config.router.needs_causal
@@ -124,8 +124,8 @@ def alone(
 
 
 @dataclass
-class Told:
-    """What calls said of the tokens of one sequence, in order."""
+class TokenOutputs:
+    """What calls returned of the tokens of one sequence, in order."""
 
     logits: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
@@ -139,15 +139,15 @@ class Told:
             ("chosen_BS", self.chosen),
             ("predictor_BS", self.predicted),
         ):
-            found = [getattr(record, name) for record in output.routing]
-            if found and found[0] is not None:
-                into.append(torch.stack([x_NS[number, own_S] for x_NS in found]))
+            values = [getattr(record, name) for record in output.routing]
+            if values and values[0] is not None:
+                into.append(torch.stack([x_NS[number, own_S] for x_NS in values]))
 
     def taking(self) -> Tensor:
         """Who took part in each router (R, L)."""
         return torch.cat(self.chosen, 1)
 
-    def cut(self, length: int) -> Told:
+    def truncated(self, length: int) -> TokenOutputs:
         """The same of the first tokens alone."""
         logits, *others = (
             [torch.cat(xs, dim).narrow(dim, 0, length)] if xs else []
@@ -158,26 +158,28 @@ class Told:
                 (self.predicted, 1),
             )
         )
-        return Told(logits, *others)
+        return TokenOutputs(logits, *others)
 
 
-def assert_told(
-    told: Told, whole: ModelOutput, atol: float = 1e-9, with_scores: bool = True
+def assert_equals_whole(
+    output: TokenOutputs, whole: ModelOutput, atol: float = 1e-9, with_scores: bool = True
 ) -> None:
-    """What calls said of a sequence is what the sequence alone comes to; atol: of its size."""
+    """Outputs of a sequence's calls equal those of the sequence alone; atol: of their size."""
     size = max(1.0, whole.logits_BSV.abs().max().item())
-    found_LV = torch.cat(told.logits)
-    torch.testing.assert_close(found_LV, whole.logits_BSV[0], atol=atol * size, rtol=0)
+    actual_LV = torch.cat(output.logits)
+    torch.testing.assert_close(actual_LV, whole.logits_BSV[0], atol=atol * size, rtol=0)
     if not whole.routing:
         return
-    assert torch.equal(told.taking(), torch.stack([r.chosen_BS[0] for r in whole.routing]))
-    if told.predicted:
+    assert torch.equal(output.taking(), torch.stack([r.chosen_BS[0] for r in whole.routing]))
+    if output.predicted:
         expected_RL = torch.stack([r.predictor_BS[0] for r in whole.routing])
-        torch.testing.assert_close(torch.cat(told.predicted, 1), expected_RL, atol=atol, rtol=atol)
+        torch.testing.assert_close(
+            torch.cat(output.predicted, 1), expected_RL, atol=atol, rtol=atol
+        )
     if with_scores:
         scores_RL = torch.stack([r.scores_BS[0] for r in whole.routing])
         size = max(1.0, scores_RL.abs().max().item())
-        torch.testing.assert_close(torch.cat(told.scores, 1), scores_RL, atol=atol * size, rtol=0)
+        torch.testing.assert_close(torch.cat(output.scores, 1), scores_RL, atol=atol * size, rtol=0)
 
 
 def padded(draw: st.DrawFn, counts: list[int]) -> Tensor:
@@ -196,7 +198,7 @@ def padded(draw: st.DrawFn, counts: list[int]) -> Tensor:
 
 
 def spread(texts: list[Tensor], valid_NS: Tensor, filler_NS: Tensor) -> Tensor:
-    """The texts where ``valid_NS`` says, ``filler_NS`` elsewhere."""
+    """The texts where ``valid_NS`` is true, ``filler_NS`` elsewhere."""
     spread_NS = filler_NS.clone()
     for row_S, own_S, text in zip(spread_NS, valid_NS, texts, strict=True):
         row_S[own_S] = text
@@ -217,7 +219,7 @@ class Run:
     documents: list[Tensor] | None
     cache: Cache
     settings: dict[str, Any]
-    told: list[Told]
+    outputs: list[TokenOutputs]
     reports: list[ModelOutput] = field(default_factory=list)
 
     def extend(self, rows: list[int], valid_NS: Tensor, filler_NS: Tensor) -> None:
@@ -229,7 +231,7 @@ class Run:
             own = [texts[row][start : start + count] for row, start, count in parts]
             return spread(own, valid_NS, filler_NS)
 
-        found = self.model.extend(
+        output = self.model.extend(
             next_of(self.texts),
             self.cache,
             rows=rows,
@@ -237,13 +239,13 @@ class Run:
             documents_NS=None if self.documents is None else next_of(self.documents),
             **self.settings,
         )
-        self.reports.append(found)
+        self.reports.append(output)
         for number, row in enumerate(rows):
-            self.told[row].add(found, number, valid_NS[number])
-        for x in (found.logits_BSV, *(r.chosen_BS for r in found.routing)):
+            self.outputs[row].add(output, number, valid_NS[number])
+        for x in (output.logits_BSV, *(r.chosen_BS for r in output.routing)):
             assert x.shape[:2] == valid_NS.shape
-        assert not any((record.chosen_BS & ~valid_NS).any() for record in found.routing)
-        assert all(record.valid_BS is valid_NS for record in found.routing)
+        assert not any((record.chosen_BS & ~valid_NS).any() for record in output.routing)
+        assert all(record.valid_BS is valid_NS for record in output.routing)
 
     def step(self, *counts: int, rows: list[int] | None = None) -> None:
         """Run so many more tokens of each sequence, padding behind."""
@@ -251,7 +253,7 @@ class Run:
         valid_NS = ragged(*counts)
         self.extend(rows, valid_NS, torch.zeros(valid_NS.shape, dtype=torch.long))
 
-    def stray(self, draw: st.DrawFn, margin: int) -> None:
+    def run_and_truncate(self, draw: st.DrawFn, margin: int) -> None:
         """Run other tokens of some sequences, and go back."""
         before = list(self.cache.seen)
         rows = draw(subsets(self.cache.batch))
@@ -271,7 +273,7 @@ class Run:
         for _ in range(draw(st.integers(0, 6))):
             rows = draw(subsets(self.cache.batch))
             if margin and draw(st.booleans()):
-                self.stray(draw, margin)
+                self.run_and_truncate(draw, margin)
             left = [len(self.texts[row]) - self.cache.seen[row] for row in rows]
             few = draw(st.sampled_from([1, 3, 24]))
             valid_NS = padded(draw, [draw(st.integers(0, min(few, n))) for n in left])
@@ -286,7 +288,7 @@ def run_of(model: Transformer, *lengths: int, margin: int = 0, **settings: Any) 
     texts = [random_tokens(1, length, i)[0] for i, length in enumerate(lengths)]
     settings = {"selection": model.config.causal_selections[0], "budget": None} | settings
     cache = Cache(model.config, len(texts), margin, tracks_routed(settings["budget"]))
-    return Run(model, texts, None, cache, settings, [Told() for _ in texts])
+    return Run(model, texts, None, cache, settings, [TokenOutputs() for _ in texts])
 
 
 @st.composite
@@ -297,7 +299,7 @@ def subsets(draw: st.DrawFn, batch: int) -> list[int]:
 
 @st.composite
 def runs(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Run:
-    """A ragged run over any model, with documents, dials and detours, at its end."""
+    """A ragged run over any model, with documents, budgets and truncations, at its end."""
     config = draw(cached_configs())
     seed, batch = draw(st.integers(0, 99)), draw(st.integers(1, 4))
     model = ready(config, 24, seed, dtype)
@@ -309,7 +311,7 @@ def runs(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Run:
     budget, margin = draw(budgets(config)), draw(st.sampled_from([0, 4]))
     settings = {"selection": draw(st.sampled_from(config.causal_selections)), "budget": budget}
     cache = Cache(config, batch, margin, tracks_routed(budget))
-    run = Run(model, texts, documents, cache, settings, [Told() for _ in texts])
+    run = Run(model, texts, documents, cache, settings, [TokenOutputs() for _ in texts])
     run.finish(draw, margin)
     return run
 
@@ -318,11 +320,11 @@ def assert_each_alone(run: Run, atol: float = 1e-9) -> None:
     """Each sequence of the run equals itself run alone, all at once."""
     # What no decision goes by may be drawn anew each time.
     with_scores = run.model.config.router.needs_causal
-    for row, (text, told) in enumerate(zip(run.texts, run.told, strict=True)):
+    for row, (text, output) in enumerate(zip(run.texts, run.outputs, strict=True)):
         documents = None if run.documents is None else run.documents[row]
         whole = alone(run.model, text, documents_L=documents, **run.settings)
         require_margin(run.model, whole, **run.settings, least=max(MARGIN, atol))
-        assert_told(told, whole, atol, with_scores)
+        assert_equals_whole(output, whole, atol, with_scores)
 
 
 class SlowStore:
@@ -348,7 +350,7 @@ def append(store: RaggedStore, slow: SlowStore, rows, counts, seen, width: int, 
         positions_NK[number] = later[torch.tensor(allocated_length, dtype=torch.long)]
     documents_NK = positions_NK // 7 if data.draw(st.booleans()) else None
     field_NK = normal(len(rows), width, seed=len(slow.rows[0]))
-    # Behind the counts stands nobody.
+    # Behind the counts is padding.
     for number, count in enumerate(counts):
         field_NK[number, count:] = float("nan")
     store.append(rows, counts, (field_NK[..., None],), positions_NK, documents_NK)

@@ -56,15 +56,15 @@ def test_pieces_equal_the_whole(case, eos, data):
     logits, chosen, start = [], [], 0
     for part in parts:
         piece = slice(start, start + part)
-        found = model.extend(
+        output = model.extend(
             tokens[:, piece],
             cache,
             selection,
             budget=budget,
             documents_NS=None if documents is None else documents[:, piece],
         )
-        logits.append(found.logits_BSV)
-        chosen.append([record.chosen_BS for record in found.routing])
+        logits.append(output.logits_BSV)
+        chosen.append([record.chosen_BS for record in output.routing])
         start += part
     torch.testing.assert_close(torch.cat(logits, 1), whole.logits_BSV, atol=1e-9, rtol=1e-9)
     for record, *own in zip(whole.routing, *chosen, strict=True):
@@ -107,9 +107,9 @@ def test_what_padding_holds_changes_nothing(config, data):
     ]
     own = [random_tokens(*valid_NS.shape, 10 + i) for i, valid_NS in enumerate(valids)]
 
-    def told(fill: int):
+    def run_with(fill: int):
         torch.manual_seed(0)
-        cache, found = Cache(config, batch, tracks_routed=tracks_routed(budget)), []
+        cache, tensors = Cache(config, batch, tracks_routed=tracks_routed(budget)), []
         for tokens_NS, valid_NS in zip(own, valids, strict=True):
             filler_NS = random_tokens(*tokens_NS.shape, fill)
             output = model.extend(
@@ -119,10 +119,10 @@ def test_what_padding_holds_changes_nothing(config, data):
                 valid_NS=valid_NS,
                 documents_NS=torch.ones_like(tokens_NS).where(valid_NS, filler_NS),
             )
-            found += [output.logits_BSV[valid_NS], *(r.chosen_BS for r in output.routing)]
-        return [*found, [list(store.lengths) for store in cache.layers]]
+            tensors += [output.logits_BSV[valid_NS], *(r.chosen_BS for r in output.routing)]
+        return [*tensors, [list(store.lengths) for store in cache.layers]]
 
-    for x, y in zip(told(0), told(1), strict=True):
+    for x, y in zip(run_with(0), run_with(1), strict=True):
         assert x == y if isinstance(x, list) else torch.equal(x, y)
 
 
@@ -147,16 +147,16 @@ def test_last_only_is_the_last_of_all(config, is_ragged, data):
             place_N = (valid_NS * torch.arange(1, 1 + valid_NS.shape[1])).argmax(1)
         expected_N1V = every.logits_BSV[torch.arange(3), place_N][:, None]
         torch.testing.assert_close(last.logits_BSV, expected_N1V, atol=1e-12, rtol=1e-9)
-        for found, record in zip(last.routing, every.routing, strict=True):
-            assert torch.equal(found.chosen_BS, record.chosen_BS)
+        for actual, record in zip(last.routing, every.routing, strict=True):
+            assert torch.equal(actual.chosen_BS, record.chosen_BS)
 
 
-# Nobody knows of later tokens, nor of other sequences.
+# No decision depends on later tokens, nor on other sequences.
 
 
 def moved(model, budget, row: int, place: int) -> Tensor:
     """How far the logits (N, L) move when token ``place`` of sequence ``row`` changes."""
-    found = []
+    logits = []
     for change in (0, 1):
         run = run_of(model, 12, 12, 12, budget=budget)
         run.texts[row][place] = (run.texts[row][place] + change) % VOCAB
@@ -164,8 +164,8 @@ def moved(model, budget, row: int, place: int) -> Tensor:
             run.step(*counts)
         for report in run.reports:
             require_margin(model, report, **run.settings)
-        found.append(torch.stack([torch.cat(told.logits) for told in run.told]))
-    return (found[0] - found[1]).abs().amax(-1)
+        logits.append(torch.stack([torch.cat(output.logits) for output in run.outputs]))
+    return (logits[0] - logits[1]).abs().amax(-1)
 
 
 @quick(25)
@@ -213,16 +213,16 @@ def test_a_model_of_bfloat16_by_autocast_stays_near_float32():
         with torch.autocast("cpu", torch.bfloat16):
             for counts in ((5, 3), (1, 1), (4, 6), (2, 0)):
                 run.step(*counts)
-        for text, told in zip(run.texts, run.told, strict=True):
+        for text, output in zip(run.texts, run.outputs, strict=True):
             whole_LV = alone(model, text, "causal").logits_BSV[0]
-            error = (torch.cat(told.logits).float() - whole_LV).abs().max() / whole_LV.abs().max()
+            error = (torch.cat(output.logits).float() - whole_LV).abs().max() / whole_LV.abs().max()
             assert 1e-5 < error < 0.05
 
 
 # Dials.
 
 
-def slow_within(wanted: list[bool], allowed: list[int], taken: int) -> list[bool]:
+def slow_cumulative_cap(wanted: list[bool], allowed: list[int], taken: int) -> list[bool]:
     chosen = []
     for wants, limit in zip(wanted, allowed, strict=True):
         chosen.append(wants and taken < limit)
@@ -232,17 +232,17 @@ def slow_within(wanted: list[bool], allowed: list[int], taken: int) -> list[bool
 
 @quick(200)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), min_size=1, max_size=12), st.data())
-def test_within_takes_the_earlier_ones(steps, data):
+def test_a_cumulative_cap_takes_the_earlier_ones(steps, data):
     wanted = [wants for wants, _ in steps]
     first = data.draw(st.integers(0, 4))
     allowed = [first + sum(rise for _, rise in steps[: i + 1]) for i in range(len(steps))]
     taken = data.draw(st.integers(0, first))
-    found = apply_cumulative_cap(
+    actual = apply_cumulative_cap(
         torch.tensor([wanted]), torch.tensor([allowed]), torch.tensor([[taken]])
     )
-    assert found[0].tolist() == slow_within(wanted, allowed, taken)
-    found = apply_cumulative_cap(torch.tensor([wanted]), torch.tensor([allowed]), taken)
-    assert found[0].tolist() == slow_within(wanted, allowed, taken)
+    assert actual[0].tolist() == slow_cumulative_cap(wanted, allowed, taken)
+    actual = apply_cumulative_cap(torch.tensor([wanted]), torch.tensor([allowed]), taken)
+    assert actual[0].tolist() == slow_cumulative_cap(wanted, allowed, taken)
 
 
 @quick(25)
@@ -253,7 +253,7 @@ def test_within_takes_the_earlier_ones(steps, data):
     st.data(),
 )
 def test_caps_are_hard_at_every_token(cap, target, score, data):
-    """Of those who want to, the earliest that the cap leaves room for."""
+    """Of the chosen tokens, the earliest that the cap allows."""
     config = small(num_layers=2, router=RouterConfig(target=target, score=score), pattern="every")
     model = ready(config, 24)
     free = not config.router.needs_causal
@@ -261,9 +261,9 @@ def test_caps_are_hard_at_every_token(cap, target, score, data):
     run = run_of(model, 20, 15, budget=eager, margin=3)
     run.finish(data.draw, 3)
     fraction = Fraction(cap).limit_denominator(1000)
-    for text, told in zip(run.texts, run.told, strict=True):
+    for text, output in zip(run.texts, run.outputs, strict=True):
         allowed = [fraction * (i + 1) // 1 for i in range(len(text))]
-        taking = told.taking()
+        taking = output.taking()
         whole = alone(model, text, **run.settings)
         require_margin(model, whole, **run.settings)
         for record, own in zip(whole.routing, taking.tolist(), strict=True):
@@ -273,12 +273,12 @@ def test_caps_are_hard_at_every_token(cap, target, score, data):
         wanted = (
             alone(model, text, run.settings["selection"], budget=free_budget).routing[0].chosen_BS
         )
-        assert taking[0].tolist() == slow_within(wanted[0].tolist(), allowed, 0)
+        assert taking[0].tolist() == slow_cumulative_cap(wanted[0].tolist(), allowed, 0)
         for own in taking:
             assert all(n <= limit for n, limit in zip(own.cumsum(0).tolist(), allowed, strict=True))
     for number, store in enumerate(run.cache.routed):
-        for row, told in enumerate(run.told):
-            expected = told.taking()[number].nonzero()[:, 0]
+        for row, output in enumerate(run.outputs):
+            expected = output.taking()[number].nonzero()[:, 0]
             assert torch.equal(store.positions([row])[0, : store.lengths[row]], expected)
 
 
@@ -291,9 +291,9 @@ def test_a_step_cap_counts_parts(target, step_cap):
     run = run_of(model, 9, 9, budget=ComputeBudget((-99.0,) * routers, step_cap=step_cap))
     for counts in ((4, 2), (1, 1), (4, 6)):
         run.step(*counts)
-    for told in run.told:
+    for output in run.outputs:
         expected = torch.arange(routers)[:, None].expand(-1, 9) < step_cap
-        assert torch.equal(told.taking(), expected)
+        assert torch.equal(output.taking(), expected)
 
 
 @pytest.mark.parametrize("target", ["block", "attention", "mlp", "both"])
@@ -309,17 +309,17 @@ def test_levels_move_each_router_by_its_own_number(target, score):
         for count in (4, 3):
             run.step(count)
         expected = torch.arange(routers)[:, None].expand(-1, 7) == number
-        assert torch.equal(run.told[0].taking(), expected)
+        assert torch.equal(run.outputs[0].taking(), expected)
 
 
 @pytest.mark.parametrize("share", [0.1, 1 / 3, 0.5, 0.8])
-def test_routers_without_content_take_the_dial_s_share(share):
+def test_routers_without_content_take_the_budgets_share(share):
     for score in ("fixed", "random"):
         config = small(num_layers=2, pattern="every", router=RouterConfig(score=score))
         run = run_of(ready(config, 24), 600, budget=ComputeBudget((share, 0.4)))
         for count in (1, 599):
             run.step(count)
-        taking = run.told[0].taking().float().mean(1)
+        taking = run.outputs[0].taking().float().mean(1)
         wanted = torch.tensor([share, 0.4])
         assert (taking - wanted).abs().max() < (2e-3 if score == "fixed" else 0.06)
 
@@ -342,7 +342,7 @@ def test_a_cap_set_later_counts_what_took_part_before(before):
     later = (
         model.extend(tokens[:, 6:], cache, budget=ComputeBudget(every, 0.5)).routing[0].chosen_BS[0]
     )
-    # Six took part; from the fourteenth token on there is room for one at every second.
+    # Six were routed; from the fourteenth token on the cap allows every second one.
     assert later.nonzero()[:, 0].tolist() == [7, 9, 11, 13]
 
 
@@ -406,6 +406,6 @@ def test_single_tokens_beside_padding_enter_experts():
     config = small(pattern="every", experts=ExpertsConfig(count=2, dim=8))
     model, budget = ready(config, 24), ComputeBudget(thresholds=(-math.inf,) * config.num_layers)
     tokens_NS, valid_NS = random_tokens(3, 1), torch.tensor([[True], [False], [True]])
-    found = model.extend(tokens_NS, Cache(config, 3), budget=budget, valid_NS=valid_NS)
+    output = model.extend(tokens_NS, Cache(config, 3), budget=budget, valid_NS=valid_NS)
     alone = model.extend(tokens_NS[2:], Cache(config, 1), budget=budget)
-    torch.testing.assert_close(found.logits_BSV[2:], alone.logits_BSV)
+    torch.testing.assert_close(output.logits_BSV[2:], alone.logits_BSV)

@@ -16,7 +16,7 @@ from tests.helpers.model_cases import normal, quick, random_tokens, small
 from tests.models.cache.cache_cases import (
     Run,
     SlowStore,
-    Told,
+    TokenOutputs,
     append,
     assert_each_alone,
     budgets,
@@ -41,7 +41,7 @@ def expected_positions(run: Run, layer: int, row: int) -> Tensor:
     if not parts or parts == ["mlp"]:
         return positions
     number = config.routed_parts.index((layer, parts[0]))
-    return positions[run.told[row].taking()[number]]
+    return positions[run.outputs[row].taking()[number]]
 
 
 @quick(25)
@@ -68,7 +68,7 @@ def test_a_store_holds_the_tokens_that_took_part(run):
 
 @quick(25)
 @given(cached_configs(), st.data())
-def test_only_those_who_take_part_are_run(config, data):
+def test_only_routed_tokens_are_run(config, data):
     model, budget = ready(config, 24), data.draw(budgets(config))
     calls = []
     for number, router in enumerate(model.routers):
@@ -81,8 +81,8 @@ def test_only_those_who_take_part_are_run(config, data):
         valid_NS = padded(data.draw, counts)
         tokens_NS = random_tokens(*valid_NS.shape, seed)
         calls.clear()
-        found = model.extend(tokens_NS, cache, budget=budget, valid_NS=valid_NS)
-        taking = [record.chosen_BS.sum(1) for record in found.routing]
+        output = model.extend(tokens_NS, cache, budget=budget, valid_NS=valid_NS)
+        taking = [record.chosen_BS.sum(1) for record in output.routing]
         assert calls == [
             (number, int((count_N > 0).sum()), int(count_N.max()))
             for number, count_N in enumerate(taking)
@@ -117,12 +117,12 @@ def test_a_store_equals_lists(batch, kind, margin, data):
                 slow.rows[row] = [entry for entry in slow.rows[row] if entry[0] < at]
                 seen[row] = at
         for row, entries in enumerate(slow.rows):
-            found = kept(store, row)
-            assert found == entries[len(entries) - len(found) :]
+            actual = kept(store, row)
+            assert actual == entries[len(entries) - len(actual) :]
             needed = slow.seen_by(row, window, last, seen[row])
-            assert len(found) >= len(needed)
+            assert len(actual) >= len(needed)
             if window is None and last is None:
-                assert found == entries
+                assert actual == entries
         all_of_them = range(batch)
         every = store.fields(all_of_them)
         assert all(x.isfinite().all() for x in every)
@@ -148,15 +148,15 @@ def test_latest_are_the_last_ones_with_nothing_in_front(count, lengths, data):
     field_NK1 = normal(3, 6, 1)
     store.append([0, 1, 2], lengths, (field_NK1,), positions_NK, positions_NK + 10)
     view = CacheView(store, rows, [1] * len(rows))
-    found, documents = view.latest(count, field_NK1[:1])
-    assert found.shape == (len(rows), count, 1)
+    actual, documents = view.latest(count, field_NK1[:1])
+    assert actual.shape == (len(rows), count, 1)
     assert documents.shape == (len(rows), count)
     for number, row in enumerate(rows):
         for back in range(1, count + 1):
             place = lengths[row] - back
             is_there = place >= 0
             assert documents[number, count - back] == (place + 10 if is_there else -1)
-            assert found[number, count - back] == (field_NK1[row, place] if is_there else 0)
+            assert actual[number, count - back] == (field_NK1[row, place] if is_there else 0)
 
 
 def appended(store: RaggedStore, count: int, most: int | None = None) -> int:
@@ -192,7 +192,7 @@ def test_memory_is_bounded_and_seldom_moved(window, last, margin):
 @pytest.mark.usefixtures("_poisoned_memory")
 @pytest.mark.parametrize(("window", "last"), [(20, None), (None, 19)])
 def test_rows_at_different_places_stay_bounded_and_keep_what_they_look_at(window, last):
-    """The last row waits while the others go on."""
+    """The last row waits while the others continue."""
     store = RaggedStore(4, window, last, margin=5)
     seen = [0, 0, 0, 30]
     store.append([3], [30], (torch.zeros(1, 30, 1),), torch.arange(30)[None], None)
@@ -227,7 +227,7 @@ def test_bytes_are_those_of_the_stores():
 @quick(30)
 @given(cached_configs(), st.data())
 def test_going_back_undoes_what_came_behind(config, data):
-    """To any place within the margin, by rows, with tokens that go on otherwise."""
+    """To any place within the margin, by rows, with tokens that continue differently."""
     model, budget = ready(config, 24), data.draw(budgets(config))
     margin = 9
     run = run_of(model, 20, 20, 20, margin=margin, budget=budget)
@@ -256,7 +256,7 @@ LOOKS = {
 
 
 def after_going_back(changes: dict, steps: list[int], margin: int) -> None:
-    """Run 80 tokens, go back by steps, go on: as if the dropped ones had never been."""
+    """Run 80 tokens, truncate by steps, continue: as if the dropped ones had never been."""
     config = small(num_layers=2, **({"pattern": "dense"} | changes))
     run = run_of(ready(config, 24), 80, margin=margin)
     for _ in range(79):
@@ -264,7 +264,7 @@ def after_going_back(changes: dict, steps: list[int], margin: int) -> None:
     for step in steps:
         run.cache.truncate([run.cache.seen[0] - step])
     (at,) = run.cache.seen
-    run.told[0] = run.told[0].cut(at)
+    run.outputs[0] = run.outputs[0].truncated(at)
     run.texts[0][at:] = random_tokens(1, 80 - at, 9)[0]
     run.step(80 - at)
     assert_each_alone(run)
@@ -277,17 +277,17 @@ def test_the_margin_is_kept_of_what_is_forgotten(looks, margin):
 
 
 @pytest.mark.parametrize("looks", ["window", "convolution"])
-def test_steps_back_beyond_the_margin_are_refused_together(looks):
+def test_steps_back_beyond_the_margin_are_refused_for_all_rows(looks):
     with pytest.raises(ValueError, match="margin of 6"):
         after_going_back(LOOKS[looks], [6] * 6, 6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"pattern": "every", "capacity": 0.5}])
-def test_what_forgets_nothing_goes_back_to_anywhere(changes):
+def test_a_full_cache_can_be_truncated_anywhere(changes):
     after_going_back(changes, [30, 40, 9], 0)
 
 
-def test_a_way_back_that_there_is_not_is_refused():
+def test_a_truncation_that_is_not_possible_is_refused():
     for changes, margin, good, bad in (
         ({"sliding_window": 3}, 2, 8, 7),
         ({"mixer": "convolution"}, 0, 10, 9),
@@ -318,7 +318,7 @@ def test_a_row_that_is_reset_is_new(config, data):
     run = run_of(model, 12, 12, budget=budget)
     run.step(7, 5)
     run.cache.reset(0)
-    run.told[0], run.texts[0] = Told(), random_tokens(1, 12, 9)[0]
+    run.outputs[0], run.texts[0] = TokenOutputs(), random_tokens(1, 12, 9)[0]
     for counts in ((3, 4), (1, 1), (8, 2)):
         run.step(*counts)
     assert_each_alone(run)
@@ -352,8 +352,8 @@ def test_what_is_no_number_never_reaches_another_sequence(config, value, data):
     run.texts[1][data.draw(st.integers(0, 9))] = POISON
     for counts in ((3, 5, 4), (1, 1, 1), (4, 6, 0), (6, 2, 9)):
         run.step(*counts)
-    assert not torch.cat(run.told[1].logits).isfinite().all()
-    run.texts[1], run.told[1] = run.texts[0], run.told[0]
+    assert not torch.cat(run.outputs[1].logits).isfinite().all()
+    run.texts[1], run.outputs[1] = run.texts[0], run.outputs[0]
     assert_each_alone(run)
 
 
@@ -370,7 +370,7 @@ def test_what_is_no_number_goes_with_its_token(how):
         run.cache.reset(0)
     else:
         run.cache.truncate([2], [0])
-    run.told[0] = run.told[0].cut(run.cache.seen[0])
+    run.outputs[0] = run.outputs[0].truncated(run.cache.seen[0])
     run.texts[0][3] = POISON + 1
     for counts in ((1, 1), (11 - run.cache.seen[0], 1)):
         run.step(*counts)

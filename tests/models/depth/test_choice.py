@@ -46,8 +46,8 @@ def chosen_of(
         assert len(set(num_slots)) == count
         assert filled == sorted(filled, reverse=True)
         assert num_slots[: sum(filled)] == sorted(num_slots[: sum(filled)])
-    nobody_BS = torch.zeros_like(scores_BS, dtype=torch.bool)
-    return nobody_BS.scatter(1, index_BK, slot_mask_BK)
+    padding_BS = torch.zeros_like(scores_BS, dtype=torch.bool)
+    return padding_BS.scatter(1, index_BK, slot_mask_BK)
 
 
 def expected_of(
@@ -199,7 +199,7 @@ def test_skipped_tokens_keep_bits(target, score, decision, side, several, dtype,
         assert torch.equal(bits(out_BSD[skipped_BS]), bits(x_BSD[skipped_BS]))
 
 
-def test_a_layer_that_nobody_enters_still_says_what_its_experts_did():
+def test_a_layer_without_tokens_still_reports_its_experts():
     """Records go by their place: without one, a later layer's would be taken for it."""
     model = lively(model_of("dropless", pattern="every"))
     with torch.no_grad():

@@ -36,12 +36,12 @@ def by_formula(pattern, capacity, layers):
 @QUICK
 @given(st.sampled_from(PATTERNS), CAPACITY, LAYERS)
 def test_a_pattern_is_its_formula(pattern, capacity, layers):
-    found = layer_capacities(pattern, capacity, layers)
+    actual = layer_capacities(pattern, capacity, layers)
     expected = by_formula(pattern, capacity, layers)
-    assert [1.0 if share is None else share for share in found] == pytest.approx(expected)
+    assert [1.0 if share is None else share for share in actual] == pytest.approx(expected)
     # To the bit: the dense layers are dense, and the lowest has the capacity itself.
-    assert [share is None for share in found] == [share == 1 for share in expected]
-    assert pattern == "dense" or min(filter(None, found)) == capacity
+    assert [share is None for share in actual] == [share == 1 for share in expected]
+    assert pattern == "dense" or min(filter(None, actual)) == capacity
     assert ModelConfig(num_layers=layers, pattern=pattern, capacity=capacity).problems() == []
 
 
@@ -69,6 +69,6 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("layers", [0, -1, 10**9])
-def test_impossible_depths_are_told_by_their_own_key(pattern, layers):
-    found = pattern_problems(pattern, 0.25, layers, "model")
-    assert found == []
+def test_impossible_depths_are_reported_under_their_own_key(pattern, layers):
+    problems = pattern_problems(pattern, 0.25, layers, "model")
+    assert problems == []

@@ -1,4 +1,4 @@
-"""Scores that nobody learns, and what the gates make of scores.
+"""Scores without weights, and what the gates make of scores.
 
 Shapes: B batch, S sequence, K chosen, D model, W width of a head.
 """
@@ -88,7 +88,7 @@ def test_a_jth_of_the_tokens_is_every_jth(every, count):
 # Random.
 
 
-def test_random_scores_are_gaussian_and_say_nothing_of_the_tokens():
+def test_random_scores_are_gaussian_and_independent_of_the_tokens():
     torch.manual_seed(0)
     one_BS = RandomRouter()(normal(64, 1000, 2))
     ranked_N = one_BS.flatten().sort().values
@@ -108,7 +108,7 @@ def test_random_scores_are_new_at_each_call_and_reproduced_by_the_seed(target):
     first, again = (seeded(model, tokens_BS) for _ in range(2))
     later = model(tokens_BS)
     assert torch.equal(first.logits_BSV, again.logits_BSV)
-    scores = [record.scores_BS for found in (first, later) for record in found.routing]
+    scores = [record.scores_BS for output in (first, later) for record in output.routing]
     rows = torch.cat(scores)
     assert len(rows.unique(dim=0)) == len(rows), "layers, sequences and calls draw on their own"
 
@@ -206,14 +206,16 @@ def test_attention_scores_equal_a_loop(kv_heads, window, qk_norm, several, targe
             documents = [0] * length if documents_BS is None else documents_BS[row].tolist()
             sequence = reference.Sequence(torch.arange(length), documents)
             expected = received(p, before, config, inputs[before][row], sequence)
-            found_S = record.scores_BS[row]
+            actual_S = record.scores_BS[row]
             torch.testing.assert_close(
-                found_S, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10
+                actual_S, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10
             )
-            # Where a window leaves nobody to attend to, scores tie, and any of the best will do.
-            best_S = torch.tensor(reference.largest(found_S, 0.25, documents))
+            # Where a window leaves nothing to attend to, scores tie, and any of the best will do.
+            best_S = torch.tensor(reference.largest(actual_S, 0.25, documents))
             taken_S = record.chosen_BS[row]
-            assert torch.equal(found_S[taken_S].sort().values, found_S[best_S].sort().values), part
+            assert torch.equal(actual_S[taken_S].sort().values, actual_S[best_S].sort().values), (
+                part
+            )
 
 
 def test_the_attention_score_passes_no_gradient_to_the_layer_before():
@@ -224,15 +226,15 @@ def test_the_attention_score_passes_no_gradient_to_the_layer_before():
 
 def test_the_attention_score_is_computed_in_training_alone():
     model = lively(small(router=router_of("attention")))
-    told = []
+    computed = []
     model.layers[0].module.attention.register_forward_hook(
-        lambda _module, _inputs, found: told.append(as_output(found).received_BS is not None)
+        lambda _module, _inputs, found: computed.append(as_output(found).received_BS is not None)
     )
     for selection in ("top_k", "predictor"):
         routing = model(random_tokens(2, 12), selection=selection).routing
         for record in routing:
             assert bool(record.scores_BS.any()) == (selection == "top_k")
-    assert told == [True, False]
+    assert computed == [True, False]
 
 
 # The size of the update.
@@ -275,10 +277,10 @@ def test_the_oracle_measures_experts_too():
     experts = ExpertsConfig(count=4, noop=1, top_k=1)
     layer, config = one_layer(router_of("oracle_norm"), experts=experts)
     x_BSD, context = normal(2, 12, 16), context_of(config, torch.arange(12)[None])
-    found = layer(x_BSD, context)
+    output = layer(x_BSD, context)
     expected_BSD = as_output(layer.module(x_BSD, context)).value_BSD
-    torch.testing.assert_close(found.routing[0].scores_BS, expected_BSD.norm(dim=-1))
-    assert len(found.experts) == 1
+    torch.testing.assert_close(output.routing[0].scores_BS, expected_BSD.norm(dim=-1))
+    assert len(output.experts) == 1
 
 
 # Gates.

@@ -96,7 +96,7 @@ def test_token_choice_equals_reference(target, mixer, threshold, capacity_factor
     num_slots = min(length, math.ceil(capacity_factor * count))
     x_BSD = normal(3, length, 16, seed=length).requires_grad_()
     documents_S = torch.arange(length) // 5 if several else torch.zeros(length).long()
-    found = layer(
+    actual = layer(
         x_BSD,
         context_of(
             config,
@@ -105,7 +105,7 @@ def test_token_choice_equals_reference(target, mixer, threshold, capacity_factor
             documents_BS=documents_S[None] if several else None,
         ),
     )
-    record = found.routing[0]
+    record = actual.routing[0]
     if threshold is not None:
         # The layer holds it in float32.
         assume(margin(record.scores_BS, threshold) > 1e-6)
@@ -118,14 +118,14 @@ def test_token_choice_equals_reference(target, mixer, threshold, capacity_factor
         assert chosen_S.tolist() == expected
         rows.append(reference.routed_layer(p, "", config, x_SD, sequence, expected, target))
     expected_BSD = torch.stack(rows)
-    torch.testing.assert_close(found.value_BSD, expected_BSD, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(actual.value_BSD, expected_BSD, rtol=1e-10, atol=1e-10)
     weight_BSD = normal(3, length, 16, seed=1)
     leaves = {"input": x_BSD} | p
     gradients = [
         torch.autograd.grad(
             (out_BSD * weight_BSD).sum(), list(leaves.values()), materialize_grads=True
         )
-        for out_BSD in (found.value_BSD, expected_BSD)
+        for out_BSD in (actual.value_BSD, expected_BSD)
     ]
     for name, one, two in zip(leaves, *gradients, strict=True):
         torch.testing.assert_close(
@@ -134,7 +134,7 @@ def test_token_choice_equals_reference(target, mixer, threshold, capacity_factor
 
 
 @pytest.mark.parametrize("threshold", [None, -9.0, 0.0, 9.0])
-def test_token_choice_computes_the_same_number_of_places_whoever_is_chosen(threshold):
+def test_token_choice_computes_the_same_number_of_places_whatever_is_chosen(threshold):
     layer, config = token_layer()
     if threshold is not None:
         layer.update_running_stats(torch.tensor(threshold, dtype=torch.float64))
@@ -230,7 +230,7 @@ def test_the_share_chosen_keeps_to_the_capacity_while_scores_wander(capacity):
             old = layer.threshold()
         shares["old"].append(float((record.scores_BS > old).double().mean()))
         layer.update_running_stats(observed)
-    off = {name: abs(sum(found[10:]) / 50 - capacity) for name, found in shares.items()}
+    off = {name: abs(sum(chosen[10:]) / 50 - capacity) for name, chosen in shares.items()}
     assert off["token"] < 0.03
     assert off["threshold"] < 0.04
     assert off["old"] > 0.12

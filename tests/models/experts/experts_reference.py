@@ -145,10 +145,10 @@ def mixture(layer: Experts, config: ModelConfig, x_BSD: Tensor, context: Sequenc
 
 def by_token(layer, settings, length, tokens, logits, odds, context):
     choices = settings.count + settings.noop
-    room = math.inf
+    capacity = math.inf
     if settings.capacity_factor is not None and context.selection in TRAINING:
-        room = max(1, math.ceil(settings.capacity_factor * settings.top_k * length / choices))
-    pairs, load, held, dropped = [], Counter(), Counter(), 0
+        capacity = max(1, math.ceil(settings.capacity_factor * settings.top_k * length / choices))
+    pairs, load, used, dropped = [], Counter(), Counter(), 0
     for b, t in tokens:
         bias = layer.bias if settings.balance_kind == "bias" else torch.zeros(choices)
         order = sorted(range(choices), key=lambda r: -float(logits[b, t][r].detach() + bias[r]))
@@ -158,10 +158,10 @@ def by_token(layer, settings, length, tokens, logits, odds, context):
             load[number] += 1
             if number >= settings.count:
                 continue
-            if held[b, number] == room:
+            if used[b, number] == capacity:
                 dropped += 1
                 continue
-            held[b, number] += 1
+            used[b, number] += 1
             pairs.append(((b, t), number, odds[b, t][number] / total))
     computing = sum(load[number] for number in range(settings.count))
     return pairs, load, dropped / max(1, computing)
@@ -182,12 +182,12 @@ def by_expert(layer, settings, batch, length, tokens, odds, context):
     taken = 0
     for b in range(batch):
         mine = [token for token in tokens if token[0] == b]
-        room = min(len(mine), max(1, math.floor(slots * len(mine) / length + 0.5)))
-        taken += room
+        capacity = min(len(mine), max(1, math.floor(slots * len(mine) / length + 0.5)))
+        taken += capacity
         for number in range(settings.count):
             order = sorted(mine, key=lambda token: -float(odds[token][number].detach()))
-            pairs += [(token, number, odds[token][number]) for token in order[:room]]
-            load[number] += room
+            pairs += [(token, number, odds[token][number]) for token in order[:capacity]]
+            load[number] += capacity
     quantiles = []
     for number in range(settings.count):
         ranked = sorted((float(odds[token][number].detach()) for token in tokens), reverse=True)

@@ -271,7 +271,7 @@ def test_a_layer_is_one_graph_equal_to_eager(variant, selection, autocast):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_and_autocast_are_near_float64(variant):
-    # The choices may differ where two scores are near; a wide router keeps them apart.
+    # The choices may differ where two scores are near; a wide router keeps them distinct.
     layer = lively(config_of(**VARIANTS[variant]))
     x_BSD, context = normal(2, 16, DIM), context_of(16)
     exact = layer(x_BSD, context).value_BSD

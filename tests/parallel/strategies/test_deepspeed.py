@@ -102,8 +102,8 @@ class Watched(LanguageModule):
         super().optimizer_step(*args, **kwargs)
         if self.evaluates:
             context = self.trainer.precision_plugin.forward_context()
-            found = evaluate(self.model, [Batch.from_tokens(micro_batch(10_000))], context)
-            self.held_out += [found.causal.loss, found.top_k.loss]
+            evaluated = evaluate(self.model, [Batch.from_tokens(micro_batch(10_000))], context)
+            self.held_out += [evaluated.causal.loss, evaluated.top_k.loss]
 
     def on_train_end(self):
         if self.path is not None:
@@ -159,12 +159,12 @@ def call(jobs):
 
 def partition_all():
     """Stage 3 keeps small parameters whole between steps, and here all of them are small."""
-    made = zero.zero_config
+    original = zero.zero_config
 
     def config(*arguments):
-        found = made(*arguments)
-        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return found
+        settings = original(*arguments)
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return settings
 
     zero.zero_config = config
 
@@ -220,7 +220,7 @@ CHOICES = [
     {"precision": "bf16", "evaluates": True, "atol": 5e-3},
     {"activation_checkpointing": "full", "offload": True, "partitions_all": True},
     {"clip": None},
-    # Stage 3 cannot have these: see `test_what_stage_3_cannot_have_is_told`.
+    # Stage 3 cannot have these: see `test_what_stage_3_does_not_support_is_reported`.
     {"activation_checkpointing": "selective"},
     {"compile": True, "atol": 3e-6},
 ]
@@ -255,7 +255,7 @@ def resumed(root, stage, kind="mod", **choices):
 
 
 @pytest.mark.slow
-def test_resumed_is_never_stopped_and_goes_on_under_others(tmp_path):
+def test_resumed_equals_never_stopped_and_resumes_under_others(tmp_path):
     whole, half, *_ = resumed(tmp_path, 1)
     for number, (name, world_size) in enumerate([("deepspeed_3", 1), ("single", 1)], start=10):
         end, again = checkpoint_path(tmp_path, number), checkpoint_path(tmp_path, number + 10)
@@ -289,20 +289,20 @@ class Looks(L.Callback):
 
     def on_train_start(self, trainer, module):
         engine, model = trainer.strategy.engine, module.model
-        # Before the first step nobody has found out yet who reads the head's weight.
+        # Before the first step it is not known yet who reads the head's weight.
         evaluate(model, [Batch.from_tokens(micro_batch(0))], nullcontext())
         parameters = list(model.named_parameters())
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in parameters}
         self.elements = sum(shapes[n].numel() for n, p in parameters if p.requires_grad)
-        self.held = sum(flat.numel() for flat in state._flats(engine))
+        self.num_stored = sum(flat.numel() for flat in state._flats(engine))
         new = {f"state_dict.{n}": torch.full(shape, -0.0) for n, shape in shapes.items()}
         new |= {f"state_dict.{n}": torch.full_like(b, 0.25) for n, b in model.named_buffers()}
         state.put(engine, model, new)
         state.publish(engine)
-        found = state.tensors(engine, model)
-        self.wrong = [k for k, t in found.items() if not torch.equal(bits(t), bits(new[k]))]
-        self.keys = set(found)
-        self.said = []
+        tensors = state.tensors(engine, model)
+        self.wrong = [k for k, t in tensors.items() if not torch.equal(bits(t), bits(new[k]))]
+        self.keys = set(tensors)
+        self.messages = []
         name = next(iter(shapes))
         trained = [n for n, p in model.named_parameters() if p.requires_grad]
         steps = {f"optimizer.{n}.step": torch.tensor(1.0) for n in trained}
@@ -313,7 +313,7 @@ class Looks(L.Callback):
         ):
             with pytest.raises(CheckpointError) as error:
                 state.put(engine, model, changed)
-            self.said.append(str(error.value))
+            self.messages.append(str(error.value))
         trainer.should_stop = True
 
 
@@ -321,7 +321,7 @@ def look(stage, kind):
     partition_all()
     looks = Looks()
     run(f"deepspeed_{stage}", kind, 1, callbacks=[looks])
-    return looks.elements, looks.held, looks.wrong, looks.keys, looks.said
+    return looks.elements, looks.num_stored, looks.wrong, looks.keys, looks.messages
 
 
 @pytest.mark.slow
@@ -331,10 +331,10 @@ def look(stage, kind):
 )
 def test_state_is_shared_out_and_taken_to_the_bit(stage, kind):
     one, two = on_ranks(look, 2, stage, kind)
-    for elements, held, wrong, _, said in (one, two):
-        assert elements / 2 <= held < 0.6 * elements
+    for elements, stored, wrong, _, message in (one, two):
+        assert elements / 2 <= stored < 0.6 * elements
         assert wrong == []
-        missing, shape, steps = said
+        missing, shape, steps = message
         assert "lacks state_dict.embedding.weight" in missing
         assert "state_dict.embedding.weight has shape [3], not [48, 16]" in shape
         assert "different steps of AdamW, [1.0, 2.0]" in steps
@@ -355,21 +355,21 @@ def diverges(stage, steps, root):
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize(("stage", "steps"), [slow(1, 4), (3, 4), slow(2, 2), slow(3, 2)])
 def test_without_a_guard_too_a_gradient_that_is_not_finite_stops_every_rank(tmp_path, stage, steps):
-    (said,) = set(on_ranks(diverges, 2, stage, steps, tmp_path))
-    assert "the gradient of step 2 has a value that is not finite" in said
+    (message,) = set(on_ranks(diverges, 2, stage, steps, tmp_path))
+    assert "the gradient of step 2 has a value that is not finite" in message
 
 
-def test_what_stage_3_cannot_have_is_told():
+def test_what_stage_3_does_not_support_is_reported():
     strategy = StrategyConfig("deepspeed_3", activation_checkpointing="selective")
     config = TrainConfig(compile=True, strategy=strategy)
-    found = run_problems(config.strategy, "strategy", config.compile)
+    problems = run_problems(config.strategy, "strategy", config.compile)
     keys = ["compile", "strategy.activation_checkpointing"]
-    assert [problem.key for problem in found] == keys
+    assert [problem.key for problem in problems] == keys
     assert set(keys) <= {problem.key for problem in config.problems(needs_name=False)}
     assert run_problems(replace(strategy, name="deepspeed_2"), "strategy", True) == []
 
 
-def test_where_deepspeed_is_not_to_be_had(monkeypatch):
+def test_where_deepspeed_is_not_installed(monkeypatch):
     with pytest.raises(ConfigError, match="does not run on mps"):
         zero.import_deepspeed("mps")
     zero.import_deepspeed("cpu")

@@ -32,7 +32,7 @@ def overrides(prepared: Path, runs: Path, name: str, steps: int, *more: str) -> 
 
 
 class Noted(L.Callback):
-    """Writes down which samples a rank trained on, told by their contents, not by the loader."""
+    """Records which samples a rank trained on, by their contents, not by the loader."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,7 +42,7 @@ class Noted(L.Callback):
         data: TokenDataset = trainer.datamodule.train_data
         rows = data.__getitems__(list(range(len(data))))
         self.numbers = {row.numpy().tobytes(): number for number, row in enumerate(rows)}
-        assert len(self.numbers) == len(data), "samples with the same text cannot be told apart"
+        assert len(self.numbers) == len(data), "samples with the same text cannot be distinguished"
 
     def on_train_batch_end(self, trainer, _module, _outputs, batch, batch_idx) -> None:
         plan = trainer.datamodule.plan()
@@ -56,13 +56,13 @@ class Noted(L.Callback):
 
 def samples_by_step(folder: Path) -> dict[int, list[int]]:
     """The samples of each step in the order of the stream, as they were trained on last."""
-    found: dict[int, dict[int, list[int]]] = {}
+    samples: dict[int, dict[int, list[int]]] = {}
     for path in sorted(folder.glob("samples-*.jsonl")):
         for step, place, numbers in map(json.loads, path.read_text().splitlines()):
-            found.setdefault(step, {})[place] = numbers
+            samples.setdefault(step, {})[place] = numbers
     return {
         step: [number for place in sorted(places) for number in places[place]]
-        for step, places in sorted(found.items())
+        for step, places in sorted(samples.items())
     }
 
 
@@ -76,7 +76,7 @@ def run(lines: list[str], notes: str | None = None, stop: tuple[int, int] | None
     return train(compose("train", lines), callbacks).status
 
 
-def run_told_in_setup(lines: list[str], rank: int) -> str:
+def run_stopped_in_setup(lines: list[str], rank: int) -> str:
     """Train; a real SIGTERM comes to ``rank`` alone while Lightning sets up."""
     original = TokenDataModule.train_dataloader
 

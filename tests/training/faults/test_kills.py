@@ -1,4 +1,4 @@
-"""Ranks killed without warning, whenever it hurts: the run goes on to the very same bits.
+"""Ranks killed without warning at any moment: the run resumes to the very same bits.
 
 `make kills` kills a hundred times; the slow tests do it some thirty times.
 """
@@ -48,7 +48,7 @@ def kill_once(lines: list[str], moment: str, step: int, draw: random.Random, roo
         victims = draw.choice([(0,), (1,), (0, 1)])
         was_running = fleet.is_running()
         fleet.signal(signal.SIGKILL, *victims)
-        # Whoever is left has to end without help.
+        # The other ranks have to end without help.
         fleet.outcomes(timeout=90)
     mark.unlink(missing_ok=True)
     return was_running
@@ -61,21 +61,21 @@ def kill_once(lines: list[str], moment: str, step: int, draw: random.Random, roo
 def test_kills_at_any_moment_change_nothing(prepared, tmp_path, strategy, request):
     kills = round((request.config.getoption("--kills") or DEFAULT_KILLS) * SHARES[strategy] / 100)
     more = (f"strategy={strategy}", *(EXPERTS if strategy == "fsdp_ep" else ()))
-    # Whoever waits to meet a rank that was killed before it came gives up after the time-out.
+    # Ranks that wait for one that was killed before it connected give up after the time-out.
     more += ("eval.every=3", "checkpoint.every=1", "strategy.timeout=20")
     whole = overrides(prepared, tmp_path, "whole", STEPS, *more)
     mark = str(tmp_path / "evaluating")
     assert on_ranks(run_showing_evaluations, 2, whole, mark, joins=False) == ["complete"] * 2
     draw = random.Random(f"{strategy} {kills}")
-    cut, root = overrides(prepared, tmp_path, "cut", STEPS, *more), tmp_path / "cut"
+    resumed, root = overrides(prepared, tmp_path, "cut", STEPS, *more), tmp_path / "cut"
     killed = 0
     for number in range(kills):
         # The first one before anything is saved; then further and further.
         moment = MOMENTS[(number - 1) % len(MOMENTS)]
         step = round(number * (STEPS - 6) / kills)
-        killed += kill_once(cut, moment, step, draw, root)
+        killed += kill_once(resumed, moment, step, draw, root)
     assert killed == kills
-    assert on_ranks(run_showing_evaluations, 2, cut, mark, joins=False) == ["complete"] * 2
+    assert on_ranks(run_showing_evaluations, 2, resumed, mark, joins=False) == ["complete"] * 2
     assert_same_bits(*(newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut")))
     losses = losses_of(root)
     assert list(losses) == list(range(1, STEPS + 1))

@@ -59,16 +59,16 @@ def faulty(lines: list[str], fault, step: int, rank: int) -> str:
 
 
 def ended(outcomes: list, rank: int) -> RankFailedError:
-    found = outcomes[rank]
-    assert isinstance(found, RankFailedError), found
-    return found
+    outcome = outcomes[rank]
+    assert isinstance(outcome, RankFailedError), outcome
+    return outcome
 
 
-def assert_told_of(outcome: RankFailedError, rank: int) -> None:
-    """What another rank says of the one that raised."""
+def assert_names_rank(outcome: RankFailedError, rank: int) -> None:
+    """The message of another rank names the one that raised."""
     assert outcome.kind == "RankError"
-    assert outcome.said.startswith(f"rank {rank} on ")
-    assert outcome.said.endswith("failed: ValueError: the disk spoke Latin")
+    assert outcome.message.startswith(f"rank {rank} on ")
+    assert outcome.message.endswith("failed: ValueError: the disk spoke Latin")
 
 
 @pytest.mark.slow
@@ -79,8 +79,8 @@ def test_a_rank_that_raises_is_named_with_its_reason(prepared, tmp_path, strateg
     lines = overrides(prepared, tmp_path, f"strategy={strategy}")
     outcomes = outcomes_on_ranks(faulty, 2, lines, raises, 3, rank, joins=False, timeout=60)
     own, other = ended(outcomes, rank), ended(outcomes, 1 - rank)
-    assert (own.kind, own.said) == ("ValueError", "the disk spoke Latin")
-    assert_told_of(other, rank)
+    assert (own.kind, own.message) == ("ValueError", "the disk spoke Latin")
+    assert_names_rank(other, rank)
 
 
 def raises_while_the_other_is_late(lines: list[str]) -> str:
@@ -97,7 +97,7 @@ def late() -> None:
 def test_a_rank_that_waits_for_a_failed_one_is_not_stuck(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "strategy=ddp")
     outcomes = outcomes_on_ranks(raises_while_the_other_is_late, 2, lines, joins=False, timeout=60)
-    assert_told_of(ended(outcomes, 1), 0)
+    assert_names_rank(ended(outcomes, 1), 0)
 
 
 @pytest.mark.slow
@@ -106,10 +106,10 @@ def test_a_rank_that_waits_for_a_failed_one_is_not_stuck(prepared, tmp_path):
 def test_a_rank_that_dies_is_named(prepared, tmp_path, strategy):
     lines = overrides(prepared, tmp_path, f"strategy={strategy}")
     outcomes = outcomes_on_ranks(faulty, 2, lines, dies, 3, 1, joins=False, timeout=60)
-    assert "exit code -9" in ended(outcomes, 1).said
+    assert "exit code -9" in ended(outcomes, 1).message
     other = ended(outcomes, 0)
     assert other.kind == "RankError"
-    assert "rank 1 on " in other.said and "has died" in other.said
+    assert "rank 1 on " in other.message and "has died" in other.message
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_a_dead_first_rank_ends_the_others(prepared, tmp_path):
     for rank in (1, 2):
         other = ended(outcomes, rank)
         assert other.kind == "RankError"
-        assert "rank 0" in other.said
+        assert "rank 0" in other.message
 
 
 @pytest.mark.slow
@@ -132,9 +132,9 @@ def test_a_rank_that_hangs_is_named_and_shows_where(prepared, tmp_path, rank):
     assert time.monotonic() - started < 60
     other = ended(outcomes, 1 - rank)
     assert other.kind == "RankError"
-    assert f"rank {rank} on " in other.said
-    assert "step 4" in other.said
-    assert "exit code 1" in ended(outcomes, rank).said
+    assert f"rank {rank} on " in other.message
+    assert "step 4" in other.message
+    assert "exit code 1" in ended(outcomes, rank).message
     stacks = (tmp_path / f"run/logs/stacks-rank-{rank:05d}.txt").read_text()
     assert "in hangs" in stacks
 
@@ -204,7 +204,7 @@ def test_what_has_its_time_is_not_stuck(tmp_path):
 
 def test_a_patient_rank_ends_where_others_wait(tmp_path):
     (own,) = outcomes_on_ranks(awaited, 1, str(tmp_path), joins=False, timeout=60)
-    assert "exit code 1" in ended([own], 0).said
+    assert "exit code 1" in ended([own], 0).message
     stacks = (tmp_path / "stacks-rank-00001.txt").read_text()
     assert "in awaited" in stacks
 
@@ -218,15 +218,15 @@ def awaited(logs: str) -> None:
 
 
 @pytest.mark.slow
-def test_out_of_memory_says_what_to_change(prepared, tmp_path):
+def test_out_of_memory_names_what_to_change(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "strategy=ddp")
     outcomes = outcomes_on_ranks(
         faulty, 2, lines, runs_out_of_memory, 3, 1, joins=False, timeout=60
     )
     own, other = ended(outcomes, 1), ended(outcomes, 0)
     assert own.kind == "TrainingError"
-    assert "batch.micro_batch_size" in own.said
-    assert other.said.startswith("rank 1 on ") and "out of memory" in other.said
+    assert "batch.micro_batch_size" in own.message
+    assert other.message.startswith("rank 1 on ") and "out of memory" in other.message
 
 
 def not_a_number(lines: list[str], rank: int) -> str:
@@ -250,10 +250,10 @@ def test_a_nan_on_one_rank_stops_all_before_it_is_saved(prepared, tmp_path, stra
     lines = overrides(prepared, tmp_path, f"strategy={strategy}", "log.every=100")
     outcomes = outcomes_on_ranks(not_a_number, 2, lines, 1, joins=False, timeout=60)
     for rank in (0, 1):
-        found = ended(outcomes, rank)
-        assert found.kind == "TrainingError"
-        assert "at step 5 on rank 1;" in found.said
-        assert found.said.count("step-000000004") == 1
+        outcome = ended(outcomes, rank)
+        assert outcome.kind == "TrainingError"
+        assert "at step 5 on rank 1;" in outcome.message
+        assert outcome.message.count("step-000000004") == 1
 
 
 def differing(lines: list[list[str]]) -> str:
@@ -275,9 +275,9 @@ def test_ranks_of_different_configurations_stop_at_once(prepared, tmp_path, more
     first = overrides(prepared, tmp_path, "strategy=ddp")
     outcomes = outcomes_on_ranks(differing, 2, [first, [*first, more]], joins=False, timeout=60)
     for rank in (0, 1):
-        found = ended(outcomes, rank)
-        assert found.kind == "RankError"
-        assert key in found.said
+        outcome = ended(outcomes, rank)
+        assert outcome.kind == "RankError"
+        assert key in outcome.message
     assert not (tmp_path / "run/config.yaml").exists()
 
 
@@ -290,7 +290,7 @@ def of_another_version(lines: list[str]) -> str:
 def test_ranks_of_different_code_stop(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "strategy=ddp")
     for outcome in outcomes_on_ranks(of_another_version, 2, lines, joins=False, timeout=60):
-        assert "code.commit: ba4 on rank 0, f00 here" in outcome.said
+        assert "code.commit: ba4 on rank 0, f00 here" in outcome.message
 
 
 def of_other_data(lines: list[str], other: str) -> str:
@@ -310,7 +310,7 @@ def test_ranks_that_read_different_data_stop(prepared, tmp_path):
     outcomes = outcomes_on_ranks(of_other_data, 2, lines, str(tmp_path / "two"), joins=False)
     for outcome in outcomes:
         assert isinstance(outcome, RankFailedError)
-        assert "fingerprint" in outcome.said
+        assert "fingerprint" in outcome.message
 
 
 def with_other_clock_and_host(lines: list[str]) -> str:

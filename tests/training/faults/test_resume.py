@@ -1,4 +1,4 @@
-"""Runs that are stopped and go on: to the bit on as many ranks, to rounding on others."""
+"""Runs that are stopped and resumed: to the bit on as many ranks, to rounding on others."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.training.faults.run_cases import (
     overrides,
     run,
     run_drawing,
-    run_told_in_setup,
+    run_stopped_in_setup,
     samples_by_step,
 )
 
@@ -35,15 +35,15 @@ GROUPS = {"hsdp": "shard_size", "fsdp_tp": "tensor_parallel", "fsdp_cp": "contex
 @pytest.mark.slow
 @pytest.mark.on_commit(3)
 @pytest.mark.parametrize("strategy", slow_but(QUICK, STRATEGIES))
-def test_a_stopped_run_goes_on_to_the_same_bits(prepared, tmp_path, strategy):
+def test_a_stopped_run_resumes_to_the_same_bits(prepared, tmp_path, strategy):
     # The stop is between two records: the next one is of the steps before it, too.
     more = (f"strategy={strategy}", "log.every=2", *STRATEGIES[strategy])
     whole = overrides(prepared, tmp_path, "whole", STEPS, *more)
     assert on_ranks(run, 2, whole, joins=False) == ["complete"] * 2
-    cut = overrides(prepared, tmp_path, "cut", STEPS, *more)
+    stopped = overrides(prepared, tmp_path, "cut", STEPS, *more)
     # The request comes to one rank alone; all save and stop.
-    assert on_ranks(run, 2, cut, None, (2, 1), joins=False) == ["stopped"] * 2
-    assert on_ranks(run, 2, cut, joins=False) == ["complete"] * 2
+    assert on_ranks(run, 2, stopped, None, (2, 1), joins=False) == ["stopped"] * 2
+    assert on_ranks(run, 2, stopped, joins=False) == ["complete"] * 2
     assert_same_bits(*(newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut")))
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
 
@@ -52,7 +52,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(prepared, tmp_path, strategy):
 @pytest.mark.parametrize("rank", [0, slow(1)])
 def test_a_signal_to_one_rank_in_the_setup_stops_all(prepared, tmp_path, rank):
     lines = overrides(prepared, tmp_path, "told", STEPS, "strategy=ddp")
-    assert on_ranks(run_told_in_setup, 2, lines, rank, joins=False) == ["stopped"] * 2
+    assert on_ranks(run_stopped_in_setup, 2, lines, rank, joins=False) == ["stopped"] * 2
     assert on_ranks(run, 2, lines, joins=False) == ["complete"] * 2
 
 
@@ -61,8 +61,8 @@ def test_ranks_that_come_to_read_the_same_samples_draw_the_same(prepared, tmp_pa
     """Two data-parallel ranks had states of their own, which are of no use to parts of one."""
     lines = overrides(prepared, tmp_path, "drawn", STEPS, "model.router.score=random")
     on_ranks(run, 2, [*lines, "strategy=ddp"], None, (2, 0), joins=False)
-    cut = [*lines, "strategy=fsdp_cp", "strategy.context_parallel=2"]
-    one, other = on_ranks(run_drawing, 2, cut, joins=False)
+    sliced = [*lines, "strategy=fsdp_cp", "strategy.context_parallel=2"]
+    one, other = on_ranks(run_drawing, 2, sliced, joins=False)
     assert one == other
     assert one
 
@@ -81,7 +81,7 @@ JOURNEYS = {
 @pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize("journey", slow_but(("1-2-4", "through strategies"), JOURNEYS))
-def test_other_ranks_and_strategies_go_on_with_the_same_samples(prepared, tmp_path, journey):
+def test_other_ranks_and_strategies_resume_with_the_same_samples(prepared, tmp_path, journey):
     """The sample numbers of every step are noted on each rank, by what was trained on."""
     stretches, per_stretch = JOURNEYS[journey], 2
     steps = per_stretch * len(stretches)
@@ -100,9 +100,9 @@ def test_other_ranks_and_strategies_go_on_with_the_same_samples(prepared, tmp_pa
         stop = None if last else (at, 0)
         status = on_ranks(run, ranks, lines, str(tmp_path / "journey"), stop, joins=False)
         assert status == ["complete" if last else "stopped"] * ranks
-    expected, found = (samples_by_step(tmp_path / name) for name in ("alone", "journey"))
-    assert list(found) == list(range(steps))
-    assert found == expected
+    expected, actual = (samples_by_step(tmp_path / name) for name in ("alone", "journey"))
+    assert list(actual) == list(range(steps))
+    assert actual == expected
     one, other = losses_of(tmp_path / "alone"), losses_of(tmp_path / "journey")
     assert one.keys() == other.keys()
     assert max(abs(one[step] - other[step]) for step in one) < 1e-5

@@ -26,8 +26,8 @@ from tests.helpers.spiked_runs import (
     overrides,
     records,
     rest_of,
+    scale_loss,
     spiked,
-    spoil,
 )
 
 WORLDS = [("single", 1), slow("ddp", 2), ("fsdp", 2)]
@@ -40,11 +40,11 @@ WORLDS = [("single", 1), slow("ddp", 2), ("fsdp", 2)]
 def test_a_skipped_step_changes_no_bit(prepared, tmp_path, strategy, world_size, factor):
     lines = overrides(prepared, tmp_path, "run", strategy, "spike=skip")
     bad = numbers_of(prepared, BAD)
-    found = on_ranks(spiked, world_size, lines, bad[:1], factor, joins=False)
-    for status, changed, judge in found:
+    outcomes = on_ranks(spiked, world_size, lines, bad[:1], factor, joins=False)
+    for status, changed, judge in outcomes:
         assert status == "complete"
         # All ranks go by the same figures, though each has seen other samples.
-        assert judge == found[0][2]
+        assert judge == outcomes[0][2]
         # Padding and buffers aside, a step that is made changes all.
         assert [step for step, what in enumerate(changed, 1) if what == "none"] == [BAD]
     run = tmp_path / "run"
@@ -62,7 +62,7 @@ def test_a_skipped_step_changes_no_bit(prepared, tmp_path, strategy, world_size,
 
 
 @pytest.mark.nightly
-def test_a_record_is_the_mean_over_the_steps_that_were_made(prepared, tmp_path):
+def test_a_record_is_the_mean_over_the_steps_taken(prepared, tmp_path):
     """Also where a step is left out, and forgotten at a save, that was the first since a record."""
     bad = numbers_of(prepared, BAD)[:1]
     windows = {1: (), 9: (range(1, 10),), 6: (range(1, 7), range(7, 10))}
@@ -94,7 +94,7 @@ OTHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", OTHERS)
 @pytest.mark.parametrize("factor", [1e3, NAN])
-def test_every_strategy_leaves_out_the_step(prepared, tmp_path, strategy, factor):
+def test_every_strategy_skips_the_step(prepared, tmp_path, strategy, factor):
     lines = overrides(prepared, tmp_path, "run", strategy, "spike=skip", *OTHERS[strategy])
     bad = numbers_of(prepared, BAD)[:1]
     for _, changed, _ in on_ranks(spiked, 2, lines, bad, factor, joins=False):
@@ -102,7 +102,7 @@ def test_every_strategy_leaves_out_the_step(prepared, tmp_path, strategy, factor
 
 
 def killed_at(lines: list[str], bad: list[int], step: int) -> str:
-    spoil(bad, 1e3)
+    scale_loss(bad, 1e3)
     runs.before_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return runs.run(lines)
 
@@ -112,23 +112,27 @@ def killed_at(lines: list[str], bad: list[int], step: int) -> str:
 @pytest.mark.parametrize(
     ("strategy", "world_size", "kills"), [("single", 1, [BAD]), slow("fsdp", 2, [BAD, 8])]
 )
-def test_a_run_killed_after_a_skip_judges_alike(prepared, tmp_path, strategy, world_size, kills):
+def test_a_run_killed_after_a_skip_detects_the_same_spikes(
+    prepared, tmp_path, strategy, world_size, kills
+):
     bad = numbers_of(prepared, BAD)[:1]
     more = ("spike=skip", "spike.window=4", "checkpoint.every=4")
-    whole, cut = (overrides(prepared, tmp_path, name, strategy, *more) for name in ("whole", "cut"))
+    whole, killed = (
+        overrides(prepared, tmp_path, name, strategy, *more) for name in ("whole", "cut")
+    )
     on_ranks(spiked, world_size, whole, bad, joins=False)
     for step in kills:
-        outcomes = outcomes_on_ranks(killed_at, world_size, cut, bad, step, joins=False)
+        outcomes = outcomes_on_ranks(killed_at, world_size, killed, bad, step, joins=False)
         assert all(isinstance(outcome, RankFailedError) for outcome in outcomes)
-    on_ranks(spiked, world_size, cut, bad, joins=False)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert_same_bits(newest_tensors(whole, STEPS), newest_tensors(cut, STEPS))
+    on_ranks(spiked, world_size, killed, bad, joins=False)
+    whole, killed = tmp_path / "whole", tmp_path / "cut"
+    assert_same_bits(newest_tensors(whole, STEPS), newest_tensors(killed, STEPS))
     for step in (8, STEPS):
-        assert_same_bits(rest_of(whole, step)["spikes"], rest_of(cut, step)["spikes"])
+        assert_same_bits(rest_of(whole, step)["spikes"], rest_of(killed, step)["spikes"])
     for key in ("loss", "spike/loss", "spike/loss_limit", "spike/skipped"):
-        one, other = records(whole, key), records(cut, key)
+        one, other = records(whole, key), records(killed, key)
         assert str(one) == str(other)
-    assert [e["step"] for e in events(cut)] == [BAD]
+    assert [e["step"] for e in events(killed)] == [BAD]
 
 
 def left_out(run: Path, *stretches: tuple[int, int]) -> None:
@@ -166,8 +170,8 @@ def test_rolled_back_it_has_no_such_samples(prepared, tmp_path, strategy, world_
     left_out(tmp_path / "without", stretch)
     for name in ("without", "run"):
         lines = overrides(prepared, tmp_path, name, strategy, "spike=roll_back", *more)
-        found = on_ranks(spiked, world_size, lines, bad[1:2], joins=False)
-        assert [status for status, *_ in found] == ["complete"] * world_size
+        outcomes = on_ranks(spiked, world_size, lines, bad[1:2], joins=False)
+        assert [status for status, *_ in outcomes] == ["complete"] * world_size
     run = tmp_path / "run"
     assert_same_run(tmp_path / "without", run)
     progress = rest_of(run, STEPS)["progress"]
@@ -186,7 +190,7 @@ def test_rolled_back_it_has_no_such_samples(prepared, tmp_path, strategy, world_
 
 
 def killed_in_a_roll_back(lines: list[str], bad: list[int], written: bool) -> str:
-    spoil(bad, 1e3)
+    scale_loss(bad, 1e3)
     if written:
         original = run_module._Run._fit
 
@@ -224,32 +228,32 @@ def test_two_roll_backs_of_one_checkpoint_and_the_third_spike_stops(prepared, tm
     bad = [numbers_of(prepared, step)[0] for step in (7, 8, 9)]
     more = ("spike=roll_back", "spike.max_rollbacks=2")
     lines = overrides(prepared, tmp_path, "run", "single", *more)
-    (found,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
-    assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-    assert "after 2 roll backs" in found.said
-    assert f"its samples are {bad[2]}," in found.said
+    (outcome,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
+    assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+    assert "after 2 roll backs" in outcome.message
+    assert f"its samples are {bad[2]}," in outcome.message
     assert [(e["action"], e["step"]) for e in events(tmp_path / "run")] == [
         *(("roll_back", 7), ("roll_back", 7), ("stop", 7))
     ]
     written = json.loads((tmp_path / "run/left_out.json").read_text())
     assert written == {"left_out": [[24, 28], [28, 32]], "rollbacks": 2}
-    # Another policy goes on from there.
+    # Another policy resumes from there.
     lines = overrides(prepared, tmp_path, "run", "single", "spike=skip")
     assert on_ranks(spiked, 1, lines, bad, joins=False)[0][0] == "complete"
 
 
-def test_a_lost_list_of_what_is_left_out_is_told(prepared, tmp_path):
+def test_a_lost_list_of_skipped_samples_is_reported(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "run", "single", "spike=roll_back", "checkpoint.every=2")
     bad = numbers_of(prepared, BAD)[:1]
     outcomes_on_ranks(killed_at, 1, lines, bad, 8, joins=False)
     (tmp_path / "run/left_out.json").unlink()
-    (found,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
-    assert isinstance(found, RankFailedError) and found.kind == "CheckpointError"
-    assert "left out [[24, 28]]" in found.said
+    (outcome,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
+    assert isinstance(outcome, RankFailedError) and outcome.kind == "CheckpointError"
+    assert "left out [[24, 28]]" in outcome.message
 
 
 @pytest.mark.nightly
-def test_a_rolled_back_run_goes_on_at_another_world_size(prepared, tmp_path):
+def test_a_rolled_back_run_resumes_at_another_world_size(prepared, tmp_path):
     bad = numbers_of(prepared, BAD)[:1]
     left_out(tmp_path / "without", (24, 28))
     lines = overrides(prepared, tmp_path, "without", "single", "spike=roll_back")

@@ -15,8 +15,8 @@ from tests.helpers.spiked_runs import (
     numbers_of,
     overrides,
     records,
+    scale_loss,
     spiked,
-    spoil,
 )
 
 STOPS = {
@@ -45,13 +45,13 @@ def test_deepspeed_stops(prepared, tmp_path, strategy, action, factor):
     more = ("log.every=4", "checkpoint.every=5") if math.isnan(factor) else ()
     lines = overrides(prepared, tmp_path, "run", strategy, f"spike={action}", *more)
     bad = numbers_of(prepared, BAD)
-    for found in outcomes_on_ranks(spiked, 2, lines, bad, factor, 1, joins=False):
-        assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-        assert STOPS[action, factor] in found.said
-        assert " on rank 1;" in found.said or not math.isnan(factor)
-        assert f"its samples are {', '.join(map(str, bad))};" in found.said
-        assert f"checkpoints/step-{5 if more else 6:09d}" in found.said
-        assert "strategy=fsdp spike=skip" in found.said
+    for outcome in outcomes_on_ranks(spiked, 2, lines, bad, factor, 1, joins=False):
+        assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+        assert STOPS[action, factor] in outcome.message
+        assert " on rank 1;" in outcome.message or not math.isnan(factor)
+        assert f"its samples are {', '.join(map(str, bad))};" in outcome.message
+        assert f"checkpoints/step-{5 if more else 6:09d}" in outcome.message
+        assert "strategy=fsdp spike=skip" in outcome.message
     run = tmp_path / "run"
     saved = whole_checkpoints(run / "checkpoints")
     assert [step for step, _ in saved] == [5 if more else 6]
@@ -76,12 +76,12 @@ def test_what_a_nan_names_as_its_remedy_can_be_done(prepared, tmp_path, strategy
     world_size = 1 if strategy == "single" else 2
     lines = overrides(prepared, tmp_path, "run", strategy)
     bad = numbers_of(prepared, BAD)[:1]
-    for found in outcomes_on_ranks(spiked, world_size, lines, bad, NAN, joins=False):
-        assert isinstance(found, RankFailedError)
-        assert f"with {' '.join(remedy)}, which" in found.said
+    for outcome in outcomes_on_ranks(spiked, world_size, lines, bad, NAN, joins=False):
+        assert isinstance(outcome, RankFailedError)
+        assert f"with {' '.join(remedy)}, which" in outcome.message
     again = [line for line in lines if not line.startswith("strategy=") or len(remedy) == 1]
-    found = on_ranks(spiked, world_size, [*again, *remedy], bad, NAN, joins=False)
-    assert [status for status, *_ in found] == ["complete"] * world_size
+    outcome = on_ranks(spiked, world_size, [*again, *remedy], bad, NAN, joins=False)
+    assert [status for status, *_ in outcome] == ["complete"] * world_size
     assert [(e["action"], e["step"]) for e in events(tmp_path / "run")] == [
         (remedy[-1].removeprefix("spike="), BAD)
     ]
@@ -90,20 +90,20 @@ def test_what_a_nan_names_as_its_remedy_can_be_done(prepared, tmp_path, strategy
 def test_what_another_run_needs_is_another_name(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "run", "single", "spike=stop")
     bad = numbers_of(prepared, BAD)[:1]
-    (found,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
-    assert "With another optimizer.lr or optimizer.grad_clip it is another run" in found.said
+    (outcome,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
+    assert "With another optimizer.lr or optimizer.grad_clip it is another run" in outcome.message
     lower = [*lines, "optimizer.lr=1e-4"]
-    (found,) = outcomes_on_ranks(spiked, 1, lower, bad, joins=False)
-    assert found.kind == "OtherRunError"
+    (outcome,) = outcomes_on_ranks(spiked, 1, lower, bad, joins=False)
+    assert outcome.kind == "OtherRunError"
 
 
 def test_too_many_skips_in_a_row_stop_the_run(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "run", "single", "spike=skip", "spike.max_in_a_row=2")
     bad = [numbers_of(prepared, step)[0] for step in (4, 6, 7, 8)]
-    (found,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
-    assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-    assert "step 8 is a spike" in found.said
-    assert "after 2 skipped in a row" in found.said
+    (outcome,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
+    assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+    assert "step 8 is a spike" in outcome.message
+    assert "after 2 skipped in a row" in outcome.message
     assert [(e["action"], e["step"]) for e in events(tmp_path / "run")] == [
         *(("skip", 4), ("skip", 6), ("skip", 7), ("stop", 8))
     ]
@@ -115,12 +115,12 @@ def test_a_stop_names_step_figures_samples_and_remedy(prepared, tmp_path, strate
     more = ("spike=stop", "log.every=4", "checkpoint.every=5")
     lines = overrides(prepared, tmp_path, "run", strategy, *more)
     bad = numbers_of(prepared, BAD)
-    for found in outcomes_on_ranks(spiked, world_size, lines, bad[-1:], joins=False):
-        assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-        assert f"step {BAD} is a spike: loss " in found.said
-        assert "(limit " in found.said and "gradient norm" in found.said
-        assert f"its samples are {', '.join(map(str, bad))};" in found.said
-        assert "checkpoints/step-000000005" in found.said
+    for outcome in outcomes_on_ranks(spiked, world_size, lines, bad[-1:], joins=False):
+        assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+        assert f"step {BAD} is a spike: loss " in outcome.message
+        assert "(limit " in outcome.message and "gradient norm" in outcome.message
+        assert f"its samples are {', '.join(map(str, bad))};" in outcome.message
+        assert "checkpoints/step-000000005" in outcome.message
     run = tmp_path / "run"
     assert [step for step, _ in whole_checkpoints(run / "checkpoints")] == [5]
     assert list(records(run, "loss")) == [4]
@@ -128,17 +128,17 @@ def test_a_stop_names_step_figures_samples_and_remedy(prepared, tmp_path, strate
 
 
 def spiked_and_signalled(lines: list[str], bad: list[int]) -> str:
-    spoil(bad, 1e3)
+    scale_loss(bad, 1e3)
     runs.before_step(BAD - 1, runs.request_stop)
     return runs.run(lines)
 
 
-def test_a_signal_saves_nothing_of_a_spike_that_nobody_has_looked_at(prepared, tmp_path):
+def test_a_signal_saves_no_spike_that_was_not_checked(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "run", "single", "spike=stop", "log.every=100")
     bad = numbers_of(prepared, BAD)[:1]
-    (found,) = outcomes_on_ranks(spiked_and_signalled, 1, lines, bad, joins=False)
-    assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-    assert f"step {BAD} is a spike" in found.said
+    (outcome,) = outcomes_on_ranks(spiked_and_signalled, 1, lines, bad, joins=False)
+    assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+    assert f"step {BAD} is a spike" in outcome.message
     saved = whole_checkpoints(tmp_path / "run/checkpoints")
     assert [step for step, _ in saved] == [6]
 
@@ -148,6 +148,6 @@ def test_a_nan_names_the_rank_where_it_began(prepared, tmp_path, strategy):
     # In the warm-up, in which nothing else is judged.
     lines = overrides(prepared, tmp_path, "run", strategy, "spike=stop", "spike.warmup=50")
     bad = numbers_of(prepared, BAD)
-    for found in outcomes_on_ranks(spiked, 2, lines, bad, NAN, 1, joins=False):
-        assert isinstance(found, RankFailedError) and found.kind == "TrainingError"
-        assert f"step {BAD} is a spike: loss nan, gradient norm nan on rank 1;" in found.said
+    for outcome in outcomes_on_ranks(spiked, 2, lines, bad, NAN, 1, joins=False):
+        assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+        assert f"step {BAD} is a spike: loss nan, gradient norm nan on rank 1;" in outcome.message

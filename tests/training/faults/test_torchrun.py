@@ -40,39 +40,39 @@ def start(nodes: int, per_node: int, lines: list[str], cwd: Path) -> list[subpro
 
 
 def finish(nodes: list[subprocess.Popen]) -> tuple[list[int], str]:
-    said = "".join(node.communicate(timeout=240)[0] for node in nodes)
-    return [node.returncode for node in nodes], said
+    output = "".join(node.communicate(timeout=240)[0] for node in nodes)
+    return [node.returncode for node in nodes], output
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_nodes_of_two_are_stopped_by_one_and_go_on(prepared, tmp_path):
+def test_two_nodes_of_two_are_stopped_by_one_and_resume(prepared, tmp_path):
     more = ("strategy=hsdp", "strategy.shard_size=2")
     whole = overrides(prepared, tmp_path, "whole", STEPS, *more)
-    codes, said = finish(start(2, 2, whole, tmp_path))
-    assert codes == [0, 0], said
-    assert said.count("is complete: 8 steps") == 1  # rank 0 speaks for all
-    cut = overrides(prepared, tmp_path, "cut", STEPS, *more)
-    nodes = start(2, 2, cut, tmp_path)
+    codes, output = finish(start(2, 2, whole, tmp_path))
+    assert codes == [0, 0], output
+    assert output.count("is complete: 8 steps") == 1  # rank 0 speaks for all
+    stopped = overrides(prepared, tmp_path, "cut", STEPS, *more)
+    nodes = start(2, 2, stopped, tmp_path)
     while last_step(tmp_path / "cut") < 3:
         assert all(node.poll() is None for node in nodes)
         time.sleep(0.01)
     nodes[1].send_signal(signal.SIGTERM)
-    codes, said = finish(nodes)
-    assert all(codes), said
+    codes, output = finish(nodes)
+    assert all(codes), output
     assert not (tmp_path / "cut/COMPLETED").exists()
-    codes, said = finish(start(2, 2, cut, tmp_path))
-    assert codes == [0, 0], said
-    assert "resumes from step" in said
+    codes, output = finish(start(2, 2, stopped, tmp_path))
+    assert codes == [0, 0], output
+    assert "resumes from step" in output
     assert_same_bits(*(newest_tensors(tmp_path / name, STEPS) for name in ("whole", "cut")))
     starts = json.loads((tmp_path / "cut/manifest.json").read_text())["starts"]
     assert len(starts) == 2
 
 
 @pytest.mark.nightly
-def test_a_wrong_configuration_is_told_once(prepared, tmp_path):
+def test_a_wrong_configuration_is_reported_once(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "wrong", STEPS, "strategy=single", "optimizer.lr=-1")
-    (code,), said = finish(start(1, 2, lines, tmp_path))
+    (code,), output = finish(start(1, 2, lines, tmp_path))
     assert code
-    assert said.count("optimizer.lr=-1") == 1
-    assert "choose strategy=ddp" in said
+    assert output.count("optimizer.lr=-1") == 1
+    assert "choose strategy=ddp" in output

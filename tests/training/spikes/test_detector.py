@@ -1,4 +1,4 @@
-"""What tells a spike, what leaves a step out, and what is kept of it."""
+"""What is a spike, what skips a step, and what is recorded of it."""
 
 import json
 import math
@@ -80,7 +80,7 @@ def judged(detector, number, seen):
 
 @settings(max_examples=150, deadline=None)
 @given(CONFIGS, st.lists(st.tuples(VALUES, VALUES, st.just(0.0)), max_size=24), st.integers(0, 24))
-def test_it_judges_as_the_slow_rule_does_also_when_resumed(config, steps, resumed):
+def test_reports_equal_those_of_the_slow_rule_also_when_resumed(config, steps, resumed):
     slow, detector = Slow(config), SpikeDetector(config)
     spikes = []
     for number, seen in enumerate(steps, 1):
@@ -95,10 +95,10 @@ def test_it_judges_as_the_slow_rule_does_also_when_resumed(config, steps, resume
         assert judged(detector, number, seen) == expected
         limits = detector._limit().tolist()
         assert limits == pytest.approx(list(slow.limits()), rel=1e-4)
-    found = detector.take_report()
-    assert found.num_skipped == slow.skipped
-    assert len(spikes + found.spikes) == slow.skipped + slow.halted
-    assert [spike.halts for spike in spikes + found.spikes] == [False] * slow.skipped + [
+    report = detector.take_report()
+    assert report.num_skipped == slow.skipped
+    assert len(spikes + report.spikes) == slow.skipped + slow.halted
+    assert [spike.halts for spike in spikes + report.spikes] == [False] * slow.skipped + [
         True
     ] * slow.halted
     assert detector.take_report().spikes == []
@@ -175,20 +175,20 @@ def test_buffers_come_back_to_the_bit():
 
 
 @pytest.mark.parametrize("more", [(), ("model.router.causal=[predictor,threshold]",)])
-def test_judging_waits_for_nothing(step, more):  # noqa: F811
+def test_detection_waits_for_nothing(step, more):  # noqa: F811
     detector = step("spike=skip", "spike.warmup=2", *more).spikes.detector
-    found = detector.take_report()
-    assert (found.spikes, found.last.step) == ([], 4)
+    report = detector.take_report()
+    assert (report.spikes, report.last.step) == ([], 4)
 
 
 WRONG = {"action": "wait", "threshold": 0.0, "window": 1, "warmup": 1}
 WRONG |= dict.fromkeys(("max_in_a_row", "max_rollbacks", "rollback_steps"), 0)
 
 
-def test_a_policy_that_cannot_work_is_told(tiny):
+def test_a_policy_that_cannot_work_is_reported(tiny):
     for key, value in WRONG.items():
-        found = SpikeConfig(**{key: value}).problems("spike")
-        assert [problem.key for problem in found] == [f"spike.{key}"]
+        problems = SpikeConfig(**{key: value}).problems("spike")
+        assert [problem.key for problem in problems] == [f"spike.{key}"]
     with pytest.raises(ConfigError, match=r"spike\.window=1: is not 2 or more"):
         resolve(compose("train", [*tiny, "name=x", "spike.window=1"]))
 
@@ -202,8 +202,8 @@ def test_every_policy_of_the_group_composes():
 
 def test_deepspeed_ends_at_a_nan_by_itself():
     for action, fits in (("skip", False), ("roll_back", False), ("stop", True)):
-        found = SpikeConfig(action=action).strategy_problems("spike", "deepspeed_2")
-        assert (found == []) == fits
+        problems = SpikeConfig(action=action).strategy_problems("spike", "deepspeed_2")
+        assert (problems == []) == fits
     config = compose("train", ["name=x", "spike=skip", "strategy=deepspeed_1"])
     assert "spike.action" in [problem.key for problem in config.problems()]
 
@@ -223,11 +223,11 @@ LEAPS, NO_NUMBER = (True, False)
         ("stop", "deepspeed_2", LEAPS, ["strategy=fsdp", "strategy=fsdp", "spike=none"]),
     ],
 )
-def test_a_run_that_stopped_is_told_what_it_can_do(action, strategy, is_finite, ways):
-    said = resume_remedy(SpikeConfig(action), strategy, is_finite)
-    found = said.partition(". ")[0].removeprefix("start it again with ").split("; or with ")
-    assert len(found) == len(ways)
-    assert all(one.startswith(other) for one, other in zip(found, ways, strict=True))
+def test_a_stopped_run_names_its_remedies(action, strategy, is_finite, ways):
+    remedy = resume_remedy(SpikeConfig(action), strategy, is_finite)
+    named = remedy.partition(". ")[0].removeprefix("start it again with ").split("; or with ")
+    assert len(named) == len(ways)
+    assert all(one.startswith(other) for one, other in zip(named, ways, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -255,22 +255,22 @@ STRETCHES = st.lists(st.integers(0, 60), unique=True, max_size=8).map(
 
 @settings(deadline=None)
 @given(STRETCHES, st.integers(0, 12), st.sampled_from([(1, 4), (2, 2), (4, 1)]))
-def test_every_world_size_leaves_out_the_same_samples(stretches, start, shape):
+def test_every_world_size_skips_the_same_samples(stretches, start, shape):
     world_size, accumulate = shape
     order = SampleOrder(37, 5)
     ranks = [
         RankBatchSampler(order, BatchPlan(1, accumulate, 12, world_size, rank), start, stretches)
         for rank in range(world_size)
     ]
-    found = [
+    numbers = [
         number
         for micro_batches in zip(*map(list, ranks), strict=True)
         for batch in micro_batches
         for number in batch
     ]
-    gone = [n for first, stop in stretches for n in range(first, stop)]
-    stream = order.lookup(np.delete(np.arange(200), gone)[: 12 * 4])
-    assert found == stream[start * 4 :].tolist()
+    skipped = [n for first, stop in stretches for n in range(first, stop)]
+    stream = order.lookup(np.delete(np.arange(200), skipped)[: 12 * 4])
+    assert numbers == stream[start * 4 :].tolist()
 
 
 def a_spike(number):
@@ -290,12 +290,12 @@ def test_roll_backs_take_out_what_was_read_since(tmp_path_factory, rolls):
     for count, (to_step, steps, most) in enumerate(rolls, 1):
         last = to_step + steps
         journal.pending = (a_spike(last), [1])
-        said = journal.resume(to_step, 4, SpikeConfig("roll_back", rollback_steps=most))
-        assert f"step {last} is a spike" in said
+        message = journal.resume(to_step, 4, SpikeConfig("roll_back", rollback_steps=most))
+        assert f"step {last} is a spike" in message
         first = to_step if most is None else max(to_step, last - most)
         del stream[4 * first : 4 * last]
-        found = stream_positions(np.arange(200), journal.skipped_samples)
-        assert found.tolist() == stream[:200]
+        positions = stream_positions(np.arange(200), journal.skipped_samples)
+        assert positions.tolist() == stream[:200]
         again = SpikeJournal(journal.run, Ranks.create())
         assert (again.skipped_samples, again.rollbacks) == (journal.skipped_samples, count)
         assert again.resume(to_step, 4, SpikeConfig("roll_back")) == ""
@@ -306,15 +306,15 @@ def test_events_stay_but_for_skips_that_come_again(tmp_path):
     for action, number in (("skip", 3), ("skip", 8), ("stop", 9), ("roll_back", 9)):
         journal.write(action, a_spike(number), [7])
     journal.resume(5, 4, SpikeConfig("skip"))
-    found = [json.loads(line) for line in journal.events.read_text().splitlines()]
-    assert [(e["action"], e["step"]) for e in found] == [
+    events = [json.loads(line) for line in journal.events.read_text().splitlines()]
+    assert [(e["action"], e["step"]) for e in events] == [
         *(("skip", 3), ("stop", 9), ("roll_back", 9))
     ]
-    assert (found[0]["loss"], found[0]["grad_norm"], found[0]["samples"]) == (9.0, "inf", [7])
+    assert (events[0]["loss"], events[0]["grad_norm"], events[0]["samples"]) == (9.0, "inf", [7])
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"left_out": [3], "rollbacks": 1}'])
-def test_a_damaged_list_is_told(tmp_path, content):
+def test_a_damaged_list_is_reported(tmp_path, content):
     (tmp_path / "left_out.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"left_out\.json cannot be read"):
         SpikeJournal(RunDirectory(tmp_path), Ranks.create())
@@ -322,6 +322,6 @@ def test_a_damaged_list_is_told(tmp_path, content):
 
 def test_a_checkpoint_and_the_list_have_to_agree_as_far_as_it_read():
     check_left_out([(4, 8), (20, 24)], [[4, 8]], 20)
-    for here, saved in (([], [[4, 8]]), ([(4, 8)], []), ([(4, 12)], [[4, 8]])):
+    for listed, saved in (([], [[4, 8]]), ([(4, 8)], []), ([(4, 12)], [[4, 8]])):
         with pytest.raises(CheckpointError, match="left out"):
-            check_left_out(here, saved, 20)
+            check_left_out(listed, saved, 20)

@@ -2,9 +2,9 @@
 
 `MODTRAIN_TEST_FAULTS` names a JSON file, a list of faults: ``at`` a place (``start``, ``imports``,
 ``step``, ``save``, ``evaluation``) from ``step`` on, on ``rank`` (null: on all), ``do``: ``raise``,
-``kill``, ``hold`` or ``slow``. Each happens once a rank, at whatever start, unless ``always``.
+``kill``, ``pause`` or ``slow``. Each happens once a rank, at whatever start, unless ``always``.
 Beside the file lies a mark of each, ``<name>-<rank>``, of an array's task ``<name>-<rank>.<task>``,
-which holds the node's name and the process's id. A process that is held goes on when there is
+which holds the node's name and the process's id. A paused process resumes when there is
 ``<name>.go``, and when it is asked to stop, unless it is ``deaf``.
 """
 
@@ -48,12 +48,12 @@ def happens(place: str, step: int | None = None) -> None:
         if fault["do"] == "slow":
             time.sleep(fault["seconds"])
         else:
-            hold(fault["name"], fault.get("deaf", False))
+            pause(fault["name"], fault.get("deaf", False))
 
 
-def hold(name: str, is_deaf: bool) -> None:
-    go, until = PATH.with_name(f"{name}.go"), time.monotonic() + PATIENCE
-    while time.monotonic() < until and not go.exists():
+def pause(name: str, is_deaf: bool) -> None:
+    released, until = PATH.with_name(f"{name}.go"), time.monotonic() + PATIENCE
+    while time.monotonic() < until and not released.exists():
         preemption = sys.modules.get("modtrain.training.stop_signal")
         if not is_deaf and preemption is not None and preemption.STOP.requested:
             return
@@ -81,7 +81,7 @@ def in_writing(module) -> None:
     module._write_parts = write_parts
 
 
-def in_held_out(module) -> None:
+def in_evaluation(module) -> None:
     original = module.evaluate
 
     def evaluate(*arguments, **named):
@@ -94,7 +94,7 @@ def in_held_out(module) -> None:
 PLACES = {
     "modtrain.training.module": in_module,
     "modtrain.checkpoint.writing": in_writing,
-    "modtrain.training.callbacks.evaluation": in_held_out,
+    "modtrain.training.callbacks.evaluation": in_evaluation,
     "modtrain.training.callbacks.metrics": lambda module: happens("imports"),
 }
 

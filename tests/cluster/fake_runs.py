@@ -34,7 +34,7 @@ def composed(*overrides: str):
     return config, OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-class Made:
+class FakeRun:
     """A run's directory, made by hand."""
 
     def __init__(self, path: Path, *overrides: str) -> None:
@@ -43,29 +43,29 @@ class Made:
         self.config, text = composed(*(overrides or ["budget.steps=100"]))
         (path / "config.yaml").write_text(text)
 
-    def starts(self, *ago: float) -> "Made":
+    def starts(self, *ago: float) -> "FakeRun":
         content = {"starts": [{"time": iso(a)} for a in ago]}
         (self.path / "manifest.json").write_text(json.dumps(content))
         return self
 
-    def records(self, *records: dict) -> "Made":
+    def records(self, *records: dict) -> "FakeRun":
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (self.path / "metrics.jsonl").write_text(lines)
         return self
 
-    def saved(self, *steps: int) -> "Made":
+    def saved(self, *steps: int) -> "FakeRun":
         for step in steps:
             folder = self.path / f"checkpoints/step-{step:09d}"
             folder.mkdir(parents=True)
             (folder / "manifest.json").write_text("{}")
         return self
 
-    def failed(self, ago: float, cause: str, step: int = 0) -> "Made":
+    def failed(self, ago: float, cause: str, step: int = 0) -> "FakeRun":
         with (self.path / "failures.tsv").open("a") as file:
             file.write(f"{iso(ago)}\t12\t{step}\t{cause}\n")
         return self
 
-    def jobs(self, *ids: str) -> "Made":
+    def jobs(self, *ids: str) -> "FakeRun":
         with (self.path / "jobs.jsonl").open("a") as file:
             for name in ids:
                 script = str(self.path / "submit.sbatch")
@@ -76,8 +76,8 @@ class Made:
         return read_run(self.path, self.path.name)
 
     def state(self, *jobs: SlurmJob) -> tuple[str, str]:
-        found = state_of(self.read(), {job.id: job for job in jobs})
-        return found.name, found.reason
+        current = state_of(self.read(), {job.id: job for job in jobs})
+        return current.name, current.reason
 
 
 class Group:
@@ -102,8 +102,8 @@ class Group:
         os.utime(self.path / "logs/slurm-7.out", (NOW - ago, NOW - ago))
 
     def state(self, *jobs: SlurmJob) -> tuple[str, str]:
-        found = state_of(read_run(self.path, "g"), {job.id: job for job in jobs})
-        return found.name, found.reason
+        current = state_of(read_run(self.path, "g"), {job.id: job for job in jobs})
+        return current.name, current.reason
 
 
 def shown(config: StatusConfig) -> str:
@@ -113,7 +113,7 @@ def shown(config: StatusConfig) -> str:
 
 
 @contextmanager
-def held(path: Path):
+def locked(path: Path):
     with (path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -123,13 +123,13 @@ def play(monkeypatch, tmp_path, output: str = "", code: int = 0, error: str = ""
     """Put an squeue and an scancel on the PATH; they write down how they were called."""
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
-    (folder / "said").write_text(output)
+    (folder / "output").write_text(output)
     (folder / "error").write_text(error)
     for name in ("squeue", "scancel"):
         script = folder / name
         script.write_text(
             f'#!/bin/sh\necho {name} "$@" >>{folder}/calls\n'
-            f"cat {folder}/said\ncat {folder}/error >&2\nexit {code}\n"
+            f"cat {folder}/output\ncat {folder}/error >&2\nexit {code}\n"
         )
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
