@@ -17,7 +17,6 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -78,8 +77,10 @@ def compose(
         ConfigError: all overrides that cannot be parsed or do not fit; a file of ``config_dir``
             that is not YAML.
     """
+    # Only what `verb` needs: Hydra copies all that is stored at each composition.
     for name, schema in SCHEMAS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        if schema is SCHEMAS[verb] and f"{name}_schema.yaml" not in ConfigStore.instance().repo:
+            ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     if config_dir is not None and not Path(config_dir).is_dir():
         problem = Problem("--config-dir", config_dir, "is not a directory", "give one that exists")
         raise ConfigError([problem])
@@ -156,9 +157,9 @@ class _Composer:
     def _options(self, group: str) -> list[str]:
         if not group:
             return []
-        loader = GlobalHydra.instance().config_loader()
-        user_files = self.user_dir.glob(f"{group}/*.yaml") if self.user_dir else ()
-        return sorted({*loader.get_group_options(group), *(path.stem for path in user_files)})
+        # Hydra's own list takes as long as half a composition.
+        folders = [conf_dir(), *([self.user_dir] if self.user_dir else [])]
+        return sorted({path.stem for f in folders for path in (f / group).glob("*.yaml")})
 
     def _raw(self, overrides: list[Override]) -> DictConfig:
         lines = [str(override.input_line) for override in overrides]
