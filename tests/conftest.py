@@ -136,6 +136,12 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_lock_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up a locked run at once."""
+    monkeypatch.setattr("modtrain.training.run_directory._LOCK_TIMEOUT", 0.0)
+
+
+@pytest.fixture
 def no_stop_request() -> Iterator[None]:
     """Let a run in this process begin as if alone in it, and leave no handler behind."""
     before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}

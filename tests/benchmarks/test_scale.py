@@ -167,11 +167,11 @@ def test_meshes_take_work_and_memory_by_the_rank_at_most(degrees):
             return calls, sys.getallocatedblocks() - before
 
     calls_and_blocks(64)  # what is made once
-    (calls, blocks), (more_calls, more_blocks) = calls_and_blocks(256), calls_and_blocks(1024)
+    (calls, blocks), (more_calls, more_blocks) = calls_and_blocks(128), calls_and_blocks(512)
     # Four times the ranks; by their square it would be sixteen.
     assert more_calls < 5 * calls
     # Python keeps the numbers up to 256; of the others each list of all ranks has its own.
-    assert more_blocks < 5 * blocks + 8 * 1024
+    assert more_blocks < 5 * blocks + 8 * 512
 
 
 @pytest.mark.slow

@@ -130,6 +130,7 @@ def test_prune_keeps_another_checkpoint_in_place_of_a_damaged_one(run):
     assert [s for s, _ in whole_checkpoints(run.checkpoints)] == [2, 3]
 
 
+@pytest.mark.usefixtures("no_lock_wait")
 def test_prune_leaves_a_run_in_use_alone(run):
     saves(str(run.path.parent), 1, 2, 3)
     with run.locked(), pytest.raises(CheckpointError, match="in use"):

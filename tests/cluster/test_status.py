@@ -347,7 +347,11 @@ def test_a_run_without_a_job_shows_its_records(tmp_path, capsys):
 
 def test_logs_follow_until_the_lock_is_released(tmp_path):
     run = FakeRun(tmp_path / "r").starts(9).records({"step": 1, "loss": 3.0})
-    command = [sys.executable, "-m", "modtrain", "logs", "run=r", f"runs_dir={tmp_path}"]
+    program = (
+        "import sys\nfrom modtrain.cli.main import main\nfrom modtrain.cluster import logs\n"
+        "logs._POLL_SECONDS = logs._SLURM_POLL_SECONDS = 0.05\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "logs", "run=r", f"runs_dir={tmp_path}"]
     with (
         locked(run.path),
         subprocess.Popen([*command, "follow=true"], stdout=subprocess.PIPE, text=True) as process,

@@ -1,6 +1,7 @@
 """Small whole runs, by the command line's overrides, what befalls them, and their records."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from modtrain.training.metrics_log import read_metrics
 from modtrain.training.module import LanguageModule
 from modtrain.training.run import train
 from modtrain.training.stop_signal import STOP
+from tests.helpers.ranks import on_ranks
 
 
 def run_lines(prepared: Path, runs: Path, name: str, *more: str) -> list[str]:
@@ -48,6 +50,15 @@ def request_stop() -> None:
     STOP.signum = 15
 
 
+@contextmanager
+def stopping(step: int) -> Iterator[None]:
+    """Let a run in this process get a signal before a step, and the next one none."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(step, request_stop, patch.setattr)
+        yield
+    STOP.signum = None
+
+
 def losses_of(run: Path) -> dict[int, float]:
     """The losses of a run's records of training, by step."""
     return {r["step"]: r["loss"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r}
@@ -67,3 +78,13 @@ def assert_same_records(runs: Path, one: str, other: str, atol: float = 5e-5) ->
         for key, value in expected.items():
             if not key.startswith(("throughput", "router", "experts")):
                 assert actual[key] == pytest.approx(value, abs=atol, rel=1e-5), key
+
+
+def assert_trains_alike(
+    prepared: Path, runs: Path, world_size: int, own: list[str], strategy: list[str], atol: float
+) -> None:
+    """A run ``many`` of so many ranks has the records of ``one``, a run of one process."""
+    for name, ranks, lines in (("one", 1, own), ("many", world_size, [*own, *strategy])):
+        overrides = run_lines(prepared, runs, name, *lines)
+        assert on_ranks(run, ranks, overrides, joins=False) == ["complete"] * ranks
+    assert_same_records(runs, "one", "many", atol)

@@ -24,3 +24,8 @@ def start(tiny, tmp_path_factory):
         return train(compose("train", [*tiny, *quick, f"name={name}", *more])).run
 
     return run
+
+
+@pytest.fixture(scope="module")
+def dense(start):
+    return start("dense", "budget.steps=1", "model.pattern=dense")

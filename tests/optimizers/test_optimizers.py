@@ -21,10 +21,9 @@ from modtrain.training.plan import resolve
 from modtrain.training.plan_report import show
 from modtrain.training.run import train
 from modtrain.training.spikes.detector import skip_step
-from modtrain.training.stop_signal import STOP
 from tests.helpers.model_cases import random_tokens, small
 from tests.helpers.problems import problems_of
-from tests.helpers.runs import before_step, request_stop
+from tests.helpers.runs import stopping
 from tests.helpers.saved import assert_same_bits, newest_tensors
 
 MODELS = {
@@ -212,16 +211,14 @@ def _model_and_optimizer(tiny):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_stop_request")
-def test_a_stopped_run_resumes_under_its_own_optimizer(tiny, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_under_its_own_optimizer(tiny, tmp_path):
     def start(name, *more):
         lines = [*tiny, f"name={name}", f"runs_dir={tmp_path}", "optimizer=muon", *more]
         return train(compose("train", lines))
 
     whole = start("whole")
-    with monkeypatch.context() as patch:
-        before_step(5, request_stop, patch.setattr)
+    with stopping(5):
         assert start("cut").status == "stopped"
-    STOP.signum = None
     with pytest.raises(OtherRunError, match=r"optimizer\.name: muon in the run, adamw now"):
         start("cut", "optimizer.name=adamw")
     assert start("cut").status == "complete"

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks._paper import groups_of
+from benchmarks._paper import fake_group, groups_of
 from modtrain.distributed.launch import Launch
 from modtrain.models.config import ModelConfig
 from modtrain.models.experts.config import ExpertsConfig
@@ -14,7 +14,6 @@ from modtrain.parallel.config import DEGREES, PRESETS, StrategyConfig, dims_of
 from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.meshes import make_meshes
 from modtrain.parallel.validation import dims_problems, run_problems
-from tests.helpers.ranks import on_ranks
 
 ALL = (0, 1, 2, 3)
 # Of numbers that every group here divides.
@@ -134,15 +133,6 @@ def test_experts_that_cannot_be_sharded_evenly_on_many_ranks_are_reported():
     assert dims_problems(StrategyConfig("fsdp"), "strategy", model, Launch(256, 0, 0, 8)) == []
 
 
-def _groups(dims):
-    meshes = make_meshes(dims)
-    axes = {
-        axis: {tuple(dist.get_process_group_ranks(group)) for group in groups}
-        for axis, groups in groups_of(meshes).items()
-    }
-    return dims.data_rank(dist.get_rank()), axes
-
-
 @pytest.mark.parametrize(
     ("dims", "of_rank_2"),
     [
@@ -172,7 +162,12 @@ def _groups(dims):
     ids=str,
 )
 def test_neighbours_share_the_inner_groups(dims, of_rank_2):
-    assert on_ranks(_groups, 4, dims)[2] == of_rank_2
+    with fake_group(Launch(4, 2, 2, 4)):
+        axes = {
+            axis: {tuple(dist.get_process_group_ranks(group)) for group in groups}
+            for axis, groups in groups_of(make_meshes(dims)).items()
+        }
+    assert (dims.data_rank(2), axes) == of_rank_2
 
 
 def test_meshes_that_do_not_fit_the_ranks_are_an_error():

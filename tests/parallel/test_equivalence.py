@@ -31,8 +31,9 @@ from modtrain.parallel.grad_clip import clip
 from modtrain.parallel.meshes import make_meshes
 from modtrain.parallel.parallelize import parallelize
 from tests.helpers.model_cases import MODELS, distinct_tokens, settle
+from tests.helpers.near import assert_near
 from tests.helpers.ranks import on_ranks
-from tests.helpers.runs import assert_same_records, run, run_lines
+from tests.helpers.runs import assert_trains_alike
 from tests.helpers.saved import newest_weights, tensors_of
 
 # What stands in a layout's name is what is above 1.
@@ -226,25 +227,19 @@ def _on_a_rank(layout: str, runs: list[tuple[str, Option]], options: dict[str, A
     return traces
 
 
-def _assert_near(actual: Any, wanted: Any, where: str) -> None:
-    assert actual.keys() == wanted.keys(), where
-    for name, value in wanted.items():
-        assert actual[name] == pytest.approx(value, abs=1e-5), (where, name)
-
-
 def _assert_alike(actual: Trace, wanted: Trace) -> None:
     for number, chosen in actual.chosen.items():
         assert chosen == wanted.chosen[number], f"micro-batch {number}"
-        _assert_near(actual.auxiliary[number], wanted.auxiliary[number], f"micro-batch {number}")
+        assert_near(actual.auxiliary[number], wanted.auxiliary[number], f"micro-batch {number}")
         pairs = zip(actual.experts[number], wanted.experts[number], strict=True)
         for (executed, *ours), (other_executed, *theirs) in pairs:
             assert executed == other_executed
             for one, other in zip(ours, theirs, strict=True):
                 assert one == pytest.approx(other)
-    _assert_near(actual.gradients, wanted.gradients, "gradients")
+    assert_near(actual.gradients, wanted.gradients, "gradients")
     assert actual.losses == pytest.approx(wanted.losses, abs=1e-5)
     assert actual.norms == pytest.approx(wanted.norms, abs=1e-5)
-    _assert_near(actual.state, wanted.state, "state")
+    assert_near(actual.state, wanted.state, "state")
 
 
 def _assert_learns_alike(
@@ -483,13 +478,7 @@ def _cases() -> list[Any]:
 def test_a_run_is_that_of_one_process(prepared, tmp_path, name, family):
     """Its data, seeds, clipping, accumulation, evaluation and checkpoints."""
     world_size, keys, _ = RUNS[name]
-    lines = run_lines(prepared, tmp_path, "one", *FAMILIES[family])
-    assert on_ranks(run, 1, lines, joins=False) == ["complete"]
     more = [f"strategy={name.split()[0]}", *(f"strategy.{key}" for key in keys)]
-    lines = run_lines(prepared, tmp_path, "many", *FAMILIES[family], *more)
-    assert on_ranks(run, world_size, lines, joins=False) == ["complete"] * world_size
-    assert_same_records(tmp_path, "one", "many")
+    assert_trains_alike(prepared, tmp_path, world_size, FAMILIES[family], more, 5e-5)
     wanted, actual = (newest_weights(tmp_path / name, 4) for name in ("one", "many"))
-    assert actual.keys() == wanted.keys()
-    for key, value in wanted.items():
-        torch.testing.assert_close(actual[key], value, rtol=0, atol=1e-4, msg=key)
+    assert_near(actual, wanted, atol=1e-4)

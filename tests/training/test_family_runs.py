@@ -15,9 +15,8 @@ from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import resolve
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.stop_signal import STOP
 from tests.helpers.marks import slow
-from tests.helpers.runs import before_step, request_stop
+from tests.helpers.runs import stopping
 from tests.helpers.saved import assert_same_bits, newest_weights
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
@@ -106,15 +105,13 @@ def records(run: RunDirectory, kind: str = "loss") -> list[dict[str, float]]:
     *("every decision, schedule", "balance bias, selective", "random score, full", "schedule")
 )
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_stopped_run_ends_bitwise_as_the_one_never_stopped(start, finished, monkeypatch, name):
+def test_a_stopped_run_ends_bitwise_as_the_one_never_stopped(start, finished, name):
     overrides = VARIANTS[name]
     whole, cut = finished(*overrides), f"cut-{name.replace(' ', '-').replace(',', '')}"
-    with monkeypatch.context() as patch:
-        before_step(4, request_stop, patch.setattr)
+    with stopping(4):
         stopped = start(cut, *overrides)
     assert stopped.status == "stopped"
     assert latest(stopped.run.checkpoints)[0] == 5
-    STOP.signum = None
     resumed = start(cut, *overrides)
     assert resumed.status == "complete"
     assert_equal_weights(whole, resumed.run)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import time
@@ -28,7 +29,7 @@ from modtrain.training.run_directory import RunDirectory, code_version
 from modtrain.training.schedules import lr_factor
 from modtrain.training.stop_signal import STOP
 from tests.conftest import modtrain_command
-from tests.helpers.runs import before_step, losses_of, request_stop
+from tests.helpers.runs import before_step, losses_of, request_stop, stopping
 from tests.helpers.saved import assert_same_bits, newest_weights, tensors_of
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
@@ -42,6 +43,21 @@ def start(tiny, tmp_path):
         return train(compose("train", [*tiny, f"name={name}", f"runs_dir={tmp_path}", *more]))
 
     return run
+
+
+@pytest.fixture(scope="module")
+def complete(tiny, tmp_path_factory):
+    """A complete run, whose files no test changes."""
+    return train(
+        compose("train", [*tiny, f"runs_dir={tmp_path_factory.mktemp('runs')}", "name=run"])
+    ).run
+
+
+@pytest.fixture
+def copied(complete, tmp_path):
+    """A copy of it, which `start` starts again."""
+    shutil.copytree(complete.path, tmp_path / "run")
+    return RunDirectory(tmp_path / "run")
 
 
 def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
@@ -83,8 +99,8 @@ def test_a_slow_copy_of_a_save_has_the_weights_of_its_step(start, monkeypatch):
         )
 
 
-def test_metrics_are_recorded_once_a_step_with_tokens_and_flops(start):
-    records = read_metrics(start().run.metrics)
+def test_metrics_are_recorded_once_a_step_with_tokens_and_flops(complete):
+    records = read_metrics(complete.metrics)
     training = [r for r in records if "loss" in r]
     assert [r["step"] for r in training] == [2, 4, 6, 8, 10, 12]
     for record in training:
@@ -102,15 +118,14 @@ def test_metrics_are_recorded_once_a_step_with_tokens_and_flops(start):
     assert "held_out/top_k_loss (not causal)" in held_out[0]
 
 
-def test_tensorboard_shows_the_loss_on_three_axes_and_the_routing(start):
-    run = start().run
+def test_tensorboard_shows_the_loss_on_three_axes_and_the_routing(complete):
     for axis, last in (("step", 12), ("tokens", 12 * 256)):
-        events = EventAccumulator(str(run.tensorboard / f"by_{axis}")).Reload()
+        events = EventAccumulator(str(complete.tensorboard / f"by_{axis}")).Reload()
         name = "loss" if axis == "step" else f"loss by {axis}"
         assert [e.step for e in events.Scalars(name)][-1] == last
-    tera = EventAccumulator(str(run.tensorboard / "by_TFLOPs")).Reload()
+    tera = EventAccumulator(str(complete.tensorboard / "by_TFLOPs")).Reload()
     assert tera.Scalars("loss by TFLOPs")
-    by_step = EventAccumulator(str(run.tensorboard / "by_step")).Reload()
+    by_step = EventAccumulator(str(complete.tensorboard / "by_step")).Reload()
     (picture,) = by_step.Tags()["images"]
     assert by_step.Images(picture)[0].width == 64
 
@@ -123,23 +138,20 @@ def test_a_dense_run_has_one_held_out_loss(start):
 @pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize("step", [0, 5, 7])
-def test_a_signal_saves_the_step_and_the_next_start_ends_bitwise_equal(start, monkeypatch, step):
-    whole = start("whole")
-    with monkeypatch.context() as patch:
-        before_step(step, request_stop, patch.setattr)
+def test_a_signal_saves_the_step_and_the_next_start_ends_bitwise_equal(start, complete, step):
+    with stopping(step):
         stopped = start("cut")
     assert stopped.status == "stopped"
     assert stopped.exit_code == 75
     assert not stopped.run.is_complete
     assert latest(stopped.run.checkpoints)[0] == step + 1
-    STOP.signum = None
     resumed = start("cut")
     assert resumed.status == "complete"
-    assert_same_bits(weights(whole.run), weights(resumed.run))
+    assert_same_bits(weights(complete), weights(resumed.run))
     keep = ("step", "loss", "grad_norm", "lr", "held_out/causal_loss")
     shown = [
         [{k: r[k] for k in keep if k in r} for r in read_metrics(run.metrics)]
-        for run in (whole.run, resumed.run)
+        for run in (complete, resumed.run)
     ]
     # The mean over a record's steps begins anew at a resume; all the rest is equal.
     for record in (*shown[0], *shown[1]):
@@ -165,18 +177,18 @@ def test_a_signal_while_lightning_sets_up_is_not_taken_for_an_end(start, monkeyp
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(start):
-    whole = start("whole")
-    hurt = start("hurt").run
-    newest = latest(hurt.checkpoints)[1]
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
+    start, complete, copied
+):
+    newest = latest(copied.checkpoints)[1]
     victim = max(newest.glob("*.distcp"))
     victim.write_bytes(victim.read_bytes()[:-3])
-    hurt.completed_mark.unlink()
-    assert start("hurt").status == "complete"
-    assert latest(hurt.checkpoints) == (12, newest)
+    copied.completed_mark.unlink()
+    assert start().status == "complete"
+    assert latest(copied.checkpoints) == (12, newest)
     assert newest.with_name(f"damaged-{newest.name}").is_dir()
-    assert list(losses_of(hurt.path)) == [2, 4, 6, 8, 10, 12]
-    assert_same_bits(weights(whole.run), weights(hurt))
+    assert list(losses_of(copied.path)) == [2, 4, 6, 8, 10, 12]
+    assert_same_bits(weights(complete), weights(copied))
 
 
 @pytest.mark.parametrize(
@@ -202,8 +214,8 @@ def test_micro_batches_keep_their_size_where_it_is_learned_from(tiny, tmp_path, 
             run.check_same(smaller)
 
 
-def test_a_changed_configuration_names_the_keys_and_stops(start, tiny, tmp_path):
-    start()
+@pytest.mark.usefixtures("copied")
+def test_a_changed_configuration_names_the_keys_and_stops(start):
     with pytest.raises(CheckpointError) as error:
         start("run", "optimizer.lr=0.5", "model.capacity=0.25", "log.every=7", "eval.every=3")
     assert "optimizer.lr: 0.001 in the run, 0.5 now" in str(error.value)
@@ -213,6 +225,7 @@ def test_a_changed_configuration_names_the_keys_and_stops(start, tiny, tmp_path)
     assert "remedy" in str(error.value)
 
 
+@pytest.mark.usefixtures("no_lock_wait")
 def test_two_processes_cannot_share_a_run(start, tmp_path):
     with (
         RunDirectory(tmp_path / "run").locked(),
@@ -271,13 +284,13 @@ def test_a_signal_after_a_bad_step_saves_nothing(start, tmp_path, monkeypatch):
     assert latest(tmp_path / "bad" / "checkpoints") is None
 
 
-def test_a_run_that_ended_between_its_last_checkpoint_and_its_mark_trains_no_further(start):
-    run = start().run
-    before, metrics = weights(run), run.metrics.read_text()
-    run.completed_mark.unlink()
+def test_a_run_that_ended_between_its_last_checkpoint_and_its_mark_trains_no_further(
+    start, complete, copied
+):
+    copied.completed_mark.unlink()
     assert start().status == "complete"
-    assert_same_bits(before, weights(run))
-    assert run.metrics.read_text() == metrics
+    assert_same_bits(weights(complete), weights(copied))
+    assert copied.metrics.read_text() == complete.metrics.read_text()
 
 
 def test_no_checkpoint_is_written_after_a_bad_step(start, tmp_path):
@@ -298,7 +311,9 @@ def test_predictors_change_nothing_in_the_trunk_over_a_whole_run(start):
 
 def test_utilisation_is_of_executed_flops(start, monkeypatch):
     monkeypatch.setattr(metrics_callback, "peak_flops", lambda *_: 1e12)
-    records = [r for r in read_metrics(start().run.metrics) if "loss" in r]
+    run = start("run", "budget.steps=4", "eval.every=null").run
+    records = [r for r in read_metrics(run.metrics) if "loss" in r]
+    assert records
     for record in records:
         executed = record["flops"] / record["step"]
         achieved = executed / record["throughput/step_seconds"]

@@ -14,12 +14,7 @@ from modtrain.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from modtrain.training.schedules import (
-    capacity_stages,
-    level_capacities,
-    level_starts,
-    lr_factor,
-)
+from modtrain.training.schedules import capacity_stages, level_capacities, level_starts, lr_factor
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SHARE = st.floats(0.01, 1)

@@ -39,11 +39,6 @@ def routed(start):
     )
 
 
-@pytest.fixture(scope="module")
-def dense(start):
-    return start("dense", "budget.steps=1", "model.pattern=dense")
-
-
 def request(run, **changes) -> EvalRunConfig:
     values = {"sequences": 6, "batch_size": 4, "accelerator": "cpu"}
     return EvalRunConfig(run=run.path.name, runs_dir=str(run.path.parent), **(values | changes))

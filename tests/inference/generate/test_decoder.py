@@ -1,5 +1,6 @@
 """A running batch gives each sequence what it would get alone, run whole for each token."""
 
+import functools
 import itertools
 
 import pytest
@@ -12,13 +13,7 @@ from modtrain.inference.generate.decoder import Decoder, DecoderConfig, End, Tok
 from modtrain.inference.generate.sampling import PerSequenceRNG, distribution, draw
 from modtrain.models.depth.config import ComputeBudget, RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
-from tests.helpers.model_cases import (
-    VOCAB,
-    balance_predictors,
-    lively,
-    quick,
-    small,
-)
+from tests.helpers.model_cases import VOCAB, balance_predictors, lively, quick, small
 from tests.helpers.thresholds import require_margin
 from tests.models.cache import cache_cases
 
@@ -36,6 +31,7 @@ MODELS = {
 }
 
 
+@functools.cache
 def ready(name: str):
     return cache_cases.ready(small(**MODELS[name]), 24, seed=3)
 

@@ -26,11 +26,6 @@ def routed(start):
     return start("routed", "budget.steps=8", "model.capacity=0.5", "optimizer.lr=0.01")
 
 
-@pytest.fixture(scope="module")
-def dense(start):
-    return start("dense", "budget.steps=1", "model.pattern=dense")
-
-
 def flags(run):
     place = (f"run={run.path.name}", f"runs_dir={run.path.parent}")
     return [*place, "accelerator=cpu", "max_tokens=12", "sampling.greedy=true"]

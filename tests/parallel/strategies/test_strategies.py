@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from tests.helpers.ranks import on_ranks
-from tests.helpers.runs import assert_same_records, run, run_lines
+from tests.helpers.runs import assert_same_records, assert_trains_alike, run, run_lines
 
 QUICK = ("ddp", "fsdp")
 SIX_STEPS = ("budget.steps=6", "checkpoint.every=3", "eval.every=3")
@@ -20,11 +20,8 @@ MUON = ["optimizer=muon", "optimizer.muon.lr=2e-4", "model.pattern=dense"]
 @pytest.mark.on_commit("fsdp")
 @pytest.mark.parametrize("strategy", QUICK)
 def test_two_ranks_train_by_muon_as_one_process(prepared, tmp_path, strategy):
-    lines = run_lines(prepared, tmp_path, "one", *SIX_STEPS, *MUON)
-    assert on_ranks(run, 1, lines, joins=False) == ["complete"]
-    lines = run_lines(prepared, tmp_path, "two", *SIX_STEPS, f"strategy={strategy}", *MUON)
-    assert on_ranks(run, 2, lines, joins=False) == ["complete"] * 2
-    assert_same_records(tmp_path, "one", "two", 2e-5)
+    own = [*SIX_STEPS, *MUON]
+    assert_trains_alike(prepared, tmp_path, 2, own, [f"strategy={strategy}"], 2e-5)
 
 
 @pytest.mark.slow
@@ -32,11 +29,7 @@ def test_two_ranks_train_by_muon_as_one_process(prepared, tmp_path, strategy):
 @pytest.mark.parametrize("strategy", QUICK)
 def test_a_rank_without_a_held_out_sequence_changes_no_mean(prepared, tmp_path, strategy):
     own = [*SIX_STEPS, "batch.tokens=384", "eval.sequences=2", "budget.steps=3"]
-    lines = run_lines(prepared, tmp_path, "one", *own)
-    assert on_ranks(run, 1, lines, joins=False) == ["complete"]
-    lines = run_lines(prepared, tmp_path, "three", f"strategy={strategy}", *own)
-    assert on_ranks(run, 3, lines, joins=False) == ["complete"] * 3
-    assert_same_records(tmp_path, "one", "three", 2e-5)
+    assert_trains_alike(prepared, tmp_path, 3, own, [f"strategy={strategy}"], 2e-5)
 
 
 def count_graphs(lines: list[str]) -> int:
