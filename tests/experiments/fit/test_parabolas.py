@@ -42,9 +42,9 @@ def test_a_parabola_is_recovered():
     ],
 )
 def test_a_minimum_that_is_not_interior_is_refused(loss, reason):
-    ((C, said),) = parabolas(at_one_budget(np.linspace(10, 12, len(loss)), loss))
+    ((C, refusal),) = parabolas(at_one_budget(np.linspace(10, 12, len(loss)), loss))
     assert pytest.approx(1e20) == C
-    assert reason in said
+    assert reason in refusal
 
 
 def test_equal_sizes_count_once():

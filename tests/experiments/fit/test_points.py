@@ -102,7 +102,7 @@ def test_all_problems_are_listed_at_once_and_no_screenful(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "expected"),
     [
         ([], "column loss: is missing"),
         (["Loss,N,D", *ROWS], "column loss: is missing"),
@@ -118,9 +118,9 @@ def test_all_problems_are_listed_at_once_and_no_screenful(tmp_path):
         (["loss,N,D", '3,1,"2'], "is not CSV"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path, lines, said):
+def test_a_wrong_file_is_refused(tmp_path, lines, expected):
     message = refused(tmp_path, *lines)
-    assert said in message
+    assert expected in message
     assert "remedy:" in message
 
 
