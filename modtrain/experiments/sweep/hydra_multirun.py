@@ -21,9 +21,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
-from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -56,15 +54,12 @@ def print_line(text: str) -> None:
 
 
 class Multirun:
-    """Hydra's multirun under ``overrides``, those of ``hydra`` itself, over ``axes``, the others.
+    """Hydra's multirun under ``overrides``, those of ``hydra`` itself.
 
     user_dir: of the user's own YAML. is_on_slurm: whether the jobs run on Slurm.
     """
 
-    def __init__(
-        self, overrides: Sequence[Override], axes: Sequence[Override], user_dir: str | None
-    ) -> None:
-        self.axes = [str(o.input_line) for o in axes]
+    def __init__(self, overrides: Sequence[Override], user_dir: str | None) -> None:
         self.is_on_slurm = any(
             o.key_or_group == "hydra/launcher" and o.value() == "slurm" for o in overrides
         )
@@ -90,23 +85,23 @@ class Multirun:
 
     def launch(self, jobs: Sequence[tuple[SweepJob, TrainConfig]], directory: Path) -> None:
         """Start ``jobs`` and wait for them. The outcome of each is in its directory."""
-        started = {
-            tuple(job.overrides): [
-                *overrides_of(job, config),
-                f"hydra.sweep.subdir={quoted(job.name)}",
-            ]
+        job_overrides = [
+            [*overrides_of(job, config), f"hydra.sweep.subdir={quoted(job.name)}"]
             for job, config in jobs
-        }
+        ]
         task = TrainTask(os.getpid(), {str(config.name): job for job, config in jobs})
         with self._hydra() as hydra, _signals_forwarded_to_workers():
             config = self._compose(hydra, [f"hydra.sweep.dir={quoted(str(directory.resolve()))}"])
             context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
-            sweeper: Any = Plugins.instance().instantiate_sweeper(
+            # A sweeper would make the jobs of axes; these are a list already.
+            launcher: Any = Plugins.instance().instantiate_launcher(
                 hydra_context=context, task_function=task, config=config
             )
-            sweeper.launcher = _FilteringLauncher(sweeper.launcher, started)
+            OmegaConf.save(config, directory / "multirun.yaml")
             try:
-                sweeper.sweep(arguments=self.axes)
+                for result in launcher.launch(job_overrides, initial_job_idx=0):
+                    # Raises the error of a job that has failed.
+                    _ = result.return_value
             except Exception as error:
                 # Most often a worker that was killed by the signal that stops the sweep.
                 print_line(f"the launcher failed: {type(error).__name__}: {error}")
@@ -125,27 +120,6 @@ class Multirun:
         return hydra.compose_config(
             config_name="train", overrides=[*self.overrides, *overrides], run_mode=RunMode.MULTIRUN
         )
-
-
-class _FilteringLauncher(Launcher):
-    """A launcher of Hydra's that starts only some of the jobs, each in its directory.
-
-    started: overrides of a job as the sweeper made it → overrides to start it with.
-    """
-
-    def __init__(self, launcher: Launcher, started: dict[tuple[str, ...], list[str]]) -> None:
-        self.launcher, self.started = launcher, started
-
-    def setup(self, **_settings: Any) -> None:
-        """Nothing: the wrapped launcher is set up already."""
-
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Start the jobs in ``started`` and wait for them."""
-        job_keys = [tuple(overrides) for overrides in job_overrides]
-        jobs = [self.started[overrides] for overrides in job_keys if overrides in self.started]
-        return self.launcher.launch(jobs, initial_job_idx)
 
 
 class TrainTask:
