@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra import compose as hydra_compose
@@ -40,14 +41,20 @@ from modtrain.common.shipped import conf_dir
 from modtrain.data.config import PrepareConfig
 from modtrain.experiments.compare.config import CompareConfig, Comparison, add_controls
 from modtrain.experiments.fit.config import FitConfig
+from modtrain.experiments.isoflop.config import IsoflopConfig
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
+from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
 from modtrain.inference.config import EvalRunConfig, GenerateConfig, InspectConfig
 from modtrain.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from modtrain.experiments.isoflop.isoflop import Isoflop
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "plan": TrainConfig,
     "compare": CompareConfig,
+    "isoflop": IsoflopConfig,
     "prepare": PrepareConfig,
     "eval": EvalRunConfig,
     "generate": GenerateConfig,
@@ -183,7 +190,7 @@ def _combined_error(verb: str, overrides: list[Override], error: Exception) -> C
 def _config_problems(verb: str, config: Any, reported: set[str]) -> list[Problem]:
     """Return what the configuration itself finds wrong, without the keys ``reported`` already."""
     problems: list[Problem]
-    if verb == "plan":
+    if verb == "plan" or getattr(config, "plan_only", False):
         # A plan needs no name, and need not fit the data at data.path.
         problems = config.problems(needs_name=False)
     else:
@@ -264,6 +271,44 @@ def _runs_of_an_arm(config: TrainConfig, name: str, seeds: list[int]) -> list[Tr
         )
         for seed in seeds
     ]
+
+
+def compose_isoflop(overrides: Sequence[str], config_dir: str | None = None) -> Isoflop:
+    """Return a grid at equal FLOPs with the training configurations of its families.
+
+    Raises:
+        ConfigError: the grid or a family is wrong; a family's keys are prefixed by its name.
+    """
+    from modtrain.experiments.isoflop.isoflop import Isoflop  # noqa: PLC0415  (takes a second)
+
+    parsed, misread_ones = parse([_open_dictionary(text) for text in overrides])
+    problems = [replace(problem, key=problem.key.lstrip("+")) for problem in misread_ones]
+    launch, others, launch_problems = LaunchOverrides.split(parsed)
+    lines = [str(override.input_line) for override in others]
+    try:
+        config: IsoflopConfig = compose("isoflop", lines, config_dir)
+        problems += config.problems()
+    except ConfigError as error:
+        problems += error.problems
+    raise_if_any(problems + launch_problems)
+    families = _compose_each(
+        "isoflop", {name: [*lines, *added] for name, added in config.families.items()}, config_dir
+    )
+    return Isoflop(
+        config,
+        {name: _training_part(family) for name, family in families.items()},
+        compose("train", (), config_dir),
+        launch,
+        partial(compose_job, config_dir=config_dir),
+        config_dir,
+    )
+
+
+def _open_dictionary(override: str) -> str:
+    """Let an override add entries to a dictionary of an isoFLOP grid without a plus."""
+    dictionaries = ("families", "tokens_per_parameter_of", "lr_rule.factors")
+    is_entry = override.startswith(tuple(f"{key}{end}" for key in dictionaries for end in "=."))
+    return f"++{override}" if is_entry else override
 
 
 SUBMITTED = ("train", "prepare", "eval", "compare", "search", "debug")

@@ -57,6 +57,7 @@ def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) 
 
     composers: dict[str, Callable[..., Any]] = {
         "compare": compose.compose_arms,
+        "isoflop": compose.compose_isoflop,
         "search": compose.compose_search,
         "submit": compose.compose_submission,
     }
@@ -161,7 +162,7 @@ def _doctor(overrides: list[str], config_dir: str | None) -> int:
 
 
 # Verbs that train, and save on a signal.
-_TRAINING = ("train", "compare", "search")
+_TRAINING = ("train", "compare", "isoflop", "search")
 # What a verb calls, ``module:function`` with the verb's configuration, and a line of help.
 _VERBS: dict[str, tuple[str | Verb, str]] = {
     "prepare": ("modtrain.data.prepare.pipeline:prepare", "text to tokenizer and shards"),
@@ -169,6 +170,10 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
     "compare": (
         "modtrain.experiments.compare.compare:compare",
         "train several models on one budget and report them side by side",
+    ),
+    "isoflop": (
+        "modtrain.experiments.isoflop.isoflop:isoflop",
+        "train a grid of models of several families at equal training FLOPs",
     ),
     "eval": (_eval, "held-out losses of a run, causal and not"),
     "search": (
@@ -215,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     for option, override, use in (
         ("--show-depth", "show_depth=true", "for generate"),
         ("--dry-run", "dry_run=true", "for submit, and sweeps on Slurm"),
+        ("--plan", "plan_only=true", "for isoflop"),
     ):
         meaning = f"{use}, the same as {override}"
         parser.add_argument(

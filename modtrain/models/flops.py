@@ -7,7 +7,7 @@ from here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from modtrain.models.config import ModelConfig
@@ -140,14 +140,33 @@ def training_load(config: ModelConfig, layer: int, capacity: float | None, seq_l
 
 def parameters(config: ModelConfig) -> Cost:
     """Number of parameters by part; a tied head counts once, as the embedding."""
-    total = Cost(
-        embedding=config.vocabulary * config.d_model,
-        head=0 if config.tie_embeddings else config.vocabulary * config.d_model,
-        norms=config.d_model,
-    )
+    total = _outer_parameters(config)
     for layer in range(config.num_layers):
         total += _mixer_parameters(config, layer) + _mlp_parameters(config, layer)
     routing = _router_parameters(config)
+    for _ in config.routed_parts:
+        total += routing
+    return total
+
+
+def active_parameters(config: ModelConfig, seq_len: int) -> Cost:
+    """Number of parameters by part that a token passes in training, the mean over a sequence.
+
+    A routed layer's count times the share of the tokens that it takes, an expert's times the share
+    that it computes; embedding, head, routers and predictors count whole.
+    """
+    total, d = _outer_parameters(config), config.d_model
+    routing = _router_parameters(config)
+    for layer, capacity in enumerate(config.capacities):
+        load = training_load(config, layer, capacity, seq_len)
+        mixer_share, mlp_share = load.mixer_tokens / seq_len, load.mlp_tokens / seq_len
+        total += _times(_mixer_parameters(config, layer), mixer_share)
+        mlp = _times(_mlp_parameters(config, layer), mlp_share)
+        if config.has_experts(layer):
+            width = config.experts.width(config.ff_width)
+            num_passed = load.expert_slots / seq_len + config.experts.shared * mlp_share
+            mlp = replace(mlp, experts=round(num_passed * _matrices(config) * d * width))
+        total += mlp
     for _ in config.routed_parts:
         total += routing
     return total
@@ -169,6 +188,19 @@ def hidden_matrix_shapes(config: ModelConfig) -> list[tuple[int, int]]:
         if width:
             shapes += [(width, d)] * (_matrices(config) - 1) + [(d, width)]
     return shapes
+
+
+def _outer_parameters(config: ModelConfig) -> Cost:
+    """Parameters outside the layers; a tied head counts once, as the embedding."""
+    return Cost(
+        embedding=config.vocabulary * config.d_model,
+        head=0 if config.tie_embeddings else config.vocabulary * config.d_model,
+        norms=config.d_model,
+    )
+
+
+def _times(cost: Cost, share: float) -> Cost:
+    return Cost(**{name: round(count * share) for name, count in cost.parts().items()})
 
 
 def _matrices(config: ModelConfig) -> int:

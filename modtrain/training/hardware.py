@@ -20,6 +20,7 @@ _BF16_PEAKS = (
     ("A10G", 70e12),
     ("RTX 4090", 165e12),
 )
+GPU_NAMES = tuple(name for name, _ in _BF16_PEAKS)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -29,8 +30,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """
     if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _BF16_PEAKS if part in name), None)
+    return bf16_peak(torch.cuda.get_device_name(device))
+
+
+def bf16_peak(name: str) -> float | None:
+    """Return the bf16 peak in FLOP/s of the GPU of this name, None if unknown."""
+    return next((peak for part, peak in _BF16_PEAKS if part.lower() in name.lower()), None)
 
 
 def resolve_precision(precision: str, device_type: str) -> str:

@@ -6,7 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from modtrain.cli.compose import compose, compose_arms, conf_dir
+from modtrain.cli.compose import compose, compose_arms, compose_isoflop, conf_dir
+from modtrain.experiments.isoflop.grid import make_grid
+from modtrain.experiments.isoflop.grid_report import warnings_of
 from modtrain.models.flops import forward_flops, parameters, realised_flops, training_load
 from modtrain.models.transformer import Transformer
 
@@ -85,3 +87,13 @@ def test_the_quickstart_compares_like_with_like():
     routed.model.pattern = dense.model.pattern
     routed.name = dense.name
     assert routed == dense
+
+
+def test_the_small_isoflop_grid_has_the_controls_and_no_warning_but_of_data():
+    request = compose_isoflop(
+        ["experiment=isoflop_small", "data.seq_len=128", "model.vocab_size=512", "plan_only=true"]
+    )
+    grid = make_grid(request.config, request.families, request.defaults)
+    assert {point.family for point in grid.points} == {"dense", "mod", "mod_unrouted"}
+    assert len(grid.points) == 45
+    assert [line for line in warnings_of(grid) if not line.startswith("data repeat")] == []

@@ -17,6 +17,7 @@ from modtrain.models.experts.layer import ExpertMLPs
 from modtrain.models.flops import (
     Cost,
     Load,
+    active_parameters,
     dense_equivalent_flops,
     forward_flops,
     parameters,
@@ -248,6 +249,26 @@ TABLE = [  # d, S, L, V, rho, model, with head
     (256, 512, 8, 4096, 0.0979, 0.549, 0.599),
     (128, 256, 8, 256, 0.0981, 0.549, 0.556),
 ]
+
+
+@quick(30)
+@given(configs(), st.integers(1, 90), st.sampled_from([None, 1, 2]))
+def test_a_token_costs_two_flops_for_each_active_parameter_of_a_matrix(config, seq_len, every):
+    if every is not None and every <= config.num_layers:
+        experts = ExpertsConfig(count=4, top_k=1, dim=8, shared=1, noop=2, every=every)
+        config = replace(config, experts=experts)
+    active, every_one = active_parameters(config, seq_len), parameters(config)
+    flops = forward_flops(config, seq_len).parts()
+    parts = ["mlp", "experts", "expert_router"]
+    parts += ["mixer_projections"] if set(config.mixers) == {"attention"} else []
+    for part in parts:
+        # Each layer's count is rounded.
+        assert active.parts()[part] == pytest.approx(
+            flops[part] / (2 * seq_len), abs=config.num_layers
+        ), part
+    assert all(active.parts()[part] <= count for part, count in every_one.parts().items())
+    if not config.is_routed and config.experts.count is None:
+        assert active == every_one
 
 
 @pytest.mark.parametrize(("d", "seq_len", "layers", "vocab", "rho", "model", "with_head"), TABLE)

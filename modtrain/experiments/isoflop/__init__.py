@@ -1,0 +1,1 @@
+"""`modtrain isoflop`: grids of models at equal training FLOPs."""

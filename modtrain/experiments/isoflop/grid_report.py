@@ -1,0 +1,176 @@
+"""The plan of a grid: every run in a table, the rules, what to beware of, and the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from modtrain.common.errors import DataError
+from modtrain.data.stream.index import read_summary
+from modtrain.experiments.isoflop.config import IsoflopConfig
+from modtrain.experiments.isoflop.grid import Grid, Point
+from modtrain.experiments.isoflop.speed import Hours, hours_of
+from modtrain.models.flops import active_parameters, parameters
+
+# A parabola through fewer points says nothing of its own fit.
+_FEWEST_SIZES = 5
+_FAR_OFF = 0.25
+_COLUMNS = (
+    *("family", "budget", "size", "layers x width", "total", "active", "total, no embedding"),
+    *("FLOPs a token", "over target", "steps", "tokens", "D/N", "epochs", "learning rate"),
+    *("batch", "hours"),
+)
+
+
+def show_plan(grid: Grid, console: Console) -> None:
+    """Print every run of the grid, the rules that made it, the warnings and the sums.
+
+    Raises:
+        ConfigError: ``gpu`` is not known.
+    """
+    config = grid.config
+    hours, rate = hours_of(config, grid.points)
+    tokens = data_tokens(config)
+    seeds = f", each with {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
+    table = Table(title=f"{escape(str(config.name))}: {len(grid.points)} runs{seeds}")
+    for number, heading in enumerate(_COLUMNS):
+        table.add_column(heading, justify="right" if number else "left")
+    last = None
+    for point in one_seed(grid):
+        if last not in (None, point.budget):
+            table.add_section()
+        last = point.budget
+        table.add_row(*_row(point, tokens, hours))
+    console.print(table)
+    for line in [*rules(config), *grid.notes]:
+        console.print(f"- {line}", markup=False, soft_wrap=True)
+    for line in warnings_of(grid):
+        console.print(f"warning: {line}", markup=False, soft_wrap=True)
+    flops = sum(point.plan.flops for point in grid.points)
+    line = f"in all: {len(grid.points)} runs, {flops:.4g} training FLOPs"
+    if hours is not None:
+        line += f", {sum(map(hours, grid.points)):.3g} hours one after the other, {rate}"
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def one_seed(grid: Grid) -> list[Point]:
+    """Return the points of the first seed, by budget and family, the smallest models first."""
+    first = grid.points[0].seed
+    order = list(dict.fromkeys(point.family for point in grid.points))
+    points = [point for point in grid.points if point.seed == first]
+    return sorted(points, key=lambda p: (p.budget, order.index(p.family), p.size))
+
+
+def data_tokens(config: IsoflopConfig) -> int | None:
+    """Training tokens of the prepared data; None without prepared data."""
+    try:
+        summary = read_summary(config.data.path)
+    except DataError:
+        return None
+    return summary.splits["train"].num_sequences * summary.seq_len
+
+
+def _row(point: Point, tokens: int | None, hours: Hours | None) -> list[str]:
+    model, plan = point.resolved.model, point.plan
+    counts, active = parameters(model), active_parameters(model, plan.seq_len)
+    return [
+        point.family,
+        f"{point.budget:g}",
+        f"{point.size:g}",
+        f"{model.num_layers} x {model.d_model}",
+        f"{counts.total:,}",
+        f"{active.total:,}",
+        f"{counts.total - counts.embedding - counts.head:,}",
+        f"{plan.flops_per_token:.3e}",
+        "-" if point.target is None else f"{plan.flops_per_token / point.target:.3f}",
+        f"{plan.steps:,}",
+        f"{plan.tokens:,}",
+        f"{6 * plan.tokens / plan.flops_per_token:.3g}",
+        "-" if tokens is None else f"{plan.tokens / tokens:.2f}",
+        f"{point.config.optimizer.lr:g}",
+        f"{point.config.batch.tokens:,}",
+        "-" if hours is None else f"{hours(point):.3g}",
+    ]
+
+
+def rules(config: IsoflopConfig) -> list[str]:
+    """Return the rules of the grid in sentences."""
+    shape, lr, batch = config.shape, config.lr_rule, config.batch_rule
+    ratios = "".join(f", {name} {r:g}" for name, r in config.tokens_per_parameter_of.items())
+    factors = "".join(f", {name} {factor:g}" for name, factor in lr.factors.items())
+    sizes = ", ".join(f"{size:g}" for size in sorted(config.sizes))
+    return [
+        f"size 1: D / N = {config.tokens_per_parameter:g}{ratios}, with N = F / 6, D = C / F, F"
+        f" training FLOPs a token (executed, with the head), C the budget; sizes of F: {sizes}",
+        f"shape: width / layers from {shape.aspect_min:g} to {shape.aspect_max:g}; within"
+        f" {shape.tolerance:g} of F the one nearest to the middle, else the one nearest to F",
+        f"learning rate: optimizer.lr x (width / {lr.width}) ^ -{lr.exponent:g}"
+        + (f", times by family{factors}" if factors else ""),
+        f"batch: batch.tokens x (C / {batch.budget:g}) ^ {batch.exponent:g}, rounded",
+    ]
+
+
+def warnings_of(grid: Grid) -> list[str]:
+    """Return what makes the grid or a point of it doubtful."""
+    config = grid.config
+    return [*_of_data(grid), *_of_steps(grid), *_of_range(grid), *_of_shapes(config, grid)]
+
+
+def _of_data(grid: Grid) -> Iterator[str]:
+    tokens = data_tokens(grid.config)
+    repeated = [p for p in one_seed(grid) if tokens and p.plan.tokens > tokens]
+    if tokens is None or not repeated:
+        return
+    most = max(repeated, key=lambda p: p.plan.tokens)
+    yield (
+        f"data repeat in {len(repeated)} of {len(one_seed(grid))} points, up to"
+        f" {most.plan.tokens / tokens:.2f} epochs of {tokens:,} tokens ({_name(most)}): a repeated"
+        " token is worth less, which favours larger models; prepare more text"
+    )
+
+
+def _of_steps(grid: Grid) -> Iterator[str]:
+    least = grid.config.min_steps
+    short = [point for point in one_seed(grid) if point.plan.steps < least]
+    if short:
+        fewest = min(short, key=lambda p: p.plan.steps)
+        yield (
+            f"{len(short)} of {len(one_seed(grid))} points have fewer than min_steps={least} steps,"
+            f" down to {fewest.plan.steps} ({_name(fewest)}): lower batch.tokens"
+        )
+
+
+def _of_range(grid: Grid) -> Iterator[str]:
+    """Find budgets whose estimated optimum has no point on each side of it."""
+    for family, optima in grid.optima.items():
+        for budget, optimum in optima.items():
+            points = [p for p in grid.points if (p.family, p.budget) == (family, budget)]
+            sides = {
+                "smaller": any(p.size < 1 and p.plan.flops_per_token < optimum for p in points),
+                "larger": any(p.size > 1 and p.plan.flops_per_token > optimum for p in points),
+            }
+            for side in (side for side, has_points in sides.items() if points and not has_points):
+                yield (
+                    f"{family} at {budget:g} FLOPs has no {side} model than the estimated optimum,"
+                    f" {optimum:.3g} FLOPs a token: its minimum will likely lie off the grid; add"
+                    f" {side} sizes"
+                )
+
+
+def _of_shapes(config: IsoflopConfig, grid: Grid) -> Iterator[str]:
+    if len(config.sizes) < _FEWEST_SIZES:
+        yield f"{len(config.sizes)} sizes a budget are few for a fit: use {_FEWEST_SIZES} or more"
+    for point in one_seed(grid):
+        flops, target = point.plan.flops_per_token, point.target
+        if target is not None and abs(flops / target - 1) > _FAR_OFF:
+            yield (
+                f"{_name(point)} has {flops / target:.2f} of the FLOPs a token it should have: no"
+                " nearer shape is allowed; see shape.…"
+            )
+
+
+def _name(point: Point) -> str:
+    return f"{point.family} at {point.budget:g} FLOPs, size {point.size:g}"

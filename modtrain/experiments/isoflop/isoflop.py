@@ -1,0 +1,108 @@
+"""Train a grid of runs at equal training FLOPs, and write what a fit needs of them.
+
+Imports no torch: the runs are forked from this process, which must not have started its threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from modtrain.cluster.status import wide_console
+from modtrain.common.errors import ConfigError, Problem, raise_if_any
+from modtrain.experiments.isoflop.config import IsoflopConfig
+from modtrain.experiments.isoflop.grid import Grid, make_grid
+from modtrain.experiments.isoflop.grid_report import show_plan, warnings_of
+from modtrain.experiments.isoflop.points import (
+    FIGURE,
+    POINTS,
+    collect,
+    draw_points,
+    show_lowest,
+    write_points,
+)
+from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
+from modtrain.experiments.sweep.runner import ComposeJob, Runner, refuse_several_processes
+from modtrain.experiments.sweep.sweep import shared_problems
+from modtrain.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Isoflop:
+    """A grid, composed and checked.
+
+    families: what the points of each share. defaults: the training configuration without overrides.
+    launch: how the runs are started. compose_job: builds the configuration of a Slurm job.
+    user_dir: of the user's own YAML.
+    """
+
+    config: IsoflopConfig
+    families: Mapping[str, TrainConfig]
+    defaults: TrainConfig
+    launch: LaunchOverrides
+    compose_job: ComposeJob
+    user_dir: str | None = None
+
+
+def isoflop(request: Isoflop) -> int:
+    """Print the plan of the grid, or train its points and write ``points.csv`` and a figure.
+
+    Returns:
+        The exit code: 0 where every point is complete; 130 or 75 where a signal stopped the grid;
+        else 1.
+
+    Raises:
+        ConfigError: everything wrong with any point, before one starts.
+        CheckpointError: another process trains the grid, or the file system has no locks.
+    """
+    config, console = request.config, wide_console()
+    refuse_several_processes("isoflop")
+    runner = Runner(request.launch, request.compose_job, request.user_dir)
+    grid = make_grid(config, request.families, request.defaults)
+    if config.plan_only:
+        show_plan(grid, console)
+        return 0
+    _check(grid, runner)
+    for line in warnings_of(grid):
+        console.print(f"warning: {line}", markup=False, soft_wrap=True)
+    code = runner.train(config.directory, [(point.job, point.config) for point in grid.points])
+    if not runner.is_dry_run:
+        _report(grid, console)
+    return code
+
+
+def _check(grid: Grid, runner: Runner) -> None:
+    """Raise ConfigError with everything that keeps a point from being trained."""
+    wrong: dict[Problem, list[str]] = {}
+    for point in grid.points:
+        try:
+            runner.check(point.config)
+        except ConfigError as error:
+            for problem in error.problems:
+                wrong.setdefault(problem, []).append(point.job.name)
+    raise_if_any(shared_problems(wrong, len(grid.points)) + runner.multirun.problems())
+
+
+def _report(grid: Grid, console: Console) -> None:
+    """Write and print the results of the complete points, and name the others."""
+    results, missing = collect(grid.points)
+    for name, reason in missing.items():
+        first = reason.partition("\n")[0]
+        console.print(f"left out of {POINTS}: {name}: {first}", markup=False, soft_wrap=True)
+    directory = grid.config.directory
+    if not results:
+        # What is there may be of an earlier start with other points.
+        for name in (POINTS, FIGURE):
+            (directory / name).unlink(missing_ok=True)
+        return
+    write_points(results, grid.config.parameters, directory / POINTS)
+    draw_points(grid, results, directory / FIGURE)
+    show_lowest(results, console)
+    console.print(
+        f"{len(results)} of {len(grid.points)} points: {directory / POINTS}\n"
+        f"figure: {(directory / FIGURE).resolve()}",
+        markup=False,
+        soft_wrap=True,
+    )

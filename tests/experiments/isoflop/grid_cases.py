@@ -1,0 +1,36 @@
+"""Small isoFLOP grids that the tests of this folder share."""
+
+from dataclasses import replace
+from functools import cache
+
+from modtrain.cli.compose import compose_isoflop
+from modtrain.experiments.isoflop.grid import make_grid
+from modtrain.experiments.isoflop.isoflop import Isoflop
+
+FAMILIES = '{dense: ["model.pattern=dense"], mod: [], mode: ["model.experts.count=4"]}'
+WITHOUT_DATA = ("data.seq_len=64", "model.vocab_size=300", "plan_only=true")
+RUNNING = (
+    *("model=tiny", "batch.tokens=256", "batch.micro_batch_size=2", "batch_rule.exponent=0"),
+    *("shape.aspect_min=4", "shape.aspect_max=16", "model.num_heads=4", "lr_rule.width=32"),
+)
+
+
+@cache
+def composed(*overrides: str) -> Isoflop:
+    return compose_isoflop(
+        ["name=g", *RUNNING, *WITHOUT_DATA, f"families={FAMILIES}", "budgets=[1e10]", *overrides]
+    )
+
+
+def grid_of(families=None, **changes):
+    """The grid of `composed`, with other families and values of its own configuration."""
+    request = composed()
+    if families is None:
+        families = request.families
+    return make_grid(replace(request.config, **changes), families, request.defaults)
+
+
+def family_of(name="mod", part="model", **changes):
+    """One of the families of `composed`, with other values in a part of its configuration."""
+    base = composed().families[name]
+    return replace(base, **{part: replace(getattr(base, part), **changes)})

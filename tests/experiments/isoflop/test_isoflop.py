@@ -1,0 +1,191 @@
+"""Grids that are planned and trained: real runs, what a kill or a failure leaves, the points."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import modtrain.training.run  # noqa: F401  (loaded here, so that no forked job has to load it)
+from modtrain.cli import main as cli
+from modtrain.data.config import DataConfig
+from modtrain.experiments.isoflop.config import CONVENTIONS
+from modtrain.experiments.isoflop.grid_report import data_tokens, warnings_of
+from modtrain.experiments.isoflop.points import parameter_counts
+from modtrain.experiments.sweep.job_process import is_in_use, state_of
+from modtrain.models.flops import parameters
+from modtrain.training.run_directory import RunDirectory
+from tests.conftest import fork_modtrain
+from tests.experiments.isoflop.grid_cases import RUNNING, grid_of
+from tests.helpers.marks import slow
+from tests.helpers.waiting import wait_until
+
+pytestmark = pytest.mark.usefixtures("no_stop_request")
+
+SIZES = "sizes=[0.5,1,2]"
+DENSE, MOD = 'dense: ["model.pattern=dense"]', "mod: []"
+
+
+@pytest.fixture
+def arguments(tiny, tmp_path, monkeypatch):
+    """A grid whose points take about a second each."""
+    monkeypatch.chdir(tmp_path)
+    shared = [o for o in tiny if not o.startswith(("budget", "batch", "model="))]
+
+    def of(*more, families=f"{{{DENSE}, {MOD}}}", name="g"):
+        grid = (f"name={name}", f"families={families}", "budgets=[6e8]", SIZES)
+        return ["isoflop", *grid, "tokens_per_parameter=0.3", *RUNNING, *shared, *more]
+
+    return of
+
+
+def points(path="runs/g/points.csv"):
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def runs_of(path="runs/g"):
+    return {d.name: RunDirectory(d) for d in Path(path).iterdir() if "family=" in d.name}
+
+
+def test_a_plan_shows_every_run_and_trains_none(arguments, capsys):
+    code = cli.main(arguments("--plan", "flops_per_second=1e6", "seeds=[1,2]"))
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert not Path("runs").exists()
+    rows = [line for line in printed.splitlines() if line.startswith("│")]
+    assert len(rows) == 9
+    cells = [cell.strip() for cell in rows[0].strip("│").split("│")]
+    assert cells[:3] == ["dense", "6e+08", "0.5"]
+    hours = [float(row.strip("│").split("│")[-1]) for row in rows]
+    assert hours == pytest.approx([6e8 / 1e6 / 3600] * 9, rel=0.1)
+    assert "in all: 18 runs" in printed
+    assert f"{sum(hours) * 2:.3g} hours" in printed or "hours one after the other" in printed
+    assert "epochs of" in printed
+    assert "points have fewer than min_steps=200 steps" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["gpu=zx81", "plan_only=true"], "gpu=zx81: is not a GPU whose peak is known"),
+        (["nodes=2"], "add hydra/launcher=slurm"),
+        slow(["hydra/launcher=cluster"], "cluster"),
+        slow(["strategy=ddp", "strategy.world_size=2"], "number of processes"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_trained(arguments, capsys, more, text):
+    assert cli.main(arguments(*more)) == 2
+    assert text in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_warnings_name_what_makes_a_grid_doubtful(prepared):
+    data = DataConfig(path=str(prepared))
+    small = {"budgets": [1e10], "tokens_per_parameter": 2.0, "min_steps": 1, "data": data}
+    repeated, off_grid, few = "data repeat in", "no smaller model than", "sizes a budget are few"
+    found = warnings_of(grid_of(sizes=[1.0, 2.0], **small))
+    assert [sum(text in w for w in found) for text in (repeated, off_grid, few)] == [1, 3, 1]
+    tokens = data_tokens(grid_of(sizes=[1.0], **small).config)
+    points = grid_of(sizes=[0.5, 1.0, 2.0], **small).points
+    most = max(point.plan.tokens for point in points)
+    (repeats, _) = warnings_of(grid_of(sizes=[0.5, 1.0, 2.0], **small))
+    assert f"up to {most / tokens:.2f} epochs" in repeats
+    without_data = small | {"data": DataConfig(path="nowhere")}
+    (only,) = warnings_of(grid_of(sizes=[0.5, 1.0, 2.0], **without_data))
+    assert few in only
+    fewer = without_data | {"min_steps": 10**9}
+    (steps, _) = warnings_of(grid_of(sizes=[0.5, 1.0, 2.0], **fewer))
+    assert f"down to {min(point.plan.steps for point in points)} (" in steps
+
+
+def test_parameters_are_counted_by_each_convention():
+    for point in grid_of(sizes=[1.0]).points:
+        model, counts = point.resolved.model, parameter_counts(point)
+        assert tuple(counts) == CONVENTIONS
+        outside = 2 * model.vocabulary * model.d_model
+        assert counts["total"] == parameters(model).total
+        for name in ("total", "active"):
+            assert counts[name] - counts[f"{name}_non_embedding"] == outside
+        # C = 6 N D.
+        assert 6 * counts["effective"] * point.plan.tokens == pytest.approx(point.plan.flops)
+        is_sparse = model.is_routed or model.experts.count is not None
+        assert (counts["active"] < counts["total"]) == is_sparse
+
+
+@pytest.mark.slow
+def test_a_grid_is_trained_to_points_and_a_killed_one_continues(arguments, capsys):
+    grid = arguments("seeds=[5]", "sizes=[1,2]", "checkpoint.every=2", "parameters=active")
+    process = fork_modtrain(grid)
+    wait_until(lambda: Path("runs/g").is_dir() and any(r.is_complete for r in runs_of().values()))
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 75
+    wait_until(lambda: not any(map(is_in_use, runs_of().values())))
+    states = [state_of(run) for run in runs_of().values()]
+    assert "complete" in states
+    # What is complete is there already; the rest is named.
+    assert 0 < len(points()) == states.count("complete") < 6
+
+    assert cli.main(grid) == 0
+    assert f"6 jobs, {6 - states.count('complete')} to train" in capsys.readouterr().out
+    rows = points()
+    assert len(rows) == 6
+    assert {(row["family"], row["size"]) for row in rows} == {
+        (family, size)
+        for family in ("dense", "mod", "mod_unrouted")
+        for size in ("0.5", "1.0", "2.0")
+    }
+    for row in rows:
+        run = RunDirectory(Path("runs") / row["run"])
+        result = json.loads(run.result.read_text())
+        assert float(row["loss"]) == result["held_out/causal_loss"]
+        assert (float(row["C"]), int(row["D"])) == (result["flops"], result["tokens"])
+        assert float(row["C"]) == pytest.approx(6e8, rel=0.1)
+        assert row["N"] == row["N_active"]
+        assert row["seed"] == "5"
+        assert run.read_config().data.seed == 5
+    assert Path("runs/g/loss_by_size.png").stat().st_size > 10_000
+
+    assert cli.main(grid) == 0
+    assert "6 jobs, 0 to train" in capsys.readouterr().out
+    # A grid with other rules is another grid.
+    assert cli.main([*grid, "lr_rule.exponent=0"]) == 2
+    assert "optimizer.lr" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_failed_point_is_named_left_out_and_started_again_on_request(arguments, capsys):
+    families = f'{{{DENSE}, hot: ["model.pattern=dense", "optimizer.lr=1e30"]}}'
+    grid = arguments("sizes=[1]", families=families)
+    assert cli.main(grid) == 1
+    printed = capsys.readouterr().out
+    name = "g/budget=6e+08,family=hot,size=1"
+    assert f"left out of points.csv: {name}: failed TrainingError: the loss" in printed
+    assert [row["family"] for row in points()] == ["dense"]
+    starts = RunDirectory(Path("runs") / name).manifest
+    assert cli.main(grid) == 1
+    assert len(json.loads(starts.read_text())["starts"]) == 1
+    assert cli.main([*grid, "sweep.retry=true"]) == 1
+    assert len(json.loads(starts.read_text())["starts"]) == 2
+    # Without any point there is no file of an earlier start.
+    assert cli.main([*grid, "only=[hot]"]) == 1
+    assert not Path("runs/g/points.csv").exists()
+
+
+@pytest.mark.slow
+def test_points_run_beside_one_another(arguments):
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert cli.main(arguments("sizes=[1]", "only=[dense,mod]", *joblib)) == 0
+    assert {row["family"] for row in points()} == {"dense", "mod"}
+
+
+@pytest.mark.slow
+def test_a_script_for_slurm_has_a_task_for_each_point(arguments, monkeypatch):
+    on_slurm = ("hydra/launcher=slurm", "cluster=cpu", "--dry-run")
+    assert cli.main(arguments("sizes=[1]", "only=[mod]", *on_slurm)) == 0
+    (script,) = Path("runs/g").glob("*.sbatch")
+    assert "budget=6e+08,family=mod,size=1" in script.read_text()
+    assert not Path("runs/g/points.csv").exists()
