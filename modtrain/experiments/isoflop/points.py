@@ -111,7 +111,8 @@ def show_lowest(results: Sequence[Result], console: Console) -> None:
             point = sizes[best][0].point
             model = point.resolved.model
             ends = {min(losses): "smaller", max(losses): "larger"}
-            side = f"at the edge: add {ends[best]} sizes" if best in ends else ""
+            is_at_edge = best in ends and len(losses) > 1
+            side = f"at the edge: add {ends[best]} sizes" if is_at_edge else ""
             table.add_row(
                 family,
                 f"{budget:g}",
