@@ -200,6 +200,11 @@ class IsoflopConfig(TrainConfig):
             for name in self.families
             if not _FAMILY.fullmatch(name)
         ]
+        taken = [name for name in self.families if name + UNROUTED in self.families]
+        reason, remedy = "is the name of a control", "rename it, or set controls=false"
+        problems += [
+            Problem("families", name + UNROUTED, reason, remedy) for name in taken if self.controls
+        ]
         known = {*self.families, *(name + UNROUTED for name in self.families if self.controls)}
         there = f"there are: {', '.join(sorted(known))}"
         for key, names in {

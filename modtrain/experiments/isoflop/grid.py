@@ -14,6 +14,7 @@ from modtrain.experiments.isoflop.config import UNROUTED, IsoflopConfig
 from modtrain.experiments.isoflop.shapes import Shape, ShapeRule
 from modtrain.experiments.sweep.jobs import SweepJob, job_name
 from modtrain.models.config import ModelConfig, unrouted_layers
+from modtrain.models.depth.config import RouterConfig
 from modtrain.training.config import BudgetConfig, CapacityScheduleConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan, derive, resolve
 
@@ -101,13 +102,20 @@ def _add_controls(grid: Grid, family: str, controls: list[Point]) -> None:
     if not controls:
         grid.notes.append(f"{family} has no control: it has no whole layers that are not routed")
         return
-    plain = [replace(point.config, name=None) for point in controls]
-    for other in {point.family for point in grid.points}:
-        same = [replace(p.config, name=None) for p in grid.points if p.family == other]
-        if same == plain:
+    runs = list(map(_as_trained, controls))
+    for other in dict.fromkeys(point.family for point in grid.points):
+        if [_as_trained(p) for p in grid.points if p.family == other] == runs:
             grid.notes.append(f"{name} is {other}: it is trained once, as {other}")
             return
     grid.points += controls
+
+
+def _as_trained(point: Point) -> TrainConfig:
+    """Return the configuration without its name, and without what has no effect if it is dense."""
+    model = point.config.model
+    if not model.is_routed:
+        model = replace(model, pattern="dense", capacity=1.0, router=RouterConfig())
+    return replace(point.config, name=None, model=model)
 
 
 class _Family:
