@@ -13,7 +13,7 @@ from modtrain.checkpoint import layout
 from modtrain.checkpoint.layout import checkpoint_path, verify
 from modtrain.checkpoint.recovery import latest, recover, whole_checkpoints
 from modtrain.common.errors import CheckpointError
-from tests.helpers.saved import load_whole, save_whole
+from tests.helpers.saved import flip_bit, load_whole, save_whole
 
 NAMES = st.text("abcdef", min_size=1, max_size=5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8)
@@ -67,10 +67,7 @@ def damage_truncate(path):
 
 
 def damage_flip(path):
-    file = max(path.glob("*.distcp"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip_bit(max(path.glob("*.distcp")))
 
 
 def damage_remove(path):

@@ -26,7 +26,7 @@ from modtrain.checkpoint.state import load_weights, model_tensors, named_state, 
 from modtrain.common.errors import CheckpointError, ModtrainError
 from modtrain.distributed.process_group import Ranks
 from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks
-from tests.helpers.saved import load_whole
+from tests.helpers.saved import flip_bit, load_whole
 
 # Sizes that no number of ranks here divides.
 WIDTH, HIDDEN = 7, 11
@@ -391,9 +391,7 @@ def test_damage_that_one_rank_finds_is_known_to_all(tmp_path, file):
     on_ranks(saved_by_two, 2, str(tmp_path), 1, 2)
     hurt = tmp_path / "step-000000002"
     for path in hurt.iterdir() if file == "all" else [hurt / file]:
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 4
-        path.write_bytes(content)
+        flip_bit(path)
     for recovered in on_ranks(recovers, 2, str(tmp_path)):
         assert recovered[:2] == ((1, tmp_path / "step-000000001"),) * 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [

@@ -35,7 +35,7 @@ from modtrain.training.config import CheckpointConfig, TrainConfig
 from modtrain.training.run_directory import RunDirectory
 from tests.helpers.problems import problems_of
 from tests.helpers.ranks import on_ranks
-from tests.helpers.saved import save_whole
+from tests.helpers.saved import flip_bit, save_whole
 
 MODEL = ModelConfig(
     d_model=32, num_layers=2, num_heads=2, vocab_size=61, d_ff=40, tie_embeddings=True
@@ -79,10 +79,7 @@ def verb(run: RunDirectory, **changes) -> str:
 
 
 def hurt(run: RunDirectory, step: int) -> None:
-    file = checkpoint_path(run.checkpoints, step) / "__0_0.distcp"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip_bit(checkpoint_path(run.checkpoints, step) / "__0_0.distcp")
 
 
 def test_the_list_has_steps_bytes_and_progress(run):

@@ -26,6 +26,13 @@ def load_whole(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
     return dict(TensorReader(path)), read_extra_state(path)
 
 
+def flip_bit(file: Path, at: int | None = None) -> None:
+    """Change a bit of a file, in its middle or in the byte ``at``."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    file.write_bytes(content)
+
+
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights, optimizer state, and each rank's own."""
     reader = TensorReader(path)

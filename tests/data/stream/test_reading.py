@@ -18,6 +18,7 @@ from modtrain.data.stream.batch import Batch, document_numbers
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import ShardIndex, read_summary
+from tests.helpers.saved import flip_bit
 
 
 @pytest.fixture
@@ -127,15 +128,9 @@ def test_a_directory_without_index_names_the_remedy(tmp_path):
         read_summary(tmp_path / "nowhere")
 
 
-def damage(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[700] ^= 1
-    path.write_bytes(content)
-
-
 def test_damaged_shards_are_found(copy):
     shard = copy / "train" / "shard-000001.tar"
-    damage(shard)
+    flip_bit(shard, 700)
     ShardIndex.load(copy, "size")
     with pytest.raises(DataError, match=r"shard-000001\.tar: its SHA-256"):
         ShardIndex.load(copy, "sha256")
@@ -313,7 +308,7 @@ def test_the_fingerprint_of_the_stream(prepared):
 
 
 def test_verify_reaches_the_shards(copy):
-    damage(copy / "train" / "shard-000000.tar")
+    flip_bit(copy / "train" / "shard-000000.tar", 700)
     module(copy).train_dataloader()
     with pytest.raises(DataError, match="SHA-256"):
         module(copy, verify="sha256").train_dataloader()

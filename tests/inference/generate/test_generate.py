@@ -164,22 +164,6 @@ def test_the_budget_changes_what_is_routed(routed, capsys):
     assert max(shares("inference.layer_cap=0.2", "inference.capacity=1")) <= 20
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["speculate.tokens=2"], ["speculate.tokens=2", "no", "depth routers"]),
-        (["show_depth=true"], ["show_depth", "depth routers"]),
-        (["inference.decision=threshold"], ["inference.decision=threshold", "causal"]),
-        (["inference.capacity=0.5"], ["inference.capacity", "none"]),
-    ],
-)
-def test_what_a_dense_model_cannot_do_is_reported(dense, overrides, words):
-    with pytest.raises(ConfigError) as caught:
-        generate(asked(dense, *overrides))
-    for word in words:
-        assert word in str(caught.value)
-
-
 def test_a_model_without_a_causal_decision_is_refused(start):
     run = start("blind", "budget.steps=1", "model.router.causal=[]")
     with pytest.raises(ConfigError, match=r"router\.causal"):
@@ -216,9 +200,8 @@ def test_content_free_routers_keep_their_schedule(start):
         assert int(record.chosen_BS.sum()) == math.floor(settings.capacities[layer] * 40 + 1e-9)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
+_MISTAKES = {
+    "routed": [
         (["prompt=a", "file=b.txt"], ["cannot be combined", "file", "is no file"]),
         (["prompt=a", "input=c.jsonl"], ["cannot be combined", "input", "is no file"]),
         (["samples=0", "max_tokens=0"], ["samples=0", "max_tokens=0", "1 or more"]),
@@ -230,10 +213,22 @@ def test_content_free_routers_keep_their_schedule(start):
         (["speculate.tokens=0", "speculate.capacity=2"], ["speculate.tokens", ".capacity=2"]),
         (["inference.layer_cap=0"], ["inference.layer_cap"]),
     ],
+    "dense": [
+        (["speculate.tokens=2"], ["speculate.tokens=2", "no", "depth routers"]),
+        (["show_depth=true"], ["show_depth", "depth routers"]),
+        (["inference.decision=threshold"], ["inference.decision=threshold", "causal"]),
+        (["inference.capacity=0.5"], ["inference.capacity", "none"]),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "words"),
+    [(m, *case) for m, cases in _MISTAKES.items() for case in cases],
 )
-def test_every_mistake_is_reported_at_once(routed, overrides, words):
+def test_every_mistake_is_reported_at_once(request, model, overrides, words):
     with pytest.raises(ConfigError) as caught:
-        generate(asked(routed, *overrides))
+        generate(asked(request.getfixturevalue(model), *overrides))
     for word in words:
         assert word in str(caught.value)
 
