@@ -20,11 +20,14 @@ from modtrain.common.atomic_io import file_sha256, write_bytes, write_text
 from modtrain.experiments.fit.bootstrap import Estimate
 from modtrain.experiments.fit.figures import frontier_figure, loss_figure, residual_figure
 from modtrain.experiments.fit.parabolas import Parabola
-from modtrain.experiments.fit.results import FamilyFit, Fit
+from modtrain.experiments.fit.results import FamilyFit, Fit, Optimum, Refusal
 from modtrain.experiments.fit.sensitivity import Range
 
 JSON = "fit.json"
 _FORMAT = "modtrain fit 1"
+# What a screen has room for; where points share budgets by chance there are dozens.
+_MOST_ROWS = 12
+_MOST_REFUSALS = 4
 _NOT_COUNTED = "not stated (parameters=)"
 
 
@@ -181,11 +184,14 @@ def _optima_table(family: FamilyFit) -> Table:
     title = f"{escape(family.name)}: optimum at each budget, with its interval"
     table = Table(*columns, title=title, show_lines=True)
     by_parabola = {parabola.C: parabola.N for parabola in family.parabolas}
-    for best in family.optima:
+    shown = _spread(family.optima)
+    for best in shown:
         cells = [f"{best.C:.3g}", "extrapolated" if best.is_extrapolated else str(best.num_points)]
         estimates = [best.N, best.D, best.loss, by_parabola.get(best.C)]
         table.add_row(*cells, *map(_stacked, estimates))
     table.caption = "parabolas are biased (arXiv 2603.22339): the law is the result"
+    if len(shown) < len(family.optima):
+        table.caption += f"\n{len(shown)} of {len(family.optima)} budgets: {JSON} has all"
     return table
 
 
@@ -208,9 +214,22 @@ def _notes(found: Fit) -> Iterator[str]:
     if found.derived:
         yield f"{found.derived} is by C = 6ND: the points give the other two alone"
     yield from (f"warning: {text}" for text in found.warnings)
+    by_part: dict[tuple[str, str], list[Refusal]] = {}
     for refusal in found.refusals:
-        where = "" if refusal.C is None else f" at {refusal.C:.3g} FLOPs"
-        yield f"no {refusal.part} of {refusal.family}{where}: {refusal.reason}"
+        by_part.setdefault((refusal.family, refusal.part), []).append(refusal)
+    for (family, part), refusals in by_part.items():
+        for refusal in refusals[:_MOST_REFUSALS]:
+            where = "" if refusal.C is None else f" at {refusal.C:.3g} FLOPs"
+            yield f"no {part} of {family}{where}: {refusal.reason}"
+        if (more := len(refusals) - _MOST_REFUSALS) > 0:
+            yield f"no {part} of {family} at {more} more budgets: {JSON} has the reasons"
+
+
+def _spread(optima: list[Optimum]) -> list[Optimum]:
+    """Return all optima, or as many as a screen has room for, from the first to the last."""
+    if len(optima) <= _MOST_ROWS:
+        return optima
+    return [optima[int(i)] for i in np.linspace(0, len(optima) - 1, _MOST_ROWS).round()]
 
 
 def _number(value: float | None) -> str:

@@ -59,7 +59,8 @@ def _fit_one(
     log_N, loss = np.log(points.N_P[group]), points.loss_P[group]
     num_sizes = len(np.unique(log_N))
     if num_sizes < config.min_points_per_budget:
-        return C, f"{num_sizes} sizes, but a parabola needs {config.min_points_per_budget}"
+        sizes = "1 size" if num_sizes == 1 else f"{num_sizes} sizes"
+        return C, f"{sizes}, but a parabola needs {config.min_points_per_budget}"
     centre = float(log_N.mean())
     z = log_N - centre
     coefficients = _coefficients(z, loss, np.ones_like(z))

@@ -301,3 +301,16 @@ def test_an_estimate_without_resamples_has_no_interval():
         "all"
     ]
     assert family.law["E"] == Estimate(family.law["E"].value)
+
+
+def test_what_is_printed_of_many_budgets_fits_a_screen():
+    values = families(all={"num_budgets": 16, "num_sizes": 3})
+    found = fit_points(make_points(**values), FitConfig(num_starts=2, bootstrap_samples=0))
+    console = Console(record=True, width=140)
+    show(found, console)
+    shown = console.export_text()
+    assert "12 of 16 budgets" in shown
+    assert shown.count("no parabola of all at") == 5
+    assert "at 12 more budgets" in shown
+    assert len(to_json(found)["refusals"]) == 16
+    assert len(to_json(found)["families"]["all"]["budgets"]) == 16
