@@ -280,8 +280,9 @@ def test_intervals_with_noise_have_the_truth_in_them_for_the_most_part():
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_intervals_with_noise_cover_at_the_stated_rate():
-    for name, rate in coverage(300, 200).items():
-        assert 0.84 < rate < 0.96, name
+    # 0.9 within three standard errors of 150 draws, and what percentiles of 60 points fall short.
+    for name, rate in coverage(150, 100).items():
+        assert 0.8 < rate < 0.98, name
 
 
 @pytest.mark.skipif(CHINCHILLA not in os.environ, reason=f"{CHINCHILLA} names no file")

@@ -8,7 +8,7 @@ from scipy.optimize import check_grad, minimize
 from scipy.special import huber
 
 from modtrain.experiments.fit.config import FitConfig
-from modtrain.experiments.fit.law import PARAMETERS, HuberRegression, Law, fit_law
+from modtrain.experiments.fit.law import PARAMETERS, HuberRegression, Law, Minimum, fit_law
 from modtrain.experiments.fit.projection import Projection
 from tests.experiments.fit.simulated import LAW, simulated_points
 
@@ -92,6 +92,18 @@ def test_the_fit_is_as_good_as_that_of_a_slow_reference(noise):
     assert found.num_agreeing == 8
     reference = [np.exp(theta[0]), np.exp(theta[1]), *theta[2:]]
     assert list(found.law) == pytest.approx(reference, rel=0.01)
+
+
+def test_the_best_start_is_taken():
+    class Numbered(HuberRegression):
+        objectives = iter([3.0, 1.0, 2.0, 1.0 + 1e-9])
+
+        def minimize(self, start_K, weight_P):
+            return Minimum(start_K, next(self.objectives))
+
+    regression = Numbered(simulated_points(), DELTA)
+    found = fit_law(regression, FitConfig(num_starts=4), np.random.default_rng(0))
+    assert (found.minimum.objective, found.num_starts, found.num_agreeing) == (1.0, 4, 2)
 
 
 def test_a_parameter_that_the_points_do_not_determine_is_named():
