@@ -30,6 +30,8 @@ def fit(config: FitConfig, console: Console | None = None) -> None:
         console.print(f"wrote {path}", soft_wrap=True, markup=False, highlight=False)
 
 
+# Under a resample's law that is hardly determined, powers may overflow.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def fit_points(points: Points, config: FitConfig) -> Fit:
     """Fit the law to each family of ``points``.
 
@@ -46,10 +48,7 @@ def fit_points(points: Points, config: FitConfig) -> Fit:
         if reason := _too_few(kept, config):
             found.refusals.append(Refusal(name, "law", reason))
         else:
-            fitter = FamilyFitter(name, kept, len(chosen) - len(kept), found)
-            # Of a resample that is hardly determined, powers may overflow.
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                found.families[name] = fitter.fit()
+            found.families[name] = FamilyFitter(name, kept, len(chosen) - len(kept), found).fit()
     if not found.families:
         reasons = "\n".join(f"  - {r.family}: {r.reason}" for r in found.refusals)
         raise DataError(f"no family of points can be fitted:\n{reasons}")

@@ -31,6 +31,7 @@ _MOST_REFUSALS = 4
 _NOT_COUNTED = "not stated (parameters=)"
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def write(found: Fit, directory: Path) -> list[Path]:
     """Write ``fit.json`` and each figure as SVG and PNG into ``directory``; return the paths.
 
