@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from modtrain.inference.config import SamplingConfig
     from modtrain.models.config import ModelConfig
     from modtrain.models.depth.config import ComputeBudget, RouterConfig
-    from modtrain.models.depth.layer import MixtureOfDepths, predictor_loss
+    from modtrain.models.depth.layer import MixtureOfDepths
+    from modtrain.models.depth.losses import predictor_loss
     from modtrain.models.flops import forward_flops
     from modtrain.models.transformer import Transformer
 
@@ -43,7 +44,7 @@ _MODULES = {
     "forward_flops": "modtrain.models.flops",
     "generate": "modtrain.inference.api",
     "load_run": "modtrain.inference.api",
-    "predictor_loss": "modtrain.models.depth.layer",
+    "predictor_loss": "modtrain.models.depth.losses",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modtrain.data.stream.batch import Batch
-from modtrain.models.depth.config import ComputeBudget, Selection
+from modtrain.models.depth.config import ComputeBudget, RouterSwap, Selection
 from modtrain.models.flops import Load, forward_flops, realised_flops
 from modtrain.models.sequence import RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer
@@ -78,6 +78,7 @@ def evaluate(
     selections: Sequence[Selection] | None = None,
     as_trained: bool = True,
     budgets: Mapping[Selection, ComputeBudget] | None = None,
+    swap: RouterSwap | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> HeldOut:
     """Evaluate ``model`` on batches, as trained and causally.
@@ -87,6 +88,7 @@ def evaluate(
     selections: causal decisions; None: all of the model's. as_trained: False leaves out the
     selection of training where it is not causal, and with it each decision's agreement.
     budgets: compute budgets by causal decision; as trained without one.
+    swap: another choice of tokens than the routers'.
     total: sums over ranks that evaluate other batches, equally many each; None: one process.
 
     Raises:
@@ -112,6 +114,7 @@ def evaluate(
                         capacities=capacities,
                         documents_BS=documents_BS,
                         budget=budgets.get(selection),
+                        swap=swap,
                     ),
                     targets_BS,
                 )

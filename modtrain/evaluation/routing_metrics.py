@@ -18,7 +18,7 @@ def routing_metrics(labels: Sequence[str], records: Sequence[RoutingRecord]) -> 
     above 1/2, which the auxiliary loss moves towards the capacity. ``chosen``: share of routed
     tokens. ``chosen_again``: share of these that the previous router chose too; by chance it is the
     capacity. ``position_entropy``: of the chosen tokens' positions, over log S; 1 for a uniform
-    distribution.
+    distribution. ``gate_mean``, ``update_ratio``: see `RoutingRecord`.
     """
     metrics: dict[str, Tensor] = {}
     before: Tensor | None = None
@@ -32,6 +32,9 @@ def routing_metrics(labels: Sequence[str], records: Sequence[RoutingRecord]) -> 
         if before is not None:
             both = (chosen & before).sum()
             metrics[f"{name}/chosen_again"] = both / chosen.sum().clamp(min=1)
+        for figure in ("gate_mean", "update_ratio"):
+            if (value := getattr(record, figure)) is not None:
+                metrics[f"{name}/{figure}"] = value
         chosen_S = chosen.float().sum(dim=0)
         metrics[f"{name}/position_entropy"] = _entropy(chosen_S / chosen_S.sum().clamp(min=1))
         before = chosen

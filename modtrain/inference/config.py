@@ -108,12 +108,15 @@ class EvalRunConfig(TrainedRunConfig):
     batch_size: sequences at a time.
     sweep: capacities to calibrate the routers to, in turn; the result is the curve of loss over
         FLOPs instead of an evaluation.
+    swap: measure what the routers are worth as well: the loss under other choices of tokens at
+        equal capacity, and with the routed updates zeroed.
     """
 
     sequences: int | None = None
     batch_size: int = 16
     inference: ComputeBudgetConfig = field(default_factory=ComputeBudgetConfig)
     sweep: list[float] | None = None
+    swap: bool = False
 
     def problems(self) -> list[Problem]:
         """Everything wrong with the settings."""
@@ -122,6 +125,17 @@ class EvalRunConfig(TrainedRunConfig):
             *at_least(self, "", 1, "sequences", "batch_size"),
             *self.inference.problems(),
             *([] if self.sweep is None else self._sweep_problems(self.sweep)),
+            *(self._swap_problems() if self.swap else []),
+        ]
+
+    def _swap_problems(self) -> list[Problem]:
+        reason = "cannot be combined with swap=true, which keeps the capacity as trained"
+        keys: dict[str, object] = {"sweep": self.sweep}
+        keys |= {f"inference.{name}": value for name, value in self.inference.overrides.items()}
+        return [
+            Problem(key, value, reason, "leave one of the two out")
+            for key, value in keys.items()
+            if value is not None
         ]
 
     def _sweep_problems(self, sweep: list[float]) -> list[Problem]:

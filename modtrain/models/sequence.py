@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modtrain.models.cache.cache import CacheView
-from modtrain.models.depth.config import ComputeBudget, Selection
+from modtrain.models.depth.config import ComputeBudget, RouterSwap, Selection
 
 
 class SequenceContext(NamedTuple):
@@ -32,6 +32,8 @@ class SequenceContext(NamedTuple):
     routed: by router, the tokens that were routed earlier; kept with a cache for a layer cap.
     budget: limits on what is computed; None: as trained.
     num_entered_BS: routed parts that each token entered so far in this pass; kept for a step cap.
+    swap: another choice of tokens, for analysis; None: the router's own.
+    gate_B1: the factor on the updates of all routed tokens of a sequence; None: the gate's.
     """
 
     positions_BS: Tensor
@@ -48,6 +50,8 @@ class SequenceContext(NamedTuple):
     routed: tuple[CacheView, ...] = ()
     budget: ComputeBudget | None = None
     num_entered_BS: Tensor | None = None
+    swap: RouterSwap | None = None
+    gate_B1: Tensor | None = None
 
     def count_entered(self, routing: tuple[RoutingRecord, ...]) -> SequenceContext:
         """Return the context for the next part, after routers made the decisions ``routing``."""
@@ -183,6 +187,8 @@ class RoutingRecord(NamedTuple):
     scores_BS: its scores. chosen_BS: True for routed tokens. predictor_BS: the predictor's logits;
     None without a predictor. valid_BS: False for padding; None: all are valid. quantile: the score
     above which the capacity's share of the batch lies; None if the router has no threshold.
+    gate_mean: mean gate of the routed tokens, a scalar. update_ratio: root mean square of their
+    gated updates over that of their residual stream. Both None while decoding with a cache.
     """
 
     scores_BS: Tensor
@@ -190,6 +196,8 @@ class RoutingRecord(NamedTuple):
     predictor_BS: Tensor | None = None
     valid_BS: Tensor | None = None
     quantile: Tensor | None = None
+    gate_mean: Tensor | None = None
+    update_ratio: Tensor | None = None
 
 
 class ExpertRecord(NamedTuple):
@@ -214,12 +222,15 @@ class Output(NamedTuple):
     """The result of a part of the model: an update, or the residual stream after a layer.
 
     received_BS: mean attention that each token received, if the next layer routes by it.
+    gate_mean, update_ratio: see `RoutingRecord`; of a router's own layer only.
     """
 
     value_BSD: Tensor
     routing: tuple[RoutingRecord, ...] = ()
     experts: tuple[ExpertRecord, ...] = ()
     received_BS: Tensor | None = None
+    gate_mean: Tensor | None = None
+    update_ratio: Tensor | None = None
 
 
 def as_output(result: Tensor | Output) -> Output:

@@ -17,8 +17,9 @@ from modtrain.models.cache.cache import Cache, CacheView
 from modtrain.models.cache.packing import pack
 from modtrain.models.config import ModelConfig
 from modtrain.models.convolution import Convolution
-from modtrain.models.depth.config import ComputeBudget, Selection
-from modtrain.models.depth.layer import MixtureOfDepths, auxiliary_loss, predictor_loss
+from modtrain.models.depth.config import ComputeBudget, RouterSwap, Selection
+from modtrain.models.depth.layer import MixtureOfDepths
+from modtrain.models.depth.losses import auxiliary_loss, predictor_loss
 from modtrain.models.experts.layer import Experts
 from modtrain.models.feed_forward import FeedForward
 from modtrain.models.init import initialise
@@ -93,6 +94,7 @@ class Transformer(nn.Module):
         documents_BS: Tensor | None = None,
         valid_BS: Tensor | None = None,
         budget: ComputeBudget | None = None,
+        swap: RouterSwap | None = None,
     ) -> ModelOutput:
         """Run the model.
 
@@ -104,7 +106,8 @@ class Transformer(nn.Module):
         documents_BS: document numbers, rising along each sequence. No information then passes
         between documents, except that the capacities of token choice and of experts, and a layer
         cap, apply to the whole sequence.
-        valid_BS: False for padding. budget: limits on causal decisions.
+        valid_BS: False for padding. budget: limits on causal decisions. swap: another choice of
+        tokens than the routers', for analysis.
         """
         selection = selection or self.config.training_selection
         if valid_BS is None:
@@ -112,7 +115,7 @@ class Transformer(nn.Module):
         else:
             positions_BS = (valid_BS.long().cumsum(dim=1) - 1).clamp(min=0)
         context = self._context(positions_BS, selection, documents_BS, valid_BS, budget)
-        context = context._replace(attention_mask_BSS=self._attention_mask(context))
+        context = context._replace(attention_mask_BSS=self._attention_mask(context), swap=swap)
         x_BSD, routing, experts = self._run_layers(tokens_BS, context, capacities)
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:

@@ -301,16 +301,24 @@ class CPMixtureOfDepths(MixtureOfDepths):
         held_BKD = x_ND.index_select(0, row_N).view(batch, count, dim).where(is_held_BK1, 0)
         chosen_BJD = chunks.reduce_scatter(held_BKD)
         query_index_J = chunks.local_positions(count, x_BSD.device)
+        if slot_mask_BK is None:
+            # The shares are padded to one length, which statistics have to leave out.
+            slot_mask_BJ = chunks.local_chunk(torch.ones_like(index_BK, dtype=torch.bool), False)
+        else:
+            slot_mask_BJ = chunks.local_chunk(slot_mask_BK, False)
         output = self._update(
             chosen_BJD,
             context.gather(index_BK, slot_mask_BK, query_index_J),
             scores_BS.gather(1, chunks.local_chunk(index_BK)),
-            None if slot_mask_BK is None else chunks.local_chunk(slot_mask_BK, False),
+            slot_mask_BJ,
         )
         # Minus zero for who is not here: it changes no bit.
         update_BKD = chunks.gather(output.value_BSD, count).where(is_held_BK1, -0.0)
         out_ND = x_ND.index_add(0, row_N, update_BKD.reshape(-1, dim))
         return output._replace(value_BSD=out_ND.view_as(x_BSD))
+
+    def _total(self, sums_4: Tensor) -> Tensor:
+        return self.chunks.group.all_reduce(sums_4)
 
 
 class CPExperts(Experts):

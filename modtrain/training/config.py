@@ -16,6 +16,7 @@ from modtrain.parallel.validation import run_problems
 from modtrain.training.spikes.config import SpikeConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+ZERO_ROUTERS = ("end", "always", "never")
 CAPACITY_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -158,15 +159,21 @@ class EvalConfig:
     every: steps between two evaluations; null: at the end only.
     sequences: held-out sequences; null takes all.
     batch_size: sequences at a time.
+    zero_routers: when to measure what each routed layer is worth, by the causal loss without its
+        updates, an evaluation for each: ``end``: at the last evaluation; ``always``; ``never``.
     """
 
     every: int | None = 200
     sequences: int | None = 256
     batch_size: int = 16
+    zero_routers: str = "end"
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the evaluation."""
-        return at_least(self, prefix, 1, "every", "sequences", "batch_size")
+        return [
+            *at_least(self, prefix, 1, "every", "sequences", "batch_size"),
+            *one_of(self, prefix, "zero_routers", ZERO_ROUTERS),
+        ]
 
 
 @dataclass

@@ -112,10 +112,15 @@ def test_metrics_are_recorded_once_a_step_with_tokens_and_flops(complete):
         assert math.isfinite(record["loss"])
         for layer in ("01", "03"):
             assert 0 <= record[f"router/layer_{layer}/position_entropy"] <= 1
+            assert 0 < record[f"router/layer_{layer}/update_ratio"] < 1
+            assert math.isfinite(record[f"router/layer_{layer}/gate_mean"])
         assert 0 <= record["router/layer_03/chosen_again"] <= 1
     held_out = [r for r in records if "held_out/causal_loss" in r]
     assert [r["step"] for r in held_out] == [6, 12]
     assert "held_out/top_k_loss (not causal)" in held_out[0]
+    # What the routed layers are worth is measured at the end.
+    worth = ["held_out/layer_01/worth", "held_out/layer_03/worth", "held_out/routed_worth"]
+    assert [[key in record for key in worth] for record in held_out] == [[False] * 3, [True] * 3]
 
 
 def test_tensorboard_shows_the_loss_on_three_axes_and_the_routing(complete):

@@ -26,6 +26,7 @@ from modtrain.inference.evaluate.reporting import (
     sweep_points,
     write_points,
 )
+from modtrain.inference.evaluate.swaps import evaluate_swaps
 from modtrain.inference.loading import LoadedRun, load_run
 from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.flops import dense_equivalent_flops
@@ -46,7 +47,12 @@ def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
     """
     raise_if_any(config.problems())
     loaded = load_run(config)
-    raise_if_any(budget_problems(config.inference, loaded.trained.model, "inference"))
+    model = loaded.trained.model
+    problems = budget_problems(config.inference, model, "inference")
+    if config.swap and not (model.is_routed and model.causal_selections):
+        reason = "needs a model with routers and a causal decision"
+        problems.append(Problem("swap", True, reason, "leave it out"))
+    raise_if_any(problems)
     return _evaluation(config, loaded) if config.sweep is None else _sweep(config, loaded)
 
 
@@ -60,6 +66,8 @@ def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
     }
     held_out = _held_out(config, loaded, selections, budgets)
     results = {**_header(config, loaded, held_out), **_losses(held_out, _tokens_per_byte(loaded))}
+    if config.swap:
+        results["router_worth"] = evaluate_swaps(config, loaded)
     path = loaded.directory.path / f"eval-{loaded.step:09d}{settings.suffix}.json"
     write_text(path, json.dumps(results, indent=1))
     events = loaded.directory.tensorboard / f"eval{settings.suffix}"

@@ -44,6 +44,11 @@ def show(figures: dict[str, Any]) -> None:
         if decision["expert_load"]:
             heading = f"experts: share of the choices, no-op experts last ({name})"
             _print(console, heading, _experts(decision["expert_load"]))
+    if worth := figures.get("router_worth"):
+        heading = f"what the routers are worth: {worth['decision']}, {worth['sequences']} sequences"
+        _print(console, heading, _worth(worth))
+        for line in worth_sentences(worth):
+            console.print(line, soft_wrap=True)
 
 
 def write_points(directory: Path, step: int, points: Iterable[Point]) -> None:
@@ -178,6 +183,43 @@ def _experts(loads: dict[str, list[float]]) -> Table:
     headings = ["layer", *map(str, range(max(map(len, loads.values()))))]
     rows = [(label, *(f"{share:.3f}" for share in shares)) for label, shares in loads.items()]
     return _table(headings, rows)
+
+
+def _worth(worth: dict[str, Any]) -> Table:
+    headings = ["choice of tokens", "gate", "router", "loss", "change", "95% interval"]
+    rows = [("own", "own", "all", f"{worth['loss']:.4f}", "", "")]
+    rows += [
+        (
+            *(row[key] for key in ("choice", "gate", "router")),
+            f"{row['loss']:.4f}",
+            f"{row['change']:+.2%}",
+            f"{row['low']:+.2%} to {row['high']:+.2%}",
+        )
+        for row in worth["swaps"]
+    ]
+    return _table(headings, rows)
+
+
+def worth_sentences(worth: dict[str, Any]) -> list[str]:
+    """Say what follows from the swaps of all routers."""
+    by_choice = {
+        row["choice"]: row
+        for row in worth["swaps"]
+        if row["router"] == "all" and row["gate"] == "own"
+    }
+    zero, random = by_choice["zero"], by_choice["random"]
+    lines = [
+        f"Without the routed updates the loss changes by {zero['change']:+.2%}: no routing of these"
+        " blocks can be worth more."
+    ]
+    if random["low"] <= 0:
+        lines.append(
+            "A random choice of tokens is no worse than the routers' own: the model has absorbed"
+            " its routers."
+        )
+    else:
+        lines.append(f"The routers' own choice is worth {random['change']:.2%} over a random one.")
+    return lines
 
 
 def _sweep(figures: dict[str, Any]) -> Table:

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, T = S + 1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,12 +19,12 @@ from modtrain.data.stream.batch import Batch
 from modtrain.inference.calibration import budget_of_run, resolve_decisions
 from modtrain.inference.config import ComputeBudgetConfig, InspectConfig
 from modtrain.inference.inspect.page import Subject, render
-from modtrain.inference.inspect.trace import trace
+from modtrain.inference.inspect.trace import Trace, trace
 from modtrain.inference.loading import LoadedRun, load_run
 from modtrain.inference.text_io import read_text
 from modtrain.inference.token_text import TokenTexts
 from modtrain.models.config import ModelConfig
-from modtrain.models.depth.config import Selection
+from modtrain.models.depth.config import RouterSwap, Selection
 from modtrain.models.loss import IGNORED
 
 
@@ -38,14 +39,26 @@ def inspect_run(config: InspectConfig) -> Path:
     selection = choose_decision(loaded.trained.model, config.inference)
     budget = budget_of_run(loaded, selection, config.inference, config.batch_size)
     source, windows = _windows(config, loaded)
-    recorded = trace(
-        loaded.model,
-        windows,
-        selection,
-        loaded.autocast(),
-        capacities=loaded.capacities,
-        budget=budget,
-    )
+
+    def traced(swap: RouterSwap | None = None) -> Trace:
+        return trace(
+            loaded.model,
+            windows,
+            selection,
+            loaded.autocast(),
+            capacities=loaded.capacities,
+            budget=budget,
+            swap=swap,
+        )
+
+    recorded = traced()
+    if (loss := recorded.mean_loss) is not None:
+        zeroed = [traced(RouterSwap("zero", routers=(i,))) for i in range(len(recorded.routers))]
+        routers = [
+            replace(router, worth=(without.mean_loss or 0) / loss - 1)
+            for router, without in zip(recorded.routers, zeroed, strict=True)
+        ]
+        recorded = replace(recorded, routers=routers)
     texts = TokenTexts(Tokenizer.from_file(str(loaded.tokenizer)))
     model = loaded.trained.model
     subject = Subject(
@@ -114,4 +127,4 @@ def _windows(config: InspectConfig, loaded: LoadedRun) -> tuple[str, Iterable[Ba
         raise DataError("the text has no token")
     source = "the text given" if config.file is None else Path(config.file).name
     eos_id = loaded.trained.data.eos_id
-    return source, text_windows(numbers, loaded.seq_len, config.batch_size, eos_id)
+    return source, [*text_windows(numbers, loaded.seq_len, config.batch_size, eos_id)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import evaluation_mode
-from modtrain.models.depth.config import TRAINING_SELECTIONS, ComputeBudget, Selection
+from modtrain.models.depth.config import TRAINING_SELECTIONS, ComputeBudget, RouterSwap, Selection
 from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.depth.router import to_fp32_or_wider
 from modtrain.models.loss import IGNORED
@@ -34,6 +34,8 @@ class RouterTrace:
 
     decides_by: name of ``value_N``, which is None for routers that ignore content.
     threshold: above which a token is routed; None if the top k of a window are.
+    gate_mean, update_ratio: see `RoutingRecord`; means over the routed tokens, NaN without one.
+    worth: relative change of the text's loss without the router's updates; None: not known.
     """
 
     label: str
@@ -41,6 +43,9 @@ class RouterTrace:
     threshold: float | None
     value_N: Floats | None
     chosen_N: NDArray[np.bool_]
+    gate_mean: float = math.nan
+    update_ratio: float = math.nan
+    worth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,12 @@ def trace(
     *,
     capacities: Sequence[float | None] | None = None,
     budget: ComputeBudget | None = None,
+    swap: RouterSwap | None = None,
 ) -> Trace:
     """Run ``model`` over windows of any size.
 
     A target of -100 is unknown. precision, capacities: as for `held_out.evaluate`. budget:
-    the compute budget of a causal decision.
+    the compute budget of a causal decision. swap: another choice of tokens than the routers'.
 
     Raises:
         ValueError: there is no window.
@@ -110,6 +116,7 @@ def trace(
                 capacities=capacities,
                 documents_BS=documents_BS,
                 budget=budget,
+                swap=swap,
             )
             recorder.add(inputs_BS, targets_BS, output)
     return recorder.trace()
@@ -152,6 +159,8 @@ class _TraceRecorder:
         self.columns: dict[str, list[Tensor]] = {}
         self.decisions: list[tuple[str, float | None]] = []
         self.choices: list[Tensor] = []
+        # By router: number of routed tokens, and sums of gates and of update ratios over them.
+        self.sums_R3 = torch.zeros(len(model.routers), 3, dtype=torch.float64)
 
     def add(self, inputs_BS: Tensor, targets_BS: Tensor, output: ModelOutput) -> None:
         self._keep("token", inputs_BS)
@@ -168,6 +177,10 @@ class _TraceRecorder:
             if value_BS is not None:
                 self._keep(f"value {i}", value_BS, torch.float64)
             self._keep(f"chosen {i}", record.chosen_BS)
+            if record.gate_mean is not None and record.update_ratio is not None:
+                count = record.chosen_BS.sum().cpu().double()
+                means_2 = torch.stack([record.gate_mean, record.update_ratio]).cpu().double()
+                self.sums_R3[i] += torch.cat([count[None], means_2 * count])
         counts = self._choices(output, inputs_BS.numel())
         if self.choices:
             counts = [a + b for a, b in zip(self.choices, counts, strict=True)]
@@ -180,7 +193,13 @@ class _TraceRecorder:
         config = self.model.config
         decisions = zip(config.routed_labels, self.decisions, strict=True)
         routers = [
-            RouterTrace(label, *decision, column.get(f"value {i}"), column[f"chosen {i}"])
+            RouterTrace(
+                label,
+                *decision,
+                column.get(f"value {i}"),
+                column[f"chosen {i}"],
+                *(self.sums_R3[i, 1:] / self.sums_R3[i, 0]).tolist(),
+            )
             for i, (label, decision) in enumerate(decisions)
         ]
         # Under expert choice no-op experts are only part of the softmax and get no tokens.

@@ -26,6 +26,7 @@ CONTENT_FREE_SCORES = ("random", "fixed")
 SCORES = (*LEARNED_SCORES, "attention", *CONTENT_FREE_SCORES, "oracle_norm")
 GATES = ("raw", "sigmoid", "tanh", "none")
 CHOICES = ("expert", "token")
+SWAPPED_CHOICES = ("zero", "random", "even", "shuffled", "lowest", "predictor", "update_norm")
 CAUSAL_ROUTERS = ("auxiliary", "predictor", "threshold")
 
 
@@ -190,3 +191,23 @@ class ComputeBudget(NamedTuple):
     thresholds: tuple[float, ...] | None = None
     layer_cap: float | None = None
     step_cap: int | None = None
+
+
+class RouterSwap(NamedTuple):
+    """Another choice of tokens in place of a trained router's, to measure what it is worth.
+
+    Each sequence keeps its number of routed tokens. For whole sequences without padding or cache.
+
+    choice: ``zero``: the same tokens, but their updates are 0: what the routed part is worth at
+        all, a limit for any routing. ``random``. ``even``: evenly spaced. ``shuffled``: the scores
+        permuted among the tokens of a sequence, gates with them. ``lowest``: the lowest scores.
+        ``predictor``: the highest logits of the predictor. ``update_norm``: the largest updates, if
+        the part were computed for all tokens, before the gate.
+    mean_gate: the gate of every chosen token is the mean over the router's own choice in its
+        sequence, so that a change of the loss is due to the selection alone.
+    routers: numbers of the routers to swap; None: all.
+    """
+
+    choice: str
+    mean_gate: bool = False
+    routers: tuple[int, ...] | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modtrain.models.depth.config import TRAINING_SELECTIONS, ComputeBudget, RouterConfig, Selection
@@ -22,6 +21,7 @@ from modtrain.models.depth.router import (
     hash_positions,
     make_router,
     to_fp32_or_wider,
+    update_sums,
 )
 from modtrain.models.depth.selection import (
     TokenSlots,
@@ -32,6 +32,7 @@ from modtrain.models.depth.selection import (
     quantile,
     token_choice,
 )
+from modtrain.models.depth.swap import swap_choice
 from modtrain.models.sequence import (
     Output,
     RoutingRecord,
@@ -123,8 +124,36 @@ class MixtureOfDepths(nn.Module):
             record = record._replace(quantile=quantile(scores_BS, count, context.valid_BS))
         if slots is None:
             return Output(x_BSD, routing=(record,))
+        swap = context.swap
+        if swap is not None and (swap.routers is None or self.number in swap.routers):
+            return self._swapped(x_BSD, context, record, slots)
         output = self._route(x_BSD, context, scores_BS, slots)
-        return output._replace(routing=(record, *output.routing))
+        return _with_record(output, record)
+
+    def _swapped(
+        self, x_BSD: Tensor, context: SequenceContext, record: RoutingRecord, slots: TokenSlots
+    ) -> Output:
+        """Return the output with another choice of tokens; see `RouterSwap`."""
+        swap = context.swap
+        if swap is None or context.valid_BS is not None or context.cache is not None:
+            raise ValueError("a choice is swapped for whole sequences, without padding and cache")
+        if swap.choice == "zero":
+            output = self._route(x_BSD, context, record.scores_BS, slots)
+            return _with_record(output, record)._replace(value_BSD=x_BSD)
+        if swap.mean_gate:
+            gate_BS = self.gate(record.scores_BS, x_BSD)
+            if gate_BS is not None:
+                total_B1 = gate_BS.where(record.chosen_BS, 0).sum(dim=1, keepdim=True)
+                count_B1 = record.chosen_BS.sum(dim=1, keepdim=True).clamp(min=1)
+                context = context._replace(gate_B1=total_B1 / count_B1)
+        norm_BS = self._update_norms(x_BSD, context) if swap.choice == "update_norm" else None
+        scores_BS, chosen_BS = swap_choice(
+            swap, record.scores_BS, record.predictor_BS, norm_BS, record.chosen_BS
+        )
+        index_BK = chosen_first(chosen_BS, slots.index_BK.shape[1])
+        slots = TokenSlots(index_BK, chosen_BS.gather(1, index_BK))
+        output = self._route(x_BSD, context, scores_BS, slots)
+        return _with_record(output, record._replace(scores_BS=scores_BS, chosen_BS=chosen_BS))
 
     @property
     def has_running_stats(self) -> bool:
@@ -216,10 +245,14 @@ class MixtureOfDepths(nn.Module):
                     "router.score=attention needs the attention received in the layer before"
                 )
             return context.received_BS
-        with torch.no_grad():
-            update_BSD = self._module_update(x_BSD, context).value_BSD
-            norm_BS: Tensor = torch.linalg.vector_norm(to_fp32_or_wider(update_BSD), dim=-1)
-            return norm_BS
+        return self._update_norms(x_BSD, context)
+
+    @torch.no_grad()
+    def _update_norms(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
+        """Return the norms (B, S) of the updates that the whole sequence would get, ungated."""
+        update_BSD = self._module_update(x_BSD, context).value_BSD
+        norm_BS: Tensor = torch.linalg.vector_norm(to_fp32_or_wider(update_BSD), dim=-1)
+        return norm_BS
 
     def _choose(
         self,
@@ -333,6 +366,8 @@ class MixtureOfDepths(nn.Module):
         output = self._module_update(chosen_BKD, context)
         update_BKD = output.value_BSD
         factor_BK = self.gate(scores_BK, chosen_BKD)
+        if context.gate_B1 is not None:
+            factor_BK = context.gate_B1.expand_as(scores_BK)
         if factor_BK is not None:
             update_BKD = update_BKD * factor_BK.unsqueeze(-1)
         if slot_mask_BK is not None:
@@ -340,7 +375,20 @@ class MixtureOfDepths(nn.Module):
             update_BKD = update_BKD.where(slot_mask_BK.unsqueeze(-1), -0.0)
         # Autocast leaves the update narrower, or the gate wider, than the residual stream. The
         # attention received among the chosen tokens alone is no signal for the next router.
-        return output._replace(value_BSD=update_BKD.to(chosen_BKD.dtype), received_BS=None)
+        output = output._replace(value_BSD=update_BKD.to(chosen_BKD.dtype), received_BS=None)
+        if context.cache is not None:
+            return output
+        sums_4 = self._total(update_sums(factor_BK, update_BKD, chosen_BKD, slot_mask_BK))
+        count, gates, updates, stream = sums_4.unbind()
+        least = torch.finfo(sums_4.dtype).tiny
+        return output._replace(
+            gate_mean=gates / count.clamp(min=1),
+            update_ratio=(updates / stream.clamp(min=least)).sqrt(),
+        )
+
+    def _total(self, sums_4: Tensor) -> Tensor:
+        """Return sums over all tokens; context parallelism, where each rank has some, overrides."""
+        return sums_4
 
     def _module_update(self, x_BSD: Tensor, context: SequenceContext) -> Output:
         output = as_output(
@@ -351,24 +399,7 @@ class MixtureOfDepths(nn.Module):
         return output
 
 
-def predictor_loss(records: tuple[RoutingRecord, ...]) -> Tensor | None:
-    """Mean binary cross-entropy of the predictors against the choices; None without predictors."""
-    return _mean_cross_entropy([(r, r.predictor_BS) for r in records if r.predictor_BS is not None])
-
-
-def auxiliary_loss(records: tuple[RoutingRecord, ...]) -> Tensor | None:
-    """The same with the scores as logits: centres their sigmoid on 1/2 (section 3.5)."""
-    return _mean_cross_entropy([(r, r.scores_BS) for r in records])
-
-
-def _mean_cross_entropy(predictions: list[tuple[RoutingRecord, Tensor]]) -> Tensor | None:
-    losses = []
-    for record, logits_BS in predictions:
-        target_BS = record.chosen_BS.to(logits_BS.dtype)
-        loss_BS = F.binary_cross_entropy_with_logits(logits_BS, target_BS, reduction="none")
-        if record.valid_BS is None:
-            losses.append(loss_BS.mean())
-        else:
-            valid_BS = record.valid_BS.expand_as(loss_BS)
-            losses.append(loss_BS.where(valid_BS, 0).sum() / valid_BS.sum().clamp(min=1))
-    return torch.stack(losses).mean() if losses else None
+def _with_record(output: Output, record: RoutingRecord) -> Output:
+    """Return a routed layer's output with its own record first."""
+    record = record._replace(gate_mean=output.gate_mean, update_ratio=output.update_ratio)
+    return output._replace(routing=(record, *output.routing), gate_mean=None, update_ratio=None)

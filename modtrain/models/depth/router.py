@@ -148,6 +148,22 @@ class Gate(nn.Module):
         return scale.expand_as(scores_BK) if factor_BK is None else factor_BK * scale
 
 
+@torch.no_grad()
+def update_sums(
+    factor_BK: Tensor | None, update_BKD: Tensor, chosen_BKD: Tensor, slot_mask_BK: Tensor | None
+) -> Tensor:
+    """Return sums over the routed tokens: their number, gates, squared updates, squared stream."""
+    update_BK, stream_BK = (
+        to_fp32_or_wider(x_BKD).square().sum(dim=-1) for x_BKD in (update_BKD, chosen_BKD)
+    )
+    ones_BK = torch.ones_like(stream_BK)
+    gate_BK = ones_BK if factor_BK is None else factor_BK
+    values_4BK = torch.stack([ones_BK, gate_BK.to(stream_BK.dtype), update_BK, stream_BK])
+    if slot_mask_BK is not None:
+        values_4BK = values_4BK.where(slot_mask_BK, 0)
+    return values_4BK.sum(dim=(1, 2))
+
+
 def make_router(config: RouterConfig, d_model: int, eps: float) -> nn.Module | None:
     """Build the module that scores tokens; None for scores that need no module."""
     if config.score == "linear":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,9 @@ from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import Ranks
 from modtrain.distributed.watchdog import Watchdog
 from modtrain.evaluation.held_out import HeldOut, evaluate
+from modtrain.evaluation.router_health import health_warnings, zeroed_losses
 from modtrain.evaluation.routing_metrics import chosen_picture
+from modtrain.models.depth.config import RouterSwap, Selection
 from modtrain.training.callbacks.metrics import StepClock
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.metrics_log import MetricsLog
@@ -46,18 +49,43 @@ class HeldOutCallback(StepCallback):
         if not is_due(step, self.every, module.plan.steps):
             return
         with self.clock, _eager(module):
-            held_out = evaluate(
-                module.model,
-                self._with_heartbeats(self.data.val_dataloader(), step),
-                trainer.precision_plugin.forward_context(),
-                capacities=module.plan.capacities_at(step - 1),
-                total=self._total(module, counts=not self.data.valid_batches().is_repeat),
-            )
-            self.metrics_log.write(step, held_out_metrics(held_out))
+            held_out = self._evaluate(trainer, module, step)
+            values = held_out_metrics(held_out)
+            mode = module.config.eval.zero_routers
+            if mode == "always" or (mode == "end" and step == module.plan.steps):
+                first = module.config.model.causal_selections[:1]
+                values |= zeroed_losses(
+                    module.config.model,
+                    held_out,
+                    partial(self._evaluate, trainer, module, step, first),
+                )
+            self.metrics_log.write(step, values)
             self._add_image(trainer, module, step)
+        for text in health_warnings(module.config.model.routed_labels, values).values():
+            module.print(f"warning: {text}")
         if self.watchdog is not None:
             # What follows, such as a save, has its own timeout.
             self.watchdog.heartbeat(f"the end of the evaluation after step {step}")
+
+    def _evaluate(
+        self,
+        trainer: L.Trainer,
+        module: LanguageModule,
+        step: int,
+        selections: Sequence[Selection] | None = None,
+        swap: RouterSwap | None = None,
+    ) -> HeldOut:
+        """Evaluate; by these causal decisions alone if they are given."""
+        return evaluate(
+            module.model,
+            self._with_heartbeats(self.data.val_dataloader(), step),
+            trainer.precision_plugin.forward_context(),
+            capacities=module.plan.capacities_at(step - 1),
+            selections=selections,
+            as_trained=selections is None,
+            swap=swap,
+            total=self._total(module, counts=not self.data.valid_batches().is_repeat),
+        )
 
     def _with_heartbeats(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
         """Send a heartbeat for each batch."""

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 
 from modtrain.distributed.process_group import Ranks
+from modtrain.evaluation.router_health import health_warnings
 from modtrain.evaluation.routing_metrics import expert_metrics, routing_metrics
 from modtrain.optimizers.registry import OPTIMIZERS
 from modtrain.training.callbacks.step import StepCallback, is_due
@@ -16,6 +17,9 @@ from modtrain.training.hardware import peak_flops
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
 from modtrain.training.schedules import lr_factor
+
+# Share of the run after which a router that is off is worth a warning.
+_TRAINED = 0.2
 
 
 class StepClock:
@@ -53,6 +57,7 @@ class MetricsCallback(StepCallback):
     latest: dict[str, float] = field(default_factory=dict, init=False)
     _last_step: int = field(default=0, init=False)
     _peak: float | None = field(default=None, init=False)
+    _warned: set[str] = field(default_factory=set, init=False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock; print once if the MFU cannot be computed."""
@@ -81,6 +86,16 @@ class MetricsCallback(StepCallback):
                 values["throughput/mfu"] = spent / possible
         self.latest = values
         self.metrics_log.write(step, values)
+        self._warn(module, step, values)
+
+    def _warn(self, module: LanguageModule, step: int, values: dict[str, float]) -> None:
+        """Warn once of each router that is off; at the start none is trained yet."""
+        if step < _TRAINED * module.plan.steps:
+            return
+        for key, text in health_warnings(module.config.model.routed_labels, values).items():
+            if key not in self._warned:
+                self._warned.add(key)
+                module.print(f"warning: step {step:,}: {text}")
 
     def _learning(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, float]:
         statistics = module.take_statistics()

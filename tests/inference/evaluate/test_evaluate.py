@@ -367,3 +367,29 @@ def test_the_command_line_has_the_budget_and_the_sweep():
     config = compose("eval", ["run=a", "sweep=[0.03, 1]", "inference.step_cap=0"])
     assert (config.sweep, config.inference) == ([0.03, 1.0], ComputeBudgetConfig(step_cap=0))
     assert config.problems() == []
+
+
+def test_swaps_measure_what_the_routers_are_worth(routed, capsys):
+    figures = evaluate_run(request(routed, swap=True, inference=ComputeBudgetConfig("auxiliary")))
+    worth = figures["router_worth"]
+    assert (worth["decision"], worth["sequences"]) == ("auxiliary", 6)
+    assert worth["loss"] == pytest.approx(figures["causal_loss"])
+    rows = {(row["choice"], row["gate"], row["router"]): row for row in worth["swaps"]}
+    choices = ("zero", "random", "even", "lowest", "shuffled", "predictor", "update_norm")
+    own = {choice for choice, gate, router in rows if (gate, router) == ("own", "all")}
+    assert own == set(choices)
+    assert ("zero", "own", "layer_03") in rows
+    for row in rows.values():
+        assert row["change"] == pytest.approx(row["loss"] / worth["loss"] - 1)
+    show(figures)
+    shown = capsys.readouterr().out
+    assert "what the routers are worth: auxiliary, 6 sequences" in shown
+    assert "Without the routed updates the loss changes by" in shown
+
+
+def test_swaps_need_routers_and_the_capacity_as_trained(dense, routed):
+    with pytest.raises(ConfigError, match="swap=True: needs a model with routers"):
+        evaluate_run(request(dense, swap=True))
+    moved = ComputeBudgetConfig(capacity=0.5)
+    with pytest.raises(ConfigError, match=r"inference\.capacity=0\.5: cannot be combined"):
+        evaluate_run(request(routed, swap=True, inference=moved))

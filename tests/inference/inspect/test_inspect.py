@@ -54,6 +54,19 @@ def test_every_figure_of_a_token_is_that_of_a_slow_loop(kind, text):
         assert [r.label for r in trace.routers] == model.config.routed_labels
 
 
+def test_gates_and_updates_are_means_over_the_routed_tokens():
+    model = model_of("mod")
+    rows = [Batch.from_tokens(random_tokens(1, SEQ_LEN + 1, seed=seed)) for seed in (1, 2)]
+    for number, found in enumerate(trace(model, rows, "auxiliary", nullcontext()).routers):
+        gates = []
+        for row in rows:
+            with torch.no_grad():
+                record = model(row.inputs_BS, selection="auxiliary").routing[number]
+            gates += record.scores_BS[record.chosen_BS].tolist()
+        assert found.gate_mean == pytest.approx(math.fsum(gates) / len(gates))
+        assert found.update_ratio > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_capacity_and_load_are_those_of_an_evaluation(kind):
     model = model_of(kind)
@@ -66,6 +79,7 @@ def test_loss_capacity_and_load_are_those_of_an_evaluation(kind):
         assert ours.mean_loss == pytest.approx(decision.loss)
         for r in ours.routers:
             assert r.chosen_N.mean() == pytest.approx(decision.realised_capacity[r.label])
+            assert math.isnan(r.gate_mean) == (not r.chosen_N.any())
         for mixture in ours.experts:
             load = decision.expert_load[mixture.label]
             # Under expert choice no token is sent to a no-op expert.

@@ -104,7 +104,8 @@ def test_the_header_and_the_legend_have_the_figures(nasty):
     assert f"{trace.mean_loss:.4f} nats a token" in text
     assert "not causal" not in text
     for r in trace.routers:
-        assert f"{r.label[-2:]} 0.2500 {r.chosen_N.mean():.4f} score {r.threshold:.3g}" in text
+        row = f"{r.label[-2:]} 0.2500 {r.chosen_N.mean():.4f} score {r.threshold:.3g}"
+        assert f"{row} {r.gate_mean:.3f} {r.update_ratio:.3f} not known" in text
     for depth in range(3):
         count = int((trace.depths == depth).sum())
         assert f"{depth} of 2: {count} tokens, {100 * count / len(pieces):.1f}%" in text
@@ -189,8 +190,12 @@ def test_a_run_is_inspected_on_held_out_text_a_text_and_a_file(run, tmp_path, ca
     page = Parsed(path.read_text())
     assert "held-out text" in page.text
     assert "128, in windows of 64" in page.text
-    figures = evaluate_run(EvalRunConfig("a", str(run.parent), sequences=2, accelerator="cpu"))
+    request = EvalRunConfig("a", str(run.parent), sequences=2, accelerator="cpu", swap=True)
+    figures = evaluate_run(request)
     assert f"{figures['causal_loss']:.4f} nats a token" in page.text
+    for row in figures["router_worth"]["swaps"]:
+        if row["router"] != "all":
+            assert f"{row['change']:+.2%}" in page.text
     assert cli.main([*common, "text='the river'", f"output={tmp_path}/one.html"]) == 0
     one = Parsed((tmp_path / "one.html").read_text())
     assert "the text given" in one.text

@@ -1,0 +1,50 @@
+"""Other choices of tokens than a trained router's, at equal realised capacity.
+
+They measure what the router is worth: a model whose loss does not change has absorbed it.
+
+Shapes: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modtrain.models.depth.config import RouterSwap
+
+
+def swap_choice(
+    swap: RouterSwap,
+    scores_BS: Tensor,
+    predictor_BS: Tensor | None,
+    norm_BS: Tensor | None,
+    chosen_BS: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return scores and chosen tokens (B, S) in place of a router's ``chosen_BS``.
+
+    Each sequence keeps its number of chosen tokens. Random numbers are of the global generator.
+    norm_BS: of the updates that all tokens would get; for ``update_norm`` only.
+
+    Raises:
+        ValueError: the choice needs a predictor, and the router has none.
+    """
+    count_B1 = chosen_BS.sum(dim=1, keepdim=True)
+    if swap.choice == "shuffled":
+        order_BS = torch.rand(chosen_BS.shape, device=chosen_BS.device).argsort(dim=1)
+        return scores_BS.gather(1, order_BS), chosen_BS.gather(1, order_BS)
+    if swap.choice == "even":
+        length = chosen_BS.shape[1]
+        cumulative = torch.arange(length + 1, device=chosen_BS.device) * count_B1 // length
+        return scores_BS, cumulative.diff(dim=1) > 0
+    if swap.choice == "random":
+        values_BS = torch.rand(chosen_BS.shape, device=chosen_BS.device)
+    elif swap.choice == "lowest":
+        values_BS = -scores_BS
+    elif swap.choice == "update_norm" and norm_BS is not None:
+        values_BS = norm_BS
+    elif swap.choice == "predictor" and predictor_BS is not None:
+        values_BS = predictor_BS
+    else:
+        raise ValueError(f"the router has no values for the choice {swap.choice!r}")
+    rank_BS = values_BS.argsort(dim=1, descending=True).argsort(dim=1)
+    return scores_BS, rank_BS < count_B1
