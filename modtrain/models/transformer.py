@@ -293,6 +293,13 @@ def is_predictor(name: str) -> bool:
     return ".predictor." in name
 
 
+def router_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of the depth routers and their gates in ``module``."""
+    layers = [inner for inner in module.modules() if isinstance(inner, MixtureOfDepths)]
+    parts = [part for layer in layers for part in (layer.router, layer.gate) if part is not None]
+    return {parameter for part in parts for parameter in part.parameters()}
+
+
 def deciding_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Return the parameters of the routers, predictors and gates in ``module``."""
     deciding: set[nn.Parameter] = set()

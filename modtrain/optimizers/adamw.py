@@ -28,7 +28,7 @@ class AdamWSpec(OptimizerSpec):
 
     def build(self, model: nn.Module, config: OptimizerConfig) -> Optimizer:
         """See `OptimizerSpec.build`."""
-        return adamw([p for p in model.parameters() if p.requires_grad], config)
+        return adamw([p for p in model.parameters() if p.requires_grad], config, model)
 
     def is_instance(self, optimizer: Optimizer) -> bool:
         """See `OptimizerSpec.is_instance`."""
@@ -51,13 +51,24 @@ class AdamWSpec(OptimizerSpec):
         return BYTES_PER_PARAMETER * parameters(model).total
 
 
-def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> AdamW:
-    """AdamW over two groups: matrices decay, vectors (gains, biases, routers) do not."""
+def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig, model: nn.Module) -> AdamW:
+    """AdamW over ``parameters`` of ``model``: matrices decay, vectors (gains, biases) do not.
+
+    Depth routers have groups of their own where `OptimizerConfig.router_lr` is set.
+    """
     from torch.optim import AdamW
 
+    from modtrain.models.transformer import router_parameters
+
+    routers = set() if config.router_lr is None else router_parameters(model)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if (p.ndim >= 2) == decays and (p in routers) == own],
+            "weight_decay": config.weight_decay if decays else 0.0,
+            **({"lr": config.router_lr} if own else {}),
+        }
+        for own in (False, True)
+        for decays in (True, False)
     ]
     return AdamW(
         [group for group in groups if group["params"]],

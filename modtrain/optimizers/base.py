@@ -50,7 +50,8 @@ class OptimizerSpec(ABC):
 
     def rates(self, config: OptimizerConfig) -> dict[str, float]:
         """Return the highest learning rate of each part, by the name that records have it under."""
-        return {"lr": config.lr}
+        own = config.router_lr
+        return {"lr": config.lr} if own is None else {"lr": config.lr, "lr_router": own}
 
     def step_flops(self, model: ModelConfig, config: OptimizerConfig) -> int:
         """Return the FLOPs of the matrix products of one step for the whole model."""

@@ -56,6 +56,7 @@ class OptimizerConfig:
     beta1, beta2: decay of the first and of the second moment.
     eps: added to the root of the second moment.
     weight_decay: of matrices; norms' gains, biases and router vectors have none.
+    router_lr: the highest learning rate of depth routers and their gates; null takes ``lr``.
     grad_clip: largest global norm of the gradient, null for no clipping. Predictors are clipped
     by themselves, so that they cannot change the trunk's step.
     """
@@ -66,13 +67,14 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    router_lr: float | None = None
     grad_clip: float | None = 1.0
     muon: MuonConfig = field(default_factory=MuonConfig)
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the values; `registry.find_problems` knows the name."""
         return [
-            *above_zero(self, prefix, "lr", "eps", "grad_clip"),
+            *above_zero(self, prefix, "lr", "eps", "router_lr", "grad_clip"),
             *decays(self, prefix, "beta1", "beta2"),
             *at_least(self, prefix, 0, "weight_decay"),
             *self.muon.problems(f"{prefix}.muon"),

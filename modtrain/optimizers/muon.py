@@ -55,7 +55,7 @@ class MuonSpec(OptimizerSpec):
             )
             parts.append(muon)
         if rest:
-            parts.append(adamw.adamw(rest, config))
+            parts.append(adamw.adamw(rest, config, model))
         return JointOptimizer(parts)
 
     def is_instance(self, optimizer: Optimizer) -> bool:
@@ -81,7 +81,7 @@ class MuonSpec(OptimizerSpec):
     def rates(self, config: OptimizerConfig) -> dict[str, float]:
         """See `OptimizerSpec.rates`."""
         own = config.muon.lr
-        return {"lr": config.lr, "lr_muon": config.lr if own is None else own}
+        return super().rates(config) | {"lr_muon": config.lr if own is None else own}
 
     def step_flops(self, model: ModelConfig, config: OptimizerConfig) -> int:
         """See `OptimizerSpec.step_flops`."""

@@ -42,10 +42,15 @@ class RouterConfig:
         positions; ``oracle_norm``: the norm of the update that the whole sequence would get, which
         costs the whole module and is for analysis.
     hidden_dim: hidden width of the ``mlp`` router.
+    input_norm: scale the input of a ``linear`` router to root mean square 1. Without it scores
+        follow the residual stream, which is small at first and grows with depth and training; an
+        ``mlp`` router always does.
     gate: factor on the update. ``raw``: the score (eq. 1). ``sigmoid``: its sigmoid. ``tanh``: its
         tanh; a linear score, which grows with the features, is first divided by their root mean
         square. ``none``: 1. null: raw for learned scores, none for the others.
-    gate_scale: a learned factor on the gate, one per router, initially 1.
+    gate_multiplier, gate_offset: the gate is multiplied by the one and the other is added: with 2
+        and 0 a sigmoid starts near 1, with 1 and 1 a raw score does.
+    gate_scale: a learned factor on the result, one per router, initially 1.
     choice: ``expert``: the k largest scores of a sequence are routed. ``token``: each token whose
         score exceeds a running quantile is routed, which keeps the mean share at the capacity.
     capacity_factor: with token choice, the maximum number of routed tokens of a sequence, over k;
@@ -65,7 +70,10 @@ class RouterConfig:
     target: str = "block"
     score: str = "linear"
     hidden_dim: int = 64
+    input_norm: bool = False
     gate: str | None = None
+    gate_multiplier: float = 1.0
+    gate_offset: float = 0.0
     gate_scale: bool = False
     choice: str = "expert"
     capacity_factor: float = 1.25
@@ -120,7 +128,7 @@ class RouterConfig:
             *one_of(self, prefix, "choice", CHOICES),
             *(one_of(self, prefix, "causal", CAUSAL_ROUTERS) if self.causal is not None else []),
             *at_least(self, prefix, 1, "hidden_dim", "predictor_dim", "capacity_factor"),
-            *above_zero(self, prefix, "auxiliary_weight"),
+            *above_zero(self, prefix, "auxiliary_weight", "gate_multiplier"),
             *decays(self, prefix, "threshold_decay"),
         ]
         is_repeated = len(set(self.causal or [])) != len(self.causal or [])
@@ -131,9 +139,22 @@ class RouterConfig:
 
     def _combination_problems(self, prefix: str) -> list[Problem]:
         by_token, causal = self.choice == "token", self.causal_routers
+        shifts_gate = (self.gate_multiplier, self.gate_offset) != (1, 0)
         return broken_rules(
             self,
             prefix,
+            (
+                self.input_norm and self.score != "linear",
+                "input_norm",
+                f"has no effect with {prefix}.score={self.score}",
+                "leave it out, or use linear scores",
+            ),
+            (
+                shifts_gate and self.gate_kind == "none",
+                "gate_offset" if self.gate_offset else "gate_multiplier",
+                "has no effect without a gate",
+                f"leave it out, or set {prefix}.gate to raw, sigmoid or tanh",
+            ),
             (
                 not self.needs_causal and bool(causal),
                 "causal",

@@ -19,6 +19,7 @@ from modtrain.models.depth.router import (
     evenly_spaced_scores,
     floor_share,
     hash_positions,
+    hashed_scores,
     make_router,
     to_fp32_or_wider,
     update_sums,
@@ -229,13 +230,16 @@ class MixtureOfDepths(nn.Module):
         return None if self.predictor is None else self.predictor(x_BSD)
 
     def _scores(self, x_BSD: Tensor, context: SequenceContext, count: int) -> Tensor:
+        trains = context.selection in TRAINING_SELECTIONS
+        if self.config.score == "random" and not trains:
+            positions_BS = context.positions_BS.expand(x_BSD.shape[:2])
+            return to_fp32_or_wider(hashed_scores(positions_BS, self.number).to(x_BSD.dtype))
         if self.router is not None:
             scores: Tensor = self.router(x_BSD)
             return scores
         if self.config.score == "fixed":
             scores_BS = evenly_spaced_scores(x_BSD, count)
             # In decoding the length is unknown: tokens chosen by position score 1, as in training.
-            trains = context.selection in TRAINING_SELECTIONS
             return scores_BS if trains else torch.ones_like(scores_BS)
         if not self.config.needs_scores(context.selection):
             return x_BSD.new_zeros(x_BSD.shape[:2])

@@ -23,16 +23,21 @@ class LinearRouter(nn.Module):
     """One scalar per token, r = w·x, without an activation (arXiv 2404.02258, section 3.4).
 
     Weights begin normal with standard deviation 1 / sqrt(d_model): at zero no update would pass.
+    eps: of a norm that scales x to root mean square 1 first; None: no norm.
     """
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, eps: float | None = None) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.empty(d_model).normal_(std=d_model**-0.5))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return the scores (B, S), in float32 or wider."""
         with torch.autocast(x_BSD.device.type, enabled=False):
-            return to_fp32_or_wider(x_BSD) @ to_fp32_or_wider(self.weight)
+            x_BSD = to_fp32_or_wider(x_BSD)
+            if self.eps is not None:
+                x_BSD = F.rms_norm(x_BSD, (x_BSD.shape[-1],), eps=self.eps)
+            return x_BSD @ to_fp32_or_wider(self.weight)
 
 
 class TokenMLP(nn.Module):
@@ -99,11 +104,28 @@ def hash_positions(positions_BS: Tensor, share: float, salt: int) -> Tensor:
     A hash of position and ``salt`` decides, so the choice is the same for a whole sequence, for
     chunks of it, and on every device.
     """
+    return _position_hash(positions_BS, salt) < int(share * 2**32)
+
+
+def hashed_scores(positions_BS: Tensor, salt: int) -> Tensor:
+    """Return Gaussian scores (B, S) whose largest are the tokens of `hash_positions`, in float32.
+
+    They are the scores of a random router when causal: a chosen token's gate is distributed as that
+    of a token among the top of a sequence, as in training.
+    """
+    share_BS = (_position_hash(positions_BS, salt).to(torch.float32) + 0.5) / 2**32
+    # In float32 a share may round to 1, whose quantile is infinite.
+    quantile_BS: Tensor = torch.special.ndtri(share_BS.clamp(max=1 - 1e-6))
+    return -quantile_BS
+
+
+def _position_hash(positions_BS: Tensor, salt: int) -> Tensor:
+    """Return a hash (B, S) of each position, evenly distributed in [0, 2^32)."""
     # Multiply and shift in 32 bits, after Wellons' "lowbias32" (https://nullprogram.com, 2018).
     hashed = (positions_BS + (salt + 1) * 0x9E3779B1) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         hashed = ((hashed ^ (hashed >> shift)) * factor) & 0xFFFFFFFF
-    return (hashed ^ (hashed >> 16)) < int(share * 2**32)
+    return hashed ^ (hashed >> 16)
 
 
 def floor_share(count_BS: Tensor, share: float) -> Tensor:
@@ -126,8 +148,9 @@ class Gate(nn.Module):
     def __init__(self, config: RouterConfig, eps: float) -> None:
         super().__init__()
         self.kind, self.eps = config.gate_kind, eps
-        # Only linear scores grow with the residual stream.
-        self.normalises = config.score == "linear"
+        # Only linear scores without a norm grow with the residual stream.
+        self.normalises = config.score == "linear" and not config.input_norm
+        self.multiplier, self.offset = config.gate_multiplier, config.gate_offset
         self.scale = nn.Parameter(torch.ones(1)) if config.gate_scale else None
 
     def forward(self, scores_BK: Tensor, x_BKD: Tensor) -> Tensor | None:
@@ -142,6 +165,8 @@ class Gate(nn.Module):
             factor_BK = (scores_BK * torch.rsqrt(mean_square_BK + self.eps)).tanh()
         elif self.kind == "tanh":
             factor_BK = scores_BK.tanh()
+        if factor_BK is not None and (self.multiplier, self.offset) != (1, 0):
+            factor_BK = factor_BK * self.multiplier + self.offset
         if self.scale is None:
             return factor_BK
         scale = to_fp32_or_wider(self.scale)
@@ -167,7 +192,7 @@ def update_sums(
 def make_router(config: RouterConfig, d_model: int, eps: float) -> nn.Module | None:
     """Build the module that scores tokens; None for scores that need no module."""
     if config.score == "linear":
-        return LinearRouter(d_model)
+        return LinearRouter(d_model, eps if config.input_norm else None)
     if config.score == "mlp":
         return MLPRouter(d_model, config.hidden_dim, eps)
     return RandomRouter() if config.score == "random" else None
