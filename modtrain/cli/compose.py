@@ -311,7 +311,7 @@ def _open_dictionary(override: str) -> str:
     return f"++{override}" if is_entry else override
 
 
-SUBMITTED = ("train", "prepare", "eval", "compare", "search", "debug")
+SUBMITTED = ("train", "prepare", "eval", "compare", "isoflop", "search", "debug")
 """The verbs that a job can run, and ``debug``, which keeps nodes for interactive use."""
 
 
@@ -343,7 +343,10 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
         problems.append(Problem("array", verb, "is for train alone", remedy))
     try:
         joined = join_space(verb_overrides) if verb == "search" else verb_overrides
-        composed = compose(verb, joined, config_dir, job_keys())
+        if verb == "isoflop":
+            composed = compose_isoflop(verb_overrides, config_dir).config
+        else:
+            composed = compose(verb, joined, config_dir, job_keys())
         if verb == "compare":
             compose_arms(verb_overrides, config_dir)
         problems += composed.problems()

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from modtrain.cluster.status import wide_console
-from modtrain.common.errors import ConfigError, Problem, raise_if_any
+from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
+from modtrain.experiments.fit.config import FitConfig
+from modtrain.experiments.fit.fit import fit
 from modtrain.experiments.isoflop.config import IsoflopConfig
 from modtrain.experiments.isoflop.grid import Grid, make_grid
 from modtrain.experiments.isoflop.grid_report import show_plan, warnings_of
@@ -27,6 +29,9 @@ from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
 from modtrain.experiments.sweep.runner import ComposeJob, Runner, refuse_several_processes
 from modtrain.experiments.sweep.sweep import shared_problems
 from modtrain.training.config import TrainConfig
+from modtrain.training.stop_signal import STOP
+
+FIT = "fit"
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ def isoflop(request: Isoflop) -> int:
     for line in warnings_of(grid):
         console.print(f"warning: {line}", markup=False, soft_wrap=True)
     code = runner.train(config.directory, [(point.job, point.config) for point in grid.points])
-    if not runner.is_dry_run:
-        _report(grid, console)
+    if not runner.is_dry_run and _report(grid, console) and not STOP.requested:
+        _fit(config, console)
     return code
 
 
@@ -85,8 +90,11 @@ def _check(grid: Grid, runner: Runner) -> None:
     raise_if_any(shared_problems(wrong, len(grid.points)) + runner.multirun.problems())
 
 
-def _report(grid: Grid, console: Console) -> None:
-    """Write and print the results of the complete points, and name the others."""
+def _report(grid: Grid, console: Console) -> bool:
+    """Write and print the results of the complete points, and name the others.
+
+    Returns whether there are any.
+    """
     results, missing = collect(grid.points)
     for name, reason in missing.items():
         first = reason.partition("\n")[0]
@@ -96,7 +104,7 @@ def _report(grid: Grid, console: Console) -> None:
         # What is there may be of an earlier start with other points.
         for name in (POINTS, FIGURE):
             (directory / name).unlink(missing_ok=True)
-        return
+        return False
     write_points(results, grid.config.parameters, directory / POINTS)
     draw_points(grid, results, directory / FIGURE)
     show_lowest(results, console)
@@ -106,3 +114,19 @@ def _report(grid: Grid, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+    return True
+
+
+def _fit(config: IsoflopConfig, console: Console) -> None:
+    """Fit the points as `modtrain fit` does, where they are enough."""
+    # The first family is the one to compare with; a fit itself says what it counts.
+    settings = FitConfig(
+        points=str(config.directory / POINTS),
+        output=str(config.directory / FIT),
+        baseline=next(iter(config.families)),
+        parameters=config.parameters,
+    )
+    try:
+        fit(settings, console)
+    except DataError as error:
+        console.print(f"no fit yet: {error}", markup=False, soft_wrap=True)

@@ -10,8 +10,10 @@ import pytest
 
 import modtrain.training.run  # noqa: F401  (loaded here, so that no forked job has to load it)
 from modtrain.cli import main as cli
+from modtrain.cli.compose import compose_isoflop
 from modtrain.data.config import DataConfig
 from modtrain.experiments.isoflop.config import CONVENTIONS
+from modtrain.experiments.isoflop.grid import make_grid
 from modtrain.experiments.isoflop.grid_report import data_tokens, warnings_of
 from modtrain.experiments.isoflop.points import parameter_counts
 from modtrain.experiments.sweep.job_process import is_in_use, state_of
@@ -113,6 +115,31 @@ def test_parameters_are_counted_by_each_convention():
         assert 6 * counts["effective"] * point.plan.tokens == pytest.approx(point.plan.flops)
         is_sparse = model.is_routed or model.experts.count is not None
         assert (counts["active"] < counts["total"]) == is_sparse
+
+
+@pytest.mark.slow
+def test_points_are_fitted_where_they_are_enough(arguments, capsys):
+    """Complete runs are written by hand here, with the losses of a known law."""
+    grid = (
+        "budgets=[1e9,1e10,1e11]",
+        "sizes=[0.25,0.5,1,2,4]",
+        "only=[dense]",
+        "shape.aspect_min=2",
+    )
+    request = compose_isoflop(arguments(*grid)[1:])
+    for point in make_grid(request.config, request.families, request.defaults).points:
+        size, tokens = parameter_counts(point)["effective"], point.plan.tokens
+        run = RunDirectory.of(point.config)
+        run.path.mkdir(parents=True)
+        run.complete({"held_out/causal_loss": 1.69 + 406.4 / size**0.34 + 410.7 / tokens**0.28})
+    assert cli.main(arguments(*grid)) == 0
+    assert "15 jobs, 0 to train" in capsys.readouterr().out
+    law = json.loads(Path("runs/g/fit/fit.json").read_text())
+    assert law["parameters"] == "effective"
+    assert len(points()) == 15
+    found = law["families"]["dense"]["law"]
+    assert found["alpha"]["value"] == pytest.approx(0.34, abs=0.01)
+    assert found["beta"]["value"] == pytest.approx(0.28, abs=0.01)
 
 
 @pytest.mark.slow
