@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -42,15 +42,18 @@ class Checkpointer:
         keep_last: int | None = None,
         keep_every: int | None = None,
         timeout: timedelta = timedelta(seconds=SLOW_TIMEOUT),
+        keep_steps: Collection[int] = (),
     ) -> None:
         """Make the group that saves communicate over; collective.
 
-        keep_last, keep_every: as in `prune`, done when a newer one is on disk; None keeps all.
+        keep_last, keep_every, keep_steps: as in `prune`, done when a newer one is on disk;
+        ``keep_last=None`` keeps all.
         timeout: how long a rank waits for the others in a save, the slowest disk included.
 
         ``longest_save`` is the seconds of the longest save so far, 0 before the first is done.
         """
         self.ranks, self.keep_last, self.keep_every = ranks, keep_last, keep_every
+        self.keep_steps = keep_steps
         self._save_ranks = ranks.duplicate(timeout)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
@@ -173,6 +176,7 @@ class Checkpointer:
             self._copied.set()
         if self._save_ranks.is_rank0 and self.keep_last is not None:
             try:
-                prune(path.parent, self.keep_last, self.keep_every)
+                keep = self.keep_last, self.keep_every
+                prune(path.parent, *keep, keep_steps=self.keep_steps)
             except (OSError, CheckpointError) as error:
                 log.warning("old checkpoints could not be removed: %s", error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -115,8 +115,16 @@ def recover(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
     return newest
 
 
-def prune(root: Path, keep_last: int, keep_every: int | None, contents: bool = False) -> list[Path]:
-    """Remove whole checkpoints except the newest ``keep_last`` and multiples of ``keep_every``.
+def prune(
+    root: Path,
+    keep_last: int,
+    keep_every: int | None,
+    contents: bool = False,
+    keep_steps: Collection[int] = (),
+) -> list[Path]:
+    """Remove whole checkpoints except the newest ``keep_last`` and those to stay for good.
+
+    Multiples of ``keep_every`` and the steps of ``keep_steps`` stay for good.
 
     contents: read what is kept; a damaged one does not count, and another is kept in its place.
 
@@ -126,7 +134,7 @@ def prune(root: Path, keep_last: int, keep_every: int | None, contents: bool = F
     for step, path in reversed(whole_checkpoints(root)):
         if num_kept < keep_last:
             num_kept += not contents or _step_if_whole(path, contents=True) is not None
-        elif keep_every is None or step % keep_every:
+        elif step not in keep_steps and (keep_every is None or step % keep_every):
             # Renamed first: an interrupted removal must not leave a directory that looks whole.
             doomed = path.with_name(TEMPORARY_PREFIX + "removed-" + path.name)
             path.rename(doomed)

@@ -86,7 +86,8 @@ def _prune(config: CheckpointsConfig, run: RunDirectory, console: Console) -> No
     keep_every = config.keep_every or retention.keep_every
     # A training process prunes by itself, and one that starts may be reading a checkpoint.
     with run.locked():
-        removed = prune(run.checkpoints, keep_last, keep_every, contents=True)
+        steps = retention.keep_steps
+        removed = prune(run.checkpoints, keep_last, keep_every, contents=True, keep_steps=steps)
     for path in removed:
         console.print(f"removed {path}")
     console.print(f"{len(whole_checkpoints(run.checkpoints))} checkpoints are left")

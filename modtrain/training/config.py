@@ -89,18 +89,22 @@ class ScheduleConfig:
     warmup: share of the steps in which the rate rises from 0.
     decay: share of the steps at the end in which wsd decays.
     final: the last rate divided by the highest.
+    warmup_steps: the warm-up as a number of steps, whatever the run's length; null: by ``warmup``.
     """
 
     name: str = "cosine"
     warmup: float = 0.02
     decay: float = 0.2
     final: float = 0.1
+    warmup_steps: int | None = None
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the schedule."""
         problems = one_of(self, prefix, "name", SCHEDULES)
         problems += shares(self, prefix, "warmup", "decay", "final")
-        if not problems and self.name == "wsd" and self.warmup + self.decay > 1:
+        problems += at_least(self, prefix, 1, "warmup_steps")
+        is_of_run = self.name == "wsd" and self.warmup_steps is None
+        if not problems and is_of_run and self.warmup + self.decay > 1:
             reason = f"and {prefix}.warmup={self.warmup} are more than the run"
             remedy = "let their sum be 1 at most"
             problems.append(Problem(f"{prefix}.decay", self.decay, reason, remedy))
@@ -185,12 +189,14 @@ class CheckpointConfig:
     keep_every: a checkpoint whose step is a multiple of this stays for good; null: none.
     background: train on while the disk writes; it takes a copy of the rank's share of the state in
         the CPU's memory.
+    keep_steps: steps at which the run also saves, to stay for good.
     """
 
     every: int = 200
     keep_last: int = 2
     keep_every: int | None = None
     background: bool = True
+    keep_steps: list[int] = field(default_factory=list)
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the checkpoints."""
@@ -199,6 +205,36 @@ class CheckpointConfig:
             reason = f"is not a multiple of {prefix}.every={self.every}"
             remedy = "choose a multiple, or no checkpoint would be kept"
             problems.append(Problem(f"{prefix}.keep_every", self.keep_every, reason, remedy))
+        reason, remedy = "is not a step of a run", "give 1 or more"
+        return problems + [
+            Problem(f"{prefix}.keep_steps", step, reason, remedy)
+            for step in self.keep_steps
+            if step < 1
+        ]
+
+
+@dataclass
+class BranchConfig:
+    """The checkpoint of another run that this run starts from, its trunk.
+
+    The trunk's steps become this run's own: its weights are those of a run that was trained from
+    the start with this configuration, to the bit. So both may differ only in what has not come to
+    bear by then: the budget, and the part of the schedule that is still ahead.
+
+    run: name of the trunk; null: start from initial weights.
+    step: of the trunk's checkpoint.
+    """
+
+    run: str | None = None
+    step: int | None = None
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the branch that can be checked without the trunk."""
+        problems = at_least(self, prefix, 1, "step")
+        if (self.run is None) != (self.step is None):
+            key = "run" if self.run is None else "step"
+            reason = "is missing: a branch has a run and a step"
+            problems.append(Problem(f"{prefix}.{key}", "null", reason, "give both, or neither"))
         return problems
 
 
@@ -249,6 +285,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
+    branch: BranchConfig = field(default_factory=BranchConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
@@ -270,9 +307,24 @@ class TrainConfig:
             *optimizer_problems(self.optimizer, "optimizer", self.strategy.stage is not None),
             *run_problems(self.strategy, "strategy", self.compile),
             *self.spike.strategy_problems("spike", self.strategy.name),
+            *self._branch_problems(),
             *([] if by_part["model"] else self._routing_problems()),
         ]
         return {"run": own, **by_part, "combination": combination}
+
+    def _branch_problems(self) -> list[Problem]:
+        """Find a branch that cannot start where its trunk is."""
+        run, strategy = self.branch.run, self.strategy
+        if run is None:
+            return []
+        problems = directory_problems("branch.run", run)
+        if run == self.name:
+            reason, remedy = "is this run itself", "name the run that has the checkpoint"
+            problems.append(Problem("branch.run", run, reason, remedy))
+        if strategy.stage is not None:
+            reason, remedy = "cannot start from another run's checkpoint", "use fsdp"
+            problems.append(Problem("strategy.name", strategy.name, reason, remedy))
+        return problems
 
     def _routing_problems(self) -> list[Problem]:
         """Find a capacity schedule for a model that routes no layer."""
@@ -287,8 +339,12 @@ class TrainConfig:
         if not self.name:
             reason = "a run needs a name: a second start of the same name resumes it"
             return [Problem("name", "null", reason, "add name=my_run")]
-        parts = self.name.split("/")
-        if self.name.startswith("/") or ".." in parts or "" in parts or "\0" in self.name:
-            remedy = "use a plain name such as my_run or sweep/my_run"
-            return [Problem("name", self.name, "is not a directory below runs_dir", remedy)]
-        return []
+        return directory_problems("name", self.name)
+
+
+def directory_problems(key: str, name: str) -> list[Problem]:
+    """Find a name of a run that is not a directory below ``runs_dir``."""
+    if name.startswith("/") or {"..", ""} & set(name.split("/")) or "\0" in name:
+        remedy = "use a plain name such as my_run or sweep/my_run"
+        return [Problem(key, name, "is not a directory below runs_dir", remedy)]
+    return []

@@ -100,6 +100,8 @@ class LanguageModule(L.LightningModule):
             self.spikes.detector.to(self.device)
         if "random_states" in saved:
             restore_random_states(saved["random_states"])
+        if self.config.branch.run is not None:
+            self._set_learning_rate()
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the learning-rate schedule by step."""
@@ -109,6 +111,15 @@ class LanguageModule(L.LightningModule):
             optimizer, lambda step: lr_factor(config.schedule, step, self.plan.steps)
         )
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def _set_learning_rate(self) -> None:
+        """Set the next step's rate: the trunk's checkpoint has the one that the trunk came to."""
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            factor = lr_factor(self.config.schedule, self.trainer.global_step, self.plan.steps)
+            groups = scheduler.optimizer.param_groups
+            for group, highest in zip(groups, scheduler.base_lrs, strict=True):
+                group["lr"] = highest * factor
 
     def configure_gradient_clipping(self, *_args: Any, **_kwargs: Any) -> None:
         """Clip trunk and predictors each by its own norm; skip the step if it is a spike.

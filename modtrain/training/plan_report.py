@@ -20,7 +20,7 @@ from modtrain.optimizers.registry import OPTIMIZERS
 from modtrain.parallel.dims import ParallelDims
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan, data_mismatches, resolve
-from modtrain.training.schedules import lr_factor
+from modtrain.training.schedules import lr_factor, num_warmup_steps
 
 # In fp32, under bf16 mixed precision too.
 _BYTES_PER_PARAMETER = 4
@@ -82,7 +82,7 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     mean, at_end = (", mean of the run", ", at the end") if len(plan.stages) > 1 else ("", "")
     routed = {i: c for i, c in enumerate(config.model.capacities) if c is not None}
     peak = config.optimizer.lr
-    warmup = max(1, round(config.schedule.warmup * plan.steps))
+    warmup = num_warmup_steps(config.schedule, plan.steps)
     last = peak * lr_factor(config.schedule, plan.steps - 1, plan.steps)
     ranks = plan.dims.data_parallel
     each = f" on each of {ranks} data-parallel ranks" if ranks > 1 else ""

@@ -27,6 +27,7 @@ from modtrain.distributed.process_group import Ranks, init_ranks
 from modtrain.distributed.watchdog import SLOW_TIMEOUT, Watchdog, run_watchdog
 from modtrain.parallel import lightning_overrides as overrides
 from modtrain.parallel.strategies.base import TrainingStrategy, make_strategy
+from modtrain.training.branch import trunk_checkpoint
 from modtrain.training.callbacks.checkpoints import CheckpointCallback
 from modtrain.training.callbacks.evaluation import HeldOutCallback
 from modtrain.training.callbacks.guard import FiniteLossGuard
@@ -141,7 +142,8 @@ class _Run:
             # The fit before may have left its model in a reference cycle.
             gc.collect()
             saving = config.checkpoint
-            with Checkpointer(ranks, saving.keep_last, saving.keep_every) as checkpointer:
+            keep = saving.keep_last, saving.keep_every
+            with Checkpointer(ranks, *keep, keep_steps=saving.keep_steps) as checkpointer:
                 last_step = self._resume(checkpointer, journal)
         if last_step < plan.steps:
             return self._stopped()
@@ -154,6 +156,9 @@ class _Run:
         with self.ranks.raise_on_all_ranks():
             fingerprint = self.data.index.summary.fingerprint
         check_rank_consistency(self.config, fingerprint, self.ranks)
+        if self.ranks.broadcast_from_rank0(not self.directory.config.is_file()):
+            # Before anything is recorded: a branch without its trunk is not a run.
+            self._first_state()
         start = partial(self.directory.start, self.config, fingerprint, self.accelerator)
         self.ranks.run_on_rank0(start)
         with self.ranks.raise_on_all_ranks():
@@ -164,13 +169,15 @@ class _Run:
         config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
         if self.watchdog is not None:
             self.watchdog.heartbeat("the choice of a checkpoint", SLOW_TIMEOUT)
-        start_step, path = recover(run.checkpoints, ranks) or (0, None)
+        start_step, path = recover(run.checkpoints, ranks) or self._first_state()
         message = journal.resume(start_step, plan.sequences_per_step, config.spike)
         self.data.skipped_samples = journal.skipped_samples
         if message:
             self.console.print(message)
         if start_step:
-            self.console.print(f"{run.path} resumes from step {start_step} of {plan.steps}")
+            is_own = path is None or path.parent == run.checkpoints
+            how = "resumes" if is_own else f"branches off {config.branch.run}"
+            self.console.print(f"{run.path} {how} from step {start_step} of {plan.steps}")
         log = MetricsLog(run, plan, start_step, config.log.tensorboard, ranks.is_rank0)
         try:
             if message:
@@ -183,6 +190,14 @@ class _Run:
             return None
         finally:
             log.close()
+
+    def _first_state(self) -> tuple[int, Path | None]:
+        """Return step and checkpoint that a run without its own starts from; collective."""
+        if self.config.branch.run is None:
+            return 0, None
+        fingerprint = self.data.index.summary.fingerprint
+        find = partial(trunk_checkpoint, self.config, self.plan, fingerprint)
+        return self.ranks.run_on_rank0(find)
 
     def _fit(
         self,

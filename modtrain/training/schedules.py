@@ -16,20 +16,31 @@ from modtrain.training.config import CapacityScheduleConfig, ScheduleConfig
 Capacities = tuple[float | None, ...]
 
 
+def num_warmup_steps(config: ScheduleConfig, num_steps: int) -> int:
+    """Return the steps in which the rate rises, at least 1, in a run of ``num_steps`` steps."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return max(1, round(config.warmup * num_steps))
+
+
+def decay_start(config: ScheduleConfig, num_steps: int) -> int:
+    """Return the first step, counted from 0, whose rate wsd lowers."""
+    decay = round(config.decay * num_steps)
+    return max(num_warmup_steps(config, num_steps), num_steps - decay)
+
+
 def lr_factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
     """Return the rate of step ``step``, counted from 0, divided by the highest.
 
     The warm-up takes at least one step, so the first step is never at rate 0. The last step is
     at ``final``: the schedule's length is the run's.
     """
-    warmup = max(1, round(config.warmup * num_steps))
+    warmup = num_warmup_steps(config, num_steps)
     if step < warmup:
         return (step + 1) / warmup
     if config.name == "constant":
         return 1.0
-    start = warmup
-    if config.name == "wsd":
-        start = max(warmup, num_steps - round(config.decay * num_steps))
+    start = decay_start(config, num_steps) if config.name == "wsd" else warmup
     # The first step of the decay is just below 1, the run's last step at ``final``.
     progress = min(1.0, max(0.0, (step + 1 - start) / max(1, num_steps - start)))
     if config.name == "cosine":

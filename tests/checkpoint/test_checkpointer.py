@@ -100,6 +100,13 @@ def test_old_ones_are_removed_when_the_new_one_is_complete(tmp_path, gate):
     assert [step for step, _ in whole_checkpoints(tmp_path)] == [2, 5]
 
 
+def test_chosen_steps_stay(tmp_path):
+    with Checkpointer(Ranks.create(), keep_last=1, keep_steps=(1, 4)) as checkpointer:
+        for step in range(1, 7):
+            put(checkpointer, tmp_path, step, torch.ones(1), blocking=True)
+    assert [step for step, _ in whole_checkpoints(tmp_path)] == [1, 4, 6]
+
+
 def test_a_failed_save_prunes_nothing_and_is_reported_once(tmp_path, monkeypatch):
     for step in (0, 1):
         put(Checkpointer(Ranks.create()), tmp_path, step, torch.ones(1), blocking=True)

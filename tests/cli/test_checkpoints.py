@@ -109,6 +109,14 @@ def test_prune_keeps_what_the_run_keeps_or_what_is_asked_for(run):
     assert [s for s, _ in whole_checkpoints(run.checkpoints)] == [4]
 
 
+def test_prune_keeps_the_steps_that_the_run_keeps(run):
+    run.config.unlink()
+    run.start(replace(CONFIG, checkpoint=CheckpointConfig(keep_last=1, keep_steps=[2])), "f", "cpu")
+    saves(str(run.path.parent), 1, 2, 3, 4)
+    verb(run, action="prune")
+    assert [s for s, _ in whole_checkpoints(run.checkpoints)] == [2, 4]
+
+
 def test_prune_goes_by_the_newest_start_of_a_run(run):
     run.config.unlink()
     for keep_last in (1, 3):

@@ -14,7 +14,13 @@ from modtrain.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from modtrain.training.schedules import capacity_stages, level_capacities, level_starts, lr_factor
+from modtrain.training.schedules import (
+    capacity_stages,
+    decay_start,
+    level_capacities,
+    level_starts,
+    lr_factor,
+)
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SHARE = st.floats(0.01, 1)
@@ -193,3 +199,28 @@ def test_wsd_is_flat_until_its_decay():
 def test_cosine_is_halfway_down_in_the_middle_of_its_fall():
     config = ScheduleConfig("cosine", warmup=0.0, final=0.0)
     assert lr_factor(config, 50, 101) == pytest.approx(0.5)
+
+
+@QUICK
+@given(st.sampled_from(SCHEDULES), st.integers(1, 40), st.integers(1, 300), st.integers(1, 300))
+def test_a_warm_up_in_steps_is_the_same_in_runs_of_any_length(name, warmup, one, other):
+    config = ScheduleConfig(name, warmup_steps=warmup)
+    for step in range(min(warmup, one, other)):
+        rates = {lr_factor(config, step, steps) for steps in (one, other)}
+        assert rates == {(step + 1) / warmup}
+
+
+@QUICK
+@given(st.integers(1, 40), st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
+def test_wsd_is_constant_until_its_decay_to_the_bit(warmup, num_steps, decay, final):
+    wsd = ScheduleConfig("wsd", warmup_steps=warmup, decay=decay, final=final)
+    constant = ScheduleConfig("constant", warmup_steps=warmup)
+    start = decay_start(wsd, num_steps)
+    for step in range(num_steps):
+        rate = lr_factor(wsd, step, num_steps)
+        if step < start:
+            assert rate == lr_factor(constant, step, 10**6)
+        else:
+            assert rate <= 1
+    if start < num_steps:
+        assert lr_factor(wsd, num_steps - 1, num_steps) == pytest.approx(final)

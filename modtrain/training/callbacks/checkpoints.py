@@ -39,7 +39,8 @@ class CheckpointCallback(StepCallback):
         """Save when it is due; after a stop signal save and end."""
         # All ranks must agree: a save is collective.
         stop, is_last = self.ranks.any_at_last_call(STOP.requested), step == module.plan.steps
-        if not stop and not is_due(step, self.config.every, module.plan.steps):
+        is_kept = step in self.config.keep_steps
+        if not stop and not is_kept and not is_due(step, self.config.every, module.plan.steps):
             self.checkpointer.poll()
             return
         trainer.should_stop |= stop

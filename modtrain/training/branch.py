@@ -1,0 +1,86 @@
+"""The trunk of a run that branches off another run's checkpoint.
+
+The branch's weights are to be those of a run trained from the start, to the bit. So both runs must
+be the same up to the checkpoint: model, data, batches, and the learning rate of every step.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from modtrain.checkpoint.recovery import find_checkpoint
+from modtrain.common.errors import CheckpointError
+from modtrain.training.config import TrainConfig
+from modtrain.training.plan import TrainingPlan, derive
+from modtrain.training.run_directory import RunDirectory, differences
+from modtrain.training.schedules import Capacities, lr_factor
+
+_FREE_KEYS = (
+    *("name", "runs_dir", "budget", "schedule", "branch", "log", "checkpoint", "eval"),
+    *("data.num_workers", "data.prefetch_factor", "data.verify"),
+)
+"""Keys in which a branch may differ from its trunk. Of budget and schedule, what follows counts."""
+
+
+def trunk_checkpoint(
+    config: TrainConfig, plan: TrainingPlan, data_fingerprint: str
+) -> tuple[int, Path]:
+    """Return step and path of the checkpoint that the run starts from.
+
+    config, plan: of the branch, resolved. data_fingerprint: of the data that it will read.
+
+    Raises:
+        CheckpointError: the trunk or its checkpoint is not there, or the trunk is not the first
+            part of this run: all that differs.
+    """
+    name, step = str(config.branch.run), config.branch.step or 0
+    trunk = RunDirectory(Path(config.runs_dir) / name)
+    differing = differences(trunk.read_config(), config, "the trunk", _FREE_KEYS)
+    differing += _differing_files(trunk, data_fingerprint)
+    if step >= plan.steps:
+        differing.append(f"  branch.step: {step} is not before the last of {plan.steps} steps")
+    if not differing:
+        differing += _differing_steps(trunk.read_config(), config, plan, step)
+    if differing:
+        raise CheckpointError(
+            "\n".join([f"{trunk.path} is not the first {step} steps of {config.name}:", *differing])
+            + "\nremedy: let both runs differ only in budget and schedule, and only after that step"
+        )
+    return find_checkpoint(trunk.checkpoints, step)
+
+
+def _differing_files(trunk: RunDirectory, data_fingerprint: str) -> list[str]:
+    then = json.loads(trunk.manifest.read_text())["data_fingerprint"]
+    lines = []
+    if then != data_fingerprint:
+        lines.append(f"  data: {then[:12]} in the trunk, {data_fingerprint[:12]} now")
+    if (trunk.path / "left_out.json").is_file():
+        lines.append("  samples: the trunk was rolled back, and leaves some out")
+    return lines
+
+
+def _differing_steps(
+    trunk: TrainConfig, config: TrainConfig, plan: TrainingPlan, step: int
+) -> list[str]:
+    """Find the first step before ``step`` in which learning rate or capacities differ."""
+    trunk_plan = derive(trunk, plan.dims)
+    lines = []
+    for number in range(step):
+        rate = lr_factor(config.schedule, number, plan.steps)
+        rate_then = lr_factor(trunk.schedule, number, trunk_plan.steps)
+        if rate != rate_then:
+            lines.append(
+                f"  schedule: the rate of step {number + 1} is {rate_then:.6g} of the highest in"
+                f" the trunk, {rate:.6g} now"
+            )
+            break
+    if _capacities(trunk_plan, step) != _capacities(plan, step):
+        lines.append("  capacity_schedule: other capacities than in the trunk")
+    return lines
+
+
+def _capacities(plan: TrainingPlan, step: int) -> list[tuple[int, int, Capacities]]:
+    """Return the capacities of the first ``step`` steps, with first and last step of each."""
+    stages = [stage for stage in plan.stages if stage.first < step]
+    return [(stage.first, min(stage.stop, step), stage.capacities) for stage in stages]
