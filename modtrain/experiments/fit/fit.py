@@ -76,9 +76,9 @@ def _too_few(points: Points, config: FitConfig) -> str:
             f"has {len(points)} points{less}, and min_points is {config.min_points}: train more"
             " sizes or budgets"
         )
-    for what, values in (("sizes N", points.N_P), ("numbers of tokens D", points.D_P)):
+    for name, values in (("N", points.N_P), ("D", points.D_P)):
         if (num := len(np.unique(values))) < LEAST_SIZES:
-            return f"has {num} different {what}, and the law needs {LEAST_SIZES}"
+            return f"number of different {name}: {num}, and the law needs {LEAST_SIZES}"
     return ""
 
 

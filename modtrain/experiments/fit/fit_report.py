@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -45,12 +46,14 @@ def write(found: Fit, directory: Path) -> list[Path]:
         "optimum_over_flops": frontier_figure(found),
         "residuals": residual_figure(found),
     }
-    paths = [
-        _save(figure, directory / f"{name}.{ending}")
-        for name, figure in figures.items()
-        if figure is not None
-        for ending in ("svg", "png")
-    ]
+    paths = []
+    for name, figure in figures.items():
+        for picture in (directory / f"{name}.svg", directory / f"{name}.png"):
+            if figure is None:
+                # Of an earlier fit.
+                picture.unlink(missing_ok=True)
+            else:
+                paths.append(_save(figure, picture))
     write_text(path, json.dumps(to_json(found), indent=1, allow_nan=False) + "\n")
     return [path, *paths]
 
@@ -69,7 +72,7 @@ def to_json(found: Fit) -> dict[str, Any]:
     config = found.config
     points = Path(config.points) if config.points else None
     is_file = points is not None and points.is_file()
-    return {
+    content = {
         "format": _FORMAT,
         "law": "L = E + A / N^alpha + B / D^beta",
         "parameters": config.parameters,
@@ -81,6 +84,16 @@ def to_json(found: Fit) -> dict[str, Any]:
         "warnings": found.warnings,
         "refusals": [asdict(refusal) for refusal in found.refusals],
     }
+    return {key: _without_nan(value) for key, value in content.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    """Return ``value`` with None for each number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _family(family: FamilyFit) -> dict[str, Any]:

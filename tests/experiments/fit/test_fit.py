@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from rich.console import Console
 
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError, DataError
+from modtrain.experiments.fit import fit_report
 from modtrain.experiments.fit.bootstrap import Estimate
 from modtrain.experiments.fit.config import FitConfig
 from modtrain.experiments.fit.figures import frontier_figure, loss_figure, residual_figure
 from modtrain.experiments.fit.fit import fit, fit_points
-from modtrain.experiments.fit.fit_report import _save, show, to_json
-from modtrain.experiments.fit.law import PARAMETERS
+from modtrain.experiments.fit.fit_report import _save, show, to_json, write
+from modtrain.experiments.fit.law import PARAMETERS, Law
 from modtrain.experiments.fit.points import make_points
 from tests.experiments.fit.simulated import LAW, faster, simulated_points, simulated_values
 from tests.helpers.problems import problems_of
@@ -165,6 +167,27 @@ def test_what_the_points_do_not_determine_is_refused():
     json.dumps(to_json(found), allow_nan=False)
 
 
+def test_losses_without_any_law_give_strict_json(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    sizes = {"N": 10 ** rng.uniform(5, 8, 20), "D": 10 ** rng.uniform(7, 9, 20)}
+    points = make_points(rng.uniform(2, 4, 20), C=10 ** rng.uniform(14, 16, 20), **sizes)
+    found = fit_points(points, FitConfig(**QUICK))
+    assert any("could be anything" in text for text in found.warnings)
+    for draw in (loss_figure, frontier_figure, residual_figure):
+        draw(found)
+    family = found.families["all"]
+    broken = replace(family.fit, law=Law(np.inf, 1.0, np.nan, 0.3, 0.3))
+    found.families["all"] = replace(family, fit=broken)
+    # The figure of an optimum that an earlier fit had is no longer true.
+    (tmp_path / "optimum_over_flops.svg").touch()
+    monkeypatch.setattr(fit_report, "_save", lambda figure, path: path)
+    write(found, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["fit.json"]
+    text = (tmp_path / "fit.json").read_text()
+    stored = json.loads(text, parse_constant=pytest.fail)
+    assert set(stored["families"]["all"]["points"]["residual"]) == {None}
+
+
 def test_other_budgets_are_predicted_and_marked():
     config = FitConfig(num_starts=4, bootstrap_samples=0, budgets=[1e24])
     *_, last = fit_points(simulated_points(), config).families["all"].optima
@@ -257,7 +280,7 @@ def test_an_unknown_family_and_too_few_points_are_refused():
     with pytest.raises(DataError, match=r"has 6 points.*min_points is 10"):
         fit_points(simulated_points(num_budgets=1, num_sizes=6), FitConfig())
     one_size = make_points(np.linspace(2, 3, 12), N=[7] * 12, D=np.arange(1, 13))
-    with pytest.raises(DataError, match="1 different sizes N"):
+    with pytest.raises(DataError, match="number of different N: 1"):
         fit_points(one_size, FitConfig())
 
 
