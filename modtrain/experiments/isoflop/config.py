@@ -118,6 +118,8 @@ class IsoflopConfig(TrainConfig):
     tokens_per_parameter_of: the same for some families, by name.
     seeds: each point is trained with every one of these, for its weights and the order of its data;
         empty: once, as ``seed`` and ``data.seed`` say.
+    share_trunk: with ``schedule=wsd`` budgets of one shape share a run up to where they decay; it
+        needs ``schedule.warmup_steps`` and ``batch_rule.exponent=0``.
     only: families to train, controls included; empty: all of them.
     parameters: what N counts in the points: ``effective`` (F / 6), ``total``, ``active``, and
         ``total_non_embedding``, ``active_non_embedding``, without embedding and head.
@@ -139,6 +141,7 @@ class IsoflopConfig(TrainConfig):
     lr_rule: LearningRateConfig = field(default_factory=LearningRateConfig)
     batch_rule: BatchRuleConfig = field(default_factory=BatchRuleConfig)
     seeds: list[int] = field(default_factory=list)
+    share_trunk: bool = False
     only: list[str] = field(default_factory=list)
     parameters: str = "effective"
     min_steps: int = 200
@@ -171,6 +174,7 @@ class IsoflopConfig(TrainConfig):
             *one_of(self, "", "parameters", CONVENTIONS),
             *at_least(self, "", 1, "min_steps"),
             *seed_problems(self.seeds),
+            *(self._trunk_problems() if self.share_trunk else []),
         ]
         rates = [
             name
@@ -188,6 +192,35 @@ class IsoflopConfig(TrainConfig):
             reason = "is for the hours of the plan"
             problems.append(Problem(rates[0], getattr(self, rates[0]), reason, "add --plan"))
         return problems
+
+    def _trunk_problems(self) -> list[Problem]:
+        """Find what would keep budgets of one shape from having their first steps in common."""
+        schedule, action = self.schedule, self.spike.action
+        rules = {
+            "schedule.name": (schedule.name != "wsd", schedule.name, "schedule=wsd"),
+            "schedule.warmup_steps": (
+                schedule.warmup_steps is None,
+                "null",
+                "a number of steps, such as schedule.warmup_steps=100",
+            ),
+            "batch_rule.exponent": (
+                self.batch_rule.exponent != 0,
+                self.batch_rule.exponent,
+                "batch_rule.exponent=0",
+            ),
+            "capacity_schedule.name": (
+                self.capacity_schedule.name != "constant",
+                self.capacity_schedule.name,
+                "capacity_schedule=constant",
+            ),
+            "spike.action": (action == "roll_back", action, "another one"),
+        }
+        reason = "differs between budgets, which share_trunk=true does not allow"
+        return [
+            Problem(key, value, reason, f"set {remedy}")
+            for key, (is_wrong, value, remedy) in rules.items()
+            if is_wrong
+        ]
 
     def _family_problems(self) -> list[Problem]:
         if not self.families:

@@ -42,18 +42,46 @@ class Point:
         """The seed of the weights."""
         return self.config.seed
 
+    @property
+    def trunk(self) -> str | None:
+        """The run whose first steps this point shares; None: it has all its steps for itself."""
+        return self.config.branch.run
+
+    @property
+    def own_flops(self) -> float:
+        """Training FLOPs that are executed for this point alone."""
+        return self.plan.flops - self.plan.flops_until(self.config.branch.step or 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """A run whose steps several points have in common; it is no point itself."""
+
+    family: str
+    config: TrainConfig
+    resolved: TrainConfig
+    plan: TrainingPlan
+    job: SweepJob
+
+    @property
+    def own_flops(self) -> float:
+        """Training FLOPs that are executed."""
+        return self.plan.flops
+
 
 @dataclass
 class Grid:
     """The points in the order in which they are trained, and what a reader should know of them.
 
-    optima: family → budget → training FLOPs a token of the estimated optimum.
+    optima: family → budget → training FLOPs a token of the estimated optimum. trunks: trained
+    before the points.
     """
 
     config: IsoflopConfig
     points: list[Point]
     optima: dict[str, dict[float, float]]
     notes: list[str] = field(default_factory=list)
+    trunks: list[Trunk] = field(default_factory=list)
 
 
 def optimal_flops_per_token(budget: float, tokens_per_parameter: float) -> float:

@@ -11,9 +11,10 @@ from rich.table import Table
 from modtrain.common.errors import DataError
 from modtrain.data.stream.index import read_summary
 from modtrain.experiments.isoflop.config import IsoflopConfig
-from modtrain.experiments.isoflop.grid import Grid, Point
+from modtrain.experiments.isoflop.grid import Grid, Point, Trunk
 from modtrain.experiments.isoflop.speed import Hours, hours_of
 from modtrain.models.flops import active_parameters, parameters
+from modtrain.training.schedules import num_warmup_steps
 
 # A parabola through fewer points says nothing of its own fit.
 _FEWEST_SIZES = 5
@@ -35,24 +36,30 @@ def show_plan(grid: Grid, console: Console) -> None:
     hours, rate = hours_of(config, grid.points)
     tokens = data_tokens(config)
     seeds = f", each with {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
+    columns = [*_COLUMNS, *(["trunk"] if grid.trunks else [])]
     table = Table(title=f"{escape(str(config.name))}: {len(grid.points)} runs{seeds}")
-    for number, heading in enumerate(_COLUMNS):
+    for number, heading in enumerate(columns):
         table.add_column(heading, justify="right" if number else "left")
     last = None
     for point in one_seed(grid):
         if last not in (None, point.budget):
             table.add_section()
         last = point.budget
-        table.add_row(*_row(point, tokens, hours))
+        trunk = [(point.trunk or "-").rpartition("trunk=")[2]] if grid.trunks else []
+        table.add_row(*_row(point, tokens, hours), *trunk)
     console.print(table)
     for line in [*rules(config), *grid.notes]:
         console.print(f"- {line}", markup=False, soft_wrap=True)
     for line in warnings_of(grid):
         console.print(f"warning: {line}", markup=False, soft_wrap=True)
-    flops = sum(point.plan.flops for point in grid.points)
-    line = f"in all: {len(grid.points)} runs, {flops:.4g} training FLOPs"
+    runs: list[Trunk | Point] = [*grid.trunks, *grid.points]
+    flops = sum(run.own_flops for run in runs)
+    line = f"in all: {len(runs)} runs, {flops:.4g} training FLOPs"
+    if grid.trunks:
+        alone = sum(point.plan.flops for point in grid.points)
+        line += f" in place of {alone:.4g} without the {len(grid.trunks)} shared trunks"
     if hours is not None:
-        line += f", {sum(map(hours, grid.points)):.3g} hours one after the other, {rate}"
+        line += f", {sum(map(hours, runs)):.3g} hours one after the other, {rate}"
     console.print(line, markup=False, soft_wrap=True)
 
 
@@ -115,8 +122,8 @@ def rules(config: IsoflopConfig) -> list[str]:
 
 def warnings_of(grid: Grid) -> list[str]:
     """Return what makes the grid or a point of it doubtful."""
-    config = grid.config
-    return [*_of_data(grid), *_of_steps(grid), *_of_range(grid), *_of_shapes(config, grid)]
+    found = [*_of_data(grid), *_of_steps(grid), *_of_warmup(grid), *_of_range(grid)]
+    return [*found, *_of_shapes(grid.config, grid)]
 
 
 def _of_data(grid: Grid) -> Iterator[str]:
@@ -141,6 +148,13 @@ def _of_steps(grid: Grid) -> Iterator[str]:
             f"{len(short)} of {len(one_seed(grid))} points have fewer than min_steps={least} steps,"
             f" down to {fewest.plan.steps} ({_name(fewest)}): lower batch.tokens"
         )
+
+
+def _of_warmup(grid: Grid) -> Iterator[str]:
+    for point in one_seed(grid):
+        schedule, steps = point.config.schedule, point.plan.steps
+        if schedule.name != "constant" and num_warmup_steps(schedule, steps) >= steps:
+            yield f"{_name(point)} has {steps} steps, no more than its warm-up: it never decays"
 
 
 def _of_range(grid: Grid) -> Iterator[str]:

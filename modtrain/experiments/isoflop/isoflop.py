@@ -15,7 +15,7 @@ from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.experiments.fit.config import FitConfig
 from modtrain.experiments.fit.fit import fit
 from modtrain.experiments.isoflop.config import IsoflopConfig
-from modtrain.experiments.isoflop.grid import Grid, make_grid
+from modtrain.experiments.isoflop.grid import Grid, Point, Trunk, make_grid
 from modtrain.experiments.isoflop.grid_report import show_plan, warnings_of
 from modtrain.experiments.isoflop.points import (
     FIGURE,
@@ -25,10 +25,12 @@ from modtrain.experiments.isoflop.points import (
     show_lowest,
     write_points,
 )
+from modtrain.experiments.isoflop.trunks import share_trunks
 from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
 from modtrain.experiments.sweep.runner import ComposeJob, Runner, refuse_several_processes
 from modtrain.experiments.sweep.sweep import shared_problems
 from modtrain.training.config import TrainConfig
+from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
 FIT = "fit"
@@ -66,28 +68,47 @@ def isoflop(request: Isoflop) -> int:
     refuse_several_processes("isoflop")
     runner = Runner(request.launch, request.compose_job, request.user_dir)
     grid = make_grid(config, request.families, request.defaults)
+    if config.share_trunk:
+        grid = share_trunks(grid, request.defaults)
     if config.plan_only:
         show_plan(grid, console)
         return 0
     _check(grid, runner)
     for line in warnings_of(grid):
         console.print(f"warning: {line}", markup=False, soft_wrap=True)
-    code = runner.train(config.directory, [(point.job, point.config) for point in grid.points])
+    code = _train(grid, runner)
     if not runner.is_dry_run and _report(grid, console) and not STOP.requested:
         _fit(config, console)
     return code
 
 
+def _train(grid: Grid, runner: Runner) -> int:
+    """Train the trunks, then the points whose trunk is complete; return the exit code."""
+    directory, code = grid.config.directory, 0
+    if grid.trunks:
+        code = runner.train(directory, [(trunk.job, trunk.config) for trunk in grid.trunks])
+        if STOP.requested:
+            return code
+    trunks = {str(trunk.config.name): RunDirectory.of(trunk.config) for trunk in grid.trunks}
+    ready = [
+        (point.job, point.config)
+        for point in grid.points
+        if runner.is_dry_run or point.trunk is None or trunks[point.trunk].is_complete
+    ]
+    return runner.train(directory, ready) or code
+
+
 def _check(grid: Grid, runner: Runner) -> None:
     """Raise ConfigError with everything that keeps a point from being trained."""
     wrong: dict[Problem, list[str]] = {}
-    for point in grid.points:
+    runs: list[Trunk | Point] = [*grid.trunks, *grid.points]
+    for run in runs:
         try:
-            runner.check(point.config)
+            runner.check(run.config)
         except ConfigError as error:
             for problem in error.problems:
-                wrong.setdefault(problem, []).append(point.job.name)
-    raise_if_any(shared_problems(wrong, len(grid.points)) + runner.multirun.problems())
+                wrong.setdefault(problem, []).append(run.job.name)
+    raise_if_any(shared_problems(wrong, len(runs)) + runner.multirun.problems())
 
 
 def _report(grid: Grid, console: Console) -> bool:

@@ -49,6 +49,7 @@ class Result:
             "size": point.size,
             "seed": point.seed,
             "run": point.config.name,
+            "trunk": point.trunk or "",
             "flops_per_token": plan.flops_per_token,
             "forward_flops_per_token": plan.flops_per_token / TRAINING_OVER_FORWARD,
             "causal_forward_flops_per_token": self.causal_flops_per_token,
@@ -78,7 +79,11 @@ def collect(points: Sequence[Point]) -> tuple[list[Result], dict[str, str]]:
     for point in points:
         run, name = RunDirectory.of(point.config), str(point.config.name)
         if not run.is_complete:
-            missing[name] = f"{state_of(run)} {failure_text(run)}".rstrip()
+            state = state_of(run)
+            why = failure_text(run)
+            if state == "not started" and point.trunk is not None:
+                why = f"; its trunk {point.trunk} is {state_of(_trunk_run(point))}"
+            missing[name] = f"{state} {why}".rstrip().replace(" ;", ";")
             continue
         content = json.loads(run.result.read_text())
         loss = content.get(LOSS)
@@ -87,6 +92,10 @@ def collect(points: Sequence[Point]) -> tuple[list[Result], dict[str, str]]:
         else:
             results.append(Result(point, loss, content.get(_CAUSAL_FLOPS)))
     return results, missing
+
+
+def _trunk_run(point: Point) -> RunDirectory:
+    return RunDirectory(Path(point.config.runs_dir) / str(point.trunk))
 
 
 def write_points(results: Sequence[Result], parameters_as: str, path: Path) -> None:

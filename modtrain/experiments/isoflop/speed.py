@@ -9,12 +9,12 @@ import numpy as np
 
 from modtrain.common.errors import ConfigError, Problem
 from modtrain.experiments.isoflop.config import IsoflopConfig
-from modtrain.experiments.isoflop.grid import Point
+from modtrain.experiments.isoflop.grid import Point, Trunk
 
 # Timed training steps of a model, after two that warm up.
 _ROUNDS = 3
 
-Hours = Callable[[Point], float]
+Hours = Callable[[Point | Trunk], float]
 
 
 def hours_of(config: IsoflopConfig, points: Sequence[Point]) -> tuple[Hours | None, str]:
@@ -29,19 +29,19 @@ def hours_of(config: IsoflopConfig, points: Sequence[Point]) -> tuple[Hours | No
     """
     if config.flops_per_second is not None:
         rate = config.flops_per_second
-        return lambda point: point.plan.flops / rate / 3600, f"at {rate:.3g} FLOPs a second"
+        return lambda point: point.own_flops / rate / 3600, f"at {rate:.3g} FLOPs a second"
     if config.gpu is not None:
         rate = _peak(config.gpu) * config.mfu
         words = f"on {config.gpu}, at {rate:.3g} FLOPs a second a device (MFU {config.mfu:g})"
-        return lambda p: p.plan.flops / rate / p.plan.dims.world_size / 3600, words
+        return lambda p: p.own_flops / rate / p.plan.dims.world_size / 3600, words
     if not config.measure:
         return None, ""
     rates = _measured(points)
 
-    def hours(point: Point) -> float:
+    def hours(point: Point | Trunk) -> float:
         at, measured = zip(*rates[point.family], strict=True)
         rate = np.interp(np.log(point.plan.flops_per_token), np.log(at), measured)
-        return float(point.plan.flops / rate / 3600)
+        return float(point.own_flops / rate / 3600)
 
     low, high = (f(r for family in rates.values() for _, r in family) for f in (min, max))
     return hours, f"here, as timed: {low:.3g} to {high:.3g} FLOPs a second"

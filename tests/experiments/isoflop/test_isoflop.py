@@ -1,9 +1,9 @@
 """Grids that are planned and trained: real runs, what a kill or a failure leaves, the points."""
 
-import csv
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,32 +20,21 @@ from modtrain.experiments.sweep.job_process import is_in_use, state_of
 from modtrain.models.flops import parameters
 from modtrain.training.run_directory import RunDirectory
 from tests.conftest import fork_modtrain
-from tests.experiments.isoflop.grid_cases import RUNNING, grid_of
+from tests.experiments.isoflop.grid_cases import DENSE, grid_arguments, grid_of, points_of
 from tests.helpers.marks import slow
 from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("no_stop_request")
 
-SIZES = "sizes=[0.5,1,2]"
-DENSE, MOD = 'dense: ["model.pattern=dense"]', "mod: []"
-
 
 @pytest.fixture
 def arguments(tiny, tmp_path, monkeypatch):
-    """A grid whose points take about a second each."""
     monkeypatch.chdir(tmp_path)
-    shared = [o for o in tiny if not o.startswith(("budget", "batch", "model="))]
-
-    def of(*more, families=f"{{{DENSE}, {MOD}}}", name="g"):
-        grid = (f"name={name}", f"families={families}", "budgets=[6e8]", SIZES)
-        return ["isoflop", *grid, "tokens_per_parameter=0.3", *RUNNING, *shared, *more]
-
-    return of
+    return partial(grid_arguments, tiny)
 
 
-def points(path="runs/g/points.csv"):
-    with Path(path).open() as file:
-        return list(csv.DictReader(file))
+def points():
+    return points_of("g")
 
 
 def runs_of(path="runs/g"):
