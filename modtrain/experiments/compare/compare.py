@@ -65,7 +65,7 @@ def _report_and_show(comparison: Comparison, console: Console) -> None:
         complete = _complete_runs(arms)
         if not complete:
             raise TrainingError("no run of this comparison is complete: leave train=false out")
-        show(_report(replace(comparison, arms=complete)), console)
+        show(_report(replace(comparison, arms=complete)), config.equivalence_margin, console)
         return
     path, picture = directory / _REPORT, directory / "loss_over_flops.png"
     if not _is_current(path, arms):
@@ -73,7 +73,7 @@ def _report_and_show(comparison: Comparison, console: Console) -> None:
         write_text(path, json.dumps(_report(comparison), indent=1))
     else:
         console.print(f"{directory} is complete: nothing was trained", soft_wrap=True)
-    show(json.loads(path.read_text()), console)
+    show(json.loads(path.read_text()), config.equivalence_margin, console)
     tensorboard = f"{_tensorboard()} --logdir {shlex.quote(str(directory))}"
     lines = f"\npicture: {picture.resolve()}\nTensorBoard: {tensorboard}"
     console.print(lines, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modtrain.common.atomic_io import atomic_writer
+from modtrain.experiments.compare.paired import PairedChange
 from modtrain.models.flops import dense_equivalent_flops, forward_flops
 from modtrain.training.callbacks.evaluation import CAUSAL_FLOPS, CAUSAL_LOSS, TOP_K_LOSS
 from modtrain.training.config import TrainConfig
@@ -20,8 +20,6 @@ from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run_directory import RunDirectory
 
 _OTHER = "held_out/causal_loss_"
-# Differences within two standard errors are not significant.
-_NUM_STANDARD_ERRORS = 2.0
 
 
 def describe(
@@ -58,8 +56,11 @@ def describe(
     }
 
 
-def show(report: dict[str, dict[str, Any]], console: Console) -> None:
-    """Print the report as a table, and the result in sentences."""
+def show(report: dict[str, dict[str, Any]], margin: float, console: Console) -> None:
+    """Print the report as a table, and the result in sentences.
+
+    margin: changes of the loss within it count as none, as a share of the loss.
+    """
     flops = [arm["flops"] for arm in report.values()]
     equal = "equal" if max(flops) <= 1.02 * min(flops) else "UNEQUAL"
     columns = {
@@ -87,11 +88,11 @@ def show(report: dict[str, dict[str, Any]], console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for line in verdict(report):
+    for line in verdict(report, margin):
         console.print(line, soft_wrap=True)
 
 
-def verdict(report: dict[str, dict[str, Any]]) -> list[str]:
+def verdict(report: dict[str, dict[str, Any]], margin: float) -> list[str]:
     """Compare each arm with the first one, each routed arm with its control and the best dense arm.
 
     A sentence for each pair.
@@ -107,37 +108,44 @@ def verdict(report: dict[str, dict[str, Any]]) -> list[str]:
         if arm.get("is_routed"):
             rivals = [arm.get("control"), dense[min(dense)] if dense else None]
             pairs += [(name, rival) for rival in rivals if rival in report]
-    return [_sentence(report, *pair) for pair in dict.fromkeys(pairs)]
+    return [_sentence(report, *pair, margin) for pair in dict.fromkeys(pairs)]
 
 
-def _sentence(report: dict[str, dict[str, Any]], name: str, other: str) -> str:
+def _sentence(report: dict[str, dict[str, Any]], name: str, other: str, margin: float) -> str:
     """Compare the arm ``name`` with the arm ``other``."""
     arm, base = report[name], report[other]
     if arm["causal_loss"] is None or base["causal_loss"] is None:
         return f"{name} and {other} cannot be compared: one has no causal decision"
-    change, word, sure = _change(arm, base)
+    change = PairedChange.of(arm["causal_losses"], base["causal_losses"])
+    if change is None:
+        change = PairedChange(arm["causal_loss"] / base["causal_loss"] - 1, 1)
     flops = arm["forward_flops_per_token"] / base["forward_flops_per_token"]
     times = (arm["micro_batch_seconds"], base["micro_batch_seconds"])
     timed = "" if None in times else f" and {times[0] / times[1]:.3f} of its step time"
     what = ", the dense model of its unrouted layers," if arm.get("control") == other else ""
     return (
-        f"{name} {word} {other}{what} at this size: causal loss {change:+.2%}{sure}, with"
-        f" {flops:.3f} of its forward FLOPs{timed}"
+        f"{name} {_relation(change)} {other}{what} at this size: causal loss"
+        f" {change.mean:+.2%}{_certainty(change, margin)}, with {flops:.3f} of its forward"
+        f" FLOPs{timed}"
     )
 
 
-def _change(arm: dict[str, Any], base: dict[str, Any]) -> tuple[float, str, str]:
-    """Return the change of the loss, a word for it, and its standard error over shared seeds."""
-    arm_losses, base_losses = arm["causal_losses"], base["causal_losses"]
-    pairs = [arm_losses[seed] / base_losses[seed] - 1 for seed in arm_losses if seed in base_losses]
-    change = statistics.mean(pairs) if pairs else arm["causal_loss"] / base["causal_loss"] - 1
-    word = "beats" if change < 0 else "loses to" if change > 0 else "equals"
-    if len(pairs) < 2:
-        return change, word, ""
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    if abs(change) < _NUM_STANDARD_ERRORS * error:
-        word = "does not differ significantly from"
-    return change, word, f" ± {error:.2%} (standard error over {len(pairs)} seeds)"
+def _relation(change: PairedChange) -> str:
+    if not change.is_significant:
+        return "does not differ significantly from"
+    return "beats" if change.mean < 0 else "loses to" if change.mean > 0 else "equals"
+
+
+def _certainty(change: PairedChange, margin: float) -> str:
+    if change.error is None:
+        return ""
+    low, high = change.interval()
+    is_equivalent = change.is_equivalent(margin)
+    equivalence = "equivalent" if is_equivalent else "not shown to be equivalent"
+    return (
+        f" ({low:+.2%} to {high:+.2%} at 95%, {change.num_seeds} seeds; {equivalence} within"
+        f" ±{margin:.2%})"
+    )
 
 
 def draw(arms: dict[str, list[TrainConfig]], path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modtrain.common.errors import ConfigError, Problem
-from modtrain.common.validation import at_least
+from modtrain.common.validation import above_zero, at_least
 from modtrain.models.config import unrouted_layers
 from modtrain.models.depth.config import RouterConfig
 from modtrain.training.config import CapacityScheduleConfig, TrainConfig
@@ -28,6 +28,8 @@ class CompareConfig(TrainConfig):
         routed arm has to beat it (docs/reports/results.md). Arms with the same one share it.
     only: arms to train and report; empty: all of them.
     train: false reports the complete runs and trains none.
+    equivalence_margin: over several seeds the report also tests whether two arms are equivalent:
+        whether a change of the causal loss by this share or more can be excluded.
     timed_rounds: training steps of each arm that are timed side by side at the end; 0: none.
     """
 
@@ -36,6 +38,7 @@ class CompareConfig(TrainConfig):
     controls: bool = True
     only: list[str] = field(default_factory=list)
     train: bool = True
+    equivalence_margin: float = 0.005
     timed_rounds: int = 8
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
@@ -57,6 +60,7 @@ class CompareConfig(TrainConfig):
             for seed in self.seeds
             if not 0 <= seed < 2**32
         ]
+        problems += above_zero(self, "", "equivalence_margin")
         return problems + at_least(self, "", 0, "timed_rounds")
 
     def _may_be_control(self, name: str) -> bool:

@@ -9,6 +9,8 @@ from modtrain.experiments.compare.comparison_report import verdict
 from modtrain.training.run_directory import RunDirectory
 from tests.helpers.problems import problems_of
 
+MARGIN = 0.005
+
 
 def arm(loss, flops=100.0, seconds=1.0, by_seed=None):
     return {
@@ -24,13 +26,13 @@ def arm(loss, flops=100.0, seconds=1.0, by_seed=None):
     [(1.9, "beats dense at this size: causal loss -5.00%"), (2.1, "loses to dense"), (2, "equals")],
 )
 def test_the_verdict_names_the_better_arm(loss, text):
-    (line,) = verdict({"dense": arm(2.0), "mod": arm(loss, flops=60.0, seconds=0.7)})
+    (line,) = verdict({"dense": arm(2.0), "mod": arm(loss, flops=60.0, seconds=0.7)}, MARGIN)
     assert text in line
     assert "0.600 of its forward FLOPs and 0.700 of its step time" in line
 
 
 def test_without_a_causal_loss_there_is_no_verdict():
-    (line,) = verdict({"dense": arm(2.0), "mod": arm(None)})
+    (line,) = verdict({"dense": arm(2.0), "mod": arm(None)}, MARGIN)
     assert "cannot be compared" in line
 
 
@@ -40,7 +42,7 @@ def test_a_routed_arm_is_compared_with_its_control_and_the_best_dense_arm():
         for name, loss in (("deep", 2.0), ("mod", 1.9), ("mod_unrouted", 1.85), ("wide", 1.8))
     }
     report["mod"] |= {"is_routed": True, "control": "mod_unrouted"}
-    lines = verdict(report)
+    lines = verdict(report, MARGIN)
     assert [line.split(" at this size")[0] for line in lines] == [
         "mod beats deep",
         "mod_unrouted beats deep",
@@ -148,10 +150,10 @@ def test_a_difference_smaller_than_the_spread_of_the_seeds_has_no_winner():
     base = arm(2.0, by_seed={"0": 1.9, "1": 2.0, "2": 2.1})
     noisy = arm(1.99, by_seed={"0": 2.0, "1": 1.9, "2": 2.07})
     steady = arm(1.95, by_seed={"0": 1.851, "1": 1.95, "2": 2.049})
-    text = verdict({"base": base, "noisy": noisy, "steady": steady})
+    text = verdict({"base": base, "noisy": noisy, "steady": steady}, MARGIN)
     assert text[0].startswith("noisy does not differ significantly from base")
     assert text[1].startswith("steady beats base")
-    assert "over 3 seeds" in text[1]
+    assert "at 95%, 3 seeds; not shown to be equivalent within ±0.50%" in text[1]
 
 
 @pytest.mark.nightly
