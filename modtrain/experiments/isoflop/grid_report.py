@@ -34,7 +34,6 @@ def show_plan(grid: Grid, console: Console) -> None:
     """
     config = grid.config
     hours, rate = hours_of(config, grid.points)
-    tokens = data_tokens(config)
     seeds = f", each with {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
     columns = [*_COLUMNS, *(["trunk"] if grid.trunks else [])]
     table = Table(title=f"{escape(str(config.name))}: {len(grid.points)} runs{seeds}")
@@ -46,7 +45,7 @@ def show_plan(grid: Grid, console: Console) -> None:
             table.add_section()
         last = point.budget
         trunk = [(point.trunk or "-").rpartition("trunk=")[2]] if grid.trunks else []
-        table.add_row(*_row(point, tokens, hours), *trunk)
+        table.add_row(*_row(point, hours), *trunk)
     console.print(table)
     for line in [*rules(config), *grid.notes]:
         console.print(f"- {line}", markup=False, soft_wrap=True)
@@ -71,17 +70,17 @@ def one_seed(grid: Grid) -> list[Point]:
     return sorted(points, key=lambda p: (p.budget, order.index(p.family), p.size))
 
 
-def data_tokens(config: IsoflopConfig) -> int | None:
-    """Training tokens of the prepared data; None without prepared data."""
+def epochs_of(point: Point) -> float | None:
+    """How often the point sees each token of its training data; None without prepared data."""
     try:
-        summary = read_summary(config.data.path)
+        summary = read_summary(point.config.data.path)
     except DataError:
         return None
-    return summary.splits["train"].num_sequences * summary.seq_len
+    return point.plan.tokens / (summary.splits["train"].num_sequences * summary.seq_len)
 
 
-def _row(point: Point, tokens: int | None, hours: Hours | None) -> list[str]:
-    model, plan = point.resolved.model, point.plan
+def _row(point: Point, hours: Hours | None) -> list[str]:
+    model, plan, epochs = point.resolved.model, point.plan, epochs_of(point)
     counts, active = parameters(model), active_parameters(model, plan.seq_len)
     return [
         point.family,
@@ -96,7 +95,7 @@ def _row(point: Point, tokens: int | None, hours: Hours | None) -> list[str]:
         f"{plan.steps:,}",
         f"{plan.tokens:,}",
         f"{6 * plan.tokens / plan.flops_per_token:.3g}",
-        "-" if tokens is None else f"{plan.tokens / tokens:.2f}",
+        "-" if epochs is None else f"{epochs:.2f}",
         f"{point.config.optimizer.lr:g}",
         f"{point.config.batch.tokens:,}",
         "-" if hours is None else f"{hours(point):.3g}",
@@ -127,16 +126,15 @@ def warnings_of(grid: Grid) -> list[str]:
 
 
 def _of_data(grid: Grid) -> Iterator[str]:
-    tokens = data_tokens(grid.config)
-    repeated = [p for p in one_seed(grid) if tokens and p.plan.tokens > tokens]
-    if tokens is None or not repeated:
-        return
-    most = max(repeated, key=lambda p: p.plan.tokens)
-    yield (
-        f"data repeat in {len(repeated)} of {len(one_seed(grid))} points, up to"
-        f" {most.plan.tokens / tokens:.2f} epochs of {tokens:,} tokens ({_name(most)}): a repeated"
-        " token is worth less, which favours larger models; prepare more text"
-    )
+    epochs = {point: epochs_of(point) or 0 for point in one_seed(grid)}
+    repeated = [point for point in epochs if epochs[point] > 1]
+    if repeated:
+        most = max(repeated, key=lambda point: epochs[point])
+        yield (
+            f"data repeat in {len(repeated)} of {len(epochs)} points, up to {epochs[most]:.2f}"
+            f" epochs ({_name(most)}): a repeated token is worth less, which favours larger"
+            " models; prepare more text"
+        )
 
 
 def _of_steps(grid: Grid) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +14,17 @@ import modtrain.training.run  # noqa: F401  (loaded here, so that no forked job 
 from modtrain.cli import main as cli
 from modtrain.cli.compose import compose_isoflop
 from modtrain.data.config import DataConfig
+from modtrain.data.stream.index import read_summary
 from modtrain.experiments.isoflop.config import CONVENTIONS
 from modtrain.experiments.isoflop.grid import make_grid
-from modtrain.experiments.isoflop.grid_report import data_tokens, warnings_of
+from modtrain.experiments.isoflop.grid_report import warnings_of
 from modtrain.experiments.isoflop.points import parameter_counts
 from modtrain.experiments.sweep.job_process import is_in_use, state_of
 from modtrain.models.flops import parameters
+from modtrain.training.config import ScheduleConfig
 from modtrain.training.run_directory import RunDirectory
 from tests.conftest import fork_modtrain
-from tests.experiments.isoflop.grid_cases import DENSE, grid_arguments, grid_of, points_of
+from tests.experiments.isoflop.grid_cases import DENSE, composed, grid_arguments, grid_of, points_of
 from tests.helpers.marks import slow
 from tests.helpers.waiting import wait_until
 
@@ -53,8 +57,8 @@ def test_a_plan_shows_every_run_and_trains_none(arguments, capsys):
     hours = [float(row.strip("│").split("│")[-1]) for row in rows]
     assert hours == pytest.approx([6e8 / 1e6 / 3600] * 9, rel=0.1)
     assert "in all: 18 runs" in printed
-    assert f"{sum(hours) * 2:.3g} hours" in printed or "hours one after the other" in printed
-    assert "epochs of" in printed
+    total = float(re.search(r"(\S+) hours one after the other", printed)[1])
+    assert total == pytest.approx(2 * sum(hours), rel=0.01)
     assert "points have fewer than min_steps=200 steps" in printed
 
 
@@ -75,19 +79,25 @@ def test_what_cannot_run_is_refused_before_anything_is_trained(arguments, capsys
 
 def test_warnings_name_what_makes_a_grid_doubtful(prepared):
     data = DataConfig(path=str(prepared))
-    small = {"budgets": [1e10], "tokens_per_parameter": 2.0, "min_steps": 1, "data": data}
+    few_tokens = {"budgets": [1e10], "tokens_per_parameter": 2.0, "min_steps": 1}
+    families = {name: replace(f, data=data) for name, f in composed().families.items()}
+    small = {"families": families, **few_tokens}
     repeated, off_grid, few = "data repeat in", "no smaller model than", "sizes a budget are few"
     found = warnings_of(grid_of(sizes=[1.0, 2.0], **small))
     assert [sum(text in w for w in found) for text in (repeated, off_grid, few)] == [1, 3, 1]
-    tokens = data_tokens(grid_of(sizes=[1.0], **small).config)
+    stored = read_summary(data.path).splits["train"].num_sequences * 64
     points = grid_of(sizes=[0.5, 1.0, 2.0], **small).points
     most = max(point.plan.tokens for point in points)
     (repeats, _) = warnings_of(grid_of(sizes=[0.5, 1.0, 2.0], **small))
-    assert f"up to {most / tokens:.2f} epochs" in repeats
-    without_data = small | {"data": DataConfig(path="nowhere")}
-    (only,) = warnings_of(grid_of(sizes=[0.5, 1.0, 2.0], **without_data))
+    assert f"up to {most / stored:.2f} epochs" in repeats
+    # Without prepared data nothing is known of epochs.
+    (only,) = warnings_of(grid_of(sizes=[0.5, 1.0, 2.0], **few_tokens))
     assert few in only
-    fewer = without_data | {"min_steps": 10**9}
+    long = ScheduleConfig(warmup_steps=min(point.plan.steps for point in points))
+    families = {name: replace(f, schedule=long) for name, f in composed().families.items()}
+    (warm_up, _) = warnings_of(grid_of(families, sizes=[0.5, 1.0, 2.0], **few_tokens))
+    assert "no more than its warm-up" in warm_up
+    fewer = few_tokens | {"min_steps": 10**9}
     (steps, _) = warnings_of(grid_of(sizes=[0.5, 1.0, 2.0], **fewer))
     assert f"down to {min(point.plan.steps for point in points)} (" in steps
 
@@ -104,6 +114,14 @@ def test_parameters_are_counted_by_each_convention():
         assert 6 * counts["effective"] * point.plan.tokens == pytest.approx(point.plan.flops)
         is_sparse = model.is_routed or model.experts.count is not None
         assert (counts["active"] < counts["total"]) == is_sparse
+
+
+@pytest.mark.slow
+def test_hours_are_those_of_a_short_timing_here_or_of_a_gpu(arguments, capsys):
+    assert cli.main(arguments("--plan", "measure=true", "sizes=[1]", "only=[mod]")) == 0
+    assert "hours one after the other, here, as timed: " in capsys.readouterr().out
+    assert cli.main(arguments("--plan", "gpu=h100", "mfu=0.5")) == 0
+    assert "at 4.94e+14 FLOPs a second a device (MFU 0.5)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
