@@ -7,6 +7,7 @@ from modtrain.training.config import BranchConfig, TrainConfig
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.schedules import decay_start
 from tests.helpers.problems import problems_of
+from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import run, run_lines
 from tests.helpers.saved import assert_same_bits, newest_tensors
 
@@ -52,6 +53,21 @@ def test_a_branch_has_the_bits_of_a_run_from_the_start(lines, tmp_path, model):
         assert_same_bits(whole, newest_tensors(tmp_path / f"branch{steps}", steps))
     config = RunDirectory(tmp_path / f"branch{LONG}").read_config()
     assert decay_start(config.schedule, LONG) == TRUNK_STEPS
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_branch_of_two_ranks_has_the_bits_of_a_run_from_the_start(lines, tmp_path, strategy):
+    on_two = f"strategy={strategy}", "batch.micro_batch_size=1"
+    branch = ("branch.run=trunk", "branch.step=6")
+    for run_of in (
+        trunk_lines(lines, *on_two),
+        lines("branch", LONG, *on_two, *branch),
+        lines("whole", LONG, *on_two),
+    ):
+        assert on_ranks(run, 2, run_of, joins=False) == ["complete"] * 2
+    whole = newest_tensors(tmp_path / "whole", LONG)
+    assert_same_bits(whole, newest_tensors(tmp_path / "branch", LONG))
 
 
 @pytest.mark.slow
