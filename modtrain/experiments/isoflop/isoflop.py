@@ -14,12 +14,14 @@ from modtrain.cluster.status import wide_console
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.experiments.fit.config import FitConfig
 from modtrain.experiments.fit.fit import fit
+from modtrain.experiments.fit.fit_report import JSON as FIT_JSON
 from modtrain.experiments.isoflop.config import IsoflopConfig
 from modtrain.experiments.isoflop.grid import Grid, Point, Trunk, make_grid
 from modtrain.experiments.isoflop.grid_report import show_plan, warnings_of
 from modtrain.experiments.isoflop.points import (
     FIGURE,
     POINTS,
+    UNFINISHED,
     collect,
     draw_points,
     show_lowest,
@@ -117,9 +119,13 @@ def _report(grid: Grid, console: Console) -> bool:
     Returns whether there are any.
     """
     results, missing = collect(grid.points)
-    for name, reason in missing.items():
-        first = reason.partition("\n")[0]
+    unfinished = [name for name, reason in missing.items() if reason in UNFINISHED]
+    for name in (name for name in missing if name not in unfinished):
+        first = missing[name].partition("\n")[0]
         console.print(f"left out of {POINTS}: {name}: {first}", markup=False, soft_wrap=True)
+    if unfinished:
+        count = f"{len(unfinished)} of {len(grid.points)}"
+        console.print(f"not trained to their end yet: {count} points")
     directory = grid.config.directory
     if not results:
         # What is there may be of an earlier start with other points.
@@ -150,4 +156,6 @@ def _fit(config: IsoflopConfig, console: Console) -> None:
     try:
         fit(settings, console)
     except DataError as error:
+        # It would be of an earlier start with other points.
+        (config.directory / FIT / FIT_JSON).unlink(missing_ok=True)
         console.print(f"no fit yet: {error}", markup=False, soft_wrap=True)

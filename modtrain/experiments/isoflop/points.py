@@ -24,6 +24,8 @@ from modtrain.models.flops import TRAINING_OVER_FORWARD, active_parameters, para
 from modtrain.training.run_directory import RunDirectory
 
 POINTS, FIGURE = "points.csv", "loss_by_size.png"
+UNFINISHED = ("not started", "stopped", "running")
+"""Why a point has no result yet, where nothing is wrong with it."""
 _CAUSAL_FLOPS = "held_out/causal_flops_per_token"
 
 

@@ -159,7 +159,6 @@ def test_a_grid_is_trained_to_points_and_a_killed_one_continues(arguments, capsy
     assert process.exitcode == 75
     wait_until(lambda: not any(map(is_in_use, runs_of().values())))
     states = [state_of(run) for run in runs_of().values()]
-    assert "complete" in states
     # What is complete is there already; the rest is named.
     assert 0 < len(points()) == states.count("complete") < 6
 
@@ -168,9 +167,7 @@ def test_a_grid_is_trained_to_points_and_a_killed_one_continues(arguments, capsy
     rows = points()
     assert len(rows) == 6
     assert {(row["family"], row["size"]) for row in rows} == {
-        (family, size)
-        for family in ("dense", "mod", "mod_unrouted")
-        for size in ("0.5", "1.0", "2.0")
+        (family, size) for family in ("dense", "mod", "mod_unrouted") for size in ("1.0", "2.0")
     }
     for row in rows:
         run = RunDirectory(Path("runs") / row["run"])
