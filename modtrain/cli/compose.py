@@ -42,6 +42,7 @@ from modtrain.data.config import PrepareConfig
 from modtrain.experiments.compare.config import CompareConfig, Comparison, add_controls
 from modtrain.experiments.fit.config import FitConfig
 from modtrain.experiments.isoflop.config import IsoflopConfig
+from modtrain.experiments.report.config import ReportConfig
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
 from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
 from modtrain.inference.config import EvalRunConfig, GenerateConfig, InspectConfig
@@ -63,6 +64,7 @@ SCHEMAS: dict[str, type] = {
     "submit": SubmitConfig,
     "search": SearchConfig,
     "fit": FitConfig,
+    "report": ReportConfig,
     "status": StatusConfig,
     "logs": LogsConfig,
     "cancel": CancelConfig,

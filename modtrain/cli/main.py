@@ -184,6 +184,10 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
         "modtrain.experiments.fit.fit:fit",
         "a scaling law from a file of losses, parameters, tokens and FLOPs",
     ),
+    "report": (
+        "modtrain.experiments.report.report:report",
+        "a page with figures and tables of runs, sweeps, comparisons or isoFLOP grids",
+    ),
     "inspect": (_inspect, "a page that shows what a run's routers do with a text"),
     "generate": ("modtrain.inference.generate.generate:generate", "continue texts with a run"),
     "checkpoints": (

@@ -5,7 +5,7 @@ import pytest
 from modtrain.cli.compose import compose_arms
 from modtrain.common.errors import ConfigError, TrainingError
 from modtrain.experiments.compare.compare import compare
-from modtrain.experiments.compare.comparison_report import verdict
+from modtrain.experiments.compare.verdict import verdict
 from modtrain.training.run_directory import RunDirectory
 from tests.helpers.problems import problems_of
 

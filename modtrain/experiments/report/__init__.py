@@ -1,0 +1,1 @@
+"""`modtrain report`: a page on what runs came to."""

@@ -1,0 +1,48 @@
+"""Which runs may share an axis: those with the same data and the same held-out sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from modtrain.experiments.report.runs import Run
+
+
+class _HeldOut(NamedTuple):
+    """What two runs share whose losses may be compared."""
+
+    fingerprint: str
+    seq_len: str
+    document_mask: str
+    sequences: str
+
+
+@dataclass(frozen=True)
+class DataGroup:
+    """Runs whose losses may be compared. title: what they were evaluated on."""
+
+    title: str
+    runs: list[Run]
+
+
+def group_by_data(runs: Sequence[Run]) -> list[DataGroup]:
+    """Return the runs by data, the largest group first; their `Run.data` is its title."""
+    found: dict[_HeldOut, list[Run]] = {}
+    for run in runs:
+        keys = ("data.seq_len", "data.document_mask", "eval.sequences")
+        held_out = (str(run.config.get(key)) for key in keys)
+        found.setdefault(_HeldOut(run.fingerprint, *held_out), []).append(run)
+    groups = []
+    for place, key in enumerate(sorted(found, key=lambda key: -len(found[key])), 1):
+        title = _title(place, key, found[key])
+        groups.append(DataGroup(title, [replace(run, data=title) for run in found[key]]))
+    return groups
+
+
+def _title(place: int, key: _HeldOut, runs: Sequence[Run]) -> str:
+    paths = ", ".join(sorted({str(run.config.get("data.path")) for run in runs})[:3])
+    count = "all" if key.sequences == "None" else key.sequences
+    masked = ", documents masked" if key.document_mask == "True" else ""
+    sequences = f"{count} held-out sequences of {key.seq_len} tokens{masked}"
+    return f"data {place}: {paths} ({key.fingerprint[:12]}), {sequences}"
