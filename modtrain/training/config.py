@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import chain
 
 from modtrain.common.errors import Problem
@@ -244,16 +245,26 @@ class LogConfig:
 
     every: steps between two records.
     tensorboard: event files beside ``metrics.jsonl``.
+    wandb: Weights & Biases as well, of the extra ``modtrain[wandb]``; WANDB_MODE=offline keeps the
+        records in the run's directory, for ``wandb sync``.
+    wandb_project: the project there.
     progress: a bar on a terminal, lines elsewhere.
     """
 
     every: int = 10
     tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "modtrain"
     progress: bool = True
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the logging."""
-        return at_least(self, prefix, 1, "every")
+        problems = at_least(self, prefix, 1, "every")
+        if self.wandb and find_spec("wandb") is None:
+            reason = "needs the package wandb, which is not installed"
+            remedy = "pip install 'modtrain[wandb]', or leave it out"
+            problems.append(Problem(f"{prefix}.wandb", True, reason, remedy))
+        return problems
 
 
 @dataclass

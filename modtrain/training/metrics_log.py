@@ -1,4 +1,4 @@
-"""Metrics as one line of JSON a record, and in TensorBoard by step, tokens and TFLOPs."""
+"""Metrics as one line of JSON a record, and in TensorBoard or wandb by step, tokens and TFLOPs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,63 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from modtrain.common.atomic_io import write_text
+from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
+
+
+class MetricsWriter(Protocol):
+    """A place that records go to beside ``metrics.jsonl``.
+
+    positions: of a step on each axis: step, tokens, TFLOPs.
+    """
+
+    def write(self, positions: dict[str, int], values: dict[str, float]) -> None:
+        """Record ``values``."""
+
+    def add_image(self, positions: dict[str, int], name: str, image_CHW: Tensor) -> None:
+        """Record an image."""
+
+    def close(self) -> None:
+        """Flush and close."""
+
+
+class TensorBoardWriter:
+    """Event files: one for each axis, for TensorBoard's step is one integer.
+
+    FLOPs do not fit into 64 bits; TFLOPs do.
+    """
+
+    def __init__(self, directory: Path, start: dict[str, int]) -> None:
+        """Open the files. start: the positions after which earlier records are dropped."""
+        self._writers = {
+            axis: SummaryWriter(str(directory / f"by_{axis}"), purge_step=position + 1)
+            for axis, position in start.items()
+        }
+
+    def write(self, positions: dict[str, int], values: dict[str, float]) -> None:
+        """Record all values by step, and losses by the other axes."""
+        for axis, writer in self._writers.items():
+            for name, value in values.items():
+                if axis == "step":
+                    writer.add_scalar(name, value, positions[axis])
+                elif name.startswith(("loss", "held_out")):
+                    writer.add_scalar(f"{name} by {axis}", value, positions[axis])
+
+    def add_image(self, positions: dict[str, int], name: str, image_CHW: Tensor) -> None:
+        """Record an image by step."""
+        self._writers["step"].add_image(name, image_CHW, positions["step"])
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for writer in self._writers.values():
+            writer.close()
 
 
 class MetricsLog:
@@ -25,26 +74,31 @@ class MetricsLog:
     def __init__(
         self,
         run: RunDirectory,
+        config: TrainConfig,
         plan: TrainingPlan,
         start_step: int,
-        tensorboard: bool,
         writes: bool = True,
     ) -> None:
-        """Open the files. writes: False on ranks that do not write."""
+        """Open the files. writes: False on ranks that do not write.
+
+        Raises:
+            TrainingError: wandb cannot start.
+        """
         self.plan = plan
         self._file: TextIO | None = None
-        self._writers: dict[str, SummaryWriter] = {}
+        self._writers: list[MetricsWriter] = []
         if not writes:
             return
         keep_metrics(run.metrics, lambda record: record["step"] <= start_step)
         self._file = run.metrics.open("a")
-        # TensorBoard's step is an integer, and a file has one kind of step: one file for each axis.
-        # FLOPs do not fit into 64 bits; TFLOPs do.
-        if tensorboard:
-            self._writers = {
-                axis: SummaryWriter(str(run.tensorboard / f"by_{axis}"), purge_step=start + 1)
-                for axis, start in self._positions(start_step).items()
-            }
+        if config.log.tensorboard:
+            start = self._positions(start_step)
+            self._writers.append(TensorBoardWriter(run.tensorboard, start))
+        if config.log.wandb:
+            # An extra, which need not be installed.
+            from modtrain.training.wandb_writer import WandbWriter  # noqa: PLC0415
+
+            self._writers.append(WandbWriter(run, config))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` as of the end of optimizer step ``step``."""
@@ -58,28 +112,23 @@ class MetricsLog:
         }
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        positions = self._positions(step)
-        for axis, writer in self._writers.items():
-            for name, value in values.items():
-                if axis == "step":
-                    writer.add_scalar(name, value, step)
-                elif name.startswith(("loss", "held_out")):
-                    writer.add_scalar(f"{name} by {axis}", value, positions[axis])
+        for writer in self._writers:
+            writer.write(self._positions(step), values)
 
     def add_image(self, step: int, name: str, image_CHW: Tensor) -> None:
-        """Record an image in TensorBoard."""
-        if writer := self._writers.get("step"):
-            writer.add_image(name, image_CHW, step)
+        """Record an image."""
+        for writer in self._writers:
+            writer.add_image(self._positions(step), name, image_CHW)
 
     def close(self) -> None:
         """Flush and close everything."""
         if self._file is not None:
             self._file.close()
-        for writer in self._writers.values():
+        for writer in self._writers:
             writer.close()
 
     def _positions(self, step: int) -> dict[str, int]:
-        """Return where ``step`` stands on each of TensorBoard's axes."""
+        """Return where ``step`` stands on each axis."""
         teraflops = round(self.plan.flops_until(step) / 1e12)
         return {"step": step, "tokens": step * self.plan.tokens_per_step, "TFLOPs": teraflops}
 

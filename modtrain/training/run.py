@@ -178,7 +178,8 @@ class _Run:
             is_own = path is None or path.parent == run.checkpoints
             how = "resumes" if is_own else f"branches off {config.branch.run}"
             self.console.print(f"{run.path} {how} from step {start_step} of {plan.steps}")
-        log = MetricsLog(run, plan, start_step, config.log.tensorboard, ranks.is_rank0)
+        with ranks.raise_on_all_ranks():
+            log = MetricsLog(run, config, plan, start_step, ranks.is_rank0)
         try:
             if message:
                 log.write(start_step, {"spike/rollbacks": journal.rollbacks})

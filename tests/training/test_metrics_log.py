@@ -3,6 +3,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from modtrain.training.config import TrainConfig
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
@@ -15,7 +16,7 @@ PLAN = TrainingPlan(
 
 
 def write(run, start_step, last):
-    log = MetricsLog(run, PLAN, start_step, tensorboard=True)
+    log = MetricsLog(run, TrainConfig(), PLAN, start_step)
     for step in range(start_step + 1, last + 1):
         log.write(step, {"loss": float(step), "lr": 0.1})
     log.close()

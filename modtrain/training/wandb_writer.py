@@ -1,0 +1,74 @@
+"""Metrics on Weights & Biases, of the extra ``modtrain[wandb]``.
+
+Where they go follows wandb's own environment variables: WANDB_MODE=offline writes below the run's
+directory alone, for `wandb sync` later; WANDB_ENTITY, WANDB_BASE_URL and the like hold as usual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from uuid import uuid4
+
+import wandb
+from torch import Tensor
+
+from modtrain.common.atomic_io import write_text
+from modtrain.common.errors import TrainingError
+from modtrain.training.config import TrainConfig
+from modtrain.training.run_directory import RunDirectory
+
+_ID = "wandb_id"
+_AXES = ("step", "tokens", "TFLOPs")
+
+
+class WandbWriter:
+    """One run on Weights & Biases, the same over requeues and resumes.
+
+    Its id is in the file ``wandb_id`` of the run. wandb can take no record back: steps between the
+    checkpoint that a run resumes from and its end before stand there twice, with the same values.
+    """
+
+    def __init__(self, run: RunDirectory, config: TrainConfig) -> None:
+        """Start, or resume.
+
+        Raises:
+            TrainingError: wandb cannot start: no key, or no network.
+        """
+        try:
+            self.run = wandb.init(
+                project=config.log.wandb_project,
+                id=_run_id(run.path / _ID),
+                name=str(config.name),
+                resume="allow",
+                dir=run.path,
+                config=asdict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            raise TrainingError(
+                f"log.wandb: wandb does not start: {error}\n"
+                "remedy: wandb login, or WANDB_MODE=offline, or log.wandb=false"
+            ) from error
+        # Its own step would have to rise, and a resumed run goes back to its checkpoint.
+        for axis in _AXES:
+            self.run.define_metric(axis, hidden=True)
+        self.run.define_metric("*", step_metric="step")
+
+    def write(self, positions: dict[str, int], values: dict[str, float]) -> None:
+        """Record ``values`` at a step, with its position on the other axes."""
+        self.run.log({**positions, **values})
+
+    def add_image(self, positions: dict[str, int], name: str, image_CHW: Tensor) -> None:
+        """Record an image."""
+        self.run.log({**positions, name: wandb.Image(image_CHW.float())})
+
+    def close(self) -> None:
+        """Wait until everything is written or sent."""
+        self.run.finish()
+
+
+def _run_id(path: Path) -> str:
+    if not path.is_file():
+        write_text(path, uuid4().hex[:16] + "\n")
+    return path.read_text().strip()
