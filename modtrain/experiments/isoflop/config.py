@@ -8,6 +8,7 @@ from pathlib import Path
 
 from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, at_least, broken_rules, one_of, shares
+from modtrain.experiments.trunk_rules import trunk_problems
 from modtrain.training.config import TrainConfig
 
 CONVENTIONS = ("effective", "total", "total_non_embedding", "active", "active_non_embedding")
@@ -195,32 +196,12 @@ class IsoflopConfig(TrainConfig):
 
     def _trunk_problems(self) -> list[Problem]:
         """Find what would keep budgets of one shape from having their first steps in common."""
-        schedule, action = self.schedule, self.spike.action
-        rules = {
-            "schedule.name": (schedule.name != "wsd", schedule.name, "schedule=wsd"),
-            "schedule.warmup_steps": (
-                schedule.warmup_steps is None,
-                "null",
-                "a number of steps, such as schedule.warmup_steps=100",
-            ),
-            "batch_rule.exponent": (
-                self.batch_rule.exponent != 0,
-                self.batch_rule.exponent,
-                "batch_rule.exponent=0",
-            ),
-            "capacity_schedule.name": (
-                self.capacity_schedule.name != "constant",
-                self.capacity_schedule.name,
-                "capacity_schedule=constant",
-            ),
-            "spike.action": (action == "roll_back", action, "another one"),
-        }
         reason = "differs between budgets, which share_trunk=true does not allow"
-        return [
-            Problem(key, value, reason, f"set {remedy}")
-            for key, (is_wrong, value, remedy) in rules.items()
-            if is_wrong
-        ]
+        problems, exponent = trunk_problems(self, reason), self.batch_rule.exponent
+        if exponent != 0:
+            remedy = "set batch_rule.exponent=0"
+            problems.append(Problem("batch_rule.exponent", exponent, reason, remedy))
+        return problems
 
     def _family_problems(self) -> list[Problem]:
         if not self.families:

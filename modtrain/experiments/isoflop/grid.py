@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.common.overrides import quoted
-from modtrain.common.renamed_keys import flatten
 from modtrain.experiments.isoflop.config import UNROUTED, IsoflopConfig
 from modtrain.experiments.isoflop.shapes import Shape, ShapeRule
-from modtrain.experiments.sweep.jobs import SweepJob, job_name
+from modtrain.experiments.sweep.jobs import SweepJob, job_name, overrides_between
 from modtrain.models.config import ModelConfig, unrouted_layers
 from modtrain.models.depth.config import RouterConfig
 from modtrain.training.config import BudgetConfig, CapacityScheduleConfig, TrainConfig
@@ -272,29 +269,6 @@ class _Family:
         rule = self.config.batch_rule
         tokens = self.base.batch.tokens * (budget / rule.budget) ** rule.exponent
         return int(max(1, round(tokens / self.unit)) * self.unit)
-
-
-def overrides_between(before: TrainConfig, after: TrainConfig) -> list[str]:
-    """Return the overrides that make ``after`` of ``before``, but for the name."""
-    old, new = flatten(asdict(before)), flatten(asdict(after))
-    return [
-        f"{key}={_as_value(value)}"
-        for key, value in new.items()
-        if key != "name" and (key not in old or old[key] != value)
-    ]
-
-
-def _as_value(value: Any) -> str:
-    """Write a value as Hydra reads it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return quoted(value)
-    if isinstance(value, Sequence):
-        return f"[{','.join(map(_as_value, value))}]"
-    return repr(value)
 
 
 def _rounded(rate: float) -> float:

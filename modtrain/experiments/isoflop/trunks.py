@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, replace
 
-from modtrain.experiments.isoflop.grid import Grid, Point, Trunk, overrides_between
-from modtrain.experiments.sweep.jobs import SweepJob, job_name
+from modtrain.experiments.isoflop.grid import Grid, Point, Trunk
+from modtrain.experiments.sweep.jobs import SweepJob, job_name, overrides_between
 from modtrain.training.config import BranchConfig, BudgetConfig, TrainConfig
 from modtrain.training.plan import derive
 from modtrain.training.schedules import decay_start

@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
@@ -15,7 +16,7 @@ from hydra.core.override_parser.types import Override
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import Problem
 from modtrain.common.overrides import quoted
-from modtrain.common.renamed_keys import translate_flat
+from modtrain.common.renamed_keys import flatten, translate_flat
 from modtrain.training.config import TrainConfig
 
 _MAX_NAME_CHARS = 120
@@ -81,6 +82,29 @@ def overrides_of(job: SweepJob, config: TrainConfig) -> list[str]:
     """Return the overrides of a job's run. config: the run's, with its name."""
     unnamed = [text for text in job.overrides if not text.startswith("name=")]
     return [*unnamed, f"name={quoted(str(config.name))}"]
+
+
+def overrides_between(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """Return the overrides that make ``after`` of ``before``, but for the name."""
+    old, new = flatten(asdict(before)), flatten(asdict(after))
+    return [
+        f"{key}={_as_value(value)}"
+        for key, value in new.items()
+        if key != "name" and (key not in old or old[key] != value)
+    ]
+
+
+def _as_value(value: Any) -> str:
+    """Write a value as Hydra reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, Sequence):
+        return f"[{','.join(map(_as_value, value))}]"
+    return repr(value)
 
 
 def read_jobs(directory: Path) -> dict[str, dict[str, str]]:
