@@ -24,7 +24,7 @@ from modtrain.cli.main import main
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
-_PLACE = re.compile(r"<!-- (keys|groups|help)(?:: ([a-z_]+))? -->")
+_PLACE = re.compile(r"<!-- (keys|groups|help)(?:: ([a-z_-]+))? -->")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from modtrain.data.config import PrepareConfig
 from modtrain.experiments.compare.config import CompareConfig, Comparison, add_controls
 from modtrain.experiments.fit.config import FitConfig
 from modtrain.experiments.isoflop.config import IsoflopConfig
+from modtrain.experiments.pattern_search.config import PatternSearchConfig
 from modtrain.experiments.report.config import ReportConfig
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
 from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
@@ -50,6 +51,7 @@ from modtrain.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from modtrain.experiments.isoflop.isoflop import Isoflop
+    from modtrain.experiments.pattern_search.pattern_search import PatternSearch
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
@@ -63,6 +65,7 @@ SCHEMAS: dict[str, type] = {
     "checkpoints": CheckpointsConfig,
     "submit": SubmitConfig,
     "search": SearchConfig,
+    "search-patterns": PatternSearchConfig,
     "fit": FitConfig,
     "report": ReportConfig,
     "status": StatusConfig,
@@ -313,7 +316,47 @@ def _open_dictionary(override: str) -> str:
     return f"++{override}" if is_entry else override
 
 
-SUBMITTED = ("train", "prepare", "eval", "compare", "isoflop", "search", "debug")
+def compose_pattern_search(
+    overrides: Sequence[str], config_dir: str | None = None
+) -> PatternSearch:
+    """Return a search over depth patterns with what its candidates share.
+
+    Raises:
+        ConfigError: everything wrong with it.
+    """
+    from modtrain.experiments.pattern_search.pattern_search import (  # noqa: PLC0415
+        PatternSearch,  # takes a second
+    )
+
+    parsed, problems = parse(overrides)
+    launch, others, launch_problems = LaunchOverrides.split(parsed)
+    lines = [str(override.input_line) for override in others]
+    try:
+        config: PatternSearchConfig = compose("search-patterns", lines, config_dir)
+        problems += config.problems()
+    except ConfigError as error:
+        problems += error.problems
+    raise_if_any(problems + launch_problems)
+    return PatternSearch(
+        config,
+        _training_part(config),
+        compose("train", (), config_dir),
+        launch,
+        partial(compose_job, config_dir=config_dir),
+        config_dir,
+    )
+
+
+SUBMITTED = (
+    "train",
+    "prepare",
+    "eval",
+    "compare",
+    "isoflop",
+    "search",
+    "search-patterns",
+    "debug",
+)
 """The verbs that a job can run, and ``debug``, which keeps nodes for interactive use."""
 
 
@@ -343,10 +386,13 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     if config.array and verb != "train":
         remedy = "submit them one by one, or leave array out"
         problems.append(Problem("array", verb, "is for train alone", remedy))
+    composed: Any
     try:
         joined = join_space(verb_overrides) if verb == "search" else verb_overrides
         if verb == "isoflop":
             composed = compose_isoflop(verb_overrides, config_dir).config
+        elif verb == "search-patterns":
+            composed = compose_pattern_search(verb_overrides, config_dir).config
         else:
             composed = compose(verb, joined, config_dir, job_keys())
         if verb == "compare":

@@ -59,6 +59,7 @@ def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) 
         "compare": compose.compose_arms,
         "isoflop": compose.compose_isoflop,
         "search": compose.compose_search,
+        "search-patterns": compose.compose_pattern_search,
         "submit": compose.compose_submission,
     }
     config = composers.get(verb, partial(compose.compose, verb))(overrides, config_dir)
@@ -162,7 +163,7 @@ def _doctor(overrides: list[str], config_dir: str | None) -> int:
 
 
 # Verbs that train, and save on a signal.
-_TRAINING = ("train", "compare", "isoflop", "search")
+_TRAINING = ("train", "compare", "isoflop", "search", "search-patterns")
 # What a verb calls, ``module:function`` with the verb's configuration, and a line of help.
 _VERBS: dict[str, tuple[str | Verb, str]] = {
     "prepare": ("modtrain.data.prepare.pipeline:prepare", "text to tokenizer and shards"),
@@ -179,6 +180,10 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
     "search": (
         "modtrain.experiments.search.search:search",
         "search the best values of some keys, with Optuna",
+    ),
+    "search-patterns": (
+        "modtrain.experiments.pattern_search.pattern_search:search_patterns",
+        "search the capacity of each layer, by successive halving",
     ),
     "fit": (
         "modtrain.experiments.fit.fit:fit",
@@ -212,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train Mixture-of-Depths language models.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="verbs:\n"
-        + "\n".join(f"  {name:11} {description}" for name, (_, description) in _VERBS.items())
+        + "\n".join(f"  {name:15} {description}" for name, (_, description) in _VERBS.items())
         + "\n\noverrides are Hydra's: model=mod_60m model.capacity=0.25 budget.tokens=1e9",
     )
     parser.add_argument("--version", action="version", version=f"modtrain {__version__}")
@@ -224,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     for option, override, use in (
         ("--show-depth", "show_depth=true", "for generate"),
         ("--dry-run", "dry_run=true", "for submit, and sweeps on Slurm"),
-        ("--plan", "plan_only=true", "for isoflop"),
+        ("--plan", "plan_only=true", "for isoflop and search-patterns"),
     ):
         meaning = f"{use}, the same as {override}"
         parser.add_argument(

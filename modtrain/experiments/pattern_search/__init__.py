@@ -1,0 +1,1 @@
+"""`modtrain search-patterns`: a search over the capacities of the layers."""
