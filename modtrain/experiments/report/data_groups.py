@@ -35,14 +35,15 @@ def group_by_data(runs: Sequence[Run]) -> list[DataGroup]:
         found.setdefault(_HeldOut(run.fingerprint, *held_out), []).append(run)
     groups = []
     for place, key in enumerate(sorted(found, key=lambda key: -len(found[key])), 1):
-        title = _title(place, key, found[key])
+        label = f"data {place}: " if len(found) > 1 else ""
+        title = label + _title(key, found[key])
         groups.append(DataGroup(title, [replace(run, data=title) for run in found[key]]))
     return groups
 
 
-def _title(place: int, key: _HeldOut, runs: Sequence[Run]) -> str:
+def _title(key: _HeldOut, runs: Sequence[Run]) -> str:
     paths = ", ".join(sorted({str(run.config.get("data.path")) for run in runs})[:3])
     count = "all" if key.sequences == "None" else key.sequences
     masked = ", documents masked" if key.document_mask == "True" else ""
     sequences = f"{count} held-out sequences of {key.seq_len} tokens{masked}"
-    return f"data {place}: {paths} ({key.fingerprint[:12]}), {sequences}"
+    return f"{paths} ({key.fingerprint[:12]}), {sequences}"

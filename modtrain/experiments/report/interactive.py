@@ -24,6 +24,7 @@ from modtrain.experiments.report.series import (
     PROGRESS,
     costs,
     is_wide,
+    loss_range,
     pareto_front,
     short_names,
     styles,
@@ -67,12 +68,10 @@ def loss_curves(group: Group, key: str) -> Interactive | None:
                 "marker": {"size": 4, "color": style[run.series].colour},
                 "line": {"color": style[run.series].colour, "width": 1.6, "dash": dash},
                 "y": _rounded(run.metrics.curve.loss),
-                "text": [
-                    f"{escape(run.name)}<br>step {step:,.0f}: {loss:.4f} nats"
-                    for step, loss in zip(
-                        run.metrics.curve.step, run.metrics.curve.loss, strict=True
-                    )
-                ],
+                # One text a point would be most of the page.
+                "meta": escape(run.name),
+                "customdata": run.metrics.curve.step,
+                "hovertemplate": "%{meta}<br>step %{customdata:,}: %{y:.4f} nats<extra></extra>",
             }
         )
     views = []
@@ -84,7 +83,9 @@ def loss_curves(group: Group, key: str) -> Interactive | None:
             xs = [_rounded(c) for c in columns]
             views.append(_view(axis.title, xs, scale))
     layout = _layout(_LOSS, with_legend=len(first) <= MOST_LABELS)
-    notes = ["Time is of training steps: without evaluations, checkpoints and lost work."]
+    layout["yaxis"] |= {"range": _rounded(loss_range(runs))}
+    notes = ["The first fifth of a run may lie above the picture: a double click shows all of it."]
+    notes += ["Time is of training steps: without evaluations, checkpoints and lost work."]
     if any(not run.is_complete for run in runs):
         notes.append("Dashed: not complete.")
     return Interactive(
@@ -197,11 +198,11 @@ def _health_of(run: Run) -> list[Spec]:
             data.append(
                 {
                     **{"type": "scatter", "mode": "lines", "name": label, "legendgroup": label},
-                    **{"showlegend": name == "gate", "yaxis": axis, "hovertemplate": _HOVER},
+                    **{"showlegend": name == "gate", "yaxis": axis},
+                    "hovertemplate": f"{label}: {name} %{{y:.3g}}<extra></extra>",
                     "line": {"color": colour, "width": 1.6},
                     "x": _rounded(history.tokens),
                     "y": _rounded(values),
-                    "text": [f"{label}: {name} {value:.3g}" for value in values],
                 }
             )
     return data
@@ -415,14 +416,10 @@ def _map_layout(names: Sequence[str], rows: Sequence[str], title: str) -> Spec:
     is_named = len(names) <= _MOST_TICKS
     layout["height"] = (220 if is_named else 120) + 22 * min(len(rows), 40)
     layout["margin"] |= {"t": 64}
-    layout["xaxis"] |= {
-        "showgrid": False,
-        "zeroline": False,
-        "tickangle": -45,
-        "showticklabels": False,
-    }
+    layout["xaxis"] |= {"showgrid": False, "zeroline": False, "showticklabels": False}
+    layout["xaxis"] |= {"ticks": "", "tickangle": -45, "title": {"text": f"{len(names)} runs"}}
     if is_named:
-        shown = {"tickvals": list(range(len(names))), "showticklabels": True}
+        shown = {"tickvals": list(range(len(names))), "showticklabels": True, "title": {}}
         layout["xaxis"] |= shown | {"ticktext": [escape(name) for name in short_names(names)]}
     step = -(-len(rows) // 24)
     layout["yaxis"] |= {"showgrid": False, "zeroline": False}

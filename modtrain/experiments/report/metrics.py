@@ -79,8 +79,8 @@ def worth_of(metrics: dict[str, Any]) -> dict[str, float]:
     """Return what ``metrics`` have of the routers' worth, by label."""
     found = {}
     for key, value in metrics.items():
-        match, worth = _WORTH.fullmatch(key), number(value)
-        if match and worth is not None:
+        match = _WORTH.fullmatch(key)
+        if match and (worth := number(value)) is not None:
             found[match[1]] = worth
     return found
 
@@ -191,8 +191,7 @@ class _Reader:
         found: dict[str, dict[str, float]] = {}
         for key, value in record.items():
             match = _HEALTH.fullmatch(key) if key.startswith("router/") else None
-            health = number(value)
-            if match and health is not None:
+            if match and (health := number(value)) is not None:
                 found.setdefault(match[1], {})[match[2]] = health
         for label, health_of in found.items():
             history = self.metrics.routers.setdefault(label, RouterHistory())

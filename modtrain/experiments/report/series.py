@@ -112,3 +112,13 @@ def is_wide(values: Sequence[float]) -> bool:
     """Whether positive values span so much that their axis is to be logarithmic."""
     positive = [value for value in values if value > 0]
     return bool(positive) and max(positive) > 3 * min(positive)
+
+
+def loss_range(runs: Sequence[Run]) -> tuple[float, float]:
+    """Return the losses that curves are shown between: those of the first steps dwarf the rest."""
+    curves = [run.metrics.curve.loss for run in runs]
+    low = min(min(losses) for losses in curves)
+    # What each still has above its first fifth.
+    high = max(max(losses[len(losses) // 5 :]) for losses in curves)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin

@@ -26,6 +26,7 @@ from modtrain.experiments.report.series import (
     Progress,
     costs,
     is_wide,
+    loss_range,
     pareto_front,
     short_names,
     styles,
@@ -97,6 +98,7 @@ def _curves(runs: Sequence[Run], axis: Progress, axes: Axes) -> None:
             line: dict[str, Any] = {"color": style[run.series].colour, "ls": dash, "lw": 1.3}
             axes.plot(values, run.metrics.curve.loss, label=label, **line)
     ends = [axis.values(run)[-1] for run in runs if axis.values(run)]
+    axes.set_ylim(loss_range(runs))
     _finish(axes, axis.title, ends, len(style))
 
 

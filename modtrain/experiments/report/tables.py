@@ -82,6 +82,7 @@ def make_tables(collection: Collection, directories: Mapping[str, str]) -> list[
         _swaps_table(collection.runs),
         _laws_table(collection),
         _optima_table(collection),
+        _speed_ups_table(collection),
         left_out_table(collection.left_out),
     ]
     return [table for table in tables if table.rows]
@@ -258,6 +259,29 @@ def _optima_table(collection: Collection) -> Table:
                     row |= {key: estimate.value, **ends}
                 rows.append(row)
     return Table("optima", "Optimum of each budget by the law", columns, rows)
+
+
+def _speed_ups_table(collection: Collection) -> Table:
+    columns = [
+        Column("grid", "grid"),
+        Column("family", "family"),
+        Column("baseline", "over"),
+        Column("C", "training FLOPs", "flops"),
+        Column("factor", "factor", "number"),
+        Column("low", "from", "number"),
+        Column("high", "to", "number"),
+        Column("is_extrapolated", "extrapolated"),
+    ]
+    rows = []
+    for grid in _grids(collection):
+        for found in grid.fit.speed_ups if grid.fit else ():
+            head = {"grid": grid.name, "family": found.family, "C": found.C}
+            row = {**head, "baseline": grid.fit.config.baseline if grid.fit else None}
+            factor = {"factor": found.factor.value, "low": found.factor.low}
+            end = {"high": found.factor.high, "is_extrapolated": found.is_extrapolated}
+            rows.append({**row, **factor, **end})
+    title = "Effective speed-up: FLOPs that the baseline needs for the same loss, over the family's"
+    return Table("speed_ups", title, columns, rows)
 
 
 def left_out_table(left_out: Sequence[LeftOut]) -> Table:

@@ -16,7 +16,7 @@ from modtrain.experiments.report import report as report_module
 from modtrain.experiments.report.collect import collect
 from modtrain.experiments.report.interactive import interactive_figures
 from modtrain.experiments.report.report import report
-from modtrain.experiments.report.series import COLOURS, Cost, pareto_front, short_names
+from modtrain.experiments.report.series import COLOURS, loss_range, pareto_front, short_names
 from modtrain.inference.inspect.figures import luminance
 from modtrain.training.run import train
 from tests.experiments.report.report_cases import (
@@ -187,7 +187,15 @@ def test_a_point_on_the_front_is_beaten_by_none_of_lower_cost():
     }
     assert pareto_front(points) == ["a", "c", "e"]
     assert pareto_front({}) == []
-    assert Cost("k", "t", {}).values == {}
+
+
+def test_curves_are_shown_without_the_first_losses(root):
+    write_run(root, "a", loss=3.0, steps=100)
+    write_run(root, "b", loss=2.5, steps=100)
+    low, high = loss_range(collect(report_of(root)).runs)
+    # Ten evaluations each, which fall by 0.2: the highest of the last eight.
+    assert low == pytest.approx(2.5 - 0.05 * (4.4 - 2.5))
+    assert high == pytest.approx(4.4 + 0.05 * (4.4 - 2.5))
 
 
 def test_short_names_lack_what_all_share():
@@ -204,14 +212,17 @@ def test_colours_can_be_seen_on_both_pages():
 
 @pytest.mark.slow
 def test_figures_and_tables_are_written_as_files_too(root):
-    full(root)
+    for name in ("dense", "mod"):
+        write_run(root, name, pattern="dense" if name == "dense" else "every_other")
+    write_run(root, "other", shards="6" * 64, pattern="dense")
     report(report_of(root))
     files = {path.name for path in (root.parent / "report").iterdir()}
-    assert {"index.html", "runs.csv", "runs.json", "runs.tex", "left_out.csv"} <= files
-    names = ("flops", "tokens", "seconds", "forward_flops", "step_time")
-    for name in (*(f"loss_over_{n}" for n in names), "isoflop_0", "capacity", "router_worth"):
+    assert {"index.html", "runs.csv", "runs.json", "runs.tex"} <= files
+    costs = [f"loss_over_{n}" for n in ("flops", "tokens", "seconds", "forward_flops", "step_time")]
+    for name in (*costs, "capacity", "router_health", "router_worth"):
         assert {f"data-1-{name}.svg", f"data-1-{name}.png"} <= files
     assert "data-2-loss_over_flops.svg" in files
+    assert "data-2-capacity.svg" not in files
 
 
 @pytest.mark.slow

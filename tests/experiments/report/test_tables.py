@@ -110,7 +110,7 @@ def test_routers_swaps_laws_and_what_was_left_out_have_tables(root):
     write_swaps(run)
     write_run(root, "short", complete=False)
     tables = tables_of(root)
-    assert list(tables) == ["runs", "routers", "swaps", "laws", "optima", "left_out"]
+    assert list(tables) == ["runs", "routers", "swaps", "laws", "optima", "speed_ups", "left_out"]
     of_run = [row for row in tables["routers"].rows if row["run"] == "mod"]
     assert [row["router"] for row in of_run] == ["layer_01", "layer_03", "all"]
     assert of_run[1]["gate_mean"] == 0.5
@@ -118,6 +118,8 @@ def test_routers_swaps_laws_and_what_was_left_out_have_tables(root):
     assert [row["change"] for row in tables["swaps"].rows] == [0.02, 0.01]
     laws = {(r["family"], r["quantity"]): r["value"] for r in tables["laws"].rows}
     assert laws["dense", "beta"] == pytest.approx(0.28, abs=1e-3)
+    factors = {row["family"]: row["factor"] for row in tables["speed_ups"].rows}
+    assert factors == {"mod": pytest.approx(1.3, rel=0.01)}
     assert tables["left_out"].rows == [{"run": "short", "reason": "is not complete: stopped"}]
     for table in tables.values():
         strict(to_json(table))
