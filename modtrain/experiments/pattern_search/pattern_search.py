@@ -116,8 +116,11 @@ class _Searcher:
             if self.runner.is_dry_run:
                 self._print("a script for the first runs alone: the others start from them")
                 return code
+            if code:
+                # Unfinished: what is reported are the rungs before.
+                break
             self._collect(entries)
-            if code or not self.results.outcomes[rung]:
+            if not self.results.outcomes[rung]:
                 break
             if rung + 1 < len(self.config.budgets):
                 if not is_decided:

@@ -9,7 +9,7 @@ from rich.table import Table
 from modtrain.experiments.pattern_search.plan_report import bars, listed
 from modtrain.experiments.pattern_search.results import Results
 
-_COLUMNS = ("from", "layers", "capacities", "rungs", "FLOPs over dense", "loss", "")
+_COLUMNS = ("from", "layers", "capacities", "FLOPs spent", "FLOPs over dense", "loss", "")
 
 
 def show_results(results: Results, console: Console) -> None:
@@ -21,7 +21,7 @@ def show_results(results: Results, console: Console) -> None:
     )
     table.add_column("candidate")
     for heading in _COLUMNS:
-        is_number = heading in ("rungs", "FLOPs over dense", "loss")
+        is_number = heading in ("FLOPs spent", "FLOPs over dense", "loss")
         table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
     for name in sorted(last, key=lambda name: last[name].loss):
         candidate = results.entries[name][rung].candidate
@@ -31,7 +31,7 @@ def show_results(results: Results, console: Console) -> None:
             escape(candidate.origin),
             bars(candidate.capacities),
             listed(candidate.capacities),
-            str(rung + 1),
+            f"{results.flops_spent(name, rung):.3g}",
             f"{last[name].forward_flops / results.dense_flops:.3f}",
             f"{last[name].loss:.4f}",
             ", ".join(marks),
@@ -41,7 +41,8 @@ def show_results(results: Results, console: Console) -> None:
     for name, control in results.controls.items():
         share = control.forward_flops / results.dense_flops
         layers = f"{control.run.resolved.model.num_layers} dense layers"
-        table.add_row(name, "control", layers, "", "", f"{share:.3f}", f"{control.loss:.4f}", "")
+        spent = f"{control.run.plan.flops:.3g}"
+        table.add_row(name, "control", layers, "", spent, f"{share:.3f}", f"{control.loss:.4f}", "")
     console.print(table)
     for line in verdict(results):
         console.print(line, markup=False, soft_wrap=True)

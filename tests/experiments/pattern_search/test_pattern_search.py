@@ -304,3 +304,30 @@ def test_a_script_for_slurm_is_of_the_first_trunks(arguments, capsys):
     assert "candidate=c000,trunk=0" in script.read_text()
     assert "for the first runs alone" in capsys.readouterr().out
     assert not (HOME / "rungs.json").exists()
+
+
+def test_an_unfinished_rung_is_not_reported(arguments, capsys, monkeypatch):
+    words = arguments("controls=false")
+    entries = complete_all(words)
+    # Whatever starts, nothing ends: as if the machine had been taken away.
+    monkeypatch.setattr(
+        "modtrain.experiments.sweep.hydra_multirun.Multirun.launch", lambda *_: None
+    )
+    RunDirectory.of(entries["c000"][0].decay.config).completed_mark.unlink()
+    assert cli.main(words) == 75
+    assert not (HOME / "patterns.csv").exists()
+    assert "left out" not in capsys.readouterr().out
+    complete(entries["c000"][0].decay, 1.0)
+    for of_candidate in entries.values():
+        RunDirectory.of(of_candidate[1].trunk.config).completed_mark.unlink()
+    assert cli.main(words) == 75
+    assert [row["rung"] for row in rows()] == ["0"] * 4
+    assert not read("pareto.json")["is_last_rung"]
+    assert not (HOME / "conf").exists()
+
+
+@pytest.mark.slow
+def test_a_search_is_submitted_as_one_job(arguments, monkeypatch):
+    words = [o for o in arguments() if o != "search-patterns"]
+    assert cli.main(["submit", "search-patterns", *words, "cluster=cpu", "--dry-run"]) == 0
+    assert "search-patterns" in (HOME / "search-patterns.sbatch").read_text()
