@@ -43,7 +43,8 @@ def _cycle(mode: int) -> Any:
 THEMES = {"light": _theme(0), "dark": _theme(1)}
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_chart(figure: Figure, path: Path) -> None:
+    """Write a chart as SVG, the same bytes each time."""
     figure.tight_layout()
     figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -63,7 +64,7 @@ def sweep_chart(results: dict[float, dict[str, float]], folder: Path) -> None:
             axes.set_ylabel("held-out causal loss (nats a token)")
             axes.margins(0.12)
             axes.grid(alpha=0.25)
-            _save(figure, folder / f"sweep-{mode}.svg")
+            save_chart(figure, folder / f"sweep-{mode}.svg")
 
 
 def results_chart(folder: Path) -> None:
@@ -84,4 +85,4 @@ def results_chart(folder: Path) -> None:
             axes.set_xlabel("causal loss over mod's, % (two standard errors)")
             axes.set_title("equal training FLOPs; steps in brackets", fontsize=11)
             axes.grid(alpha=0.25, axis="x")
-            _save(figure, folder / f"results-{mode}.svg")
+            save_chart(figure, folder / f"results-{mode}.svg")

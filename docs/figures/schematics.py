@@ -10,6 +10,7 @@ import grimp
 from charts import results_chart
 from drawing import Drawing, flow
 from fits import fit_chart
+from pattern_rungs import search_chart
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +22,7 @@ def draw_all(folder: Path) -> None:
         draw().save(folder, name)
     results_chart(folder)
     fit_chart(folder)
+    search_chart(folder)
 
 
 # Where a package stands in its row of the import contract: 0 left, 1 middle, 2 right.
