@@ -113,6 +113,23 @@ def inspect() -> None:
     _screens(shoot, 900, 1000)
 
 
+def report() -> None:
+    """The page of `modtrain report`, of a comparison that takes some minutes."""
+    name, page = "report_page", WORK / "report"
+    seeds = "seeds=[0,1]", "batch.tokens=2048", "optimizer.lr=4e-3", "log.every=2"
+    arms = "name=" + name, '+arms={dense: ["model.pattern=dense"], mod: []}', "model=tiny"
+    short = "budget.flops=1e11", "eval.every=4", "eval.sequences=64", "timed_rounds=0"
+    _run("compare", *arms, *seeds, *short, DATA, RUNS)
+    _run("report", f"runs=[{name}]", RUNS, f"output={page}")
+
+    def shoot(browser: Page, mode: str) -> None:
+        browser.goto((page / "index.html").as_uri(), wait_until="load")
+        browser.wait_for_selector("html[data-drawn]", state="attached")
+        browser.screenshot(path=IMAGES / f"report-{mode}.png")
+
+    _screens(shoot, 1100, 1240)
+
+
 def tensorboard() -> None:
     """TensorBoard on the comparison's runs."""
     with _tensorboard() as address:
@@ -193,6 +210,7 @@ if __name__ == "__main__":
         "readme",
         "plan",
         "inspect",
+        "report",
         "tensorboard",
     ]
     for name in wanted:

@@ -15,6 +15,7 @@ from modtrain.common.atomic_io import write_text
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.tensorboard_layout import Layout, tensorboard_layout
 
 
 class MetricsWriter(Protocol):
@@ -39,12 +40,16 @@ class TensorBoardWriter:
     FLOPs do not fit into 64 bits; TFLOPs do.
     """
 
-    def __init__(self, directory: Path, start: dict[str, int]) -> None:
-        """Open the files. start: the positions after which earlier records are dropped."""
+    def __init__(self, directory: Path, start: dict[str, int], layout: Layout) -> None:
+        """Open the files.
+
+        start: the positions after which earlier records are dropped. layout: of custom scalars.
+        """
         self._writers = {
             axis: SummaryWriter(str(directory / f"by_{axis}"), purge_step=position + 1)
             for axis, position in start.items()
         }
+        self._writers["step"].add_custom_scalars(layout)
 
     def write(self, positions: dict[str, int], values: dict[str, float]) -> None:
         """Record all values by step, and losses by the other axes."""
@@ -93,7 +98,8 @@ class MetricsLog:
         self._file = run.metrics.open("a")
         if config.log.tensorboard:
             start = self._positions(start_step)
-            self._writers.append(TensorBoardWriter(run.tensorboard, start))
+            layout = tensorboard_layout(config.model)
+            self._writers.append(TensorBoardWriter(run.tensorboard, start, layout))
         if config.log.wandb:
             # An extra, which need not be installed.
             from modtrain.training.wandb_writer import WandbWriter  # noqa: PLC0415

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import NamedTuple
 
 from modtrain.experiments.report.runs import Run
@@ -42,7 +43,8 @@ def group_by_data(runs: Sequence[Run]) -> list[DataGroup]:
 
 
 def _title(key: _HeldOut, runs: Sequence[Run]) -> str:
-    paths = ", ".join(sorted({str(run.config.get("data.path")) for run in runs})[:3])
+    names = {PurePath(str(run.config.get("data.path"))).name for run in runs}
+    paths = ", ".join(sorted(names)[:3])
     count = "all" if key.sequences == "None" else key.sequences
     masked = ", documents masked" if key.document_mask == "True" else ""
     sequences = f"{count} held-out sequences of {key.seq_len} tokens{masked}"

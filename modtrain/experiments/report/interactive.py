@@ -112,8 +112,14 @@ def final_losses(group: Group, key: str) -> Interactive | None:
                 "text": [f"{escape(run.name)}<br>{run.loss:.4f} nats"],
             }
         )
-    front_trace = {"type": "scatter", "mode": "lines", "name": "Pareto front", "hoverinfo": "skip"}
+    front_trace = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": "Pareto front",
+        "hoverinfo": "skip",
+    }
     front_style = {"line": {"color": "#778692", "width": 1.2, "shape": "hv"}, "x": [], "y": []}
+    front_style |= {"marker": {"symbol": "circle-open", "size": 15, "color": "#778692"}}
     data.append({**front_trace, **front_style})
     views = []
     for axis in axes:

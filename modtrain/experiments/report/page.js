@@ -28,7 +28,7 @@
     if (spec.views) {
       const { x, y, label, scale } = spec.views[view];
       data = data.map((trace, place) => ({ ...trace, x: x[place], ...(y ? { y: y[place] } : {}) }));
-      layout.xaxis = { ...layout.xaxis, title: { text: label }, type: scale, exponentformat: "power" };
+      layout.xaxis = { ...layout.xaxis, title: { text: label }, type: scale, exponentformat: "SI" };
     }
     return [data, layout];
   }

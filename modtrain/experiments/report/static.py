@@ -114,7 +114,8 @@ def _final_losses(runs: Sequence[Run], cost: Cost, axes: Axes) -> None:
         face = colour if run.is_complete else "none"
         axes.plot(*points[run.name], "o", color=colour, markerfacecolor=face, label=label)
     front = [points[name] for name in pareto_front(points)]
-    axes.step(*zip(*front, strict=True), where="post", color="grey", lw=1, label="Pareto front")
+    line: dict[str, Any] = {"color": "grey", "lw": 1, "marker": "o", "ms": 11, "mfc": "none"}
+    axes.step(*zip(*front, strict=True), where="post", label="Pareto front", **line)
     _finish(axes, cost.title, list(cost.values.values()), len(style))
 
 

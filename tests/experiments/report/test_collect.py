@@ -114,7 +114,7 @@ def test_runs_on_other_data_or_held_out_sets_are_separate_groups(root):
     ]
     assert "on 3 data or held-out sets" in collection.warnings[0]
     first, second, third = (group.title for group in collection.groups)
-    assert first == "data 1: data/sotu (555555555555), 256 held-out sequences of 64 tokens"
+    assert first == "data 1: sotu (555555555555), 256 held-out sequences of 64 tokens"
     assert "666666666666" in second
     assert "all held-out sequences" in third
     assert not collect(report_of(root, "one", "two")).warnings

@@ -15,6 +15,7 @@ from modtrain.cli.compose import compose
 from modtrain.experiments.report import report as report_module
 from modtrain.experiments.report.collect import collect
 from modtrain.experiments.report.interactive import interactive_figures
+from modtrain.experiments.report.page import link
 from modtrain.experiments.report.report import report
 from modtrain.experiments.report.series import COLOURS, loss_range, pareto_front, short_names
 from modtrain.inference.inspect.figures import luminance
@@ -146,6 +147,11 @@ def unquoted(address, folder):
     from urllib.parse import unquote
 
     return (folder / unquote(address)).resolve()
+
+
+def test_an_address_is_a_path_whatever_the_name():
+    assert link("../runs/javascript:a?b#c%41 d") == "../runs/javascript%3Aa%3Fb%23c%2541%20d"
+    assert link("\udcff") == "%FF"
 
 
 def test_runs_left_out_and_warnings_stand_on_the_page(root, undrawn):
