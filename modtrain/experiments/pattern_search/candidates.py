@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy.stats import qmc
 
 from modtrain.common.errors import ConfigError, Problem
-from modtrain.experiments.pattern_search.config import PatternSearchConfig
+from modtrain.experiments.pattern_search.config import PARAMETRIZATIONS, PatternSearchConfig
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.depth.pattern import layer_capacities, num_chosen
@@ -150,8 +150,8 @@ class _Source:
         self.config, self.space, self.name = config, space, name
         self.parametrization = Parametrization(config, name, space.model.num_layers)
         self.is_exhausted = False
-        number = sorted(("free", "monotone", "symmetric")).index(name)
-        rng = np.random.default_rng([config.sampler_seed, number])
+        # Of its own, so that the draws do not depend on which others there are.
+        rng = np.random.default_rng([config.sampler_seed, PARAMETRIZATIONS.index(name)])
         self._engine = qmc.Sobol(1 + self.parametrization.num_coordinates, rng=rng)
 
     def add_one(self, found: dict[tuple[float, ...], Candidate]) -> None:

@@ -152,6 +152,8 @@ class RunPlanner:
                 config,
                 schedule=replace(base.schedule, name="constant"),
                 checkpoint=replace(base.checkpoint, keep_steps=[budget.steps]),
+                # Its losses, without a decay, are of no use.
+                eval=replace(base.eval, every=None, zero_routers="never"),
             )
         data = replace(config.data, seq_len=self.seq_len, eos_id=self.eos_id)
         with_vocabulary = replace(model, vocab_size=self.model.vocab_size)

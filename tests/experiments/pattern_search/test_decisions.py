@@ -1,10 +1,10 @@
 """Decisions: a function of the results alone, and the same after a restart."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from modtrain.common.errors import CheckpointError, OtherRunError
@@ -21,6 +21,7 @@ def points_of(found):
 
 @quick(50)
 @given(st.integers(1, 300), st.integers(1, 100))
+@example(100, 7)  # 0.07 x 100 is 7.000000000000001
 def test_a_share_of_the_candidates_continues_and_at_least_one(count, percent):
     survivors = num_survivors(percent / 100, count)
     assert survivors == max(1, -(-percent * count // 100))
@@ -31,7 +32,9 @@ def test_a_decision_does_not_depend_on_the_order_of_the_results():
     turned = dict(reversed(points.items()))
     failed = {"c001": "x", "c000": "y"}
     one = decide(1e9, 0.5, points, failed)
-    assert one == decide(1e9, 0.5, turned, dict(reversed(failed.items())))
+    two = decide(1e9, 0.5, turned, dict(reversed(failed.items())))
+    # To the byte as it is written.
+    assert json.dumps(asdict(one)) == json.dumps(asdict(two))
     assert len(one.survivors) == 5
     assert one.survivors == sorted(one.survivors)
 

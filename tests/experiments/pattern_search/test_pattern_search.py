@@ -86,6 +86,8 @@ def test_each_rung_extends_the_trunk_of_the_one_before():
             assert trunk.plan.steps == start
             assert trunk.config.checkpoint.keep_steps == [start]
             assert trunk.config.schedule.name == "constant"
+            assert (trunk.config.eval.every, trunk.config.eval.zero_routers) == (None, "never")
+            assert decay.config.eval == request.base.eval
             assert trunk.config.model.pattern == list(candidate.capacities)
             branch = trunk.config.branch
             if before is None:
