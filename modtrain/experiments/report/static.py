@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from modtrain.common.atomic_io import write_bytes
 from modtrain.experiments.fit.figures import loss_figure, plain
@@ -37,6 +38,7 @@ _DASHES = {"solid": "-", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
 _SIZE = 7.0, 4.5
 _MOST_PANELS = 6
 _MOST_TICKS = 40
+_LONGEST_TITLE = 60
 _LEAST_CAPACITY = 1 / 64
 
 
@@ -122,6 +124,8 @@ def _final_losses(runs: Sequence[Run], cost: Cost, axes: Axes) -> None:
 def _finish(axes: Axes, title: str, values: Sequence[float], num_series: int) -> None:
     if is_wide(values):
         axes.set_xscale("log")
+    elif max(values) >= 1000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel(title)
     axes.set_ylabel(_LOSS)
     axes.grid(alpha=0.3)
@@ -176,11 +180,12 @@ def _router_health(runs: Sequence[Run]) -> Figure:
             style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "label": label}
             gate_axes.plot(history.tokens, history.gate, **style)
             update_axes.plot(history.tokens, history.update, **style)
-        gate_axes.set_title(plain(short_names([run.name])[0]), fontsize="small", loc="left")
+        gate_axes.set_title(plain(run.name[-_LONGEST_TITLE:]), fontsize="small", loc="left")
         gate_axes.set_ylabel("mean gate")
         update_axes.set_ylabel("update over stream")
         for axes in (gate_axes, update_axes):
             axes.set_xlabel("training tokens")
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.grid(alpha=0.3)
         if len(run.metrics.routers) <= MOST_LABELS:
             update_axes.legend(fontsize="x-small")
