@@ -14,17 +14,13 @@ from modtrain.experiments.pattern_search.results import Outcome
 from modtrain.training.config import BranchConfig, TrainConfig
 
 
-def write_best(
-    outcome: Outcome, base: TrainConfig, defaults: TrainConfig, name: str, path: Path
-) -> None:
+def write_best(outcome: Outcome, defaults: TrainConfig, name: str, path: Path) -> None:
     """Write a file of the group ``experiment`` that trains the candidate from the start.
 
-    outcome: of the candidate's last run. base: what the candidates share. defaults: the training
-    configuration without overrides, of which the file has what differs. name: of the run.
+    outcome: of the candidate's last run. defaults: the training configuration without overrides;
+    the file has what differs from it. name: of the run.
     """
-    config = replace(
-        outcome.run.config, name=name, branch=BranchConfig(), checkpoint=base.checkpoint
-    )
+    config = replace(outcome.run.config, name=name, branch=BranchConfig())
     before, after = flatten(asdict(defaults)), flatten(asdict(config))
     nested: dict[str, Any] = {}
     for key, value in after.items():

@@ -218,9 +218,7 @@ class _Searcher:
 
     def _write_best(self, outcome: Outcome) -> None:
         path = self.config.output_path
-        write_best(
-            outcome, self.request.base, self.request.defaults, f"{self.config.name}_best", path
-        )
+        write_best(outcome, self.request.defaults, f"{self.config.name}_best", path)
         command = f"modtrain train experiment={path.stem}"
         if path.parent.name == "experiment":
             command = f"modtrain train --config-dir {path.parent.parent} experiment={path.stem}"
