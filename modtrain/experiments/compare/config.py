@@ -8,11 +8,9 @@ from pathlib import Path
 
 from modtrain.common.errors import ConfigError, Problem
 from modtrain.common.validation import above_zero, at_least
+from modtrain.experiments.controls import UNROUTED, without_inert_settings
 from modtrain.models.config import unrouted_layers
-from modtrain.models.depth.config import RouterConfig
 from modtrain.training.config import CapacityScheduleConfig, TrainConfig
-
-_CONTROL = "_unrouted"
 
 
 @dataclass
@@ -64,7 +62,7 @@ class CompareConfig(TrainConfig):
         return problems + at_least(self, "", 0, "timed_rounds")
 
     def _may_be_control(self, name: str) -> bool:
-        return self.controls and name.endswith(_CONTROL) and name[: -len(_CONTROL)] in self.arms
+        return self.controls and name.endswith(UNROUTED) and name[: -len(UNROUTED)] in self.arms
 
 
 @dataclass(frozen=True)
@@ -106,19 +104,16 @@ def add_controls(
             continue
         control = replace(config, model=model, capacity_schedule=CapacityScheduleConfig())
         same = [other for other in known if known[other] == _as_trained(control)]
-        if not same and name + _CONTROL in known:
+        if not same and name + UNROUTED in known:
             reason = f"is the name of the control of {name}, and another model"
-            problem = Problem("arms", name + _CONTROL, reason, "rename it, or set controls=false")
+            problem = Problem("arms", name + UNROUTED, reason, "rename it, or set controls=false")
             raise ConfigError([problem])
-        names[name] = same[0] if same else name + _CONTROL
+        names[name] = same[0] if same else name + UNROUTED
         if not same:
             known[names[name]], expanded[names[name]] = _as_trained(control), control
     return expanded, names
 
 
 def _as_trained(config: CompareConfig) -> CompareConfig:
-    """Return the configuration without what has no effect in a dense model."""
-    if config.model.problems() or config.model.is_routed:
-        return config
-    model = replace(config.model, pattern="dense", capacity=1.0, router=RouterConfig())
-    return replace(config, model=model)
+    """Return what tells two arms apart; a configuration that is wrong is refused later."""
+    return config if config.model.problems() else without_inert_settings(config)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, at_least, broken_rules, one_of, shares
+from modtrain.experiments.controls import UNROUTED
 from modtrain.experiments.trunk_rules import trunk_problems
 from modtrain.training.config import TrainConfig
 
@@ -18,8 +19,6 @@ effective: training FLOPs a token / 6. total: all parameters. active: those that
 average: a routed layer's times its capacity, the experts that compute it. non_embedding: without
 the embedding and the output head.
 """
-UNROUTED = "_unrouted"
-"""Ends the name of a control: a family's unrouted layers alone."""
 
 _FAMILY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.experiments.isoflop.config import UNROUTED, IsoflopConfig
+from modtrain.experiments.controls import UNROUTED, without_inert_settings
+from modtrain.experiments.isoflop.config import IsoflopConfig
 from modtrain.experiments.isoflop.shapes import Shape, ShapeRule
 from modtrain.experiments.sweep.jobs import SweepJob, job_name, overrides_between
 from modtrain.models.config import ModelConfig, unrouted_layers
-from modtrain.models.depth.config import RouterConfig
 from modtrain.training.config import BudgetConfig, CapacityScheduleConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan, derive, resolve
 
@@ -136,11 +136,8 @@ def _add_controls(grid: Grid, family: str, controls: list[Point]) -> None:
 
 
 def _as_trained(point: Point) -> TrainConfig:
-    """Return the configuration without its name, and without what has no effect if it is dense."""
-    model = point.config.model
-    if not model.is_routed:
-        model = replace(model, pattern="dense", capacity=1.0, router=RouterConfig())
-    return replace(point.config, name=None, model=model)
+    """Return what tells two points apart."""
+    return replace(without_inert_settings(point.config), name=None)
 
 
 class _Family:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from modtrain.cluster.status import wide_console
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
+from modtrain.experiments.controls import UNROUTED
 from modtrain.experiments.hparams import forward_flops_per_token
 from modtrain.experiments.pattern_search.best_config import write_best
 from modtrain.experiments.pattern_search.candidates import PatternSpace, find_candidates
@@ -39,8 +40,6 @@ from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
-UNROUTED = "_unrouted"
-"""Ends the name of a control: a candidate's unrouted layers alone."""
 _ENDED = ("complete", "failed")
 
 
