@@ -124,14 +124,16 @@ class FamilyFitter:
         parabolas = []
         if not self.groups:
             self._refuse("parabolas", "no points share a budget")
-        for found in fit_parabolas(self.points, self.groups, self.weights_SP, self.config):
-            if isinstance(found, Parabola):
-                parabolas.append(found)
-                if found.N.low is None and self.config.bootstrap_samples:
-                    reason = f"{found.share_interior:.0%} of the resamples have an interior minimum"
-                    self._refuse("interval of the parabola", reason, found.C)
+        for outcome in fit_parabolas(self.points, self.groups, self.weights_SP, self.config):
+            if isinstance(outcome, Parabola):
+                parabolas.append(outcome)
+                if outcome.N.low is None and self.config.bootstrap_samples:
+                    reason = (
+                        f"{outcome.share_interior:.0%} of the resamples have an interior minimum"
+                    )
+                    self._refuse("interval of the parabola", reason, outcome.C)
             else:
-                self._refuse("parabola", found[1], found[0])
+                self._refuse("parabola", outcome[1], outcome[0])
         return parabolas
 
     def _parabola_exponent(self, parabolas: list[Parabola]) -> Estimate | None:

@@ -23,10 +23,10 @@ def fit(config: FitConfig, console: Console | None = None) -> None:
         ConfigError, DataError: the configuration or the file cannot be used.
     """
     raise_if_any(config.problems())
-    found = fit_points(read_points(Path(str(config.points)), config), config)
+    result = fit_points(read_points(Path(str(config.points)), config), config)
     console = console or Console()
-    show(found, console)
-    for path in write(found, Path(str(config.output))):
+    show(result, console)
+    for path in write(result, Path(str(config.output))):
         console.print(f"wrote {path}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -42,18 +42,18 @@ def fit_points(points: Points, config: FitConfig) -> Fit:
         DataError: a chosen family is not there, or none has enough points.
     """
     raise_if_any(config.problems(needs_files=False))
-    found = Fit(config, points.derived)
+    result = Fit(config, points.derived)
     for name, chosen in _chosen_families(points, config).items():
         kept = chosen.without_highest(config.drop_highest_losses)
         if reason := _too_few(kept, config):
-            found.refusals.append(Refusal(name, "law", reason))
+            result.refusals.append(Refusal(name, "law", reason))
         else:
-            found.families[name] = FamilyFitter(name, kept, len(chosen) - len(kept), found).fit()
-    if not found.families:
-        reasons = "\n".join(f"  - {r.family}: {r.reason}" for r in found.refusals)
+            result.families[name] = FamilyFitter(name, kept, len(chosen) - len(kept), result).fit()
+    if not result.families:
+        reasons = "\n".join(f"  - {r.family}: {r.reason}" for r in result.refusals)
         raise DataError(f"no family of points can be fitted:\n{reasons}")
-    _add_speed_ups(found)
-    return found
+    _add_speed_ups(result)
+    return result
 
 
 def _chosen_families(points: Points, config: FitConfig) -> dict[str, Points]:
@@ -82,22 +82,22 @@ def _too_few(points: Points, config: FitConfig) -> str:
     return ""
 
 
-def _add_speed_ups(found: Fit) -> None:
+def _add_speed_ups(result: Fit) -> None:
     """Add each family's effective speed-up over the baseline, where there are both."""
-    baseline = found.families.get(found.config.baseline)
-    others = [family for family in found.families.values() if family is not baseline]
+    baseline = result.families.get(result.config.baseline)
+    others = [family for family in result.families.values() if family is not baseline]
     if not others or (baseline is None and len(others) == 1):
         return
     for family in others:
         if baseline is None:
-            reason = f"no family {found.config.baseline} was fitted: set baseline="
-            found.refusals.append(Refusal(family.name, "effective speed-up", reason))
+            reason = f"no family {result.config.baseline} was fitted: set baseline="
+            result.refusals.append(Refusal(family.name, "effective speed-up", reason))
         elif not baseline.optima or not family.optima:
             reason = "one of the two has no optimum"
-            found.refusals.append(Refusal(family.name, "effective speed-up", reason))
+            result.refusals.append(Refusal(family.name, "effective speed-up", reason))
         else:
             budgets = [optimum.C for optimum in family.optima]
             C_range = float(baseline.points.C_P.min()), float(baseline.points.C_P.max())
             pair = (baseline.frontier, baseline.frontiers), (family.frontier, family.frontiers)
-            factors = speed_ups(family.name, *pair, budgets, C_range, found.config.level)
-            found.speed_ups.extend(factors)
+            factors = speed_ups(family.name, *pair, budgets, C_range, result.config.level)
+            result.speed_ups.extend(factors)

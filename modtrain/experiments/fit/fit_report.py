@@ -33,7 +33,7 @@ _NOT_COUNTED = "not stated (parameters=)"
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-def write(found: Fit, directory: Path) -> list[Path]:
+def write(fit: Fit, directory: Path) -> list[Path]:
     """Write ``fit.json`` and each figure as SVG and PNG into ``directory``; return the paths.
 
     ``fit.json`` is the last: where it is, the figures are those of the same fit.
@@ -42,9 +42,9 @@ def write(found: Fit, directory: Path) -> list[Path]:
     path = directory / JSON
     path.unlink(missing_ok=True)
     figures = {
-        "loss_over_parameters": loss_figure(found),
-        "optimum_over_flops": frontier_figure(found),
-        "residuals": residual_figure(found),
+        "loss_over_parameters": loss_figure(fit),
+        "optimum_over_flops": frontier_figure(fit),
+        "residuals": residual_figure(fit),
     }
     paths = []
     for name, figure in figures.items():
@@ -54,7 +54,7 @@ def write(found: Fit, directory: Path) -> list[Path]:
                 picture.unlink(missing_ok=True)
             else:
                 paths.append(_save(figure, picture))
-    write_text(path, json.dumps(to_json(found), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(to_json(fit), indent=1, allow_nan=False) + "\n")
     return [path, *paths]
 
 
@@ -67,22 +67,22 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def to_json(found: Fit) -> dict[str, Any]:
+def to_json(fit: Fit) -> dict[str, Any]:
     """Return the fit as plain values, without NaN: a number that is not finite is None."""
-    config = found.config
+    config = fit.config
     points = Path(config.points) if config.points else None
     is_file = points is not None and points.is_file()
     content = {
         "format": _FORMAT,
         "law": "L = E + A / N^alpha + B / D^beta",
         "parameters": config.parameters,
-        "derived": f"{found.derived} by C = 6ND" if found.derived else None,
+        "derived": f"{fit.derived} by C = 6ND" if fit.derived else None,
         "points_sha256": file_sha256(points) if points and is_file else None,
         "settings": asdict(config),
-        "families": {name: _family(family) for name, family in found.families.items()},
-        "speed_ups": [asdict(speed_up) for speed_up in found.speed_ups],
-        "warnings": found.warnings,
-        "refusals": [asdict(refusal) for refusal in found.refusals],
+        "families": {name: _family(family) for name, family in fit.families.items()},
+        "speed_ups": [asdict(speed_up) for speed_up in fit.speed_ups],
+        "warnings": fit.warnings,
+        "refusals": [asdict(refusal) for refusal in fit.refusals],
     }
     return {key: _without_nan(value) for key, value in content.items()}
 
@@ -150,24 +150,24 @@ def _or_none(estimate: Estimate | None) -> dict[str, Any] | None:
 def _ranges(ranges: dict[str, Range], label: str) -> dict[str, Any]:
     return {
         name: {
-            "low": found.low,
-            "high": found.high,
-            f"{label}_left_out_at_low": found.at_low,
-            f"{label}_left_out_at_high": found.at_high,
+            "low": span.low,
+            "high": span.high,
+            f"{label}_left_out_at_low": span.at_low,
+            f"{label}_left_out_at_high": span.at_high,
         }
-        for name, found in ranges.items()
+        for name, span in ranges.items()
     }
 
 
-def show(found: Fit, console: Console) -> None:
+def show(fit: Fit, console: Console) -> None:
     """Print the law, the optima and the speed-ups as tables; below what has to be known."""
-    for family in found.families.values():
-        console.print(_law_table(family, found.config.level))
+    for family in fit.families.values():
+        console.print(_law_table(family, fit.config.level))
         if family.optima:
             console.print(_optima_table(family))
-    if found.speed_ups:
-        console.print(_speed_up_table(found))
-    for line in _notes(found):
+    if fit.speed_ups:
+        console.print(_speed_up_table(fit))
+    for line in _notes(fit):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -209,13 +209,13 @@ def _optima_table(family: FamilyFit) -> Table:
     return table
 
 
-def _speed_up_table(found: Fit) -> Table:
-    baseline = escape(found.config.baseline)
+def _speed_up_table(fit: Fit) -> Table:
+    baseline = escape(fit.config.baseline)
     title = f"effective speed-up: FLOPs that {baseline} needs for the same loss, over the family's"
-    names = ["C", "L*", "factor", f"{found.config.level:.0%} interval", "baseline"]
+    names = ["C", "L*", "factor", f"{fit.config.level:.0%} interval", "baseline"]
     columns = [Column(name, justify="right") for name in names]
     table = Table(Column("family"), *columns, title=title)
-    for row in found.speed_ups:
+    for row in fit.speed_ups:
         factor = "out of reach" if row.factor.value is None else _number(row.factor.value)
         where = "extrapolated" if row.is_extrapolated else "measured"
         cells = f"{row.C:.3g}", _number(row.loss), factor, _interval(row.factor), where
@@ -223,13 +223,13 @@ def _speed_up_table(found: Fit) -> Table:
     return table
 
 
-def _notes(found: Fit) -> Iterator[str]:
-    yield f"parameters counted by N: {found.config.parameters or _NOT_COUNTED}"
-    if found.derived:
-        yield f"{found.derived} is by C = 6ND: the points give the other two alone"
-    yield from (f"warning: {text}" for text in found.warnings)
+def _notes(fit: Fit) -> Iterator[str]:
+    yield f"parameters counted by N: {fit.config.parameters or _NOT_COUNTED}"
+    if fit.derived:
+        yield f"{fit.derived} is by C = 6ND: the points give the other two alone"
+    yield from (f"warning: {text}" for text in fit.warnings)
     by_part: dict[tuple[str, str], list[Refusal]] = {}
-    for refusal in found.refusals:
+    for refusal in fit.refusals:
         by_part.setdefault((refusal.family, refusal.part), []).append(refusal)
     for (family, part), refusals in by_part.items():
         for refusal in refusals[:_MOST_REFUSALS]:
@@ -267,5 +267,5 @@ def _interval(estimate: Estimate) -> str:
     return f"{_number(estimate.low)} to {high}"
 
 
-def _range(found: Range | None) -> str:
-    return "-" if found is None else f"{_number(found.low)} to {_number(found.high)}"
+def _range(span: Range | None) -> str:
+    return "-" if span is None else f"{_number(span.low)} to {_number(span.high)}"

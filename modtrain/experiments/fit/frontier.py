@@ -89,8 +89,8 @@ class Frontier:
         above = np.asarray(loss - self.law.E, dtype=float)
         at_one = self.loss(1.0) - self.law.E
         with np.errstate(divide="ignore", invalid="ignore"):
-            found = (np.where(above > 0, above, np.nan) / at_one) ** (-1 / self.loss_exponent)
-        return np.where(above > 0, found, np.inf)
+            roots = (np.where(above > 0, above, np.nan) / at_one) ** (-1 / self.loss_exponent)
+        return np.where(above > 0, roots, np.inf)
 
     @property
     def _sum(self) -> Any:

@@ -96,7 +96,7 @@ class HuberRegression:
 
     def minimize(self, start_K: Array, weight_P: Array) -> Minimum:
         """Return the minimum that L-BFGS finds from ``start_K``; weight_P: of each point."""
-        found = minimize(
+        result = minimize(
             self.value_and_gradient,
             start_K,
             args=(weight_P,),
@@ -104,7 +104,7 @@ class HuberRegression:
             method="L-BFGS-B",
             options=_OPTIONS,
         )
-        return Minimum(found.x, float(found.fun))
+        return Minimum(result.x, float(result.fun))
 
     def law(self, theta_K: Array) -> Law:
         """Return the law of ``theta_K``."""

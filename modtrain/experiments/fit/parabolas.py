@@ -67,13 +67,13 @@ def _fit_one(
     minimum = _minimum(coefficients, z)
     if minimum is None:
         return C, _no_minimum(coefficients, points.N_P[group])
-    found = []
+    minima = []
     for weights in weights_SG:
         drawn = _coefficients(z, loss, weights)
-        found.append(_minimum(drawn, z) or (np.nan, np.nan))
-    minima_S2 = np.array(found).reshape(-1, 2)
+        minima.append(_minimum(drawn, z) or (np.nan, np.nan))
+    minima_S2 = np.array(minima).reshape(-1, 2)
     interior = minima_S2[~np.isnan(minima_S2[:, 0])]
-    share = len(interior) / max(len(found), 1)
+    share = len(interior) / max(len(minima), 1)
     samples = interior if share >= _LEAST_SHARE else interior[:0]
     return Parabola(
         C,

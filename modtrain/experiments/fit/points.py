@@ -180,8 +180,8 @@ def _points(
     numbers: dict[str, Array] = {}
     for name in ("loss", *_SIZES):
         if name in columns:
-            numbers[name], found = _numbers(columns[name], headings[name], rows)
-            problems += found
+            numbers[name], wrong = _numbers(columns[name], headings[name], rows)
+            problems += wrong
     families = [str(value) for value in columns.get("family", [ONLY_FAMILY] * len(rows))]
     problems += _name_problems(families, headings.get("family", "family"), rows)
     _raise_if_any(source, problems)
@@ -196,10 +196,10 @@ def _points(
 def _numbers(
     values: Sequence[Any], heading: str, rows: Sequence[int]
 ) -> tuple[Array, list[Problem]]:
-    found, problems = np.ones(len(values)), []
+    numbers, problems = np.ones(len(values)), []
     for place, value in enumerate(values):
         try:
-            found[place] = number = float(value)
+            numbers[place] = number = float(value)
             reason = "is not above 0" if math.isfinite(number) else "is not finite"
             is_wrong = not 0 < number < math.inf
         except (TypeError, ValueError):
@@ -207,7 +207,7 @@ def _numbers(
         if is_wrong:
             key, remedy = f"row {rows[place]}, column {heading}", "correct it, or cut the row"
             problems.append(Problem(key, _shown(value), reason, remedy))
-    return found, problems
+    return numbers, problems
 
 
 def _name_problems(families: Sequence[str], heading: str, rows: Sequence[int]) -> list[Problem]:

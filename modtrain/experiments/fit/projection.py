@@ -40,14 +40,14 @@ class Projection:
 
     def fit(self, start: Array, weight_P: Array) -> Law:
         """Return the law of the exponents that Nelder-Mead finds from ``start``, (2,)."""
-        found = minimize(
+        result = minimize(
             lambda exponents: self.solve(exponents, weight_P)[1],
             start,
             method="Nelder-Mead",
             bounds=[EXPONENT_RANGE] * 2,
             options=_OPTIONS,
         )
-        alpha, beta = found.x
-        (E, at_N, at_D), _ = self.solve(found.x, weight_P)
+        alpha, beta = result.x
+        (E, at_N, at_D), _ = self.solve(result.x, weight_P)
         A, B = at_N * np.exp(alpha * self.log_N_mean), at_D * np.exp(beta * self.log_D_mean)
         return Law(A, B, E, alpha, beta)

@@ -93,10 +93,10 @@ def _ranges(laws: dict[float, Law], rule: FlopsRule) -> dict[str, Range]:
     }
     return {
         name: Range(
-            float(found.min()),
-            float(found.max()),
-            labels[int(found.argmin())],
-            labels[int(found.argmax())],
+            float(estimates.min()),
+            float(estimates.max()),
+            labels[int(estimates.argmin())],
+            labels[int(estimates.argmax())],
         )
-        for name, found in values.items()
+        for name, estimates in values.items()
     }

@@ -36,12 +36,12 @@ def speed_ups(
     baseline, family: the frontier, and those of the resamples. The two were resampled by
     themselves, so that resamples are paired by chance. C_range: of the baseline's points.
     """
-    found = []
+    results = []
     for C in budgets:
         loss = family[0].loss(C)
         needed = baseline[0].flops(loss)
         needed_S = baseline[1].flops(family[1].loss(C))
         is_extrapolated = not C_range[0] <= needed <= C_range[1]
         factor = Estimate.of(needed / C, needed_S / C, level)
-        found.append(SpeedUp(name, C, float(loss), factor, bool(is_extrapolated)))
-    return found
+        results.append(SpeedUp(name, C, float(loss), factor, bool(is_extrapolated)))
+    return results

@@ -121,8 +121,8 @@ def rules(config: IsoflopConfig) -> list[str]:
 
 def warnings_of(grid: Grid) -> list[str]:
     """Return what makes the grid or a point of it doubtful."""
-    found = [*_of_data(grid), *_of_steps(grid), *_of_warmup(grid), *_of_range(grid)]
-    return [*found, *_of_shapes(grid.config, grid)]
+    warnings = [*_of_data(grid), *_of_steps(grid), *_of_warmup(grid), *_of_range(grid)]
+    return [*warnings, *_of_shapes(grid.config, grid)]
 
 
 def _of_data(grid: Grid) -> Iterator[str]:

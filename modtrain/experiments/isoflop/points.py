@@ -169,11 +169,11 @@ def _by_family_and_budget(
     results: Sequence[Result],
 ) -> dict[str, dict[float, dict[float, list[Result]]]]:
     """Return the results by family, budget and size, sizes in order."""
-    found: dict[str, dict[float, dict[float, list[Result]]]] = {}
+    by_family: dict[str, dict[float, dict[float, list[Result]]]] = {}
     for result in sorted(results, key=lambda r: (r.point.budget, r.point.size)):
-        budgets = found.setdefault(result.point.family, {})
+        budgets = by_family.setdefault(result.point.family, {})
         budgets.setdefault(result.point.budget, {}).setdefault(result.point.size, []).append(result)
-    return found
+    return by_family
 
 
 def _mean(results: Sequence[Result]) -> float:

@@ -91,31 +91,31 @@ def find_candidates(
     Raises:
         ConfigError: there are fewer patterns between the limits than are to be drawn, or none.
     """
-    found: dict[tuple[float, ...], Candidate] = {}
+    candidates: dict[tuple[float, ...], Candidate] = {}
     notes: list[str] = []
     for pattern in config.patterns:
         model = space.model
         capacities = space.to_tokens(layer_capacities(pattern, model.capacity, model.num_layers))
-        reason = _add(config, space, found, str(pattern), capacities)
+        reason = _add(config, space, candidates, str(pattern), capacities)
         notes += [f"{pattern} is left out: it {reason}"] if reason else []
     sources = [_Source(config, space, name) for name in config.parametrizations]
-    num_found = len(found) + config.num_drawn
+    num_wanted = len(candidates) + config.num_drawn
     for source in cycle(sources):
-        if len(found) >= num_found or all(source.is_exhausted for source in sources):
+        if len(candidates) >= num_wanted or all(source.is_exhausted for source in sources):
             break
-        source.add_one(found)
+        source.add_one(candidates)
     for source in sources:
         if source.is_exhausted:
             notes.append(f"{source.name} has no more patterns between the limits")
-    if len(found) < num_found or not found:
-        raise ConfigError([_too_few(config, space, len(found))])
-    return list(found.values()), notes
+    if len(candidates) < num_wanted or not candidates:
+        raise ConfigError([_too_few(config, space, len(candidates))])
+    return list(candidates.values()), notes
 
 
-def _too_few(config: PatternSearchConfig, space: PatternSpace, num_found: int) -> Problem:
+def _too_few(config: PatternSearchConfig, space: PatternSpace, num_wanted: int) -> Problem:
     lowest = space.flops_over_dense([1 / space.seq_len] * space.model.num_layers)
     reason = (
-        f"is more than there are: {num_found} patterns have {config.flops_min:g} to"
+        f"is more than there are: {num_wanted} patterns have {config.flops_min:g} to"
         f" {config.flops_max:g} of the dense model's forward FLOPs, of which"
         f" {lowest:.3g} is the least, one token a layer"
     )
@@ -126,20 +126,20 @@ def _too_few(config: PatternSearchConfig, space: PatternSpace, num_found: int) -
 def _add(
     config: PatternSearchConfig,
     space: PatternSpace,
-    found: dict[tuple[float, ...], Candidate],
+    candidates: dict[tuple[float, ...], Candidate],
     origin: str,
     capacities: tuple[float, ...],
 ) -> str:
     """Add a pattern, or return why it is no candidate."""
-    if capacities in found:
-        return f"is the same as {found[capacities].origin}"
+    if capacities in candidates:
+        return f"is the same as {candidates[capacities].origin}"
     flops = space.flops_over_dense(capacities)
     if not config.flops_min <= flops <= config.flops_max:
         limits = f"not {config.flops_min:g} to {config.flops_max:g}"
         return f"has {flops:.3g} of the dense model's forward FLOPs, {limits}"
     if not space.is_valid(capacities):
         return "is no pattern of this model with a routed layer"
-    found[capacities] = Candidate(f"c{len(found):03d}", origin, capacities, flops)
+    candidates[capacities] = Candidate(f"c{len(candidates):03d}", origin, capacities, flops)
     return ""
 
 
@@ -154,12 +154,12 @@ class _Source:
         rng = np.random.default_rng([config.sampler_seed, PARAMETRIZATIONS.index(name)])
         self._engine = qmc.Sobol(1 + self.parametrization.num_coordinates, rng=rng)
 
-    def add_one(self, found: dict[tuple[float, ...], Candidate]) -> None:
+    def add_one(self, candidates: dict[tuple[float, ...], Candidate]) -> None:
         """Draw until there is a new candidate, or no more is likely."""
         if self.is_exhausted:
             return
         for capacities in self._draws():
-            if not _add(self.config, self.space, found, self.name, capacities):
+            if not _add(self.config, self.space, candidates, self.name, capacities):
                 return
         self.is_exhausted = True
 

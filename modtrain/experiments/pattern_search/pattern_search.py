@@ -157,15 +157,15 @@ class _Searcher:
         outcomes: dict[str, Outcome] = {}
         missing: dict[str, str] = {}
         for entry in entries:
-            name, found = entry.candidate.name, outcome_of(entry.decay)
-            if isinstance(found, Outcome):
-                outcomes[name] = found
+            name, outcome = entry.candidate.name, outcome_of(entry.decay)
+            if isinstance(outcome, Outcome):
+                outcomes[name] = outcome
                 continue
             trunk = RunDirectory.of(entry.trunk.config)
             if not trunk.is_complete:
-                found = f"{found}; its trunk {entry.trunk.name} is {state_of(trunk)}"
-            missing[name] = found
-            self._print(f"left out of rung {entry.rung}: {name}: {found.splitlines()[0]}")
+                outcome = f"{outcome}; its trunk {entry.trunk.name} is {state_of(trunk)}"
+            missing[name] = outcome
+            self._print(f"left out of rung {entry.rung}: {name}: {outcome.splitlines()[0]}")
         self.results.outcomes.append(outcomes)
         self.results.missing.append(missing)
 
@@ -177,11 +177,11 @@ class _Searcher:
         _check(list(controls.values()), self.runner)
         code = self._train_runs(list(controls.values()))
         for name, run in controls.items():
-            found = outcome_of(run)
-            if isinstance(found, Outcome):
-                self.results.controls[name] = found
+            outcome = outcome_of(run)
+            if isinstance(outcome, Outcome):
+                self.results.controls[name] = outcome
             else:
-                self._print(f"no control {name}: {found.splitlines()[0]}")
+                self._print(f"no control {name}: {outcome.splitlines()[0]}")
                 code = code or 1
         return code
 

@@ -124,7 +124,7 @@ def _run_directories(root: Path, patterns: Sequence[str]) -> list[Path]:
     Raises:
         ConfigError: a name has none.
     """
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     problems = []
     for pattern in patterns:
         tops = [root / pattern] if (root / pattern).is_dir() else sorted(root.glob(pattern))
@@ -136,12 +136,12 @@ def _run_directories(root: Path, patterns: Sequence[str]) -> list[Path]:
             # A group of jobs has no configuration of its own.
             if (path / "config.yaml").exists()
         ]
-        found |= dict.fromkeys(below)
+        paths |= dict.fromkeys(below)
         if not below:
             reason = f"has no run at or below it in {root}"
             problems.append(Problem("runs", pattern, reason, "modtrain status lists the runs"))
     raise_if_any(problems)
-    return list(found)
+    return list(paths)
 
 
 def _directories_above(root: Path, runs: Sequence[Run]) -> list[Path]:

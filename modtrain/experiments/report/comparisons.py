@@ -10,7 +10,13 @@ from typing import Any
 
 from modtrain.experiments.compare.paired import PairedChange
 from modtrain.experiments.compare.verdict import verdict
-from modtrain.experiments.report.files import UnreadableError, number, printable, read_json
+from modtrain.experiments.report.files import (
+    UnreadableError,
+    number,
+    printable,
+    read_each,
+    read_json,
+)
 from modtrain.experiments.report.runs import Run
 
 _FILE = "compare.json"
@@ -44,30 +50,25 @@ class ComparedArms:
     def report(self, runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         """Return the arms that have some of ``runs``, as `modtrain compare` reports them."""
         by_name = {str(r.config.get("name")): r for r in runs if r.path.is_relative_to(self.path)}
-        found = {}
+        described = {}
         for name, arm in self.arms.items():
             of_arm = [by_name[run] for run in arm.runs if run in by_name]
             if of_arm:
-                found[name] = _describe(of_arm, arm)
-        return found
+                described[name] = _describe(of_arm, arm)
+        return described
 
 
 def read_comparisons(
     root: Path, directories: Sequence[Path], max_bytes: int
 ) -> tuple[list[ComparedArms], list[str]]:
     """Return the comparisons in ``directories`` below ``root``, and what is wrong with others."""
-    found, problems = [], []
-    for directory in directories:
-        path, name = directory / _FILE, printable(str(directory.relative_to(root)))
-        if not path.exists():
-            continue
-        try:
-            content = read_json(path, max_bytes)
-            arms = {printable(name): _arm(arm) for name, arm in content.items()}
-            found.append(ComparedArms(name, directory, arms))
-        except UnreadableError as error:
-            problems.append(printable(f"{name}: {error}: the comparison is left out."))
-    return found, problems
+
+    def parse(name: str, directory: Path, path: Path) -> ComparedArms:
+        content = read_json(path, max_bytes)
+        arms = {printable(arm): _arm(of_arm) for arm, of_arm in content.items()}
+        return ComparedArms(name, directory, arms)
+
+    return read_each(root, directories, "comparison", _FILE, parse)
 
 
 def _arm(content: object) -> _Arm:

@@ -29,16 +29,16 @@ class DataGroup:
 
 def group_by_data(runs: Sequence[Run]) -> list[DataGroup]:
     """Return the runs by data, the largest group first; their `Run.data` is its title."""
-    found: dict[_HeldOut, list[Run]] = {}
+    runs_by_key: dict[_HeldOut, list[Run]] = {}
     for run in runs:
         keys = ("data.seq_len", "data.document_mask", "eval.sequences")
         held_out = (str(run.config.get(key)) for key in keys)
-        found.setdefault(_HeldOut(run.fingerprint, *held_out), []).append(run)
+        runs_by_key.setdefault(_HeldOut(run.fingerprint, *held_out), []).append(run)
     groups = []
-    for place, key in enumerate(sorted(found, key=lambda key: -len(found[key])), 1):
-        label = f"data {place}: " if len(found) > 1 else ""
-        title = label + _title(key, found[key])
-        groups.append(DataGroup(title, [replace(run, data=title) for run in found[key]]))
+    for place, key in enumerate(sorted(runs_by_key, key=lambda key: -len(runs_by_key[key])), 1):
+        label = f"data {place}: " if len(runs_by_key) > 1 else ""
+        title = label + _title(key, runs_by_key[key])
+        groups.append(DataGroup(title, [replace(run, data=title) for run in runs_by_key[key]]))
     return groups
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
 import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -16,6 +18,8 @@ from modtrain.common.renamed_keys import flatten, translate
 
 MAX_CONFIG_BYTES = 2**20
 _MAX_YAML_DEPTH = 20
+_MAX_REASON = 300
+T = TypeVar("T")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -108,15 +112,42 @@ def _check_yaml(content: bytes) -> None:
             depth -= 1
 
 
+def read_each(
+    root: Path,
+    directories: Iterable[Path],
+    kind: str,
+    file_name: str,
+    parse: Callable[[str, Path, Path], T],
+) -> tuple[list[T], list[str]]:
+    """Parse the file of this name in each of ``directories`` that has one.
+
+    kind: what it is, for messages. parse: from the name of the directory below ``root``, the
+    directory and the file.
+
+    Returns the results, and what is wrong with the other files.
+    """
+    results, problems = [], []
+    for directory in directories:
+        path, name = directory / file_name, printable(str(directory.relative_to(root)))
+        if not path.exists():
+            continue
+        try:
+            results.append(parse(name, directory, path))
+        except (DataError, csv.Error) as error:
+            reason = " ".join(str(error).split())[:_MAX_REASON]
+            problems.append(printable(f"{name}: {reason}: the {kind} is left out."))
+    return results, problems
+
+
 def number(value: object) -> float | None:
     """Return a finite number as a float, and None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        found = float(value)
+        result = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return result if math.isfinite(result) else None
 
 
 def printable(text: str) -> str:

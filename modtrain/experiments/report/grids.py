@@ -16,7 +16,7 @@ from modtrain.experiments.fit.fit import fit_points
 from modtrain.experiments.fit.points import Points, read_points
 from modtrain.experiments.fit.results import Fit
 from modtrain.experiments.isoflop.config import CONVENTIONS
-from modtrain.experiments.report.files import UnreadableError, printable, read_text
+from modtrain.experiments.report.files import UnreadableError, printable, read_each, read_text
 from modtrain.experiments.report.runs import Run
 
 _FILE = "points.csv"
@@ -59,19 +59,13 @@ def read_grids(
     root: Path, directories: Sequence[Path], max_bytes: int
 ) -> tuple[list[GridFile], list[str]]:
     """Return the grids in ``directories`` below ``root``, and what is wrong with others."""
-    found, problems = [], []
-    for directory in directories:
-        path, name = directory / _FILE, printable(str(directory.relative_to(root)))
-        if not path.exists():
-            continue
-        try:
-            runs, trunks, parameters = _columns(read_text(path, max_bytes))
-            points = read_points(path, FitConfig(max_bytes=max_bytes))
-            found.append(GridFile(name, directory, points, runs, trunks, parameters))
-        except (DataError, UnreadableError, csv.Error) as error:
-            reason = " ".join(str(error).split())[:300]
-            problems.append(printable(f"{name}: {reason}: the grid is left out."))
-    return found, problems
+
+    def parse(name: str, directory: Path, path: Path) -> GridFile:
+        columns = _columns(read_text(path, max_bytes))
+        points = read_points(path, FitConfig(max_bytes=max_bytes))
+        return GridFile(name, directory, points, *columns)
+
+    return read_each(root, directories, "grid", _FILE, parse)
 
 
 def _columns(text: str) -> tuple[dict[int, str], dict[int, str], str | None]:

@@ -20,6 +20,8 @@ from modtrain.experiments.report.grids import Grid
 from modtrain.experiments.report.runs import Run
 from modtrain.experiments.report.series import (
     COLOURS,
+    LEAST_CAPACITY,
+    LOSS_LABEL,
     MOST_LABELS,
     PROGRESS,
     costs,
@@ -30,10 +32,7 @@ from modtrain.experiments.report.series import (
     styles,
 )
 
-_LOSS = "held-out causal loss (nats a token)"
 _HOVER = "%{text}<extra></extra>"
-# Capacities below this have the colour of this.
-_LEAST_CAPACITY = 1 / 64
 _MOST_TICKS = 16
 _NUM_ON_CURVE = 60
 
@@ -82,7 +81,7 @@ def loss_curves(group: Group, key: str) -> Interactive | None:
             scale = "log" if is_wide(ends) else "linear"
             xs = [_rounded(c) for c in columns]
             views.append(_view(axis.title, xs, scale))
-    layout = _layout(_LOSS, with_legend=len(first) <= MOST_LABELS)
+    layout = _layout(LOSS_LABEL, with_legend=len(first) <= MOST_LABELS)
     layout["yaxis"] |= {"range": _rounded(loss_range(runs))}
     notes = ["The first fifth of a run may lie above the picture: a double click shows all of it."]
     notes += ["Time is of training steps: without evaluations, checkpoints and lost work."]
@@ -130,7 +129,7 @@ def final_losses(group: Group, key: str) -> Interactive | None:
         scale = "log" if is_wide(list(axis.values.values())) else "linear"
         view = _view(axis.title, [*xs, _rounded(x for x, _ in front)], scale)
         views.append({**view, "y": [*ys, _rounded(y for _, y in front)]})
-    layout = _layout(_LOSS, with_legend=len(first) <= MOST_LABELS)
+    layout = _layout(LOSS_LABEL, with_legend=len(first) <= MOST_LABELS)
     spec = {"data": data, "layout": layout, "views": views}
     return Interactive(key, "Final loss against cost", spec, cost_notes(runs))
 
@@ -162,17 +161,17 @@ def capacity_map(runs: Sequence[Run], key: str) -> Interactive | None:
     texts = []
     for layer in range(num_layers):
         row = [_capacity_at(run, layer) for run in known]
-        values.append([None if c is None else _log(max(c, _LEAST_CAPACITY)) for c in row])
+        values.append([None if c is None else _log(max(c, LEAST_CAPACITY)) for c in row])
         texts.append(
             [
                 f"{escape(run.name)}<br>layer {layer}: {'no such layer' if c is None else f'{c:g}'}"
                 for run, c in zip(known, row, strict=True)
             ]
         )
-    ticks = [c for c in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64) if c >= _LEAST_CAPACITY]
+    ticks = [c for c in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64) if c >= LEAST_CAPACITY]
     trace = {
         **_heat(values, texts, "share of the tokens", "Viridis"),
-        **{"zmin": math.log2(_LEAST_CAPACITY), "zmax": 0},
+        **{"zmin": math.log2(LEAST_CAPACITY), "zmax": 0},
     }
     labels = [f"1/{round(1 / c)}" if c < 1 else "1" for c in ticks]
     trace["colorbar"] |= {"tickvals": [math.log2(c) for c in ticks], "ticktext": labels}
@@ -280,7 +279,7 @@ def _swaps_of(run: Run) -> Spec:
 def isoflop_curves(grid: Grid, key: str) -> Interactive:
     """Loss over N at each budget of a family, with the law, its band and the parabolas."""
     counted = f" ({grid.parameters})" if grid.parameters else ""
-    layout = _layout(_LOSS, with_legend=True)
+    layout = _layout(LOSS_LABEL, with_legend=True)
     layout["xaxis"] = {"type": "log", "title": {"text": f"parameters N{counted}"}}
     title = f"IsoFLOP curves of {grid.name}"
     if grid.fit is None:
@@ -393,7 +392,7 @@ def _view(label: str, xs: list[list[float | None]], scale: str) -> Spec:
 def interactive_figures(group: Group, prefix: str) -> list[Interactive]:
     """Return the figures of a group that have something to show. prefix: of their keys."""
     runs = group.runs
-    found = [
+    figures = [
         loss_curves(group, f"{prefix}loss"),
         final_losses(group, f"{prefix}cost"),
         *(isoflop_curves(grid, f"{prefix}isoflop-{i}") for i, grid in enumerate(group.grids)),
@@ -402,7 +401,7 @@ def interactive_figures(group: Group, prefix: str) -> list[Interactive]:
         worth_map(runs, f"{prefix}worth"),
         swap_changes(runs, f"{prefix}swaps"),
     ]
-    return [figure for figure in found if figure is not None]
+    return [figure for figure in figures if figure is not None]
 
 
 def _layout(y_title: str, *, with_legend: bool) -> Spec:

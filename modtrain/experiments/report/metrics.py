@@ -77,12 +77,12 @@ class Metrics:
 
 def worth_of(metrics: dict[str, Any]) -> dict[str, float]:
     """Return what ``metrics`` have of the routers' worth, by label."""
-    found = {}
+    worth_by_router = {}
     for key, value in metrics.items():
         match = _WORTH.fullmatch(key)
         if match and (worth := number(value)) is not None:
-            found[match[1]] = worth
-    return found
+            worth_by_router[match[1]] = worth
+    return worth_by_router
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -188,12 +188,12 @@ class _Reader:
         return self.seconds + (step - before) * pace
 
     def _add_routers(self, tokens: float, record: dict[str, Any]) -> None:
-        found: dict[str, dict[str, float]] = {}
+        health_by_router: dict[str, dict[str, float]] = {}
         for key, value in record.items():
             match = _HEALTH.fullmatch(key) if key.startswith("router/") else None
             if match and (health := number(value)) is not None:
-                found.setdefault(match[1], {})[match[2]] = health
-        for label, health_of in found.items():
+                health_by_router.setdefault(match[1], {})[match[2]] = health
+        for label, health_of in health_by_router.items():
             history = self.metrics.routers.setdefault(label, RouterHistory())
             history.tokens.append(tokens)
             history.gate.append(health_of.get("gate_mean", float("nan")))

@@ -68,11 +68,11 @@ def render(
     sources = [get_plotlyjs(), (Path(__file__).parent / _SCRIPT).read_text()]
     # What would end the element, or begin a comment, may stand in a string.
     scripts = [text.replace("</script", r"<\/script").replace("<!--", r"<\!--") for text in sources]
-    found = sections(collection, margin)
+    page_sections = sections(collection, margin)
     return environment.get_template(_TEMPLATE).render(
         collection=collection,
-        sections=found,
-        specs={figure.key: figure.spec for section in found for figure in section.figures},
+        sections=page_sections,
+        specs={figure.key: figure.spec for section in page_sections for figure in section.figures},
         tables=tables,
         links={name: link(directory) for name, directory in directories.items()},
         commands={run.name: run.command for run in collection.runs},

@@ -215,13 +215,13 @@ def _capacities(config: Mapping[str, Any], notes: list[str]) -> list[float | Non
     try:
         if not isinstance(num_layers, int) or not 0 < num_layers <= _MAX_LAYERS or capacity is None:
             raise ValueError("model.num_layers or model.capacity")
-        found = layer_capacities(config.get("model.pattern") or "", capacity, num_layers)
-        if len(found) != num_layers or not all(c is None or 0 < c <= 1 for c in found):
+        capacities = layer_capacities(config.get("model.pattern") or "", capacity, num_layers)
+        if len(capacities) != num_layers or not all(c is None or 0 < c <= 1 for c in capacities):
             raise ValueError("model.pattern")
     except (ValueError, TypeError) as error:
         notes.append(f"its capacities are not known: {str(error)[:80]}")
         return []
-    return found
+    return capacities
 
 
 def _swaps(path: Path, max_bytes: int, notes: list[str]) -> list[Swap]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from modtrain.experiments.report.runs import Run
 
+LOSS_LABEL = "held-out causal loss (nats a token)"
+LEAST_CAPACITY = 1 / 64
+"""Capacities below this have the colour of this."""
 # Each has a contrast of 3 with a white and with a dark page.
 COLOURS = (
     *("#2f7ed8", "#d9660f", "#1f9453", "#d64550", "#8e63ce"),
@@ -38,7 +41,7 @@ def styles(runs: Sequence[Run]) -> dict[str, Style]:
 
 def short_names(names: Sequence[str]) -> list[str]:
     """Return the names without the folders that all share, cut to what an axis has room for."""
-    shared = os.path.commonpath(names) if len(names) > 1 else os.path.dirname(names[0])  # noqa: PTH120
+    shared = os.path.commonpath(names) if len(names) > 1 else names[0].rpartition("/")[0]
     cut = [name.removeprefix(f"{shared}/") if shared else name for name in names]
     return [c if len(c) <= _LONGEST_LABEL else f"…{c[1 - _LONGEST_LABEL :]}" for c in cut]
 
@@ -80,11 +83,11 @@ def costs(runs: Sequence[Run]) -> list[Cost]:
             {run.name: run.metrics.step_seconds for run in runs},
         ),
     ]
-    found = [
+    every_cost = [
         Cost(key, title, {name: value for name, value in values.items() if value})
         for key, title, values in kinds
     ]
-    return [cost for cost in found if cost.values]
+    return [cost for cost in every_cost if cost.values]
 
 
 @dataclass(frozen=True)

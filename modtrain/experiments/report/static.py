@@ -21,6 +21,8 @@ from modtrain.experiments.report.collect import Group
 from modtrain.experiments.report.runs import Run
 from modtrain.experiments.report.series import (
     COLOURS,
+    LEAST_CAPACITY,
+    LOSS_LABEL,
     MOST_LABELS,
     PROGRESS,
     Cost,
@@ -33,13 +35,11 @@ from modtrain.experiments.report.series import (
     styles,
 )
 
-_LOSS = "held-out causal loss (nats a token)"
 _DASHES = {"solid": "-", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
 _SIZE = 7.0, 4.5
 _MOST_PANELS = 6
 _MOST_TICKS = 40
 _LONGEST_TITLE = 60
-_LEAST_CAPACITY = 1 / 64
 
 
 def write_figures(group: Group, prefix: str, directory: Path) -> list[Path]:
@@ -127,7 +127,7 @@ def _finish(axes: Axes, title: str, values: Sequence[float], num_series: int) ->
     elif max(values) >= 1000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel(title)
-    axes.set_ylabel(_LOSS)
+    axes.set_ylabel(LOSS_LABEL)
     axes.grid(alpha=0.3)
     if num_series <= MOST_LABELS:
         axes.legend(fontsize="small")
@@ -137,11 +137,11 @@ def _capacities(runs: Sequence[Run], axes: Axes) -> None:
     most = max(len(run.capacities) for run in runs)
     map_LR = np.full((most, len(runs)), np.nan)
     for column, run in enumerate(runs):
-        shares = [1.0 if c is None else max(c, _LEAST_CAPACITY) for c in run.capacities]
+        shares = [1.0 if c is None else max(c, LEAST_CAPACITY) for c in run.capacities]
         map_LR[: len(shares), column] = np.log2(shares)
-    image = axes.imshow(map_LR, aspect="auto", vmin=math.log2(_LEAST_CAPACITY), vmax=0)
+    image = axes.imshow(map_LR, aspect="auto", vmin=math.log2(LEAST_CAPACITY), vmax=0)
     bar = axes.figure.colorbar(image, ax=axes, label="share of the tokens")
-    ticks = range(round(math.log2(_LEAST_CAPACITY)), 1)
+    ticks = range(round(math.log2(LEAST_CAPACITY)), 1)
     bar.set_ticks(list(ticks), labels=["1" if t == 0 else f"1/{2**-t}" for t in ticks])
     axes.set_ylabel("layer")
     _name_runs(axes, runs)

@@ -274,11 +274,11 @@ def _speed_ups_table(collection: Collection) -> Table:
     ]
     rows = []
     for grid in _grids(collection):
-        for found in grid.fit.speed_ups if grid.fit else ():
-            head = {"grid": grid.name, "family": found.family, "C": found.C}
+        for speed_up in grid.fit.speed_ups if grid.fit else ():
+            head = {"grid": grid.name, "family": speed_up.family, "C": speed_up.C}
             row = {**head, "baseline": grid.fit.config.baseline if grid.fit else None}
-            factor = {"factor": found.factor.value, "low": found.factor.low}
-            end = {"high": found.factor.high, "is_extrapolated": found.is_extrapolated}
+            factor = {"factor": speed_up.factor.value, "low": speed_up.factor.low}
+            end = {"high": speed_up.factor.high, "is_extrapolated": speed_up.is_extrapolated}
             rows.append({**row, **factor, **end})
     title = "Effective speed-up: FLOPs that the baseline needs for the same loss, over the family's"
     return Table("speed_ups", title, columns, rows)
