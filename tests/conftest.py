@@ -5,6 +5,7 @@ import fcntl
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,3 +187,19 @@ def tiny(prepared: Path) -> list[str]:
         *("batch.micro_batch_size=2", "checkpoint.every=4", "eval.every=6", "eval.sequences=8"),
         *("log.every=2", "strategy.num_threads=1", "strategy.accelerator=cpu"),
     ]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium, without a window."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs Debian's chromium, which .ci/run installs")
+    # A second to import, which the other tests need not wait.
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Its sandbox does not start as root, and the page is our own.
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

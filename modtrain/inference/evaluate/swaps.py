@@ -16,17 +16,17 @@ ALL_ROUTERS = "all"
 
 def swaps_of(model: ModelConfig, selection: Selection) -> list[RouterSwap]:
     """Return the swaps for all routers at once, then each router's updates zeroed by themselves."""
+    has_content = model.router.needs_causal
     gates = [False] if model.router.gate_kind == "none" else [False, True]
+    # Scores that ignore content have no lowest ones, and nothing to shuffle.
+    selected = ("random", "even", "lowest") if has_content else ("random", "even")
     swaps = [RouterSwap("zero")]
-    swaps += [RouterSwap(name, mean) for name in ("random", "even", "lowest") for mean in gates]
-    if model.router.needs_causal:
+    swaps += [RouterSwap(name, mean) for name in selected for mean in gates]
+    if has_content:
         swaps.append(RouterSwap("shuffled"))
     if "predictor" in model.router.causal_routers and selection != "predictor":
         swaps.append(RouterSwap("predictor"))
     swaps.append(RouterSwap("update_norm"))
-    if not model.router.needs_causal:
-        # Scores that ignore content have no lowest ones, and a gate that is no score's.
-        swaps = [swap for swap in swaps if swap.choice != "lowest"]
     numbers = range(len(model.routed_parts))
     return swaps + [RouterSwap("zero", routers=(number,)) for number in numbers if len(numbers) > 1]
 

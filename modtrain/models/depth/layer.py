@@ -33,7 +33,7 @@ from modtrain.models.depth.selection import (
     quantile,
     token_choice,
 )
-from modtrain.models.depth.swap import swap_choice
+from modtrain.models.depth.swap import mean_gate, swap_choice
 from modtrain.models.sequence import (
     Output,
     RoutingRecord,
@@ -128,8 +128,7 @@ class MixtureOfDepths(nn.Module):
         swap = context.swap
         if swap is not None and (swap.routers is None or self.number in swap.routers):
             return self._swapped(x_BSD, context, record, slots)
-        output = self._route(x_BSD, context, scores_BS, slots)
-        return _with_record(output, record)
+        return _with_record(self._route(x_BSD, context, scores_BS, slots), record)
 
     def _swapped(
         self, x_BSD: Tensor, context: SequenceContext, record: RoutingRecord, slots: TokenSlots
@@ -144,17 +143,12 @@ class MixtureOfDepths(nn.Module):
         if swap.mean_gate:
             gate_BS = self.gate(record.scores_BS, x_BSD)
             if gate_BS is not None:
-                total_B1 = gate_BS.where(record.chosen_BS, 0).sum(dim=1, keepdim=True)
-                count_B1 = record.chosen_BS.sum(dim=1, keepdim=True).clamp(min=1)
-                context = context._replace(gate_B1=total_B1 / count_B1)
+                context = context._replace(gate_B1=mean_gate(gate_BS, record.chosen_BS))
         norm_BS = self._update_norms(x_BSD, context) if swap.choice == "update_norm" else None
-        scores_BS, chosen_BS = swap_choice(
-            swap, record.scores_BS, record.predictor_BS, norm_BS, record.chosen_BS
-        )
-        index_BK = chosen_first(chosen_BS, slots.index_BK.shape[1])
-        slots = TokenSlots(index_BK, chosen_BS.gather(1, index_BK))
-        output = self._route(x_BSD, context, scores_BS, slots)
-        return _with_record(output, record._replace(scores_BS=scores_BS, chosen_BS=chosen_BS))
+        record = swap_choice(swap, record, norm_BS)
+        index_BK = chosen_first(record.chosen_BS, slots.index_BK.shape[1])
+        slots = TokenSlots(index_BK, record.chosen_BS.gather(1, index_BK))
+        return _with_record(self._route(x_BSD, context, record.scores_BS, slots), record)
 
     @property
     def has_running_stats(self) -> bool:
@@ -232,8 +226,7 @@ class MixtureOfDepths(nn.Module):
     def _scores(self, x_BSD: Tensor, context: SequenceContext, count: int) -> Tensor:
         trains = context.selection in TRAINING_SELECTIONS
         if self.config.score == "random" and not trains:
-            positions_BS = context.positions_BS.expand(x_BSD.shape[:2])
-            return to_fp32_or_wider(hashed_scores(positions_BS, self.number).to(x_BSD.dtype))
+            return hashed_scores(context.positions_BS.expand(x_BSD.shape[:2]), self.number)
         if self.router is not None:
             scores: Tensor = self.router(x_BSD)
             return scores

@@ -11,16 +11,11 @@ import torch
 from torch import Tensor
 
 from modtrain.models.depth.config import RouterSwap
+from modtrain.models.sequence import RoutingRecord
 
 
-def swap_choice(
-    swap: RouterSwap,
-    scores_BS: Tensor,
-    predictor_BS: Tensor | None,
-    norm_BS: Tensor | None,
-    chosen_BS: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return scores and chosen tokens (B, S) in place of a router's ``chosen_BS``.
+def swap_choice(swap: RouterSwap, record: RoutingRecord, norm_BS: Tensor | None) -> RoutingRecord:
+    """Return other scores and chosen tokens in place of a router's own.
 
     Each sequence keeps its number of chosen tokens. Random numbers are of the global generator.
     norm_BS: of the updates that all tokens would get; for ``update_norm`` only.
@@ -28,23 +23,32 @@ def swap_choice(
     Raises:
         ValueError: the choice needs a predictor, and the router has none.
     """
+    scores_BS, chosen_BS = record.scores_BS, record.chosen_BS
     count_B1 = chosen_BS.sum(dim=1, keepdim=True)
     if swap.choice == "shuffled":
         order_BS = torch.rand(chosen_BS.shape, device=chosen_BS.device).argsort(dim=1)
-        return scores_BS.gather(1, order_BS), chosen_BS.gather(1, order_BS)
+        return record._replace(
+            scores_BS=scores_BS.gather(1, order_BS), chosen_BS=chosen_BS.gather(1, order_BS)
+        )
     if swap.choice == "even":
         length = chosen_BS.shape[1]
         cumulative = torch.arange(length + 1, device=chosen_BS.device) * count_B1 // length
-        return scores_BS, cumulative.diff(dim=1) > 0
+        return record._replace(chosen_BS=cumulative.diff(dim=1) > 0)
     if swap.choice == "random":
         values_BS = torch.rand(chosen_BS.shape, device=chosen_BS.device)
     elif swap.choice == "lowest":
         values_BS = -scores_BS
     elif swap.choice == "update_norm" and norm_BS is not None:
         values_BS = norm_BS
-    elif swap.choice == "predictor" and predictor_BS is not None:
-        values_BS = predictor_BS
+    elif swap.choice == "predictor" and record.predictor_BS is not None:
+        values_BS = record.predictor_BS
     else:
         raise ValueError(f"the router has no values for the choice {swap.choice!r}")
     rank_BS = values_BS.argsort(dim=1, descending=True).argsort(dim=1)
-    return scores_BS, rank_BS < count_B1
+    return record._replace(chosen_BS=rank_BS < count_B1)
+
+
+def mean_gate(gate_BS: Tensor, chosen_BS: Tensor) -> Tensor:
+    """Return the mean gate (B, 1) of each sequence's chosen tokens; 0 without one."""
+    count_B1 = chosen_BS.sum(dim=1, keepdim=True).clamp(min=1)
+    return gate_BS.where(chosen_BS, 0).sum(dim=1, keepdim=True) / count_B1

@@ -2,13 +2,11 @@
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from itertools import product
 
 import plotly.graph_objects as go
 import pytest
-from playwright.sync_api import sync_playwright
 
 from modtrain.cli import main as cli
 from modtrain.cli.compose import compose
@@ -256,18 +254,6 @@ def test_real_runs_are_reported(tiny, tmp_path, capsys):
     single = [row for row in routers if row["router"] != "all"]
     assert single
     assert all(row["gate_mean"] is not None and row["worth"] is not None for row in single)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs Debian's chromium, which .ci/run installs")
-    with sync_playwright() as playwright:
-        # Its sandbox does not start as root, and the page is our own.
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.slow

@@ -3,11 +3,9 @@
 import base64
 import math
 import re
-import shutil
 from itertools import product
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from modtrain.cli import main as cli
 from modtrain.cli.compose import compose
@@ -265,18 +263,6 @@ READ = """() => {
     colours: [...colours].map((pair) => JSON.parse(pair)),
   };
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs Debian's chromium, which .ci/run installs")
-    with sync_playwright() as playwright:
-        # Its sandbox does not start as root, and the page is our own.
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.on_commit(1)
