@@ -21,7 +21,7 @@ from modtrain.training.config import TrainConfig
 
 _SETTINGS = "# --- settings"
 _END = "# --- end of settings ---"
-SERIAL = ("prepare", "eval", "search", "search-patterns", "compare")
+SERIAL = ("prepare", "eval", "search", "search-patterns", "compare", "isoflop")
 """The verbs that run in one process on one node."""
 
 

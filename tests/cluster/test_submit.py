@@ -235,6 +235,8 @@ def test_other_verbs_are_jobs_of_one_process(verb, words, script, tiny):
         ("eval", {}, "--nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --requeue"),
         ("eval", {"gpus_per_node": 8}, "--ntasks-per-node=1 --gpus-per-node=8 --mem=0"),
         ("prepare", {}, "--nodes=1 --ntasks-per-node=1 --requeue"),
+        ("isoflop", {}, "--nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --requeue"),
+        ("search-patterns", {}, "--nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --requeue"),
         ("train", {"gpus_per_node": 1}, "--ntasks-per-node=1 --gpus-per-node=1 --requeue"),
     ],
 )
