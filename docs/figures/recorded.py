@@ -55,7 +55,7 @@ def train() -> None:
 
 def compare() -> None:
     """The picture that `modtrain compare` writes, in both themes."""
-    from modtrain.cli.compose import compose_arms
+    from modtrain.cli.compose_verbs import compose_arms
     from modtrain.experiments.compare.comparison_report import draw
 
     arms = compose_arms(["experiment=quickstart", "name=quickstart", UNROUTED, DATA, RUNS]).arms

@@ -53,14 +53,14 @@ def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) 
 
     target: ``module:function``.
     """
-    from modtrain.cli import compose
+    from modtrain.cli import compose, compose_verbs
 
     composers: dict[str, Callable[..., Any]] = {
-        "compare": compose.compose_arms,
-        "isoflop": compose.compose_isoflop,
-        "search": compose.compose_search,
-        "search-patterns": compose.compose_pattern_search,
-        "submit": compose.compose_submission,
+        "compare": compose_verbs.compose_arms,
+        "isoflop": compose_verbs.compose_isoflop,
+        "search": compose_verbs.compose_search,
+        "search-patterns": compose_verbs.compose_pattern_search,
+        "submit": compose_verbs.compose_submission,
     }
     config = composers.get(verb, partial(compose.compose, verb))(overrides, config_dir)
     result = pkgutil.resolve_name(target)(config)
@@ -97,7 +97,8 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
 
 
 def _sweep(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.cli.compose import compose, compose_job
+    from modtrain.cli.compose import compose
+    from modtrain.cli.compose_verbs import compose_job
     from modtrain.experiments.sweep.sweep import sweep
 
     compose_train = partial(compose, "train", config_dir=config_dir)

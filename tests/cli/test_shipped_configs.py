@@ -6,7 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from modtrain.cli.compose import compose, compose_arms, compose_isoflop, conf_dir
+from modtrain.cli.compose import compose, conf_dir
+from modtrain.cli.compose_verbs import compose_arms, compose_isoflop
 from modtrain.experiments.isoflop.grid import make_grid
 from modtrain.experiments.isoflop.grid_report import warnings_of
 from modtrain.models.flops import forward_flops, parameters, realised_flops, training_load

@@ -8,7 +8,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from modtrain.cli import main as cli
-from modtrain.cli.compose import SCHEMAS, compose, compose_arms, compose_search, compose_submission
+from modtrain.cli.compose import SCHEMAS, compose
+from modtrain.cli.compose_verbs import compose_arms, compose_search, compose_submission
 from modtrain.cluster.runs import read_run
 from modtrain.common.errors import OtherRunError
 from modtrain.common.renamed_keys import RENAMED_KEYS, flatten, new_name, translate

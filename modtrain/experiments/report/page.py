@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from modtrain.common.page_template import page_template
 from modtrain.experiments.report.collect import Collection
 from modtrain.experiments.report.comparisons import sentences
 from modtrain.experiments.report.interactive import Interactive, interactive_figures
@@ -58,18 +58,11 @@ def render(
     directories: of each run, by its name, relative to the page. files: beside the page.
     margin: of equivalence, as a share of the loss.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     sources = [get_plotlyjs(), (Path(__file__).parent / _SCRIPT).read_text()]
     # What would end the element, or begin a comment, may stand in a string.
     scripts = [text.replace("</script", r"<\/script").replace("<!--", r"<\!--") for text in sources]
     page_sections = sections(collection, margin)
-    return environment.get_template(_TEMPLATE).render(
+    return page_template(Path(__file__).with_name(_TEMPLATE)).render(
         collection=collection,
         sections=page_sections,
         specs={figure.key: figure.spec for section in page_sections for figure in section.figures},

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from modtrain.common.page_template import page_template
 from modtrain.inference.inspect.figures import (
     depth_figures,
     ink_on,
@@ -50,14 +50,7 @@ def render(subject: Subject, trace: Trace, pieces: Sequence[Piece], tokens_shown
     both = themes(len(names))
     routed = bool(names)
     noops = max((mixture.noop for mixture in trace.experts), default=0)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(_TEMPLATE).render(
+    return page_template(Path(__file__).with_name(_TEMPLATE)).render(
         subject=subject,
         trace=trace,
         num_tokens=len(trace.token_N),

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from modtrain.cli.compose import compose_arms
+from modtrain.cli.compose_verbs import compose_arms
 from modtrain.common.errors import ConfigError, TrainingError
 from modtrain.experiments.compare.compare import compare
 from modtrain.experiments.compare.verdict import verdict

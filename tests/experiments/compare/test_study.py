@@ -5,7 +5,7 @@ import json
 import pytest
 
 from modtrain.cli import main as cli
-from modtrain.cli.compose import compose_arms
+from modtrain.cli.compose_verbs import compose_arms
 from modtrain.models.transformer import Transformer
 
 STUDY = ["experiment=study"]

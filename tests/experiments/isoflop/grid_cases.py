@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from modtrain.cli.compose import compose_isoflop
+from modtrain.cli.compose_verbs import compose_isoflop
 from modtrain.common.errors import raise_if_any
 from modtrain.experiments.isoflop.grid import make_grid
 from modtrain.experiments.isoflop.isoflop import Isoflop

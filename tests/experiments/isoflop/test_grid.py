@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modtrain.cli.compose import compose, compose_isoflop
+from modtrain.cli.compose import compose
+from modtrain.cli.compose_verbs import compose_isoflop
 from modtrain.experiments.isoflop.config import BatchRuleConfig, LearningRateConfig, ShapeConfig
 from modtrain.experiments.isoflop.shapes import ShapeRule
 from modtrain.models.config import unrouted_layers

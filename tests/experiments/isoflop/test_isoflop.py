@@ -12,7 +12,7 @@ import pytest
 
 import modtrain.training.run  # noqa: F401  (loaded here, so that no forked job has to load it)
 from modtrain.cli import main as cli
-from modtrain.cli.compose import compose_isoflop
+from modtrain.cli.compose_verbs import compose_isoflop
 from modtrain.data.config import DataConfig
 from modtrain.data.stream.index import read_summary
 from modtrain.experiments.isoflop.config import CONVENTIONS

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import cache
 
-from modtrain.cli.compose import compose_pattern_search
+from modtrain.cli.compose_verbs import compose_pattern_search
 from modtrain.experiments.pattern_search.candidates import PatternSpace, find_candidates
 from modtrain.experiments.pattern_search.pattern_search import PatternSearch
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modtrain.cli.compose import compose_pattern_search
+from modtrain.cli.compose_verbs import compose_pattern_search
 from modtrain.experiments.pattern_search.candidates import Parametrization, find_candidates
 from modtrain.experiments.pattern_search.config import PARAMETRIZATIONS
 from modtrain.models.depth.config import RouterConfig

@@ -12,7 +12,8 @@ import yaml
 
 import modtrain.training.run  # noqa: F401  (loaded here, so that no forked job has to load it)
 from modtrain.cli import main as cli
-from modtrain.cli.compose import compose, compose_pattern_search
+from modtrain.cli.compose import compose
+from modtrain.cli.compose_verbs import compose_pattern_search
 from modtrain.experiments.pattern_search.candidates import PatternSpace, find_candidates
 from modtrain.experiments.pattern_search.runs import RunPlanner, plan_entries
 from modtrain.experiments.sweep.job_process import is_in_use, write_failure

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 # Loaded here, so that each forked trial has it and need not load it.
 from modtrain.cli import main as cli
-from modtrain.cli.compose import compose_search
+from modtrain.cli.compose_verbs import compose_search
 from modtrain.common.errors import OtherRunError
 from modtrain.experiments.search import study as search_study
 from modtrain.experiments.search.config import SearchConfig, parse_space
