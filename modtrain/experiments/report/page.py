@@ -15,7 +15,8 @@ from plotly.offline import get_plotlyjs
 from modtrain.common.page_template import page_template
 from modtrain.experiments.report.collect import Collection
 from modtrain.experiments.report.comparisons import sentences
-from modtrain.experiments.report.interactive import Interactive, interactive_figures
+from modtrain.experiments.report.interactive.figures import interactive_figures
+from modtrain.experiments.report.interactive.specs import Interactive
 from modtrain.experiments.report.tables import Table
 
 _TEMPLATE, _SCRIPT = "page.html.jinja", "page.js"

@@ -12,7 +12,7 @@ from modtrain.cli import main as cli
 from modtrain.cli.compose import compose
 from modtrain.experiments.report import report as report_module
 from modtrain.experiments.report.collect import collect
-from modtrain.experiments.report.interactive import interactive_figures
+from modtrain.experiments.report.interactive.figures import interactive_figures
 from modtrain.experiments.report.page import link
 from modtrain.experiments.report.report import report
 from modtrain.experiments.report.series import COLOURS, loss_range, pareto_front, short_names

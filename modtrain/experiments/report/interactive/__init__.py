@@ -1,0 +1,1 @@
+"""The interactive figures of a report's page."""
