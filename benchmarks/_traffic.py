@@ -241,9 +241,9 @@ def _slices(paper: Paper) -> Iterator[_Exchange]:
 def _shares(paper: Paper) -> Iterator[_Exchange]:
     """Give what the ranks that share a sequence exchange; see `modtrain.parallel.context`.
 
-    Keys and values are gathered; a routed block gathers its scores, sums
-    the chosen tokens' features over the ranks and gathers their updates. Experts gather the
-    router's logits and, with limited room, tokens, whose updates are summed. Each comes back.
+    Keys and values are gathered; a routed block gathers its scores, sums the chosen tokens'
+    features over the ranks, gathers their updates and sums its health. Experts gather the router's
+    logits and, with limited room, tokens, whose updates are summed. Each but the health comes back.
     """
     model, width, size = paper.config.model, _width(paper), 2 * paper.sizes["context"]
     experts = model.experts
@@ -261,6 +261,8 @@ def _shares(paper: Paper) -> Iterator[_Exchange]:
                 yield from there_and_back(4, paper.plan.seq_len)
             for _ in ("chosen", "updates"):
                 yield from there_and_back(4 * model.d_model, tokens)
+            # Four sums of the router's health, for its metrics.
+            yield "all-reduce", 1, 4 * 4, 4 * 4
         if not model.has_experts(layer):
             continue
         choices = (experts.count or 0) + experts.noop

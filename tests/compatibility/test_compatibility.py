@@ -31,5 +31,7 @@ def test_a_run_of_an_earlier_version_loads(commit, name, tmp_path):
         archive.extractall(tmp_path, filter="data")
     expected = json.loads((FOLDER / f"{commit}.json").read_text())
     tolerance = None if expected["machine"] == fingerprint() else TOLERANCE
-    results = results_of(Program(tmp_path), name)
-    assert differences(expected["runs"][name], results, tolerance) == []
+    recorded, results = expected["runs"][name], results_of(Program(tmp_path), name)
+    # Later versions may log more; what was logged has to stay.
+    results["metrics"] = {key: results["metrics"].get(key) for key in recorded["metrics"]}
+    assert differences(recorded, results, tolerance) == []
