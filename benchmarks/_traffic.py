@@ -57,7 +57,7 @@ class _Group(NamedTuple):
 
 def theory(paper: Paper) -> dict[Key, Theory]:
     """Return what each kind of collective over each axis should come to, in a step of one batch."""
-    found: dict[Key, Theory] = {}
+    totals: dict[Key, Theory] = {}
 
     def add(kind: str, axis: str, number: int, whole: float, padded: float | None = None) -> None:
         size = paper.sizes[axis]
@@ -66,7 +66,7 @@ def theory(paper: Paper) -> dict[Key, Theory]:
         # Groups of all ranks are one.
         key = kind, ALL if size == paper.sizes[ALL] else axis
         padded = whole if padded is None else padded
-        found[key] = found.get(key, Theory()).plus(
+        totals[key] = totals.get(key, Theory()).plus(
             Theory(number, sent(kind, whole, size), sent(kind, padded, size))
         )
 
@@ -86,14 +86,14 @@ def theory(paper: Paper) -> dict[Key, Theory]:
         add("all-reduce", ALL, 1, 4 * states)
     if paper.sizes.get("expert", 1) > 1:
         is_all = paper.sizes["expert"] == paper.sizes[ALL]
-        found["all-to-all", ALL if is_all else "expert"] = _exchanges(paper)
+        totals["all-to-all", ALL if is_all else "expert"] = _exchanges(paper)
     if "tensor" in paper.sizes:
         for kind, number, num_bytes, padded_bytes in _slices(paper):
             add(kind, "tensor", number, num_bytes, padded_bytes)
     if "context" in paper.sizes:
         for kind, number, num_bytes, padded_bytes in _shares(paper):
             add(kind, "context", number, num_bytes, padded_bytes)
-    return found
+    return totals
 
 
 def _width(paper: Paper) -> int:

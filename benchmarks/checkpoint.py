@@ -61,8 +61,8 @@ def main() -> None:
         [a - b for a, b in zip(seconds[name], seconds["steps"], strict=True)]
         for name in ("steps, saving", "steps again")
     )
-    for what, found in (("an asynchronous save", lost), ("nothing", noise)):
-        print(f"lost to {what}: {1e3 * statistics.median(found):.0f} ms")
+    for what, differences in (("an asynchronous save", lost), ("nothing", noise)):
+        print(f"lost to {what}: {1e3 * statistics.median(differences):.0f} ms")
     finish(
         "checkpoint",
         {

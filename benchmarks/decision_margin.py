@@ -51,12 +51,14 @@ def main() -> None:
         batches = [batch.inputs_BS for batch in run.held_out(options.sequences, options.batch)]
     result: dict[str, float] = {}
     for precision, autocast in PRECISIONS.items():
-        found = []
+        all_pairs = []
         for selection in DECISIONS:
             pairs = _Pairs.of(list(_compared(run.model, batches, selection, autocast)))
             pairs.show(f"{precision}, {selection}")
-            found.append(pairs)
-        result |= {f"{key}_{precision}": value for key, value in _Pairs.of(found).figures().items()}
+            all_pairs.append(pairs)
+        result |= {
+            f"{key}_{precision}": value for key, value in _Pairs.of(all_pairs).figures().items()
+        }
     finish("decision_margin", result, digits=10)
 
 

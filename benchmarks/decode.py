@@ -225,14 +225,14 @@ def _over_hf(model: Transformer, tokens_BS: Tensor, options: argparse.Namespace)
         made["ours"] = [event.id for event in decoder.run() if isinstance(event, Token)]
 
     def theirs() -> None:
-        found = llama.generate(
+        generated = llama.generate(
             tokens_BS,
             attention_mask=torch.ones_like(tokens_BS),
             max_new_tokens=options.tokens,
             do_sample=False,
             pad_token_id=0,
         )
-        made["theirs"] = found[0, tokens_BS.shape[1] :].tolist()
+        made["theirs"] = generated[0, tokens_BS.shape[1] :].tolist()
 
     seconds = interleave({"Hugging Face": theirs, "ours": ours}, options.rounds, warmup=1)
     print_times(f"{options.tokens} tokens and a prompt of {options.short_prompt}, dense", seconds)

@@ -87,8 +87,8 @@ def _options() -> argparse.Namespace:
     if min(options.seq_len, options.batch, options.noop, options.threads, options.rounds) < 1:
         parser.error("--seq-len, --batch, --noop, --threads and --rounds must be at least 1")
     config = _config(options, ExpertsConfig(count=options.experts, top_k=options.top_k))
-    if found := config.problems():
-        parser.error("; ".join(f"{problem}" for problem in found))
+    if problems := config.problems():
+        parser.error("; ".join(f"{problem}" for problem in problems))
     return options
 
 

@@ -57,16 +57,16 @@ def main() -> None:
     fix_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
-    found = list(_traced(options))
+    traced = list(_traced(options))
     largest = max(options.worlds)
     print(f"rank {options.rank}, one sequence of {options.seq_len} tokens a rank, bf16\n")
-    print_steps([one for one in found if one.world_size == largest])
-    print_growth([one for one in found if one.model in options.growth])
+    print_steps([one for one in traced if one.world_size == largest])
+    print_growth([one for one in traced if one.model in options.growth])
     print_control(
-        [one for one in found if one.model in options.growth and one.world_size == largest],
+        [one for one in traced if one.model in options.growth and one.world_size == largest],
         options.worlds,
     )
-    finish("scale", _results(found, largest))
+    finish("scale", _results(traced, largest))
 
 
 def _options() -> argparse.Namespace:
@@ -112,13 +112,13 @@ def overrides(setup: str) -> list[str]:
     return lines
 
 
-def print_steps(found: Sequence[Traced]) -> None:
+def print_steps(traced: Sequence[Traced]) -> None:
     """Print what a step sends and what a rank keeps."""
     print(
         f"{'model':<14} {'strategy':<13} {'collective':<15} {'axis':<12} {'ranks':>5} {'number':>6}"
         f" {'MiB sent':>10} {'in theory':>10} {'ratio':>6}"
     )
-    for one in found:
+    for one in traced:
         paper = one.paper
         for key in sorted(paper.traffic.keys() | one.theory.keys()):
             counted = paper.traffic.get(key, Traffic(0, 0.0))
@@ -132,13 +132,13 @@ def print_steps(found: Sequence[Traced]) -> None:
     print()
 
 
-def print_growth(found: Sequence[Traced]) -> None:
+def print_growth(traced: Sequence[Traced]) -> None:
     """Print how a rank's share of a step changes with the number of ranks."""
     print(
         f"{'model':<14} {'strategy':<13} {'ranks':>5} {'collectives':>11}"
         f" {'MiB sent':>9} {'GiB of parameters':>17} {'gradients':>9} {'optimizer':>9}"
     )
-    for one in found:
+    for one in traced:
         paper, state = one.paper, one.paper.state
         print(
             f"{one.model:<14} {one.setup:<13} {one.world_size:>5} {_collectives(one):>11}"
@@ -149,13 +149,13 @@ def print_growth(found: Sequence[Traced]) -> None:
     print()
 
 
-def print_control(found: Sequence[Traced], worlds: Sequence[int]) -> None:
+def print_control(traced: Sequence[Traced], worlds: Sequence[int]) -> None:
     """Print what saves and the watchdog's store cost."""
     print(
         f"{'model':<14} {'strategy':<13} {'ranks':>5} {'entries of a save':>17}"
         f" {'MiB sent to rank 0':>18} {'MiB of metadata':>15}"
     )
-    for one in found:
+    for one in traced:
         cost = save_cost(one.paper.items, one.world_size)
         print(
             f"{one.model:<14} {one.setup:<13} {one.world_size:>5} {cost.entries:>17}"
@@ -171,11 +171,11 @@ def _collectives(one: Traced) -> int:
     return sum(traffic.number for traffic in one.paper.traffic.values())
 
 
-def _results(found: Sequence[Traced], largest: int) -> dict[str, float]:
+def _results(traced: Sequence[Traced], largest: int) -> dict[str, float]:
     growth = {"collectives_growth": 0.0, "operators_growth": 0.0}
     over_theory, over_bound, unforeseen = 0.0, 0.0, 0
     fewest: dict[tuple[str, str], Traced] = {}
-    for one in found:
+    for one in traced:
         # Where a group is of one rank, it sends nothing: such are left out.
         if 1 in one.paper.sizes.values():
             continue
@@ -185,7 +185,7 @@ def _results(found: Sequence[Traced], largest: int) -> dict[str, float]:
             ("operators_growth", one.paper.operators / first.paper.operators),
         ):
             growth[name] = max(growth[name], value)
-    for one in found:
+    for one in traced:
         for key, traffic in one.paper.traffic.items():
             expected = one.theory.get(key)
             if expected is None:
@@ -197,7 +197,7 @@ def _results(found: Sequence[Traced], largest: int) -> dict[str, float]:
                 over_bound = max(over_bound, ratio, 1 / ratio)
     return {
         "ranks": largest,
-        "traced": len(found),
+        "traced": len(traced),
         **growth,
         "over_theory": over_theory,
         "over_bound": over_bound,

@@ -153,8 +153,8 @@ def _results(
     )
     of_rank: dict[int, Choices] = elastic_launch(launched, _train)(config)
     choices: Choices = {}
-    for found in of_rank.values():
-        choices |= found
+    for chosen in of_rank.values():
+        choices |= chosen
     records = read_metrics(Path(config.runs_dir, str(config.name), "metrics.jsonl"))
     return [record["loss"] for record in records if "loss" in record], choices
 

@@ -68,6 +68,7 @@ BANNED = {
     "nobody": "padding, or the thing's own name",
     "whoever": "the thing's own name",
     "gone": "removed",
+    "found": "the name of the things",
 }
 # As one of the words of a test's name.
 BANNED_IN_TEST_NAMES = {

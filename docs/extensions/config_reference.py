@@ -53,13 +53,13 @@ def meanings(schema: type) -> dict[str, str]:
     A field's text begins at the start of a line or sentence with its name, or several names with
     commas between, and a colon; it ends where the next field or a blank line begins.
     """
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for cls in schema.__mro__[:-1]:
         # Bases last: what a class says of an inherited field holds for it.
         names = {field.name for field in fields(cls)}
         for text in _paragraphs(cls):
-            found = {**_split(text, names), **found}
-    return found
+            meanings = {**_split(text, names), **meanings}
+    return meanings
 
 
 def about(schema: type) -> str:
@@ -118,11 +118,11 @@ def _key(names: set[str]) -> re.Pattern[str]:
 
 def _split(text: str, names: set[str]) -> dict[str, str]:
     parts = _key(names).split(text)
-    found = {}
+    meanings = {}
     for heading, meaning in zip(parts[1::2], parts[2::2], strict=True):
         for name in heading.split(", "):
-            found[name] = _markdown(meaning.rstrip(" ;\n"))
-    return found
+            meanings[name] = _markdown(meaning.rstrip(" ;\n"))
+    return meanings
 
 
 def _markdown(text: str) -> str:

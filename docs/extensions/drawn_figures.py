@@ -34,10 +34,10 @@ class Drawn(SphinxDirective):
         name = self.arguments[0]
         figure = nodes.figure("")
         for mode in ("light", "dark"):
-            found = sorted(DOCS.glob(f"images/**/{name}-{mode}.*"))
-            if not found:
+            paths = sorted(DOCS.glob(f"images/**/{name}-{mode}.*"))
+            if not paths:
                 raise self.error(f"no picture {name}-{mode} below docs/images: make figures")
-            path = f"/{found[0].relative_to(DOCS)}"
+            path = f"/{paths[0].relative_to(DOCS)}"
             image = nodes.image(uri=path, alt=self.options.get("alt", name))
             image["classes"] = [f"only-{mode}"]
             figure += image

@@ -45,11 +45,11 @@ def fit_chart(folder: Path) -> None:
     from modtrain.experiments.fit.points import read_points
 
     config = FitConfig(families=["dense"], bootstrap_samples=60, parameters="all")
-    found = fit_points(read_points(POINTS, config), config)
+    report = fit_points(read_points(POINTS, config), config)
     for mode, theme in THEMES.items():
         with rc_context(theme):
             path = folder / f"fit-{mode}.svg"
-            loss_figure(found).savefig(path, format="svg", metadata={"Date": None})
+            loss_figure(report).savefig(path, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

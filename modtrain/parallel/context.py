@@ -8,7 +8,7 @@ norms, products and loss. What goes by the whole sequence is gathered:
 - Depth routing: scores. All ranks choose alike over the whole sequence; the K chosen tokens are
   shared out anew, so that all compute as much, and their updates go back to who holds them.
 - Experts with limited room: the router's logits. All choose alike; each rank computes its part of
-  every expert's places, for which all tokens' normed features are gathered and the updates summed.
+  every expert's slots, for which all tokens' normed features are gathered and the updates summed.
   Without a limit each rank sends its own tokens to experts.
 
 A sequence of S tokens is split into 2 n pieces of h = ceil(S / 2n), zeros standing behind the last
@@ -30,7 +30,7 @@ reduce-scatter of the K chosen tokens' features and a gather of their updates; b
 
 Shapes: B batch, S sequence, D model, n ranks of the group, L = 2 h tokens of a share, H heads, G
 heads of keys and values, W width of a head (convolution: its taps), K chosen of the sequence, J of
-them here, T tokens, R choices among experts, E experts, C places of an expert, M rows.
+them here, T tokens, R choices among experts, E experts, C slots of an expert, M rows.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ class SequenceChunks(NamedTuple):
         return rank * piece, (2 * size - 1 - rank) * piece, piece
 
     def local_positions(self, length: int, device: torch.device) -> Tensor:
-        """Return the places (L) of this rank's tokens; padding has the last token's."""
+        """Return the positions (L) of this rank's tokens; padding has the last token's."""
         early, late, piece = self.chunk_offsets(length)
-        place_L = torch.cat(
+        position_L = torch.cat(
             [torch.arange(first, first + piece, device=device) for first in (early, late)]
         )
-        return place_L.clamp(max=length - 1)
+        return position_L.clamp(max=length - 1)
 
     def local_index_and_mask(self, index_BK: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Say where in this rank's share the tokens ``index_BK`` are, and which it has at all."""
@@ -283,23 +283,23 @@ class CPMixtureOfDepths(MixtureOfDepths):
         return self.chunks.gather(super()._scores(x_BSD, context, count), length)
 
     def _predicted(self, x_BSD: Tensor, context: SequenceContext) -> Tensor | None:
-        found_BL = super()._predicted(x_BSD, context)
+        predicted_BL = super()._predicted(x_BSD, context)
         length = context.positions_BS.shape[1]
-        return None if found_BL is None else self.chunks.gather(found_BL, length)
+        return None if predicted_BL is None else self.chunks.gather(predicted_BL, length)
 
     def _route(
-        self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, places: TokenSlots
+        self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, slots: TokenSlots
     ) -> Output:
-        chunks, index_BK, slot_mask_BK = self.chunks, places.index_BK, places.slot_mask_BK
+        chunks, index_BK, slot_mask_BK = self.chunks, slots.index_BK, slots.slot_mask_BK
         (batch, share, dim), count = x_BSD.shape, index_BK.shape[1]
-        place_BK, is_held_BK = chunks.local_index_and_mask(index_BK, scores_BS.shape[1])
-        is_held_BK1 = is_held_BK.unsqueeze(-1)
+        local_index_BK, is_local_BK = chunks.local_index_and_mask(index_BK, scores_BS.shape[1])
+        is_local_BK1 = is_local_BK.unsqueeze(-1)
         number_B1 = torch.arange(batch, device=x_BSD.device).unsqueeze(1)
-        row_N = (place_BK + number_B1 * share).flatten()
+        row_N = (local_index_BK + number_B1 * share).flatten()
         x_ND = x_BSD.reshape(-1, dim)
         # One rank has the token, the others add zero.
-        held_BKD = x_ND.index_select(0, row_N).view(batch, count, dim).where(is_held_BK1, 0)
-        chosen_BJD = chunks.reduce_scatter(held_BKD)
+        local_BKD = x_ND.index_select(0, row_N).view(batch, count, dim).where(is_local_BK1, 0)
+        chosen_BJD = chunks.reduce_scatter(local_BKD)
         query_index_J = chunks.local_positions(count, x_BSD.device)
         if slot_mask_BK is None:
             # The shares are padded to one length, which statistics have to leave out.
@@ -313,7 +313,7 @@ class CPMixtureOfDepths(MixtureOfDepths):
             slot_mask_BJ,
         )
         # Minus zero for who is not here: it changes no bit.
-        update_BKD = chunks.gather(output.value_BSD, count).where(is_held_BK1, -0.0)
+        update_BKD = chunks.gather(output.value_BSD, count).where(is_local_BK1, -0.0)
         out_ND = x_ND.index_add(0, row_N, update_BKD.reshape(-1, dim))
         return output._replace(value_BSD=out_ND.view_as(x_BSD))
 
@@ -355,17 +355,19 @@ class CPExperts(Experts):
             rows = self._rows(
                 logits_TR, normaliser_T1, valid_BS.shape, valid_BS, documents_BS, slots
             )
-            update_BLD = self._by_places(rows, normed_BLD, length, x_BSD.dtype)
+            update_BLD = self._update_by_slots(rows, normed_BLD, length, x_BSD.dtype)
         if self.shared is not None:
             update_BLD = update_BLD + self.shared(normed_BLD)
         record = self._record(rows, logits_TR, normaliser_T1, valid_BS)
         return Output(update_BLD, experts=(record,))
 
-    def _by_places(self, rows: Rows, normed_BLD: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-        """Compute some of each expert's places, of whichever tokens; all have the same number."""
-        group, places = self.chunks.group, len(rows.token_M) // (self.count * len(normed_BLD))
+    def _update_by_slots(
+        self, rows: Rows, normed_BLD: Tensor, length: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Compute some of each expert's slots, of whichever tokens; all have the same number."""
+        group, num_slots = self.chunks.group, len(rows.token_M) // (self.count * len(normed_BLD))
         token_XJ, weight_XJ = (
-            group.local_seq_chunk(x_M.view(-1, places)) for x_M in (rows.token_M, rows.weight_M)
+            group.local_seq_chunk(x_M.view(-1, num_slots)) for x_M in (rows.token_M, rows.weight_M)
         )
         own = rows._replace(token_M=token_XJ.flatten(), weight_M=weight_XJ.flatten())
         normed_BSD = self.chunks.gather(cast_for_autocast(normed_BLD), length)

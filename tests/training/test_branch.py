@@ -105,5 +105,5 @@ def test_a_branch_names_another_run_and_a_step(branch, key):
     from modtrain.common.errors import raise_if_any
 
     config = TrainConfig(name="b", branch=branch)
-    found = problems_of(raise_if_any, [p for p in config.problems() if "branch" in p.key])
-    assert set(found) == {key}
+    problems = problems_of(raise_if_any, [p for p in config.problems() if "branch" in p.key])
+    assert set(problems) == {key}

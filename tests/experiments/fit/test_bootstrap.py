@@ -19,10 +19,10 @@ def test_a_budget_has_the_points_within_the_tolerance(flops, tolerance):
     members = [i for group in groups.values() for i in group]
     assert len(members) == len(set(members))
     for C, group in groups.items():
-        found = points.C_P[group]
+        C_P = points.C_P[group]
         assert len(group) > 1
-        assert found.max() <= found.min() * (1 + tolerance) * (1 + 1e-8)
-        assert found.min() * (1 - 1e-8) <= C <= found.max() * (1 + 1e-8)
+        assert C_P.max() <= C_P.min() * (1 + tolerance) * (1 + 1e-8)
+        assert C_P.min() * (1 - 1e-8) <= C <= C_P.max() * (1 + 1e-8)
 
 
 def test_a_budget_begins_where_the_one_before_ends():
@@ -64,9 +64,9 @@ def test_the_variance_of_a_mean_is_not_too_small():
     ],
 )
 def test_an_interval_is_of_percentiles(value, samples, expected):
-    found = Estimate.of(value, samples, 0.9)
+    estimate = Estimate.of(value, samples, 0.9)
     for name in ("value", "low", "high"):
-        assert getattr(found, name) == pytest.approx(getattr(expected, name))
+        assert getattr(estimate, name) == pytest.approx(getattr(expected, name))
 
 
 def test_an_interval_contains_with_a_tolerance():

@@ -88,8 +88,8 @@ def test_everything_is_in_the_json(two_families):
         assert estimate["low"] < estimate["high"]
     assert len(family["budgets"]) == len(family["parabolas"]["budgets"]) == 5
     for left_out in family["sensitivity"].values():
-        for found in left_out.values():
-            assert found["low"] <= found["high"]
+        for interval in left_out.values():
+            assert interval["low"] <= interval["high"]
     assert set(family["sensitivity"]["leave_one_point_out"]) == {"alpha", "beta", "E", "exponent_N"}
     assert stored["settings"]["bootstrap_samples"] == 20
     assert len(family["points"]["residual"]) == 35
@@ -113,11 +113,11 @@ def test_a_family_does_not_depend_on_its_neighbours(two_families):
 
 def test_leaving_out_is_a_fit_of_the_rest(two_families):
     dense = two_families.families["dense"]
-    found = dense.sensitivity.by_point["alpha"]
-    row = dense.points.rows.index(found.at_high)
+    spread = dense.sensitivity.by_point["alpha"]
+    row = dense.points.rows.index(spread.at_high)
     rest = dense.points.select(np.arange(len(dense.points)) != row)
     again = fit_points(rest, FitConfig(num_starts=4, bootstrap_samples=0)).families["dense"]
-    assert again.law["alpha"].value == pytest.approx(found.high, rel=1e-5)
+    assert again.law["alpha"].value == pytest.approx(spread.high, rel=1e-5)
     by_budget = dense.sensitivity.by_budget["exponent_N"]
     rest = dense.points.select(abs(np.log(dense.points.C_P / by_budget.at_low)) > 0.01)
     assert len(rest) == 28
@@ -129,13 +129,13 @@ def test_refused_parts_do_not_end_the_others():
     values = families(
         dense={"num_budgets": 1}, few={"num_budgets": 1, "num_sizes": 6}, mod={"noise": 0.002}
     )
-    found = fit_points(make_points(**values), FitConfig(**QUICK))
-    assert set(found.families) == {"mod"}
-    refused = {(refusal.family, refusal.part): refusal.reason for refusal in found.refusals}
+    report = fit_points(make_points(**values), FitConfig(**QUICK))
+    assert set(report.families) == {"mod"}
+    refused = {(refusal.family, refusal.part): refusal.reason for refusal in report.refusals}
     assert "has 6 points, and min_points is 10" in refused["few", "law"]
     assert "no family dense was fitted" not in refused
     console = Console(record=True, width=100)
-    show(found, console)
+    show(report, console)
     assert "no law of few" in console.export_text()
 
 
@@ -146,42 +146,42 @@ def test_points_without_shared_budgets_are_fitted():
         N=points.N_P * np.tile([0.5, 1, 2], 10),
         D=points.D_P * np.linspace(0.8, 1.2, 30),
     )
-    found = fit_points(points, FitConfig(**QUICK))
-    reasons = {refusal.part: refusal.reason for refusal in found.refusals}
+    report = fit_points(points, FitConfig(**QUICK))
+    reasons = {refusal.part: refusal.reason for refusal in report.refusals}
     assert "no points share a budget" in reasons["parabolas"]
     assert "no points share a budget" in reasons["leave one budget out"]
-    assert len(found.families["all"].optima) == 3
-    json.dumps(to_json(found), allow_nan=False)
+    assert len(report.families["all"].optima) == 3
+    json.dumps(to_json(report), allow_nan=False)
     for draw in (loss_figure, frontier_figure, residual_figure):
-        draw(found)
+        draw(report)
 
 
 def test_what_the_points_do_not_determine_is_refused():
     values = simulated_values()
     values["loss"] = LAW.E + LAW.A / values["N"] ** LAW.alpha
-    found = fit_points(make_points(**values), FitConfig(**QUICK))
-    reasons = {refusal.part: refusal.reason for refusal in found.refusals}
+    report = fit_points(make_points(**values), FitConfig(**QUICK))
+    reasons = {refusal.part: refusal.reason for refusal in report.refusals}
     assert "do not determine" in reasons["optimum at each budget"]
-    assert any("could be anything" in text for text in found.warnings)
-    assert frontier_figure(found) is None
-    json.dumps(to_json(found), allow_nan=False)
+    assert any("could be anything" in text for text in report.warnings)
+    assert frontier_figure(report) is None
+    json.dumps(to_json(report), allow_nan=False)
 
 
 def test_losses_without_any_law_give_strict_json(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     sizes = {"N": 10 ** rng.uniform(5, 8, 20), "D": 10 ** rng.uniform(7, 9, 20)}
     points = make_points(rng.uniform(2, 4, 20), C=10 ** rng.uniform(14, 16, 20), **sizes)
-    found = fit_points(points, FitConfig(**QUICK))
-    assert any("could be anything" in text for text in found.warnings)
+    report = fit_points(points, FitConfig(**QUICK))
+    assert any("could be anything" in text for text in report.warnings)
     for draw in (loss_figure, frontier_figure, residual_figure):
-        draw(found)
-    family = found.families["all"]
+        draw(report)
+    family = report.families["all"]
     broken = replace(family.fit, law=Law(np.inf, 1.0, np.nan, 0.3, 0.3))
-    found.families["all"] = replace(family, fit=broken)
+    report.families["all"] = replace(family, fit=broken)
     # The figure of an optimum that an earlier fit had is no longer true.
     (tmp_path / "optimum_over_flops.svg").touch()
     monkeypatch.setattr(fit_report, "_save", lambda figure, path: path)
-    write(found, tmp_path)
+    write(report, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["fit.json"]
     text = (tmp_path / "fit.json").read_text()
     stored = json.loads(text, parse_constant=pytest.fail)
@@ -200,8 +200,8 @@ def test_other_budgets_are_predicted_and_marked():
 def test_fits_that_differ_are_warned_of():
     values = simulated_values(noise=0.0005)
     values["loss"][3] *= 1.2
-    found = fit_points(make_points(**values), FitConfig(**QUICK))
-    assert any("variable projection" in text for text in found.warnings)
+    report = fit_points(make_points(**values), FitConfig(**QUICK))
+    assert any("variable projection" in text for text in report.warnings)
     clean = fit_points(simulated_points(), FitConfig(**QUICK))
     assert clean.warnings == []
 
@@ -219,13 +219,13 @@ def test_the_highest_losses_are_left_out():
 def test_names_of_families_are_text_and_no_markup(tmp_path):
     names = ["[red]a[/b]", "$\\frac{$", "_hidden"]
     values = families(**{name: {"num_budgets": 3, "num_sizes": 4} for name in names})
-    found = fit_points(make_points(**values), FitConfig(**QUICK, parameters="[x] $y$"))
+    report = fit_points(make_points(**values), FitConfig(**QUICK, parameters="[x] $y$"))
     console = Console(record=True, width=200)
-    show(found, console)
+    show(report, console)
     shown = console.export_text()
     assert all(name in shown for name in [*names, "[x] $y$"])
     pictures = [
-        _save(draw(found), tmp_path / "drawn.svg").read_bytes()
+        _save(draw(report), tmp_path / "drawn.svg").read_bytes()
         for draw in (loss_figure, frontier_figure, residual_figure, residual_figure)
     ]
     # Equal points give equal files.
@@ -332,12 +332,12 @@ def test_an_estimate_without_resamples_has_no_interval():
 
 def test_what_is_printed_of_many_budgets_fits_a_screen():
     values = families(all={"num_budgets": 16, "num_sizes": 3})
-    found = fit_points(make_points(**values), FitConfig(num_starts=2, bootstrap_samples=0))
+    report = fit_points(make_points(**values), FitConfig(num_starts=2, bootstrap_samples=0))
     console = Console(record=True, width=140)
-    show(found, console)
+    show(report, console)
     shown = console.export_text()
     assert "12 of 16 budgets" in shown
     assert shown.count("no parabola of all at") == 5
     assert "at 12 more budgets" in shown
-    assert len(to_json(found)["refusals"]) == 16
-    assert len(to_json(found)["families"]["all"]["budgets"]) == 16
+    assert len(to_json(report)["refusals"]) == 16
+    assert len(to_json(report)["families"]["all"]["budgets"]) == 16

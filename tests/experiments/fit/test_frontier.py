@@ -28,9 +28,9 @@ def test_the_optimum_is_that_of_a_search(frontier, C):
     def loss(log_N):
         return frontier.law.loss(np.exp(log_N), frontier.rule.tokens(np.exp(log_N), C))
 
-    found = minimize_scalar(loss, bracket=(np.log(1e7), np.log(1e9)), tol=1e-10)
-    assert frontier.loss(C) == pytest.approx(found.fun, rel=1e-9)
-    assert np.log(frontier.parameters(C)) == pytest.approx(found.x, abs=1e-3)
+    minimum = minimize_scalar(loss, bracket=(np.log(1e7), np.log(1e9)), tol=1e-10)
+    assert frontier.loss(C) == pytest.approx(minimum.fun, rel=1e-9)
+    assert np.log(frontier.parameters(C)) == pytest.approx(minimum.x, abs=1e-3)
     assert frontier.tokens(C) == frontier.rule.tokens(frontier.parameters(C), C)
 
 
@@ -74,10 +74,10 @@ def test_a_family_that_needs_a_share_of_the_compute_has_that_speed_up(factor):
     rule = FlopsRule(6.0, 0.0, 0.0)
     base, other = Frontier(LAW, rule), Frontier(faster(LAW, factor), rule)
     none = Frontier(Law.stack([]), rule)
-    for found in speed_ups("f", (base, none), (other, none), [1e19, 1e21], (1e19, 1e21), 0.9):
-        assert found.factor.value == pytest.approx(factor, rel=1e-6)
+    for speed_up in speed_ups("f", (base, none), (other, none), [1e19, 1e21], (1e19, 1e21), 0.9):
+        assert speed_up.factor.value == pytest.approx(factor, rel=1e-6)
         if abs(factor - 1) > 1e-6:
-            assert found.is_extrapolated == (not 1e19 <= factor * found.C <= 1e21)
+            assert speed_up.is_extrapolated == (not 1e19 <= factor * speed_up.C <= 1e21)
 
 
 def test_a_loss_below_the_baselines_floor_has_no_factor():
@@ -85,7 +85,7 @@ def test_a_loss_below_the_baselines_floor_has_no_factor():
     low = Law(LAW.A, LAW.B, 0.5, LAW.alpha, LAW.beta)
     base, other, samples = Frontier(LAW, rule), Frontier(low, rule), [LAW, low, low, low]
     drawn = Frontier(Law.stack(samples), rule)
-    (found,) = speed_ups("f", (base, drawn), (other, drawn), [1e24], (1e19, 1e21), 0.5)
-    assert found.factor.value is None
-    (found,) = speed_ups("f", (base, drawn), (base, drawn), [1e24], (1e19, 1e21), 0.5)
-    assert found.factor.value == pytest.approx(1)
+    (speed_up,) = speed_ups("f", (base, drawn), (other, drawn), [1e24], (1e19, 1e21), 0.5)
+    assert speed_up.factor.value is None
+    (speed_up,) = speed_ups("f", (base, drawn), (base, drawn), [1e24], (1e19, 1e21), 0.5)
+    assert speed_up.factor.value == pytest.approx(1)

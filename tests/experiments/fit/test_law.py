@@ -66,16 +66,16 @@ def test_a_simulated_law_is_recovered_by_both_fits(alpha, beta, E, at_centre):
 
 
 def test_the_published_law_is_recovered():
-    found = fitted(simulated_points(), num_starts=8)
-    assert list(found.law) == pytest.approx(list(LAW), rel=1e-3)
-    assert found.num_agreeing == 8
+    fit = fitted(simulated_points(), num_starts=8)
+    assert list(fit.law) == pytest.approx(list(LAW), rel=1e-3)
+    assert fit.num_agreeing == 8
 
 
 @pytest.mark.parametrize("noise", [0.0005, 0.003, 0.02])
 def test_the_fit_is_as_good_as_that_of_a_slow_reference(noise):
     """Nelder-Mead on the formula as it is printed, restarted till it gains nothing."""
     points = simulated_points(noise=noise, seed=3)
-    found = fitted(points)
+    fit = fitted(points)
 
     def plain(theta):
         a, b, E, alpha, beta = theta
@@ -88,10 +88,10 @@ def test_the_fit_is_as_good_as_that_of_a_slow_reference(noise):
     options = {"maxiter": 20_000, "maxfev": 20_000, "xatol": 1e-10, "fatol": 1e-16}
     for _ in range(4):
         theta = minimize(plain, theta, method="Nelder-Mead", options=options).x
-    assert found.minimum.objective * DELTA**2 <= plain(theta) * (1 + 1e-9)
-    assert found.num_agreeing == 8
+    assert fit.minimum.objective * DELTA**2 <= plain(theta) * (1 + 1e-9)
+    assert fit.num_agreeing == 8
     reference = [np.exp(theta[0]), np.exp(theta[1]), *theta[2:]]
-    assert list(found.law) == pytest.approx(reference, rel=0.01)
+    assert list(fit.law) == pytest.approx(reference, rel=0.01)
 
 
 def test_the_best_start_is_taken():
@@ -102,8 +102,8 @@ def test_the_best_start_is_taken():
             return Minimum(start_K, next(self.objectives))
 
     regression = Numbered(simulated_points(), DELTA)
-    found = fit_law(regression, FitConfig(num_starts=4), np.random.default_rng(0))
-    assert (found.minimum.objective, found.num_starts, found.num_agreeing) == (1.0, 4, 2)
+    fit = fit_law(regression, FitConfig(num_starts=4), np.random.default_rng(0))
+    assert (fit.minimum.objective, fit.num_starts, fit.num_agreeing) == (1.0, 4, 2)
 
 
 def test_a_parameter_that_the_points_do_not_determine_is_named():

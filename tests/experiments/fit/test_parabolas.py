@@ -23,13 +23,13 @@ def at_one_budget(log_N, loss):
 
 def test_a_parabola_is_recovered():
     log_N = np.linspace(10, 16, 6)
-    (found,) = parabolas(at_one_budget(log_N, 2.5 + 0.1 * (log_N - 12.7) ** 2), samples=50)
-    assert np.log(found.N.value) == pytest.approx(12.7)
-    assert found.loss.value == pytest.approx(2.5)
-    assert [np.log(found.N.low), np.log(found.N.high)] == pytest.approx([12.7, 12.7])
-    np.testing.assert_allclose(found.loss_at(np.exp(log_N)), 2.5 + 0.1 * (log_N - 12.7) ** 2)
-    assert 0.5 < found.share_interior <= 1
-    assert len(found.N_S) == 50
+    (parabola,) = parabolas(at_one_budget(log_N, 2.5 + 0.1 * (log_N - 12.7) ** 2), samples=50)
+    assert np.log(parabola.N.value) == pytest.approx(12.7)
+    assert parabola.loss.value == pytest.approx(2.5)
+    assert [np.log(parabola.N.low), np.log(parabola.N.high)] == pytest.approx([12.7, 12.7])
+    np.testing.assert_allclose(parabola.loss_at(np.exp(log_N)), 2.5 + 0.1 * (log_N - 12.7) ** 2)
+    assert 0.5 < parabola.share_interior <= 1
+    assert len(parabola.N_S) == 50
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_refused_budget_does_not_end_the_others():
         for name in ("loss", "N")
     }
     C = np.concatenate([good.C_P, 10 * bad.C_P[-7:]])
-    kinds = [isinstance(found, Parabola) for found in parabolas(make_points(**joined, C=C))]
+    kinds = [isinstance(parabola, Parabola) for parabola in parabolas(make_points(**joined, C=C))]
     assert kinds == [True, True, False]
 
 
@@ -68,9 +68,9 @@ def test_the_law_has_no_parabola_so_its_minimum_is_biased():
     frontier = Frontier(LAW, FlopsRule(6.0, 0.0, 0.0))
     bias = {
         width: max(
-            abs(np.log(found.N.value / frontier.parameters(found.C)))
-            for found in parabolas(simulated_points(width=width))
-            if isinstance(found, Parabola)
+            abs(np.log(parabola.N.value / frontier.parameters(parabola.C)))
+            for parabola in parabolas(simulated_points(width=width))
+            if isinstance(parabola, Parabola)
         )
         for width in (2.0, 4.0, 16.0)
     }
@@ -80,7 +80,7 @@ def test_the_law_has_no_parabola_so_its_minimum_is_biased():
 
 def test_an_interval_of_few_resamples_is_not_given():
     points = at_one_budget(np.linspace(10, 12, 4), [2.02, 2.0, 1.99, 2.0])
-    (found,) = parabolas(points, samples=200)
-    assert found.share_interior < 0.5
-    assert found.N.low is None
-    assert found.N.value is not None
+    (parabola,) = parabolas(points, samples=200)
+    assert parabola.share_interior < 0.5
+    assert parabola.N.low is None
+    assert parabola.N.value is not None

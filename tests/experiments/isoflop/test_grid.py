@@ -92,10 +92,10 @@ def test_the_shape_is_the_one_that_a_search_over_all_finds(name, tolerance):
         expected = min(near, key=lambda s: (aspect[s], off[s])) if near else None
         if expected is None:
             expected = min(shapes, key=lambda s: (off[s], aspect[s]))
-        found = rule.nearest(target)
-        assert (found.model.d_model, found.model.num_layers) == expected
-        assert found.flops_per_token == shapes[expected]
-        assert found.model.head_width == base.head_width
+        shape = rule.nearest(target)
+        assert (shape.model.d_model, shape.model.num_layers) == expected
+        assert shape.flops_per_token == shapes[expected]
+        assert shape.model.head_width == base.head_width
 
 
 def test_a_control_is_its_points_unrouted_layers_alone():
@@ -175,9 +175,9 @@ def test_a_points_overrides_make_its_configuration():
 
 def test_two_sizes_of_one_shape_are_refused_for_every_family_of():
     changes = {"budgets": [1e9], "sizes": [1.0, 1.01]}
-    found = problems_of(grid_of, **changes)
-    assert set(found) == {"dense: sizes", "mod: sizes", "mode: sizes"}
-    assert "the same shape as 1:" in found["mod: sizes"].reason
+    problems = problems_of(grid_of, **changes)
+    assert set(problems) == {"dense: sizes", "mod: sizes", "mode: sizes"}
+    assert "the same shape as 1:" in problems["mod: sizes"].reason
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_two_sizes_of_one_shape_are_refused_for_every_family_of():
 def test_what_cannot_follow_a_shape_is_refused(changes, key):
     shape = ShapeConfig(aspect_min=9.30001, aspect_max=9.300011 if key == "shape" else 64)
     shape = replace(shape, width_multiple=24 if key == "shape.width_multiple" else None)
-    found = problems_of(grid_of, {"mod": family_of(**changes)}, sizes=[1.0, 1.1], shape=shape)
-    assert set(found) == {f"mod: {key}"}
-    assert found[f"mod: {key}"].remedy
+    problems = problems_of(grid_of, {"mod": family_of(**changes)}, sizes=[1.0, 1.1], shape=shape)
+    assert set(problems) == {f"mod: {key}"}
+    assert problems[f"mod: {key}"].remedy
 
 
 def test_everything_wrong_with_a_grid_comes_at_once():
-    found = problems_of(
+    problems = problems_of(
         compose_isoflop,
         [
             *("name=g", "budgets=[1e9,1e9]", "families={a b: []}", "only=[c]", "sizes=[]"),
@@ -215,10 +215,10 @@ def test_everything_wrong_with_a_grid_comes_at_once():
         *("budgets", "families", "only", "sizes", "budget.flops", "lr_rule.factors"),
         *("tokens_per_parameter_of", "shape.aspect_min", "gpu", "seeds", "parameters"),
         *("sweep.retries", "hydra.sweep.dir"),
-    } <= set(found)
+    } <= set(problems)
 
 
 def test_the_mistake_of_a_family_is_named_with_it():
     families = 'families={a: ["model.patern=dense"]}'
-    found = problems_of(compose_isoflop, ["plan_only=true", "budgets=[1e10]", families])
-    assert "a: model.patern" in found
+    problems = problems_of(compose_isoflop, ["plan_only=true", "budgets=[1e10]", families])
+    assert "a: model.patern" in problems

@@ -83,8 +83,8 @@ def test_warnings_name_what_makes_a_grid_doubtful(prepared):
     families = {name: replace(f, data=data) for name, f in composed().families.items()}
     small = {"families": families, **few_tokens}
     repeated, off_grid, few = "data repeat in", "no smaller model than", "sizes a budget are few"
-    found = warnings_of(grid_of(sizes=[1.0, 2.0], **small))
-    assert [sum(text in w for w in found) for text in (repeated, off_grid, few)] == [1, 3, 1]
+    warnings = warnings_of(grid_of(sizes=[1.0, 2.0], **small))
+    assert [sum(text in w for w in warnings) for text in (repeated, off_grid, few)] == [1, 3, 1]
     stored = read_summary(data.path).splits["train"].num_sequences * 64
     points = grid_of(sizes=[0.5, 1.0, 2.0], **small).points
     most = max(point.plan.tokens for point in points)
@@ -144,9 +144,9 @@ def test_points_are_fitted_where_they_are_enough(arguments, capsys):
     law = json.loads(Path("runs/g/fit/fit.json").read_text())
     assert law["parameters"] == "effective"
     assert len(points()) == 15
-    found = law["families"]["dense"]["law"]
-    assert found["alpha"]["value"] == pytest.approx(0.34, abs=0.01)
-    assert found["beta"]["value"] == pytest.approx(0.28, abs=0.01)
+    fitted = law["families"]["dense"]["law"]
+    assert fitted["alpha"]["value"] == pytest.approx(0.34, abs=0.01)
+    assert fitted["beta"]["value"] == pytest.approx(0.28, abs=0.01)
 
 
 @pytest.mark.slow

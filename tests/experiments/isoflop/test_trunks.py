@@ -76,8 +76,8 @@ def test_what_never_decays_or_occurs_once_shares_nothing():
 
 
 def test_what_differs_between_budgets_cannot_be_shared():
-    found = problems_of_grid(replace(composed().config, share_trunk=True))
-    assert set(found) == {"schedule.name", "schedule.warmup_steps"}
+    problems = problems_of_grid(replace(composed().config, share_trunk=True))
+    assert set(problems) == {"schedule.name", "schedule.warmup_steps"}
     rule = BatchRuleConfig(exponent=0.3)
     more = replace(composed().config, share_trunk=True, schedule=WSD, batch_rule=rule)
     assert set(problems_of_grid(more)) == {"batch_rule.exponent"}

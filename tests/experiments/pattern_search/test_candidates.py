@@ -38,14 +38,14 @@ def test_draws_are_within_their_limits_of_their_form_and_different(seed, layers,
     of = space(layers, 64)
     changes = {"sampler_seed": seed, "flops_min": low, "flops_max": high, "dense_share": dense}
     try:
-        found = candidates(of, knots=3, **changes)
+        drawn = candidates(of, knots=3, **changes)
     except Exception as error:
         # Few layers and all knots dense leave few patterns.
         assert "is more than there are" in str(error)
         return
-    assert len({c.capacities for c in found}) == len(found) == 9
+    assert len({c.capacities for c in drawn}) == len(drawn) == 9
     dense_model = replace(of.model, pattern="dense", router=RouterConfig())
-    for candidate in found:
+    for candidate in drawn:
         capacities = candidate.capacities
         assert len(capacities) == layers
         assert any(c != 1 for c in capacities)
@@ -74,18 +74,18 @@ def test_one_seed_gives_the_same_candidates_and_more_draws_keep_the_first():
 
 @pytest.mark.parametrize("name", PARAMETRIZATIONS)
 def test_draws_are_spread_over_the_forward_flops(name):
-    found = candidates(space(24), parametrizations=[name], num_drawn=32, flops_min=0.2)
-    flops = sorted(c.flops_over_dense for c in found)
+    drawn = candidates(space(24), parametrizations=[name], num_drawn=32, flops_min=0.2)
+    flops = sorted(c.flops_over_dense for c in drawn)
     # Uniform capacities of 24 layers would have nearly all their FLOPs in the middle.
     counts = np.histogram(flops, bins=4, range=(0.2, 1.0))[0]
     assert counts.min() >= 4, counts
 
 
 def test_both_directions_and_dense_layers_are_drawn():
-    found = candidates(parametrizations=["monotone"], num_drawn=16, flops_max=0.9)
-    falling = [c for c in found if c.capacities[0] > c.capacities[-1]]
+    drawn = candidates(parametrizations=["monotone"], num_drawn=16, flops_max=0.9)
+    falling = [c for c in drawn if c.capacities[0] > c.capacities[-1]]
     assert 4 <= len(falling) <= 12
-    assert any(1.0 in c.capacities for c in found)
+    assert any(1.0 in c.capacities for c in drawn)
 
 
 @pytest.mark.parametrize("name", PARAMETRIZATIONS)
@@ -101,21 +101,21 @@ def test_a_tilt_lowers_every_capacity(name):
 def test_given_patterns_come_first_in_whole_tokens():
     given = ["every_other", "cosine", [1, 0.3, 0.3, 1], "[1, .5]*2"]
     of = space(4)
-    found, notes = find_candidates(replace(composed().config, patterns=given, num_drawn=2), of)
+    drawn, notes = find_candidates(replace(composed().config, patterns=given, num_drawn=2), of)
     assert notes == []
-    assert [c.origin for c in found[:4]] == [str(pattern) for pattern in given]
-    for pattern, candidate in zip(given, found, strict=False):
+    assert [c.origin for c in drawn[:4]] == [str(pattern) for pattern in given]
+    for pattern, candidate in zip(given, drawn, strict=False):
         capacities = layer_capacities(pattern, of.model.capacity, 4)
         rounded = [1.0 if c is None else round(c * 64) / 64 for c in capacities]
         assert list(candidate.capacities) == rounded
-    assert len(found) == 6
+    assert len(drawn) == 6
 
 
 def test_a_given_pattern_off_the_limits_or_twice_is_named():
     given = ["every_other", "[1, .125]*2", "every", "[1, 1, 1, 1]"]
     config = replace(composed().config, patterns=given, num_drawn=1, flops_min=0.5)
-    found, notes = find_candidates(config, space(4))
-    assert [c.origin for c in found] == ["every_other", "monotone"]
+    drawn, notes = find_candidates(config, space(4))
+    assert [c.origin for c in drawn] == ["every_other", "monotone"]
     same, off, dense = notes
     assert same == "[1, .125]*2 is left out: it is the same as every_other"
     assert off.startswith("every is left out: it has 0.")
@@ -134,14 +134,14 @@ def test_patterns_that_the_model_does_not_take_are_not_drawn():
 def test_more_draws_than_patterns_are_refused():
     few = {"levels": [0.5, 1.0], "parametrizations": ["free"]}
     assert len(candidates(space(2), num_drawn=3, **few)) == 3
-    found = problems_of(candidates, space(2), num_drawn=4, **few)
-    assert "3 patterns have" in found["num_drawn"].reason
-    found = problems_of(candidates, num_drawn=1, flops_max=0.01)
-    assert "0 patterns have" in found["num_drawn"].reason
+    problems = problems_of(candidates, space(2), num_drawn=4, **few)
+    assert "3 patterns have" in problems["num_drawn"].reason
+    problems = problems_of(candidates, num_drawn=1, flops_max=0.01)
+    assert "0 patterns have" in problems["num_drawn"].reason
 
 
 def test_everything_wrong_with_a_search_comes_at_once():
-    found = _problems(
+    problems = _problems(
         *("budgets=[3e9,1e9]", "budget.flops=3", "keep=0", "schedule=cosine"),
         *("capacity_schedule=linear", "patterns=[zigzag]", "parametrizations=[spline]"),
         *("knots=1", "levels=[0.5]", "capacity_min=0", "flops_min=2", "best=first"),
@@ -153,8 +153,8 @@ def test_everything_wrong_with_a_search_comes_at_once():
         *("capacity_schedule.name", "patterns", "parametrizations", "knots", "levels"),
         *("capacity_min", "flops_min", "best", "output", "branch.run", "dense_share"),
         *("num_drawn", "sweep.retries"),
-    } == set(found)
-    assert all(problem.remedy for problem in found.values())
+    } == set(problems)
+    assert all(problem.remedy for problem in problems.values())
 
 
 def _problems(*overrides):

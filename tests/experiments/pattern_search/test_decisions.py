@@ -15,8 +15,8 @@ from tests.helpers.model_cases import quick
 BUDGETS = [1e9, 3e9, 9e9]
 
 
-def points_of(found):
-    return {c.name: (4 - c.flops_over_dense, c.flops_over_dense) for c in found}
+def points_of(entries):
+    return {c.name: (4 - c.flops_over_dense, c.flops_over_dense) for c in entries}
 
 
 @quick(50)
@@ -40,35 +40,35 @@ def test_a_decision_does_not_depend_on_the_order_of_the_results():
 
 
 def test_decisions_are_read_as_they_were_written(tmp_path):
-    found = candidates()
-    log = DecisionLog(tmp_path / "rungs.json", found, BUDGETS, 0.5)
-    first = decide(BUDGETS[0], 0.5, points_of(found), {})
+    entries = candidates()
+    log = DecisionLog(tmp_path / "rungs.json", entries, BUDGETS, 0.5)
+    first = decide(BUDGETS[0], 0.5, points_of(entries), {})
     log.write(first)
     second = decide(BUDGETS[1], 0.5, {n: first.points[n] for n in first.survivors}, {"c001": "x"})
     log.write(second)
-    again = DecisionLog(tmp_path / "rungs.json", found, BUDGETS, 0.5)
+    again = DecisionLog(tmp_path / "rungs.json", entries, BUDGETS, 0.5)
     assert again.decisions == [first, second]
     # A later budget continues the search.
-    longer = DecisionLog(tmp_path / "rungs.json", found, [*BUDGETS, 1e11], 0.5)
+    longer = DecisionLog(tmp_path / "rungs.json", entries, [*BUDGETS, 1e11], 0.5)
     assert longer.decisions == [first, second]
 
 
 @pytest.mark.parametrize("changed", ["candidates", "more", "budgets", "fewer", "keep"])
 def test_decisions_of_another_search_are_refused(tmp_path, changed):
-    found = candidates()
+    entries = candidates()
     path, budgets, keep = tmp_path / "rungs.json", BUDGETS, 0.5
-    log = DecisionLog(path, found, budgets, keep)
-    log.write(decide(BUDGETS[0], 0.5, points_of(found), {}))
+    log = DecisionLog(path, entries, budgets, keep)
+    log.write(decide(BUDGETS[0], 0.5, points_of(entries), {}))
     if changed == "candidates":
-        found = [replace(found[0], capacities=(1.0,) * 7 + (0.5,)), *found[1:]]
+        entries = [replace(entries[0], capacities=(1.0,) * 7 + (0.5,)), *entries[1:]]
     elif changed == "more":
-        found = candidates(num_drawn=10)
+        entries = candidates(num_drawn=10)
     elif changed in ("budgets", "fewer"):
         budgets = [2e9] if changed == "budgets" else []
     else:
         keep = 0.25
     with pytest.raises(OtherRunError) as error:
-        DecisionLog(path, found, budgets, keep)
+        DecisionLog(path, entries, budgets, keep)
     name = {"candidates": "c000", "more": "c009", "fewer": "budgets"}.get(changed, changed)
     assert f"  {name}: " in str(error.value)
     assert "remedy" in str(error.value)

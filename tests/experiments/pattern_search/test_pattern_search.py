@@ -49,8 +49,8 @@ def runs_of(words):
     request = compose_pattern_search(words[1:])
     planner = RunPlanner(request.config, request.base, request.defaults)
     space = PatternSpace(planner.model, planner.seq_len)
-    found, _ = find_candidates(request.config, space)
-    return planner, plan_entries(planner, found)
+    drawn, _ = find_candidates(request.config, space)
+    return planner, plan_entries(planner, drawn)
 
 
 def complete(run, loss):
@@ -74,9 +74,9 @@ def complete_all(words, loss=lambda entry: 4 - entry.candidate.flops_over_dense 
 def test_each_rung_extends_the_trunk_of_the_one_before():
     request = composed("patterns=[every_other]", "num_drawn=2", "budgets=[1e9,3e9,9e9]")
     planner = RunPlanner(request.config, request.base, request.defaults)
-    found, _ = find_candidates(request.config, PatternSpace(planner.model, planner.seq_len))
+    drawn, _ = find_candidates(request.config, PatternSpace(planner.model, planner.seq_len))
     schedule = request.base.schedule
-    for candidate, entries in zip(found, plan_entries(planner, found).values(), strict=True):
+    for candidate, entries in zip(drawn, plan_entries(planner, drawn).values(), strict=True):
         before = None
         for entry, budget in zip(entries, (1e9, 3e9, 9e9), strict=True):
             trunk, decay = entry.trunk, entry.decay
@@ -105,8 +105,8 @@ def test_each_rung_extends_the_trunk_of_the_one_before():
 def test_the_overrides_of_a_run_make_its_configuration():
     request = composed("patterns=[every_other]", "num_drawn=1", "budgets=[1e9,3e9]")
     planner = RunPlanner(request.config, request.base, request.defaults)
-    found, _ = find_candidates(request.config, PatternSpace(planner.model, planner.seq_len))
-    entry = plan_entries(planner, found)["c001"][1]
+    drawn, _ = find_candidates(request.config, PatternSpace(planner.model, planner.seq_len))
+    entry = plan_entries(planner, drawn)["c001"][1]
     for run in (entry.trunk, entry.decay):
         assert compose("train", [*run.job.overrides, f'name="{run.name}"']) == run.config
 
@@ -122,8 +122,8 @@ def test_the_overrides_of_a_run_make_its_configuration():
 def test_a_rung_without_steps_of_its_own_is_refused(override, text):
     request = composed("patterns=[]", "num_drawn=3", override)
     planner = RunPlanner(request.config, request.base, request.defaults)
-    found, _ = find_candidates(request.config, PatternSpace(planner.model, planner.seq_len))
-    problem = problems_of(plan_entries, planner, found)["budgets"]
+    drawn, _ = find_candidates(request.config, PatternSpace(planner.model, planner.seq_len))
+    problem = problems_of(plan_entries, planner, drawn)["budgets"]
     assert text in problem.reason
 
 

@@ -57,14 +57,14 @@ def test_every_figure_of_a_token_is_that_of_a_slow_loop(kind, text):
 def test_gates_and_updates_are_means_over_the_routed_tokens():
     model = model_of("mod")
     rows = [Batch.from_tokens(random_tokens(1, SEQ_LEN + 1, seed=seed)) for seed in (1, 2)]
-    for number, found in enumerate(trace(model, rows, "auxiliary", nullcontext()).routers):
+    for number, figures in enumerate(trace(model, rows, "auxiliary", nullcontext()).routers):
         gates = []
         for row in rows:
             with torch.no_grad():
                 record = model(row.inputs_BS, selection="auxiliary").routing[number]
             gates += record.scores_BS[record.chosen_BS].tolist()
-        assert found.gate_mean == pytest.approx(math.fsum(gates) / len(gates))
-        assert found.update_ratio > 0
+        assert figures.gate_mean == pytest.approx(math.fsum(gates) / len(gates))
+        assert figures.update_ratio > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

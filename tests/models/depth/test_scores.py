@@ -193,9 +193,7 @@ def test_attention_scores_equal_a_loop(kv_heads, window, qk_norm, several, targe
     inputs = {}
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            module.register_forward_pre_hook(
-                lambda _, found, at=name: inputs.update({at: found[0]})
-            )
+            module.register_forward_pre_hook(lambda _, args, at=name: inputs.update({at: args[0]}))
     with torch.no_grad():
         routing = model(tokens_BS, documents_BS=documents_BS).routing
     p = dict(model.named_parameters())
@@ -228,7 +226,7 @@ def test_the_attention_score_is_computed_in_training_alone():
     model = lively(small(router=router_of("attention")))
     computed = []
     model.layers[0].module.attention.register_forward_hook(
-        lambda _module, _inputs, found: computed.append(as_output(found).received_BS is not None)
+        lambda _module, _inputs, output: computed.append(as_output(output).received_BS is not None)
     )
     for selection in ("top_k", "predictor"):
         routing = model(random_tokens(2, 12), selection=selection).routing
@@ -295,7 +293,7 @@ def routed_once(
     """What comes out, who was chosen, the scores, and the update (N, D) of the chosen by itself."""
     seen: list[Tensor] = []
     handle = layer.module.register_forward_hook(
-        lambda _module, _inputs, found: seen.append(as_output(found).value_BSD)
+        lambda _module, _inputs, output: seen.append(as_output(output).value_BSD)
     )
     torch.manual_seed(0)
     out_BSD, (record,), *_ = layer(x_BSD, context._replace(received_BS=received_BS))

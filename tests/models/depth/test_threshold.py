@@ -139,7 +139,7 @@ def test_token_choice_computes_the_same_number_of_places_whatever_is_chosen(thre
     if threshold is not None:
         layer.update_running_stats(torch.tensor(threshold, dtype=torch.float64))
     shapes = []
-    layer.module.register_forward_pre_hook(lambda _module, found: shapes.append(found[0].shape))
+    layer.module.register_forward_pre_hook(lambda _module, inputs: shapes.append(inputs[0].shape))
     layer(normal(3, 24, 16), context_of(config, torch.arange(24)[None], selection="token"))
     assert shapes == [(3, 8, 16)], "a quarter of 24, and a quarter more"
 
