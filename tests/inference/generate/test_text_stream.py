@@ -199,6 +199,12 @@ def test_spelled_bytes_wait_for_the_next_token_and_keep_their_mark():
     assert TextStream(plain).push(plain.token_to_id("<0xE2>"), 0) == [("<0xE2>", 0)]
 
 
+def test_bytes_that_are_no_character_at_the_end_have_the_last_mark():
+    # Three of the four bytes of a character.
+    stream = TextStream(byte_level())
+    assert collect(stream, ids_of("ðŁĺ")) == [("\ufffd", 2)]
+
+
 def test_an_empty_stop_string_raises():
     with pytest.raises(ValueError, match="empty"):
         TextStream(byte_level(), ["a", ""])
