@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
@@ -40,9 +40,6 @@ from modtrain.experiments.report.config import ReportConfig
 from modtrain.experiments.search.config import SearchConfig
 from modtrain.inference.config import EvalRunConfig, GenerateConfig, InspectConfig
 from modtrain.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,

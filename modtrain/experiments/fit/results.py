@@ -1,4 +1,4 @@
-"""What a fit found, refused and warns of."""
+"""Results of a fit: laws and optima, what was refused, and warnings."""
 
 from __future__ import annotations
 

@@ -16,10 +16,7 @@ from modtrain.experiments.report.interactive.specs import (
     points_trace,
     rounded,
 )
-from modtrain.experiments.report.series import (
-    COLOURS,
-    LOSS_LABEL,
-)
+from modtrain.experiments.report.series import COLOURS, LOSS_LABEL
 
 _NUM_ON_CURVE = 60
 

@@ -18,10 +18,7 @@ from modtrain.experiments.report.interactive.specs import (
     to_percent,
 )
 from modtrain.experiments.report.runs import Run
-from modtrain.experiments.report.series import (
-    COLOURS,
-    LEAST_CAPACITY,
-)
+from modtrain.experiments.report.series import COLOURS, LEAST_CAPACITY
 
 
 def capacity_map(runs: Sequence[Run], key: str) -> Interactive | None:

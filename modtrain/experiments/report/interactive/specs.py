@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modtrain.experiments.report.runs import Run
-from modtrain.experiments.report.series import (
-    short_names,
-)
+from modtrain.experiments.report.series import short_names
 
 HOVER = "%{text}<extra></extra>"
 _MOST_TICKS = 16
