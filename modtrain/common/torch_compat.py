@@ -6,6 +6,7 @@ asking torch, not by its version: nightly builds and vendors' builds differ from
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 
 # torch 2.13 renamed these two; the old names warn since then.
 all_gather_single: Callable[[Tensor, int, GroupName], Tensor] = (
@@ -96,9 +98,42 @@ def compile_options(recompile_limit: int) -> dict[str, Any]:
 
     Graphs of other models in the process do not count against the limit. Before torch 2.13 the
     limit is one for the process: it is raised there, and graphs of others do count.
+
+    What was compiled wrongly before torch 2.14 is mended as well; see `keep_mutation_order`.
     """
+    if TorchVersion(torch.__version__) < "2.14":
+        keep_mutation_order()
     if HAS_ISOLATED_RECOMPILES:
         return {"recompile_limit": recompile_limit, "isolate_recompiles": True}
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 8 * recompile_limit)
     return {}
+
+
+@functools.cache
+def keep_mutation_order() -> None:
+    """Let a kernel on the CPU read a buffer after what writes it in place, as in torch 2.14.
+
+    Where Inductor fits the loops of two kernels to each other to fuse them, which it does for the
+    CPU alone, it finds their reads anew and forgets the order of writes and reads in place
+    (https://github.com/pytorch/pytorch/pull/185873). A kernel could then read what a collective
+    gathers before the wait for it: losses were wrong, another time others, without an error.
+    """
+    # The compiler takes seconds to import: by those alone who compile.
+    from torch._inductor import dependencies, scheduler  # noqa: PLC0415
+
+    node_class: Any = scheduler.SchedulerNode
+    recompute = node_class.recompute_size_and_body
+
+    @functools.wraps(recompute)
+    def recompute_and_keep(node: Any, *args: Any, **options: Any) -> None:
+        reads = node.read_writes.reads
+        kinds = (dependencies.StarDep, dependencies.WeakDep)
+        order = type(reads)(dep for dep in reads if isinstance(dep, kinds))
+        recompute(node, *args, **options)
+        reads_writes = node.read_writes.with_read(order)
+        node.set_read_writes(reads_writes.rename(node.mutation_renames))
+
+    node_class.recompute_size_and_body = recompute_and_keep
+    # A graph that was compiled without this is not taken from the cache.
+    torch.compiler.config.cache_key_tag += "mutation order kept"

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+from torch.nn import functional as F
 
 from modtrain.common import torch_compat
 from modtrain.models.config import ModelConfig
@@ -44,6 +45,27 @@ def test_a_limit_of_graphs_is_set_whichever_way_torch_takes_it(monkeypatch):
     with torch._dynamo.config.patch(recompile_limit=8):
         assert torch_compat.compile_options(9) == {}
         assert torch._dynamo.config.recompile_limit >= 9
+
+
+def _greater_of_neighbours(x_BCHW, kernel):
+    y_BCHW = F.interpolate(x_BCHW, scale_factor=(1.5, 1.25), mode="bilinear")[..., 1:7, 1:8]
+    y_BCHW = F.conv2d(y_BCHW, kernel, padding=1)
+    greatest_BCHW = F.max_pool2d(y_BCHW, 3, stride=1, padding=1)
+    is_above_mean = y_BCHW > greatest_BCHW.mean(dim=(2, 3), keepdim=True)
+    return torch.where(is_above_mean, y_BCHW, greatest_BCHW)
+
+
+@pytest.mark.slow
+def test_a_compiled_kernel_reads_a_buffer_after_what_writes_it_in_place():
+    """Of torch 2.13 alone the gradients are wrong: fusing forgets the order."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 6, 7), (4, 3, 3, 3))
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    options = torch_compat.compile_options(8)
+    functions = (_greater_of_neighbours, torch.compile(_greater_of_neighbours, **options))
+    eager, compiled = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in functions)
+    for ours, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-4)
 
 
 def _keeps_buffers() -> bool:
