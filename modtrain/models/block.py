@@ -39,7 +39,8 @@ class Residual(nn.Module):
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
         """Return the residual stream after the module."""
         output = as_output(self.module(x_BSD, context))
-        return output._replace(value_BSD=x_BSD + output.value_BSD)
+        # Not by `_replace`: a graph of torch 2.11 cannot return the tuples that it makes.
+        return Output(x_BSD + output.value_BSD, *output[1:])
 
 
 class SplitLayer(nn.Module):

@@ -120,9 +120,10 @@ class MixtureOfDepths(nn.Module):
         scores_BS = self._scores(x_BSD, context, count)
         predictor_BS = self._predicted(x_BSD, context)
         slots, chosen_BS = self._choose(scores_BS, predictor_BS, capacity, context)
-        record = RoutingRecord(scores_BS, chosen_BS, predictor_BS, context.valid_BS)
+        level = None
         if context.selection in TRAINING_SELECTIONS and self.config.has_threshold:
-            record = record._replace(quantile=quantile(scores_BS, count, context.valid_BS))
+            level = quantile(scores_BS, count, context.valid_BS)
+        record = RoutingRecord(scores_BS, chosen_BS, predictor_BS, context.valid_BS, level)
         if slots is None:
             return Output(x_BSD, routing=(record,))
         swap = context.swap
@@ -398,5 +399,6 @@ class MixtureOfDepths(nn.Module):
 
 def _with_record(output: Output, record: RoutingRecord) -> Output:
     """Return a routed layer's output with its own record first."""
-    record = record._replace(gate_mean=output.gate_mean, update_ratio=output.update_ratio)
-    return output._replace(routing=(record, *output.routing), gate_mean=None, update_ratio=None)
+    # Not by `_replace`: a graph of torch 2.11 cannot return the tuples that it makes.
+    record = RoutingRecord(*record[:5], output.gate_mean, output.update_ratio)
+    return Output(output.value_BSD, (record, *output.routing), output.experts, output.received_BS)
