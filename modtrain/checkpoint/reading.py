@@ -41,6 +41,7 @@ _SAFE_GLOBALS = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
 }
+_PATHS_OF_PYTHON_3_13 = "pathlib._local"
 _TENSOR_PROPERTIES = ("torch.distributed.checkpoint.metadata", "TensorProperties")
 
 
@@ -158,6 +159,8 @@ class _SafeUnpickler(pickle.Unpickler):
     """Unpickles torch's own metadata classes and dtypes, nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == _PATHS_OF_PYTHON_3_13:
+            module = "pathlib"
         if (module, name) == _TENSOR_PROPERTIES:
             return TensorProperties
         if (module, name) in _SAFE_GLOBALS:

@@ -1,7 +1,9 @@
 import errno
 import json
 import os
+import pathlib
 import shutil
+import sys
 
 import pytest
 import torch
@@ -58,6 +60,17 @@ def test_what_a_later_torch_adds_to_the_metadata_is_not_read(tmp_path, monkeypat
     monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*known(self), (1,)))
     path = save(tmp_path, 1)
     monkeypatch.undo()
+    assert torch.equal(load_whole(path)[0]["w"], torch.arange(10.0) + 1)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_checkpoint_of_another_python_is_read(tmp_path, monkeypatch, module):
+    """The metadata name the class of a path: of another module in Python 3.13."""
+    monkeypatch.setitem(sys.modules, module, pathlib)
+    monkeypatch.setattr(pathlib.PosixPath, "__module__", module)
+    path = save(tmp_path, 1)
+    monkeypatch.undo()
+    assert module.encode() in (path / ".metadata").read_bytes()
     assert torch.equal(load_whole(path)[0]["w"], torch.arange(10.0) + 1)
 
 
