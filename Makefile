@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[corpus,dev,docs]'
 	touch $(STAMP)
 
-quickstart: $(STAMP)  ## dense and MoD models on real text, on the same FLOPs (about 9 minutes)
+quickstart: $(STAMP)  ## dense and MoD models on real text, on the same FLOPs (about 10 minutes)
 	@$(BIN)/modtrain prepare corpus=sotu
 	@$(BIN)/modtrain compare experiment=quickstart
 	@echo; echo "dense goes on:"
