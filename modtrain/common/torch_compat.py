@@ -1,7 +1,8 @@
 """What versions of torch from 2.11 to 2.15 do not have in common, in one place.
 
 Each name here says from which version torch has it, and what stands in for it before. Found by
-asking torch, not by its version: nightly builds and vendors' builds differ from their numbers.
+asking torch where it can tell, not by its version: nightly builds and vendors' builds differ from
+their numbers.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def compile_options(recompile_limit: int) -> dict[str, Any]:
 
     What was compiled wrongly before torch 2.14 is mended as well; see `keep_mutation_order`.
     """
+    # By its version, for torch cannot tell; done where it is not needed, it changes nothing.
     if TorchVersion(torch.__version__) < "2.14":
         keep_mutation_order()
     if HAS_ISOLATED_RECOMPILES:
