@@ -2,6 +2,7 @@
 
 import json
 import struct
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -54,17 +55,25 @@ def history(parsed):
     ]
 
 
+def write_three_steps(path, start):
+    writer = WandbWriter(RunDirectory(path), CONFIG)
+    for step in (start + 1, start + 2, start + 3):
+        positions = {"step": step, "tokens": 40 * step, "TFLOPs": step}
+        writer.write(positions, {"loss": 1 / step})
+    writer.add_image(positions, "router/chosen", torch.zeros(1, 8, 4))
+    writer.close()
+
+
 @pytest.mark.slow
 def test_a_run_has_one_id_over_resumes_and_the_axes_of_the_other_records(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run = RunDirectory(tmp_path)
     for start in (0, 2):
-        writer = WandbWriter(run, CONFIG)
-        for step in (start + 1, start + 2, start + 3):
-            positions = {"step": step, "tokens": 40 * step, "TFLOPs": step}
-            writer.write(positions, {"loss": 1 / step})
-        writer.add_image(positions, "router/chosen", torch.zeros(1, 8, 4))
-        writer.close()
+        # A process of its own, as a resume has: within one, the service of wandb may still be at
+        # closing the first stream of an id when it opens the second, and closes both.
+        process = get_context("spawn").Process(target=write_three_steps, args=(tmp_path, start))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
     files = sorted(
         tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime
     )
