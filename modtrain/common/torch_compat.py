@@ -23,11 +23,19 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
+
+def _all_gather_chunks(x: Tensor, dim: int, group: GroupName) -> Tensor:
+    # By the first dim, then reordered: `torch.compile` cannot trace how torch 2.11 gathers by
+    # another.
+    chunks = collectives.all_gather_tensor(x, 0, group).split(x.shape[0])
+    return torch.cat(chunks, dim)
+
+
 # torch 2.13 renamed these two; the old names warn since then.
-all_gather_single: Callable[[Tensor, int, GroupName], Tensor] = (
-    getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+all_gather_single: Callable[[Tensor, int, GroupName], Tensor] = getattr(
+    collectives, "all_gather_single", _all_gather_chunks
 )
-"""Gather a tensor of all ranks along a dim; asynchronous, traceable."""
+"""Gather a tensor of all ranks along a dim; asynchronous where torch can, traceable."""
 
 reduce_scatter_single: Callable[[Tensor, str, int, GroupName], Tensor] = (
     getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
