@@ -74,12 +74,12 @@ class Group(NamedTuple):
         """Take this rank's chunk of the sequence (B, L, ...), ``fill`` behind the last token."""
         chunk = -(-x_BSD.shape[1] // self.size)
         padded = pad_to_multiple(x_BSD, self.size, fill)
-        return padded.narrow(1, self.rank * chunk, chunk).contiguous()
+        return _copy_of_chunk(padded, self.rank * chunk, chunk)
 
     def all_gather(self, x_BLD: Tensor, length: int) -> Tensor:
         """Return the chunks one behind another (B, S, D)."""
-        x = all_gather_single(x_BLD.contiguous(), 1, self.name)
-        return _wait(x).narrow(1, 0, length).contiguous()
+        x_BSD = _wait(all_gather_single(x_BLD.contiguous(), 1, self.name))
+        return x_BSD if length == x_BSD.shape[1] else _copy_of_chunk(x_BSD, 0, length)
 
     def reduce_scatter(self, x_BSD: Tensor) -> Tensor:
         """Return this rank's chunk (B, L, D) of the sum over the ranks."""
@@ -142,6 +142,12 @@ def _exchange(
 
 def _identity(x: Tensor) -> Tensor:
     return x.view_as(x)
+
+
+def _copy_of_chunk(x_BSD: Tensor, start: int, length: int) -> Tensor:
+    # Contiguous, but never a view, as one sequence's chunk would be: torch 2.11 compiles the
+    # gradient of an autograd function that returns a view to zero.
+    return x_BSD.narrow(1, start, length).clone(memory_format=torch.contiguous_format)
 
 
 def _wait(x: Tensor) -> Tensor:
