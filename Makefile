@@ -49,6 +49,7 @@ compat:  ## the commit tier on another torch: make compat TORCH=2.14.1
 	$(COMPAT)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(COMPAT)/bin/pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt -e '.[corpus,dev]'
 	OMP_NUM_THREADS=1 $(COMPAT)/bin/pytest $(TIERS) -m 'not nightly'
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/pytest tests/parallel -m nightly -k compiled
 
 kills: $(STAMP)  ## a hundred kills -9 of ranks, each gone on from to the bit
 	$(BIN)/pytest tests/training/faults/test_kills.py -m slow --kills 100

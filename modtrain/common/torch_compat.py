@@ -27,8 +27,8 @@ from torch.torch_version import TorchVersion
 def _all_gather_chunks(x: Tensor, dim: int, group: GroupName) -> Tensor:
     # By the first dim, then reordered: `torch.compile` cannot trace how torch 2.11 gathers by
     # another.
-    chunks = collectives.all_gather_tensor(x, 0, group).split(x.shape[0])
-    return torch.cat(chunks, dim)
+    gathered = collectives.all_gather_tensor(x, 0, group)
+    return torch.cat(gathered.tensor_split(len(gathered) // len(x)), dim)
 
 
 # torch 2.13 renamed these two; the old names warn since then.

@@ -39,8 +39,7 @@ class Residual(nn.Module):
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
         """Return the residual stream after the module."""
         output = as_output(self.module(x_BSD, context))
-        # Not by `_replace`: a graph of torch 2.11 cannot return the tuples that it makes.
-        return Output(x_BSD + output.value_BSD, *output[1:])
+        return output.with_value(x_BSD + output.value_BSD)
 
 
 class SplitLayer(nn.Module):

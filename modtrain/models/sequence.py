@@ -232,6 +232,11 @@ class Output(NamedTuple):
     gate_mean: Tensor | None = None
     update_ratio: Tensor | None = None
 
+    def with_value(self, value_BSD: Tensor) -> Output:
+        """Return the same records with another update or residual stream."""
+        # Not by `_replace`: a graph of torch 2.11 cannot return the tuples that it makes.
+        return Output(value_BSD, *self[1:])
+
 
 def as_output(result: Tensor | Output) -> Output:
     """Wrap a plain tensor in an `Output`."""

@@ -315,7 +315,7 @@ class CPMixtureOfDepths(MixtureOfDepths):
         # Minus zero for who is not here: it changes no bit.
         update_BKD = chunks.gather(output.value_BSD, count).where(is_local_BK1, -0.0)
         out_ND = x_ND.index_add(0, row_N, update_BKD.reshape(-1, dim))
-        return output._replace(value_BSD=out_ND.view_as(x_BSD))
+        return output.with_value(out_ND.view_as(x_BSD))
 
     def _total(self, sums_4: Tensor) -> Tensor:
         return self.chunks.group.all_reduce(sums_4)

@@ -97,7 +97,7 @@ class TPBlock(Block):
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
         """Return the whole update (B, S, D)."""
         output = super().forward(self.group.scatter_seq(x_BSD), context)
-        return output._replace(value_BSD=self.group.gather_seq(output.value_BSD, x_BSD.shape[1]))
+        return output.with_value(self.group.gather_seq(output.value_BSD, x_BSD.shape[1]))
 
 
 class _TPPart(nn.Module):
@@ -154,7 +154,7 @@ class TPExperts(_TPPart, Experts):
         if self.is_alone:
             # Sums over experts may differ in their last bits, and the ranks have to choose alike.
             update = self.group.gather_seq(update, length)
-        return output._replace(value_BSD=update)
+        return output.with_value(update)
 
 
 class TPExpertMLPs(ExpertMLPs):

@@ -140,7 +140,7 @@ class MixtureOfDepths(nn.Module):
             raise ValueError("a choice is swapped for whole sequences, without padding and cache")
         if swap.choice == "zero":
             output = self._route(x_BSD, context, record.scores_BS, slots)
-            return _with_record(output, record)._replace(value_BSD=x_BSD)
+            return _with_record(output, record).with_value(x_BSD)
         if swap.mean_gate:
             gate_BS = self.gate(record.scores_BS, x_BSD)
             if gate_BS is not None:
@@ -351,7 +351,7 @@ class MixtureOfDepths(nn.Module):
         output = self._update(chosen_BKD, context, scores_BS.gather(1, index_BK), slot_mask_BK)
         update_ND = output.value_BSD.reshape(-1, dim)
         out_ND = x_BSD.reshape(-1, dim).index_add(0, row_N, update_ND)
-        return output._replace(value_BSD=out_ND.view_as(x_BSD))
+        return output.with_value(out_ND.view_as(x_BSD))
 
     def _update(
         self,
@@ -373,7 +373,7 @@ class MixtureOfDepths(nn.Module):
             update_BKD = update_BKD.where(slot_mask_BK.unsqueeze(-1), -0.0)
         # Autocast leaves the update narrower, or the gate wider, than the residual stream. The
         # attention received among the chosen tokens alone is no signal for the next router.
-        output = output._replace(value_BSD=update_BKD.to(chosen_BKD.dtype), received_BS=None)
+        output = output.with_value(update_BKD.to(chosen_BKD.dtype))._replace(received_BS=None)
         if context.cache is not None:
             return output
         sums_4 = self._total(update_sums(factor_BK, update_BKD, chosen_BKD, slot_mask_BK))
@@ -393,12 +393,12 @@ class MixtureOfDepths(nn.Module):
             self.module(x_BSD, context) if self.takes_context else self.module(x_BSD)
         )
         if self.includes_residual:
-            output = output._replace(value_BSD=output.value_BSD - x_BSD)
+            output = output.with_value(output.value_BSD - x_BSD)
         return output
 
 
 def _with_record(output: Output, record: RoutingRecord) -> Output:
     """Return a routed layer's output with its own record first."""
-    # Not by `_replace`: a graph of torch 2.11 cannot return the tuples that it makes.
+    # Not by `_replace`, as in `Output.with_value`.
     record = RoutingRecord(*record[:5], output.gate_mean, output.update_ratio)
     return Output(output.value_BSD, (record, *output.routing), output.experts, output.received_BS)
