@@ -36,8 +36,6 @@ IMAGES = ROOT / "docs/images"
 MODTRAIN = [sys.executable, "-m", "modtrain"]
 DATA, RUNS = f"data.path={WORK / 'data/sotu'}", f"runs_dir={WORK / 'runs'}"
 TEXT = "docs/figures/inspected.txt"
-# The dense model of MoD's unrouted layers alone: what depth routing has to beat.
-UNROUTED = '+arms.unrouted=["model=quickstart_dense","model.num_layers=4"]'
 CAPACITIES = (0.0625, 0.125, 0.25)
 PORT = 16_006
 
@@ -47,7 +45,7 @@ def train() -> None:
     short = "budget.flops=4e12", "eval.every=20", "log.every=2", "timed_rounds=4"
     swept = "model.capacity=" + ",".join(map(str, CAPACITIES))
     _run("prepare", "corpus=sotu", f"output={WORK / 'data/sotu'}")
-    _run("compare", "experiment=quickstart", "name=quickstart", UNROUTED, DATA, RUNS, *short)
+    _run("compare", "experiment=quickstart", "name=quickstart", DATA, RUNS, *short)
     sweep = "name=capacities", "model=quickstart", "budget.flops=1e12", "batch.tokens=2048"
     rate = "optimizer.lr=4e-3", "eval.every=20", "eval.sequences=64"
     _run("train", "-m", *sweep, *rate, DATA, RUNS, swept)
@@ -58,7 +56,7 @@ def compare() -> None:
     from modtrain.cli.compose_verbs import compose_arms
     from modtrain.experiments.compare.comparison_report import draw
 
-    arms = compose_arms(["experiment=quickstart", "name=quickstart", UNROUTED, DATA, RUNS]).arms
+    arms = compose_arms(["experiment=quickstart", "name=quickstart", DATA, RUNS]).arms
     for mode, colours in THEMES.items():
         with rc_context(colours):
             draw(arms, IMAGES / f"compare-{mode}.png")
