@@ -9,28 +9,72 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from modtrain.checkpoint.layout import STEP_PREFIX, TEMPORARY_PREFIX, Manifest, verify
+from modtrain.checkpoint.layout import (
+    STEP_PREFIX,
+    TEMPORARY_PREFIX,
+    Manifest,
+    checkpoint_path,
+    verify,
+)
 from modtrain.common.errors import CheckpointError
 from modtrain.distributed.process_group import ONE_PROCESS, Ranks
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-# Path, manifest, and the damage, empty if there is none; the manifest is None if it is damaged.
-_Candidate = tuple[Path, Manifest | None, str]
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A directory that is named like a checkpoint.
+
+    manifest: None if it is damaged. damage: what is wrong with it; empty if nothing is.
+    """
+
+    path: Path
+    manifest: Manifest | None
+    damage: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> _Candidate:
+        try:
+            return cls(path, Manifest.read(path))
+        except CheckpointError as error:
+            return cls(path, None, str(error))
+
+    @property
+    def step(self) -> int:
+        """The manifest's step; without one that of the name, or -1."""
+        if self.manifest is not None:
+            return self.manifest.step
+        return int(self.number) if self.number else -1
+
+    @property
+    def number(self) -> str:
+        """The number in the name; empty if it is not one that modtrain gives."""
+        number = self.path.name.removeprefix(STEP_PREFIX)
+        is_own = number.isdecimal() and checkpoint_path(self.path.parent, int(number)) == self.path
+        return number if is_own else ""
+
+    @property
+    def is_named_by_step(self) -> bool:
+        """Whether it has the name that modtrain gives to its step."""
+        return bool(self.number) and int(self.number) == self.step
 
 
 def whole_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """List (step, path) of the checkpoints under ``root`` that look whole, oldest first.
 
-    The step is the manifest's, not the name's. Sizes of files are compared, contents are not.
+    The step is the manifest's, not the name's; of two with one step the one named by it counts.
+    Sizes of files are compared, contents are not.
+
+    Raises:
+        CheckpointError: ``root`` cannot be listed.
     """
-    paths = root.glob(f"{STEP_PREFIX}*") if root.is_dir() else ()
-    steps = ((_step_if_whole(path, contents=False), path) for path in paths)
-    return sorted((step, path) for step, path in steps if step is not None)
+    return [(candidate.step, candidate.path) for candidate in _whole_candidates(root)]
 
 
 def latest(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
@@ -40,7 +84,7 @@ def latest(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
     """
 
     def newest_first() -> list[_Candidate]:
-        return [_candidate(path) for _, path in reversed(whole_checkpoints(root))]
+        return _whole_candidates(root)[::-1]
 
     newest, damaged = _newest_whole(newest_first, ranks)
     for _, damage in damaged if ranks.is_rank0 else ():
@@ -88,18 +132,21 @@ def recover(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
     """Return the checkpoint to resume from, as `latest` does, and clean up ``root``.
 
     The remains of an interrupted save or removal are removed. Damaged checkpoints newer than the
-    returned one are renamed to ``damaged-…``, so that their steps can be saved again. Collective
-    over ``ranks``, which share the reading and get the same result.
+    returned one are renamed to ``damaged-…``, so that their steps can be saved again; one with the
+    name of another step gets its own, or becomes ``duplicate-…``. Collective over ``ranks``, which
+    share the reading and get the same result.
 
     Raises:
-        CheckpointError, RankError: on every rank: there are checkpoints and none is whole, or a
-            damaged one cannot be renamed.
+        CheckpointError, RankError: on every rank: ``root`` cannot be listed, there are checkpoints
+            and none is whole, or a damaged one cannot be renamed.
     """
 
     def newest_first() -> list[_Candidate]:
-        for path in root.glob(f"{TEMPORARY_PREFIX}*"):
+        for path in _list(root, TEMPORARY_PREFIX):
             shutil.rmtree(path, ignore_errors=True)
-        return [_candidate(path) for path in sorted(root.glob(f"{STEP_PREFIX}*"), reverse=True)]
+        for candidate in _candidates(root):
+            _settle_name(candidate)
+        return _candidates(root)
 
     newest, damaged = _newest_whole(newest_first, ranks)
     if damaged and newest is None:
@@ -107,7 +154,8 @@ def recover(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
         reasons = "".join(f"\n  {reason}" for _, reason in damaged)
         raise CheckpointError(
             f"none of the checkpoints under {root} can be used:{reasons}\n"
-            "remedy: repair what keeps them from being read; to start over, move them elsewhere"
+            "remedy: repair what keeps them from being read; to start over, move them elsewhere and"
+            " add resume=fresh"
         )
     with ranks.raise_on_all_ranks():
         for path, reason in damaged if ranks.is_rank0 else ():
@@ -131,9 +179,13 @@ def prune(
     Returns the removed ones.
     """
     num_kept, removed = 0, []
-    for step, path in reversed(whole_checkpoints(root)):
+    for candidate in reversed(_whole_candidates(root)):
+        step, path = candidate.step, candidate.path
+        if not candidate.is_named_by_step:
+            # A user's copy.
+            continue
         if num_kept < keep_last:
-            num_kept += not contents or _step_if_whole(path, contents=True) is not None
+            num_kept += not contents or _looks_whole(candidate, contents=True)
         elif step not in keep_steps and (keep_every is None or step % keep_every):
             # Renamed first: an interrupted removal must not leave a directory that looks whole.
             doomed = path.with_name(TEMPORARY_PREFIX + "removed-" + path.name)
@@ -143,19 +195,67 @@ def prune(
     return removed[::-1]
 
 
-def _step_if_whole(path: Path, contents: bool) -> int | None:
+def _list(root: Path, prefix: str) -> list[Path]:
+    """Return the paths in ``root`` whose names begin with ``prefix``; none if it is not there.
+
+    Raises:
+        CheckpointError: it cannot be listed: whether it has checkpoints is then unknown.
+    """
     try:
-        return verify(path, contents)
-    except CheckpointError as error:
-        log.warning("skipping a checkpoint: %s", error)
-        return None
+        return [path for path in root.iterdir() if path.name.startswith(prefix)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(
+            f"{root} cannot be listed: {error.strerror}. It may have checkpoints, so nothing starts"
+            " without them\nremedy: let the user of this process read the directory"
+        ) from None
 
 
-def _candidate(path: Path) -> _Candidate:
+def _candidates(root: Path) -> list[_Candidate]:
+    """List the newest first; of one step, the one named by it first."""
+    found = [_Candidate.read(path) for path in _list(root, STEP_PREFIX)]
+    return sorted(found, key=lambda c: (c.step, c.is_named_by_step, c.path), reverse=True)
+
+
+def _whole_candidates(root: Path) -> list[_Candidate]:
+    """List those that look whole, one for each step, oldest first."""
+    whole: dict[int, _Candidate] = {}
+    for candidate in _candidates(root):
+        if candidate.step not in whole and _looks_whole(candidate):
+            whole[candidate.step] = candidate
+    return list(whole.values())[::-1]
+
+
+def _looks_whole(candidate: _Candidate, contents: bool = False) -> bool:
+    damage = candidate.damage
     try:
-        return path, Manifest.read(path), ""
+        if candidate.manifest is not None:
+            candidate.manifest.check(candidate.path, contents=contents)
     except CheckpointError as error:
-        return path, None, str(error)
+        damage = str(error)
+    if damage:
+        log.warning("skipping a checkpoint: %s", damage)
+    return not damage
+
+
+def _settle_name(candidate: _Candidate) -> None:
+    """Rename a checkpoint with the name of another step, which would be in that one's way."""
+    path, step = candidate.path, candidate.step
+    if candidate.manifest is None or candidate.is_named_by_step:
+        return
+    if not candidate.number:
+        log.warning(
+            "%s is a checkpoint of step %d under a name of its own: it is used if no other of that"
+            " step is whole, and never removed",
+            *(path, step),
+        )
+        return
+    named = checkpoint_path(path.parent, step)
+    if named.exists():
+        named = _unused(path.with_name(f"duplicate-{path.name}"))
+    path.rename(named)
+    log.warning("%s was the checkpoint of step %d: renamed to %s", path, step, named.name)
 
 
 def _newest_whole(
@@ -163,8 +263,9 @@ def _newest_whole(
 ) -> tuple[tuple[int, Path] | None, list[tuple[Path, str]]]:
     """Return (step, path) of the first whole one of rank 0's candidates, and the damaged before."""
     damaged: list[tuple[Path, str]] = []
-    for path, manifest, damage in ranks.run_on_rank0(list_candidates):
-        reason = damage or _damage(path, manifest, ranks)
+    for candidate in ranks.run_on_rank0(list_candidates):
+        path, manifest = candidate.path, candidate.manifest
+        reason = candidate.damage or _damage(path, manifest, ranks)
         if manifest is not None and not reason:
             return (manifest.step, path), damaged
         damaged.append((path, reason))
@@ -184,8 +285,12 @@ def _damage(path: Path, manifest: Manifest | None, ranks: Ranks) -> str:
 
 def _quarantine(path: Path, reason: str) -> None:
     """Rename a damaged checkpoint, so that its step can be saved again."""
-    kept = path.with_name(f"damaged-{path.name}")
-    while kept.exists():
-        kept = kept.with_name(kept.name + "-again")
+    kept = _unused(path.with_name(f"damaged-{path.name}"))
     path.rename(kept)
     log.warning("%s; kept as %s", reason, kept.name)
+
+
+def _unused(path: Path) -> Path:
+    while path.exists():
+        path = path.with_name(path.name + "-again")
+    return path

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 
 from modtrain.checkpoint import layout
 from modtrain.checkpoint.layout import checkpoint_path, verify
-from modtrain.checkpoint.recovery import latest, recover, whole_checkpoints
+from modtrain.checkpoint.recovery import latest, prune, recover, whole_checkpoints
 from modtrain.common.errors import CheckpointError
 from tests.helpers.saved import flip_bit, load_whole, save_whole
 
@@ -117,6 +117,54 @@ def test_latest_goes_by_the_content_not_by_the_name(tmp_path):
     path.rename(tmp_path / "step-000000999")
     assert latest(tmp_path) == (7, tmp_path / "step-000000999")
     assert latest(tmp_path / "nothing") is None
+
+
+def copy_as(path, name):
+    return pathlib.Path(shutil.copytree(path, path.with_name(name)))
+
+
+def test_a_copy_under_a_name_of_its_own_is_no_newer_checkpoint(tmp_path, caplog):
+    """`step-best` stands behind all numbers in the order of names."""
+    paths = {step: save(tmp_path, step) for step in (8, 12, 16)}
+    best = copy_as(paths[8], "step-best")
+    assert recover(tmp_path) == latest(tmp_path) == (16, paths[16])
+    assert "step-best is a checkpoint of step 8" in caplog.text
+    assert whole_checkpoints(tmp_path) == [*paths.items()]
+    assert prune(tmp_path, 1, None) == [paths[8], paths[12]]
+    # Of its step it is the only one now, and stays.
+    assert best.is_dir()
+    assert whole_checkpoints(tmp_path) == [(8, best), (16, paths[16])]
+    shutil.rmtree(paths[16])
+    assert recover(tmp_path) == (8, best)
+
+
+def test_a_name_of_another_step_is_in_no_way(tmp_path, caplog):
+    paths = {step: save(tmp_path, step) for step in (8, 12)}
+    copy_as(paths[8], "step-000000016")
+    paths[12].rename(tmp_path / "step-000000020")
+    assert recover(tmp_path) == (12, paths[12])
+    assert "was the checkpoint of step 12: renamed to step-000000012" in caplog.text
+    assert (tmp_path / "duplicate-step-000000016").is_dir()
+    assert [save(tmp_path, step).name for step in (16, 20)] == ["step-000000016", "step-000000020"]
+    assert recover(tmp_path)[0] == 20
+
+
+@pytest.mark.parametrize("function", [recover, latest, whole_checkpoints])
+def test_what_cannot_be_listed_is_not_empty(tmp_path, function):
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    save(root, 1)
+    user = os.geteuid()
+    root.chmod(0)
+    if user == 0:
+        # Root reads everything.
+        os.seteuid(65534)
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be listed: Permission denied"):
+            function(root)
+    finally:
+        os.seteuid(user)
+        root.chmod(0o700)
 
 
 def test_every_bit_of_a_manifest_counts(tmp_path):
