@@ -43,17 +43,20 @@ class Checkpointer:
         keep_every: int | None = None,
         timeout: timedelta = timedelta(seconds=SLOW_TIMEOUT),
         keep_steps: Collection[int] = (),
+        on_saved: Callable[[int], None] | None = None,
     ) -> None:
         """Make the group that saves communicate over; collective.
 
         keep_last, keep_every, keep_steps: as in `prune`, done when a newer one is on disk;
         ``keep_last=None`` keeps all.
+        on_saved: called on rank 0 with the step of each save, when it is on disk; an OSError of it
+        is a warning.
         timeout: how long a rank waits for the others in a save, the slowest disk included.
 
         ``longest_save`` is the seconds of the longest save so far, 0 before the first is done.
         """
         self.ranks, self.keep_last, self.keep_every = ranks, keep_last, keep_every
-        self.keep_steps = keep_steps
+        self.keep_steps, self.on_saved = keep_steps, on_saved
         self._save_ranks = ranks.duplicate(timeout)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
@@ -174,9 +177,18 @@ class Checkpointer:
             return
         finally:
             self._copied.set()
-        if self._save_ranks.is_rank0 and self.keep_last is not None:
-            try:
+        if self._save_ranks.is_rank0:
+            self._after_save(path, step)
+
+    def _after_save(self, path: Path, step: int) -> None:
+        try:
+            if self.on_saved is not None:
+                self.on_saved(step)
+        except OSError as error:
+            log.warning("that step %d is saved could not be recorded: %s", step, error)
+        try:
+            if self.keep_last is not None:
                 keep = self.keep_last, self.keep_every
                 prune(path.parent, *keep, keep_steps=self.keep_steps)
-            except (OSError, CheckpointError) as error:
-                log.warning("old checkpoints could not be removed: %s", error)
+        except (OSError, CheckpointError) as error:
+            log.warning("old checkpoints could not be removed: %s", error)

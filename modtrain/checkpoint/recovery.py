@@ -77,6 +77,15 @@ def whole_checkpoints(root: Path) -> list[tuple[int, Path]]:
     return [(candidate.step, candidate.path) for candidate in _whole_candidates(root)]
 
 
+def has_checkpoints(root: Path) -> bool:
+    """Whether ``root`` has anything that is named like a checkpoint, damaged or not.
+
+    Raises:
+        CheckpointError: it cannot be listed.
+    """
+    return bool(_list(root, STEP_PREFIX))
+
+
 def latest(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
     """Return (step, path) of the newest checkpoint with no damaged byte, None without one.
 

@@ -54,7 +54,8 @@ class AdamWSpec(OptimizerSpec):
 def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig, model: nn.Module) -> AdamW:
     """AdamW over ``parameters`` of ``model``: matrices decay, vectors (gains, biases) do not.
 
-    Depth routers have groups of their own where `OptimizerConfig.router_lr` is set.
+    Depth routers have groups of their own where `OptimizerConfig.router_lr` is set. A group's
+    ``rate_name`` is the name of its rate in `OptimizerSpec.rates`.
     """
     from torch.optim import AdamW
 
@@ -65,6 +66,7 @@ def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig, model: nn
         {
             "params": [p for p in parameters if (p.ndim >= 2) == decays and (p in routers) == own],
             "weight_decay": config.weight_decay if decays else 0.0,
+            "rate_name": "lr_router" if own else "lr",
             **({"lr": config.router_lr} if own else {}),
         }
         for own in (False, True)

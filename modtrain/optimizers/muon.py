@@ -53,6 +53,7 @@ class MuonSpec(OptimizerSpec):
                 ns_steps=own.ns_steps,
                 adjust_lr_fn=own.adjust_lr,
             )
+            muon.param_groups[0]["rate_name"] = "lr_muon"
             parts.append(muon)
         if rest:
             parts.append(adamw.adamw(rest, config, model))

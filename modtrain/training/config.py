@@ -20,6 +20,7 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 ZERO_ROUTERS = ("end", "always", "never")
 CAPACITY_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("auto", "fp32", "bf16")
+RESUMES = ("auto", "fresh")
 
 MUTABLE_KEYS = (
     "runs_dir",
@@ -32,6 +33,7 @@ MUTABLE_KEYS = (
     "data.num_workers",
     "data.prefetch_factor",
     "data.verify",
+    "resume",
 )
 """Keys that may differ when a run is resumed: they change its weights by rounding only.
 
@@ -277,6 +279,9 @@ class TrainConfig:
     precision: ``auto`` takes bf16 mixed precision where CUDA has it, and fp32 elsewhere.
     compile: ``torch.compile`` of the whole model, in one graph.
     deterministic: torch's deterministic kernels, for bitwise equal runs on CUDA.
+    resume: ``auto`` stops where all checkpoints of a run are gone; ``fresh`` starts such a run
+        from its first step, with its old records in ``before-<n>/``. Where a checkpoint is left,
+        both resume from it.
     """
 
     name: str | None = None
@@ -285,6 +290,7 @@ class TrainConfig:
     precision: str = "auto"
     compile: bool = False
     deterministic: bool = False
+    resume: str = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -305,7 +311,7 @@ class TrainConfig:
 
     def problems_by_part(self, needs_name: bool = True) -> dict[str, list[Problem]]:
         """The same for each part by itself; ``run`` and ``combination`` have what is left."""
-        own = one_of(self, "", "precision", PRECISIONS)
+        own = one_of(self, "", "precision", PRECISIONS) + one_of(self, "", "resume", RESUMES)
         if not 0 <= self.seed < 2**32:
             own.append(Problem("seed", self.seed, "is not in [0, 2^32)", "give one that is"))
         own += self._name_problems() if needs_name or self.name is not None else []

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from modtrain.data.stream.batch import Batch
@@ -19,6 +20,7 @@ from modtrain.parallel.lightning_overrides import set_loop_position
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
+from modtrain.training.run_directory import check_same, to_train_config
 from modtrain.training.schedules import lr_factor
 from modtrain.training.spikes.detector import SpikeSkipper
 from modtrain.training.spikes.journal import check_left_out
@@ -28,7 +30,8 @@ from modtrain.training.step_statistics import RunningStats, StepStatistics
 class LanguageModule(L.LightningModule):
     """Trains a `Transformer` on next-token prediction.
 
-    statistics: of the steps since the last record. spikes: skips steps that are spikes; None where
+    statistics: of the steps since the last record. rates: learning rates of the last step, by the
+    name that records have them under. spikes: skips steps that are spikes; None where
     the configuration does not ask for it.
     """
 
@@ -38,6 +41,7 @@ class LanguageModule(L.LightningModule):
         self.model = Transformer(config.model, seed=config.seed)
         self.statistics = StepStatistics.zero(torch.device("cpu"))
         self.running_stats = RunningStats()
+        self.rates: dict[str, float] = {}
         self.spikes = None if config.spike.action == "none" else SpikeSkipper(config.spike)
         # In a list: as a sub-module its parameters would get a second name in checkpoints.
         self._forward: list[Forward] = []
@@ -76,6 +80,10 @@ class LanguageModule(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Make the step, then update the running statistics of routers and experts."""
+        # Before it, for the scheduler goes on to the next step's; from the optimizer, which may
+        # have them from a checkpoint.
+        groups = self._strategy.optimizers[0].param_groups
+        self.rates = {group.get("rate_name", "lr"): float(group["lr"]) for group in groups}
         super().optimizer_step(*args, **kwargs)
         self.running_stats.update(
             self.model,
@@ -155,6 +163,7 @@ class LanguageModule(L.LightningModule):
         checkpoint["sums"] = mean.state(accumulate)
         if self.spikes is not None:
             checkpoint["spikes"] = self.spikes.detector.state()
+        checkpoint["config"] = OmegaConf.to_container(OmegaConf.structured(self.config))
         checkpoint["progress"] = {
             "step": step,
             "samples": self._position(step, skipped_samples),
@@ -165,7 +174,12 @@ class LanguageModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what `on_save_checkpoint` added; some of it when training starts."""
+        """Restore what `on_save_checkpoint` added; some of it when training starts.
+
+        Raises:
+            OtherRunError: the checkpoint is of a run with another configuration.
+        """
+        self._check_config(checkpoint.get("config"))
         set_loop_position(checkpoint, self.plan.accumulate)
         progress = checkpoint["progress"]
         saved = progress.get("left_out", [])
@@ -183,6 +197,16 @@ class LanguageModule(L.LightningModule):
             step = int(checkpoint["global_step"])
             seeds = np.random.SeedSequence([self.config.seed, step, self._strategy.data_rank])
             L.seed_everything(int(seeds.generate_state(1)[0]), verbose=False)
+
+    def _check_config(self, saved: Any) -> None:
+        """Compare with what the checkpoint says, which outlives a file that is lost or edited."""
+        if saved is None:
+            # Of an earlier version.
+            return
+        before = to_train_config(saved)
+        # A trunk is compared with its branch by `trunk_checkpoint`.
+        if before.name != self.config.branch.run:
+            check_same(before, self.config, "the checkpoint is of a run", "the checkpoint")
 
     def _skipped_samples(self) -> list[list[int]]:
         """Return the intervals of the stream that are not read, [start, stop] each."""

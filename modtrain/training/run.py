@@ -37,6 +37,7 @@ from modtrain.training.callbacks.progress import ProgressCallback
 from modtrain.training.callbacks.spike_guard import SpikeGuard
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
+from modtrain.training.lost_records import settle_records
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve, strategy_options
@@ -142,8 +143,13 @@ class _Run:
             # The fit before may have left its model in a reference cycle.
             gc.collect()
             saving = config.checkpoint
-            keep = saving.keep_last, saving.keep_every
-            with Checkpointer(ranks, *keep, keep_steps=saving.keep_steps) as checkpointer:
+            with Checkpointer(
+                ranks,
+                saving.keep_last,
+                saving.keep_every,
+                keep_steps=saving.keep_steps,
+                on_saved=run.record_save,
+            ) as checkpointer:
                 last_step = self._resume(checkpointer, journal)
         if last_step < plan.steps:
             return self._stopped()
@@ -156,6 +162,9 @@ class _Run:
         with self.ranks.raise_on_all_ranks():
             fingerprint = self.data.index.summary.fingerprint
         check_rank_consistency(self.config, fingerprint, self.ranks)
+        message = self.ranks.run_on_rank0(partial(settle_records, self.directory, self.config))
+        if message:
+            self.console.print(message)
         if self.ranks.broadcast_from_rank0(not self.directory.config.is_file()):
             # Before anything is recorded: a branch without its trunk is not a run.
             self._first_state()

@@ -48,6 +48,7 @@ class RunDirectory:
         self.manifest = path / "manifest.json"
         self.result = path / "result.json"
         self.completed_mark = path / "COMPLETED"
+        self.saved_step = path / "saved_step"
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunDirectory:
@@ -109,6 +110,10 @@ class RunDirectory:
             # Written last: a directory without it is a run that never started.
             write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
+    def record_save(self, step: int) -> None:
+        """Record beside the checkpoints that there is one, so that their loss is noticed."""
+        write_text(self.saved_step, f"{step}\n")
+
     def check_visible(self) -> None:
         """Raise CheckpointError if ``runs_dir`` is not the directory that rank 0 wrote to."""
         if not self.config.is_file():
@@ -143,15 +148,7 @@ class RunDirectory:
 
     def check_same(self, config: TrainConfig) -> None:
         """Raise OtherRunError with each key that may not change and differs from the run's own."""
-        free: Sequence[str] = MUTABLE_KEYS
-        if config.model.depends_on_micro_batch:
-            free = [key for key in free if key != "batch.micro_batch_size"]
-        changed = differences(self.read_config(), config, "the run", free)
-        if changed:
-            raise OtherRunError(
-                "\n".join([f"{self.path} is a run with another configuration:", *changed])
-                + "\nremedy: undo these changes to resume it, or give another name= for a new run"
-            )
+        check_same(self.read_config(), config, f"{self.path} is a run", "the run")
 
     def complete(self, result: dict[str, Any]) -> None:
         """Write the result, then mark the run as complete."""
@@ -170,6 +167,22 @@ def check_resumable(config: TrainConfig, resolved: TrainConfig) -> None:
             # The device on which the run started decided it.
             resolved = replace(resolved, precision=run.read_config().precision)
         run.check_same(resolved)
+
+
+def check_same(before: TrainConfig, now: TrainConfig, subject: str, where: str) -> None:
+    """Raise OtherRunError with each key that may not change between two starts, and differs.
+
+    subject: what ``before`` is of, as the beginning of a sentence. where: the same, in short.
+    """
+    free: Sequence[str] = MUTABLE_KEYS
+    if now.model.depends_on_micro_batch:
+        free = [key for key in free if key != "batch.micro_batch_size"]
+    changed = differences(before, now, where, free)
+    if changed:
+        raise OtherRunError(
+            "\n".join([f"{subject} with another configuration:", *changed])
+            + "\nremedy: undo these changes to resume it, or give another name= for a new run"
+        )
 
 
 def to_train_config(content: Any) -> TrainConfig:

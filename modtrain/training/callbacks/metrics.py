@@ -11,12 +11,10 @@ import torch
 from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.router_health import health_warnings
 from modtrain.evaluation.routing_metrics import expert_metrics, routing_metrics
-from modtrain.optimizers.registry import OPTIMIZERS
 from modtrain.training.callbacks.step import StepCallback, is_due
 from modtrain.training.hardware import peak_flops
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
-from modtrain.training.schedules import lr_factor
 
 # Share of the run after which a router that is off is worth a warning.
 _TRAINED = 0.2
@@ -72,7 +70,7 @@ class MetricsCallback(StepCallback):
         """Write a record when it is due."""
         if not is_due(step, self.every, module.plan.steps):
             return
-        values = self._learning(trainer, module)
+        values = self._learning(module)
         last, self._last_step = self._last_step, step
         steps = step - last
         # Reading the loss above waited for the device, so the time is that of finished steps.
@@ -97,7 +95,7 @@ class MetricsCallback(StepCallback):
                 self._warned.add(key)
                 module.print(f"warning: step {step:,}: {text}")
 
-    def _learning(self, trainer: L.Trainer, module: LanguageModule) -> dict[str, float]:
+    def _learning(self, module: LanguageModule) -> dict[str, float]:
         statistics = module.take_statistics()
         model = module.config.model
         values = statistics.means()
@@ -111,8 +109,4 @@ class MetricsCallback(StepCallback):
             own = torch.tensor(list(values.values()), dtype=torch.float64)
             means = (self.ranks.sum(own) / self.ranks.world_size).tolist()
             values = dict(zip(values, means, strict=True))
-        # The scheduler is at the next step already.
-        factor = lr_factor(module.config.schedule, trainer.global_step - 1, module.plan.steps)
-        rates = OPTIMIZERS[module.config.optimizer.name].rates(module.config.optimizer)
-        values |= {name: rate * factor for name, rate in rates.items()}
-        return values
+        return values | module.rates
