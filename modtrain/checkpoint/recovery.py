@@ -21,6 +21,7 @@ from modtrain.checkpoint.layout import (
     verify,
 )
 from modtrain.common.errors import CheckpointError
+from modtrain.common.reading import set_aside
 from modtrain.distributed.process_group import ONE_PROCESS, Ranks
 
 T = TypeVar("T")
@@ -168,7 +169,8 @@ def recover(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
         )
     with ranks.raise_on_all_ranks():
         for path, reason in damaged if ranks.is_rank0 else ():
-            _quarantine(path, reason)
+            # Its step can then be saved again.
+            log.warning("%s; kept as %s", reason, set_aside(path).name)
     return newest
 
 
@@ -262,8 +264,9 @@ def _settle_name(candidate: _Candidate) -> None:
         return
     named = checkpoint_path(path.parent, step)
     if named.exists():
-        named = _unused(path.with_name(f"duplicate-{path.name}"))
-    path.rename(named)
+        named = set_aside(path, "duplicate")
+    else:
+        path.rename(named)
     log.warning("%s was the checkpoint of step %d: renamed to %s", path, step, named.name)
 
 
@@ -290,16 +293,3 @@ def _damage(path: Path, manifest: Manifest | None, ranks: Ranks) -> str:
     except CheckpointError as error:
         own = str(error)
     return next((damage for damage in ranks.all_gather_object(own) if damage), "")
-
-
-def _quarantine(path: Path, reason: str) -> None:
-    """Rename a damaged checkpoint, so that its step can be saved again."""
-    kept = _unused(path.with_name(f"damaged-{path.name}"))
-    path.rename(kept)
-    log.warning("%s; kept as %s", reason, kept.name)
-
-
-def _unused(path: Path) -> Path:
-    while path.exists():
-        path = path.with_name(path.name + "-again")
-    return path

@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modtrain.common.reading import UnreadableError, read_json
 from modtrain.experiments.compare.paired import PairedChange
 from modtrain.experiments.compare.verdict import verdict
-from modtrain.experiments.report.files import (
-    UnreadableError,
-    number,
-    printable,
-    read_each,
-    read_json,
-)
+from modtrain.experiments.report.files import number, printable, read_each
 from modtrain.experiments.report.runs import Run
 
 _FILE = "compare.json"

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from modtrain.common.errors import DataError
+from modtrain.common.reading import UnreadableError, read_text
 from modtrain.experiments.fit.config import FitConfig
 from modtrain.experiments.fit.fit import fit_points
 from modtrain.experiments.fit.points import Points, read_points
 from modtrain.experiments.fit.results import Fit
 from modtrain.experiments.isoflop.config import CONVENTIONS
-from modtrain.experiments.report.files import UnreadableError, printable, read_each, read_text
+from modtrain.experiments.report.files import printable, read_each
 from modtrain.experiments.report.runs import Run
 
 _FILE = "points.csv"

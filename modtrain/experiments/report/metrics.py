@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from modtrain.cluster.runs import HELD_OUT
-from modtrain.experiments.report.files import number, parse_object, read_bytes
+from modtrain.common.reading import parse_object, read_bytes
+from modtrain.experiments.report.files import number
 
 STEP_SECONDS = "throughput/step_seconds"
 CAUSAL_FLOPS = "held_out/causal_flops_per_token"

@@ -10,15 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from modtrain.cluster.runs import HELD_OUT
+from modtrain.common.reading import UnreadableError, read_json, read_text
 from modtrain.common.renamed_keys import flatten
-from modtrain.experiments.report.files import (
-    UnreadableError,
-    number,
-    printable,
-    read_config,
-    read_json,
-    read_text,
-)
+from modtrain.experiments.report.files import number, printable, read_config
 from modtrain.experiments.report.metrics import (
     CAUSAL_FLOPS,
     ROUTED_WORTH,

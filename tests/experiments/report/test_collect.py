@@ -6,9 +6,10 @@ import os
 import pytest
 
 from modtrain.common.errors import ConfigError, DataError
+from modtrain.common.reading import UnreadableError, read_json
 from modtrain.experiments.report.collect import collect
 from modtrain.experiments.report.config import ReportConfig
-from modtrain.experiments.report.files import UnreadableError, read_config, read_json
+from modtrain.experiments.report.files import read_config
 from modtrain.experiments.report.metrics import evenly, read_metrics
 from tests.experiments.report.report_cases import report_of, write_comparison, write_grid, write_run
 
@@ -182,7 +183,7 @@ def test_files_that_would_harm_are_refused(tmp_path):
         ("[" * 100_000, "nested too deeply"),
         ("a: &x [1]\nb: *x", "aliases"),
         ("!!python/object/apply:os.system [exit]", "could not determine a constructor"),
-        ("- 1", "not a run's configuration"),
+        ("- 1", "it is not a mapping"),
         ("a: \x00", "control characters|special characters"),
     ):
         path.write_text(text)

@@ -1,0 +1,141 @@
+"""Files that people, disks and other programs can touch, read as data.
+
+A file is regular, and no larger than its reader allows: that is checked before memory is taken. It
+is never executed, and nothing waits for it. A strict reader raises `UnreadableError`; what is only
+told about a run goes through `read_or_set_aside`, for its loss must not block one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from modtrain.common.errors import ModtrainError
+
+MAX_YAML_BYTES = 2**20
+MAX_JSON_BYTES = 2**28
+_MAX_YAML_DEPTH = 20
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class UnreadableError(ModtrainError):
+    """A file that cannot be used. The message begins with its name, without the directory."""
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Return the content of a regular file of at most ``max_bytes``.
+
+    Raises:
+        UnreadableError: it is missing, larger, or no regular file.
+    """
+    try:
+        # A pipe without a writer would block.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise UnreadableError(f"{path.name} is not a file")
+            content = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
+    except FileNotFoundError:
+        raise UnreadableError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise UnreadableError(f"{path.name} cannot be read: {error.strerror}") from None
+    if max(len(content), status.st_size) > max_bytes:
+        raise UnreadableError(f"{path.name} is larger than {max_bytes:,} bytes")
+    return content
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """Return the text of a file, with a replacement for what is not UTF-8.
+
+    Raises:
+        UnreadableError: as for `read_bytes`.
+    """
+    return read_bytes(path, max_bytes).decode(errors="replace")
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UnreadableError: the file cannot be read, or has something else in it.
+    """
+    content = parse_object(read_bytes(path, max_bytes))
+    if content is None:
+        raise UnreadableError(f"{path.name} is not a JSON object")
+    return content
+
+
+def parse_object(content: bytes) -> dict[str, Any] | None:
+    """Return the object that ``content`` is in JSON; None if it is none."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_yaml(path: Path, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        UnreadableError: the file cannot be read, has something else in it, or multiplies what it
+            has: by aliases, or by deep nesting.
+    """
+    content = read_bytes(path, max_bytes)
+    try:
+        _check_yaml(content)
+        loaded = yaml.load(content, _LOADER)  # noqa: S506  (it is a safe loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnreadableError(f"{path.name} cannot be read: {reason}") from None
+    if not isinstance(loaded, dict):
+        raise UnreadableError(f"{path.name} cannot be read: it is not a mapping")
+    return loaded
+
+
+def read_or_set_aside(path: Path, read: Callable[[Path], T]) -> T | None:
+    """Return ``read(path)``; None where the file is missing, or is no such file.
+
+    read: raises `UnreadableError` for what it cannot use, which is renamed to ``damaged-<name>``
+    with a warning.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        return read(path)
+    except UnreadableError as error:
+        log.warning("%s/%s; kept as %s", path.parent, error, set_aside(path).name)
+        return None
+
+
+def set_aside(path: Path, reason: str = "damaged") -> Path:
+    """Rename a file or directory to ``<reason>-<name>``, or a like name that is free."""
+    kept = path.with_name(f"{reason}-{path.name}")
+    while os.path.lexists(kept):
+        kept = kept.with_name(kept.name + "-again")
+    path.rename(kept)
+    return kept
+
+
+def _check_yaml(content: bytes) -> None:
+    """Raise ValueError for deep nesting, which crashes the loader, and for what multiplies."""
+    depth = 0
+    for event in yaml.parse(content, _LOADER):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases, which no run writes")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _MAX_YAML_DEPTH:
+                raise ValueError("it is nested too deeply")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
