@@ -9,6 +9,7 @@ from typing import Any
 
 from modtrain.common.atomic_io import digest, file_sha256
 from modtrain.common.errors import CheckpointError
+from modtrain.common.reading import UnreadableError, read_json
 
 FORMAT = 3
 STEP_PREFIX, TEMPORARY_PREFIX = "step-", ".writing-"
@@ -55,7 +56,7 @@ class Manifest:
             CheckpointError: there is none, it is of another format, or names files elsewhere.
         """
         try:
-            content = json.loads((path / MANIFEST).read_text())
+            content = read_json(path / MANIFEST)
             saved_digest = content.pop("digest", None)
             version, world_size = content["format"], int(content.get("world_size", 1))
             files = {
@@ -63,7 +64,7 @@ class Manifest:
                 for name, entry in content["files"].items()
             }
             manifest = cls(int(content["step"]), files, world_size)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (UnreadableError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from None
         if version != FORMAT:
             raise CheckpointError(f"{path} has format {version}; this modtrain reads {FORMAT}")

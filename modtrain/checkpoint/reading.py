@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 
 from modtrain.checkpoint.layout import EXTRA_STATE, is_plain_name
+from modtrain.checkpoint.plain_data import FileSlice, check_pickle, check_torch_file, load_plain
 from modtrain.common.errors import CheckpointError
 from modtrain.common.torch_compat import TensorProperties
 
@@ -62,6 +63,16 @@ class TensorReader(Mapping[str, Tensor]):
                 if not isinstance(entry, TensorStorageMetadata):
                     raise pickle.UnpicklingError(f"{key} is not a tensor")
                 self.sizes[key], self.dtypes[key] = entry.size, entry.properties.dtype
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Raise UnpicklingError for tensors that the files cannot have, before memory is taken."""
+        there = sum(file.stat().st_size for file in self.path.glob("*.distcp"))
+        named = sum(self.dtypes[key].itemsize * size.numel() for key, size in self.sizes.items())
+        if named > there:
+            raise pickle.UnpicklingError(
+                f"its tensors have {named:,} bytes, and its files {there:,}"
+            )
 
     def into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill ``tensors``, plain tensors or the local parts of DTensors, in place.
@@ -120,7 +131,7 @@ def read_extra_state(path: Path) -> Any:
         CheckpointError: it cannot be read, or contains more than plain data.
     """
     with translate_load_errors(path):
-        return torch.load(path / EXTRA_STATE, weights_only=True, map_location="cpu")
+        return load_plain(path / EXTRA_STATE)
 
 
 @contextmanager
@@ -131,8 +142,10 @@ def translate_load_errors(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
+        # Torch's own text advises to load it all the same.
+        reason = "torch refuses it" if "weights_only" in str(error) else error
         raise CheckpointError(
-            f"{path} contains more than plain data; not loaded: {error}"
+            f"{path} contains more than plain data; not loaded: {reason}"
         ) from None
     except CheckpointException as error:
         raise CheckpointError(f"{path} cannot be read: {describe_failure(error)}") from error
@@ -178,8 +191,9 @@ class _SafeReader(FileSystemReader):
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
         if self._metadata is not None:
             return self._metadata
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _SafeUnpickler(file).load()
+        content = (Path(self.path) / ".metadata").read_bytes()
+        check_pickle(content)
+        metadata = _SafeUnpickler(io.BytesIO(content)).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError("the metadata is of another type")
         for info in (metadata.storage_data or {}).values():
@@ -190,6 +204,12 @@ class _SafeReader(FileSystemReader):
         metadata.storage_meta.load_id = self.load_id
         self._metadata = metadata
         return metadata
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        # Not by torch's own view of it, which cannot seek from its end.
+        check_torch_file(io.BufferedReader(FileSlice(file, sinfo.offset, sinfo.length)))
+        part: IO[bytes] = super()._slice_file(file, sinfo)
+        return part
 
 
 class _TensorPlanner(DefaultLoadPlanner):

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from modtrain.checkpoint.layout import Manifest
 from modtrain.checkpoint.parts import Part, whole_part
+from modtrain.checkpoint.plain_data import load_plain
 from modtrain.checkpoint.reading import (
     TensorReader,
     format_names,
@@ -162,8 +163,7 @@ def read_rank_state(reader: TensorReader, rank: int) -> Any:
         return None
     content = reader.read(key)
     with translate_load_errors(reader.path):
-        stream = io.BytesIO(content.numpy().tobytes())
-        return torch.load(stream, weights_only=True, map_location="cpu")
+        return load_plain(io.BytesIO(content.numpy().tobytes()))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from modtrain.cluster.runs import (
 )
 from modtrain.cluster.slurm import DeniedError, SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs
-from modtrain.common.atomic_io import is_locked
+from modtrain.common.atomic_io import is_locked, open_to_append
 from modtrain.common.errors import raise_if_any
 from modtrain.common.overrides import spelled
 
@@ -126,8 +126,8 @@ class _Cancellation:
     def _mark(self) -> None:
         """List the run's jobs in ``CANCELLED``."""
         new = [name for name in reversed(self.run.job_ids) if name not in self.run.cancelled]
-        with (self.run.path / CANCELLED).open("a") as file:
-            file.write("".join(f"{name}\n" for name in new))
+        with open_to_append(self.run.path / CANCELLED) as file:
+            file.write("".join(f"{name}\n" for name in new).encode())
         self.marked.update(new)
 
     def _act(self, live: list[SlurmJob], is_overdue: bool) -> None:

@@ -16,11 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import yaml
-
 from modtrain.cluster.slurm import SlurmJob
 from modtrain.common.atomic_io import is_locked
 from modtrain.common.errors import ModtrainError
+from modtrain.common.reading import (
+    UnreadableError,
+    open_regular,
+    read_bytes,
+    read_json,
+    read_text,
+    read_yaml,
+)
 from modtrain.common.renamed_keys import translate
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import derive
@@ -160,7 +166,7 @@ def read_run(path: Path, name: str) -> RunRecord:
     run.starts = _read(run, "manifest.json", _starts) or []
     run.submitted = _read(run, "jobs.jsonl", _submitted) or []
     run.is_group = _is_group(run)
-    run.cancelled = frozenset(_read(run, CANCELLED, lambda file: file.read_text().split()) or ())
+    run.cancelled = frozenset(_read(run, CANCELLED, lambda file: read_text(file).split()) or ())
     run.failures += _read(run, "failures.tsv", _read_failures) or []
     run.failures += _read(run, "failure.json", _read_final_failure) or []
     if run.is_group:
@@ -181,10 +187,10 @@ def read_run(path: Path, name: str) -> RunRecord:
 def _read(run: RunRecord, name: str, parse: Callable[[Path], T]) -> T | None:
     """Parse one of the run's files; None where it is missing, or damaged, which is recorded."""
     path = run.path / name
+    if not os.path.lexists(path):
+        return None
     try:
         return parse(path)
-    except FileNotFoundError:
-        return None
     except Exception as error:
         # Whatever a damaged file raises, the other files and the other runs are shown.
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -201,8 +207,8 @@ def time_of(text: str) -> float:
 def json_lines(path: Path) -> list[Any]:
     """Return the records of ``path``; partial lines, left by a kill, are skipped."""
     records = []
-    for line in path.read_text(errors="replace").splitlines():
-        with suppress(ValueError):
+    for line in read_bytes(path).splitlines():
+        with suppress(ValueError, RecursionError):
             records.append(json.loads(line))
     return records
 
@@ -233,7 +239,7 @@ def lines_from_end(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
     """
     # Of a line whose beginning is not read yet, the last one first.
     pieces: list[bytes] = []
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for offset, block in blocks_from_end(file, max_bytes):
             first, *lines = block.split(b"\n")
             if lines:
@@ -246,7 +252,7 @@ def lines_from_end(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
 
 
 def _starts(path: Path) -> list[float]:
-    return [time_of(start["time"]) for start in json.loads(path.read_text())["starts"]]
+    return [time_of(start["time"]) for start in read_json(path)["starts"]]
 
 
 def _submitted(path: Path) -> list[SubmittedJob]:
@@ -286,7 +292,7 @@ def _last_active(run: RunRecord) -> float:
 
 def _read_failures(path: Path) -> list[Failure]:
     failures = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in read_text(path).splitlines():
         # A full disk may leave a partial line.
         with suppress(ValueError):
             time, job, step, cause = line.split("\t", 3)
@@ -295,7 +301,7 @@ def _read_failures(path: Path) -> list[Failure]:
 
 
 def _read_final_failure(path: Path) -> list[Failure]:
-    content = json.loads(path.read_text())
+    content = read_json(path)
     if "job" in content:
         # The job's script has recorded it in failures.tsv already.
         return []
@@ -306,13 +312,16 @@ def _newest_checkpoint(root: Path) -> tuple[int, float] | None:
     """Return step and time of the newest; only a complete one has a name of this form."""
     names = [name for name in os.listdir(root) if name.startswith("step-")]  # noqa: PTH208
     for name in sorted(names, reverse=True):
-        with suppress(OSError, ValueError):
-            return int(name.removeprefix("step-")), (root / name / "manifest.json").stat().st_mtime
+        with suppress(OSError, ValueError, KeyError, UnreadableError):
+            step, manifest = int(name.removeprefix("step-")), root / name / "manifest.json"
+            # One with the name of another step is a copy.
+            if read_json(manifest)["step"] == step:
+                return step, manifest.stat().st_mtime
     return None
 
 
 def _take_result(run: RunRecord, path: Path) -> bool:
-    content = json.loads(path.read_text())
+    content = read_json(path)
     run.steps = run.step = int(content["steps"])
     run.loss, run.held_out = content.get(LOSS), content.get(HELD_OUT)
     run.changed = path.stat().st_mtime
@@ -329,7 +338,7 @@ def _take_records(run: RunRecord, path: Path) -> None:
         try:
             record = json.loads(line)
             step = int(record["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             # The last line may be partial: cut by a kill, or being written.
             continue
         run.step = step if run.step is None else max(run.step, step)
@@ -340,11 +349,7 @@ def _take_records(run: RunRecord, path: Path) -> None:
 
 
 def _steps(path: Path) -> int | None:
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = yaml.load(path.read_text(), loader)  # noqa: S506
-    if not isinstance(content, dict):
-        raise TypeError("it is not the configuration of a run")
-    content = translate(content)
+    content = translate(read_yaml(path))
     if content["budget"]["steps"] is not None:
         return int(content["budget"]["steps"])
     return derive(_typed(TrainConfig, content)).steps

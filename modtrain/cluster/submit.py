@@ -19,7 +19,7 @@ from modtrain.cluster.config import SITE_OPTIONS, SubmitConfig
 from modtrain.cluster.freeze import freeze
 from modtrain.cluster.runs import read_job_ids
 from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, check, render
-from modtrain.common.atomic_io import write_text
+from modtrain.common.atomic_io import open_to_append, write_text
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.common.overrides import spelled
 from modtrain.training.config import TrainConfig
@@ -161,8 +161,8 @@ def _record_job(job: JobScript, number: str, before: str | None) -> None:
     for folder, job_id in numbers.items():
         # A job that has started was recorded by its script.
         if job_id not in read_job_ids(folder):
-            with (folder / "jobs.jsonl").open("a") as file:
-                file.write(json.dumps({"job": job_id, **entry}) + "\n")
+            with open_to_append(folder / "jobs.jsonl") as file:
+                file.write(json.dumps({"job": job_id, **entry}).encode() + b"\n")
 
 
 def _print_next_commands(submission: Submission, ids: Sequence[str], console: Console) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from modtrain.common.errors import CheckpointError
 
@@ -78,6 +80,35 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file to append to, unbuffered; it is made if it is missing.
+
+    Raises:
+        CheckpointError: it is no regular file: a link could lead anywhere, and a pipe blocks.
+    """
+    return _open_own(path, os.O_WRONLY | os.O_APPEND)
+
+
+def _open_own(path: Path, flags: int, create: bool = True) -> BinaryIO:
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError as error:
+        # A link, and a pipe that nobody reads.
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        is_regular = False
+    else:
+        if not is_regular:
+            os.close(descriptor)
+    if not is_regular:
+        raise CheckpointError(
+            f"{path} is not a regular file, and is not written\nremedy: remove it, or rename it"
+        )
+    return cast("BinaryIO", os.fdopen(descriptor, "ab" if flags & os.O_APPEND else "rb", 0))
+
+
 @contextmanager
 def acquire_lock(
     path: Path, in_use: Exception | None = None, timeout: float = 0.0
@@ -90,7 +121,7 @@ def acquire_lock(
     Raises:
         NoLocksError: the file system has no locks.
     """
-    with path.open("w") as file:
+    with _open_own(path, os.O_RDWR) as file:
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -114,11 +145,11 @@ def is_locked(path: Path) -> bool:
     Where locks do not work there is none: a process that tries to acquire it gets the error.
     """
     try:
-        with path.open("rb") as file:
+        with _open_own(path, os.O_RDONLY, create=False) as file:
             # Shared and for an instant: those who look do not see one another.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, CheckpointError):
         return False

@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import yaml
 
@@ -21,6 +22,7 @@ from modtrain.common.errors import ModtrainError
 
 MAX_YAML_BYTES = 2**20
 MAX_JSON_BYTES = 2**28
+MAX_LINE_BYTES = 2**24
 _MAX_YAML_DEPTH = 20
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 T = TypeVar("T")
@@ -31,30 +33,40 @@ class UnreadableError(ModtrainError):
     """A file that cannot be used. The message begins with its name, without the directory."""
 
 
-def read_bytes(path: Path, max_bytes: int) -> bytes:
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file to read; a pipe or a device could block for ever.
+
+    Raises:
+        UnreadableError: it is missing, no regular file, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UnreadableError(f"{path.name} is not a file")
+            yield file
+    except FileNotFoundError:
+        raise UnreadableError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise UnreadableError(f"{path.name} cannot be read: {error.strerror}") from None
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """Return the content of a regular file of at most ``max_bytes``.
 
     Raises:
         UnreadableError: it is missing, larger, or no regular file.
     """
-    try:
-        # A pipe without a writer would block.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise UnreadableError(f"{path.name} is not a file")
-            content = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
-    except FileNotFoundError:
-        raise UnreadableError(f"{path.name} is missing") from None
-    except OSError as error:
-        raise UnreadableError(f"{path.name} cannot be read: {error.strerror}") from None
-    if max(len(content), status.st_size) > max_bytes:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(max_bytes + 1) if size <= max_bytes else b""
+    if max(len(content), size) > max_bytes:
         raise UnreadableError(f"{path.name} is larger than {max_bytes:,} bytes")
     return content
 
 
-def read_text(path: Path, max_bytes: int) -> str:
+def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """Return the text of a file, with a replacement for what is not UTF-8.
 
     Raises:
@@ -82,6 +94,35 @@ def parse_object(content: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def read_records(
+    path: Path, is_record: Callable[[dict[str, Any]], bool], max_line_bytes: int = MAX_LINE_BYTES
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the JSON objects of a file with one a line, and the numbers of its damaged lines.
+
+    A last line that a kill or a full disk cut is left out, and is not damaged.
+
+    is_record: whether an object has what it needs. max_line_bytes: longer lines are damaged.
+
+    Raises:
+        UnreadableError: as for `read_bytes`; the file may have any size.
+    """
+    records, damaged = [], []
+    with open_regular(path) as file:
+        number = 0
+        while line := file.readline(max_line_bytes):
+            number += 1
+            is_whole = line.endswith(b"\n")
+            is_too_long = not is_whole and len(line) == max_line_bytes
+            record = None if is_too_long else parse_object(line)
+            if record is not None and is_record(record):
+                records.append(record)
+            elif is_too_long or (is_whole and line.strip()):
+                damaged.append(number)
+            while line and not line.endswith(b"\n"):
+                line = file.readline(max_line_bytes)
+    return records, damaged
 
 
 def read_yaml(path: Path, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
@@ -120,11 +161,16 @@ def read_or_set_aside(path: Path, read: Callable[[Path], T]) -> T | None:
 
 def set_aside(path: Path, reason: str = "damaged") -> Path:
     """Rename a file or directory to ``<reason>-<name>``, or a like name that is free."""
-    kept = path.with_name(f"{reason}-{path.name}")
-    while os.path.lexists(kept):
-        kept = kept.with_name(kept.name + "-again")
+    kept = unused(path.with_name(f"{reason}-{path.name}"))
     path.rename(kept)
     return kept
+
+
+def unused(path: Path) -> Path:
+    """Return ``path``, or a like name that is free."""
+    while os.path.lexists(path):
+        path = path.with_name(path.name + "-again")
+    return path
 
 
 def _check_yaml(content: bytes) -> None:

@@ -7,7 +7,6 @@ was resumed, or written twice, is one row.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,7 +66,7 @@ def write_swept(run: RunDirectory) -> None:
 def write_run(run: RunDirectory, swept: Mapping[str, str]) -> None:
     """Add a complete run to the table, or replace its row."""
     config = run.read_config()
-    result = json.loads(run.result.read_text())
+    result = run.read_result()
     # A TensorBoard scalar is a 32-bit float, with a maximum of about 3e38; TFLOPs read better.
     metrics = {
         LOSS: result.get(LOSS),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +100,7 @@ def load_model(config: TrainConfig, path: Path) -> Transformer:
 
 def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data_path: str) -> None:
     """Raise DataError if token ids would not mean the same text as in training."""
-    recorded = json.loads(run.manifest.read_text())["data_fingerprint"]
+    recorded = run.read_manifest()["data_fingerprint"]
     training_data, data = read_summary(trained.data.path), read_summary(data_path)
     if training_data.fingerprint != recorded:
         raise DataError(

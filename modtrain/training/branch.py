@@ -6,7 +6,6 @@ be the same up to the checkpoint: model, data, batches, and the learning rate of
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from modtrain.checkpoint.recovery import find_checkpoint
@@ -51,7 +50,7 @@ def trunk_checkpoint(
 
 
 def _differing_files(trunk: RunDirectory, data_fingerprint: str) -> list[str]:
-    then = json.loads(trunk.manifest.read_text())["data_fingerprint"]
+    then = trunk.read_manifest()["data_fingerprint"]
     lines = []
     if then != data_fingerprint:
         lines.append(f"  data: {then[:12]} in the trunk, {data_fingerprint[:12]} now")

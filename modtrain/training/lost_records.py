@@ -6,6 +6,7 @@ or the rest of them with another configuration.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -14,8 +15,9 @@ from modtrain.checkpoint.reading import read_extra_state
 from modtrain.checkpoint.recovery import has_checkpoints, latest
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import CheckpointError
+from modtrain.common.reading import read_or_set_aside, read_text
 from modtrain.training.config import TrainConfig
-from modtrain.training.run_directory import RunDirectory
+from modtrain.training.run_directory import RunDirectory, read_manifest
 
 _RECORDS = (
     *("config.yaml", "command.txt", "manifest.json", "metrics.jsonl", "events.jsonl"),
@@ -28,13 +30,17 @@ _RECORDS = (
 def settle_records(run: RunDirectory, config: TrainConfig) -> str:
     """Restore what a checkpoint has, or move old records aside; return a message, or nothing.
 
+    What only tells about the run is set aside where it is damaged.
+
     Raises:
         CheckpointError: the run has no checkpoints left, and ``config.resume`` is ``auto``; or a
             configuration that no checkpoint has.
     """
     if has_checkpoints(run.checkpoints):
-        return "" if run.config.is_file() else _restore_config(run)
-    saved = run.saved_step.read_text().strip() if run.saved_step.is_file() else None
+        read_or_set_aside(run.manifest, read_manifest)
+        lost = [path for path in (run.config, run.manifest) if not path.is_file()]
+        return _restore(run, lost) if lost else ""
+    saved = read_or_set_aside(run.saved_step, lambda path: read_text(path, 100).strip())
     if saved is None and (run.checkpoints.is_dir() or not run.config.is_file()):
         # It never saved.
         return ""
@@ -50,17 +56,25 @@ def settle_records(run: RunDirectory, config: TrainConfig) -> str:
     )
 
 
-def _restore_config(run: RunDirectory) -> str:
+def _restore(run: RunDirectory, lost: list[Path]) -> str:
     newest = latest(run.checkpoints)
-    content = None if newest is None else read_extra_state(newest[1]).get("config")
-    if newest is None or content is None:
+    saved = {} if newest is None else read_extra_state(newest[1])
+    if run.config in lost and "config" not in saved:
         raise CheckpointError(
             f"{run.config} is missing, and {'no' if newest is None else 'the newest'} checkpoint"
             " says what it was: nothing could tell whether this command is of the same run\n"
             f"remedy: restore the file; {run.path / 'command.txt'} has the first start's command"
         )
-    write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(content)))
-    return f"{run.config} was missing: restored from the checkpoint of step {newest[0]}"
+    names = " and ".join(map(str, lost))
+    if run.config in lost:
+        write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(saved["config"])))
+    if run.manifest in lost:
+        if "data_fingerprint" not in saved:
+            # Of an earlier version.
+            return f"{names} is missing: the data are taken for the ones that it was trained on"
+        manifest = {"data_fingerprint": saved["data_fingerprint"], "starts": []}
+        write_text(run.manifest, json.dumps(manifest))
+    return f"{names} was missing: restored from the newest checkpoint"
 
 
 def _move_records(run: RunDirectory) -> Path:

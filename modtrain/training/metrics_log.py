@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from modtrain.common.atomic_io import write_text
+from modtrain.common.atomic_io import open_to_append, write_text
+from modtrain.common.reading import read_or_set_aside, read_records, unused
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.tensorboard_layout import Layout, tensorboard_layout
+
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter(Protocol):
@@ -90,12 +95,12 @@ class MetricsLog:
             TrainingError: wandb cannot start.
         """
         self.plan = plan
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         self._writers: list[MetricsWriter] = []
         if not writes:
             return
         keep_metrics(run.metrics, lambda record: record["step"] <= start_step)
-        self._file = run.metrics.open("a")
+        self._file = open_to_append(run.metrics)
         if config.log.tensorboard:
             start = self._positions(start_step)
             layout = tensorboard_layout(config.model)
@@ -116,8 +121,7 @@ class MetricsLog:
             "flops": self.plan.flops_until(step),
             **values,
         }
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(record).encode() + b"\n")
         for writer in self._writers:
             writer.write(self._positions(step), values)
 
@@ -140,18 +144,42 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file, without a line that a kill truncated."""
-    if not path.is_file():
+    """Return the records of a metrics file, without a last line that a kill cut.
+
+    Lines that are damaged are left out, with a warning.
+
+    Raises:
+        UnreadableError: it is no file that can be read.
+    """
+    if not os.path.lexists(path):
         return []
-    records = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):
-            records.append(json.loads(line))
+    records, damaged = read_records(path, _is_record)
+    if damaged:
+        log.warning("%s", _describe_damage(path, damaged))
     return records
 
 
 def keep_metrics(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite the file, if there is one, with those of its records that ``is_kept`` accepts."""
-    if path.is_file():
-        kept = filter(is_kept, read_metrics(path))
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    """Rewrite the file, if there is one, with those of its records that ``is_kept`` accepts.
+
+    Damage is no reason not to train: a file with damaged lines, or what is no file, is kept as
+    ``damaged-<name>``, with a warning.
+    """
+    read = read_or_set_aside(path, lambda path: read_records(path, _is_record))
+    if read is None:
+        return
+    records, damaged = read
+    if damaged:
+        kept = unused(path.with_name(f"damaged-{path.name}"))
+        shutil.copyfile(path, kept)
+        log.warning("%s; kept as %s", _describe_damage(path, damaged), kept.name)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in filter(is_kept, records)))
+
+
+def _is_record(content: dict[str, Any]) -> bool:
+    return type(content.get("step")) is int
+
+
+def _describe_damage(path: Path, lines: list[int]) -> str:
+    more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return f"{path} has damaged lines, which are left out: {', '.join(map(str, lines[:5]))}{more}"

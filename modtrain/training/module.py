@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from modtrain.data.stream.batch import Batch
+from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.samplers import stream_positions
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
 from modtrain.optimizers.registry import build_optimizer
@@ -20,7 +21,12 @@ from modtrain.parallel.lightning_overrides import set_loop_position
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
-from modtrain.training.run_directory import check_same, to_train_config
+from modtrain.training.run_directory import (
+    RunDirectory,
+    check_same,
+    check_same_data,
+    to_train_config,
+)
 from modtrain.training.schedules import lr_factor
 from modtrain.training.spikes.detector import SpikeSkipper
 from modtrain.training.spikes.journal import check_left_out
@@ -163,6 +169,7 @@ class LanguageModule(L.LightningModule):
         checkpoint["sums"] = mean.state(accumulate)
         if self.spikes is not None:
             checkpoint["spikes"] = self.spikes.detector.state()
+        checkpoint["data_fingerprint"] = self._data_fingerprint()
         checkpoint["config"] = OmegaConf.to_container(OmegaConf.structured(self.config))
         checkpoint["progress"] = {
             "step": step,
@@ -180,6 +187,9 @@ class LanguageModule(L.LightningModule):
             OtherRunError: the checkpoint is of a run with another configuration.
         """
         self._check_config(checkpoint.get("config"))
+        if (then := checkpoint.get("data_fingerprint")) is not None:
+            run = RunDirectory.of(self.config).path
+            check_same_data(run, then, self._data_fingerprint(), self.config)
         set_loop_position(checkpoint, self.plan.accumulate)
         progress = checkpoint["progress"]
         saved = progress.get("left_out", [])
@@ -197,6 +207,10 @@ class LanguageModule(L.LightningModule):
             step = int(checkpoint["global_step"])
             seeds = np.random.SeedSequence([self.config.seed, step, self._strategy.data_rank])
             L.seed_everything(int(seeds.generate_state(1)[0]), verbose=False)
+
+    def _data_fingerprint(self) -> str:
+        data: TokenDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data.index.summary.fingerprint
 
     def _check_config(self, saved: Any) -> None:
         """Compare with what the checkpoint says, which outlives a file that is lost or edited."""

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 import modtrain
 from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import CheckpointError, OtherRunError
+from modtrain.common.reading import UnreadableError, read_json, read_yaml
 from modtrain.common.renamed_keys import flatten, translate
 from modtrain.training.config import MUTABLE_KEYS, CheckpointConfig, TrainConfig
 
@@ -57,8 +58,8 @@ class RunDirectory:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has reached its end."""
-        return self.completed_mark.is_file()
+        """Whether the run has reached its end: then it has a result as well."""
+        return self.completed_mark.is_file() and self.result.is_file()
 
     def locked(self) -> AbstractContextManager[None]:
         """Lock the run: two processes in one directory would corrupt each other's files.
@@ -96,13 +97,9 @@ class RunDirectory:
         manifest: dict[str, Any] = {"data_fingerprint": data_fingerprint, "starts": []}
         if self.config.is_file():
             self.check_same(config)
-            manifest = json.loads(self.manifest.read_text())
-            if manifest["data_fingerprint"] != data_fingerprint:
-                raise CheckpointError(
-                    f"{self.path} was trained on other data than {config.data.path} has now:"
-                    f" {manifest['data_fingerprint'][:12]} then, {data_fingerprint[:12]} now."
-                    " Give another name=, or restore the first data"
-                )
+        if self.config.is_file() and self.manifest.is_file():
+            manifest = self.read_manifest()
+            check_same_data(self.path, manifest["data_fingerprint"], data_fingerprint, config)
         manifest["starts"].append(started)
         write_text(self.manifest, json.dumps(manifest, indent=1))
         if not self.config.is_file():
@@ -128,12 +125,44 @@ class RunDirectory:
         Raises:
             CheckpointError: there is none, or it is not one of this version.
         """
+        if not os.path.lexists(self.config):
+            raise CheckpointError(f"{self.path} is not a run: it has no config.yaml")
         try:
-            return to_train_config(OmegaConf.to_container(OmegaConf.load(self.config)))
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path} is not a run: it has no config.yaml") from None
+            return to_train_config(read_yaml(self.config))
         except Exception as error:
-            raise CheckpointError(f"{self.config} cannot be read: {error}") from None
+            reason = str(error).removeprefix(f"{self.config.name} cannot be read: ")
+            raise CheckpointError(
+                f"{self.config} cannot be read: {reason}\n"
+                "remedy: restore the file; or remove it and start the run again, which restores it"
+                " from the newest checkpoint"
+            ) from None
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return the record of the run's data and starts.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        try:
+            return read_manifest(self.manifest)
+        except UnreadableError as error:
+            raise CheckpointError(
+                f"{self.path}/{error}\nremedy: start the run again, which restores the file"
+            ) from None
+
+    def read_result(self) -> dict[str, Any]:
+        """Return the result of the complete run.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        try:
+            return read_json(self.result)
+        except UnreadableError as error:
+            raise CheckpointError(
+                f"{self.path}/{error}\n"
+                f"remedy: remove {self.completed_mark}, and start the run again, which writes it"
+            ) from None
 
     def retention(self) -> CheckpointConfig:
         """Return the checkpoint configuration of the run's newest start.
@@ -142,7 +171,7 @@ class RunDirectory:
             CheckpointError: the directory is not a run.
         """
         config = self.read_config().checkpoint
-        starts = json.loads(self.manifest.read_text())["starts"] if self.manifest.is_file() else []
+        starts = self.read_manifest()["starts"] if self.manifest.is_file() else []
         stored = {"checkpoint": starts[-1].get("checkpoint", {})} if starts else {}
         return replace(config, **translate(stored).get("checkpoint", {}))
 
@@ -154,6 +183,33 @@ class RunDirectory:
         """Write the result, then mark the run as complete."""
         write_text(self.result, json.dumps(result, indent=1))
         write_text(self.completed_mark, "")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the content of a run's ``manifest.json``.
+
+    Raises:
+        UnreadableError: it cannot be read, or is no run's.
+    """
+    content = read_json(path)
+    if not isinstance(content.get("data_fingerprint"), str):
+        raise UnreadableError(f"{path.name} lacks data_fingerprint")
+    starts = content.get("starts")
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise UnreadableError(f"{path.name} lacks the list of starts")
+    return content
+
+
+def check_same_data(path: Path, then: str, now: str, config: TrainConfig) -> None:
+    """Raise CheckpointError unless ``path`` was trained on the data that ``config`` names.
+
+    then, now: fingerprints of the data.
+    """
+    if then != now:
+        raise CheckpointError(
+            f"{path} was trained on other data than {config.data.path} has now:"
+            f" {then[:12]} then, {now[:12]} now. Give another name=, or restore the first data"
+        )
 
 
 def check_resumable(config: TrainConfig, resolved: TrainConfig) -> None:

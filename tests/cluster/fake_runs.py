@@ -57,7 +57,7 @@ class FakeRun:
         for step in steps:
             folder = self.path / f"checkpoints/step-{step:09d}"
             folder.mkdir(parents=True)
-            (folder / "manifest.json").write_text("{}")
+            (folder / "manifest.json").write_text(json.dumps({"step": step}))
         return self
 
     def failed(self, ago: float, cause: str, step: int = 0) -> "FakeRun":

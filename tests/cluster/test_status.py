@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -107,6 +108,28 @@ def test_losses_are_the_last_ones_whatever_is_between(tmp_path):
     assert run.read().step == 202
     assert run.saved(150, 204).read().step == 204
     assert run.read().saved[0] == 204
+
+
+def test_a_copy_under_the_name_of_another_step_is_no_checkpoint_of_it(tmp_path):
+    run = FakeRun(tmp_path / "r").saved(8, 12)
+    for name in ("step-best", "step-000000016"):
+        shutil.copytree(run.path / "checkpoints/step-000000008", run.path / "checkpoints" / name)
+    assert run.read().saved[0] == 12
+
+
+@pytest.mark.timeout(20)
+def test_pipes_and_links_to_devices_are_noted_and_not_waited_for(tmp_path):
+    run = FakeRun(tmp_path / "r").saved(8)
+    for name in ("manifest.json", "metrics.jsonl", "failures.tsv"):
+        (run.path / name).unlink(missing_ok=True)
+        os.mkfifo(run.path / name)
+    (run.path / "failure.json").symlink_to("/dev/zero")
+    (run.path / "config.yaml").write_text("a: &a [x, x]\nb: &b [*a, *a]\n")
+    record = run.read()
+    assert record.saved[0] == 8
+    noted = ("manifest.json", "metrics.jsonl", "failures.tsv", "failure.json", "config.yaml")
+    for name in noted:
+        assert any(name in note for note in record.notes), name
 
 
 def test_a_file_of_any_length_is_read_from_its_end(tmp_path):

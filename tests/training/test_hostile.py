@@ -6,8 +6,10 @@ Who can plant a pickle can plant its checksum as well, so the manifests here fit
 import io
 import os
 import pickle
+import resource
 import shutil
 import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +131,73 @@ def test_a_hostile_checkpoint_runs_nothing(path, tmp_path, plant):
         with pytest.raises(CheckpointError):
             load_whole(path)
     assert not mark.exists()
+
+
+class Large:
+    """What `torch.load` builds although it loads weights only."""
+
+    def __reduce__(self):
+        return (bytearray, (2**34,))
+
+
+def in_the_rest_by_name(path):
+    planted(path, "state.pt", torch_pickle({"n": Large()}))
+
+
+def in_the_rest_by_compression(path):
+    """A gigabyte of zeros."""
+    old, new = io.BytesIO(torch_pickle({"x": torch.zeros(1)})), io.BytesIO()
+    with (
+        zipfile.ZipFile(old) as source,
+        zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as target,
+    ):
+        for name in source.namelist():
+            with target.open(name, "w") as file:
+                for _ in range(256 if "/data/" in name else 0):
+                    file.write(bytes(2**22))
+                if "/data/" not in name:
+                    file.write(source.read(name))
+    planted(path, "state.pt", new.getvalue())
+
+
+def in_the_memo_of_the_metadata(path):
+    planted(path, ".metadata", b"\x80\x04Nr\x00\x00\x00\x40.")
+
+
+def in_the_sizes_of_the_metadata(path):
+    changed = metadata(path)
+    for entry in changed.state_dict_metadata.values():
+        entry.size = torch.Size([2**32])
+        entry.chunks[0].sizes = torch.Size([2**32])
+    planted(path, ".metadata", pickle.dumps(changed))
+
+
+def in_a_shard_by_name(path):
+    content, changed = torch_pickle({"n": Large()}), metadata(path)
+    for info in changed.storage_data.values():
+        info.offset, info.length = 0, len(content)
+    planted(path, "__0_0.distcp", content)
+    planted(path, ".metadata", pickle.dumps(changed))
+
+
+LARGE = [
+    in_the_rest_by_name,
+    in_the_rest_by_compression,
+    in_the_memo_of_the_metadata,
+    in_the_sizes_of_the_metadata,
+    in_a_shard_by_name,
+]
+
+
+@pytest.mark.parametrize("plant", LARGE)
+def test_a_small_file_takes_no_large_memory(path, plant):
+    plant(path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError) as error:
+        restore(path, torch.nn.Linear(2, 2, bias=False))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200 * 1024, f"{grown} KiB"
+    assert "weights_only" not in str(error.value)
 
 
 def test_a_file_of_others_is_not_read_even_if_harmless(path):

@@ -1,6 +1,8 @@
 """A run whose checkpoints or configuration are gone is not taken for a new one."""
 
+import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -8,9 +10,12 @@ import pytest
 from modtrain.checkpoint.reading import read_extra_state
 from modtrain.cli.compose import compose
 from modtrain.common.errors import CheckpointError, OtherRunError
+from modtrain.data.stream.index import ShardIndex
+from modtrain.distributed.process_group import ONE_PROCESS
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.spikes.journal import SpikeJournal
 from tests.helpers.runs import losses_of, stopping
 from tests.helpers.saved import assert_same_bits, newest_weights
 
@@ -106,7 +111,7 @@ def test_a_lost_configuration_comes_back_from_the_checkpoint(start, runs, capsys
     with pytest.raises(OtherRunError, match=r"optimizer\.lr: 0\.001 in the run, 0\.05 now"):
         start(lose, "optimizer.lr=0.05", "seed=7")
     outcome = start(lose)
-    assert "config.yaml was missing: restored from the checkpoint of step 6" in " ".join(
+    assert "config.yaml was missing: restored from the newest checkpoint" in " ".join(
         capsys.readouterr().out.split()
     )
     assert outcome.status == "complete"
@@ -136,3 +141,113 @@ def test_without_any_record_of_the_configuration_nothing_resumes(start, monkeypa
 def test_resume_is_one_of_two_words(tiny):
     config = compose("train", [*tiny, "name=r", "resume=never"])
     assert [problem.key for problem in config.problems()] == ["resume"]
+
+
+def damage_a_byte(run):
+    text = run.metrics.read_bytes()
+    run.metrics.write_bytes(text[:20] + b"\xff" + text[20:])
+
+
+def damage_a_line(run):
+    first, *rest = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text("".join([first, "null\n", '{"loss": 1}\n', *rest]))
+
+
+def make_metrics_a_pipe(run):
+    run.metrics.unlink()
+    os.mkfifo(run.metrics)
+
+
+def truncate_the_manifest(run):
+    run.manifest.write_bytes(run.manifest.read_bytes()[:100])
+
+
+def forge_the_manifest(run):
+    run.manifest.write_text('{"data_fingerprint": "f", "starts": null}')
+
+
+def add_events(run):
+    (run.path / "events.jsonl").write_text('null\n{"step": 3}\n')
+
+
+def nest_a_checkpoints_manifest(run):
+    newest = max(run.checkpoints.iterdir())
+    (newest / "manifest.json").write_text("[" * 200_000)
+
+
+def link_the_saved_step(run):
+    run.saved_step.unlink()
+    run.saved_step.symlink_to("/dev/zero")
+
+
+@pytest.mark.slow
+@pytest.mark.on_commit(3)
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        (damage_a_line, "damaged-metrics.jsonl"),
+        (truncate_the_manifest, "damaged-manifest.json"),
+        (nest_a_checkpoints_manifest, "checkpoints/damaged-step-000000006"),
+        (make_metrics_a_pipe, "damaged-metrics.jsonl"),
+        (damage_a_byte, "damaged-metrics.jsonl"),
+        (forge_the_manifest, "damaged-manifest.json"),
+        (add_events, "damaged-events.jsonl"),
+        (link_the_saved_step, "checkpoints"),
+    ],
+)
+def test_what_only_tells_about_a_run_does_not_block_it(start, runs, damage, kept, caplog):
+    outcome = start(damage)
+    assert outcome.status == "complete"
+    assert_same_bits(newest_weights(runs[0].path), newest_weights(outcome.run.path))
+    assert (outcome.run.path / kept).exists()
+    if kept != "checkpoints":
+        assert f"kept as {kept.removeprefix('checkpoints/')}" in caplog.text
+    assert all(line.startswith("{") for line in outcome.run.metrics.read_text().splitlines())
+
+
+def test_other_data_are_seen_without_the_manifest(start, monkeypatch):
+    """The file would say that the run was trained on the data that are there now."""
+    load = ShardIndex.load
+
+    def other(*arguments):
+        index = load(*arguments)
+        summary = dataclasses.replace(index.summary, fingerprint="another")
+        return dataclasses.replace(index, summary=summary)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardIndex, "load", other)
+        with pytest.raises(CheckpointError, match="trained on other data"):
+            start(lambda run: run.manifest.unlink())
+    assert start(nothing).status == "complete"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"left_out": [[80, 70]], "rollbacks": 1}',
+        '{"left_out": [[8, 8]], "rollbacks": 1}',
+        '{"left_out": [[-4, 8]], "rollbacks": 1}',
+        '{"left_out": [[40, 48], [16, 20]], "rollbacks": 2}',
+        '{"left_out": [[16, 24], [20, 28]], "rollbacks": 2}',
+        "[" * 200_000,
+        "null",
+    ],
+)
+def test_samples_that_are_left_out_are_in_order_or_refused(tmp_path, content):
+    (tmp_path / "left_out.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"left_out.json cannot be read(.|\n)*restore it"):
+        SpikeJournal(RunDirectory(tmp_path), ONE_PROCESS)
+
+
+@pytest.mark.parametrize("name", ["result.json", "manifest.json", "config.yaml"])
+@pytest.mark.parametrize("content", ["[" * 200_000, "", "null", "a: &x [1]\nb: [*x, *x]"])
+def test_a_damaged_record_that_is_asked_for_is_named_with_its_remedy(tmp_path, name, content):
+    run = RunDirectory(tmp_path)
+    reads = {"result": run.read_result, "manifest": run.read_manifest, "config": run.read_config}
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{name}.*\n*remedy: "):
+        reads[name.split(".")[0]]()
+
+
+def test_a_mark_without_a_result_is_no_end(start):
+    assert start(lambda run: run.completed_mark.touch()).status == "complete"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def describe(
     seed. seconds: of a micro-batch's training step, if it was measured. control: the arm that is
     the dense model of its unrouted layers alone.
     """
-    results = [json.loads(RunDirectory.of(config).result.read_text()) for config in configs]
+    results = [RunDirectory.of(config).read_result() for config in configs]
     model, seq_len = configs[0].model, configs[0].data.seq_len or 1
     losses = [result.get(CAUSAL_LOSS) for result in results]
     others = {key.removeprefix(_OTHER) for key in results[0] if key.startswith(_OTHER)}

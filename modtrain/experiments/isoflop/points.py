@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ def collect(points: Sequence[Point]) -> tuple[list[Result], dict[str, str]]:
                 why = f"; its trunk {point.trunk} is {state_of(_trunk_run(point))}"
             missing[name] = f"{state} {why}".rstrip().replace(" ;", ";")
             continue
-        content = json.loads(run.result.read_text())
+        content = run.read_result()
         loss = content.get(LOSS)
         if loss is None:
             missing[name] = "the model has no causal decision, and so no causal loss"

@@ -92,7 +92,7 @@ def outcome_of(run: PlannedRun) -> Outcome | str:
     directory = RunDirectory.of(run.config)
     if not directory.is_complete:
         return f"{state_of(directory)} {failure_text(directory)}".rstrip()
-    content = json.loads(directory.result.read_text())
+    content = directory.read_result()
     loss = content.get(LOSS)
     if loss is None:
         return "the model has no causal decision, and so no causal loss"

@@ -214,7 +214,7 @@ def suggest(trial: optuna.Trial, dimension: Dimension, name: str | None = None) 
 
 def _values(run: RunDirectory, directions: Sequence[str]) -> list[float | None]:
     values = {
-        "causal_loss": json.loads(run.result.read_text()).get(hparams.LOSS),
+        "causal_loss": run.read_result().get(hparams.LOSS),
         "forward_flops": hparams.forward_flops_per_token(run.read_config()),
     }
     return [values[name] for name in directions]

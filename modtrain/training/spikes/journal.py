@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from modtrain.common.atomic_io import sync, write_json
+from modtrain.common.atomic_io import open_to_append, sync, write_json
 from modtrain.common.errors import CheckpointError
+from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.stream.samplers import stream_positions
 from modtrain.distributed.process_group import Ranks
 from modtrain.training.metrics_log import keep_metrics
@@ -61,7 +62,7 @@ class SpikeJournal:
             if self.ranks.is_rank0:
                 # Without the skips after ``start_step``: those steps are made again.
                 keep_metrics(
-                    self.events, lambda e: e["action"] != "skip" or e["step"] <= start_step
+                    self.events, lambda e: e.get("action") != "skip" or e["step"] <= start_step
                 )
         return message
 
@@ -76,9 +77,8 @@ class SpikeJournal:
         event = {"time": time, "action": action, **figures, "samples": samples, **more}
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_rank0:
-                with self.events.open("a") as file:
-                    file.write(json.dumps(event) + "\n")
-                    file.flush()
+                with open_to_append(self.events) as file:
+                    file.write(json.dumps(event).encode() + b"\n")
                     os.fsync(file.fileno())
 
     def _roll_back(
@@ -112,13 +112,18 @@ class SpikeJournal:
         )
 
     def _read(self) -> tuple[list[tuple[int, int]], int]:
-        if not self._path.is_file():
+        if not os.path.lexists(self._path):
             return [], 0
         try:
-            content = json.loads(self._path.read_text())
+            content = read_json(self._path)
             intervals = [(int(start), int(stop)) for start, stop in content["left_out"]]
+            end = 0
+            for start, stop in intervals:
+                if not end <= start < stop:
+                    raise ValueError(f"[{start}, {stop}] is empty, or not behind the one before")
+                end = stop
             return intervals, int(content["rollbacks"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (UnreadableError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointError(
                 f"{self._path} cannot be read: {error}. It lists the samples that the run leaves"
                 " out; restore it: progress.left_out of the newest checkpoint has the same list"

@@ -43,7 +43,7 @@ def test_runs_that_cannot_be_reported_are_left_out_with_the_reason(root):
         "failed": "is not complete: failed, DataError: no shards",
         "lossless": "has no held-out causal loss",
         "no manifest": "manifest.json is missing",
-        "no result": "result.json is missing",
+        "no result": "is not complete: stopped",
         "a": reasons(collection)["a"],
         "b": "result.json is not a JSON object",
         "c": "manifest.json is not a JSON object",
