@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             STOP.install()
         return verb(arguments.overrides + arguments.options, arguments.config_dir)
     except ModtrainError as error:
-        # Errors that all ranks raise are printed by rank 0 only.
+        # Errors that all ranks raise are printed by rank 0 only, if it lives.
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        if rank == "0" or not isinstance(error, ConfigError | RankError):
+        is_everywhere = isinstance(error, ConfigError | RankError)
+        if rank == "0" or not is_everywhere or getattr(error, "is_reported_here", False):
             print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:

@@ -67,7 +67,15 @@ class TrainingError(ModtrainError):
 
 
 class RankError(ModtrainError):
-    """What went wrong on another rank, or between the ranks."""
+    """What went wrong on another rank, or between the ranks.
+
+    is_reported_here: whether this rank prints it, because rank 0, which prints it otherwise,
+        cannot.
+    """
+
+    def __init__(self, message: str, is_reported_here: bool = False) -> None:
+        super().__init__(message)
+        self.is_reported_here = is_reported_here
 
 
 def raise_if_any(problems: Sequence[Problem]) -> None:

@@ -51,8 +51,10 @@ class Watchdog:
         `heartbeat` after which a rank counts as stuck. logs: where a stuck rank's stacks go.
         """
         self.store, self.rank, self.world_size = store, rank, world_size
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        self.is_first_on_node = local_rank == "0"
         self.timeout, self.logs = timeout, logs
-        self._report_interval = min(10.0, max(0.2, timeout / 8))
+        self._report_interval = min(5.0, max(0.2, timeout / 8))
         # Seconds within which a rank that is alive, stuck or not, reports.
         self._report_timeout = max(_GRACE, 3 * self._report_interval)
         # Seconds between two requests; all ranks ask one store.
@@ -117,17 +119,31 @@ class Watchdog:
                 reports = self._heartbeats()
                 failure = self._wait_for_first_failure()
             if failure is not None:
-                return None if failure[0] == self.rank else _rank_error(failure)
+                return None if failure[0] == self.rank else self._rank_error(failure)
             ranks = range(self.world_size)
             silent = [rank for rank in ranks if not self.store.check([f"failure/{rank}"])]
-            return RankError(self._describe_silent(silent, reports)) if silent else None
+            if not silent:
+                return None
+            is_first = self.rank == min(rank for rank in ranks if rank not in silent)
+            return RankError(self._describe_silent(silent, reports), is_reported_here=is_first)
         except Exception:
             if self._seen_failure is not None:
-                return _rank_error(self._seen_failure)
+                return self._rank_error(self._seen_failure)
             rank0 = f"rank 0{f' on {self._rank0_host}' if self._rank0_host else ''}"
             return RankError(
-                f"{rank0} has died or is unreachable, and with it the store that says who failed"
+                f"{rank0} has died or is unreachable, and with it the store that says who failed",
+                # Who else lives is not known: its whole node may be gone.
+                is_reported_here=self.rank == 1 or self.is_first_on_node,
             )
+
+    def _rank_error(self, failure: Failure) -> RankError:
+        rank, kind, host, text = failure
+        verb = "failed" if kind == "failed" else "makes no progress"
+        return RankError(
+            f"rank {rank} on {host} {verb}: {text}",
+            # Rank 0 prints why it failed, and ends without a word where it was stuck.
+            is_reported_here=self.rank == 1 and rank == 0 and kind != "failed",
+        )
 
     def _wait_for_first_failure(self) -> Failure | None:
         """Return None when all ranks wait, or after a timeout."""
@@ -225,12 +241,6 @@ class Watchdog:
         if frame is None:
             return "an unknown place"
         return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
-
-
-def _rank_error(failure: Failure) -> RankError:
-    rank, kind, host, text = failure
-    verb = "failed" if kind == "failed" else "makes no progress"
-    return RankError(f"rank {rank} on {host} {verb}: {text}")
 
 
 @contextmanager

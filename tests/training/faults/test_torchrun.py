@@ -69,6 +69,42 @@ def test_two_nodes_of_two_are_stopped_by_one_and_resume(prepared, tmp_path):
     assert len(starts) == 2
 
 
+def start_alone(count: int, lines: list[str], cwd: Path) -> list[subprocess.Popen]:
+    """Start ranks as srun does: by themselves, with the store in rank 0's process."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        for rank in range(count)
+    ]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "modtrain", "train", *lines],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **address, **rank, "LOCAL_WORLD_SIZE": str(count)},
+        )
+        for rank in ranks
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.on_commit(1)
+@pytest.mark.parametrize("killed", [0, 1, 2])
+def test_the_lowest_rank_that_lives_says_which_one_died(prepared, tmp_path, killed):
+    more = ("strategy=ddp", "batch.tokens=384", "checkpoint.every=1000")
+    ranks = start_alone(3, overrides(prepared, tmp_path, "cut", 10_000, *more), tmp_path)
+    while last_step(tmp_path / "cut") < 3:
+        assert all(rank.poll() is None for rank in ranks)
+        time.sleep(0.05)
+    ranks[killed].kill()
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    telling = [f"rank {killed} on " in output and "died" in output for output in outputs]
+    assert telling == [rank == (1 if killed == 0 else 0) for rank in range(3)], outputs
+    assert all(rank.returncode for rank in ranks)
+
+
 @pytest.mark.nightly
 def test_a_wrong_configuration_is_reported_once(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "wrong", STEPS, "strategy=single", "optimizer.lr=-1")
