@@ -38,7 +38,12 @@ from modtrain.experiments.isoflop.config import IsoflopConfig
 from modtrain.experiments.pattern_search.config import PatternSearchConfig
 from modtrain.experiments.report.config import ReportConfig
 from modtrain.experiments.search.config import SearchConfig
-from modtrain.inference.config import EvalRunConfig, GenerateConfig, InspectConfig
+from modtrain.inference.config import (
+    EvalRunConfig,
+    GenerateConfig,
+    InspectConfig,
+    StepSamplesConfig,
+)
 from modtrain.training.config import TrainConfig
 
 SCHEMAS: dict[str, type] = {
@@ -51,6 +56,7 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "inspect": InspectConfig,
     "checkpoints": CheckpointsConfig,
+    "data": StepSamplesConfig,
     "submit": SubmitConfig,
     "search": SearchConfig,
     "search-patterns": PatternSearchConfig,

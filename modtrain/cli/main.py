@@ -201,6 +201,10 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
         "modtrain.cli.checkpoints:run_checkpoints",
         "list, verify, prune or consolidate a run's checkpoints",
     ),
+    "data": (
+        "modtrain.inference.step_samples:show_samples",
+        "the samples that a step of a run read: numbers, shards, texts",
+    ),
     "submit": ("modtrain.cluster.submit:submit", "train, prepare, eval, ... as a Slurm job"),
     "status": (_status, "state, step, loss, restarts, checkpoint and job of runs"),
     "logs": ("modtrain.cluster.logs:show_logs", "output of a run's newest job"),

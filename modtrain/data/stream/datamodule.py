@@ -93,12 +93,19 @@ class TokenDataModule(lightning.LightningDataModule):
         return BatchPlan(self.micro_batch_size, self.accumulate, self.num_steps, world_size, rank)
 
     def sample_numbers(self, step: int) -> list[int]:
-        """The numbers of all ranks' samples in an optimizer step, in the order of the stream."""
+        """The numbers of all ranks' samples in an optimizer step, in the order of the stream.
+
+        step: counted from 0.
+        """
+        return [number for _, number in self.stream_of(step)]
+
+    def stream_of(self, step: int) -> list[tuple[int, int]]:
+        """The same with the position in the stream before each."""
         samples = self.plan().samples_per_step
         consumed = np.arange(step * samples, (step + 1) * samples, dtype=np.int64)
         positions = stream_positions(consumed, self.skipped_samples)
-        numbers: list[int] = self.order.lookup(positions).tolist()
-        return numbers
+        numbers = self.order.lookup(positions)
+        return list(zip(positions.tolist(), numbers.tolist(), strict=True))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of ``micro_batch_size`` from ``start_step`` on; its length is the whole run's.

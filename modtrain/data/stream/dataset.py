@@ -82,16 +82,25 @@ class TokenDataset(Dataset[Tensor]):
         rows = []
         # One row after the other: numpy's overhead on arrays of a batch's size costs more.
         for number in numbers:
-            member, inside = divmod(number, self._samples_per_member)
-            start = self._first_item_M[member]
-            if start < 0:
-                start = self._first_item_M[member] = self._checked_first_item(member)
-            # A sample starts every S tokens; each stored sequence ends with a token of the next.
-            start += inside * self.seq_len + inside // self._parts
-            rows.append(self._maps[self._shard_M[member]][start : start + length])
+            shard, start = self._locate(number)
+            rows.append(self._maps[shard][start : start + length])
         # Two passes beat one that converts as it copies: the first waits for memory alone.
         tokens_BS = np.concatenate(rows).astype(np.int64).reshape(-1, length)
         return torch.from_numpy(tokens_BS)
+
+    def locate(self, number: int) -> tuple[Path, int]:
+        """Return the shard of a sample, and the byte of it at which the sample's tokens begin."""
+        shard, start = self._locate(number)
+        return self._paths[shard], start * self._item_size
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        """Return a sample's shard, which is mapped then, and its first item in it."""
+        member, inside = divmod(number, self._samples_per_member)
+        start = self._first_item_M[member]
+        if start < 0:
+            start = self._first_item_M[member] = self._checked_first_item(member)
+        # A sample starts every S tokens; each stored sequence ends with a token of the next.
+        return self._shard_M[member], start + inside * self.seq_len + inside // self._parts
 
     def _checked_first_item(self, member: int) -> int:
         """Where a member's tokens begin, in items, after a look at its .npy header."""

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from modtrain.inference.step_samples import samples_of
+from modtrain.training.run_directory import RunDirectory
 from tests.helpers.marks import slow, slow_but
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import losses_of
@@ -103,6 +105,11 @@ def test_other_ranks_and_strategies_resume_with_the_same_samples(prepared, tmp_p
     expected, actual = (samples_by_step(tmp_path / name) for name in ("alone", "journey"))
     assert list(actual) == list(range(steps))
     assert actual == expected
+    # As `modtrain data` lists them, whatever ranks trained the step.
+    directory = RunDirectory(tmp_path / "journey")
+    assert actual == {
+        step: [sample.number for sample in samples_of(directory, step + 1)] for step in actual
+    }
     one, other = losses_of(tmp_path / "alone"), losses_of(tmp_path / "journey")
     assert one.keys() == other.keys()
     assert max(abs(one[step] - other[step]) for step in one) < 1e-5

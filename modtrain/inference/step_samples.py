@@ -1,0 +1,100 @@
+"""`modtrain data`: which samples an optimizer step of a run read.
+
+They follow from the run's configuration and from what its roll backs left out, and are the same
+whatever processes trained the step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.data.stream.index import TOKENIZER_NAME
+from modtrain.distributed.process_group import ONE_PROCESS
+from modtrain.inference.config import StepSamplesConfig
+from modtrain.inference.token_text import Vocabulary
+from modtrain.training.plan import derive
+from modtrain.training.run_directory import RunDirectory
+from modtrain.training.spikes.journal import SpikeJournal
+
+_SHOWN_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a step.
+
+    position: in the run's stream, from 0. number: in the data set. shard, byte: where its tokens
+    begin. tokens: S + 1 of them: inputs and the last target.
+    """
+
+    position: int
+    number: int
+    shard: Path
+    byte: int
+    tokens: list[int]
+
+
+def show_samples(config: StepSamplesConfig, console: Console | None = None) -> None:
+    """Print the samples that ``config`` asks for.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: the run has no such step, or cannot be read.
+    """
+    raise_if_any(config.problems())
+    run = RunDirectory(Path(config.runs_dir) / str(config.run))
+    trained = run.read_config()
+    samples = samples_of(run, config.step or 1)
+    if config.format == "jsonl":
+        for sample in samples:
+            print(json.dumps({**vars(sample), "shard": str(sample.shard)}))  # noqa: T201
+        return
+    tokenizer = Path(trained.data.path, TOKENIZER_NAME)
+    decoder = Vocabulary(tokenizer.read_bytes(), str(tokenizer)).tokenizer
+    headings = ("position", "sample", "byte")
+    columns = [Column(heading, justify="right") for heading in headings]
+    table = Table(columns[0], columns[1], "shard", columns[2], "text", title=f"step {config.step}")
+    for sample in samples:
+        text = decoder.decode(sample.tokens[:_SHOWN_TOKENS], skip_special_tokens=False)
+        place = (f"{sample.position:,}", f"{sample.number:,}", sample.shard.name)
+        table.add_row(*place, f"{sample.byte:,}", " ".join(text.split()))
+    (console or Console(soft_wrap=True)).print(table)
+
+
+def samples_of(run: RunDirectory, step: int) -> Iterator[Sample]:
+    """Return the samples of an optimizer step, which counts from 1, in the order of the stream.
+
+    Raises:
+        ConfigError: the run has fewer steps.
+        CheckpointError: the run cannot be read.
+        DataError: the data are missing, damaged, or not those that the run was trained on.
+    """
+    trained = run.read_config()
+    plan = derive(trained)
+    if step > plan.steps:
+        reason = f"is behind the run's last step, {plan.steps}"
+        raise ConfigError([Problem("step", step, reason, "give one that the run has")])
+    data = TokenDataModule(
+        trained.data,
+        micro_batch_size=plan.sequences_per_step,
+        accumulate=1,
+        num_steps=plan.steps,
+        eval_batch_size=1,
+    )
+    recorded = run.read_manifest()["data_fingerprint"]
+    if data.index.summary.fingerprint != recorded:
+        raise DataError(
+            f"{trained.data.path} has other data now than {run.path} was trained on: prepare the"
+            " same data again"
+        )
+    data.skipped_samples = SpikeJournal(run, ONE_PROCESS).skipped_samples
+    for position, number in data.stream_of(step - 1):
+        shard, byte = data.train_data.locate(number)
+        yield Sample(position, number, shard, byte, data.train_data[number].tolist())
