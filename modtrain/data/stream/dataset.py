@@ -40,6 +40,7 @@ class TokenDataset(Dataset[Tensor]):
         self._parts = stored // self.seq_len
         self._dtype = np.dtype(index.summary.dtype).newbyteorder("<")
         self._item_size = ITEM_SIZES[index.summary.dtype]
+        self._vocab_size = index.summary.vocab_size
         shards = index.shards[split]
         self._paths = [index.shard_path(split, shard) for shard in shards]
         self._sizes = [shard.num_bytes for shard in shards]
@@ -74,7 +75,8 @@ class TokenDataset(Dataset[Tensor]):
     def __getitems__(self, numbers: list[int]) -> Tensor:
         """Samples ``numbers`` as one int64 tensor (B, S + 1); what a DataLoader calls.
 
-        Raises IndexError outside the split, DataError where a shard is not what its index says.
+        Raises IndexError outside the split, DataError where a shard is not what its index says, or
+        has a token that the tokenizer does not have.
         """
         if numbers and not 0 <= min(numbers) <= max(numbers) < self._num_samples:
             raise IndexError(f"samples {numbers} of {self._num_samples}")
@@ -85,8 +87,20 @@ class TokenDataset(Dataset[Tensor]):
             shard, start = self._locate(number)
             rows.append(self._maps[shard][start : start + length])
         # Two passes beat one that converts as it copies: the first waits for memory alone.
-        tokens_BS = np.concatenate(rows).astype(np.int64).reshape(-1, length)
-        return torch.from_numpy(tokens_BS)
+        stored = np.concatenate(rows)
+        if stored.size and stored.max() >= self._vocab_size:
+            self._refuse_tokens(numbers, stored.reshape(-1, length))
+        return torch.from_numpy(stored.astype(np.int64).reshape(-1, length))
+
+    def _refuse_tokens(self, numbers: list[int], stored_BT: NDArray[Any]) -> None:
+        row, place = np.argwhere(stored_BT >= self._vocab_size)[0].tolist()
+        path, first = self.locate(numbers[row])
+        raise DataError(
+            f"{path}: token {place} of sample {numbers[row]}, at byte"
+            f" {first + place * self._item_size}, is {stored_BT[row, place]}; the tokenizer has"
+            f" {self._vocab_size}. The shard is damaged: data.verify=sha256 checks every shard;"
+            " copy it again."
+        )
 
     def locate(self, number: int) -> tuple[Path, int]:
         """Return the shard of a sample, and the byte of it at which the sample's tokens begin."""

@@ -140,6 +140,18 @@ class ShardIndex:
             raise DataError(f"{tokenizer}: missing. {_DAMAGED}")
         if file_sha256(tokenizer) != self.summary.tokenizer_sha256:
             raise DataError(f"{tokenizer}: is not the tokenizer of these shards. {_DAMAGED}")
+        self._check_vocabulary(tokenizer)
+
+    def _check_vocabulary(self, tokenizer: Path) -> None:
+        """Compare with the tokenizer: the fingerprint covers it, and not what the index says."""
+        # The library takes a moment to import: by those alone who read shards.
+        from modtrain.data.prepare.tokenizer import check_tokenizer  # noqa: PLC0415
+
+        there = check_tokenizer(tokenizer.read_bytes(), str(tokenizer))
+        for key, actual in zip(("vocab_size", "eos_id"), there, strict=True):
+            if (said := getattr(self.summary, key)) != actual:
+                file = self.directory / INDEX_NAME
+                raise DataError(f"{file}: {key} is {said}; its tokenizer has {actual}. {_DAMAGED}")
 
 
 _DAMAGED = (
@@ -264,7 +276,7 @@ def _read(directory: Path) -> _Object:
 def _summary(content: _Object) -> IndexSummary:
     report = content.object("report")
     flaws = report.object("flaws")
-    return IndexSummary(
+    summary = IndexSummary(
         seq_len=content.integer("seq_len", 1),
         vocab_size=content.integer("vocab_size", 1),
         eos_id=content.integer("eos_id"),
@@ -278,6 +290,14 @@ def _summary(content: _Object) -> IndexSummary:
             for name, split in content.splits().items()
         },
     )
+    most = 2 ** (8 * ITEM_SIZES[summary.dtype])
+    if summary.vocab_size > most:
+        content.fail(
+            f"vocab_size is {summary.vocab_size}, more than {summary.dtype} can tell apart"
+        )
+    if summary.eos_id >= summary.vocab_size:
+        content.fail(f"eos_id is {summary.eos_id}, outside a vocabulary of {summary.vocab_size}")
+    return summary
 
 
 def _shard(content: _Object, summary: IndexSummary) -> Shard:

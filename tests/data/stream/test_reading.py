@@ -142,6 +142,37 @@ def test_damaged_shards_are_found(copy):
         ShardIndex.load(copy, "size")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("vocab_size", 256, "vocab_size is 256; its tokenizer has 300"),
+        ("eos_id", 3, "eos_id is 3; its tokenizer has 0"),
+        ("vocab_size", 10**12, "vocab_size is 1000000000000, more than uint16 can tell apart"),
+        ("eos_id", 10**6, "eos_id is 1000000, outside a vocabulary of 300"),
+    ],
+)
+def test_what_the_index_says_of_the_tokenizer_is_checked(copy, key, value, words):
+    """The fingerprint covers the tokenizer itself, so that both of these pass it."""
+    file = copy / "index.json"
+    file.write_text(json.dumps({**json.loads(file.read_bytes()), key: value}))
+    with pytest.raises(DataError, match=words):
+        ShardIndex.load(copy)
+
+
+def test_a_token_that_the_tokenizer_does_not_have_is_named(copy):
+    """As an embedding's row it would be an IndexError, or a stranger's memory."""
+    data = TokenDataset(ShardIndex.load(copy), "train")
+    shard, first = data.locate(5)
+    with shard.open("r+b") as file:
+        file.seek(first + 2 * 7 + 1)
+        file.write(b"\x7f")
+    damaged = TokenDataset(ShardIndex.load(copy), "train")
+    assert damaged[4].equal(data[4])
+    words = rf"{shard}: token 7 of sample 5, at byte {first + 14}, is 32\d+; the tokenizer has 300"
+    with pytest.raises(DataError, match=words):
+        damaged.__getitems__([4, 5, 6])
+
+
 def test_another_tokenizer_is_found(copy):
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json: is not the tokenizer"):
