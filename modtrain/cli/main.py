@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pkgutil
 import sys
@@ -42,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"modtrain {arguments.verb}: {where}{error.strerror or error}", file=sys.stderr)
+        remedy = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            remedy = "\nremedy: free space, or write elsewhere; the same command continues"
+        text = f"{where}{error.strerror or error}{remedy}"
+        print(f"modtrain {arguments.verb}: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted: the same command resumes", file=sys.stderr)

@@ -32,11 +32,22 @@ def atomic_writer(path: Path, temporary_dir: Path) -> Iterator[BinaryIO]:
     """
     # The process id distinguishes two workers that write the same file after a restart.
     temporary = temporary_dir / f".{path.name}.{os.getpid()}"
-    with temporary.open("wb") as file:
+    with temporary.open("wb") as file, name_file(path):
         yield file
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def name_file(path: Path) -> Iterator[None]:
+    """Let an error of writing name ``path``, as one of opening does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_bytes(path: Path, content: bytes, temporary_dir: Path) -> None:

@@ -361,7 +361,7 @@ class TrainConfig:
 
 def directory_problems(key: str, name: str) -> list[Problem]:
     """Find a name of a run that is not a directory below ``runs_dir``."""
-    if name.startswith("/") or {"..", ""} & set(name.split("/")) or "\0" in name:
+    if name.startswith("/") or {"..", ".", ""} & set(name.split("/")) or "\0" in name:
         remedy = "use a plain name such as my_run or sweep/my_run"
         return [Problem(key, name, "is not a directory below runs_dir", remedy)]
     return []

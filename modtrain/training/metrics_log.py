@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from modtrain.common.atomic_io import open_to_append, write_text
+from modtrain.common.errors import TrainingError
 from modtrain.common.reading import read_or_set_aside, read_records, unused
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
@@ -95,6 +97,7 @@ class MetricsLog:
             TrainingError: wandb cannot start.
         """
         self.plan = plan
+        self._path = run.metrics
         self._file: BinaryIO | None = None
         self._writers: list[MetricsWriter] = []
         if not writes:
@@ -121,7 +124,13 @@ class MetricsLog:
             "flops": self.plan.flops_until(step),
             **values,
         }
-        self._file.write(json.dumps(record).encode() + b"\n")
+        try:
+            self._file.write(to_json(record).encode() + b"\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self._path} cannot be written: {error.strerror}. What was saved is kept\n"
+                "remedy: free space or repair the disk, then run the same command, which resumes"
+            ) from error
         for writer in self._writers:
             writer.write(self._positions(step), values)
 
@@ -143,10 +152,22 @@ class MetricsLog:
         return {"step": step, "tokens": step * self.plan.tokens_per_step, "TFLOPs": teraflops}
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file, without a last line that a kill cut.
+def to_json(values: Mapping[str, Any]) -> str:
+    """Return ``values`` as JSON, which has no NaN or infinity: ``null`` stands for them."""
+    return json.dumps(
+        {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+    )
 
-    Lines that are damaged are left out, with a warning.
+
+def read_metrics(path: Path, with_null: bool = False) -> list[dict[str, Any]]:
+    """Return the records of a metrics file.
+
+    with_null: with None for values that were not finite; otherwise they are absent.
+
+    Lines that are damaged are left out, with a warning; a last line that a kill cut without.
 
     Raises:
         UnreadableError: it is no file that can be read.
@@ -156,7 +177,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records, damaged = read_records(path, _is_record)
     if damaged:
         log.warning("%s", _describe_damage(path, damaged))
-    return records
+    if with_null:
+        return records
+    return [
+        {key: value for key, value in record.items() if value is not None} for record in records
+    ]
 
 
 def keep_metrics(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import platform
 import socket
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from rich.console import Console
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.recovery import recover, whole_checkpoints
 from modtrain.common.atomic_io import digest
-from modtrain.common.errors import RankError
+from modtrain.common.errors import RankError, TrainingError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks, init_ranks
@@ -153,7 +154,7 @@ class _Run:
                 last_step = self._resume(checkpointer, journal)
         if last_step < plan.steps:
             return self._stopped()
-        ranks.run_on_rank0(lambda: run.complete(_result(plan, run)))
+        ranks.run_on_rank0(lambda: run.complete(_finite_result(plan, run)))
         self.console.print(f"{run.path} is complete: {plan.steps} steps, {plan.flops:.3g} FLOPs")
         return TrainResult("complete", run)
 
@@ -321,9 +322,25 @@ def check_rank_consistency(config: TrainConfig, data_fingerprint: str, ranks: Ra
             )
 
 
+def _finite_result(plan: TrainingPlan, run: RunDirectory) -> dict[str, Any]:
+    """Return the run's result, or raise TrainingError if its last held-out loss is none."""
+    result = _result(plan, run)
+    lost = [key for key in result if key.startswith("held_out/") and key.endswith("loss")]
+    # Earlier versions wrote NaN.
+    lost = [key for key in lost if result[key] is None or not math.isfinite(result[key])]
+    if lost:
+        skipped = result.get("spike/skipped") or 0
+        raise TrainingError(
+            f"{run.path} came to its last step, and {lost[0]} is not finite; {skipped:.0f} of"
+            f" {plan.steps} steps were skipped as spikes. It does not count as complete\n"
+            "remedy: give another name= and a lower optimizer.lr"
+        )
+    return result
+
+
 def _result(plan: TrainingPlan, run: RunDirectory) -> dict[str, Any]:
     """Return the content of the run's result: its size, and the last value of each metric."""
     values: dict[str, Any] = {}
-    for record in read_metrics(run.metrics):
+    for record in read_metrics(run.metrics, with_null=True):
         values.update(record)
     return {**values, "steps": plan.steps, "tokens": plan.tokens, "flops": plan.flops}

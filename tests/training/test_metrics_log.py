@@ -1,9 +1,12 @@
 import time
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modtrain.training.config import TrainConfig
+from modtrain.common.atomic_io import name_file
+from modtrain.common.errors import TrainingError
+from modtrain.training.config import LogConfig, TrainConfig
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
@@ -13,6 +16,8 @@ from modtrain.training.schedules import CapacityStage
 PLAN = TrainingPlan(
     seq_len=10, sequences_per_step=4, accumulate=1, stages=(CapacityStage(0, 9, (), 1e12 / 40),)
 )
+
+NO_TENSORBOARD = LogConfig(tensorboard=False)
 
 
 def write(run, start_step, last):
@@ -35,3 +40,21 @@ def test_every_step_is_recorded_once_after_a_kill(tmp_path, resumed_at):
         events = EventAccumulator(str(run.tensorboard / f"by_{axis}")).Reload()
         name = "loss" if axis == "step" else f"loss by {axis}"
         assert [e.step for e in events.Scalars(name)] == [unit * step for step in range(1, 5)]
+
+
+FULL = Path("/dev/full")
+
+
+def test_a_full_disk_is_named_with_the_file_and_the_remedy(tmp_path):
+    log = MetricsLog(RunDirectory(tmp_path), TrainConfig(log=NO_TENSORBOARD), PLAN, 0)
+    log._file = FULL.open("wb", buffering=0)
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl cannot be.*No space(.|\n)*remedy"):
+        log.write(1, {"loss": 1.0})
+    log.close()
+
+
+def test_writing_to_a_full_disk_names_the_file():
+    path = Path("/a/file")
+    full = FULL.open("wb", buffering=0)
+    with full, pytest.raises(OSError, match=f"No space.*{path}"), name_file(path):
+        full.write(b"a")

@@ -23,7 +23,7 @@ from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.models.transformer import Transformer
 from modtrain.training.callbacks import metrics as metrics_callback
 from modtrain.training.config import ScheduleConfig
-from modtrain.training.metrics_log import read_metrics
+from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory, code_version
 from modtrain.training.schedules import lr_factor
@@ -287,6 +287,27 @@ def test_a_signal_after_a_bad_step_saves_nothing(start, tmp_path, monkeypatch):
             *("log.every=100", "checkpoint.every=100"),
         )
     assert latest(tmp_path / "bad" / "checkpoints") is None
+
+
+def test_a_run_without_a_finite_loss_at_its_end_is_not_complete(start, monkeypatch, tmp_path):
+    write = MetricsLog.write
+
+    def lose(log, step, values):
+        losses = {key: math.nan for key in values if key == "held_out/causal_loss"}
+        write(log, step, values | losses)
+
+    monkeypatch.setattr(MetricsLog, "write", lose)
+    with pytest.raises(TrainingError, match=r"held_out/causal_loss is not finite(.|\n)*remedy"):
+        start()
+    run = RunDirectory(tmp_path / "run")
+    assert not run.is_complete and not run.completed_mark.exists()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    for line in run.metrics.read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    assert "held_out/causal_loss" not in read_metrics(run.metrics)[-1]
 
 
 def test_a_run_that_ended_between_its_last_checkpoint_and_its_mark_trains_no_further(
