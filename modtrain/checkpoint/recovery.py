@@ -225,8 +225,8 @@ def _list(root: Path, prefix: str) -> list[Path]:
 
 def _candidates(root: Path) -> list[_Candidate]:
     """List the newest first; of one step, the one named by it first."""
-    found = [_Candidate.read(path) for path in _list(root, STEP_PREFIX)]
-    return sorted(found, key=lambda c: (c.step, c.is_named_by_step, c.path), reverse=True)
+    candidates = [_Candidate.read(path) for path in _list(root, STEP_PREFIX)]
+    return sorted(candidates, key=lambda c: (c.step, c.is_named_by_step, c.path), reverse=True)
 
 
 def _whole_candidates(root: Path) -> list[_Candidate]:

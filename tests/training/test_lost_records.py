@@ -195,7 +195,7 @@ def link_the_saved_step(run):
         (link_the_saved_step, "checkpoints"),
     ],
 )
-def test_what_only_tells_about_a_run_does_not_block_it(start, runs, damage, kept, caplog):
+def test_damage_to_what_only_reports_a_run_does_not_block_it(start, runs, damage, kept, caplog):
     outcome = start(damage)
     assert outcome.status == "complete"
     assert_same_bits(newest_weights(runs[0].path), newest_weights(outcome.run.path))

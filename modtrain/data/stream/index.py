@@ -149,9 +149,11 @@ class ShardIndex:
 
         there = check_tokenizer(tokenizer.read_bytes(), str(tokenizer))
         for key, actual in zip(("vocab_size", "eos_id"), there, strict=True):
-            if (said := getattr(self.summary, key)) != actual:
-                file = self.directory / INDEX_NAME
-                raise DataError(f"{file}: {key} is {said}; its tokenizer has {actual}. {_DAMAGED}")
+            if (recorded := getattr(self.summary, key)) != actual:
+                raise DataError(
+                    f"{self.directory / INDEX_NAME}: {key} is {recorded}; its tokenizer has"
+                    f" {actual}. {_DAMAGED}"
+                )
 
 
 _DAMAGED = (

@@ -151,7 +151,7 @@ def test_damaged_shards_are_found(copy):
         ("eos_id", 10**6, "eos_id is 1000000, outside a vocabulary of 300"),
     ],
 )
-def test_what_the_index_says_of_the_tokenizer_is_checked(copy, key, value, words):
+def test_what_the_index_has_of_the_tokenizer_is_checked(copy, key, value, words):
     """The fingerprint covers the tokenizer itself, so that both of these pass it."""
     file = copy / "index.json"
     file.write_text(json.dumps({**json.loads(file.read_bytes()), key: value}))

@@ -92,7 +92,7 @@ def start_alone(count: int, lines: list[str], cwd: Path) -> list[subprocess.Pope
 @pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize("killed", [0, 1, 2])
-def test_the_lowest_rank_that_lives_says_which_one_died(prepared, tmp_path, killed):
+def test_the_lowest_rank_that_lives_names_the_one_that_died(prepared, tmp_path, killed):
     more = ("strategy=ddp", "batch.tokens=384", "checkpoint.every=1000")
     ranks = start_alone(3, overrides(prepared, tmp_path, "cut", 10_000, *more), tmp_path)
     while last_step(tmp_path / "cut") < 3:
