@@ -36,7 +36,7 @@ from modtrain.training.step_statistics import RunningStats, StepStatistics
 class LanguageModule(L.LightningModule):
     """Trains a `Transformer` on next-token prediction.
 
-    statistics: of the steps since the last record. rates: learning rates of the last step, by the
+    statistics: of the steps since the last record. learning_rates: of the last step, by the
     name that records have them under. spikes: skips steps that are spikes; None where
     the configuration does not ask for it.
     """
@@ -47,7 +47,7 @@ class LanguageModule(L.LightningModule):
         self.model = Transformer(config.model, seed=config.seed)
         self.statistics = StepStatistics.zero(torch.device("cpu"))
         self.running_stats = RunningStats()
-        self.rates: dict[str, float] = {}
+        self.learning_rates: dict[str, float] = {}
         self.spikes = None if config.spike.action == "none" else SpikeSkipper(config.spike)
         # In a list: as a sub-module its parameters would get a second name in checkpoints.
         self._forward: list[Forward] = []
@@ -89,7 +89,7 @@ class LanguageModule(L.LightningModule):
         # Before it, for the scheduler goes on to the next step's; from the optimizer, which may
         # have them from a checkpoint.
         groups = self._strategy.optimizers[0].param_groups
-        self.rates = {group.get("rate_name", "lr"): float(group["lr"]) for group in groups}
+        self.learning_rates = {group.get("rate_name", "lr"): float(group["lr"]) for group in groups}
         super().optimizer_step(*args, **kwargs)
         self.running_stats.update(
             self.model,

@@ -109,4 +109,4 @@ class MetricsCallback(StepCallback):
             own = torch.tensor(list(values.values()), dtype=torch.float64)
             means = (self.ranks.sum(own) / self.ranks.world_size).tolist()
             values = dict(zip(values, means, strict=True))
-        return values | module.rates
+        return values | module.learning_rates
