@@ -69,7 +69,7 @@ def _restore(run: RunDirectory, lost: list[Path]) -> str:
     if run.config in lost:
         write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(saved["config"])))
     if run.manifest in lost:
-        if "data_fingerprint" not in saved:
+        if saved.get("data_fingerprint") is None:
             # Of an earlier version.
             return f"{names} is missing: the data are taken for the ones that it was trained on"
         manifest = {"data_fingerprint": saved["data_fingerprint"], "starts": []}

@@ -187,9 +187,9 @@ class LanguageModule(L.LightningModule):
             OtherRunError: the checkpoint is of a run with another configuration.
         """
         self._check_config(checkpoint.get("config"))
-        if (then := checkpoint.get("data_fingerprint")) is not None:
-            run = RunDirectory.of(self.config).path
-            check_same_data(run, then, self._data_fingerprint(), self.config)
+        then, now = checkpoint.get("data_fingerprint"), self._data_fingerprint()
+        if then is not None and now is not None:
+            check_same_data(RunDirectory.of(self.config).path, then, now, self.config)
         set_loop_position(checkpoint, self.plan.accumulate)
         progress = checkpoint["progress"]
         saved = progress.get("left_out", [])
@@ -208,9 +208,9 @@ class LanguageModule(L.LightningModule):
             seeds = np.random.SeedSequence([self.config.seed, step, self._strategy.data_rank])
             L.seed_everything(int(seeds.generate_state(1)[0]), verbose=False)
 
-    def _data_fingerprint(self) -> str:
-        data: TokenDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data.index.summary.fingerprint
+    def _data_fingerprint(self) -> str | None:
+        data: TokenDataModule | None = getattr(self.trainer, "datamodule", None)
+        return None if data is None else data.index.summary.fingerprint
 
     def _check_config(self, saved: Any) -> None:
         """Compare with what the checkpoint says, which outlives a file that is lost or edited."""
