@@ -22,8 +22,8 @@ from modtrain.common.errors import ModtrainError
 from modtrain.common.reading import (
     UnreadableError,
     open_regular,
-    read_bytes,
     read_json,
+    read_records,
     read_text,
     read_yaml,
 )
@@ -204,15 +204,6 @@ def time_of(text: str) -> float:
     return datetime.datetime.fromisoformat(text).timestamp()
 
 
-def json_lines(path: Path) -> list[Any]:
-    """Return the records of ``path``; partial lines, left by a kill, are skipped."""
-    records = []
-    for line in read_bytes(path).splitlines():
-        with suppress(ValueError, RecursionError):
-            records.append(json.loads(line))
-    return records
-
-
 def read_job_ids(folder: Path) -> list[str]:
     """Return the ids of the jobs that are recorded in ``folder``, oldest first."""
     path = folder / "jobs.jsonl"
@@ -258,8 +249,7 @@ def _starts(path: Path) -> list[float]:
 def _submitted(path: Path) -> list[SubmittedJob]:
     return [
         SubmittedJob(str(line["job"]), str(line.get("script") or ""), _time_or_0(line.get("time")))
-        for line in json_lines(path)
-        if isinstance(line, dict) and "job" in line
+        for line in read_records(path, lambda line: "job" in line)[0]
     ]
 
 

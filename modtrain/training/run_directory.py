@@ -12,7 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -143,12 +143,8 @@ class RunDirectory:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        try:
-            return read_manifest(self.manifest)
-        except UnreadableError as error:
-            raise CheckpointError(
-                f"{self.path}/{error}\nremedy: start the run again, which restores the file"
-            ) from None
+        remedy = "start the run again, which restores the file"
+        return _read_strictly(self.manifest, read_manifest, remedy)
 
     def read_result(self) -> dict[str, Any]:
         """Return the result of the complete run.
@@ -156,13 +152,8 @@ class RunDirectory:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        try:
-            return read_json(self.result)
-        except UnreadableError as error:
-            raise CheckpointError(
-                f"{self.path}/{error}\n"
-                f"remedy: remove {self.completed_mark}, and start the run again, which writes it"
-            ) from None
+        remedy = f"remove {self.completed_mark}, and start the run again, which writes it"
+        return _read_strictly(self.result, read_json, remedy)
 
     def retention(self) -> CheckpointConfig:
         """Return the checkpoint configuration of the run's newest start.
@@ -183,6 +174,15 @@ class RunDirectory:
         """Write the result, then mark the run as complete."""
         write_text(self.result, json.dumps(result, indent=1))
         write_text(self.completed_mark, "")
+
+
+def _read_strictly(
+    path: Path, read: Callable[[Path], dict[str, Any]], remedy: str
+) -> dict[str, Any]:
+    try:
+        return read(path)
+    except UnreadableError as error:
+        raise CheckpointError(f"{path.parent}/{error}\nremedy: {remedy}") from None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
