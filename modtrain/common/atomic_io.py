@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from modtrain.common.errors import CheckpointError
 
@@ -92,7 +92,7 @@ def sync(path: Path) -> None:
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """Open a file to append to, unbuffered; it is made if it is missing.
+    """Open a file to append to; it is made if it is missing.
 
     Raises:
         CheckpointError: it is no regular file: a link could lead anywhere, and a pipe blocks.
@@ -117,7 +117,7 @@ def _open_own(path: Path, flags: int, create: bool = True) -> BinaryIO:
         raise CheckpointError(
             f"{path} is not a regular file, and is not written\nremedy: remove it, or rename it"
         )
-    return cast("BinaryIO", os.fdopen(descriptor, "ab" if flags & os.O_APPEND else "rb", 0))
+    return os.fdopen(descriptor, "ab" if flags & os.O_APPEND else "rb")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -126,7 +127,12 @@ class MetricsLog:
         }
         try:
             self._file.write(to_json(record).encode() + b"\n")
+            self._file.flush()
         except OSError as error:
+            # What is left in the buffer would fail again where it is closed.
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
             raise TrainingError(
                 f"{self._path} cannot be written: {error.strerror}. What was saved is kept\n"
                 "remedy: free space or repair the disk, then run the same command, which resumes"

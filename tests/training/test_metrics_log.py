@@ -47,7 +47,7 @@ FULL = Path("/dev/full")
 
 def test_a_full_disk_is_named_with_the_file_and_the_remedy(tmp_path):
     log = MetricsLog(RunDirectory(tmp_path), TrainConfig(log=NO_TENSORBOARD), PLAN, 0)
-    log._file = FULL.open("wb", buffering=0)
+    log._file = FULL.open("wb")
     with pytest.raises(TrainingError, match=r"metrics\.jsonl cannot be.*No space(.|\n)*remedy"):
         log.write(1, {"loss": 1.0})
     log.close()

@@ -79,6 +79,7 @@ class SpikeJournal:
             if self.ranks.is_rank0:
                 with open_to_append(self.events) as file:
                     file.write(json.dumps(event).encode() + b"\n")
+                    file.flush()
                     os.fsync(file.fileno())
 
     def _roll_back(
