@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_until(is_so: Callable[[], Any], timeout: float = 60, text: Callable[[], str] = str) -> Any:
+def wait_until(
+    is_so: Callable[[], Any], timeout: float = 240, text: Callable[[], str] = str
+) -> Any:
     """Wait until ``is_so()`` is true and return it; where it is not in time, fail with a text."""
     deadline = time.monotonic() + timeout
     while not (result := is_so()):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm.slurm_cluster import Cluster, cluster_of, missing
+from tests.cluster.slurm.slurm_cluster import PATIENCE, Cluster, cluster_of, missing
 
 HERE = Path(__file__).parent
 
@@ -19,8 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in item.path.parents and item.get_closest_marker("quick") is None:
-            item.add_marker(pytest.mark.slow)
+        if HERE in item.path.parents:
+            if item.get_closest_marker("quick") is None:
+                item.add_marker(pytest.mark.slow)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(3 * PATIENCE))
 
 
 @cache

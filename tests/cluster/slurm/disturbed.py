@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.slurm.slurm_cluster import ENDED, Cluster
+from tests.cluster.slurm.slurm_cluster import ENDED, PATIENCE, Cluster
 from tests.helpers.runs import last_step, run_lines
 from tests.helpers.waiting import wait_until
 
 FAULTY = Path(__file__).with_name("faulty")
 STEPS = 24
 PYTHON = Path(sys.executable)
-# Of what is loaded by twice as many processes as there are processors.
-PATIENCE = 240.0
 EXPERTS = ("model.experts.count=4", "model.experts.dim=16", "model.experts.top_k=2")
 # Two ranks, each on its own node, as each strategy needs them to be told.
 STRATEGIES = {
@@ -108,7 +106,7 @@ class Disturbed:
         lines = [line for n in notes if n.exists() for line in n.read_text().splitlines()]
         return [line.split("\t") for line in lines]
 
-    def ended(self, timeout: float = 2 * PATIENCE) -> list[str]:
+    def ended(self, timeout: float = PATIENCE) -> list[str]:
         """Wait for the end of all and return their states."""
         return [self.cluster.wait(job, *ENDED, timeout=timeout) for job in self.jobs]
 

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[3]
 HERE = {"PYTHONPATH": str(ROOT), "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
 MINISLURM = Path(__file__).with_name("minislurm")
 NUM_NODES = 3
+# Seconds. It ends what hangs; where it was shorter, a busy machine was too slow for it.
+PATIENCE = 480.0
 ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"),
     *("DEADLINE", "OUT_OF_MEMORY"),
@@ -167,7 +169,7 @@ class Cluster:
         """Return a job's state, as PENDING, RUNNING or FAILED."""
         return self.details(job)["JobState"]
 
-    def wait(self, job: str, *states: str, timeout: float = 60) -> str:
+    def wait(self, job: str, *states: str, timeout: float = PATIENCE) -> str:
         """Wait until a job is in one of the states and return it; none given: until it has ended.
 
         Raises:
@@ -195,7 +197,7 @@ class Cluster:
     def cancel_all(self) -> None:
         """Cancel every job and wait until the nodes are free of them."""
         self.run("scancel", "--user=root")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while self.run("squeue", "--noheader").stdout and time.monotonic() < deadline:
             time.sleep(0.1)
 
@@ -241,7 +243,7 @@ class Cluster:
         """Start the controller again."""
         self.run("slurmctld")
 
-    def wait_for_nodes(self, timeout: float = 60) -> None:
+    def wait_for_nodes(self, timeout: float = PATIENCE) -> None:
         """Wait until all nodes are up."""
         deadline = time.monotonic() + timeout
         while (status := self._minislurm("status", timeout=60)).returncode:

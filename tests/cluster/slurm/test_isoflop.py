@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from modtrain.training.run_directory import RunDirectory
-from tests.cluster.slurm.slurm_cluster import ROOT
+from tests.cluster.slurm.slurm_cluster import PATIENCE, ROOT
 from tests.experiments.isoflop.grid_cases import grid_arguments
 
 
@@ -18,7 +18,7 @@ def test_a_grid_is_two_arrays_and_its_points_are_collected(cluster, tiny, tmp_pa
     arguments = grid_arguments(tiny, *budgets, *shared, *on_slurm)
     command = [sys.executable, "-m", "modtrain", *arguments]
     done = cluster.run(
-        *command, check=False, cwd=tmp_path, timeout=400, env={"PYTHONPATH": str(ROOT)}
+        *command, check=False, cwd=tmp_path, timeout=PATIENCE, env={"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "runs/g/points.csv").open() as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm.slurm_cluster import HERE, MINISLURM
+from tests.cluster.slurm.slurm_cluster import HERE, MINISLURM, PATIENCE
 from tests.helpers.waiting import wait_until
 
 # A job that saves at USR1 and comes back by itself, whatever is written in its directory.
@@ -78,7 +78,7 @@ def test_logs_follow_over_a_requeue_to_the_end(cluster, run, tmp_path):
         assert "start 1\n" in (followed.stdout.readline(), followed.stdout.readline())
         assert followed.poll() is None
         (run / "go").touch()
-        assert followed.communicate(timeout=60)[0].endswith("the end\n")
+        assert followed.communicate(timeout=PATIENCE)[0].endswith("the end\n")
         assert followed.returncode == 0
     finally:
         followed.kill()
@@ -130,7 +130,7 @@ def test_a_run_in_training_saves_is_cancelled_and_can_resume(cluster, tmp_path, 
     cluster.modtrain(tmp_path, "submit", *words, *site, "chain=2", "eval.every=1000")
     run = tmp_path / "runs/x"
     jobs = [json.loads(line)["job"] for line in (run / "jobs.jsonl").read_text().splitlines()]
-    wait_until((run / "metrics.jsonl").is_file, timeout=150)
+    wait_until((run / "metrics.jsonl").is_file)
     text = cluster.modtrain(tmp_path, "status")
     row = next(row for row in text.splitlines() if row.startswith("│ x"))
     assert "running" in row and "/4000" in row

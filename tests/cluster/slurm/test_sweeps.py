@@ -8,7 +8,7 @@ import pytest
 
 from modtrain.experiments.sweep.job_process import state_of
 from modtrain.training.run_directory import RunDirectory
-from tests.cluster.slurm.slurm_cluster import ROOT
+from tests.cluster.slurm.slurm_cluster import PATIENCE, ROOT
 from tests.conftest import run_modtrain
 from tests.helpers.saved import assert_same_bits, newest_tensors
 from tests.helpers.waiting import wait_until
@@ -30,11 +30,11 @@ class Sweep(threading.Thread):
         command = [sys.executable, "-m", "modtrain", "train", "-m", "name=s", *self.arguments]
         command += ["hydra/launcher=slurm", "cluster=cpu", "cluster.partition=main"]
         self.done = self.cluster.run(
-            *command, check=False, cwd=self.folder, timeout=400, env={"PYTHONPATH": str(ROOT)}
+            *command, check=False, cwd=self.folder, timeout=PATIENCE, env={"PYTHONPATH": str(ROOT)}
         )
 
     def result(self):
-        self.join(420)
+        self.join(PATIENCE + 20)
         assert self.done is not None, "the sweep does not end"
         return self.done.returncode, self.done.stdout + self.done.stderr
 
@@ -52,12 +52,12 @@ def job_of(run):
 
 
 def await_saved(run):
-    wait_until(lambda: list(run.checkpoints.glob("step-*")), 200)
+    wait_until(lambda: list(run.checkpoints.glob("step-*")), PATIENCE)
 
 
 def await_running(cluster, run, before=None):
     """Wait until a job of the run's, another than ``before``, has begun."""
-    wait_until(lambda: (run.path / "jobs.jsonl").is_file() and job_of(run) != before)
+    wait_until(lambda: (run.path / "jobs.jsonl").is_file() and job_of(run) != before, PATIENCE)
     cluster.wait(job_of(run), "RUNNING")
 
 
