@@ -181,7 +181,7 @@ class _Noted(L.Callback):
         for record in module.statistics.routing:
             digest.update(record.chosen_BS.numpy().tobytes())
         for record in module.statistics.experts:
-            digest.update(record.load_E.numpy().tobytes())
+            digest.update(record.load.numpy().tobytes())
         self.choices[step, micro * data.world_size + data.rank] = digest.hexdigest()
 
 

@@ -173,7 +173,7 @@ class _Accumulator:
         self.confusion: dict[str, Tensor] = {}
         experts = self.config.experts
         self.executed_M = _zeros(mixtures)
-        self.load_ME = _zeros(mixtures, (experts.count or 0) + experts.noop)
+        self.choices_MR = _zeros(mixtures, (experts.count or 0) + experts.noop)
 
     def add(self, output: ModelOutput, targets_BS: Tensor) -> None:
         count, length = targets_BS.numel(), targets_BS.shape[1]
@@ -187,7 +187,7 @@ class _Accumulator:
             self.squares_R[i] += (count_B**2).sum()
         for i, mixture in enumerate(output.experts):
             self.executed_M[i] += mixture.executed_E.sum().cpu().double()
-            self.load_ME[i] += mixture.load_E.cpu().double() * len(targets_BS)
+            self.choices_MR[i] += mixture.choices_R.cpu().double()
         if self.selection == "top_k" and self.config.is_routed and self.config.router.needs_causal:
             self._compare(output.routing)
 
@@ -195,13 +195,20 @@ class _Accumulator:
         """Replace the sums by those over all ranks."""
         counts_3 = torch.tensor([self.tokens, self.sequences, self.loss], dtype=torch.float64)
         confusion = [self.confusion[name] for name in self.confusion]
-        parts = [counts_3, self.chosen_R, self.squares_R, self.executed_M, self.load_ME, *confusion]
+        parts = [
+            counts_3,
+            self.chosen_R,
+            self.squares_R,
+            self.executed_M,
+            self.choices_MR,
+            *confusion,
+        ]
         flat = total(torch.cat([part.flatten() for part in parts]))
         pieces = torch.split(flat, [part.numel() for part in parts])
         totals = [piece.view(part.shape) for part, piece in zip(parts, pieces, strict=True)]
         tokens, sequences, self.loss = totals[0].tolist()
         self.tokens, self.sequences = round(tokens), round(sequences)
-        self.chosen_R, self.squares_R, self.executed_M, self.load_ME = totals[1:5]
+        self.chosen_R, self.squares_R, self.executed_M, self.choices_MR = totals[1:5]
         self.confusion = dict(zip(self.confusion, totals[5:], strict=True))
 
     def decision(self, trained: _Accumulator | None) -> Decision:
@@ -213,7 +220,7 @@ class _Accumulator:
             cells = trained.confusion[self.selection].tolist()
             agreement = {name: _agreement(*four) for name, four in zip(labels, cells, strict=True)}
         shares = (self.chosen_R / self.tokens).tolist()
-        loads = (self.load_ME / self.sequences).tolist()
+        loads = (self.choices_MR / self.choices_MR.sum(-1, keepdim=True).clamp(min=1)).tolist()
         return Decision(
             self.loss / self.tokens,
             flops,

@@ -187,8 +187,8 @@ class RoutingRecord(NamedTuple):
     scores_BS: its scores. chosen_BS: True for routed tokens. predictor_BS: the predictor's logits;
     None without a predictor. valid_BS: False for padding; None: all are valid. quantile: the score
     above which the capacity's share of the batch lies; None if the router has no threshold.
-    gate_mean: mean gate of the routed tokens, a scalar. update_ratio: root mean square of their
-    gated updates over that of their residual stream. Both None while decoding with a cache.
+    update_sums_4: sums over the routed tokens: their number, gates, squares of their gated updates,
+    squares of their residual stream. None while decoding with a cache.
     """
 
     scores_BS: Tensor
@@ -196,41 +196,48 @@ class RoutingRecord(NamedTuple):
     predictor_BS: Tensor | None = None
     valid_BS: Tensor | None = None
     quantile: Tensor | None = None
-    gate_mean: Tensor | None = None
-    update_ratio: Tensor | None = None
+    update_sums_4: Tensor | None = None
 
 
 class ExpertRecord(NamedTuple):
     """The decisions of one mixture of experts.
 
-    load_E: share of all choices per expert, no-op experts last; sums to 1.
+    choices_R: number of choices of each expert, no-op experts last.
     executed_E: tokens computed per expert, without no-op experts and dropped tokens.
-    dropped: share of the choices of computing experts that exceeded their capacity.
     quantile_E: expert choice's score above which an expert takes a token; None for token choice.
     balance_loss, z_loss: unweighted; None if the configuration has none.
     """
 
-    load_E: Tensor
+    choices_R: Tensor
     executed_E: Tensor
-    dropped: Tensor
     quantile_E: Tensor | None = None
     balance_loss: Tensor | None = None
     z_loss: Tensor | None = None
+
+    @property
+    def load(self) -> Tensor:
+        """Share (R) of all choices of each expert, no-op experts last; sums to 1."""
+        return self.choices_R / self.choices_R.sum().clamp(min=1)
+
+    @property
+    def dropped(self) -> Tensor:
+        """Share of the choices of computing experts that exceeded their capacity."""
+        computing = self.choices_R[: len(self.executed_E)].sum()
+        return (computing - self.executed_E.sum()) / computing.clamp(min=1)
 
 
 class Output(NamedTuple):
     """The result of a part of the model: an update, or the residual stream after a layer.
 
     received_BS: mean attention that each token received, if the next layer routes by it.
-    gate_mean, update_ratio: see `RoutingRecord`; of a router's own layer only.
+    update_sums_4: see `RoutingRecord`; of a router's own layer only.
     """
 
     value_BSD: Tensor
     routing: tuple[RoutingRecord, ...] = ()
     experts: tuple[ExpertRecord, ...] = ()
     received_BS: Tensor | None = None
-    gate_mean: Tensor | None = None
-    update_ratio: Tensor | None = None
+    update_sums_4: Tensor | None = None
 
     def with_value(self, value_BSD: Tensor) -> Output:
         """Return the same records with another update or residual stream."""

@@ -347,9 +347,9 @@ class CPExperts(Experts):
             rows = self._rows(own_TR, normaliser, own_BL.shape, own_BL, None, None)
             update_BLD = self._update(rows, normed_BLD.flatten(0, 1), x_BSD.dtype).view_as(x_BSD)
             # Counted over all ranks.
-            counts = self.chunks.group.all_reduce(torch.cat([rows.load_R, rows.executed_E]))
-            load_R, executed_E = torch.split(counts, [len(rows.load_R), len(rows.executed_E)])
-            rows = rows._replace(load_R=load_R, executed_E=executed_E)
+            counts = self.chunks.group.all_reduce(torch.cat([rows.choices_R, rows.executed_E]))
+            choices_R, executed_E = torch.split(counts, [len(rows.choices_R), len(rows.executed_E)])
+            rows = rows._replace(choices_R=choices_R, executed_E=executed_E)
         else:
             documents_BS = context.documents_BS
             rows = self._rows(

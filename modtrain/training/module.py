@@ -27,7 +27,7 @@ from modtrain.training.run_directory import (
     check_same_data,
     to_train_config,
 )
-from modtrain.training.schedules import lr_factor
+from modtrain.training.schedules import is_due, lr_factor
 from modtrain.training.spikes.detector import SpikeSkipper
 from modtrain.training.spikes.journal import check_left_out
 from modtrain.training.step_statistics import RunningStats, StepStatistics
@@ -80,7 +80,7 @@ class LanguageModule(L.LightningModule):
         objective: Tensor = sum(output.auxiliary.values(), start=output.loss)
         if self.spikes is not None:
             self.spikes.add(output.loss, objective, self.statistics)
-        self.statistics.add(output)
+        self.statistics.add(output, with_routing=self._is_recorded())
         self.running_stats.add(self.model, output)
         return objective
 
@@ -97,6 +97,10 @@ class LanguageModule(L.LightningModule):
             self._strategy.mean_over_ranks,
             None if self.spikes is None else self.spikes.is_skipped,
         )
+
+    def _is_recorded(self) -> bool:
+        """Whether metrics are recorded after the step that is being made."""
+        return is_due(self.trainer.global_step + 1, self.config.log.every, self.plan.steps)
 
     def take_statistics(self) -> StepStatistics:
         """Return the statistics so far and start new ones."""

@@ -119,3 +119,8 @@ def capacity_stages(
         else:
             stages.append(CapacityStage(first, stop, capacities))
     return stages
+
+
+def is_due(step: int, every: int | None, last: int) -> bool:
+    """Whether something due every ``every`` steps and at step ``last`` is due after ``step``."""
+    return step == last or (every is not None and step % every == 0)

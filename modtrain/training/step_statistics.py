@@ -6,15 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modtrain.models.sequence import ExpertRecord, RoutingRecord
+from modtrain.evaluation.routing_metrics import RoutingTotals
 from modtrain.models.transformer import ModelOutput, Transformer
-
-Record = TypeVar("Record", RoutingRecord, ExpertRecord)
 
 
 @dataclass
@@ -22,16 +20,15 @@ class StepStatistics:
     """Sums over the micro-batches since the last record. On the device: reading them waits.
 
     loss, auxiliary: sums over ``count`` micro-batches; auxiliary losses by name, with their weights
-    in the objective. grad_norm: the trunk's, of the last step, before clipping. routing, experts:
-    the records of the last micro-batch.
+    in the objective. grad_norm: the trunk's, of the last step, before clipping. routing: sums over
+    the last step's tokens; empty if that step is not recorded.
     """
 
     loss: Tensor
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
     grad_norm: Tensor | None = None
-    routing: tuple[RoutingRecord, ...] = ()
-    experts: tuple[ExpertRecord, ...] = ()
+    routing: RoutingTotals = field(default_factory=RoutingTotals)
 
     @classmethod
     def zero(cls, device: torch.device) -> StepStatistics:
@@ -43,16 +40,16 @@ class StepStatistics:
         """The objective: the loss and the auxiliary losses."""
         return sum(self.auxiliary.values(), start=self.loss)
 
-    def add(self, output: ModelOutput) -> None:
-        """Add one micro-batch."""
+    def add(self, output: ModelOutput, with_routing: bool = False) -> None:
+        """Add one micro-batch. with_routing: of a step whose routing is recorded."""
         if output.loss is not None:
             self.loss = self.loss + output.loss.detach()
         for name, value in output.auxiliary.items():
             before = self.auxiliary.get(name)
             self.auxiliary[name] = value.detach() if before is None else before + value.detach()
         self.count += 1
-        self.routing = tuple(_detached(record) for record in output.routing)
-        self.experts = tuple(_detached(record) for record in output.experts)
+        if with_routing:
+            self.routing = self.routing + RoutingTotals.of(output.routing, output.experts)
 
     def restore_if(self, is_skipped: Tensor, before: StepStatistics) -> None:
         """Go back to the sums ``before`` a step if it is skipped; ``count`` stays."""
@@ -148,9 +145,3 @@ def restore_if(is_skipped: Tensor | None, buffers: Iterable[Tensor]) -> Iterator
     yield
     for buffer, before in copies:
         buffer.copy_(torch.where(is_skipped, before, buffer))  # type: ignore[arg-type]
-
-
-def _detached(record: Record) -> Record:
-    """Return the record without its autograd graph."""
-    values: list[Any] = [None if value is None else value.detach() for value in record]
-    return type(record)(*values)

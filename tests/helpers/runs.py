@@ -70,14 +70,15 @@ def last_step(run: Path) -> int:
 
 
 def assert_same_records(runs: Path, one: str, other: str, atol: float = 5e-5) -> None:
-    """Equal records but for speed and what is of the last micro-batch, of which ranks differ."""
+    """Equal records but for speed. Rounding may choose another token, which routers' may show."""
     histories = [read_metrics(runs / name / "metrics.jsonl") for name in (one, other)]
     assert any("held_out/causal_loss" in record for record in histories[0])
     for expected, actual in zip(*histories, strict=True):
         assert actual.keys() == expected.keys()
         for key, value in expected.items():
-            if not key.startswith(("throughput", "router", "experts")):
-                assert actual[key] == pytest.approx(value, abs=atol, rel=1e-5), key
+            if not key.startswith("throughput"):
+                near = 5e-3 if key.startswith(("router", "experts")) else atol
+                assert actual[key] == pytest.approx(value, abs=near, rel=1e-5), key
 
 
 def assert_trains_alike(

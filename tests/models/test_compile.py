@@ -130,7 +130,7 @@ def step(model: Transformer, call, autocast: bool = False, **kwargs) -> Step:
     losses.sum().backward()
     decided = [record.chosen_BS for record in output.routing]
     for record in output.experts:
-        decided += [record.load_E, record.executed_E, record.dropped]
+        decided += [record.load, record.executed_E, record.dropped]
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return Step(losses.detach(), decided, gradients, model.batch_stats(output))
 

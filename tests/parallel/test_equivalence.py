@@ -163,7 +163,7 @@ def _step(
         trace.auxiliary[number] = {k: float(v.detach()) for k, v in output.auxiliary.items()}
         trace.chosen[number] = [record.chosen_BS.tolist() for record in output.routing]
         trace.experts[number] = [
-            (record.executed_E.tolist(), record.load_E.tolist(), float(record.dropped))
+            (record.executed_E.tolist(), record.load.tolist(), float(record.dropped))
             for record in output.experts
         ]
     trace.losses.append(float(mean(loss)))

@@ -165,9 +165,9 @@ def test_accumulation_changes_neither_the_result_nor_the_capacities(finished):
     for left, right in zip(records(small), records(large), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-3)
         assert left["flops"] == right["flops"]
-        for layer in ("01", "03"):
-            key = f"router/layer_{layer}/chosen"
-            assert left[key] == right[key]
+        # Of the whole step, not of a micro-batch of it.
+        figures = [key for key in left if key.startswith(("router/", "experts/"))]
+        assert figures and all(left[key] == pytest.approx(right[key], abs=5e-3) for key in figures)
 
 
 def test_each_step_has_the_capacities_and_the_flops_of_its_stage(finished):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import evaluation_mode
+from modtrain.evaluation.routing_metrics import update_metrics
 from modtrain.models.depth.config import TRAINING_SELECTIONS, ComputeBudget, RouterSwap, Selection
 from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.depth.router import to_fp32_or_wider
@@ -34,7 +35,7 @@ class RouterTrace:
 
     decides_by: name of ``value_N``, which is None for routers that ignore content.
     threshold: above which a token is routed; None if the top k of a window are.
-    gate_mean, update_ratio: see `RoutingRecord`; means over the routed tokens, NaN without one.
+    gate_mean, update_ratio: see `update_metrics`; NaN without a routed token.
     worth: relative change of the text's loss without the router's updates; None: not known.
     """
 
@@ -159,8 +160,7 @@ class _TraceRecorder:
         self.columns: dict[str, list[Tensor]] = {}
         self.decisions: list[tuple[str, float | None]] = []
         self.choices: list[Tensor] = []
-        # By router: number of routed tokens, and sums of gates and of update ratios over them.
-        self.sums_R3 = torch.zeros(len(model.routers), 3, dtype=torch.float64)
+        self.update_sums_R4 = torch.zeros(len(model.routers), 4, dtype=torch.float64)
 
     def add(self, inputs_BS: Tensor, targets_BS: Tensor, output: ModelOutput) -> None:
         self._keep("token", inputs_BS)
@@ -177,11 +177,9 @@ class _TraceRecorder:
             if value_BS is not None:
                 self._keep(f"value {i}", value_BS, torch.float64)
             self._keep(f"chosen {i}", record.chosen_BS)
-            if record.gate_mean is not None and record.update_ratio is not None:
-                count = record.chosen_BS.sum().cpu().double()
-                means_2 = torch.stack([record.gate_mean, record.update_ratio]).cpu().double()
-                self.sums_R3[i] += torch.cat([count[None], means_2 * count])
-        counts = self._choices(output, inputs_BS.numel())
+            if record.update_sums_4 is not None:
+                self.update_sums_R4[i] += record.update_sums_4.cpu().double()
+        counts = self._choices(output)
         if self.choices:
             counts = [a + b for a, b in zip(self.choices, counts, strict=True)]
         self.choices = counts
@@ -198,7 +196,7 @@ class _TraceRecorder:
                 *decision,
                 column.get(f"value {i}"),
                 column[f"chosen {i}"],
-                *(self.sums_R3[i, 1:] / self.sums_R3[i, 0]).tolist(),
+                *(update_metrics(sums) if (sums := self.update_sums_R4[i].tolist())[0] else ()),
             )
             for i, (label, decision) in enumerate(decisions)
         ]
@@ -216,20 +214,9 @@ class _TraceRecorder:
         # To the host first: not every device has float64.
         self.columns.setdefault(name, []).append(values.flatten().cpu().to(dtype or values.dtype))
 
-    def _choices(self, output: ModelOutput, tokens: int) -> list[Tensor]:
-        """The number of choices of each expert of each mixture; records have shares."""
-        config = self.model.config
-        entered = {
-            layer: float(record.chosen_BS.sum())
-            for (layer, part), record in zip(config.routed_parts, output.routing, strict=True)
-            if part != "attention"
-        }
-        layers = [layer for layer in range(config.num_layers) if config.has_experts(layer)]
-        counts = []
-        for layer, record in zip(layers, output.experts, strict=True):
-            by_tokens = entered.get(layer, float(tokens)) * config.experts.top_k
-            by_experts = float(record.executed_E.sum())
-            total = by_tokens if config.experts.choice == "token" else by_experts
-            chosen = config.experts.count if config.experts.choice == "expert" else None
-            counts.append(record.load_E[:chosen].cpu().double() * total)
-        return counts
+    def _choices(self, output: ModelOutput) -> list[Tensor]:
+        """Return the number of choices of each expert of each mixture."""
+        config = self.model.config.experts
+        # Under expert choice no-op experts get no tokens.
+        chosen = config.count if config.choice == "expert" else None
+        return [record.choices_R[:chosen].cpu().double() for record in output.experts]

@@ -377,12 +377,7 @@ class MixtureOfDepths(nn.Module):
         if context.cache is not None:
             return output
         sums_4 = self._total(update_sums(factor_BK, update_BKD, chosen_BKD, slot_mask_BK))
-        count, gates, updates, stream = sums_4.unbind()
-        least = torch.finfo(sums_4.dtype).tiny
-        return output._replace(
-            gate_mean=gates / count.clamp(min=1),
-            update_ratio=(updates / stream.clamp(min=least)).sqrt(),
-        )
+        return output._replace(update_sums_4=sums_4)
 
     def _total(self, sums_4: Tensor) -> Tensor:
         """Return sums over all tokens; context parallelism, where each rank has some, overrides."""
@@ -400,5 +395,5 @@ class MixtureOfDepths(nn.Module):
 def _with_record(output: Output, record: RoutingRecord) -> Output:
     """Return a routed layer's output with its own record first."""
     # Not by `_replace`, as in `Output.with_value`.
-    record = RoutingRecord(*record[:5], output.gate_mean, output.update_ratio)
+    record = RoutingRecord(*record[:5], output.update_sums_4)
     return Output(output.value_BSD, (record, *output.routing), output.experts, output.received_BS)

@@ -77,14 +77,14 @@ class Rows(NamedTuple):
 
     token_M: the token of each row. weight_M: factor on the row's result; 0 for padding rows.
     offsets_E: cumulative ends of the experts' rows, after which nothing is computed; None: all
-    have the same number. load_R: number of choices of each expert. executed_E: number of rows that
-    each expert computes. quantile_E: see `ExpertRecord`.
+    have the same number. choices_R: number of choices of each expert. executed_E: number of rows
+    that each expert computes. quantile_E: see `ExpertRecord`.
     """
 
     token_M: Tensor
     weight_M: Tensor
     offsets_E: Tensor | None
-    load_R: Tensor
+    choices_R: Tensor
     executed_E: Tensor
     quantile_E: Tensor | None = None
 
@@ -171,7 +171,7 @@ class Experts(nn.Module):
         """Return the record's quantiles or load for `update_running_stats`; None if unused."""
         if self.config.choice == "expert":
             return record.quantile_E
-        return record.load_E if self.config.balance_kind == "bias" else None
+        return record.load if self.config.balance_kind == "bias" else None
 
     @torch.no_grad()
     def update_running_stats(self, stats: Tensor) -> None:
@@ -241,19 +241,17 @@ class Experts(nn.Module):
         self, rows: Rows, logits_TR: Tensor, normaliser_T1: Tensor, valid_BS: Tensor | None
     ) -> ExpertRecord:
         wide = logits_TR.dtype
-        load_R = rows.load_R.to(wide)
-        load_R = load_R / load_R.sum().clamp(min=1)
-        computing = rows.load_R[: self.count].sum()
-        dropped = (computing - rows.executed_E.sum()).to(wide) / computing.clamp(min=1)
+        choices_R = rows.choices_R.to(wide)
         valid_T = None if valid_BS is None else valid_BS.flatten().to(wide)
         balance_loss = z_loss = None
         if self.config.balance_kind == "loss":
             mean_R = _mean((logits_TR - normaliser_T1).exp(), valid_T)
+            load_R = choices_R / choices_R.sum().clamp(min=1)
             balance_loss = self.choices * (load_R * mean_R).sum()
         if self.config.z_loss_weight > 0:
             z_loss = _mean(normaliser_T1.square(), valid_T).squeeze(0)
         return ExpertRecord(
-            load_R, rows.executed_E.to(wide), dropped, rows.quantile_E, balance_loss, z_loss
+            choices_R, rows.executed_E.to(wide), rows.quantile_E, balance_loss, z_loss
         )
 
 
@@ -262,10 +260,10 @@ def dropless_rows(choice_TK: Tensor, weight_TK: Tensor, experts: int, choices: i
     choice_N, order_N = choice_TK.flatten().sort(stable=True)
     number_R = torch.arange(choices, device=choice_N.device)
     ends_R = torch.searchsorted(choice_N, number_R, right=True)
-    load_R = ends_R.diff(prepend=ends_R.new_zeros(1))
+    choices_R = ends_R.diff(prepend=ends_R.new_zeros(1))
     token_N = order_N // choice_TK.shape[1]
     weight_N = weight_TK.flatten().index_select(0, order_N)
-    return Rows(token_N, weight_N, ends_R[:experts].int(), load_R, load_R[:experts])
+    return Rows(token_N, weight_N, ends_R[:experts].int(), choices_R, choices_R[:experts])
 
 
 def capacity_rows(
@@ -288,8 +286,8 @@ def capacity_rows(
     ends_R = torch.searchsorted(key_N, (number_R + 1) * batch)
     expert_N = torch.where(fits_N, key_N // batch, experts)
     executed_E = (expert_N == number_R[:experts, None]).sum(1)
-    load_R = ends_R.diff(prepend=ends_R.new_zeros(1))
-    return Rows(token_M[:end], weight_M[:end], None, load_R, executed_E)
+    choices_R = ends_R.diff(prepend=ends_R.new_zeros(1))
+    return Rows(token_M[:end], weight_M[:end], None, choices_R, executed_E)
 
 
 def expert_choice_rows(
@@ -327,7 +325,7 @@ def expert_choice_rows(
     weight_BCE = torch.where(is_filled_BCE, weight_BCE, 0)
     token_BCE = index_BCE + torch.arange(0, batch * length, length, device=device)[:, None, None]
     num_chosen = capacity_B.sum()
-    load_R = torch.cat([num_chosen.expand(experts), num_chosen.new_zeros(choices - experts)])
+    choices_R = torch.cat([num_chosen.expand(experts), num_chosen.new_zeros(choices - experts)])
 
     score_TE = torch.where(valid_BS1, probability_BSE.detach(), 0).flatten(0, 1)
     ranked_TE = F.pad(score_TE.sort(dim=0, descending=True).values, (0, 0, 0, 1))
@@ -337,8 +335,8 @@ def expert_choice_rows(
         token_BCE.permute(2, 0, 1).flatten(),
         weight_BCE.permute(2, 0, 1).flatten(),
         None,
-        load_R,
-        load_R[:experts],
+        choices_R,
+        choices_R[:experts],
         quantile_E,
     )
 

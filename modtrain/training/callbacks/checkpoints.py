@@ -12,10 +12,11 @@ from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.distributed.process_group import Ranks
 from modtrain.training.callbacks.metrics import StepClock
-from modtrain.training.callbacks.step import StepCallback, is_due
+from modtrain.training.callbacks.step import StepCallback
 from modtrain.training.config import CheckpointConfig
 from modtrain.training.module import LanguageModule
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.schedules import is_due
 from modtrain.training.stop_signal import STOP
 
 log = logging.getLogger(__name__)

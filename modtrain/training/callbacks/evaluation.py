@@ -21,9 +21,10 @@ from modtrain.evaluation.router_health import health_warnings, zeroed_losses
 from modtrain.evaluation.routing_metrics import chosen_picture
 from modtrain.models.depth.config import RouterSwap, Selection
 from modtrain.training.callbacks.metrics import StepClock
-from modtrain.training.callbacks.step import StepCallback, is_due
+from modtrain.training.callbacks.step import StepCallback
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
+from modtrain.training.schedules import is_due
 
 CAUSAL_LOSS = "held_out/causal_loss"
 TOP_K_LOSS = "held_out/top_k_loss (not causal)"

@@ -16,10 +16,11 @@ from modtrain.checkpoint.recovery import latest
 from modtrain.common.errors import CheckpointError, TrainingError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import Ranks
-from modtrain.training.callbacks.step import StepCallback, is_due, language_module
+from modtrain.training.callbacks.step import StepCallback, language_module
 from modtrain.training.config import TrainConfig
 from modtrain.training.module import LanguageModule
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.schedules import is_due
 from modtrain.training.spikes.config import resume_remedy
 
 

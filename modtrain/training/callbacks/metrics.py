@@ -10,11 +10,11 @@ import torch
 
 from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.router_health import health_warnings
-from modtrain.evaluation.routing_metrics import expert_metrics, routing_metrics
-from modtrain.training.callbacks.step import StepCallback, is_due
+from modtrain.training.callbacks.step import StepCallback
 from modtrain.training.hardware import peak_flops
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
+from modtrain.training.schedules import is_due
 
 # Share of the run after which a router that is off is worth a warning.
 _TRAINED = 0.2
@@ -101,12 +101,13 @@ class MetricsCallback(StepCallback):
         values = statistics.means()
         if statistics.grad_norm is not None:
             values["grad_norm"] = float(statistics.grad_norm)
-        described = routing_metrics(model.routed_labels, statistics.routing)
-        described |= expert_metrics(model.expert_labels, statistics.experts, model.experts.noop)
-        values.update({name: float(value) for name, value in described.items()})
         if self.ranks.world_size > 1:
             # Every rank has an equal share of the step.
             own = torch.tensor(list(values.values()), dtype=torch.float64)
             means = (self.ranks.sum(own) / self.ranks.world_size).tolist()
             values = dict(zip(values, means, strict=True))
+        # Most of these are no means: not those of the ranks' values, but of the ranks' sums.
+        routing = statistics.routing.over_ranks(self.ranks.sum)
+        values |= routing.router_metrics(model.routed_labels)
+        values |= routing.expert_metrics(model.expert_labels, model.experts.noop)
         return values | module.learning_rates

@@ -11,10 +11,10 @@ import lightning as L
 
 from modtrain.common.errors import CheckpointError
 from modtrain.training.callbacks.guard import Guard
-from modtrain.training.callbacks.step import is_due
 from modtrain.training.config import TrainConfig
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
+from modtrain.training.schedules import is_due
 from modtrain.training.spikes.detector import Spike, SpikeReport
 from modtrain.training.spikes.journal import RollBackError, SpikeJournal
 

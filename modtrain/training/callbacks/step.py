@@ -29,8 +29,3 @@ def language_module(module: L.LightningModule) -> LanguageModule:
     if not isinstance(module, LanguageModule):
         raise TypeError("these callbacks need a LanguageModule")
     return module
-
-
-def is_due(step: int, every: int | None, last: int) -> bool:
-    """Whether something due every ``every`` steps and at step ``last`` is due after ``step``."""
-    return step == last or (every is not None and step % every == 0)

@@ -201,7 +201,7 @@ def test_each_running_state_learns_from_its_own_record(experts):
             mean_E = mixture.quantile_sum / mixture.quantile_weight
             torch.testing.assert_close(mean_E, record.quantile_E)
         else:
-            assert torch.equal(mixture.bias.sign(), (record.load_E.mean() - record.load_E).sign())
+            assert torch.equal(mixture.bias.sign(), (record.load.mean() - record.load).sign())
 
 
 @pytest.mark.parametrize("capacity", [0.125, 0.5])

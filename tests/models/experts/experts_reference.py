@@ -127,7 +127,7 @@ def mixture(layer: Experts, config: ModelConfig, x_BSD: Tensor, context: Sequenc
     load_R = [load[number] / total for number in range(choices)]
     executed = Counter(number for _, number, _ in pairs)
     record = {
-        "load_E": torch.tensor(load_R, dtype=torch.float64),
+        "load": torch.tensor(load_R, dtype=torch.float64),
         "executed_E": torch.tensor([float(executed[number]) for number in range(settings.count)]),
         "dropped": torch.tensor(float(dropped), dtype=torch.float64),
         "quantile_E": quantiles,

@@ -79,7 +79,9 @@ def test_a_layer_equals_the_reference(config, length, batch, selection, mask, se
     x_BSD = normal(batch, length, DIM, seed=seed).requires_grad_()
     output = layer(x_BSD, context)
     expected_BSD, expected = mixture(layer, config, x_BSD, context)
-    actual_BSD, record = output.value_BSD, output.experts[0]._asdict()
+    (own,) = output.experts
+    record = own._asdict() | {"load": own.load, "dropped": own.dropped}
+    actual_BSD = output.value_BSD
     if valid_BS is not None:
         assert config.experts.shared or not actual_BSD[~valid_BS].any()
         actual_BSD = torch.where(valid_BS.unsqueeze(-1), actual_BSD, 0)
@@ -89,7 +91,7 @@ def test_a_layer_equals_the_reference(config, length, batch, selection, mask, se
             assert record[name] is None, name
         else:
             assert_close(torch.as_tensor(record[name]), torch.as_tensor(value), name)
-    for name in ("load_E", "executed_E", "dropped"):
+    for name in ("choices_R", "executed_E"):
         assert not record[name].requires_grad
 
     leaves = {"input": x_BSD} | dict(layer.named_parameters())
@@ -124,7 +126,7 @@ def test_no_ops_alone_are_the_identity(capacity_factor):
     record = output.experts[0]
     assert not record.executed_E.any()
     assert not record.dropped
-    assert record.load_E.tolist() == [0, 0, 0, 0, 1]
+    assert record.load.tolist() == [0, 0, 0, 0, 1]
     output.value_BSD.sum().backward()
     assert all(not p.grad.any() for p in layer.parameters() if p.grad is not None)
     if capacity_factor is None:
@@ -141,12 +143,12 @@ def test_the_bias_evens_the_load(noop):
         layer.bias.zero_()
         layer.expert_router.weight.mul_(0.3)
     x_BSD = normal(4, 64, DIM) + 1
-    before = layer(x_BSD, context_of(64)).experts[0].load_E
+    before = layer(x_BSD, context_of(64)).experts[0].load
     even = 1 / (4 + noop)
     assert before.max() > 1.5 * even
     for _ in range(150):
         layer.update_running_stats(layer.batch_stats(layer(x_BSD, context_of(64)).experts[0]))
-    after = layer(x_BSD, context_of(64)).experts[0].load_E
+    after = layer(x_BSD, context_of(64)).experts[0].load
     assert (after - even).abs().max() < 0.1 * even
 
 
@@ -198,7 +200,7 @@ def test_nan_in_padding_and_in_unwritten_memory_goes_nowhere(variant, selection)
         total = losses(output.value_BSD, record._asdict(), valid_BS)
         gradients = torch.autograd.grad(total, [x_BSD, *layer.parameters()])
         assert all(gradient.isfinite().all() for gradient in gradients)
-        results.append([output.value_BSD, record.load_E, record.executed_E, *gradients])
+        results.append([output.value_BSD, record.load, record.executed_E, *gradients])
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
@@ -251,7 +253,7 @@ def run(layer: Experts, call, x_BSD: Tensor, context, autocast: bool) -> list[Te
     record = output.experts[0]
     losses(output.value_BSD.float(), record._asdict(), None).backward()
     gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-    return [output.value_BSD.detach(), record.load_E, record.executed_E, *gradients]
+    return [output.value_BSD.detach(), record.load, record.executed_E, *gradients]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -284,6 +286,6 @@ def test_bfloat16_and_autocast_are_near_float64(variant):
     layer.bfloat16()
     narrow = layer(x_BSD.bfloat16(), context)
     assert narrow.value_BSD.dtype == torch.bfloat16
-    assert narrow.experts[0].load_E.dtype == torch.float32
+    assert narrow.experts[0].load.dtype == torch.float32
     narrow.value_BSD.sum().backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
