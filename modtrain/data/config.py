@@ -115,6 +115,8 @@ class PrepareConfig:
     samples_per_shard: samples in one tar shard.
     valid_fraction: share of the documents held out, chosen by a hash of seed and text.
     on_error: ``skip`` counts and skips damaged input, ``stop`` raises at the first.
+    max_document_bytes: a larger document, or line that holds one, is damaged input. Bounds the
+        memory that a process needs.
     num_workers: processes; 0 takes every usable CPU, 1 works in this process.
     seed: seed of the choice of held-out documents.
     """
@@ -128,6 +130,7 @@ class PrepareConfig:
     samples_per_shard: int = 64
     valid_fraction: float = 0.05
     on_error: str = "skip"
+    max_document_bytes: int = 1 << 28
     num_workers: int = 0
     seed: int = 0
 
@@ -140,6 +143,7 @@ class PrepareConfig:
             *self.tokenizer.problems("tokenizer"),
             *one_of(self, "", "on_error", ERROR_POLICIES),
             *at_least(self, "", 1, "seq_len", "sequences_per_sample", "samples_per_shard"),
+            *at_least(self, "", 1 << 10, "max_document_bytes"),
             *at_least(self, "", 0, "num_workers", "seed"),
         ]
         if not 0 < self.valid_fraction < 1:

@@ -21,6 +21,7 @@ from modtrain.data.stream.index import SPLITS
 # Documents are encoded together up to so many characters, which bounds the memory.
 _BATCH_CHARS = 1_000_000
 EXAMPLES_OF_A_KIND = 3
+_COUNTED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class EncodeJob:
     valid_fraction: float
     seed: int
     on_error: str
+    max_document_bytes: int
 
     @property
     def key(self) -> str:
@@ -120,7 +122,7 @@ def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
     encoder = DocumentEncoder.of_file(job.tokenizer, job.tokenizer_sha256)
     chooser = SplitChooser(job.seed, job.valid_fraction)
     record = UnitRecord()
-    reader = UnitReader(job.unit, job.text_column)
+    reader = UnitReader(job.unit, job.text_column, job.max_document_bytes)
     for texts in _batches(reader, record, job):
         for text, numbers in zip(texts, encoder.encode(texts), strict=True):
             content = text.encode()
@@ -157,9 +159,10 @@ def in_file(flaw: Flaw, unit: Unit) -> Flaw:
     """A flaw with its line counted from the start of the file rather than of the unit."""
     before = 0
     if unit.kind == "jsonl" and unit.start:
+        # The line that holds the byte before the range is not the unit's, but counts.
+        before, left = 1, unit.start - 1
         with Path(flaw.path).open("rb") as file:
-            # The line that holds the byte before the range is not the unit's, but counts.
-            while file.tell() < unit.start:
-                file.readline()
-                before += 1
+            while left and (part := file.read(min(left, _COUNTED_BYTES))):
+                before += part.count(b"\n")
+                left -= len(part)
     return Flaw(flaw.kind, flaw.path, before + flaw.line, flaw.detail)

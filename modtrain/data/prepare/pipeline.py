@@ -175,9 +175,7 @@ def finish(
 
 def _request(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
     """All that the output depends on, free of paths, so that the folders can be moved."""
-    options = asdict(config)
-    for name in ("sources", "output", "num_workers"):
-        del options[name]
+    options = _options(config)
     path = config.tokenizer.path
     if path is not None:
         options["tokenizer"] = {"sha256": file_sha256(Path(path))}
@@ -186,9 +184,17 @@ def _request(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, An
     return {**options, "files": len(files), "contents": digest([names, sizes]), _TIMES: times}
 
 
+def _options(config: PrepareConfig) -> dict[str, Any]:
+    """Return what an output depends on beside the files."""
+    without = ("sources", "output", "num_workers")
+    return {name: value for name, value in asdict(config).items() if name not in without}
+
+
 def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
     try:
-        stored_request = json.loads((output / REQUEST_NAME).read_bytes())
+        # Options that an earlier version lacked have what it did as their default.
+        defaults = _options(PrepareConfig())
+        stored_request = {**defaults, **json.loads((output / REQUEST_NAME).read_bytes())}
     except (OSError, ValueError):
         stored_request = {}
     keys = sorted(
@@ -264,7 +270,13 @@ def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path)
     trained = work / f"tokenizer-{key}.json"
     if not trained.exists():
         chooser = SplitChooser(config.seed, config.valid_fraction)
-        texts = training_texts(units, config.tokenizer, config.text_column, chooser)
+        texts = training_texts(
+            units,
+            config.tokenizer,
+            chooser,
+            text_column=config.text_column,
+            max_document_bytes=config.max_document_bytes,
+        )
         content = train_tokenizer(texts, config.tokenizer.vocab_size)
         write_bytes(trained, content, work / "staging")
     return trained.read_bytes()
@@ -290,6 +302,7 @@ def _encode(
             valid_fraction=config.valid_fraction,
             seed=config.seed,
             on_error=config.on_error,
+            max_document_bytes=config.max_document_bytes,
         )
         for unit in units
     ]

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import zstandard
@@ -21,9 +21,12 @@ FLAW_KINDS = {
     "empty": "empty documents",
     "invalid_utf8": "documents that are not UTF-8",
     "damaged": "compressed or parquet files that are cut short or corrupt",
+    "too_large": "documents or lines of more than max_document_bytes",
 }
 _BOM = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 18
+# A frame makes at most 128 KiB of 4 bytes, and its decompressor cannot be told where to stop.
+_ZSTD_CHUNK_BYTES = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,14 @@ class _CutShortError(Exception):
 class UnitReader:
     """The documents of one unit, in order, as text or as the Flaw in their place.
 
+    max_bytes: of a document's text, and of a line that holds one; memory is bounded by it.
     num_lines: lines read so far (``jsonl`` kinds).
     """
 
-    def __init__(self, unit: Unit, text_column: str) -> None:
+    def __init__(self, unit: Unit, text_column: str, max_bytes: int) -> None:
         self.unit = unit
         self.text_column = text_column
+        self.max_bytes = max_bytes
         self.num_lines = 0
 
     def __iter__(self) -> Iterator[str | Flaw]:
@@ -68,7 +73,8 @@ class UnitReader:
 
     def _text_files(self) -> Iterator[str | Flaw]:
         for file in self.unit.files:
-            content = Path(file.path).read_bytes().removeprefix(_BOM)
+            with Path(file.path).open("rb") as opened:
+                content = opened.read(self.max_bytes + 1).removeprefix(_BOM)
             # A document's tokens must not depend on the system that wrote it.
             yield self._text_or_flaw(content.replace(b"\r\n", b"\n"), file.path, 1)
 
@@ -78,6 +84,9 @@ class UnitReader:
         try:
             for line in lines:
                 self.num_lines += 1
+                if line is None:
+                    yield self._too_large(path, self.num_lines)
+                    continue
                 is_first = self.num_lines == 1 and self.unit.start == 0
                 content = line.removeprefix(_BOM) if is_first else line
                 if content.strip():
@@ -96,7 +105,12 @@ class UnitReader:
         text = record.get(self.text_column) if isinstance(record, dict) else None
         return self._text_or_flaw(text, path, self.num_lines)
 
+    def _too_large(self, path: str, line: int) -> Flaw:
+        return Flaw("too_large", path, line, f"more than max_document_bytes={self.max_bytes:,}")
+
     def _text_or_flaw(self, content: object, path: str, line: int) -> str | Flaw:
+        if isinstance(content, bytes) and len(content) > self.max_bytes:
+            return self._too_large(path, line)
         text = _decoded(content, path, line) if isinstance(content, bytes) else content
         if isinstance(text, Flaw):
             return text
@@ -112,30 +126,39 @@ class UnitReader:
             return Flaw("invalid_utf8", path, line, "not UTF-8: an unpaired surrogate")
         return text
 
-    def _range_lines(self) -> Iterator[bytes]:
-        """The lines that start inside the unit's byte range."""
+    def _range_lines(self) -> Iterator[bytes | None]:
+        """The lines that start inside the unit's byte range; None for one that is too large."""
         with Path(self.unit.files[0].path).open("rb") as file:
-            position = max(0, self.unit.start - 1)
-            file.seek(position)
+            file.seek(max(0, self.unit.start - 1))
             if self.unit.start:
                 # Ends the line that started before the range; just a newline if none did.
-                position += len(file.readline())
-            while position < self.unit.end:
-                line = file.readline()
-                if not line:
-                    return
-                position += len(line)
-                yield line
+                _skip_line(file, self.unit.end)
+            while file.tell() < self.unit.end and (line := file.readline(self.max_bytes + 1)):
+                if len(line) <= self.max_bytes or line.endswith(b"\n"):
+                    yield line
+                else:
+                    yield None
+                    _skip_line(file, self.unit.end)
 
-    def _stream_lines(self) -> Iterator[bytes]:
+    def _stream_lines(self) -> Iterator[bytes | None]:
+        """The lines of a compressed file; None for one that is too large."""
+        # What follows the last newline waits: of a damaged file it must not be a document.
+        waiting: list[bytes] = []
+        size = 0
         is_gzip = self.unit.kind == "jsonl.gz"
-        rest = b""
         for chunk in _decompressed(Path(self.unit.files[0].path), is_gzip):
-            # What follows the last newline waits: of a damaged file it must not be a document.
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-        if rest:
-            yield rest
+            *lines, rest = chunk.split(b"\n")
+            for line in lines:
+                is_too_large = size + len(line) > self.max_bytes
+                yield None if is_too_large else b"".join([*waiting, line])
+                waiting, size = [], 0
+            size += len(rest)
+            if size > self.max_bytes:
+                waiting.clear()
+            else:
+                waiting.append(rest)
+        if size:
+            yield None if size > self.max_bytes else b"".join(waiting)
 
     def _parquet_rows(self) -> Iterator[str | Flaw]:
         path = self.unit.files[0].path
@@ -149,6 +172,13 @@ class UnitReader:
                         yield self._text_or_flaw(value, path, row)
         except (OSError, pa.ArrowException) as error:
             yield Flaw("damaged", path, row + 1, f"not parquet, or cut short: {error}")
+
+
+def _skip_line(file: BinaryIO, end: int) -> None:
+    """Read to the end of the line, or of so many bytes of the file: no line starts before then."""
+    while file.tell() < end and (part := file.readline(_CHUNK_BYTES)):
+        if part.endswith(b"\n"):
+            return
 
 
 def _decoded(content: bytes, path: str, line: int) -> str | Flaw:
@@ -176,20 +206,26 @@ def _decompressor(is_gzip: bool) -> Any:
 
 
 def _decompressed(path: Path, is_gzip: bool) -> Iterator[bytes]:
-    """The content of a file of one or more compressed members, raising where it is cut short."""
+    """The content of a file of one or more compressed members, raising where it is cut short.
+
+    In bounded pieces, whatever it was compressed from.
+    """
     current = None
     with path.open("rb") as file:
-        while data := file.read(_CHUNK_BYTES):
+        while data := file.read(_CHUNK_BYTES if is_gzip else _ZSTD_CHUNK_BYTES):
             if current is not None and current.eof:
                 # gzip allows zeros after a member; no member or frame starts with one.
                 data = data.lstrip(b"\0")
             while data:
                 current = _decompressor(is_gzip) if current is None or current.eof else current
                 try:
-                    content = current.decompress(data)
+                    content = current.decompress(data, *([_CHUNK_BYTES] if is_gzip else []))
                 except (zlib.error, zstandard.ZstdError) as error:
                     raise _CutShortError(f"cannot be decompressed: {error}") from error
-                data = current.unused_data.lstrip(b"\0") if current.eof else b""
+                if current.eof:
+                    data = current.unused_data.lstrip(b"\0")
+                else:
+                    data = current.unconsumed_tail if is_gzip else b""
                 if content:
                     yield content
     if current is None or not current.eof:

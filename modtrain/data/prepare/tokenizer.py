@@ -46,7 +46,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def training_texts(
-    units: Sequence[Unit], config: TokenizerConfig, text_column: str, chooser: SplitChooser
+    units: Sequence[Unit],
+    config: TokenizerConfig,
+    chooser: SplitChooser,
+    *,
+    text_column: str,
+    max_document_bytes: int,
 ) -> Iterator[str]:
     """Up to ``train_bytes`` of the training documents, each unit giving its share."""
     estimates = [unit.num_bytes * _EXPANSION.get(unit.kind, 1) for unit in units]
@@ -56,7 +61,7 @@ def training_texts(
         # Shares keep one source from being all that the tokenizer sees of a mixed corpus.
         share = left if total <= config.train_bytes else -(-config.train_bytes * estimate // total)
         share = min(share, left)
-        for document in UnitReader(unit, text_column):
+        for document in UnitReader(unit, text_column, max_document_bytes):
             if share <= 0:
                 break
             if isinstance(document, str) and not chooser.is_valid(document.encode()):

@@ -3,6 +3,8 @@
 import gzip
 import json
 import sys
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,10 +20,12 @@ from modtrain.data.prepare.units import plan_units
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 
 
-def read(*sources: Path | str, column: str = "text") -> tuple[list[str], list[Flaw]]:
+def read(
+    *sources: Path | str, column: str = "text", max_bytes: int = 1 << 20
+) -> tuple[list[str], list[Flaw]]:
     """All documents and all flaws of some sources."""
     units = plan_units(expand_sources([str(source) for source in sources]), column)
-    items = [item for unit in units for item in UnitReader(unit, column)]
+    items = [item for unit in units for item in UnitReader(unit, column, max_bytes)]
     flaws = [item for item in items if isinstance(item, Flaw)]
     return [item for item in items if isinstance(item, str)], flaws
 
@@ -220,6 +224,67 @@ def test_documents_before_the_damage_in_a_compressed_file_are_kept(tmp_path, kin
     assert readable == documents[: len(readable)]
     assert (0 if how == "empty" else 100) <= len(readable) < len(documents)
     assert [(flaw.kind, flaw.line) for flaw in flaws] == [("damaged", len(readable) + 1)]
+
+
+LIMIT = 200
+# Around the limit, far beyond it, and at the end.
+SIZES = [10, LIMIT - 1, LIMIT, LIMIT + 1, 30, 5 * LIMIT, 5 * LIMIT, 1, 3 * LIMIT]
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 60, 333, 10**6])
+@pytest.mark.parametrize("last", ["", "\n"])
+def test_a_line_that_is_too_large_is_left_out_in_every_unit(
+    tmp_path, small_units, unit_bytes, last
+):
+    small_units(unit_bytes)
+    bare = len(lines_of([""])) - 1
+    documents = ["x" * max(1, size - bare) for size in SIZES]
+    content = lines_of(documents).rstrip(b"\n") + last.encode()
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(content))
+    expected = [d for d in documents if len(d) + bare <= LIMIT]
+    for path in sorted(tmp_path.iterdir()):
+        found, flaws = read(path, max_bytes=LIMIT)
+        assert found == expected
+        assert {flaw.kind for flaw in flaws} == {"too_large"}
+        assert len(flaws) == len(documents) - len(expected)
+
+
+def test_other_documents_that_are_too_large_are_left_out(tmp_path):
+    documents = ["x" * size for size in SIZES]
+    for number, text in enumerate(documents):
+        (tmp_path / f"{number}.txt").write_text(text)
+    parquet.write_table(pa.table({"text": documents}), tmp_path / "a.parquet")
+    expected = [text for text in documents if len(text) <= LIMIT]
+    for source in ("*.txt", "a.parquet"):
+        found, flaws = read(tmp_path / source, max_bytes=LIMIT)
+        assert found == expected
+        assert [flaw.kind for flaw in flaws] == ["too_large"] * (len(SIZES) - len(expected))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_memory_is_bounded_whatever_a_line_is_or_a_file_was_compressed_from(tmp_path, kind):
+    size = 1 << 28
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        with path.open("wb") as file:
+            file.truncate(size)
+    else:
+        compressor = zlib.compressobj(wbits=31) if kind.endswith("gz") else None
+        compressor = compressor or zstandard.ZstdCompressor().compressobj()
+        piece = bytes(1 << 20)
+        parts = [compressor.compress(piece) for _ in range(size >> 20)]
+        path.write_bytes(b"".join([*parts, compressor.flush()]))
+        assert path.stat().st_size < size / 500
+    tracemalloc.start()
+    try:
+        documents, flaws = read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (documents, [flaw.kind for flaw in flaws]) == ([], ["too_large"])
+    assert peak < size / 3
 
 
 def test_bad_parquet(tmp_path, small_units):

@@ -19,6 +19,7 @@ from modtrain.data.prepare.units import plan_units
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 
 NO_ONE = SplitChooser(0, 0.0)
+READING = {"text_column": "text", "max_document_bytes": 1 << 20}
 
 
 def test_training_is_deterministic_and_reaches_its_size():
@@ -98,10 +99,10 @@ def test_every_source_gives_its_share_of_the_training_text(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", [letter * 100] * 1000)
     units = plan_units(expand_sources([str(tmp_path / "*.jsonl")]), "text")
     config = TokenizerConfig(train_bytes=5000)
-    text = "".join(training_texts(units, config, "text", NO_ONE))
+    text = "".join(training_texts(units, config, NO_ONE, **READING))
     assert len(text) == 5000
     assert text.count("A") == text.count("B") == 2500
-    whole = "".join(training_texts(units, TokenizerConfig(), "text", NO_ONE))
+    whole = "".join(training_texts(units, TokenizerConfig(), NO_ONE, **READING))
     assert len(whole) == 200_000
 
 
@@ -110,7 +111,7 @@ def test_held_out_documents_train_no_tokenizer(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", documents)
     units = plan_units(expand_sources([str(tmp_path / "*.jsonl")]), "text")
     chooser = SplitChooser(0, 0.3)
-    texts = list(training_texts(units, TokenizerConfig(), "text", chooser))
+    texts = list(training_texts(units, TokenizerConfig(), chooser, **READING))
     assert texts == [text for text in documents if not chooser.is_valid(text.encode())]
     assert 50 < len(texts) < 90
 
