@@ -173,6 +173,7 @@ class _Run:
         self.ranks.run_on_rank0(start)
         with self.ranks.raise_on_all_ranks():
             self.directory.check_visible()
+            self.data.check_shared_memory(self.launch.local_world_size)
 
     def _resume(self, checkpointer: Checkpointer, journal: SpikeJournal) -> int | None:
         """Train from the newest whole checkpoint; return the last step, None to roll back."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 
 import lightning
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from modtrain.common.atomic_io import digest
+from modtrain.common.errors import DataError
 from modtrain.data.config import DataConfig
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.dataset import TokenDataset
@@ -21,6 +25,19 @@ from modtrain.data.stream.samplers import (
     EvalBatchSampler,
     RankBatchSampler,
     stream_positions,
+)
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+"""Where workers of a DataLoader leave batches on Linux."""
+_TOKEN_BYTES = 8
+# Seconds for a batch. torch has no limit, and waits for ever for a batch that it loses where shared
+# memory is full.
+_WORKER_TIMEOUT = 600
+# For semaphores and whole pages.
+_SPARE_BYTES = 1 << 16
+_SHARED_REMEDY = (
+    "data.num_workers=0 needs no shared memory, and docker run takes --shm-size=8g."
+    " The same command continues from the last checkpoint."
 )
 
 
@@ -133,6 +150,27 @@ class TokenDataModule(lightning.LightningDataModule):
         num_samples = min(self.eval_sequences or available, available)
         return EvalBatchSampler(num_samples, self.eval_batch_size, *self._world())
 
+    def check_shared_memory(self, num_processes: int) -> None:
+        """Check that batches that workers have read ahead fit in this node's shared memory.
+
+        num_processes: of training on this node.
+
+        Raises:
+            DataError: they do not.
+        """
+        config, batches = self.config, self.micro_batch_size + self.eval_batch_size
+        if config.num_workers == 0 or not SHARED_MEMORY.is_dir():
+            return
+        # Inputs and targets share their memory; documents may be numbered.
+        batch_bytes = 2 * batches * (self.train_data.seq_len + 1) * _TOKEN_BYTES
+        ahead = config.num_workers * config.prefetch_factor * num_processes
+        needed, free = ahead * batch_bytes + _SPARE_BYTES, shutil.disk_usage(SHARED_MEMORY).free
+        if free < needed:
+            raise DataError(
+                f"{SHARED_MEMORY} has {free:,} bytes free, and {config.num_workers} workers of each"
+                f" of {num_processes} processes may need {needed:,}. {_SHARED_REMEDY}"
+            )
+
     def _world(self) -> tuple[int, int]:
         """(World size, rank) of the ranks that read different data."""
         if self.trainer is None:
@@ -145,16 +183,47 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def _loader(self, data: TokenDataset, batches: Sampler[list[int]]) -> DataLoader[Batch]:
         workers = self.config.num_workers
-        return DataLoader(
+        return _TokenLoader(
             data,  # type: ignore[arg-type]  # of tensors, which collate_fn makes batches of
             batch_sampler=batches,
             num_workers=workers,
             # The data set returns whole batches already.
-            collate_fn=partial(Batch.from_tokens, eos_id=self.config.eos_id),
+            collate_fn=partial(_collate, eos_id=self.config.eos_id),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            timeout=_WORKER_TIMEOUT if workers else 0,
             prefetch_factor=self.config.prefetch_factor if workers else None,
             # A loader without a generator draws from the global one, and a resumed run, which
             # makes its loaders at another point, would continue with other random numbers.
             generator=torch.Generator().manual_seed(self.config.seed),
         )
+
+
+class _TokenLoader(DataLoader[Batch]):
+    """A DataLoader whose workers' errors are the run's own."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            # A worker's error has its traceback before its text.
+            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            free = f"{shutil.disk_usage(SHARED_MEMORY).free:,}" if SHARED_MEMORY.is_dir() else "no"
+            raise DataError(
+                f"the workers of data.num_workers={self.num_workers} gave no batch for"
+                f" {self.timeout:.0f} s; {SHARED_MEMORY} has {free} bytes free. {_SHARED_REMEDY}"
+            ) from error
+
+
+def _collate(tokens_BT: Tensor, eos_id: int | None) -> Batch:
+    batch = Batch.from_tokens(tokens_BT, eos_id)
+    if get_worker_info() is not None and SHARED_MEMORY.is_dir():
+        # Where it is full, torch loses the batch and waits for it for ever.
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        needed = sum(tensor.untyped_storage().nbytes() for tensor in batch if tensor is not None)
+        if free < needed + _SPARE_BYTES:
+            raise DataError(f"{SHARED_MEMORY} has {free:,} bytes free. {_SHARED_REMEDY}")
+    return batch

@@ -245,8 +245,8 @@ def test_a_line_that_is_too_large_is_left_out_in_every_unit(
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(content))
     expected = [d for d in documents if len(d) + bare <= LIMIT]
     for path in sorted(tmp_path.iterdir()):
-        found, flaws = read(path, max_bytes=LIMIT)
-        assert found == expected
+        kept, flaws = read(path, max_bytes=LIMIT)
+        assert kept == expected
         assert {flaw.kind for flaw in flaws} == {"too_large"}
         assert len(flaws) == len(documents) - len(expected)
 
@@ -258,8 +258,8 @@ def test_other_documents_that_are_too_large_are_left_out(tmp_path):
     parquet.write_table(pa.table({"text": documents}), tmp_path / "a.parquet")
     expected = [text for text in documents if len(text) <= LIMIT]
     for source in ("*.txt", "a.parquet"):
-        found, flaws = read(tmp_path / source, max_bytes=LIMIT)
-        assert found == expected
+        kept, flaws = read(tmp_path / source, max_bytes=LIMIT)
+        assert kept == expected
         assert [flaw.kind for flaw in flaws] == ["too_large"] * (len(SIZES) - len(expected))
 
 
