@@ -87,14 +87,18 @@ def has_checkpoints(root: Path) -> bool:
     return bool(_list(root, STEP_PREFIX))
 
 
-def latest(root: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, Path] | None:
+def latest(
+    root: Path, ranks: Ranks = ONE_PROCESS, before: int | None = None
+) -> tuple[int, Path] | None:
     """Return (step, path) of the newest checkpoint with no damaged byte, None without one.
 
-    Collective over ``ranks``, which share the reading and get the same result.
+    Collective over ``ranks``, which share the reading and get the same result. before: only
+    checkpoints of earlier steps count.
     """
 
     def newest_first() -> list[_Candidate]:
-        return _whole_candidates(root)[::-1]
+        candidates = _whole_candidates(root)[::-1]
+        return [c for c in candidates if before is None or c.step < before]
 
     newest, damaged = _newest_whole(newest_first, ranks)
     for _, damage in damaged if ranks.is_rank0 else ():

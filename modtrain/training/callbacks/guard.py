@@ -55,21 +55,35 @@ class Guard(StepCallback):
         return overflowed(trainer) or any(is_due(step, every, last) for every in self.intervals)
 
     def stop_error(
-        self, config: TrainConfig, reason: str, samples: list[int], is_finite: bool
+        self,
+        config: TrainConfig,
+        reason: str,
+        samples: list[int],
+        *,
+        first_bad: int,
+        is_finite: bool,
     ) -> TrainingError:
         """Return the error that ends the run at a step; collective.
 
-        reason: the step and what is wrong. samples: its samples' numbers. is_finite: the step is a
-        spike, and no NaN or infinity.
+        reason: the step and what is wrong. samples: its samples' numbers. first_bad: the first of
+        the bad steps without a good one between them: the model may be ruined since. is_finite: the
+        step is a spike, and no NaN or infinity.
         """
         with suppress(CheckpointError):
             self.checkpointer.wait()
-        good = latest(self.run.checkpoints, self.ranks)
+        newest = latest(self.run.checkpoints, self.ranks)
+        good = latest(self.run.checkpoints, self.ranks, before=first_bad)
+        later = ""
+        if newest is not None and newest != good:
+            later = (
+                f"Later ones, up to {newest[1].name}, were saved after steps that were skipped, and"
+                " the model may have been bad by then: move them away to resume from before.\n"
+            )
         shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
         return TrainingError(
             f"{reason}; its samples are {shown}; the last good checkpoint is"
             f" {good[1] if good else 'none: the run had not saved yet'}.\n"
-            f"remedy: {resume_remedy(config.spike, config.strategy.name, is_finite)}"
+            f"{later}remedy: {resume_remedy(config.spike, config.strategy.name, is_finite)}"
         )
 
 
@@ -109,9 +123,8 @@ class FiniteLossGuard(Guard):
         bad_ranks = [str(rank) for rank, (step, _) in enumerate(firsts) if step == first]
         where = f" on rank {', '.join(bad_ranks)}" if bad_ranks and ranks.world_size > 1 else ""
         reason = f"the loss or its gradient is NaN or infinite at step {first}{where}"
-        raise self.stop_error(
-            module.config, reason, self.data.sample_numbers(first - 1), is_finite=False
-        )
+        samples = self.data.sample_numbers(first - 1)
+        raise self.stop_error(module.config, reason, samples, first_bad=first, is_finite=False)
 
 
 def overflowed(trainer: L.Trainer) -> bool:

@@ -74,7 +74,10 @@ class SpikeGuard(Guard):
         if config.action == "roll_back":
             limit = f", after {self.journal.rollbacks} roll backs (spike.max_rollbacks)"
         reason = f"{spike.description}{self._bad_ranks(spike)}{limit}"
-        raise self.stop_error(run_config, reason, samples, spike.is_finite)
+        first_bad = spike.step - (config.max_in_a_row if config.action == "skip" else 0)
+        raise self.stop_error(
+            run_config, reason, samples, first_bad=first_bad, is_finite=spike.is_finite
+        )
 
     def _bad_ranks(self, spike: Spike) -> str:
         """Name the ranks whose own loss is not finite, if only some are."""

@@ -98,12 +98,16 @@ def test_what_another_run_needs_is_another_name(prepared, tmp_path):
 
 
 def test_too_many_skips_in_a_row_stop_the_run(prepared, tmp_path):
-    lines = overrides(prepared, tmp_path, "run", "single", "spike=skip", "spike.max_in_a_row=2")
+    more = ("spike=skip", "spike.max_in_a_row=2", "checkpoint.every=1", "checkpoint.keep_last=9")
+    lines = overrides(prepared, tmp_path, "run", "single", *more)
     bad = [numbers_of(prepared, step)[0] for step in (4, 6, 7, 8)]
     (outcome,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
     assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
     assert "step 8 is a spike" in outcome.message
     assert "after 2 skipped in a row" in outcome.message
+    # Those saved at the skipped steps have the same weights as what may have ruined the run.
+    assert "the last good checkpoint is" in outcome.message
+    assert "checkpoints/step-000000005.\nLater ones, up to step-000000007" in outcome.message
     assert [(e["action"], e["step"]) for e in events(tmp_path / "run")] == [
         *(("skip", 4), ("skip", 6), ("skip", 7), ("stop", 8))
     ]
