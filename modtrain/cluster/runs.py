@@ -30,6 +30,7 @@ from modtrain.common.reading import (
 from modtrain.common.renamed_keys import translate
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import derive
+from modtrain.training.run_directory import RunDirectory
 
 T = TypeVar("T")
 
@@ -161,7 +162,7 @@ def existing_run(runs_dir: str, name: str) -> Path:
 def read_run(path: Path, name: str) -> RunRecord:
     """Summarize the run in the directory ``path``. Raises nothing."""
     run = RunRecord(name, path)
-    run.complete = (path / "COMPLETED").exists()
+    run.complete = RunDirectory(path).is_complete
     run.locked = is_locked(path / ".lock")
     run.starts = _read(run, "manifest.json", _starts) or []
     run.submitted = _read(run, "jobs.jsonl", _submitted) or []

@@ -65,6 +65,11 @@ class FakeRun:
             file.write(f"{iso(ago)}\t12\t{step}\t{cause}\n")
         return self
 
+    def ended(self) -> "FakeRun":
+        (self.path / "result.json").write_text('{"steps": 24}')
+        (self.path / "COMPLETED").touch()
+        return self
+
     def jobs(self, *ids: str) -> "FakeRun":
         with (self.path / "jobs.jsonl").open("a") as file:
             for name in ids:

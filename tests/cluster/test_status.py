@@ -35,7 +35,10 @@ def test_states_follow_from_the_files(tmp_path):
         assert run.state()[0] == "running"
     run.starts(100, 20)
     assert run.state() == ("stopped", "")
+    # What is left where a disk was full is no end.
     (run.path / "COMPLETED").touch()
+    assert run.state() == ("stopped", "")
+    run.ended()
     assert run.state() == ("complete", "")
 
 
@@ -218,7 +221,7 @@ def test_slurm_is_asked_once_for_all_runs_and_not_for_complete_ones(tmp_path, mo
     root = tmp_path / "runs"
     FakeRun(root / "a").jobs("71", "72")
     FakeRun(root / "b").starts(9).jobs("81")
-    (FakeRun(root / "c").jobs("91").path / "COMPLETED").touch()
+    FakeRun(root / "c").jobs("91").ended()
     text = shown(StatusConfig(runs_dir=str(root)))
     (call,) = (folder / "calls").read_text().splitlines()
     assert call.split()[-1] == "--jobs=71,72,81"
@@ -411,7 +414,7 @@ def test_a_group_is_shown_while_its_job_is_live_and_never_counted(tmp_path, monk
     root = tmp_path / "runs"
     Group(root / "sweep")
     for name in ("a", "b"):
-        (FakeRun(root / "sweep" / name).starts(60).path / "COMPLETED").touch()
+        FakeRun(root / "sweep" / name).starts(60).ended()
     config = StatusConfig(runs_dir=str(root))
     text = shown(config)
     row = next(row for row in text.splitlines() if "│ sweep " in row)
@@ -428,7 +431,7 @@ def test_a_group_is_shown_while_its_job_is_live_and_never_counted(tmp_path, monk
 
 def test_a_group_without_a_script_is_known_by_its_runs(tmp_path):
     root = tmp_path / "sw"
-    (FakeRun(root / "a").starts(60).path / "COMPLETED").touch()
+    FakeRun(root / "a").starts(60).ended()
     (root / "jobs.jsonl").write_text('{"job": "7"}\n')
     assert "\n1 run: 1 complete" in shown(StatusConfig(runs_dir=str(tmp_path)))
 
