@@ -10,9 +10,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(TIERS)
 # Of `make compat`: the version of torch, in an environment of its own.
 TORCH  ?= 2.14.1
 COMPAT := .venv-torch-$(TORCH)
+MINUTES ?= 60
+SEED   ?= 0
 SAMPLE := prompt='My fellow citizens' echo=true max_tokens=60 sampling.top_p=0.9
 
-.PHONY: help install quickstart test test-slow nightly compat kills parity parity-record lint format types imports bench docs figures lock clean
+.PHONY: help install quickstart test test-slow nightly compat chaos parity parity-record lint format types imports bench docs figures lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -40,7 +42,7 @@ test: $(STAMP)  ## the quick tests
 test-slow: $(STAMP)  ## the slower tests that CI runs as well
 	$(PYTEST) -m 'slow and not nightly'
 
-nightly: $(STAMP)  ## every test that CI leaves out (an hour)
+nightly: $(STAMP)  ## every test that CI leaves out (two hours)
 	$(PYTEST) -m nightly
 
 compat:  ## the commit tier on another torch: make compat TORCH=2.14.1
@@ -51,8 +53,8 @@ compat:  ## the commit tier on another torch: make compat TORCH=2.14.1
 	OMP_NUM_THREADS=1 $(COMPAT)/bin/pytest $(TIERS) -m 'not nightly'
 	OMP_NUM_THREADS=1 $(COMPAT)/bin/pytest tests/parallel -m nightly -k compiled
 
-kills: $(STAMP)  ## a hundred kills -9 of ranks, each gone on from to the bit
-	$(BIN)/pytest tests/training/faults/test_kills.py -m slow --kills 100
+chaos: $(STAMP)  ## interrupt and damage runs at random, and compare: make chaos MINUTES=10 SEED=7
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED)
 
 parity: $(STAMP)  ## results of small runs against recorded ones, bit by bit (about 2 minutes)
 	$(BIN)/python -m tests.parity

@@ -27,10 +27,6 @@ NEEDS_TORCH_2_12 = ("needs torch 2.12 or newer", "cannot shard experts over thei
 WORDS = ["the", "a", "tree", "river", "stone", "walks", "sings", "under", "old", "quiet", "and"]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, help="how often the tests of killed ranks kill")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to the nightly tier the cases of a test that its mark `on_commit` does not keep.
