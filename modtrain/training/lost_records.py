@@ -36,8 +36,8 @@ def settle_records(run: RunDirectory, config: TrainConfig) -> str:
         CheckpointError: the run has no checkpoints left, and ``config.resume`` is ``auto``; or a
             configuration that no checkpoint has.
     """
+    read_or_set_aside(run.manifest, read_manifest)
     if has_checkpoints(run.checkpoints):
-        read_or_set_aside(run.manifest, read_manifest)
         lost = [path for path in (run.config, run.manifest) if not path.is_file()]
         return _restore(run, lost) if lost else ""
     saved = read_or_set_aside(run.saved_step, lambda path: read_text(path, 100).strip())

@@ -96,12 +96,17 @@ def test_fresh_starts_from_the_first_step_and_keeps_the_old_records(start, runs)
     assert losses_of(run.path).keys() == losses_of(complete.path).keys()
 
 
-def test_a_run_that_never_saved_starts_again(start):
+@pytest.mark.parametrize("truncates", [False, True])
+def test_a_run_that_never_saved_starts_again(start, truncates):
     def never_saved(run):
         run.saved_step.unlink()
         remove_each_checkpoint(run)
+        if truncates:
+            truncate_the_manifest(run)
 
-    assert start(never_saved).status == "complete"
+    run = start(never_saved).run
+    assert run.is_complete
+    assert len(run.read_manifest()["starts"]) == 2 - truncates
 
 
 def test_a_lost_configuration_comes_back_from_the_checkpoint(start, runs, capsys):
