@@ -91,12 +91,13 @@ class Trial:
             if self.draw.random() < 0.5:
                 self._damage()
         layout = self.draw.choice(own)
-        is_complete = self._start(layout, None) == {"complete"}
-        self.tally.check("continues", is_complete, self._where())
+        outcomes = self._start(layout, None)
+        is_complete = set(outcomes) == {"complete"}
+        self.tally.check("continues", is_complete, f"{self._where()}: {outcomes}")
         if is_complete:
             self._compare()
 
-    def _start(self, layout: str, stop: tuple[int, float] | None) -> set[str]:
+    def _start(self, layout: str, stop: tuple[int, float] | None) -> list[str]:
         """Start the run, and interrupt it at (step, seconds); return how its ranks ended."""
         world_size, more = LAYOUTS[layout]
         self.layouts.append(layout)
@@ -119,7 +120,7 @@ class Trial:
                 self.tally.check("ends", False, f"{self._where()}: {error}")
                 outcomes = []
         self._check_notes(notes, whole[-1][0] if whole else 0)
-        return {o.kind if isinstance(o, RankFailedError) else o for o in outcomes}
+        return [f"{o.kind}: {o.message}" if isinstance(o, RankFailedError) else o for o in outcomes]
 
     def _strike(self, fleet: Fleet, world_size: int, step: int, delay: float) -> None:
         while fleet.is_running() and last_step(self.run) < step:
@@ -144,8 +145,9 @@ class Trial:
         step = 0 if self.draw.random() < 0.15 else min(STEPS - 2, self.draw.randint(1, far))
         delay = self.draw.uniform(0, 3.0 if step == 0 else 0.3)
         outcomes = self._start(layout, (step, delay))
-        errors = outcomes - {"died", "RankError", "stopped", "complete", "SystemExit"}
-        self.tally.check("continues", not errors, f"{self._where()}: {sorted(errors)}")
+        ends = ("died:", "RankError:", "stopped", "complete", "SystemExit:")
+        errors = [text for text in outcomes if not text.startswith(ends)]
+        self.tally.check("continues", not errors, f"{self._where()}: {errors}")
 
     def _damage(self) -> None:
         damages = [*DAMAGES]
