@@ -1,12 +1,14 @@
 """Runs that are stopped and resumed: to the bit on as many ranks, to rounding on others."""
 
+import shutil
+
 import pytest
 import torch
 
 from modtrain.inference.step_samples import samples_of
 from modtrain.training.run_directory import RunDirectory
 from tests.helpers.marks import slow, slow_but
-from tests.helpers.ranks import on_ranks
+from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks
 from tests.helpers.runs import losses_of
 from tests.helpers.saved import assert_same_bits, newest_tensors, newest_weights
 from tests.training.faults.run_cases import (
@@ -117,3 +119,17 @@ def test_other_ranks_and_strategies_resume_with_the_same_samples(prepared, tmp_p
     assert ours.keys() == theirs.keys()
     for key, weight in ours.items():
         torch.testing.assert_close(weight, theirs[key], rtol=0, atol=2e-5, msg=key)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("strategy", QUICK)
+def test_lost_checkpoints_stop_all_ranks_until_a_start_is_to_be_fresh(prepared, tmp_path, strategy):
+    lines = overrides(prepared, tmp_path, "cut", STEPS, f"strategy={strategy}")
+    assert on_ranks(run, 2, lines, None, (2, 1), joins=False) == ["stopped"] * 2
+    shutil.rmtree(tmp_path / "cut/checkpoints")
+    for outcome in outcomes_on_ranks(run, 2, lines, joins=False):
+        assert isinstance(outcome, RankFailedError) and "add resume=fresh" in outcome.message
+    again = [*lines, "resume=fresh"]
+    assert on_ranks(run, 2, again, joins=False) == ["complete"] * 2
+    assert (tmp_path / "cut/before-1/metrics.jsonl").is_file()
+    assert list(losses_of(tmp_path / "cut")) == list(range(1, STEPS + 1))
