@@ -27,8 +27,16 @@ from modtrain.cluster.config import (
     StatusConfig,
     SubmitConfig,
 )
+from modtrain.common.config_keys import added_keys
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.common.overrides import explain, misread, parse, plain, search_path
+from modtrain.common.overrides import (
+    explain,
+    misread,
+    not_a_key,
+    parse,
+    plain,
+    search_path,
+)
 from modtrain.common.renamed_keys import new_name, renamed_in_files
 from modtrain.common.shipped import conf_dir
 from modtrain.data.config import PrepareConfig
@@ -91,12 +99,14 @@ def compose(
         problem = Problem("--config-dir", config_dir, "is not a directory", "give one that exists")
         raise ConfigError([problem])
     parsed, problems = parse(overrides)
+    problems += [_of_hydra(o) for o in parsed if o.key_or_group.startswith(("hydra.", "hydra/"))]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composer = _Composer(verb, config_dir, extra_keys)
         problems += composer.group_problems(parsed)
         wrong = {problem.key for problem in problems}
         sound = [override for override in parsed if override.get_key_element() not in wrong]
         config, override_problems = composer.compose(sound)
+    problems += composer.added_key_problems(sound, config)
     texts = [o for o in sound if isinstance(OmegaConf.select(config, o.key_or_group), str)]
     problems += override_problems + [mistake for text in texts if (mistake := misread(text))]
     typed = OmegaConf.to_object(config)
@@ -105,6 +115,13 @@ def compose(
         problems += _config_problems(verb, typed, {problem.key for problem in problems})
     raise_if_any(problems)
     return typed
+
+
+def _of_hydra(override: Override) -> Problem:
+    """Return the problem of an override of Hydra itself, which a single configuration ignores."""
+    reason, remedy = "is of Hydra's multirun", "leave it out, or sweep with modtrain train -m"
+    value = str(override.input_line).partition("=")[2]
+    return Problem(override.get_key_element(), value, reason, remedy)
 
 
 class _Composer:
@@ -151,6 +168,14 @@ class _Composer:
                     remedy = f"{hint}there are: {', '.join(options)}"
                     key = override.get_key_element()
                     problems.append(Problem(key, name, "does not exist", remedy))
+        return problems
+
+    def added_key_problems(self, overrides: list[Override], config: DictConfig) -> list[Problem]:
+        """Find what a ``+`` added to ``config`` that nothing reads."""
+        problems = []
+        for key in added_keys(config):
+            givers = [o for o in overrides if f"{o.key_or_group}.".startswith(f"{key}.")]
+            problems += [not_a_key(giver, config, self.extra_keys) for giver in givers]
         return problems
 
     def _file_error(self, groups: list[Override], error: Exception) -> ConfigError:

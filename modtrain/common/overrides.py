@@ -5,7 +5,6 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from modtrain.common.config_keys import added_keys, all_keys, keys_beside, nearest_keys
 from modtrain.common.errors import Problem
 from modtrain.common.renamed_keys import renamed_problem
 
@@ -104,16 +104,15 @@ def explain(
     """
     key = override.get_key_element().lstrip("+~")
     value = str(override.input_line).partition("=")[2]
-    known_keys = [*_keys(base), *extra_keys]
+    known_keys = [*all_keys(base), *extra_keys]
     parent = key.rpartition(".")[0]
     is_new = key not in known_keys and parent in known_keys and not override.is_delete()
     is_entry = is_new and OmegaConf.get_type(OmegaConf.select(base, parent)) is dict
     if key not in known_keys and not is_entry:
-        near = difflib.get_close_matches(key, known_keys, 1, cutoff=0.5)
-        remedy = (
-            f"did you mean {near[0]}?" if near else f"top-level keys: {', '.join(map(str, base))}"
-        )
-        return Problem(key, value, "is not a key of this configuration", remedy)
+        return not_a_key(override, base, extra_keys)
+    if override.is_delete():
+        reason, remedy = "cannot be removed", f"leave ~{key} out, or set {key} to another value"
+        return Problem(key, value, reason, remedy)
     reason = plain(error).removeprefix(f"Error merging override {override.input_line}").strip()
     current = OmegaConf.select(base, key)
     if re.match(r"Key \S+ \(\w+\) is incompatible with \(str\)", reason):
@@ -127,6 +126,22 @@ def explain(
     return Problem(key, value, f"does not fit: {reason}", remedy)
 
 
+def not_a_key(override: Override, config: DictConfig, extra_keys: Sequence[str] = ()) -> Problem:
+    """Return the problem of an override of what is no key, with the one that may be meant.
+
+    config: with the keys there are. extra_keys: keys outside ``config`` to suggest.
+    """
+    key = override.get_key_element().lstrip("+~")
+    wrong = added_keys(config)
+    known = [k for k in all_keys(config) if not f"{k}.".startswith(tuple(f"{w}." for w in wrong))]
+    near = nearest_keys(key, [*known, *extra_keys])
+    section, names = keys_beside(key, known)
+    remedy = f"keys of {section}" if section else "top-level keys"
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"{remedy}: {', '.join(names)}"
+    value = str(override.input_line).partition("=")[2]
+    return Problem(key, value, "is not a key of this configuration", remedy)
+
+
 def plain(error: BaseException) -> str:
     """Return the innermost message, on one line, without OmegaConf's trailer."""
     while error.__cause__ is not None and str(error.__cause__) not in ("", "None"):
@@ -134,14 +149,3 @@ def plain(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     # The first line says where, the second one what.
     return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-
-
-def _keys(node: DictConfig, prefix: str = "") -> list[str]:
-    keys = []
-    for key in node:
-        full = f"{prefix}{key!s}"
-        keys.append(full)
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none():
-            keys += _keys(child, f"{full}.")
-    return keys

@@ -121,6 +121,22 @@ def test_an_override_without_a_key_is_reported(override):
         compose("train", [override])
 
 
+@pytest.mark.parametrize("verb", ["train", "compare", "search", "isoflop", "eval", "submit"])
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_a_plus_adds_no_key_that_nothing_reads(verb, plus):
+    section = {"eval": "inference", "submit": "cluster"}.get(verb, "optimizer")
+    problems = errors(f"{plus}{section}.lrr=5", f"{plus}x.y=1", verb=verb)
+    for key in (f"{section}.lrr", "x.y"):
+        assert problems[key].reason == "is not a key of this configuration"
+    assert verb in ("eval", "submit") or "optimizer.lr?" in problems["optimizer.lrr"].remedy
+
+
+def test_a_key_that_cannot_be_removed_or_is_of_hydra_is_reported():
+    assert errors("~optimizer.lr")["optimizer.lr"].reason == "cannot be removed"
+    assert errors("~optimizer.lrr")["optimizer.lrr"].remedy == "did you mean optimizer.lr?"
+    assert "train -m" in errors("+hydra.x=1", verb="plan")["+hydra.x"].remedy
+
+
 def test_overrides_that_clash_with_each_other_are_reported_without_a_traceback():
     with pytest.raises(ConfigError):
         compose("train", ["+experiment=quickstart", "experiment=quickstart"])
