@@ -90,9 +90,16 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
         from modtrain.distributed.launch import Launch
         from modtrain.training.plan import resolve
 
-        config, plan = resolve(config, launch=Launch.from_environment())
+        launch = Launch.from_environment()
+        config, plan = resolve(config, launch=launch)
+        from modtrain.training.hardware import num_devices, resolve_accelerator
+        from modtrain.training.one_process import one_process_note
         from modtrain.training.run import train
 
+        device = resolve_accelerator(config.strategy.accelerator)
+        strategy = config.strategy
+        if note := one_process_note(strategy, launch, device, num_devices(device), overrides):
+            print(note, file=sys.stderr)
         ended = train(config, plan=plan)
         if ended.exit_code == 0:
             from modtrain.experiments.hparams import write_swept
