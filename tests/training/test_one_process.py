@@ -31,13 +31,13 @@ def test_the_note_has_the_command_that_starts_all(name, device, devices):
     assert (config.strategy.name, config.name) == (name, "a b")
 
 
-def test_idle_devices_are_said_of_a_strategy_for_one_process_too():
+def test_idle_devices_are_named_for_a_strategy_for_one_process_too():
     assert "1 of 4 GPUs" in note("single", "cuda", 4)
     assert note("single", "cuda", 4).endswith("strategy=ddp")
     assert note("single", "cuda", 1) == note("single") == ""
 
 
-def test_nothing_is_said_where_several_processes_were_started():
+def test_nothing_is_printed_where_several_processes_were_started():
     assert note("fsdp", "cuda", 8, launch=Launch(8, 0, 0, 8)) == ""
 
 
