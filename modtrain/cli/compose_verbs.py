@@ -14,7 +14,8 @@ from modtrain.cluster.config import SubmitConfig, is_of_job, job_keys
 from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.submit import Submission
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.common.overrides import parse, quoted
+from modtrain.common.overrides import parse
+from modtrain.common.spelling import quoted
 from modtrain.experiments.compare.config import CompareConfig, Comparison, add_controls
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
 from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
@@ -119,6 +120,13 @@ def compose_isoflop(overrides: Sequence[str], config_dir: str | None = None) -> 
         partial(compose_job, config_dir=config_dir),
         config_dir,
     )
+
+
+def as_composed(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides as `compose` takes them for ``verb``."""
+    if verb == "isoflop":
+        return [_open_dictionary(text) for text in overrides]
+    return join_space(overrides) if verb == "search" else list(overrides)
 
 
 def _compose_launched(

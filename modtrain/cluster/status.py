@@ -31,7 +31,7 @@ from modtrain.cluster.runs import (
 )
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.common.errors import raise_if_any
-from modtrain.common.overrides import spelled
+from modtrain.common.spelling import spelled
 
 STATES = ("running", "pending", "failed", "stopped", "never started", "complete", "over")
 _STYLES = {"running": "green", "pending": "yellow", "failed": "red", "complete": "dim"}

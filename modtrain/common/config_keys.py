@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from omegaconf import DictConfig
 
 # How alike names in the same section, or in any, are at least: the ratio of `difflib`.
-_ALIKE_BESIDE, _ALIKE_ANYWHERE = 0.6, 0.75
+_ALIKE_BESIDE, _ALIKE_ANYWHERE = 0.6, 0.8
 
 
 def all_keys(node: DictConfig, prefix: str = "") -> list[str]:

@@ -5,11 +5,13 @@ Each returns the problems of the fields ``names`` of ``config``, whose keys begi
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from modtrain.common.errors import Problem
+from modtrain.common.other_tools import value_here
 
 
 def key_of(prefix: str, name: str) -> str:
@@ -45,9 +47,19 @@ def one_of(config: object, prefix: str, name: str, choices: Sequence[str]) -> li
     """Find a field, or an item of a list in it, that is none of ``choices``."""
     value = getattr(config, name)
     values = value if isinstance(value, list) else [value]
-    remedy = f"use one of: {', '.join(choices)}"
     key = key_of(prefix, name)
-    return [Problem(key, value, "is not known", remedy) for value in values if value not in choices]
+    return [
+        Problem(key, value, "is not known", _choice_remedy(key, value, choices))
+        for value in values
+        if value not in choices
+    ]
+
+
+def _choice_remedy(key: str, value: object, choices: Sequence[str]) -> str:
+    remedy = f"use one of: {', '.join(choices)}"
+    here = value_here(key, str(value))
+    near = [here] if here in choices else difflib.get_close_matches(str(value), choices, 1)
+    return f"{remedy}; did you mean {near[0]}?" if near else remedy
 
 
 def broken_rules(config: object, prefix: str, *rules: tuple[bool, str, str, str]) -> list[Problem]:

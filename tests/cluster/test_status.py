@@ -18,7 +18,7 @@ from modtrain.cluster.config import StatusConfig
 from modtrain.cluster.runs import find_runs, lines_from_end, read_job_ids, read_run
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs, state_of
-from modtrain.common.overrides import spelled
+from modtrain.common.spelling import spelled
 from tests.cluster.fake_runs import FakeRun, Group, iso, line, locked, play, shown
 
 

@@ -13,8 +13,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.common.errors import Problem
-from modtrain.common.overrides import quoted
 from modtrain.common.renamed_keys import renamed_problem
+from modtrain.common.spelling import quoted
 from modtrain.common.validation import at_least, one_of
 from modtrain.training.config import TrainConfig
 
