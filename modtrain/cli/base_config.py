@@ -17,6 +17,7 @@ from modtrain.common.renamed_keys import flatten, translate
 from modtrain.common.shipped import conf_dir
 from modtrain.experiments.sweep.jobs import as_value
 from modtrain.training.config import TrainConfig
+from modtrain.training.named_runs import missing_run
 
 _KEY = "from"
 # What is a new run's own.
@@ -74,8 +75,9 @@ def _read(value: str, runs_dir: Path) -> dict[str, Any]:
     paths = [runs_dir / text / "config.yaml", Path(text, "config.yaml"), Path(text)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        remedy = f"name a run below {runs_dir}, or a YAML file; modtrain status lists the runs"
-        raise ConfigError([Problem(_KEY, value, "is no run and no file", remedy)])
+        reason, _, remedy = missing_run(str(runs_dir), text, _KEY).partition("\nremedy: ")
+        reason = f"is no run and no file: {reason}"
+        raise ConfigError([Problem(_KEY, value, reason, f"{remedy}; or a YAML file")])
     try:
         content = translate(read_yaml(path))
         schema: Any = OmegaConf.structured(TrainConfig)

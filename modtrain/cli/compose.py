@@ -9,6 +9,7 @@ import difflib
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ from modtrain.inference.config import (
     StepSamplesConfig,
 )
 from modtrain.training.config import TrainConfig
+from modtrain.training.named_runs import name_of
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
@@ -125,7 +127,17 @@ def compose(
         reported = {problem.key for problem in problems} | advised_keys(problems)
         problems += _config_problems(verb, typed, reported)
     raise_if_any(problems)
-    return typed
+    return _with_run_names(typed)
+
+
+def _with_run_names(config: Any) -> Any:
+    """Return ``config`` with the names of runs that were given as paths."""
+    if isinstance(getattr(config, "run", None), str):
+        return replace(config, run=name_of(config.runs_dir, config.run))
+    if isinstance(config, TrainConfig) and config.branch.run is not None:
+        run = name_of(config.runs_dir, config.branch.run)
+        return replace(config, branch=replace(config.branch, run=run))
+    return config
 
 
 def _of_hydra(override: Override) -> Problem:
