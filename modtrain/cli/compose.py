@@ -122,12 +122,28 @@ def compose(
     texts = [o for o in sound if isinstance(OmegaConf.select(config, o.key_or_group), str)]
     problems += [mistake for text in texts if (mistake := misread(text))]
     typed = OmegaConf.to_object(config)
+    problems += _unused_beside_path(sound, typed)
     if problems:
         # Report all problems in one message.
         reported = {problem.key for problem in problems} | advised_keys(problems)
         problems += _config_problems(verb, typed, reported)
     raise_if_any(problems)
     return _with_run_names(typed)
+
+
+def _unused_beside_path(overrides: list[Override], config: Any) -> list[Problem]:
+    """Find what was said of a tokenizer to train where one is given; defaults are no problem."""
+    if not isinstance(config, PrepareConfig) or config.tokenizer.path is None:
+        return []
+    keys = ("tokenizer.vocab_size", "tokenizer.train_bytes")
+    reason = "is of a tokenizer that is trained, and tokenizer.path gives one"
+    return [
+        Problem(
+            o.key_or_group, str(o.input_line).partition("=")[2], reason, "leave one of them out"
+        )
+        for o in overrides
+        if o.key_or_group in keys
+    ]
 
 
 def _with_run_names(config: Any) -> Any:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from modtrain.common.errors import Problem
 from modtrain.common.other_tools import value_here
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
 
 
 def key_of(prefix: str, name: str) -> str:
@@ -53,6 +56,22 @@ def one_of(config: object, prefix: str, name: str, choices: Sequence[str]) -> li
         for value in values
         if value not in choices
     ]
+
+
+def no_addresses(config: object, prefix: str, *names: str) -> list[Problem]:
+    """Find fields, or items of lists in them, that are addresses in place of files."""
+    problems = []
+    for name in names:
+        value = getattr(config, name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and _ADDRESS.match(text):
+                reason = "is an address, and modtrain reads files"
+                file = text.rstrip("/").rpartition("/")[2] or "FILE"
+                remedy = f"fetch it first, as with curl -LO {text}, and name the file: {file}"
+                if not text.startswith("http"):
+                    remedy = "copy it to a file first, and name that"
+                problems.append(Problem(key_of(prefix, name), text, reason, remedy))
+    return problems
 
 
 def _choice_remedy(key: str, value: object, choices: Sequence[str]) -> str:

@@ -50,12 +50,14 @@ class _CutShortError(Exception):
 class UnitReader:
     """The documents of one unit, in order, as text or as the Flaw in their place.
 
-    num_lines: lines read so far (``jsonl`` kinds).
+    num_lines: lines read so far (``jsonl`` kinds). separator: what ends a document in a text file;
+    None: its end.
     """
 
-    def __init__(self, unit: Unit, text_column: str) -> None:
+    def __init__(self, unit: Unit, text_column: str, separator: str | None = None) -> None:
         self.unit = unit
         self.text_column = text_column
+        self.separator = separator
         self.num_lines = 0
 
     def __iter__(self) -> Iterator[str | Flaw]:
@@ -70,7 +72,11 @@ class UnitReader:
         for file in self.unit.files:
             content = Path(file.path).read_bytes().removeprefix(_BOM)
             # A document's tokens must not depend on the system that wrote it.
-            yield self._text_or_flaw(content.replace(b"\r\n", b"\n"), file.path, 1)
+            text = self._text_or_flaw(content.replace(b"\r\n", b"\n"), file.path, 1)
+            if self.separator is None or isinstance(text, Flaw):
+                yield text
+            else:
+                yield from (part for part in text.split(self.separator) if part.strip())
 
     def _json_lines(self) -> Iterator[str | Flaw]:
         path = self.unit.files[0].path
