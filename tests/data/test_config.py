@@ -31,6 +31,8 @@ def test_all_problems_of_a_prepare_are_reported_at_once():
         sequences_per_sample=0,
         samples_per_shard=0,
         valid_fraction=1.0,
+        separator="",
+        split_at="page",
         on_error="ignore",
         num_workers=-1,
         seed=-1,
