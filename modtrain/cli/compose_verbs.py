@@ -33,6 +33,8 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
         ConfigError: the comparison or an arm is wrong; an arm's keys are prefixed by its name.
     """
     config = compose("compare", overrides, config_dir)
+    if _asks_for_report(config, overrides):
+        return Comparison(config, {})
     raise_if_any(config.problems())
     overrides_of = {arm: [*overrides, *added] for arm, added in config.arms.items()}
     composed: dict[str, CompareConfig] = _compose_each("compare", overrides_of, config_dir)
@@ -48,6 +50,14 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
         if not config.only or arm in config.only
     }
     return Comparison(config, arms, controls)
+
+
+def _asks_for_report(config: CompareConfig, overrides: Sequence[str]) -> bool:
+    """Whether a comparison that has a report is named, and nothing of what it compares is given."""
+    asked = {override.key_or_group for override in parse(overrides)[0]}
+    if not asked <= {"name", "runs_dir", "equivalence_margin"} or config.name is None:
+        return False
+    return Comparison(config, {}).report.is_file()
 
 
 def _compose_each(

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from modtrain.common.config_keys import all_keys, nearest_keys
 from modtrain.common.errors import Problem
 from modtrain.common.other_tools import key_here
-from modtrain.common.spelling import in_quotes, spelling
+from modtrain.common.spelling import in_quotes, kind_of, spelling
 
 # The key that a verb's first word would be, where that is not ``run`` or ``name``.
 _MAIN_KEYS = {"prepare": "sources", "fit": "points", "report": "runs", "search": "study"}
@@ -75,11 +75,11 @@ def _problem(
         target = key if key in known else (key_here(key, known, ()) or key)
         remedy = f"write {in_quotes(target, whole)}"
         return Problem(key, whole, "is in several words", remedy), len(words)
-    target = word if choices(word) else _key_named(word, config)
-    if target is not None:
+    named = word if choices(word) else _key_named(word, config)
+    if named is not None:
         value = words[1] if len(words) > 1 else "…"
-        spelled = spelling(config, target, value) if not choices(word) and value != "…" else None
-        return Problem(word, "", reason, f"write {spelled or f'{target}={value}'}"), len(words[:2])
+        spelled = spelling(config, named, value) if not choices(word) and value != "…" else None
+        return Problem(word, "", reason, f"write {spelled or f'{named}={value}'}"), len(words[:2])
     key = _MAIN_KEYS.get(verb, "run" if "run" in config else "name")
     if key in config and OmegaConf.is_list(config[key]) and not _choice_of(word, config, choices):
         remedy = f"write {spelling(config, key, _pattern(words, config))}"
@@ -93,11 +93,9 @@ def _takes_text(config: DictConfig, key: str, text: str) -> bool:
         return False
     if key not in all_keys(config):
         return "." not in key and " " not in key
-    section, _, name = key.rpartition(".")
-    node = OmegaConf.select(config, section) if section else config
     # A name of one word is whole; a word behind it is another one.
-    is_name = name in ("name", "run", "path", "runs_dir", "study", "output", "data_path")
-    return node._get_node(name)._metadata.ref_type is str and not is_name
+    names = ("name", "run", "path", "runs_dir", "study", "output", "data_path")
+    return kind_of(config, key) is str and key.rpartition(".")[2] not in names
 
 
 def _key_named(word: str, config: DictConfig) -> str | None:

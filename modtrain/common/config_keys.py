@@ -24,7 +24,7 @@ def added_keys(config: DictConfig) -> list[str]:
     """
     sections = [("", config), *((f"{key}.", child) for key, child in _nodes(config))]
     return [
-        f"{prefix}{name}"
+        f"{prefix}{name!s}"
         for prefix, section in sections
         if isinstance(section, DictConfig) and is_dataclass(kind := section._metadata.object_type)
         for name in section

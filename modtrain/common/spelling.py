@@ -92,6 +92,12 @@ def _section_misfit(
     return None if wrong is None else (f"has no key {wrong}", remedy)
 
 
+def kind_of(config: DictConfig, key: str) -> object:
+    """Return the type that the values of ``key`` have; None where there is no such key."""
+    node = _node(config, key)
+    return None if node is None else node._metadata.ref_type
+
+
 def _node(config: DictConfig, key: str) -> Any:
     node: Any = config
     for part in key.split("."):
@@ -170,10 +176,8 @@ def _for_section(section: DictConfig, key: str, text: str) -> str:
     kinds = (int, float) if is_number else (str,)
     words = [
         shlex.quote(f"{key}.{shlex.split(word)[0]}")
-        for name in section
-        if getattr(section._get_node(name), "_metadata", None) is not None
-        and section._get_node(name)._metadata.ref_type in kinds
-        and (word := spelling(section, str(name), text))
+        for name in map(str, section)
+        if kind_of(section, name) in kinds and (word := spelling(section, name, text))
     ][:_CHILDREN_SHOWN]
     return f"write {' or '.join(words)}" if words else f"its keys: {', '.join(map(str, section))}"
 
