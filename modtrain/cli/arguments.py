@@ -33,7 +33,6 @@ _FOREIGN = {
         "modtrain config VERB … prints what is composed; modtrain doctor what is installed",
     ),
     **dict.fromkeys(("--hydra-help",), "modtrain VERB --help lists the keys and groups"),
-    **dict.fromkeys(("--shell-completion", "-sc"), "write modtrain completion bash|zsh|fish"),
     **dict.fromkeys(("--run", "-r", "--resolve"), "leave it out: that is what happens"),
     **dict.fromkeys(("--package", "-p"), "leave it out: keys are written in full"),
     "--experimental-rerun": "write from=RUN: another run with the configuration of that one",

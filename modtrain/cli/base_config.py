@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def expand_base(verb: str, words: Sequence[str], config_dir: str | None) -> list
         for key, content in flatten(stored).items()
         if key not in _NOT_TAKEN and key.partition(".")[0] not in chosen
     }
-    defaults = flatten(OmegaConf.to_container(OmegaConf.structured(_default(groups, config_dir))))
+    defaults = flatten(asdict(_default(groups, config_dir)))
     base = [f"{key}={as_value(v)}" for key, v in flat.items() if defaults.get(key, ...) != v]
     return [*first, *base, *others]
 

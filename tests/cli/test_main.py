@@ -1,5 +1,6 @@
 """The command line: help, mistakes, and what the verbs print."""
 
+import importlib
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modtrain.cli import doctor
 from modtrain.cli import main as cli
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError
@@ -309,6 +311,26 @@ def test_doctor_lists_what_is_installed(capsys):
     for text in ("torch", "lightning", "gloo", "disk", "shared memory", "Slurm", "CUDA"):
         assert text in shown
     assert cli.main(["doctor", "model=tiny"]) == 2
+
+
+def test_doctor_prints_nothing_that_a_package_prints_when_it_is_imported(
+    tmp_path, monkeypatch, capsys
+):
+    noise = "import logging, sys, warnings\nprint('noise')\nprint('noise', file=sys.stderr)\n"
+    noise += "warnings.warn('noise')\nlogging.getLogger('a').warning('noise')\n"
+    (tmp_path / "noisy.py").write_text(noise)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "_PACKAGES", ("noisy",))
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "1")
+    assert cli.main(["doctor", "require=[packages]"]) == 0
+    shown = capsys.readouterr()
+    assert "noisy" in shown.out
+    assert "noise" not in shown.out + shown.err
+    (tmp_path / "noisy.py").write_text("raise OSError('it is broken')")
+    monkeypatch.delitem(sys.modules, "noisy")
+    importlib.invalidate_caches()
+    assert cli.main(["doctor", "require=[packages]"]) == 1
+    assert "it is broken" in capsys.readouterr().out
 
 
 @pytest.mark.slow

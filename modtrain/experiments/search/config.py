@@ -62,7 +62,8 @@ class Dimension:
         """Return which of its values this is, from 0, of a dimension with a size."""
         if self.values:
             return self.values.index(value)
-        return round((value - self.low) / self._spacing)
+        position: float = (value - self.low) / self._spacing
+        return round(position)
 
     def value_at(self, index: int) -> Any:
         """Return the value of this number, of a dimension with a size."""
