@@ -174,8 +174,10 @@ def test_a_key_without_a_meaning_fails_the_build(monkeypatch):
         first: int = 0
         second: int | None = None
 
+    from modtrain.cli import key_reference
+
     monkeypatch.setitem(config_reference.SCHEMAS, "extended", Extended)
-    monkeypatch.setattr(config_reference, "compose", lambda verb, overrides: Extended())
+    monkeypatch.setattr(key_reference, "compose", lambda verb, overrides: Extended())
     with pytest.raises(ValueError, match=r"Extended.*'second'"):
         config_reference.sections("extended")
 

@@ -19,6 +19,7 @@ from modtrain.checkpoint.recovery import prune, whole_checkpoints, with_checkpoi
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import CheckpointError, raise_if_any
 from modtrain.training.config import TrainConfig
+from modtrain.training.named_runs import open_run
 from modtrain.training.run_directory import RunDirectory
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,7 +34,7 @@ def run_checkpoints(config: CheckpointsConfig, console: Console | None = None) -
         ConfigError, CheckpointError: the action is not possible; names every damaged checkpoint.
     """
     raise_if_any(config.problems())
-    run = RunDirectory(Path(config.runs_dir) / str(config.run))
+    run = open_run(config.runs_dir, str(config.run))
     trained = run.read_config()
     console = console or Console(soft_wrap=True)
     if config.action == "prune":

@@ -6,8 +6,10 @@ Hydra composes the YAML of ``conf/`` onto the dataclasses registered here.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,28 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.checkpoint.config import CheckpointsConfig
+from modtrain.cli.stray_words import advised_keys, is_word, word_problems
 from modtrain.cluster.config import (
     CancelConfig,
     LogsConfig,
     StatusConfig,
     SubmitConfig,
 )
+from modtrain.common.config_keys import added_keys
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.common.overrides import explain, misread, parse, plain, search_path
+from modtrain.common.other_tools import value_here
+from modtrain.common.overrides import (
+    explain,
+    misread,
+    not_a_key,
+    parse,
+    plain,
+    search_path,
+    with_spelling,
+)
 from modtrain.common.renamed_keys import new_name, renamed_in_files
 from modtrain.common.shipped import conf_dir
+from modtrain.common.spelling import quoted
 from modtrain.data.config import PrepareConfig
 from modtrain.experiments.compare.config import CompareConfig
 from modtrain.experiments.fit.config import FitConfig
@@ -45,6 +59,7 @@ from modtrain.inference.config import (
     StepSamplesConfig,
 )
 from modtrain.training.config import TrainConfig
+from modtrain.training.named_runs import name_of
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
@@ -90,21 +105,62 @@ def compose(
     if config_dir is not None and not Path(config_dir).is_dir():
         problem = Problem("--config-dir", config_dir, "is not a directory", "give one that exists")
         raise ConfigError([problem])
-    parsed, problems = parse(overrides)
+    parsed, problems = parse([text for text in overrides if not is_word(text)])
+    problems += [_of_hydra(o) for o in parsed if o.key_or_group.startswith(("hydra.", "hydra/"))]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composer = _Composer(verb, config_dir, extra_keys)
         problems += composer.group_problems(parsed)
         wrong = {problem.key for problem in problems}
         sound = [override for override in parsed if override.get_key_element() not in wrong]
         config, override_problems = composer.compose(sound)
+    problems = [with_spelling(problem, config) for problem in problems]
+    problems += composer.added_key_problems(sound, config)
+    of_words = word_problems(verb, overrides, config, composer.options)
+    joined = {problem.key for problem in of_words if problem.value}
+    problems = [p for p in problems + override_problems if p.key.lstrip("+") not in joined]
+    problems += of_words
     texts = [o for o in sound if isinstance(OmegaConf.select(config, o.key_or_group), str)]
-    problems += override_problems + [mistake for text in texts if (mistake := misread(text))]
+    problems += [mistake for text in texts if (mistake := misread(text))]
     typed = OmegaConf.to_object(config)
+    problems += _unused_beside_path(sound, typed)
     if problems:
         # Report all problems in one message.
-        problems += _config_problems(verb, typed, {problem.key for problem in problems})
+        reported = {problem.key for problem in problems} | advised_keys(problems)
+        problems += _config_problems(verb, typed, reported)
     raise_if_any(problems)
-    return typed
+    return _with_run_names(typed)
+
+
+def _unused_beside_path(overrides: list[Override], config: Any) -> list[Problem]:
+    """Find what was said of a tokenizer to train where one is given; defaults are no problem."""
+    if not isinstance(config, PrepareConfig) or config.tokenizer.path is None:
+        return []
+    keys = ("tokenizer.vocab_size", "tokenizer.train_bytes")
+    reason = "is of a tokenizer that is trained, and tokenizer.path gives one"
+    return [
+        Problem(
+            o.key_or_group, str(o.input_line).partition("=")[2], reason, "leave one of them out"
+        )
+        for o in overrides
+        if o.key_or_group in keys
+    ]
+
+
+def _with_run_names(config: Any) -> Any:
+    """Return ``config`` with the names of runs that were given as paths."""
+    if isinstance(getattr(config, "run", None), str):
+        return replace(config, run=name_of(config.runs_dir, config.run))
+    if isinstance(config, TrainConfig) and config.branch.run is not None:
+        run = name_of(config.runs_dir, config.branch.run)
+        return replace(config, branch=replace(config.branch, run=run))
+    return config
+
+
+def _of_hydra(override: Override) -> Problem:
+    """Return the problem of an override of Hydra itself, which a single configuration ignores."""
+    reason, remedy = "is of Hydra's multirun", "leave it out, or sweep with modtrain train -m"
+    value = str(override.input_line).partition("=")[2]
+    return Problem(override.get_key_element(), value, reason, remedy)
 
 
 class _Composer:
@@ -115,11 +171,12 @@ class _Composer:
         self.extra_keys = extra_keys
         self.user_dir = None if config_dir is None else Path(config_dir).resolve()
         self.search = search_path(config_dir)
+        self.groups = sorted({path.parent.name for path in conf_dir().glob("*/*.yaml")})
 
     def compose(self, overrides: list[Override]) -> tuple[DictConfig, list[Problem]]:
         with suppress(HydraException, OmegaConfBaseException):
             return self._raw(overrides), []
-        groups = [o for o in overrides if self._options(o.key_or_group)]
+        groups = [o for o in overrides if self.options(o.key_or_group)]
         try:
             base = self._raw(groups)
         except (HydraException, OmegaConfBaseException) as error:
@@ -132,7 +189,7 @@ class _Composer:
                 self._raw([*groups, override])
                 good.append(override)
             except (HydraException, OmegaConfBaseException) as error:
-                problems.append(explain(override, base, error, self.extra_keys))
+                problems.append(explain(override, base, error, self.extra_keys, self.groups))
         try:
             return self._raw(good), problems
         except (HydraException, OmegaConfBaseException) as error:
@@ -142,15 +199,21 @@ class _Composer:
         """Find the choices of groups that do not exist."""
         problems = []
         for override in overrides:
-            options = self._options(override.key_or_group)
+            options = self.options(override.key_or_group)
             chosen = override.value()
             for name in chosen if isinstance(chosen, list) else [chosen]:
                 if options and name is not None and str(name) not in (*options, "null"):
-                    near = difflib.get_close_matches(str(name), options, 1)
-                    hint = f"did you mean {near[0]}? " if near else ""
-                    remedy = f"{hint}there are: {', '.join(options)}"
                     key = override.get_key_element()
+                    remedy = _choice_remedy(key.lstrip("+"), str(name), options)
                     problems.append(Problem(key, name, "does not exist", remedy))
+        return problems
+
+    def added_key_problems(self, overrides: list[Override], config: DictConfig) -> list[Problem]:
+        """Find what a ``+`` added to ``config`` that nothing reads."""
+        problems = []
+        for key in added_keys(config):
+            givers = [o for o in overrides if f"{o.key_or_group}.".startswith(f"{key}.")]
+            problems += [not_a_key(giver, config, self.extra_keys, self.groups) for giver in givers]
         return problems
 
     def _file_error(self, groups: list[Override], error: Exception) -> ConfigError:
@@ -160,7 +223,8 @@ class _Composer:
             return ConfigError(renamed_in_files(self.user_dir))
         return _combined_error(self.verb, groups, error)
 
-    def _options(self, group: str) -> list[str]:
+    def options(self, group: str) -> list[str]:
+        """Return the choices of a group; empty for what is none."""
         if not group:
             return []
         # Hydra's own list takes as long as half a composition.
@@ -177,6 +241,21 @@ class _Composer:
             raise ConfigError([problem]) from None
         OmegaConf.to_container(config, resolve=True)
         return config
+
+
+def _choice_remedy(group: str, name: str, options: list[str]) -> str:
+    """Return what to write for a choice that a group does not have."""
+    there = f"there are: {', '.join(options)}"
+    here = value_here(group, name)
+    near = [here] if here in options else difflib.get_close_matches(name, options, 1)
+    if near:
+        return f"did you mean {near[0]}? {there}"
+    if group == "data" or "/" in name:
+        key = {"data": "data.path", "corpus": "sources"}.get(group)
+        value = f"[{quoted(name)}]" if key == "sources" else quoted(name)
+        if key is not None:
+            return f"write {shlex.quote(f'{key}={value}')}; {there}"
+    return there
 
 
 def _combined_error(verb: str, overrides: list[Override], error: Exception) -> ConfigError:

@@ -14,7 +14,8 @@ from modtrain.cluster.config import SubmitConfig, is_of_job, job_keys
 from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.submit import Submission
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.common.overrides import parse, quoted
+from modtrain.common.overrides import parse
+from modtrain.common.spelling import quoted
 from modtrain.experiments.compare.config import CompareConfig, Comparison, add_controls
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
 from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
@@ -32,6 +33,8 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
         ConfigError: the comparison or an arm is wrong; an arm's keys are prefixed by its name.
     """
     config = compose("compare", overrides, config_dir)
+    if _asks_for_report(config, overrides):
+        return Comparison(config, {})
     raise_if_any(config.problems())
     overrides_of = {arm: [*overrides, *added] for arm, added in config.arms.items()}
     composed: dict[str, CompareConfig] = _compose_each("compare", overrides_of, config_dir)
@@ -47,6 +50,14 @@ def compose_arms(overrides: Sequence[str], config_dir: str | None = None) -> Com
         if not config.only or arm in config.only
     }
     return Comparison(config, arms, controls)
+
+
+def _asks_for_report(config: CompareConfig, overrides: Sequence[str]) -> bool:
+    """Whether a comparison that has a report is named, and nothing of what it compares is given."""
+    asked = {override.key_or_group for override in parse(overrides)[0]}
+    if not asked <= {"name", "runs_dir", "equivalence_margin"} or config.name is None:
+        return False
+    return Comparison(config, {}).report.is_file()
 
 
 def _compose_each(
@@ -119,6 +130,13 @@ def compose_isoflop(overrides: Sequence[str], config_dir: str | None = None) -> 
         partial(compose_job, config_dir=config_dir),
         config_dir,
     )
+
+
+def as_composed(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides as `compose` takes them for ``verb``."""
+    if verb == "isoflop":
+        return [_open_dictionary(text) for text in overrides]
+    return join_space(overrides) if verb == "search" else list(overrides)
 
 
 def _compose_launched(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
+import logging
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -90,10 +94,27 @@ def _package(name: str, imported: bool) -> Finding:
         return Finding(name, "not installed", remedy, need)
     try:
         if imported:
-            importlib.import_module(_MODULES.get(name, name))
+            with _quiet():
+                importlib.import_module(_MODULES.get(name, name))
     except Exception as error:  # what a broken package raises can be anything
         return Finding(name, version, f"{type(error).__name__}: {error}; {remedy} again", need)
     return Finding(name, version, need=need)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what packages warn of when they are imported out of the report."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _devices() -> list[Finding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import pkgutil
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modtrain import __version__
+from modtrain.cli.arguments import Arguments, make_parser, read_arguments
 from modtrain.common.errors import ConfigError, ModtrainError, Problem, RankError, raise_if_any
 
 Verb = Callable[[list[str], str | None], int]
@@ -20,26 +19,19 @@ Verb = Callable[[list[str], str | None], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 2 for a wrong configuration or command."""
-    parser = _parser()
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.multirun and arguments.verb != "train":
-        parser.error("-m sweeps over runs of train; another verb has one configuration")
-    verb = _sweep if arguments.multirun else _VERBS[arguments.verb][0]
-    if isinstance(verb, str):
-        verb = partial(_call, arguments.verb, verb)
+    verbs = {name: description for name, (_, description) in _VERBS.items()}
+    arguments = Arguments()
     try:
-        if arguments.verb in _TRAINING:
-            # Before the imports that take seconds: a signal during them must not be lost.
-            from modtrain.training.stop_signal import STOP
-
-            STOP.install()
-        return verb(arguments.overrides + arguments.options, arguments.config_dir)
+        arguments = read_arguments(sys.argv[1:] if argv is None else argv, verbs)
+        if arguments.wants_help:
+            return _help(arguments.verb, verbs)
+        return _run(arguments)
     except ModtrainError as error:
         # Errors that all ranks raise are printed by rank 0 only, if it lives.
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         is_everywhere = isinstance(error, ConfigError | RankError)
         if rank == "0" or not is_everywhere or getattr(error, "is_reported_here", False):
-            print(f"modtrain {arguments.verb}: {error}", file=sys.stderr)
+            print(f"{_program(arguments)}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -47,11 +39,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             remedy = "\nremedy: free space, or write elsewhere; the same command continues"
         text = f"{where}{error.strerror or error}{remedy}"
-        print(f"modtrain {arguments.verb}: {text}", file=sys.stderr)
+        print(f"{_program(arguments)}: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted: the same command resumes", file=sys.stderr)
         return 130
+
+
+def _program(arguments: Arguments) -> str:
+    return f"modtrain {arguments.verb}".rstrip()
+
+
+def _run(arguments: Arguments) -> int:
+    name, words, config_dir = arguments.verb, arguments.words, arguments.config_dir
+    if name in _TRAINING:
+        # Before the imports that take seconds: a signal during them must not be lost.
+        from modtrain.training.stop_signal import STOP
+
+        STOP.install()
+    if any(word.startswith("from=") for word in words):
+        from modtrain.cli.base_config import expand_base
+
+        words = expand_base(name, words, config_dir)
+    verb = _sweep if arguments.is_multirun else _VERBS[name][0]
+    if isinstance(verb, str):
+        verb = partial(_call, name, verb)
+    return verb(words, config_dir)
+
+
+def _help(verb: str, verbs: dict[str, str]) -> int:
+    if not verb:
+        print(make_parser(verbs).format_help(), end="")
+        return 0
+    from modtrain.cli.verb_help import verb_help
+
+    print(verb_help(verb, verbs[verb]))
+    return 0
 
 
 def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) -> int:
@@ -90,9 +113,16 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
         from modtrain.distributed.launch import Launch
         from modtrain.training.plan import resolve
 
-        config, plan = resolve(config, launch=Launch.from_environment())
+        launch = Launch.from_environment()
+        config, plan = resolve(config, launch=launch)
+        from modtrain.training.hardware import num_devices, resolve_accelerator
+        from modtrain.training.one_process import one_process_note
         from modtrain.training.run import train
 
+        device = resolve_accelerator(config.strategy.accelerator)
+        strategy = config.strategy
+        if note := one_process_note(strategy, launch, device, num_devices(device), overrides):
+            print(note, file=sys.stderr)
         ended = train(config, plan=plan)
         if ended.exit_code == 0:
             from modtrain.experiments.hparams import write_swept
@@ -145,6 +175,13 @@ def _status(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.experiments.sweep.sweep_status import sweep_table
 
     wide_console().print(sweep_table(Path(config.runs_dir) / config.sweep))
+    return 0
+
+
+def _config(words: list[str], config_dir: str | None) -> int:
+    from modtrain.cli.print_config import composed_yaml
+
+    print(composed_yaml(words, config_dir))
     return 0
 
 
@@ -218,48 +255,6 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
         "modtrain.training.plan_report:show",
         "parameters, FLOPs, steps and memory of a run, without starting it",
     ),
+    "config": (_config, "the configuration that train, eval, ... would have, as YAML"),
     "doctor": (_doctor, "versions, devices, and what is missing on this machine"),
 }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="modtrain",
-        description="Train Mixture-of-Depths language models.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="verbs:\n"
-        + "\n".join(f"  {name:15} {description}" for name, (_, description) in _VERBS.items())
-        + "\n\noverrides are Hydra's: model=mod_60m model.capacity=0.25 budget.tokens=1e9",
-    )
-    parser.add_argument("--version", action="version", version=f"modtrain {__version__}")
-    parser.add_argument(
-        "--config-dir", metavar="DIR", help="a directory of your own YAML, laid out as conf/ is"
-    )
-    # Options that stand for overrides.
-    parser.set_defaults(options=[])
-    for option, override, use in (
-        ("--show-depth", "show_depth=true", "for generate"),
-        ("--dry-run", "dry_run=true", "for submit, and sweeps on Slurm"),
-        ("--plan", "plan_only=true", "for isoflop and search-patterns"),
-    ):
-        meaning = f"{use}, the same as {override}"
-        parser.add_argument(
-            option, dest="options", action="append_const", const=override, help=meaning
-        )
-    parser.add_argument(
-        "--chain",
-        dest="options",
-        action="append",
-        type="chain={}".format,
-        metavar="N",
-        help="for submit, the same as chain=N",
-    )
-    parser.add_argument(
-        "-m",
-        "--multirun",
-        action="store_true",
-        help="for train: a run for each of several values, as in model.capacity=0.1,0.2",
-    )
-    parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help="see below")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="key=value or group=name")
-    return parser

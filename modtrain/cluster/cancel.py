@@ -24,7 +24,7 @@ from modtrain.cluster.slurm import DeniedError, SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs
 from modtrain.common.atomic_io import is_locked, open_to_append
 from modtrain.common.errors import raise_if_any
-from modtrain.common.overrides import spelled
+from modtrain.common.spelling import spelled
 
 # Slurm's own KillWait is 30 seconds by default.
 _POLL_SECONDS, _KILL_GRACE = 1.0, 90.0

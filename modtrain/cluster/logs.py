@@ -28,7 +28,7 @@ from modtrain.cluster.runs import (
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs, state_of
 from modtrain.common.errors import raise_if_any
-from modtrain.common.overrides import spelled
+from modtrain.common.spelling import spelled
 
 # Seconds between two reads of a file, and between two queries to Slurm.
 _POLL_SECONDS, _SLURM_POLL_SECONDS = 0.5, 5.0

@@ -29,18 +29,16 @@ from modtrain.common.reading import (
 )
 from modtrain.common.renamed_keys import translate
 from modtrain.training.config import TrainConfig
+from modtrain.training.named_runs import has_runs_below, missing_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
 
 T = TypeVar("T")
 
-# A directory with one of these is a run's, or a job's.
-_MARK_FILES = frozenset(("config.yaml", "jobs.jsonl", "submit.sbatch"))
 # A directory with one of these is a run's own, not only that of a job that works on other runs.
 _RUN_FILES = ("config.yaml", "submitted.yaml", "submit.sbatch")
 # The scripts of jobs that do not train a run in their own directory; the last is an array's.
 _GROUP_SCRIPT = re.compile(r"(search|compare|prepare|debug|submit-[0-9a-f]{8})\.sbatch")
-_RUN_FOLDERS = frozenset(("checkpoints", "tensorboard", "logs", "code"))
 CANCELLED = "CANCELLED"
 """File of the ids of cancelled jobs, one a line. These jobs are not restarted."""
 LOSS, HELD_OUT = "loss", "held_out/causal_loss"
@@ -122,28 +120,6 @@ class RunRecord:
         return list(dict.fromkeys(job.id for job in reversed(self.submitted)))
 
 
-def find_runs(root: Path) -> list[Path]:
-    """List the directories of runs at and below ``root``, by name. Runs may be nested."""
-    return sorted(_walk(root, set()))
-
-
-def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
-    with suppress(OSError):
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in visited:
-            # A link to a folder that was visited, or to a parent.
-            return
-        visited.add((status.st_dev, status.st_ino))
-        entries = list(os.scandir(folder))
-        is_run = any(entry.name in _MARK_FILES for entry in entries)
-        if is_run:
-            yield folder
-        for entry in entries:
-            hidden = entry.name.startswith(".") or (is_run and entry.name in _RUN_FOLDERS)
-            if not hidden and entry.is_dir():
-                yield from _walk(folder / entry.name, visited)
-
-
 def existing_run(runs_dir: str, name: str) -> Path:
     """Return the directory of the run ``name``.
 
@@ -152,10 +128,7 @@ def existing_run(runs_dir: str, name: str) -> Path:
     """
     path = Path(runs_dir) / name
     if not path.is_dir():
-        raise RunNotFoundError(
-            f"there is no run {path}\nremedy: list the runs with `modtrain status`; for runs"
-            " elsewhere add runs_dir=..."
-        )
+        raise RunNotFoundError(missing_run(runs_dir, name))
     return path
 
 
@@ -265,11 +238,6 @@ def _is_group(run: RunRecord) -> bool:
         return False
     scripts = (Path(job.script).name for job in run.submitted)
     return any(map(_GROUP_SCRIPT.fullmatch, scripts)) or has_runs_below(run.path)
-
-
-def has_runs_below(path: Path) -> bool:
-    """Whether there are directories of runs below ``path``."""
-    return any(folder != path for folder in _walk(path, set()))
 
 
 def _last_active(run: RunRecord) -> float:

@@ -25,13 +25,12 @@ from modtrain.cluster.runs import (
     RunRecord,
     SubmittedJob,
     existing_run,
-    find_runs,
-    has_runs_below,
     read_run,
 )
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.common.errors import raise_if_any
-from modtrain.common.overrides import spelled
+from modtrain.common.spelling import spelled
+from modtrain.training.named_runs import find_runs, has_runs_below
 
 STATES = ("running", "pending", "failed", "stopped", "never started", "complete", "over")
 _STYLES = {"running": "green", "pending": "yellow", "failed": "red", "complete": "dim"}

@@ -21,7 +21,7 @@ from modtrain.cluster.runs import read_job_ids
 from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, check, render
 from modtrain.common.atomic_io import open_to_append, write_text
 from modtrain.common.errors import Problem, raise_if_any
-from modtrain.common.overrides import spelled
+from modtrain.common.spelling import spelled
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
 from modtrain.training.plan_report import device_bytes, gibibytes

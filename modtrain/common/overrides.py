@@ -5,23 +5,29 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-import difflib
 import re
-import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from modtrain.common.config_keys import added_keys, all_keys, keys_beside, nearest_keys
 from modtrain.common.errors import Problem
+from modtrain.common.other_tools import key_here, sentence_for, value_here
 from modtrain.common.renamed_keys import renamed_problem
+from modtrain.common.spelling import in_quotes, misfit, quoted, spelling
 
-# Texts that Hydra does not convert; it parses 1_2, 1e5 and null as other types.
-_PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z][A-Za-z0-9_./-]*|[1-9]\d*", re.I)
+SEVERAL_VALUES = "has several values"
+"""The reason of a problem of an override that would be a sweep."""
+NOT_UNDERSTOOD = "is not understood: "
+"""What the reason of a problem of an override that Hydra cannot parse begins with."""
+
+_CLOSING = {")": "(", "]": "[", "}": "{"}
 
 
 def parse(overrides: Sequence[str], sweeps: bool = False) -> tuple[list[Override], list[Problem]]:
@@ -33,33 +39,30 @@ def parse(overrides: Sequence[str], sweeps: bool = False) -> tuple[list[Override
     parsed: list[Override] = []
     problems: list[Problem] = []
     for text in overrides:
-        key, _, value = text.partition("=")
+        key, sign, value = text.partition("=")
         if not key.strip("+~ "):
             problems.append(Problem(text, "", "has no key", "write key=value or group=name"))
+            continue
+        if not sign and not key.startswith("~"):
+            problems.append(Problem(text, "", "has no value", "write key=value or group=name"))
             continue
         try:
             override = parser.parse_override(text)
             is_sweep = override.is_sweep_override()
             if not is_sweep:
                 override.value()
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
-            reason = f"is not understood: {plain(error)}"
-            problems.append(Problem(key, value, reason, _form_of(key, value)))
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError):
+            problems.append(Problem(key, value, _syntax(key, value), _form_of(key, value)))
             continue
         old_key = renamed_problem(override.key_or_group.replace("/", "."), value)
         if old_key is not None:
             problems.append(old_key)
         elif is_sweep and not sweeps:
             remedy = "give one value; a list stands in brackets, a text with commas in quotes"
-            problems.append(Problem(override.get_key_element(), text, "has several values", remedy))
+            problems.append(Problem(override.get_key_element(), value, SEVERAL_VALUES, remedy))
         else:
             parsed.append(override)
     return parsed, problems
-
-
-def quoted(text: str) -> str:
-    """Quote ``text`` so that Hydra parses it unchanged."""
-    return QuotedString(text, Quote.double).with_quotes()
 
 
 def search_path(config_dir: str | None) -> list[str]:
@@ -67,16 +70,6 @@ def search_path(config_dir: str | None) -> list[str]:
     if config_dir is None:
         return []
     return [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"]
-
-
-def spelled(key: str, value: str) -> str:
-    """Write ``key=value`` so that both the shell and Hydra take it as it is."""
-    return f"{key}={value}" if _PLAIN.fullmatch(value) else in_quotes(key, value)
-
-
-def in_quotes(key: str, value: str) -> str:
-    """Return the override that gives ``value`` as text, quoted for a shell."""
-    return shlex.quote(f"{key}={quoted(value)}")
 
 
 def misread(override: Override) -> Problem | None:
@@ -88,6 +81,36 @@ def misread(override: Override) -> Problem | None:
     return Problem(override.key_or_group, text, f"would be read as {value}", remedy)
 
 
+def _syntax(key: str, value: str) -> str:
+    """Return why Hydra cannot parse ``key=value``, without the words of its grammar."""
+    if not re.fullmatch(r"\+{0,2}~?[\w./@-]+", key.strip()):
+        return f"{NOT_UNDERSTOOD}the key has characters that no key has"
+    opened: list[str] = []
+    quote = ""
+    for character in value:
+        if character in "'\"" and quote in ("", character):
+            quote = "" if quote else character
+        elif not quote and character in "([{":
+            opened.append(character)
+        elif (
+            not quote
+            and character in _CLOSING
+            and (not opened or opened.pop() != _CLOSING[character])
+        ):
+            return f"{NOT_UNDERSTOOD}{character} closes nothing"
+    if quote or opened:
+        return f"{NOT_UNDERSTOOD}{quote or opened[-1]} is not closed"
+    return f"{NOT_UNDERSTOOD}it has characters that Hydra gives a meaning"
+
+
+def with_spelling(problem: Problem, config: DictConfig) -> Problem:
+    """Return the problem of an override that is not parsed with the form that ``config`` takes."""
+    if problem.reason != SEVERAL_VALUES and not problem.reason.startswith(NOT_UNDERSTOOD):
+        return problem
+    word = spelling(config, problem.key.lstrip("+"), str(problem.value))
+    return problem if word is None else replace(problem, remedy=f"write {word}")
+
+
 def _form_of(key: str, value: str) -> str:
     """Return the remedy for an override that Hydra cannot parse."""
     if re.fullmatch(r"\+{0,2}[A-Za-z_][\w./]*", key) and value.strip()[:1] not in ("", "[", "{"):
@@ -96,35 +119,70 @@ def _form_of(key: str, value: str) -> str:
 
 
 def explain(
-    override: Override, base: DictConfig, error: Exception, extra_keys: Sequence[str]
+    override: Override,
+    base: DictConfig,
+    error: Exception,
+    extra_keys: Sequence[str],
+    groups: Sequence[str],
 ) -> Problem:
     """Return the problem of an override that does not compose.
 
-    base: the configuration without it. extra_keys: keys outside ``base`` to suggest.
+    base: the configuration without it. extra_keys: keys outside ``base`` to suggest. groups: those
+    that have choices.
     """
     key = override.get_key_element().lstrip("+~")
     value = str(override.input_line).partition("=")[2]
-    known_keys = [*_keys(base), *extra_keys]
+    known_keys = [*all_keys(base), *extra_keys]
     parent = key.rpartition(".")[0]
     is_new = key not in known_keys and parent in known_keys and not override.is_delete()
     is_entry = is_new and OmegaConf.get_type(OmegaConf.select(base, parent)) is dict
     if key not in known_keys and not is_entry:
-        near = difflib.get_close_matches(key, known_keys, 1, cutoff=0.5)
-        remedy = (
-            f"did you mean {near[0]}?" if near else f"top-level keys: {', '.join(map(str, base))}"
-        )
-        return Problem(key, value, "is not a key of this configuration", remedy)
+        return not_a_key(override, base, extra_keys, groups)
+    if override.is_delete():
+        reason, remedy = "cannot be removed", f"leave ~{key} out, or set {key} to another value"
+        return Problem(key, value, reason, remedy)
     reason = plain(error).removeprefix(f"Error merging override {override.input_line}").strip()
-    current = OmegaConf.select(base, key)
     if re.match(r"Key \S+ \(\w+\) is incompatible with \(str\)", reason):
         remedy = "begin the name with a letter, as in run_1: Hydra does not read this one as text"
-    elif reason.endswith("is not in struct"):
+        return Problem(key, value, "has a name that is no text", remedy)
+    if reason.endswith("is not in struct"):
         remedy = f"add a new entry with a plus: +{override.input_line}"
-    elif current is not None:
-        remedy = f"give a value such as {current}"
-    else:
-        remedy = "give a value of that type"
-    return Problem(key, value, f"does not fit: {reason}", remedy)
+        return Problem(key, value, "is a new entry", remedy)
+    if "${" in value:
+        remedy = "name a key that is there, or put the text in quotes and a \\ before $"
+        return Problem(key, value, "refers to what is not there", remedy)
+    wrong = misfit(base, key, override.value(), value)
+    why, remedy = wrong or (f"does not fit: {reason}", "give a value of that type")
+    return Problem(key, value, why, remedy)
+
+
+def not_a_key(
+    override: Override,
+    config: DictConfig,
+    extra_keys: Sequence[str] = (),
+    groups: Sequence[str] = (),
+) -> Problem:
+    """Return the problem of an override of what is no key, with the one that may be meant.
+
+    config: with the keys there are. extra_keys: keys outside ``config`` to suggest. groups: those
+    that have choices.
+    """
+    key = override.get_key_element().lstrip("+~")
+    wrong = added_keys(config)
+    known = [k for k in all_keys(config) if not f"{k}.".startswith(tuple(f"{w}." for w in wrong))]
+    value = str(override.input_line).partition("=")[2]
+    reason = "is not a key of this configuration"
+    if target := key_here(key, known, groups):
+        here = value_here(target, value)
+        remedy = f"write {spelling(config, target, here) or f'{target}={here}'}"
+        return Problem(key, value, reason, remedy)
+    if sentence := sentence_for(key, value, known):
+        return Problem(key, value, reason, sentence)
+    near = nearest_keys(key, [*known, *extra_keys])
+    section, names = keys_beside(key, known)
+    remedy = f"keys of {section}" if section else "top-level keys"
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"{remedy}: {', '.join(names)}"
+    return Problem(key, value, reason, remedy)
 
 
 def plain(error: BaseException) -> str:
@@ -134,14 +192,3 @@ def plain(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     # The first line says where, the second one what.
     return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-
-
-def _keys(node: DictConfig, prefix: str = "") -> list[str]:
-    keys = []
-    for key in node:
-        full = f"{prefix}{key!s}"
-        keys.append(full)
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none():
-            keys += _keys(child, f"{full}.")
-    return keys

@@ -5,11 +5,16 @@ Each returns the problems of the fields ``names`` of ``config``, whose keys begi
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from modtrain.common.errors import Problem
+from modtrain.common.other_tools import value_here
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
 
 
 def key_of(prefix: str, name: str) -> str:
@@ -45,9 +50,35 @@ def one_of(config: object, prefix: str, name: str, choices: Sequence[str]) -> li
     """Find a field, or an item of a list in it, that is none of ``choices``."""
     value = getattr(config, name)
     values = value if isinstance(value, list) else [value]
-    remedy = f"use one of: {', '.join(choices)}"
     key = key_of(prefix, name)
-    return [Problem(key, value, "is not known", remedy) for value in values if value not in choices]
+    return [
+        Problem(key, value, "is not known", _choice_remedy(key, value, choices))
+        for value in values
+        if value not in choices
+    ]
+
+
+def no_addresses(config: object, prefix: str, *names: str) -> list[Problem]:
+    """Find fields, or items of lists in them, that are addresses in place of files."""
+    problems = []
+    for name in names:
+        value = getattr(config, name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and _ADDRESS.match(text):
+                reason = "is an address, and modtrain reads files"
+                file = text.rstrip("/").rpartition("/")[2] or "FILE"
+                remedy = f"fetch it first, as with curl -LO {text}, and name the file: {file}"
+                if not text.startswith("http"):
+                    remedy = "copy it to a file first, and name that"
+                problems.append(Problem(key_of(prefix, name), text, reason, remedy))
+    return problems
+
+
+def _choice_remedy(key: str, value: object, choices: Sequence[str]) -> str:
+    remedy = f"use one of: {', '.join(choices)}"
+    here = value_here(key, str(value))
+    near = [here] if here in choices else difflib.get_close_matches(str(value), choices, 1)
+    return f"{remedy}; did you mean {near[0]}?" if near else remedy
 
 
 def broken_rules(config: object, prefix: str, *rules: tuple[bool, str, str, str]) -> list[Problem]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from modtrain.common.errors import DataError, Problem
-from modtrain.common.validation import at_least, key_of, not_empty, one_of
+from modtrain.common.validation import at_least, key_of, no_addresses, not_empty, one_of
 from modtrain.data.stream.index import read_summary
 
 VERIFY_LEVELS = ("size", "sha256", "none")
 ERROR_POLICIES = ("skip", "stop")
+SPLIT_AT = ("document", "line")
 # The 256 bytes and the end-of-document token: a byte-level vocabulary cannot be smaller.
 SMALLEST_VOCAB = 257
 
@@ -45,6 +46,7 @@ class DataConfig:
             *at_least(self, prefix, 0, "seed", "num_workers", "eos_id"),
             *at_least(self, prefix, 1, "prefetch_factor", "seq_len"),
             *one_of(self, prefix, "verify", VERIFY_LEVELS),
+            *no_addresses(self, prefix, "path"),
         ]
         if self.eos_id is not None and not self.document_mask:
             key, mask = key_of(prefix, "eos_id"), key_of(prefix, "document_mask")
@@ -95,6 +97,7 @@ class TokenizerConfig:
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with this configuration, with keys below ``prefix``."""
         return [
+            *no_addresses(self, prefix, "path"),
             *at_least(self, prefix, SMALLEST_VOCAB, "vocab_size"),
             *at_least(self, prefix, 1, "train_bytes"),
         ]
@@ -102,7 +105,7 @@ class TokenizerConfig:
 
 @dataclass
 class PrepareConfig:
-    """A corpus, and the shards to make of it.
+    r"""A corpus, and the shards to make of it.
 
     sources: files, globs (``**`` recurses) or ``package:NAME/glob`` for files inside an installed
         Python package. Known are .txt (one file, one document), .jsonl, .jsonl.gz, .jsonl.zst and
@@ -113,7 +116,11 @@ class PrepareConfig:
     seq_len: tokens a stored sequence is trained on; it holds one more, the last target.
     sequences_per_sample: sequences packed in one sample of a tar shard.
     samples_per_shard: samples in one tar shard.
-    valid_fraction: share of the documents held out, chosen by a hash of seed and text.
+    separator: text that ends a document inside a .txt file, such as ``<|endoftext|>``, or a blank
+        line, written ``\n\n``; it is left out. null: a file is one document.
+    valid_fraction: share of the text that is held out.
+    split_at: ``document``: whole documents are held out, chosen by a hash of seed and text.
+        ``line``: the end of each document, from a line on: for one file, or few documents.
     on_error: ``skip`` counts and skips damaged input, ``stop`` raises at the first.
     max_document_bytes: a larger document, or line that holds one, is damaged input. Bounds the
         memory that a process needs.
@@ -128,24 +135,37 @@ class PrepareConfig:
     seq_len: int = 256
     sequences_per_sample: int = 64
     samples_per_shard: int = 64
+    separator: str | None = None
     valid_fraction: float = 0.05
+    split_at: str = "document"
     on_error: str = "skip"
     max_document_bytes: int = 1 << 28
     num_workers: int = 0
     seed: int = 0
 
+    @property
+    def separator_text(self) -> str | None:
+        r"""The separator with line ends and tabs in the place of ``\n`` and ``\t``."""
+        text = self.separator
+        return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
+
     def problems(self) -> list[Problem]:
         """Everything wrong with this configuration."""
         problems = [
             *not_empty(self, "", "sources", "name files: 'sources=[corpus/*.jsonl]'"),
+            *no_addresses(self, "", "sources", "output"),
             *not_empty(self, "", "output", "name a directory: output=data/mine"),
             *not_empty(self, "", "text_column", "text_column=text is usual"),
             *self.tokenizer.problems("tokenizer"),
             *one_of(self, "", "on_error", ERROR_POLICIES),
+            *one_of(self, "", "split_at", SPLIT_AT),
             *at_least(self, "", 1, "seq_len", "sequences_per_sample", "samples_per_shard"),
             *at_least(self, "", 1 << 10, "max_document_bytes"),
             *at_least(self, "", 0, "num_workers", "seed"),
         ]
+        if self.separator == "":
+            reason, remedy = "is empty", "give a text, or null: a file is one document"
+            problems.append(Problem("separator", "", reason, remedy))
         if not 0 < self.valid_fraction < 1:
             reason = "is not between 0 and 1, both excluded"
             problems.append(Problem("valid_fraction", self.valid_fraction, reason, "try 0.05"))

@@ -68,6 +68,11 @@ class Launch:
 _REMEDY = "start with torchrun, or with srun from a script that sets MASTER_ADDR and MASTER_PORT"
 
 
+def torchrun_command(num_processes: int) -> str:
+    """Return the command, up to the overrides, that trains in so many processes on this node."""
+    return f"torchrun --standalone --nproc-per-node {num_processes} -m modtrain train"
+
+
 def _variable_names(environment: Mapping[str, str]) -> dict[str, str] | None:
     """Return the launcher's variable for each of torchrun's, None without a launcher."""
     if "RANK" in environment and "WORLD_SIZE" in environment:

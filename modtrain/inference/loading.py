@@ -20,6 +20,7 @@ from modtrain.inference.config import TrainedRunConfig
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
+from modtrain.training.named_runs import open_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
 
@@ -79,7 +80,7 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
     Raises:
         ConfigError, CheckpointError, DataError: the run cannot be loaded, with the remedy.
     """
-    run = RunDirectory(Path(config.runs_dir) / str(config.run))
+    run = open_run(config.runs_dir, str(config.run))
     trained = run.read_config()
     step, model = with_checkpoint(
         run.checkpoints, config.step, lambda step, path: (step, load_model(trained, path))

@@ -20,6 +20,7 @@ from modtrain.data.stream.index import TOKENIZER_NAME
 from modtrain.distributed.process_group import ONE_PROCESS
 from modtrain.inference.config import StepSamplesConfig
 from modtrain.inference.token_text import Vocabulary
+from modtrain.training.named_runs import open_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.spikes.journal import SpikeJournal
@@ -49,7 +50,7 @@ def show_samples(config: StepSamplesConfig, console: Console | None = None) -> N
         ConfigError, CheckpointError, DataError: the run has no such step, or cannot be read.
     """
     raise_if_any(config.problems())
-    run = RunDirectory(Path(config.runs_dir) / str(config.run))
+    run = open_run(config.runs_dir, str(config.run))
     trained = run.read_config()
     samples = samples_of(run, config.step or 1)
     if config.format == "jsonl":

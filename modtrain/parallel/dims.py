@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modtrain.common.errors import Problem
+from modtrain.distributed.launch import torchrun_command
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,35 @@ class ParallelDims:
         if shard_is_set:
             degrees["shard_size"] = self.shard
         for key, degree in degrees.items():
-            group = f"the {self.world_size} processes"
+            group = (
+                "the one process" if self.world_size == 1 else f"the {self.world_size} processes"
+            )
             if ranks > 1 and self.world_size % ranks == 0:
                 group = f"the {self.world_size // ranks} groups of {ranks} processes"
             if degree > 1 and self.world_size % (ranks * degree):
                 reason = f"does not divide {group}"
-                problems.append(Problem(f"{prefix}.{key}", degree, reason, "give a divisor of it"))
+                remedy = self._remedy(degree)
+                problems.append(Problem(f"{prefix}.{key}", degree, reason, remedy))
             ranks *= degree
         if not problems and self.fsdp % self.expert:
             reason = f"does not divide {self._expert_ranks}, over which experts are spread"
-            key = f"{prefix}.expert_parallel"
-            problems.append(Problem(key, self.expert, reason, "give a divisor of it, or null"))
+            key, remedy = f"{prefix}.expert_parallel", f"{self._remedy(self.expert)}, or null"
+            problems.append(Problem(key, self.expert, reason, remedy))
         return problems
+
+    @property
+    def _processes(self) -> str:
+        return "the one process" if self.world_size == 1 else f"the {self.world_size} processes"
+
+    def _remedy(self, degree: int) -> str:
+        if self.world_size > 1:
+            return "give a divisor of it"
+        return f"start {degree} processes or a multiple, as in {torchrun_command(degree)} …"
 
     @property
     def _expert_ranks(self) -> str:
         if self.fsdp == self.world_size:
-            return f"the {self.world_size} processes"
+            return self._processes
         parts = f"{self.world_size} processes"
         for name in ("replicate", "tensor"):
             degree = getattr(self, name)

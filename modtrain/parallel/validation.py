@@ -6,7 +6,7 @@ import re
 from importlib.metadata import version
 
 from modtrain.common.errors import Problem
-from modtrain.distributed.launch import Launch
+from modtrain.distributed.launch import Launch, torchrun_command
 from modtrain.models.config import ModelConfig
 from modtrain.parallel.config import StrategyConfig, dims_of
 from modtrain.parallel.dims import ParallelDims
@@ -21,6 +21,8 @@ def dims_problems(
     if config.world_size not in (None, world):
         reason = f"is not the number of processes that were started: {world}"
         remedy = "leave it null, or start as many with torchrun or srun"
+        if world == 1:
+            remedy += f": {torchrun_command(config.world_size)} …"
         problems.append(Problem(f"{prefix}.world_size", config.world_size, reason, remedy))
     if config.name == "single" and world > 1:
         reason = f"is for one process, and {world} were started"

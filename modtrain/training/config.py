@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 
 from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, at_least, one_of, shares
@@ -356,6 +357,10 @@ class TrainConfig:
         if not self.name:
             reason = "a run needs a name: a second start of the same name resumes it"
             return [Problem("name", "null", reason, "add name=my_run")]
+        below = self.name.removeprefix(f"{self.runs_dir}/")
+        if below != self.name and not Path(self.runs_dir, self.name).is_dir():
+            reason, remedy = "begins with runs_dir, below which it is", f"write name={below}"
+            return [Problem("name", self.name, reason, remedy)]
         return directory_problems("name", self.name)
 
 

@@ -58,3 +58,8 @@ def resolve_accelerator(accelerator: str) -> str:
         remedy = "use auto or cpu; modtrain doctor says what is missing"
         raise ConfigError([Problem("accelerator", accelerator, "is not available", remedy)])
     return accelerator
+
+
+def num_devices(device_type: str) -> int:
+    """Return how many devices of the type this process sees."""
+    return torch.cuda.device_count() if device_type == "cuda" else 1

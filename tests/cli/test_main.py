@@ -1,5 +1,6 @@
 """The command line: help, mistakes, and what the verbs print."""
 
+import importlib
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modtrain.cli import doctor
 from modtrain.cli import main as cli
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError
@@ -121,6 +123,22 @@ def test_an_override_without_a_key_is_reported(override):
         compose("train", [override])
 
 
+@pytest.mark.parametrize("verb", ["train", "compare", "search", "isoflop", "eval", "submit"])
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_a_plus_adds_no_key_that_nothing_reads(verb, plus):
+    section = {"eval": "inference", "submit": "cluster"}.get(verb, "optimizer")
+    problems = errors(f"{plus}{section}.lrr=5", f"{plus}x.y=1", verb=verb)
+    for key in (f"{section}.lrr", "x.y"):
+        assert problems[key].reason == "is not a key of this configuration"
+    assert verb in ("eval", "submit") or "optimizer.lr?" in problems["optimizer.lrr"].remedy
+
+
+def test_a_key_that_cannot_be_removed_or_is_of_hydra_is_reported():
+    assert errors("~optimizer.lr")["optimizer.lr"].reason == "cannot be removed"
+    assert errors("~optimizer.lrr")["optimizer.lrr"].remedy == "did you mean optimizer.lr?"
+    assert "train -m" in errors("+hydra.x=1", verb="plan")["+hydra.x"].remedy
+
+
 def test_overrides_that_clash_with_each_other_are_reported_without_a_traceback():
     with pytest.raises(ConfigError):
         compose("train", ["+experiment=quickstart", "experiment=quickstart"])
@@ -221,7 +239,7 @@ def test_a_name_is_what_was_written(given):
     [
         ("run=swept/a=0.125", "run", "'run=\"swept/a=0.125\"'"),
         ('run=say "it"', "run", '\'run="say \\"it\\""\''),
-        ("run=[", "run", "'key=\"a value with = or brackets\"'"),
+        ("run=[", "run", "'run=\"[\"'"),
     ],
 )
 def test_what_is_not_understood_is_reported_with_a_form_that_works(override, key, remedy):
@@ -229,7 +247,7 @@ def test_what_is_not_understood_is_reported_with_a_form_that_works(override, key
     assert not problem.reason.endswith(("None", ": "))
     assert problem.remedy.endswith(remedy)
     (word,) = shlex.split(remedy)
-    assert compose("eval", [word.replace("key", "run")]).run
+    assert compose("eval", [word]).run
 
 
 @pytest.mark.parametrize("choice", ["1e5", "3", "{a: 1}"])
@@ -293,6 +311,26 @@ def test_doctor_lists_what_is_installed(capsys):
     for text in ("torch", "lightning", "gloo", "disk", "shared memory", "Slurm", "CUDA"):
         assert text in shown
     assert cli.main(["doctor", "model=tiny"]) == 2
+
+
+def test_doctor_prints_nothing_that_a_package_prints_when_it_is_imported(
+    tmp_path, monkeypatch, capsys
+):
+    noise = "import logging, sys, warnings\nprint('noise')\nprint('noise', file=sys.stderr)\n"
+    noise += "warnings.warn('noise')\nlogging.getLogger('a').warning('noise')\n"
+    (tmp_path / "noisy.py").write_text(noise)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "_PACKAGES", ("noisy",))
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "1")
+    assert cli.main(["doctor", "require=[packages]"]) == 0
+    shown = capsys.readouterr()
+    assert "noisy" in shown.out
+    assert "noise" not in shown.out + shown.err
+    (tmp_path / "noisy.py").write_text("raise OSError('it is broken')")
+    monkeypatch.delitem(sys.modules, "noisy")
+    importlib.invalidate_caches()
+    assert cli.main(["doctor", "require=[packages]"]) == 1
+    assert "it is broken" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from modtrain.cluster.freeze import freeze
 from modtrain.cluster.script import JobScript, ScriptError, ScriptTask, check, render, slurm_dir
 from modtrain.cluster.submit import job_name, submit
 from modtrain.common.errors import OtherRunError
-from modtrain.common.overrides import quoted
+from modtrain.common.spelling import quoted
 from modtrain.training.run import train
 from tests.cluster.fake_runs import line, play
 from tests.conftest import run_modtrain

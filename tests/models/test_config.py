@@ -205,7 +205,9 @@ def test_an_odd_width_can_only_be_given_a_head_dim():
 def test_the_remedy_for_a_pattern_can_be_followed(num_layers):
     (problem,) = small(num_layers=num_layers, pattern="sometimes").problems()
     assert "every_other" in problem.remedy
-    quoted = problem.remedy.split("'")[1]
+    override = problem.remedy.split("'")[1]
+    assert override.startswith('model.pattern="')
+    quoted = override.split('"')[1]
     assert small(num_layers=num_layers, pattern=quoted).problems() == []
 
 

@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
+from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.readers import Flaw, UnitReader
 from modtrain.data.prepare.sources import SourceFile
 from modtrain.data.prepare.tokenizer import DocumentEncoder, SplitChooser
@@ -42,11 +43,13 @@ class EncodeJob:
     seed: int
     on_error: str
     max_document_bytes: int
+    separator: str | None = None
+    split_at: str = "document"
 
     @property
     def key(self) -> str:
         """Name of the unit's files: differs wherever the tokens might."""
-        fields = asdict(self)
+        fields = without_later_options(asdict(self))
         where_it_happens = ("work", "tokenizer")
         return digest({k: v for k, v in fields.items() if k not in where_it_happens})[:32]
 
@@ -58,6 +61,16 @@ class EncodeJob:
     def record_file(self) -> Path:
         """Where the unit's record is written, once its tokens are."""
         return Path(self.work) / "units" / f"{self.key}.json"
+
+
+def without_later_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return ``options`` without those that prepared data had no word of, at their defaults.
+
+    So data that were prepared before there was an option are those of its default.
+    """
+    later = ("separator", "split_at", "max_document_bytes")
+    defaults = {name: getattr(PrepareConfig, name) for name in later}
+    return {k: v for k, v in options.items() if k not in defaults or v != defaults[k]}
 
 
 @dataclass
@@ -120,19 +133,19 @@ def encode_unit(job: EncodeJob) -> UnitRecord:
 
 def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
     encoder = DocumentEncoder.of_file(job.tokenizer, job.tokenizer_sha256)
-    chooser = SplitChooser(job.seed, job.valid_fraction)
+    chooser = SplitChooser(job.seed, job.valid_fraction, job.split_at)
     record = UnitRecord()
-    reader = UnitReader(job.unit, job.text_column, job.max_document_bytes)
+    reader = UnitReader(job.unit, job.text_column, job.max_document_bytes, job.separator)
     for texts in _batches(reader, record, job):
-        for text, numbers in zip(texts, encoder.encode(texts), strict=True):
-            content = text.encode()
-            split = "valid" if chooser.is_valid(content) else "train"
+        parts = [part for text in texts for part in chooser.parts(text).items()]
+        encoded = encoder.encode([text for _, text in parts])
+        for (split, text), numbers in zip(parts, encoded, strict=True):
             tokens = np.array([*numbers, job.eos_id], np.dtype(job.dtype).newbyteorder("<"))
             outputs[split].write(tokens.tobytes())
             counts = record.splits[split]
             counts.num_tokens += len(tokens)
             counts.num_documents += 1
-            counts.num_bytes += len(content)
+            counts.num_bytes += len(text.encode())
     record.num_lines = reader.num_lines
     return record
 

@@ -26,7 +26,7 @@ from modtrain.common.atomic_io import (
     write_bytes,
     write_json,
 )
-from modtrain.common.errors import DataError, raise_if_any
+from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.encode import (
     EXAMPLES_OF_A_KIND,
@@ -34,6 +34,7 @@ from modtrain.data.prepare.encode import (
     UnitRecord,
     encode_unit,
     finished_record,
+    without_later_options,
 )
 from modtrain.data.prepare.pack import (
     PackLayout,
@@ -125,6 +126,7 @@ def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
 def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     output = Path(config.output)
     files = expand_sources(config.sources)
+    _refuse_unused_separator(config, files)
     request = _request(config, files)
     if (output / INDEX_NAME).exists():
         return _report_of_finished(output, request)
@@ -158,6 +160,12 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     return PrepareReport(output, summary, False, _examples(units, records))
 
 
+def _refuse_unused_separator(config: PrepareConfig, files: Sequence[SourceFile]) -> None:
+    if config.separator is not None and all(file.kind != "text" for file in files):
+        reason, remedy = "is for .txt files, and the sources have none", "leave it out"
+        raise ConfigError([Problem("separator", config.separator, reason, remedy)])
+
+
 def finish(
     output: Path, summary: IndexSummary, shards: dict[str, list[Shard]], staging: Path
 ) -> None:
@@ -175,26 +183,21 @@ def finish(
 
 def _request(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
     """All that the output depends on, free of paths, so that the folders can be moved."""
-    options = _options(config)
+    options = asdict(config)
+    for name in ("sources", "output", "num_workers"):
+        del options[name]
     path = config.tokenizer.path
     if path is not None:
         options["tokenizer"] = {"sha256": file_sha256(Path(path))}
+    options = without_later_options(options)
     names, sizes = [Path(file.path).name for file in files], [file.size for file in files]
     times = digest([file.mtime_ns for file in files])
     return {**options, "files": len(files), "contents": digest([names, sizes]), _TIMES: times}
 
 
-def _options(config: PrepareConfig) -> dict[str, Any]:
-    """Return what an output depends on beside the files."""
-    without = ("sources", "output", "num_workers")
-    return {name: value for name, value in asdict(config).items() if name not in without}
-
-
 def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
     try:
-        # Options that an earlier version lacked have what it did as their default.
-        defaults = _options(PrepareConfig())
-        stored_request = {**defaults, **json.loads((output / REQUEST_NAME).read_bytes())}
+        stored_request = json.loads((output / REQUEST_NAME).read_bytes())
     except (OSError, ValueError):
         stored_request = {}
     keys = sorted(
@@ -266,16 +269,20 @@ def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path)
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path).read_bytes()
     key_parts = [asdict(config.tokenizer), config.text_column, config.valid_fraction, config.seed]
+    names = ("separator", "split_at", "max_document_bytes")
+    later = without_later_options({name: getattr(config, name) for name in names})
+    key_parts += [later] if later else []
     key = digest([key_parts, [asdict(unit) for unit in units]])
     trained = work / f"tokenizer-{key}.json"
     if not trained.exists():
-        chooser = SplitChooser(config.seed, config.valid_fraction)
+        chooser = SplitChooser(config.seed, config.valid_fraction, config.split_at)
         texts = training_texts(
             units,
             config.tokenizer,
             chooser,
             text_column=config.text_column,
             max_document_bytes=config.max_document_bytes,
+            separator=config.separator_text,
         )
         content = train_tokenizer(texts, config.tokenizer.vocab_size)
         write_bytes(trained, content, work / "staging")
@@ -303,6 +310,8 @@ def _encode(
             seed=config.seed,
             on_error=config.on_error,
             max_document_bytes=config.max_document_bytes,
+            separator=config.separator_text,
+            split_at=config.split_at,
         )
         for unit in units
     ]
@@ -362,9 +371,23 @@ def _refuse_empty_split(
             raise DataError(
                 f"the split {name} would hold no sequence: its {split.num_documents} documents "
                 f"give {split.num_tokens} tokens, and one sequence takes {config.seq_len + 1}. "
-                f"Change valid_fraction={config.valid_fraction}, choose a shorter seq_len, or add "
-                f"documents. Left out for their flaws: {flaw_counts}."
+                f"{_remedy_for_empty_split(splits, config)} "
+                f"Left out for their flaws: {flaw_counts}."
             )
+
+
+def _remedy_for_empty_split(splits: dict[str, SplitSummary], config: PrepareConfig) -> str:
+    tokens = sum(split.num_tokens for split in splits.values())
+    least = config.seq_len + 2
+    is_enough = min(config.valid_fraction, 1 - config.valid_fraction) * tokens > least
+    if config.split_at == "document" and is_enough:
+        return (
+            "There are few documents: add split_at=line, which holds out the end of each one, or"
+            " name what ends a document inside a file: separator=..."
+        )
+    if tokens > 2 * least:
+        return f"Raise valid_fraction={config.valid_fraction}, or choose a shorter seq_len."
+    return "Choose a shorter seq_len, or add text."
 
 
 def _flaw_counts(records: Sequence[UnitRecord]) -> dict[str, int]:

@@ -54,13 +54,17 @@ class UnitReader:
     """The documents of one unit, in order, as text or as the Flaw in their place.
 
     max_bytes: of a document's text, and of a line that holds one; memory is bounded by it.
-    num_lines: lines read so far (``jsonl`` kinds).
+    separator: what ends a document in a text file; None: its end. num_lines: lines read so far
+    (``jsonl`` kinds).
     """
 
-    def __init__(self, unit: Unit, text_column: str, max_bytes: int) -> None:
+    def __init__(
+        self, unit: Unit, text_column: str, max_bytes: int, separator: str | None = None
+    ) -> None:
         self.unit = unit
         self.text_column = text_column
         self.max_bytes = max_bytes
+        self.separator = separator
         self.num_lines = 0
 
     def __iter__(self) -> Iterator[str | Flaw]:
@@ -73,10 +77,40 @@ class UnitReader:
 
     def _text_files(self) -> Iterator[str | Flaw]:
         for file in self.unit.files:
-            with Path(file.path).open("rb") as opened:
+            path = Path(file.path)
+            if self.separator is not None:
+                yield from self._parts(path, self.separator.encode())
+                continue
+            with path.open("rb") as opened:
                 content = opened.read(self.max_bytes + 1).removeprefix(_BOM)
             # A document's tokens must not depend on the system that wrote it.
             yield self._text_or_flaw(content.replace(b"\r\n", b"\n"), file.path, 1)
+
+    def _parts(self, path: Path, separator: bytes) -> Iterator[str | Flaw]:
+        """The documents of a text file between separators; blank ones are none."""
+        waiting, line, is_too_large = bytearray(), 1, False
+        for chunk in _with_unix_lines(path):
+            start = max(0, len(waiting) - len(separator) + 1)
+            waiting += chunk
+            while (at := waiting.find(separator, start)) >= 0:
+                yield from self._part(bytes(waiting[:at]), path, line, is_too_large)
+                line += waiting.count(b"\n", 0, at + len(separator))
+                del waiting[: at + len(separator)]
+                start, is_too_large = 0, False
+            if len(waiting) > self.max_bytes + len(separator):
+                # What may be the beginning of a separator stays.
+                line += waiting.count(b"\n", 0, len(waiting) - len(separator))
+                del waiting[: -len(separator)]
+                is_too_large = True
+        yield from self._part(bytes(waiting), path, line, is_too_large)
+
+    def _part(
+        self, content: bytes, path: Path, line: int, is_too_large: bool
+    ) -> Iterator[str | Flaw]:
+        if is_too_large:
+            yield self._too_large(str(path), line)
+        elif content.strip():
+            yield self._text_or_flaw(content, str(path), line)
 
     def _json_lines(self) -> Iterator[str | Flaw]:
         path = self.unit.files[0].path
@@ -172,6 +206,19 @@ class UnitReader:
                         yield self._text_or_flaw(value, path, row)
         except (OSError, pa.ArrowException) as error:
             yield Flaw("damaged", path, row + 1, f"not parquet, or cut short: {error}")
+
+
+def _with_unix_lines(path: Path) -> Iterator[bytes]:
+    """A text file in pieces, without a byte-order mark and with line ends of one byte."""
+    with path.open("rb") as file:
+        rest = file.read(len(_BOM)).removeprefix(_BOM)
+        is_end = False
+        while not is_end:
+            piece = file.read(_CHUNK_BYTES)
+            is_end, data = not piece, rest + piece
+            # The other half of a line end may follow.
+            rest = b"" if is_end or not data.endswith(b"\r") else b"\r"
+            yield data[: len(data) - len(rest)].replace(b"\r\n", b"\n")
 
 
 def _skip_line(file: BinaryIO, end: int) -> None:

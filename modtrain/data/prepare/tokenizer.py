@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from modtrain.common.errors import DataError
 from modtrain.data.config import TokenizerConfig
-from modtrain.data.prepare.readers import UnitReader
+from modtrain.data.prepare.readers import Flaw, UnitReader
 from modtrain.data.prepare.units import Unit
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -52,6 +52,7 @@ def training_texts(
     *,
     text_column: str,
     max_document_bytes: int,
+    separator: str | None = None,
 ) -> Iterator[str]:
     """Up to ``train_bytes`` of the training documents, each unit giving its share."""
     estimates = [unit.num_bytes * _EXPANSION.get(unit.kind, 1) for unit in units]
@@ -61,11 +62,12 @@ def training_texts(
         # Shares keep one source from being all that the tokenizer sees of a mixed corpus.
         share = left if total <= config.train_bytes else -(-config.train_bytes * estimate // total)
         share = min(share, left)
-        for document in UnitReader(unit, text_column, max_document_bytes):
+        for document in UnitReader(unit, text_column, max_document_bytes, separator):
             if share <= 0:
                 break
-            if isinstance(document, str) and not chooser.is_valid(document.encode()):
-                content = document.encode()[:share]
+            text = None if isinstance(document, Flaw) else chooser.parts(document).get("train")
+            if text is not None:
+                content = text.encode()[:share]
                 share -= len(content)
                 left -= len(content)
                 yield content.decode(errors="ignore")
@@ -96,16 +98,44 @@ def _parse(content: bytes, name: str) -> Tokenizer:
 
 
 class SplitChooser:
-    """Which documents are held out: a hash of seed and text, the same wherever they stand."""
+    """Which text is held out: whole documents, or the end of each one.
 
-    def __init__(self, seed: int, valid_fraction: float) -> None:
+    Documents are chosen by a hash of seed and text, the same wherever they stand.
+    """
+
+    def __init__(self, seed: int, valid_fraction: float, split_at: str = "document") -> None:
         self._key = str(seed).encode()
         self._threshold = int(valid_fraction * 2**64)
+        self._train_share = 1 - valid_fraction
+        self._at_line = split_at == "line"
 
     def is_valid(self, content: bytes) -> bool:
         """Whether the document of these UTF-8 bytes belongs to the ``valid`` split."""
         hashed = hashlib.blake2b(content, digest_size=8, key=self._key).digest()
         return int.from_bytes(hashed, "big") < self._threshold
+
+    def parts(self, text: str) -> dict[str, str]:
+        """Return the text of a document by split: one of them, or its beginning and its end.
+
+        A document without a line end or a space between two texts is in one split.
+        """
+        cut = self._cut(text) if self._at_line else 0
+        if cut:
+            return {"train": text[:cut], "valid": text[cut:]}
+        return {"valid" if self.is_valid(text.encode()) else "train": text}
+
+    def _cut(self, text: str) -> int:
+        """Return where the held-out end begins: behind a line end, or a space where there is none.
+
+        0 for a document without either between two texts.
+        """
+        start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+        wanted = min(max(start, round(len(text) * self._train_share) - 1), end)
+        for character in "\n ":
+            cut = text.find(character, wanted, end) + 1 or text.rfind(character, start, wanted) + 1
+            if cut:
+                return cut
+        return 0
 
 
 class DocumentEncoder:

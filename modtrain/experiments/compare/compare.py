@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from modtrain.common.atomic_io import write_text
-from modtrain.common.errors import ConfigError, Problem, TrainingError
+from modtrain.common.errors import ConfigError, DataError, Problem, TrainingError
+from modtrain.common.reading import UnreadableError, read_json
 from modtrain.distributed.launch import Launch
 from modtrain.experiments.compare.comparison_report import describe, draw, show
 from modtrain.experiments.compare.config import Comparison
@@ -23,8 +24,6 @@ from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
-
-_REPORT = "compare.json"
 
 
 def compare(comparison: Comparison) -> int:
@@ -42,6 +41,9 @@ def compare(comparison: Comparison) -> int:
         reason = f"trains in one process, but {processes} were started"
         remedy = "run it without torchrun or srun, or start a single arm with modtrain train"
         raise ConfigError([Problem("compare", "", reason, remedy)])
+    if not comparison.arms:
+        _show_report(comparison, Console())
+        return 0
     resolved = {
         name: [resolve(config) for config in configs] for name, configs in comparison.arms.items()
     }
@@ -49,7 +51,7 @@ def compare(comparison: Comparison) -> int:
     if comparison.config.train:
         if _complete_runs(arms) != arms:
             # The report is outdated; it is written again when everything is trained.
-            (comparison.directory / _REPORT).unlink(missing_ok=True)
+            comparison.report.unlink(missing_ok=True)
         for runs_of_seed in zip(*resolved.values(), strict=True):
             for config, plan in runs_of_seed:
                 outcome = train(config, plan=plan)
@@ -67,7 +69,7 @@ def _report_and_show(comparison: Comparison, console: Console) -> None:
             raise TrainingError("no run of this comparison is complete: leave train=false out")
         show(_report(replace(comparison, arms=complete)), config.equivalence_margin, console)
         return
-    path, picture = directory / _REPORT, directory / "loss_over_flops.png"
+    path, picture = comparison.report, directory / "loss_over_flops.png"
     if not _is_current(path, arms):
         draw(arms, picture)
         write_text(path, json.dumps(_report(comparison), indent=1))
@@ -77,6 +79,19 @@ def _report_and_show(comparison: Comparison, console: Console) -> None:
     tensorboard = f"{_tensorboard()} --logdir {shlex.quote(str(directory))}"
     lines = f"\npicture: {picture.resolve()}\nTensorBoard: {tensorboard}"
     console.print(lines, soft_wrap=True)
+
+
+def _show_report(comparison: Comparison, console: Console) -> None:
+    """Print the report that was written when the comparison was complete."""
+    try:
+        report = read_json(comparison.report)
+        show(report, comparison.config.equivalence_margin, console)
+    except (UnreadableError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{comparison.report} is damaged: {error}\nremedy: give the command that made it again"
+        ) from None
+    picture = (comparison.directory / "loss_over_flops.png").resolve()
+    console.print(f"\npicture: {picture}", soft_wrap=True, markup=False)
 
 
 def _complete_runs(arms: dict[str, list[TrainConfig]]) -> dict[str, list[TrainConfig]]:

@@ -69,8 +69,8 @@ class CompareConfig(TrainConfig):
 class Comparison:
     """What is to be compared, composed and checked.
 
-    arms: the runs of each arm, one a seed. controls: of routed arms, the arm that is the dense
-    model of their unrouted layers alone.
+    arms: the runs of each arm, one a seed; none: the report that there is, is shown. controls: of
+    routed arms, the arm that is the dense model of their unrouted layers alone.
     """
 
     config: CompareConfig
@@ -81,6 +81,11 @@ class Comparison:
     def directory(self) -> Path:
         """Where the report goes."""
         return Path(self.config.runs_dir) / str(self.config.name)
+
+    @property
+    def report(self) -> Path:
+        """The report's file."""
+        return self.directory / "compare.json"
 
 
 def add_controls(

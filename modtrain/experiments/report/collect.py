@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from modtrain.cluster.runs import find_runs
 from modtrain.common.errors import DataError, Problem, raise_if_any
 from modtrain.common.reading import UnreadableError
 from modtrain.experiments.report.comparisons import ComparedArms, read_comparisons
@@ -16,6 +15,7 @@ from modtrain.experiments.report.data_groups import DataGroup, group_by_data
 from modtrain.experiments.report.files import printable
 from modtrain.experiments.report.grids import Grid, GridFile, fit_grid, read_grids
 from modtrain.experiments.report.runs import LeftOutError, Run, read_run
+from modtrain.training.named_runs import find_runs
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
@@ -13,10 +14,13 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.common.errors import Problem
-from modtrain.common.overrides import quoted
 from modtrain.common.renamed_keys import renamed_problem
+from modtrain.common.spelling import quoted
 from modtrain.common.validation import at_least, one_of
 from modtrain.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from optuna import Trial
 
 OBJECTIVES = ("causal_loss", "forward_flops")
 PRUNERS = ("none", "median", "halving")
@@ -42,6 +46,44 @@ class Dimension:
     def ends(self) -> tuple[str, ...]:
         """Values to check before a search starts: each value of a choice, or both ends."""
         return self.values or (str(self.low), str(self.high))
+
+    @property
+    def size(self) -> int | None:
+        """The number of values; None for an interval of real numbers."""
+        if self.values:
+            return len(self.values)
+        if self.low == self.high:
+            return 1
+        if not self.whole and self.step is None:
+            return None
+        return math.floor((self.high - self.low) / self._spacing + 1e-9) + 1
+
+    def index_of(self, value: Any) -> int:
+        """Return which of its values this is, from 0, of a dimension with a size."""
+        if self.values:
+            return self.values.index(value)
+        position: float = (value - self.low) / self._spacing
+        return round(position)
+
+    def value_at(self, index: int) -> Any:
+        """Return the value of this number, of a dimension with a size."""
+        if self.values:
+            return self.values[index]
+        value = self.low + index * self._spacing
+        return int(value) if self.whole else min(value, self.high)
+
+    def suggest(self, trial: Trial, name: str) -> Any:
+        """Return the trial's value of the parameter ``name``, drawn now or before."""
+        if self.values:
+            return trial.suggest_categorical(name, self.values)
+        if self.whole:
+            step = int(self.step or 1)
+            return trial.suggest_int(name, int(self.low), int(self.high), step=step, log=self.log)
+        return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
+
+    @property
+    def _spacing(self) -> float:
+        return self.step or 1
 
 
 @dataclass

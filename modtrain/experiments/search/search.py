@@ -24,6 +24,7 @@ from modtrain.common.renamed_keys import new_name, translate_flat
 from modtrain.distributed.launch import Launch
 from modtrain.experiments import hparams
 from modtrain.experiments.search.config import Dimension, Search, SearchConfig, parse_space
+from modtrain.experiments.search.finite import draw_untried, num_points
 from modtrain.experiments.search.study import open_study
 from modtrain.experiments.sweep.hydra_multirun import print_line
 from modtrain.experiments.sweep.job_process import PRUNED, failure_text, run_in_process, state_of
@@ -115,12 +116,27 @@ class _Searcher:
                     return optuna.Trial(self.study, frozen._trial_id)
             if len(trials) >= self.config.trials:
                 return None
-            # Each start draws other values.
-            seed = self.config.search_seed + len(trials)
-            self.study.sampler = optuna.samplers.TPESampler(seed=seed)
-            trial = self.study.ask()
-            self._acquire(trial.number, locks)
+            trial = self._new_trial(len(trials))
+            if trial is not None:
+                self._acquire(trial.number, locks)
             return trial
+
+    def _new_trial(self, number: int) -> optuna.Trial | None:
+        """Add a trial with its values to the study; None where it has each point of the space."""
+        # Each start draws other values.
+        seed = self.config.search_seed + number
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed)
+        named = {self.names.get(d.key, d.key): d for d in self.dimensions}
+        if num_points(self.dimensions) is not None:
+            values = draw_untried(self.study, named, seed)
+            if values is None:
+                return None
+            self.study.enqueue_trial(values)
+        trial = self.study.ask()
+        for name, dimension in named.items():
+            # Now, so that other workers see which point this is.
+            dimension.suggest(trial, name)
+        return trial
 
     def _acquire(self, number: int, locks: ExitStack) -> bool:
         path = self._run(number).path
@@ -175,6 +191,10 @@ class _Searcher:
         ]
         counts = {state.name.lower(): sum(t.state == state for t in trials) for state in _DONE}
         num_left = self.config.trials - sum(counts.values())
+        size = num_points(self.dimensions)
+        if size is not None and size < self.config.trials:
+            print_line(f"{self.directory}: the space has {size} points, and each is tried once")
+            num_left = size - sum(counts.values())
         report = {"directions": list(self.config.directions), "trials": counts, "best": best}
         write_text(self.directory / "best.json", json.dumps(report, indent=1) + "\n")
         counts_text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
@@ -203,13 +223,8 @@ def suggest(trial: optuna.Trial, dimension: Dimension, name: str | None = None) 
 
     name: of the parameter in the study, where it is not the dimension's key.
     """
-    d, name = dimension, name or dimension.key
-    if d.values:
-        return str(trial.suggest_categorical(name, d.values))
-    if d.whole:
-        step = int(d.step or 1)
-        return str(trial.suggest_int(name, int(d.low), int(d.high), step=step, log=d.log))
-    return repr(trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log))
+    value = dimension.suggest(trial, name or dimension.key)
+    return repr(value) if isinstance(value, float) else str(value)
 
 
 def _values(run: RunDirectory, directions: Sequence[str]) -> list[float | None]:

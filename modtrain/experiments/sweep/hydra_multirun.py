@@ -28,8 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from modtrain.common.errors import Problem
-from modtrain.common.overrides import quoted, search_path
+from modtrain.common.overrides import search_path
 from modtrain.common.shipped import conf_dir
+from modtrain.common.spelling import quoted
 from modtrain.experiments import hparams
 from modtrain.experiments.sweep.job_process import (
     EXIT_RESUMABLE,

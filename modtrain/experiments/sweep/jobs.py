@@ -15,8 +15,8 @@ from hydra.core.override_parser.types import Override
 
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import Problem
-from modtrain.common.overrides import quoted
 from modtrain.common.renamed_keys import flatten, translate_flat
+from modtrain.common.spelling import quoted
 from modtrain.training.config import TrainConfig
 
 _MAX_NAME_CHARS = 120
@@ -88,13 +88,13 @@ def overrides_between(before: TrainConfig, after: TrainConfig) -> list[str]:
     """Return the overrides that make ``after`` of ``before``, but for the name."""
     old, new = flatten(asdict(before)), flatten(asdict(after))
     return [
-        f"{key}={_as_value(value)}"
+        f"{key}={as_value(value)}"
         for key, value in new.items()
         if key != "name" and (key not in old or old[key] != value)
     ]
 
 
-def _as_value(value: Any) -> str:
+def as_value(value: Any) -> str:
     """Write a value as Hydra reads it."""
     if value is None:
         return "null"
@@ -103,7 +103,7 @@ def _as_value(value: Any) -> str:
     if isinstance(value, str):
         return quoted(value)
     if isinstance(value, Sequence):
-        return f"[{','.join(map(_as_value, value))}]"
+        return f"[{','.join(map(as_value, value))}]"
     return repr(value)
 
 

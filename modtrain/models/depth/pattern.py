@@ -87,7 +87,7 @@ def pattern_problems(
     except ValueError as error:
         names = ", ".join(PATTERNS)
         example = f"[1, .125]*{num_layers // 2}" + (" + [1]" if num_layers % 2 else "")
-        remedy = f"use one of: {names}; or a list of capacities such as '{example}'"
+        remedy = f"use one of: {names}; or a list of capacities: '{key}=\"{example}\"'"
         return [*problems, Problem(key, pattern, str(error), remedy)]
     if len(values) != num_layers:
         problems.append(
@@ -95,7 +95,7 @@ def pattern_problems(
                 key,
                 pattern,
                 f"names {len(values)} layers, but {prefix}.num_layers={num_layers}",
-                "give one capacity per layer; '[1, .125]*6' repeats a list",
+                f"give one capacity per layer; '{key}=\"[1, .125]*6\"' repeats a list",
             )
         )
     bad = [value for value in values if not 0 < value <= 1]

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from modtrain.cli.compose_verbs import compose_arms
-from modtrain.common.errors import ConfigError, TrainingError
+from modtrain.common.errors import ConfigError, DataError, TrainingError
 from modtrain.experiments.compare.compare import compare
 from modtrain.experiments.compare.verdict import verdict
 from modtrain.training.run_directory import RunDirectory
@@ -120,6 +120,17 @@ def test_arms_spend_the_same_flops_and_the_report_is_written_once(tiny, tmp_path
     assert "is complete: nothing was trained" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
     assert RunDirectory(directory / "routed").is_complete
+
+    named = compose_arms([f"runs_dir={tmp_path}", "name=pair"])
+    assert compare(named) == 0
+    again = capsys.readouterr().out
+    assert all(text in again for text in ("whole", "routed", "loss_over_flops.png"))
+    (directory / "compare.json").write_text('{"whole": 3}')
+    with pytest.raises(DataError, match="is damaged"):
+        compare(named)
+    for more in ("budget.flops=1e9", "name=other"):
+        with pytest.raises(ConfigError, match="at least two arms"):
+            compose_arms([f"runs_dir={tmp_path}", "name=pair", more])
 
 
 @pytest.mark.slow

@@ -114,6 +114,16 @@ def test_the_ends_of_the_space_are_tried_before_the_first_trial(arguments, capsy
 
 
 @pytest.mark.slow
+def test_a_finite_space_is_tried_once_and_the_search_ends(arguments, capsys):
+    words = arguments("trials=9", steps=1, space=("space.model.capacity=choice(0.5,0.25)",))
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "the space has 2 points" in shown
+    assert "2 complete; 0 to go" in shown
+    assert sorted(t.params["model.capacity"] for t in study(words).trials) == ["0.25", "0.5"]
+
+
+@pytest.mark.slow
 def test_a_search_runs_its_trials_once_and_prints_the_front(arguments, capsys):
     two = arguments("trials=2", "directions=[causal_loss,forward_flops]")
     assert cli.main(two) == 0

@@ -1,0 +1,177 @@
+"""The words of a command line: options, the verb, its overrides. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from modtrain import __version__
+from modtrain.common.errors import Problem, raise_if_any
+from modtrain.common.other_tools import CHOICES, KEYS, key_here, sentence_for, value_here
+
+# Options that stand for overrides: the option, the override, what for.
+_SHORT_FORMS = (
+    ("--show-depth", "show_depth=true", "for generate"),
+    ("--dry-run", "dry_run=true", "for submit, and sweeps on Slurm"),
+    ("--plan", "plan_only=true", "for isoflop and search-patterns"),
+)
+# Options of Hydra and of Lightning's command line that have another form here.
+_CONFIG_FILE = "write from={value}: a run, or a YAML file, whose configuration is the base"
+_FOREIGN = {
+    **dict.fromkeys(("--config", "--config_file", "--config-file"), _CONFIG_FILE),
+    **dict.fromkeys(
+        ("--config-name", "-cn"),
+        "a verb has one configuration: write experiment={value}, or from={value} for a file",
+    ),
+    **dict.fromkeys(("--config-path", "-cp"), "write --config-dir {value}"),
+    **dict.fromkeys(
+        ("--print_config", "--print-config", "--info", "-i"),
+        "modtrain config VERB … prints what is composed; modtrain doctor what is installed",
+    ),
+    **dict.fromkeys(("--hydra-help",), "modtrain VERB --help lists the keys and groups"),
+    **dict.fromkeys(("--run", "-r", "--resolve"), "leave it out: that is what happens"),
+    **dict.fromkeys(("--package", "-p"), "leave it out: keys are written in full"),
+    "--experimental-rerun": "write from=RUN: another run with the configuration of that one",
+    "--verbose": "leave it out: log.every says how much is printed",
+}
+_CONFIG_OPTIONS = ("--cfg", "-c")
+
+
+@dataclass
+class Arguments:
+    """What a command line says. words: the overrides, and what options stand for."""
+
+    verb: str = ""
+    words: list[str] = field(default_factory=list)
+    config_dir: str | None = None
+    is_multirun: bool = False
+    wants_help: bool = False
+
+
+def read_arguments(argv: Sequence[str], verbs: Mapping[str, str]) -> Arguments:
+    """Return what ``argv`` says. verbs: each with a line of help.
+
+    Raises:
+        ConfigError: an option or a verb is not known; says what to write instead.
+        SystemExit: argparse has printed a version, or what is wrong.
+    """
+    parser = make_parser(verbs)
+    own, foreign = _split(argv, parser)
+    parsed = parser.parse_intermixed_args(own)
+    verb, *words = parsed.words or [""]
+    wants_help = parsed.help or verb == "help"
+    if verb == "help":
+        verb, *words = words or [""]
+    if not verb and not wants_help and not foreign:
+        parser.error("the first word is a verb: see modtrain --help")
+    problems = _verb_problems(verb, verbs) if verb else []
+    shows_config = [value for option, value in foreign if option in _CONFIG_OPTIONS]
+    if shows_config and shows_config[0] in ("", "job", "all"):
+        foreign = [(o, v) for o, v in foreign if o not in (*_CONFIG_OPTIONS, "--resolve")]
+        words = words if verb == "config" else [verb, *words]
+        verb = "config"
+    problems += [_problem(option, value) for option, value in foreign]
+    raise_if_any(problems)
+    if parsed.multirun and verb not in ("train", "config"):
+        parser.error("-m sweeps over runs of train; another verb has one configuration")
+    return Arguments(verb, words + parsed.options, parsed.config_dir, parsed.multirun, wants_help)
+
+
+def make_parser(verbs: Mapping[str, str]) -> argparse.ArgumentParser:
+    """Return the parser of all options; the verb and its overrides are its ``words``."""
+    parser = argparse.ArgumentParser(
+        prog="modtrain",
+        usage="modtrain VERB [OVERRIDE ...] [options]",
+        description="Train Mixture-of-Depths language models.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="verbs:\n"
+        + "\n".join(f"  {name:15} {description}" for name, description in verbs.items())
+        + "\n\noverrides are Hydra's: model=mod_60m model.capacity=0.25 budget.tokens=1e9"
+        + "\nmodtrain VERB --help lists the keys, groups and examples of a verb",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="this, or that of a verb")
+    parser.add_argument("--version", action="version", version=f"modtrain {__version__}")
+    parser.add_argument(
+        "--config-dir", metavar="DIR", help="a directory of your own YAML, laid out as conf/ is"
+    )
+    parser.set_defaults(options=[])
+    for option, override, use in _SHORT_FORMS:
+        meaning = f"{use}, the same as {override}"
+        parser.add_argument(
+            option, dest="options", action="append_const", const=override, help=meaning
+        )
+    parser.add_argument(
+        "--chain",
+        dest="options",
+        action="append",
+        type="chain={}".format,
+        metavar="N",
+        help="for submit, the same as chain=N",
+    )
+    parser.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="for train: a run for each of several values, as in model.capacity=0.1,0.2",
+    )
+    parser.add_argument("--cfg", metavar="job", help="print the configuration that is composed")
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _split(
+    argv: Sequence[str], parser: argparse.ArgumentParser
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the words that the parser knows, and the other options with their values."""
+    known = parser._option_string_actions
+    own: list[str] = []
+    foreign: list[tuple[str, str]] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        option, sign, value = word.partition("=")
+        is_option = word[:1] == "-" and word[1:2] not in ("", *"0123456789.")
+        if not is_option or (option in known and option not in _CONFIG_OPTIONS):
+            own.append(word)
+            if is_option and not sign and known[option].nargs is None and rest:
+                own.append(rest.pop(0))
+            continue
+        if not sign and rest and "=" not in rest[0] and rest[0][:1] != "-":
+            value = rest.pop(0)
+        foreign.append((option, value))
+    return own, foreign
+
+
+def _problem(option: str, value: str) -> Problem:
+    """Return the problem of an option that is not one of modtrain's."""
+    reason = "is not an option"
+    if option in _CONFIG_OPTIONS:
+        return Problem(option, value, "shows the configuration of a job", f"write {option} job")
+    if option in _FOREIGN:
+        remedy = _FOREIGN[option].format(value=value or "NAME")
+        return Problem(option, value, reason, remedy)
+    name = option.lstrip("-").replace("-", "_")
+    if name not in KEYS and (sentence := sentence_for(name, value, KEYS)):
+        return Problem(option, value, reason, sentence)
+    key = name if name in KEYS else key_here(name, list(KEYS), list(CHOICES)) or name
+    text = value_here(key, value) or "VALUE"
+    is_plain = re.fullmatch(r"[\w.,+-]+", text) is not None
+    override = f"{key}={text}" if is_plain else shlex.quote(f'{key}="{text}"')
+    return Problem(option, value, reason, f"write {override}: keys are given without dashes")
+
+
+def _verb_problems(verb: str, verbs: Mapping[str, str]) -> list[Problem]:
+    if verb in verbs:
+        return []
+    if "=" in verb:
+        remedy = f"name a verb first, as in modtrain train {verb}"
+        return [Problem(verb, "", "is not a verb", remedy)]
+    near = difflib.get_close_matches(verb, verbs, 1)
+    remedy = f"did you mean {near[0]}? " if near else ""
+    return [Problem(verb, "", "is not a verb", f"{remedy}modtrain --help lists them")]

@@ -1,0 +1,133 @@
+"""Words on the command line that are no ``key=value``, and what was meant by them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from modtrain.common.config_keys import all_keys, nearest_keys
+from modtrain.common.errors import Problem
+from modtrain.common.other_tools import key_here
+from modtrain.common.spelling import in_quotes, kind_of, spelling
+
+# The key that a verb's first word would be, where that is not ``run`` or ``name``.
+_MAIN_KEYS = {"prepare": "sources", "fit": "points", "report": "runs", "search": "study"}
+_SHOWN = 3
+_GENERIC = "write key=value or group=name"
+
+
+def is_word(override: str) -> bool:
+    """Whether ``override`` gives no value, and takes nothing out either."""
+    return bool(override.strip()) and "=" not in override and not override.startswith(("~", "+"))
+
+
+def word_problems(
+    verb: str, overrides: Sequence[str], config: DictConfig, choices: Callable[[str], list[str]]
+) -> list[Problem]:
+    """Return a problem for each group of words in ``overrides`` that belong together.
+
+    config: what the other overrides give. choices: of a group, by its name; empty for no group.
+    """
+    return list(_problems(verb, list(overrides), config, choices))
+
+
+def advised_keys(problems: Sequence[Problem]) -> set[str]:
+    """Return the keys to which remedies say to give a value: they need no problem of their own."""
+    advised = (re.match(r"write '?([\w.]+)=", problem.remedy) for problem in problems)
+    return {match[1] for match in advised if match}
+
+
+def _problems(
+    verb: str, texts: list[str], config: DictConfig, choices: Callable[[str], list[str]]
+) -> Iterator[Problem]:
+    at = 0
+    while at < len(texts):
+        if not is_word(texts[at]):
+            at += 1
+            continue
+        end = at + 1
+        while end < len(texts) and is_word(texts[end]):
+            end += 1
+        words = texts[at:end]
+        before = texts[at - 1] if at else ""
+        while words:
+            problem, used = _problem(verb, before, words, config, choices)
+            yield problem
+            words, before = words[used:], ""
+        at = end
+
+
+def _problem(
+    verb: str,
+    before: str,
+    words: list[str],
+    config: DictConfig,
+    choices: Callable[[str], list[str]],
+) -> tuple[Problem, int]:
+    """Return the problem of the first of ``words``, and of how many it is."""
+    word, reason = words[0], "has no value"
+    key, _, text = before.lstrip("+").partition("=")
+    if before and _takes_text(config, key, text):
+        whole, known = " ".join([text, *words]), all_keys(config)
+        target = key if key in known else (key_here(key, known, ()) or key)
+        remedy = f"write {in_quotes(target, whole)}"
+        return Problem(key, whole, "is in several words", remedy), len(words)
+    named = word if choices(word) else _key_named(word, config)
+    if named is not None:
+        value = words[1] if len(words) > 1 else "…"
+        spelled = spelling(config, named, value) if not choices(word) and value != "…" else None
+        return Problem(word, "", reason, f"write {spelled or f'{named}={value}'}"), len(words[:2])
+    key = _MAIN_KEYS.get(verb, "run" if "run" in config else "name")
+    if key in config and OmegaConf.is_list(config[key]) and not _choice_of(word, config, choices):
+        remedy = f"write {spelling(config, key, _pattern(words, config))}"
+        return Problem(" ".join(words[:3]), "", reason, remedy), len(words)
+    return Problem(word, "", reason, _meant(key, word, config, choices)), 1
+
+
+def _takes_text(config: DictConfig, key: str, text: str) -> bool:
+    """Whether the words behind ``key=text`` may be the rest of a text."""
+    if not re.search(r"[A-Za-z]", text) or text[:1] in "'\"[{" or text[-1:] in "'\"]}":
+        return False
+    if key not in all_keys(config):
+        return "." not in key and " " not in key
+    # A name of one word is whole; a word behind it is another one.
+    names = ("name", "run", "path", "runs_dir", "study", "output", "data_path")
+    return kind_of(config, key) is str and key.rpartition(".")[2] not in names
+
+
+def _key_named(word: str, config: DictConfig) -> str | None:
+    """Return the key that ``word`` is, or that has this name in its section."""
+    near = nearest_keys(word, all_keys(config))
+    return near[0] if near and near[0].rpartition(".")[2] == word.rpartition(".")[2] else None
+
+
+def _choice_of(word: str, config: DictConfig, choices: Callable[[str], list[str]]) -> str | None:
+    """Return the group that has the choice ``word``."""
+    groups = [*map(str, config), "experiment", "corpus"]
+    return next((group for group in groups if word in choices(group)), None)
+
+
+def _pattern(words: list[str], config: DictConfig) -> str:
+    """Return the words as one text, a list's; many files as the pattern that a shell expanded."""
+    runs_dir = config.get("runs_dir")
+    names = [word.removeprefix(f"{runs_dir}/") if runs_dir else word for word in words]
+    parents, ends = {Path(name).parent for name in names}, {Path(name).suffix for name in names}
+    if len(names) > _SHOWN and len(parents) == len(ends) == 1:
+        return str(parents.pop() / f"*{ends.pop()}")
+    return ",".join(names)
+
+
+def _meant(key: str, word: str, config: DictConfig, choices: Callable[[str], list[str]]) -> str:
+    """Return the remedy for a word that is neither a key nor a group. key: the verb's main one."""
+    if group := _choice_of(word, config, choices):
+        return f"write {group}={word}"
+    if word.endswith((".yaml", ".yml")) and "budget" in config:
+        return f"write from={word}"
+    if key not in config or config[key] is not None:
+        return _GENERIC
+    name = word.rstrip("/").removeprefix(f"{config.get('runs_dir', '')}/")
+    spelled = spelling(config, key, name if key in ("run", "name", "study") else word)
+    return f"write {spelled}" if spelled else _GENERIC

@@ -1,0 +1,189 @@
+"""How a value has to be written, so that Hydra reads what was meant and the key takes it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import is_dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# Texts that Hydra does not convert; it parses 1_2, 1e5 and null as other types.
+_PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z][A-Za-z0-9_./-]*|[1-9]\d*", re.I)
+_NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*([kmbgt]?)", re.I)
+_SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+_KINDS = {
+    int: "is not a whole number",
+    float: "is not a number",
+    bool: "is not true or false",
+    str: "is not one text",
+}
+_CHILDREN_SHOWN = 3
+
+
+def quoted(text: str) -> str:
+    """Quote ``text`` so that Hydra parses it unchanged."""
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def spelled(key: str, value: str) -> str:
+    """Write ``key=value`` so that both the shell and Hydra take it as it is."""
+    return f"{key}={value}" if _PLAIN.fullmatch(value) else in_quotes(key, value)
+
+
+def in_quotes(key: str, value: str) -> str:
+    """Return the override that gives ``value`` as text, quoted for a shell."""
+    return shlex.quote(f"{key}={quoted(value)}")
+
+
+def spelling(config: DictConfig, key: str, text: str) -> str | None:
+    """Return ``key=value``, quoted for a shell, as ``key`` of ``config`` takes what ``text`` means.
+
+    None where no spelling does: each is tried. A text without a value that it may stand for has
+    none, and so has a key that is not in ``config``.
+    """
+    node = _node(config, key)
+    if node is None:
+        return None
+    for value in dict.fromkeys(_candidates(node, text.strip())):
+        if _fits(config, key, value):
+            return shlex.quote(f"{key}={value}")
+    return None
+
+
+def misfit(config: DictConfig, key: str, value: Any, text: str) -> tuple[str, str] | None:
+    """Return why ``key`` of ``config`` does not take ``value``, and what to write instead.
+
+    text: the value as written. None where the reason is another one than its type.
+    """
+    node = _node(config, key)
+    if node is None:
+        return None
+    if value is None:
+        return "cannot be null", f"leave it out{_default(node, '; the default is ')}"
+    if isinstance(node, DictConfig) and is_dataclass(node._metadata.object_type):
+        return _section_misfit(node, key, value, text)
+    if isinstance(node, ListConfig | DictConfig):
+        kind = list if isinstance(node, ListConfig) else dict
+        reason = "is not a list" if kind is list else "is not a dictionary"
+    else:
+        kind = node._metadata.ref_type
+        reason = _KINDS.get(kind, "")
+    if not reason or type(value) is kind:
+        return None
+    word = spelling(config, key, text)
+    return reason, f"write {word}" if word else f"give one{_default(node, ', such as ')}"
+
+
+def _section_misfit(
+    section: DictConfig, key: str, value: object, text: str
+) -> tuple[str, str] | None:
+    if not isinstance(value, dict):
+        return "is a section of keys, not a value", _for_section(section, key, text)
+    wrong = next((str(name) for name in value if name not in section), None)
+    remedy = f"write {key}.KEY=VALUE; keys of {key}: {', '.join(map(str, section))}"
+    return None if wrong is None else (f"has no key {wrong}", remedy)
+
+
+def kind_of(config: DictConfig, key: str) -> object:
+    """Return the type that the values of ``key`` have; None where there is no such key."""
+    node = _node(config, key)
+    return None if node is None else node._metadata.ref_type
+
+
+def _node(config: DictConfig, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or node._is_none() or part not in node:
+            return None
+        node = node._get_node(part)
+    return node
+
+
+def _candidates(node: Any, text: str) -> Iterator[str]:
+    kind = node._metadata.ref_type
+    if isinstance(node, ListConfig):
+        bare = text.strip("[]() ")
+        yield f"[{bare}]"
+        yield f"[{', '.join(quoted(item.strip()) for item in bare.split(','))}]"
+        return
+    if kind is bool:
+        yield {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(text.lower(), text)
+    elif kind in (int, float):
+        yield from _numbers(text, kind is int)
+    else:
+        if kind is Any and "," in text:
+            yield f"[{text}]"
+        yield text if _PLAIN.fullmatch(text) else quoted(text)
+
+
+def _numbers(text: str, whole: bool) -> Iterator[str]:
+    """Write 1M, 1,000,000, 10 %, 1/8 and 1e6 as a number."""
+    plain = text.strip("'\"").replace("_", "")
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", plain):
+        plain = plain.replace(",", "")
+    number: float | None = None
+    if share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", plain):
+        number = float(share[1]) / 100
+    elif ratio := re.fullmatch(r"(\d{1,9})/([1-9]\d{0,8})", plain):
+        number = int(ratio[1]) / int(ratio[2])
+    elif match := _NUMBER.fullmatch(plain):
+        with suppress(OverflowError):
+            number = float(match[1]) * _SUFFIXES[match[2].lower()]
+    if number is None or abs(number) > 1e30:
+        return
+    if not whole and (match := _NUMBER.fullmatch(plain)) and not match[2]:
+        yield plain
+    if number == int(number):
+        yield str(int(number)) if whole or abs(number) < 1e5 else _scientific(number)
+    elif not whole:
+        yield f"{number:g}"
+
+
+def _scientific(number: float) -> str:
+    mantissa, _, exponent = f"{number:.15e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def _fits(config: DictConfig, key: str, value: str) -> bool:
+    trial = config.copy()
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={value}")
+        if override.is_sweep_override():
+            return False
+        read = override.value()
+        plain = (
+            [str(v) if isinstance(v, QuotedString) else v for v in read]
+            if isinstance(read, list)
+            else read
+        )
+        OmegaConf.update(trial, key, plain, merge=False)
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError):
+        return False
+    return True
+
+
+def _for_section(section: DictConfig, key: str, text: str) -> str:
+    """Return the keys of a section that take ``text``: those for numbers where it is one."""
+    is_number = any(True for _ in _numbers(text, whole=False))
+    kinds = (int, float) if is_number else (str,)
+    words = [
+        shlex.quote(f"{key}.{shlex.split(word)[0]}")
+        for name in map(str, section)
+        if kind_of(section, name) in kinds and (word := spelling(section, name, text))
+    ][:_CHILDREN_SHOWN]
+    return f"write {' or '.join(words)}" if words else f"its keys: {', '.join(map(str, section))}"
+
+
+def _default(node: Any, before: str) -> str:
+    value = OmegaConf.to_container(node) if isinstance(node, ListConfig) else node._value()
+    if value is None or isinstance(node, DictConfig):
+        return ""
+    return f"{before}{str(value).lower() if isinstance(value, bool) else value}"

@@ -1,0 +1,110 @@
+"""Runs by name below ``runs_dir``: where they are, and which one is meant. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from modtrain.common.errors import CheckpointError
+from modtrain.common.spelling import spelled
+from modtrain.training.run_directory import RunDirectory
+
+# A directory with one of these is a run's, or a job's.
+_MARK_FILES = frozenset(("config.yaml", "jobs.jsonl", "submit.sbatch"))
+_RUN_FOLDERS = frozenset(("checkpoints", "tensorboard", "logs", "code"))
+# Of runs that are listed in a message.
+_SHOWN = 12
+_ALIKE = 0.5
+
+
+def find_runs(root: Path) -> list[Path]:
+    """List the directories of runs at and below ``root``, by name. Runs may be nested."""
+    return sorted(_walk(root, set()))
+
+
+def run_names(root: Path) -> list[str]:
+    """Return the names of the runs below ``root`` that have a configuration."""
+    paths = find_runs(root)
+    return [str(p.relative_to(root)) for p in paths if os.path.lexists(p / "config.yaml")]
+
+
+def has_runs_below(path: Path) -> bool:
+    """Whether there are directories of runs below ``path``."""
+    return any(folder != path for folder in _walk(path, set()))
+
+
+def name_of(runs_dir: str, name: str) -> str:
+    """Return the name below ``runs_dir`` of a run that is given by a path or by a file in it.
+
+    ``runs/first``, ``./runs/first/`` and ``runs/first/config.yaml`` are ``first``, where there is
+    such a directory; any other name is returned as it is.
+    """
+    root, path = Path(runs_dir), Path(name)
+    if not name or (not path.is_absolute() and (root / path).is_dir()):
+        return name.rstrip("/") or name
+    for candidate in (path, path.parent):
+        below = os.path.relpath(candidate, root)
+        if candidate.is_dir() and not below.startswith("..") and below != ".":
+            return below
+    return name
+
+
+def open_run(runs_dir: str, name: str) -> RunDirectory:
+    """Return the directory of the run ``name``, which has a configuration.
+
+    Raises:
+        CheckpointError: there is none; names the runs that may be meant.
+    """
+    path = Path(runs_dir) / name
+    if path.is_dir() and not has_runs_below(path):
+        # Also what is left of a run: reading it says what is lost.
+        return RunDirectory(path)
+    if not os.path.lexists(path / "config.yaml"):
+        raise CheckpointError(missing_run(runs_dir, name))
+    return RunDirectory(path)
+
+
+def missing_run(runs_dir: str, name: str, key: str = "run") -> str:
+    """Return the error for a run that is not there, with those that may be meant.
+
+    key: by which it was given.
+    """
+    root, path = Path(runs_dir), Path(runs_dir) / name
+    names = run_names(root)
+    below = [other for other in names if other.startswith(f"{name}/")]
+    if path.is_dir() and below:
+        head = f"{path} is no run, but has runs: {_listed(below)}"
+        return f"{head}\nremedy: name one: {spelled(key, below[0])}"
+    head = f"there is no run {path}"
+    ends = [other for other in names if Path(other).name == Path(name).name]
+    near = ends or difflib.get_close_matches(name, names, 1, _ALIKE)
+    if near:
+        return f"{head}\nremedy: did you mean {spelled(key, near[0])}?"
+    if names:
+        return f"{head}; there are: {_listed(names)}\nremedy: name one, or add runs_dir=..."
+    return f"{head}, and no run below {root}\nremedy: for runs elsewhere add runs_dir=..."
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
+    with suppress(OSError):
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in visited:
+            # A link to a folder that was visited, or to a parent.
+            return
+        visited.add((status.st_dev, status.st_ino))
+        entries = list(os.scandir(folder))
+        is_run = any(entry.name in _MARK_FILES for entry in entries)
+        if is_run:
+            yield folder
+        for entry in entries:
+            hidden = entry.name.startswith(".") or (is_run and entry.name in _RUN_FOLDERS)
+            if not hidden and entry.is_dir():
+                yield from _walk(folder / entry.name, visited)

@@ -1,0 +1,171 @@
+"""Options, verbs and their mistakes, and what is printed of a configuration."""
+
+import io
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stdout
+
+import pytest
+import yaml
+
+from modtrain.cli import main as cli
+from modtrain.cli.arguments import make_parser, read_arguments
+from modtrain.cli.base_config import expand_base
+from modtrain.cli.compose import SCHEMAS, compose
+from modtrain.cli.verb_help import EXAMPLES, groups_of, verb_help
+from modtrain.common.overrides import parse
+from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
+from tests.helpers.problems import problems_of
+
+pytestmark = pytest.mark.usefixtures("empty_cwd")
+
+VERBS = {name: description for name, (_, description) in cli._VERBS.items()}
+
+
+def read(line):
+    return read_arguments(shlex.split(line), VERBS)
+
+
+def printed(*words):
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        assert cli.main(list(words)) == 0
+    return shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "remedy"),
+    [
+        ("trian name=x", "trian", "did you mean train?"),
+        ("model=tiny", "model=tiny", "modtrain train model=tiny"),
+        ("train --model tiny", "--model", "write model=tiny"),
+        ("train --lr=1e-3", "--lr", "write optimizer.lr=1e-3"),
+        ("train --learning-rate 1e-3", "--learning-rate", "write optimizer.lr=1e-3"),
+        ("train --trainer.max_steps 10", "--trainer.max_steps", "write budget.steps=10"),
+        ("train --logger wandb", "--logger", "write log=wandb"),
+        ("train --devices 8", "--devices", "torchrun --nproc-per-node 8"),
+        ("generate --prompt 'a b'", "--prompt", """write 'prompt="a b"'"""),
+        ("train --config runs/x/config.yaml", "--config", "write from=runs/x/config.yaml"),
+        ("train --config-d mine", "--config-d", "write config_d=mine"),
+        ("train --config-name mine", "--config-name", "experiment=mine"),
+        ("train -cn mine", "-cn", "experiment=mine"),
+        ("train --config-path=mine", "--config-path", "write --config-dir mine"),
+        ("train --info", "--info", "modtrain config VERB"),
+        ("train --resolve", "--resolve", "leave it out"),
+        ("train --cfg hydra", "--cfg", "write --cfg job"),
+        ("train --print_config", "--print_config", "modtrain config VERB"),
+    ],
+)
+def test_a_mistake_is_answered_with_the_form_that_works(line, key, remedy):
+    assert remedy in problems_of(read, line)[key].remedy
+
+
+def test_every_mistake_of_a_command_line_is_reported_at_once(capsys):
+    assert cli.main(["trian", "--model", "tiny", "--foo=1"]) == 2
+    assert capsys.readouterr().err.count("remedy:") == 3
+
+
+def test_options_stand_anywhere_and_are_never_abbreviated():
+    for line in ("train -m a=1,2 --config-dir d b=3", "--config-dir=d train a=1,2 b=3 --multirun"):
+        arguments = read(line)
+        assert (arguments.verb, arguments.words) == ("train", ["a=1,2", "b=3"])
+        assert (arguments.config_dir, arguments.is_multirun) == ("d", True)
+    assert read("submit train --chain 3 --dry-run").words == ["train", "chain=3", "dry_run=true"]
+    assert read("train optimizer.lr=-1 -1").words == ["optimizer.lr=-1", "-1"]
+
+
+@pytest.mark.parametrize("option", ["--cfg job", "-c job", "--cfg=job --resolve", "--cfg"])
+def test_hydras_option_prints_the_configuration(option):
+    for line in (f"train {option} model=tiny", f"config train {option} model=tiny"):
+        arguments = read(line)
+        assert (arguments.verb, arguments.words) == ("config", ["train", "model=tiny"])
+
+
+@pytest.mark.parametrize("verb", SCHEMAS)
+def test_the_printed_configuration_is_the_composed_one(verb):
+    shown = yaml.safe_load(printed("config", verb))
+    assert set(shown) == set(vars(compose(verb, [])))
+
+
+def test_a_printed_configuration_is_a_base_of_the_same(tmp_path):
+    words = ["model=tiny", "optimizer=muon", 'model.pattern="[1, .125]*2"', "budget.tokens=1e5"]
+    words += ["checkpoint.keep_steps=[1,2]", "log=jsonl", "eval.every=null"]
+    (tmp_path / "my own.yaml").write_text(printed("config", "train", *words, "name=x"))
+    again = compose("train", expand_base("train", [f"from={tmp_path}/my own.yaml"], None))
+    assert again == compose("train", words)
+    words = [f"from={tmp_path}/my own.yaml", "model=mod_60m", "seed=7"]
+    config = compose("train", expand_base("train", words, None))
+    assert config.model == compose("train", ["model=mod_60m"]).model
+    assert (config.seed, config.optimizer.name, config.name) == (7, "muon", None)
+
+
+def test_a_file_with_a_few_keys_is_a_base(tmp_path):
+    (tmp_path / "mine.yaml").write_text("budget: {tokens: 1e5}\nmodel: {router: {score: mlp}}\n")
+    for verb in ("train", "plan", "compare"):
+        config = compose(verb, expand_base(verb, ["from=mine.yaml"], None))
+        assert config == compose(verb, ["budget.tokens=1e5", "model.router.score=mlp"])
+    assert expand_base("submit", ["train", "from=mine.yaml", "nodes=2"], None)[0] == "train"
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "content", "text"),
+    [
+        ("train", ["from=nope"], "", "is no run and no file"),
+        ("eval", ["from=f.yaml"], "", "is for verbs that train"),
+        ("submit", ["eval", "from=f.yaml"], "", "is for verbs that train"),
+        ("train", ["from=f.yaml", "experiment=quickstart"], "", "cannot be combined"),
+        ("train", ["from=f.yaml"], "modle: {d_model: 3}", "modle"),
+        ("train", ["from=f.yaml"], "model: {d_model: many}", "many"),
+        ("train", ["from=f.yaml"], "[1, 2]", "not a mapping"),
+        ("train", ["from=f.yaml"], "a: &a [1]\nb: *a", "aliases"),
+    ],
+)
+def test_a_base_that_cannot_be_is_reported(verb, words, content, text, tmp_path):
+    (tmp_path / "f.yaml").write_text(content or "seed: 1")
+    assert text in problems_of(expand_base, verb, words, None)["from"].reason
+
+
+def test_each_verb_has_help_with_its_keys_groups_and_examples():
+    for verb, description in VERBS.items():
+        shown = verb_help(verb, description)
+        assert f"modtrain {verb}" in shown
+        assert EXAMPLES[verb], verb
+    shown = printed("train", "--help")
+    assert shown == printed("help", "train") == printed("-h", "train")
+    for text in (
+        "model=quickstart dense_1b",
+        "log=tensorboard",
+        "budget.tokens=null",
+        "optimizer.lr=",
+    ):
+        assert re.sub(r"\s+", " ", text) in re.sub(r"\s+", " ", shown), text
+    assert groups_of("submit") == {"cluster": groups_of("submit")["cluster"]}
+    assert groups_of("plan") == groups_of("train")
+
+
+@pytest.mark.parametrize("verb", EXAMPLES)
+def test_the_examples_compose(verb):
+    for line in EXAMPLES[verb]:
+        arguments = read(f"{verb} {line}")
+        name, words = verb, arguments.words
+        if verb == "doctor":
+            continue
+        if verb in ("submit", "config"):
+            name, *words = words
+        words = [word for word in words if not word.startswith(("from=", "space."))]
+        if arguments.is_multirun:
+            words = [
+                str(o.input_line) for o in parse(words, sweeps=True)[0] if not o.is_sweep_override()
+            ]
+        words = [str(o.input_line) for o in LaunchOverrides.split(parse(words)[0])[1]]
+        compose(name, [word for word in words if word != "dry_run=true"])
+
+
+def test_help_is_fast_and_lists_every_verb():
+    shown = make_parser(VERBS).format_help()
+    assert all(f"  {verb} " in shown for verb in VERBS)
+    code = "import modtrain.cli.arguments, sys; print('hydra' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
