@@ -44,6 +44,7 @@ from modtrain.inference.config import (
     InspectConfig,
     StepSamplesConfig,
 )
+from modtrain.interop.config import ExportConfig
 from modtrain.training.config import TrainConfig
 
 SCHEMAS: dict[str, type] = {
@@ -55,6 +56,7 @@ SCHEMAS: dict[str, type] = {
     "eval": EvalRunConfig,
     "generate": GenerateConfig,
     "inspect": InspectConfig,
+    "export": ExportConfig,
     "checkpoints": CheckpointsConfig,
     "data": StepSamplesConfig,
     "submit": SubmitConfig,
