@@ -93,7 +93,7 @@ def _usage(model: ModelConfig) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "path/of/this/folder"',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
         'inputs = tokenizer("Once", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",

@@ -72,8 +72,9 @@ def make_exported(config: ModelConfig, seed: int = 0) -> Exported:
         balance_predictors(ours, random_tokens(4, LENGTH, 1))
     values = architecture_config(config, 64, 0, config.capacities)
     theirs = hugging_face_model(ours, values)
-    # Texts of a test have one length.
-    theirs.generation_config.eos_token_id = None
+    # Texts of a test have one length. Without an end token transformers would take the token that
+    # pads for padding.
+    theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
     return Exported(ours, theirs)
 
 
