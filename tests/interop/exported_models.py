@@ -16,6 +16,7 @@ from modtrain.models.depth.config import RouterConfig
 from modtrain.models.transformer import Transformer
 from tests.helpers.model_cases import (
     MODELS,
+    VOCAB,
     balance_predictors,
     lively,
     random_tokens,
@@ -72,9 +73,8 @@ def make_exported(config: ModelConfig, seed: int = 0) -> Exported:
         balance_predictors(ours, random_tokens(4, LENGTH, 1))
     values = architecture_config(config, 64, 0, config.capacities)
     theirs = hugging_face_model(ours, values)
-    # Texts of a test have one length. Without an end token transformers would take the token that
-    # pads for padding.
-    theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
+    # One that no text has: the texts of a test have one length, and none of it is padding.
+    theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = 10 * VOCAB
     return Exported(ours, theirs)
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-DECISIONS = ("predictor", "auxiliary", "threshold", "position")
-
 
 class ModtrainConfig(PreTrainedConfig):
     """A pre-norm decoder in which routers decide, token by token, who enters a layer.
@@ -85,14 +83,28 @@ class ModtrainConfig(PreTrainedConfig):
     expert_choice: str = "token"
     expert_bias: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in what is None, and check what decides."""
+    def __init__(self, **kwargs: Any) -> None:
+        """Take the fields above, and those of every configuration.
+
+        Raises:
+            ValueError: the model was not trained with the ``decision``.
+        """
+        own = {
+            name: kwargs.pop(name, getattr(ModtrainConfig, name))
+            for name in ModtrainConfig.__annotations__
+        }
+        super().__init__(**kwargs)
+        for name, value in own.items():
+            setattr(self, name, value)
         layers = self.num_hidden_layers
         self.layer_mixers = self.layer_mixers or ["attention"] * layers
         self.layer_capacities = self.layer_capacities or [None] * layers
         self.layer_experts = self.layer_experts or [False] * layers
+        self.rope_parameters = self.rope_parameters or {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+        }
         self.decisions = self.decisions or ["predictor"]
         self.decision = self.decision or self.decisions[0]
         if self.decision not in self.decisions:
             raise ValueError(f"decision={self.decision}: the model has {self.decisions}")
-        super().__post_init__(**kwargs)

@@ -795,11 +795,11 @@ class ModtrainForCausalLM(ModtrainPreTrainedModel, GenerationMixin):
     ) -> None:
         """Put the model's own cache among the arguments of its forward pass."""
         del args, kwargs
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                "cache_implementation has to be None: the model has a cache of its own"
-            )
+        kind = generation_config.cache_implementation
+        # The last one is what a model that drafts gets from the first versions of transformers 5.
+        if kind not in (None, "dynamic", "dynamic_full"):
+            raise ValueError(f"cache_implementation={kind}: the model has a cache of its own")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             cache = model_kwargs["past_key_values"] = ModtrainCache(self.config)
-            if getattr(generation_config, "is_assistant", False):
+            if generation_config.is_assistant:
                 cache.activate_past_recording()
