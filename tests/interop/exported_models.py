@@ -53,6 +53,7 @@ OWN = {
     "scaled by a scalar alone": small(router=RouterConfig(gate="none", gate_scale=True)),
     "scored by attention": small(router=RouterConfig(score="attention", causal=["predictor"])),
     "random": small(router=RouterConfig(score="random", gate="sigmoid")),
+    "random for each part": small(num_layers=2, router=RouterConfig(score="random", target="both")),
     "evenly spaced": small(
         pattern=[1, 0.3, 1, 0.15], router=RouterConfig(score="fixed", gate="raw", gate_offset=0.2)
     ),

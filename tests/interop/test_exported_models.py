@@ -122,6 +122,19 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_not_been_there(name):
     assert_equal_logits(logits_BSV, theirs(text_BS).logits[:, 9:])
 
 
+@pytest.mark.parametrize("name", ["mod in a window", "separately routed parts"])
+def test_a_drafting_models_cache_can_be_cropped_by_many_calls(name):
+    theirs = exported(name).theirs
+    tokens_BS = random_tokens(1, 24, seed=9)
+    cache = ModtrainCache(theirs.config)
+    cache.activate_past_recording()
+    for token_B1 in tokens_BS[:, :20].split(1, dim=1):
+        theirs(token_B1, past_key_values=cache)
+    cache.crop(-8)
+    logits_BSV = theirs(tokens_BS[:, 12:], past_key_values=cache).logits
+    assert_equal_logits(logits_BSV, theirs(tokens_BS).logits[:, 12:])
+
+
 @pytest.mark.parametrize("name", CACHED)
 def test_sequences_of_a_cache_are_repeated_and_selected(name):
     theirs = exported(name).theirs
