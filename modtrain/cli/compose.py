@@ -58,6 +58,7 @@ from modtrain.inference.config import (
     InspectConfig,
     StepSamplesConfig,
 )
+from modtrain.interop.config import ExportConfig
 from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import name_of
 
@@ -70,6 +71,7 @@ SCHEMAS: dict[str, type] = {
     "eval": EvalRunConfig,
     "generate": GenerateConfig,
     "inspect": InspectConfig,
+    "export": ExportConfig,
     "checkpoints": CheckpointsConfig,
     "data": StepSamplesConfig,
     "submit": SubmitConfig,

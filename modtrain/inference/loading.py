@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from modtrain.checkpoint.recovery import with_checkpoint
-from modtrain.checkpoint.state import load_weights
 from modtrain.common.errors import DataError
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
@@ -23,6 +22,7 @@ from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.named_runs import open_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.trained_model import load_model, training_data
 
 
 @dataclass(frozen=True)
@@ -92,23 +92,10 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
     return LoadedRun(run, trained, step, model.to(device), device, data_path, precision)
 
 
-def load_model(config: TrainConfig, path: Path) -> Transformer:
-    """Return the model of ``config`` with the weights of the checkpoint ``path``, on the CPU."""
-    model = Transformer(config.model, seed=config.seed)
-    load_weights(path, model)
-    return model.eval()
-
-
 def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data_path: str) -> None:
     """Raise DataError if token ids would not mean the same text as in training."""
-    recorded = run.read_manifest()["data_fingerprint"]
-    training_data, data = read_summary(trained.data.path), read_summary(data_path)
-    if training_data.fingerprint != recorded:
-        raise DataError(
-            f"{trained.data.path} has other data now than {run.path} was trained on: prepare the"
-            " same data again; its tokenizer is the run's"
-        )
-    if training_data.tokenizer_sha256 != data.tokenizer_sha256:
+    own, data = training_data(run, trained), read_summary(data_path)
+    if own.tokenizer_sha256 != data.tokenizer_sha256:
         raise DataError(
             f"{data_path} was made with another tokenizer than {trained.data.path}: prepare it"
             f" with tokenizer.path={Path(trained.data.path, TOKENIZER_NAME)}"

@@ -28,11 +28,11 @@ from modtrain.cli.compose import compose
 from modtrain.cli.main import main
 from modtrain.common.errors import CheckpointError
 from modtrain.distributed.process_group import Ranks
-from modtrain.inference.loading import load_model
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import CheckpointConfig, TrainConfig
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.trained_model import load_model
 from tests.helpers.problems import problems_of
 from tests.helpers.ranks import on_ranks
 from tests.helpers.saved import flip_bit, save_whole

@@ -184,6 +184,12 @@ class Experts(nn.Module):
             below_mean_R = stats.mean() - stats
             self.bias.add_(below_mean_R.sign().to(self.bias.dtype), alpha=self.config.bias_rate)
 
+    def quantile(self) -> Tensor:
+        """Return the running quantile of each expert (E); before the first one, an even share."""
+        is_known = self.quantile_weight > 0
+        quantile_E = self.quantile_sum / torch.where(is_known, self.quantile_weight, 1)
+        return torch.where(is_known, quantile_E, 1 / self.choices)
+
     def _rows(
         self,
         logits_TR: Tensor,
@@ -228,11 +234,8 @@ class Experts(nn.Module):
         return choice_TK, logits_TR.gather(1, choice_TK).softmax(-1)
 
     def _above_quantile(self, probability_TE: Tensor, valid_T: Tensor) -> Rows:
-        """Causal expert choice; before the first quantile, above an even share."""
-        is_known = self.quantile_weight > 0
-        quantile_E = self.quantile_sum / torch.where(is_known, self.quantile_weight, 1)
-        quantile_E = torch.where(is_known, quantile_E, 1 / self.choices)
-        chosen_TE = (probability_TE > quantile_E) & valid_T.unsqueeze(-1)
+        """Causal expert choice."""
+        chosen_TE = (probability_TE > self.quantile()) & valid_T.unsqueeze(-1)
         expert_E = torch.arange(self.count, device=valid_T.device)
         choice_TE = torch.where(chosen_TE, expert_E, self.choices)
         return dropless_rows(choice_TE, probability_TE, self.count, self.choices)

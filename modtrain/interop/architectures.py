@@ -1,0 +1,130 @@
+"""Which Hugging Face architecture a model is, and its configuration there.
+
+A dense model of Llama's shape is a plain Llama, Mistral or Qwen3, which loads in any program that
+knows these. Everything else that decides causally is a `modtrain.interop.remote_code` model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from modtrain.common.errors import Problem
+from modtrain.models.config import ModelConfig
+
+LLAMA, MISTRAL, QWEN3, OWN = "llama", "mistral", "qwen3", "modtrain"
+
+
+def architecture(model: ModelConfig) -> str:
+    """Return the ``model_type`` of the model's Hugging Face configuration."""
+    is_plain = (
+        not model.is_routed
+        and not model.expert_labels
+        and model.activation == "swiglu"
+        and set(model.mixers) == {"attention"}
+    )
+    if is_plain and model.qk_norm:
+        return QWEN3
+    if is_plain and model.sliding_window is not None:
+        return MISTRAL
+    # A Llama's width is a multiple of its heads.
+    return LLAMA if is_plain and model.d_model % model.num_heads == 0 else OWN
+
+
+def export_problems(model: ModelConfig) -> list[Problem]:
+    """Find why the model cannot decide causally, which is what an exported model does."""
+    if not model.is_routed:
+        return []
+    router = model.router
+    if not model.causal_selections:
+        reason = "leaves the model without a causal decision"
+        remedy = "train with router.causal=[predictor]"
+        return [Problem("model.router.causal", "[]", reason, remedy)]
+    looking = [name for name in model.causal_selections if router.needs_scores(name)]
+    if router.score == "oracle_norm" and looking:
+        reason = f"needs the whole sequence, for the decision {looking[0]} or for the gate"
+        remedy = "train with router.gate=none and router.causal=[predictor]"
+        return [Problem("model.router.score", router.score, reason, remedy)]
+    return []
+
+
+def architecture_config(
+    model: ModelConfig, seq_len: int, end_id: int, capacities: Sequence[float | None]
+) -> dict[str, Any]:
+    """Return the values of the model's Hugging Face configuration.
+
+    seq_len: tokens of a training sequence. end_id: the end-of-document token, which also begins a
+    text. capacities: of each layer at the checkpoint.
+    """
+    values: dict[str, Any] = {
+        "vocab_size": model.vocabulary,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.ff_width,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_width,
+        "max_position_embeddings": seq_len,
+        "initializer_range": model.weight_std,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "bos_token_id": end_id,
+        "eos_token_id": end_id,
+    }
+    kind = architecture(model)
+    if kind == OWN:
+        return values | _own_values(model, capacities)
+    if kind == MISTRAL:
+        return values | {"sliding_window": model.sliding_window}
+    if kind == QWEN3 and model.sliding_window is not None:
+        window = {"use_sliding_window": True, "sliding_window": model.sliding_window}
+        return values | window | {"layer_types": ["sliding_attention"] * model.num_layers}
+    return values
+
+
+def _own_values(model: ModelConfig, capacities: Sequence[float | None]) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "sliding_window": model.sliding_window,
+        "qk_norm": model.qk_norm,
+        "gated_mlp": model.activation == "swiglu",
+        "layer_mixers": model.mixers,
+        "conv_width": model.conv_width,
+        "layer_capacities": list(capacities),
+        "layer_experts": [model.has_experts(layer) for layer in range(model.num_layers)],
+    }
+    return values | _router_values(model) | _expert_values(model)
+
+
+def _router_values(model: ModelConfig) -> dict[str, Any]:
+    if not model.is_routed:
+        return {}
+    router = model.router
+    needs_whole_text = router.score in ("attention", "oracle_norm")
+    return {
+        "routed_part": router.target,
+        "router_score": "none" if needs_whole_text else router.score,
+        "router_hidden_size": router.hidden_dim,
+        "router_input_norm": router.input_norm,
+        "decisions": list(router.causal_routers) if router.needs_causal else ["position"],
+        "predictor_hidden_size": router.predictor_dim,
+        "gate": router.gate_kind,
+        "gate_multiplier": router.gate_multiplier,
+        "gate_offset": router.gate_offset,
+        "gate_scale": router.gate_scale,
+    }
+
+
+def _expert_values(model: ModelConfig) -> dict[str, Any]:
+    experts = model.experts
+    if experts.count is None:
+        return {}
+    return {
+        "num_experts": experts.count,
+        "num_experts_per_tok": experts.top_k,
+        "num_noop_experts": experts.noop,
+        "num_shared_experts": experts.shared,
+        "moe_intermediate_size": experts.width(model.ff_width),
+        "expert_choice": experts.choice,
+        "expert_bias": experts.balance_kind == "bias",
+    }
