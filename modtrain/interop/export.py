@@ -20,6 +20,7 @@ from modtrain.interop.config import ExportConfig
 from modtrain.interop.model_card import model_card
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import TrainConfig
+from modtrain.training.named_runs import open_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.trained_model import load_model, training_data
@@ -52,7 +53,7 @@ def export(config: ExportConfig) -> str:
         CheckpointError, DataError: the run cannot be read.
     """
     raise_if_any(config.problems())
-    directory = RunDirectory(Path(config.runs_dir) / str(config.run))
+    directory = open_run(config.runs_dir, str(config.run))
     trained = directory.read_config()
     raise_if_any(export_problems(trained.model))
     data = training_data(directory, trained)

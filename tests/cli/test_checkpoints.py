@@ -293,4 +293,4 @@ def test_the_command_reports_and_fails(run, capsys):
     assert main([*asked, "run=r", "action=verify"]) == 1
     assert "damaged checkpoints:" in capsys.readouterr().err
     assert main([*asked, "run=gone"]) == 1
-    assert "is not a run" in capsys.readouterr().err
+    assert "there is no run" in capsys.readouterr().err
