@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
+from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.readers import Flaw, UnitReader
 from modtrain.data.prepare.sources import SourceFile
@@ -109,10 +109,14 @@ def finished_record(job: EncodeJob) -> UnitRecord | None:
     """The record of a unit that an earlier run finished, None if it has to be done."""
     if not job.record_file.exists():
         return None
-    content = json.loads(job.record_file.read_bytes())
-    splits = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
-    examples = [Flaw(**flaw) for flaw in content["examples"]]
-    return UnitRecord(content["num_lines"], splits, content["flaws"], examples)
+    try:
+        content = read_json(job.record_file)
+        splits = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
+        examples = [Flaw(**flaw) for flaw in content["examples"]]
+        return UnitRecord(content["num_lines"], splits, content["flaws"], examples)
+    except (UnreadableError, KeyError, TypeError, AttributeError):
+        # Damaged: the unit is encoded again.
+        return None
 
 
 def encode_unit(job: EncodeJob) -> UnitRecord:

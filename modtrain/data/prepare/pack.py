@@ -7,7 +7,6 @@ that are the inputs moved on by one. A tar sample holds many sequences: one arra
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modtrain.common.atomic_io import atomic_writer, digest, file_sha256, write_json
+from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.stream.index import ITEM_SIZES, Shard
 
 _OWNER = "modtrain"
@@ -122,11 +122,15 @@ def finished_shard(job: ShardJob) -> Shard | None:
     path = Path(job.path)
     if not job.record_file.exists() or not path.exists():
         return None
-    record = json.loads(job.record_file.read_bytes())
-    if record["key"] != job.key or path.stat().st_size != record["num_bytes"]:
+    try:
+        record = read_json(job.record_file)
+        if record["key"] != job.key or path.stat().st_size != record["num_bytes"]:
+            return None
+        members = tuple((offset, count) for offset, count in record["members"])
+        return Shard(path.name, record["num_bytes"], record["sha256"], members)
+    except (UnreadableError, KeyError, TypeError, ValueError):
+        # Damaged: the shard is written again.
         return None
-    members = tuple((offset, count) for offset, count in record["members"])
-    return Shard(path.name, record["num_bytes"], record["sha256"], members)
 
 
 def write_shard(job: ShardJob) -> Shard:

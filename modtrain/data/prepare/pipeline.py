@@ -8,7 +8,6 @@ workers or on interruptions, and a directory without an index is never taken for
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from modtrain.common.atomic_io import (
     write_json,
 )
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
+from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.encode import (
     EXAMPLES_OF_A_KIND,
@@ -197,8 +197,8 @@ def _request(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, An
 
 def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
     try:
-        stored_request = json.loads((output / REQUEST_NAME).read_bytes())
-    except (OSError, ValueError):
+        stored_request = read_json(output / REQUEST_NAME)
+    except (OSError, UnreadableError):
         stored_request = {}
     keys = sorted(
         key for key in {*request, *stored_request} if request.get(key) != stored_request.get(key)

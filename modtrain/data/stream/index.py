@@ -6,7 +6,7 @@ that a configuration can be checked against the data in milliseconds.
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from modtrain.common.atomic_io import digest, file_sha256
 from modtrain.common.errors import DataError
+from modtrain.common.reading import UnreadableError, read_json
 
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"
@@ -156,6 +157,7 @@ class ShardIndex:
                 )
 
 
+_MAX_INDEX_BYTES = 1 << 32
 _DAMAGED = (
     "Copy the prepared directory again, or remove it and run modtrain prepare with its sources."
 )
@@ -254,17 +256,15 @@ class _Object:
 
 def _read(directory: Path) -> _Object:
     file = directory / INDEX_NAME
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
+    if not os.path.lexists(file):
         raise DataError(
             f"{file}: missing, so {directory} holds no finished data. "
             f"Run modtrain prepare; an interrupted one is resumed."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: is not JSON ({error}). {_DAMAGED}") from error
+        )
+    try:
+        content = read_json(file, _MAX_INDEX_BYTES)
+    except UnreadableError as error:
+        raise DataError(f"{directory}/{error}. {_DAMAGED}") from None
     checked = _Object(file, content)
     version = checked.integer("version")
     if version != INDEX_VERSION:

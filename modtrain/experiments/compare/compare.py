@@ -75,7 +75,7 @@ def _report_and_show(comparison: Comparison, console: Console) -> None:
         write_text(path, json.dumps(_report(comparison), indent=1))
     else:
         console.print(f"{directory} is complete: nothing was trained", soft_wrap=True)
-    show(json.loads(path.read_text()), config.equivalence_margin, console)
+    show(read_json(path), config.equivalence_margin, console)
     tensorboard = f"{_tensorboard()} --logdir {shlex.quote(str(directory))}"
     lines = f"\npicture: {picture.resolve()}\nTensorBoard: {tensorboard}"
     console.print(lines, soft_wrap=True)
@@ -107,10 +107,12 @@ def _is_current(report: Path, arms: dict[str, list[TrainConfig]]) -> bool:
     """Whether the report exists and has these arms and runs in this order."""
     if not report.is_file():
         return False
-    stored = json.loads(report.read_text())
-    return [(name, arm["runs"]) for name, arm in stored.items()] == [
-        (name, [config.name for config in configs]) for name, configs in arms.items()
-    ]
+    try:
+        stored = [(name, arm["runs"]) for name, arm in read_json(report).items()]
+    except (UnreadableError, KeyError, TypeError):
+        # Damaged: it is made of the runs again.
+        return False
+    return stored == [(name, [config.name for config in configs]) for name, configs in arms.items()]
 
 
 def _tensorboard() -> str:

@@ -21,6 +21,7 @@ from multiprocessing.connection import wait
 
 from modtrain.common.atomic_io import is_locked, write_text
 from modtrain.common.errors import ModtrainError
+from modtrain.common.reading import UnreadableError, read_json
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
@@ -144,7 +145,7 @@ def write_failure(run: RunDirectory, kind: str, text: str) -> None:
 def failure_text(run: RunDirectory) -> str:
     """Return the kind and the text of the failure; empty without one."""
     try:
-        failure = json.loads((run.path / FAILURE).read_text())
-    except (OSError, ValueError):
+        failure = read_json(run.path / FAILURE)
+        return f"{failure['kind']}: {failure['text']}"
+    except (UnreadableError, KeyError):
         return ""
-    return f"{failure['kind']}: {failure['text']}"

@@ -14,7 +14,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
 
 from modtrain.common.atomic_io import write_text
-from modtrain.common.errors import Problem
+from modtrain.common.errors import CheckpointError, Problem
+from modtrain.common.reading import UnreadableError, read_json
 from modtrain.common.renamed_keys import flatten, translate_flat
 from modtrain.common.spelling import quoted
 from modtrain.training.config import TrainConfig
@@ -112,8 +113,14 @@ def read_jobs(directory: Path) -> dict[str, dict[str, str]]:
     path = directory / "sweep.json"
     if not path.is_file():
         return {}
-    stored = json.loads(path.read_text())["jobs"]
-    return {name: translate_flat(job["overrides"]) for name, job in stored.items()}
+    try:
+        stored = read_json(path)["jobs"]
+        return {name: translate_flat(job["overrides"]) for name, job in stored.items()}
+    except (UnreadableError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}\n"
+            "remedy: remove it and start the sweep again, which lists its jobs anew"
+        ) from None
 
 
 def write_jobs(directory: Path, jobs: Sequence[SweepJob]) -> None:

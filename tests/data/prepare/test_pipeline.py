@@ -165,6 +165,24 @@ def test_a_changed_option_after_an_interruption_leaves_no_trace(tmp_path, monkey
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("content", [b"[" * 200_000, b'{"splits": {"a": {}}}'])
+def test_damaged_records_of_an_interrupted_prepare_are_made_again(tmp_path, monkeypatch, content):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(200))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "finish", lambda *_: (_ for _ in ()).throw(_StoppedError()))
+        with pytest.raises(_StoppedError):
+            prepare(tiny_config([corpus], tmp_path / "cut"), progress=False)
+    records = [
+        p for p in (tmp_path / "cut").rglob("*.json") if p.parent.name in ("units", "shards")
+    ]
+    assert len(records) > 2
+    for record in records:
+        record.write_bytes(content)
+    prepare(tiny_config([corpus], tmp_path / "cut"), progress=False)
+    prepare(tiny_config([corpus], tmp_path / "whole"), progress=False)
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
 def test_a_second_prepare_does_nothing_and_another_is_refused(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     output = tmp_path / "out"
