@@ -60,9 +60,11 @@ def read_arguments(argv: Sequence[str], verbs: Mapping[str, str]) -> Arguments:
         SystemExit: argparse has printed a version, or what is wrong.
     """
     parser = make_parser(verbs)
-    own, foreign = _split(argv, parser)
+    # Only words follow two dashes, as job scripts write them.
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    own, foreign = _split(argv[:end], parser)
     parsed = parser.parse_intermixed_args(own)
-    verb, *words = parsed.words or [""]
+    verb, *words = [*parsed.words, *argv[end + 1 :]] or [""]
     wants_help = parsed.help or verb == "help"
     if verb == "help":
         verb, *words = words or [""]

@@ -127,6 +127,13 @@ def test_a_base_that_cannot_be_is_reported(verb, words, content, text, tmp_path)
     assert text in problems_of(expand_base, verb, words, None)["from"].reason
 
 
+def test_words_behind_two_dashes_are_no_options():
+    arguments = read_arguments(["train", "--", "name=-x", "model=tiny"], VERBS)
+    assert (arguments.verb, arguments.words) == ("train", ["name=-x", "model=tiny"])
+    arguments = read_arguments(["train", "-m", "--", "name=x"], VERBS)
+    assert arguments.is_multirun and arguments.words == ["name=x"]
+
+
 def test_each_verb_has_help_with_its_keys_groups_and_examples():
     for verb, description in VERBS.items():
         shown = verb_help(verb, description)

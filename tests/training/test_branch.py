@@ -87,7 +87,7 @@ def test_what_is_not_the_first_part_of_a_run_is_no_trunk(lines, tmp_path):
     assert "schedule: the rate of step 1 is 0.5" in message("schedule.warmup_steps=3")
     assert "branch.step: 6 is not before the last of 6 steps" in message(steps=SHORT)
     assert "no checkpoint of step=3; there are: 2, 4, 6" in message(steps=SHORT, start=3)
-    assert "is not a run" in message("branch.run=nothing")
+    assert "there is no run" in message("branch.run=nothing")
     assert not (tmp_path / "branch/COMPLETED").exists()
 
 
