@@ -14,7 +14,10 @@ from tests.helpers.waiting import wait_until
 # A job that saves at USR1 and comes back by itself, whatever is written in its directory.
 STUBBORN = """#!/bin/bash
 #SBATCH --open-mode=append
-save() { mkdir -p checkpoints/step-000000005; echo '{}' >checkpoints/step-000000005/manifest.json; }
+save() {
+  mkdir -p checkpoints/step-000000005
+  echo '{"step": 5}' >checkpoints/step-000000005/manifest.json
+}
 # An array's last task has the number of the array, by which all of them would be requeued.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 trap 'echo told; save; scontrol requeue ${job:-$SLURM_JOB_ID}; sleep 60' USR1
