@@ -82,9 +82,14 @@ class UnitReader:
                 yield from self._parts(path, self.separator.encode())
                 continue
             with path.open("rb") as opened:
-                content = opened.read(self.max_bytes + 1).removeprefix(_BOM)
+                content = opened.read(self.max_bytes + 1)
+            if len(content) > self.max_bytes:
+                # Before anything is taken out of it: what was read is cut.
+                yield self._too_large(file.path, 1)
+                continue
             # A document's tokens must not depend on the system that wrote it.
-            yield self._text_or_flaw(content.replace(b"\r\n", b"\n"), file.path, 1)
+            content = content.removeprefix(_BOM).replace(b"\r\n", b"\n")
+            yield self._text_or_flaw(content, file.path, 1)
 
     def _parts(self, path: Path, separator: bytes) -> Iterator[str | Flaw]:
         """The documents of a text file between separators; blank ones are none."""

@@ -263,6 +263,14 @@ def test_other_documents_that_are_too_large_are_left_out(tmp_path):
         assert [flaw.kind for flaw in flaws] == ["too_large"] * (len(SIZES) - len(expected))
 
 
+def test_a_text_that_is_too_large_is_never_cut(tmp_path):
+    """Not where the bytes that are taken out of it would make room, either."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"x" * LIMIT)
+    (tmp_path / "b.txt").write_bytes(b"x\r\n" * LIMIT)
+    kept, flaws = read(tmp_path / "*.txt", max_bytes=LIMIT)
+    assert (kept, [flaw.kind for flaw in flaws]) == ([], ["too_large"] * 2)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst"])
 def test_memory_is_bounded_whatever_a_line_is_or_a_file_was_compressed_from(tmp_path, kind):
     size = 1 << 28
