@@ -72,9 +72,9 @@ class Guard(StepCallback):
         with suppress(CheckpointError):
             self.checkpointer.wait()
         newest = latest(self.run.checkpoints, self.ranks)
-        good = latest(self.run.checkpoints, self.ranks, before=first_bad)
-        later = ""
-        if newest is not None and newest != good:
+        good, later = newest, ""
+        if newest is not None and newest[0] >= first_bad:
+            good = latest(self.run.checkpoints, self.ranks, before=first_bad)
             later = (
                 f"Later ones, up to {newest[1].name}, were saved after steps that were skipped, and"
                 " the model may have been bad by then: move them away to resume from before.\n"
