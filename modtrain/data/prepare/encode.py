@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
-from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.readers import Flaw, UnitReader
+from modtrain.data.prepare.request import without_later_options
 from modtrain.data.prepare.sources import SourceFile
 from modtrain.data.prepare.tokenizer import DocumentEncoder, SplitChooser
 from modtrain.data.prepare.units import Unit
@@ -61,16 +61,6 @@ class EncodeJob:
     def record_file(self) -> Path:
         """Where the unit's record is written, once its tokens are."""
         return Path(self.work) / "units" / f"{self.key}.json"
-
-
-def without_later_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return ``options`` without those that prepared data had no word of, at their defaults.
-
-    So data that were prepared before there was an option are those of its default.
-    """
-    later = ("separator", "split_at", "max_document_bytes")
-    defaults = {name: getattr(PrepareConfig, name) for name in later}
-    return {k: v for k, v in options.items() if k not in defaults or v != defaults[k]}
 
 
 @dataclass

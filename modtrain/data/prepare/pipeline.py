@@ -20,13 +20,11 @@ from modtrain.common.atomic_io import (
     NoLocksError,
     acquire_lock,
     digest,
-    file_sha256,
     sync,
     write_bytes,
     write_json,
 )
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
-from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.encode import (
     EXAMPLES_OF_A_KIND,
@@ -34,7 +32,6 @@ from modtrain.data.prepare.encode import (
     UnitRecord,
     encode_unit,
     finished_record,
-    without_later_options,
 )
 from modtrain.data.prepare.pack import (
     PackLayout,
@@ -44,6 +41,13 @@ from modtrain.data.prepare.pack import (
     write_shard,
 )
 from modtrain.data.prepare.readers import FLAW_KINDS, Flaw
+from modtrain.data.prepare.request import (
+    REQUEST_NAME,
+    TIMES,
+    differing_keys,
+    later_options,
+    request_of,
+)
 from modtrain.data.prepare.sources import SourceFile, expand_sources
 from modtrain.data.prepare.tokenizer import (
     SplitChooser,
@@ -67,8 +71,6 @@ from modtrain.data.stream.index import (
 
 WORK_NAME = ".work"
 # The options and sources of the output; kept out of the index, since file times are not data.
-REQUEST_NAME = ".prepared.json"
-_TIMES = "times of change"
 # Tokens of 16 bits number this many.
 _LARGEST_UINT16_VOCAB = 1 << 16
 
@@ -127,7 +129,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     output = Path(config.output)
     files = expand_sources(config.sources)
     _refuse_unused_separator(config, files)
-    request = _request(config, files)
+    request = request_of(config, files)
     if (output / INDEX_NAME).exists():
         return _report_of_finished(output, request)
     with _work_directory(output) as work:
@@ -181,29 +183,9 @@ def finish(
     write_json(output / INDEX_NAME, index_content(summary, shards), staging)
 
 
-def _request(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
-    """All that the output depends on, free of paths, so that the folders can be moved."""
-    options = asdict(config)
-    for name in ("sources", "output", "num_workers"):
-        del options[name]
-    path = config.tokenizer.path
-    if path is not None:
-        options["tokenizer"] = {"sha256": file_sha256(Path(path))}
-    options = without_later_options(options)
-    names, sizes = [Path(file.path).name for file in files], [file.size for file in files]
-    times = digest([file.mtime_ns for file in files])
-    return {**options, "files": len(files), "contents": digest([names, sizes]), _TIMES: times}
-
-
 def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
-    try:
-        stored_request = read_json(output / REQUEST_NAME)
-    except (OSError, UnreadableError):
-        stored_request = {}
-    keys = sorted(
-        key for key in {*request, *stored_request} if request.get(key) != stored_request.get(key)
-    )
-    if keys == [_TIMES]:
+    keys = differing_keys(output, request)
+    if keys == [TIMES]:
         # A corpus copied or installed anew has new times and the same text.
         _log.warning(
             "the sources have other modification times, but equal names and sizes: taken as equal"
@@ -269,8 +251,7 @@ def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path)
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path).read_bytes()
     key_parts = [asdict(config.tokenizer), config.text_column, config.valid_fraction, config.seed]
-    names = ("separator", "split_at", "max_document_bytes")
-    later = without_later_options({name: getattr(config, name) for name in names})
+    later = later_options(config)
     key_parts += [later] if later else []
     key = digest([key_parts, [asdict(unit) for unit in units]])
     trained = work / f"tokenizer-{key}.json"

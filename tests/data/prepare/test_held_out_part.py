@@ -14,8 +14,9 @@ from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import DataConfig, PrepareConfig, TokenizerConfig
 from modtrain.data.prepare import readers
-from modtrain.data.prepare.pipeline import REQUEST_NAME, prepare
+from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.readers import UnitReader
+from modtrain.data.prepare.request import REQUEST_NAME
 from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.tokenizer import SplitChooser
 from modtrain.data.prepare.units import plan_units
