@@ -11,9 +11,9 @@ from torch import Tensor
 
 from modtrain.models.sequence import ExpertRecord, RoutingRecord
 
-# Of each router: tokens; scores; their squares; scores above 0; chosen tokens; tokens that the
-# previous router chose too; and the four of `RoutingRecord.update_sums_4`.
-_NUM_SUMS = 10
+# Of each router: tokens; scores; their squares; scores above 0; chosen tokens that the previous
+# router chose too; and the four of `RoutingRecord.update_sums_4`.
+_NUM_SUMS = 9
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class RoutingTotals:
         metrics: dict[str, float] = {}
         for i, (label, sums) in enumerate(zip(labels, self.routers, strict=True)):
             name = f"router/{label}"
-            tokens, score, square, above, chosen, again, *update = sums[:_NUM_SUMS].tolist()
+            tokens, score, square, above, again, *update = sums[:_NUM_SUMS].tolist()
+            chosen_S = sums[_NUM_SUMS:]
+            chosen = float(chosen_S.sum())
             mean = score / tokens
             variance = (square - tokens * mean**2) / max(1, tokens - 1)
             metrics[f"{name}/score_mean"] = mean
@@ -82,7 +84,7 @@ class RoutingTotals:
             if i > 0:
                 metrics[f"{name}/chosen_again"] = again / max(1, chosen)
             metrics[f"{name}/gate_mean"], metrics[f"{name}/update_ratio"] = update_metrics(update)
-            metrics[f"{name}/position_entropy"] = _entropy(sums[_NUM_SUMS:])
+            metrics[f"{name}/position_entropy"] = _entropy(chosen_S)
         return metrics
 
     def expert_metrics(self, labels: Sequence[str], num_noop: int) -> dict[str, float]:
@@ -125,18 +127,17 @@ def _router_sums(record: RoutingRecord, before: RoutingRecord | None) -> Tensor:
     scores_BS, chosen_BS = record.scores_BS.float(), record.chosen_BS
     again_BS = chosen_BS if before is None else chosen_BS & before.chosen_BS
     chosen_S = chosen_BS.float().sum(dim=0)
-    own_6 = torch.stack(
+    own_5 = torch.stack(
         [
             scores_BS.new_full((), scores_BS.numel()),
             scores_BS.sum(),
             scores_BS.square().sum(),
             (scores_BS > 0).float().sum(),
-            chosen_S.sum(),
             again_BS.float().sum(),
         ]
     )
-    update_4 = own_6.new_zeros(4) if record.update_sums_4 is None else record.update_sums_4
-    return torch.cat([own_6, update_4.float(), chosen_S])
+    update_4 = own_5.new_zeros(4) if record.update_sums_4 is None else record.update_sums_4
+    return torch.cat([own_5, update_4.float(), chosen_S])
 
 
 def _entropy(counts: Tensor) -> float:

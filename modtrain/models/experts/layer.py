@@ -244,18 +244,15 @@ class Experts(nn.Module):
         self, rows: Rows, logits_TR: Tensor, normaliser_T1: Tensor, valid_BS: Tensor | None
     ) -> ExpertRecord:
         wide = logits_TR.dtype
-        choices_R = rows.choices_R.to(wide)
+        counts = rows.choices_R.to(wide), rows.executed_E.to(wide)
         valid_T = None if valid_BS is None else valid_BS.flatten().to(wide)
         balance_loss = z_loss = None
         if self.config.balance_kind == "loss":
             mean_R = _mean((logits_TR - normaliser_T1).exp(), valid_T)
-            load_R = choices_R / choices_R.sum().clamp(min=1)
-            balance_loss = self.choices * (load_R * mean_R).sum()
+            balance_loss = self.choices * (ExpertRecord(*counts).load * mean_R).sum()
         if self.config.z_loss_weight > 0:
             z_loss = _mean(normaliser_T1.square(), valid_T).squeeze(0)
-        return ExpertRecord(
-            choices_R, rows.executed_E.to(wide), rows.quantile_E, balance_loss, z_loss
-        )
+        return ExpertRecord(*counts, rows.quantile_E, balance_loss, z_loss)
 
 
 def dropless_rows(choice_TK: Tensor, weight_TK: Tensor, experts: int, choices: int) -> Rows:
