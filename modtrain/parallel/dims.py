@@ -68,9 +68,7 @@ class ParallelDims:
         if shard_is_set:
             degrees["shard_size"] = self.shard
         for key, degree in degrees.items():
-            group = (
-                "the one process" if self.world_size == 1 else f"the {self.world_size} processes"
-            )
+            group = self._processes
             if ranks > 1 and self.world_size % ranks == 0:
                 group = f"the {self.world_size // ranks} groups of {ranks} processes"
             if degree > 1 and self.world_size % (ranks * degree):

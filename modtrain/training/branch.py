@@ -11,7 +11,7 @@ from pathlib import Path
 from modtrain.checkpoint.recovery import find_checkpoint
 from modtrain.common.errors import CheckpointError
 from modtrain.training.config import TrainConfig
-from modtrain.training.named_runs import missing_run
+from modtrain.training.named_runs import open_run
 from modtrain.training.plan import TrainingPlan, derive
 from modtrain.training.run_directory import RunDirectory, differences
 from modtrain.training.schedules import Capacities, lr_factor
@@ -35,9 +35,7 @@ def trunk_checkpoint(
             part of this run: all that differs.
     """
     name, step = str(config.branch.run), config.branch.step or 0
-    trunk = RunDirectory(Path(config.runs_dir) / name)
-    if not trunk.path.is_dir():
-        raise CheckpointError(missing_run(config.runs_dir, name, "branch.run"))
+    trunk = open_run(config.runs_dir, name, "branch.run")
     differing = differences(trunk.read_config(), config, "the trunk", _FREE_KEYS)
     differing += _differing_files(trunk, data_fingerprint)
     if step >= plan.steps:

@@ -52,8 +52,8 @@ def name_of(runs_dir: str, name: str) -> str:
     return name
 
 
-def open_run(runs_dir: str, name: str) -> RunDirectory:
-    """Return the directory of the run ``name``, which has a configuration.
+def open_run(runs_dir: str, name: str, key: str = "run") -> RunDirectory:
+    """Return the directory of the run ``name``, which has a configuration. key: gave the name.
 
     Raises:
         CheckpointError: there is none; names the runs that may be meant.
@@ -63,7 +63,7 @@ def open_run(runs_dir: str, name: str) -> RunDirectory:
         # Also what is left of a run: reading it says what is lost.
         return RunDirectory(path)
     if not os.path.lexists(path / "config.yaml"):
-        raise CheckpointError(missing_run(runs_dir, name))
+        raise CheckpointError(missing_run(runs_dir, name, key))
     return RunDirectory(path)
 
 
