@@ -1,5 +1,6 @@
 """Workers that read ahead, and a shared memory that is full."""
 
+import multiprocessing
 import shutil
 import time
 from types import SimpleNamespace
@@ -22,6 +23,15 @@ def data(prepared):
     return TokenDataModule(config, num_steps=6, **sizes)
 
 
+@pytest.fixture
+def forked_workers():
+    """Workers see what a test replaces; Python 3.14 does not fork them by default."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
 def test_batches_that_do_not_fit_are_refused_at_the_start(data, monkeypatch):
     data.check_shared_memory(1)
     # Of two workers, batches of 3 and of 4 sequences and their documents.
@@ -35,6 +45,7 @@ def test_batches_that_do_not_fit_are_refused_at_the_start(data, monkeypatch):
     data.check_shared_memory(8)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_reports_that_it_is_full(data, monkeypatch):
     monkeypatch.setattr(datamodule, "_SPARE_BYTES", 2**60)
     with pytest.raises(DataError) as caught:
@@ -44,6 +55,7 @@ def test_a_worker_reports_that_it_is_full(data, monkeypatch):
     assert "Traceback" not in text
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_batch_that_never_comes_ends_the_run(data, monkeypatch):
     """torch loses a batch for which there is no memory, and says nothing."""
     monkeypatch.setattr(datamodule, "_WORKER_TIMEOUT", 0.5)
