@@ -34,7 +34,7 @@ RATIOS = {
         *("speedup_b1", "speedup_b8", "speedup_b8_short", "cache_ratio"),
         *("eta_prefill", "flops_ratio_prefill", "over_hf"),
     },
-    "data_stream": {"over_memmap"},
+    "data_stream": {"over_memmap", "over_unchecked"},
     "startup": {"help_seconds", "first_step_seconds", "over_import"},
     "strategies": {"max_loss_difference", "different_choices", "strategies", "runs"},
     "checkpoint": {

@@ -35,8 +35,7 @@ def play(folder: Path, seed: int, interruptions: int, minutes: float, per_run: i
     played = 0
     while played < interruptions and time.monotonic() < deadline:
         number = min(per_run, interruptions - played)
-        Trial(prepared, folder, seed, tally, whole).play(number)
-        played += number
+        played += Trial(prepared, folder, seed, tally, whole).play(number)
         seed += 1
     return tally
 

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modtrain.checkpoint.recovery import whole_checkpoints
+from modtrain.checkpoint.recovery import latest
 from tests.chaos.damages import DAMAGES
 from tests.helpers.ranks import Fleet, RankFailedError
 from tests.helpers.runs import last_step, losses_of
@@ -81,28 +81,34 @@ class Trial:
         self.layouts: list[str] = []
         self.history: list[str] = []
 
-    def play(self, num_interruptions: int) -> None:
-        """Interrupt the run so often, let it end, and compare."""
+    def play(self, num_interruptions: int) -> int:
+        """Interrupt the run so often, let it end, and compare; return how often it could be."""
         own = list(LAYOUTS)
         if self.draw.random() < 0.5:
             own = [self.draw.choice(own)]
+        expected = "complete"
         for number in range(num_interruptions):
-            self._interrupt(self.draw.choice(own), number, num_interruptions)
+            outcomes = self._interrupt(self.draw.choice(own), number, num_interruptions)
+            if set(outcomes) == {"complete"}:
+                # SIGTERM came after the last step.
+                expected = "already complete"
+                break
             if self.draw.random() < 0.5:
                 self._damage()
         layout = self.draw.choice(own)
         outcomes = self._start(layout, None)
-        is_complete = set(outcomes) == {"complete"}
+        is_complete = set(outcomes) == {expected}
         self.tally.check("continues", is_complete, f"{self._where()}: {outcomes}")
         if is_complete:
             self._compare()
+        return number + 1
 
     def _start(self, layout: str, stop: tuple[int, float] | None) -> list[str]:
         """Start the run, and interrupt it at (step, seconds); return how its ranks ended."""
         world_size, more = LAYOUTS[layout]
         self.layouts.append(layout)
         self.history.append(layout)
-        whole = whole_checkpoints(self.run / "checkpoints")
+        newest = latest(self.run / "checkpoints")
         notes = self.folder / f"{self.name}-notes" / str(len(self.layouts))
         notes.mkdir(parents=True)
         lines = overrides(
@@ -119,7 +125,7 @@ class Trial:
             except TimeoutError as error:
                 self.tally.check("ends", False, f"{self._where()}: {error}")
                 outcomes = []
-        self._check_notes(notes, whole[-1][0] if whole else 0)
+        self._check_notes(notes, 0 if newest is None else newest[0])
         return [f"{o.kind}: {o.message}" if isinstance(o, RankFailedError) else o for o in outcomes]
 
     def _strike(self, fleet: Fleet, world_size: int, step: int, delay: float) -> None:
@@ -139,7 +145,7 @@ class Trial:
             self.history.append(f"SIGKILL of {victims}")
             fleet.signal(signal.SIGKILL, *victims)
 
-    def _interrupt(self, layout: str, number: int, total: int) -> None:
+    def _interrupt(self, layout: str, number: int, total: int) -> list[str]:
         """Start and interrupt: in the set-up, or at a step further on each time."""
         far = max(1, (number + 1) * (STEPS - 2) // total)
         step = 0 if self.draw.random() < 0.15 else min(STEPS - 2, self.draw.randint(1, far))
@@ -148,6 +154,7 @@ class Trial:
         ends = ("died:", "RankError:", "stopped", "complete", "SystemExit:")
         errors = [text for text in outcomes if not text.startswith(ends)]
         self.tally.check("continues", not errors, f"{self._where()}: {errors}")
+        return outcomes
 
     def _damage(self) -> None:
         damages = [*DAMAGES]

@@ -88,11 +88,13 @@ class TokenDataset(Dataset[Tensor]):
             rows.append(self._maps[shard][start : start + length])
         # Two passes beat one that converts as it copies: the first waits for memory alone.
         stored = np.concatenate(rows)
-        if stored.size and stored.max() >= self._vocab_size:
-            self._refuse_tokens(numbers, stored.reshape(-1, length))
+        self._check_tokens(numbers, stored)
         return torch.from_numpy(stored.astype(np.int64).reshape(-1, length))
 
-    def _refuse_tokens(self, numbers: list[int], stored_BT: NDArray[Any]) -> None:
+    def _check_tokens(self, numbers: list[int], stored: NDArray[Any]) -> None:
+        if not stored.size or stored.max() < self._vocab_size:
+            return
+        stored_BT = stored.reshape(len(numbers), -1)
         row, place = np.argwhere(stored_BT >= self._vocab_size)[0].tolist()
         path, first = self.locate(numbers[row])
         raise DataError(
