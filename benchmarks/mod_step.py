@@ -5,14 +5,16 @@
 Both models have the same shape; every other block of the second takes 12.5 % of the tokens. A step
 is the forward pass with the predictor's auxiliary loss, the backward pass and fused AdamW, in
 float32 on the CPU, eager and compiled. Retention is eta = (T_dense / T_MoD) / (F_dense / F_MoD), F
-the executed training FLOPs: at 1 every FLOP saved is time saved. The share of choosing, gathering
-and putting back is that of the eager MoD step, from torch's profiler.
+the executed training FLOPs: at 1 every FLOP saved is time saved. With --keep-kv a third model is
+the routed one with keys and values of all tokens, compared with the routed one. The share of
+choosing, gathering and putting back is that of the eager MoD step, from torch's profiler.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from benchmarks._harness import (
     ratio,
 )
 from modtrain.models.config import ModelConfig
+from modtrain.models.depth.config import RouterConfig
 from modtrain.models.flops import CONVENTIONS, forward_flops, training_flops_per_token
 from modtrain.models.transformer import Transformer
 from modtrain.optimizers.config import OptimizerConfig
@@ -46,6 +49,8 @@ def main() -> None:
     options = _options()
     fix_threads(options.threads)
     configs = {name: _config(options, pattern) for name, pattern in PATTERNS.items()}
+    if options.keep_kv:
+        configs["kept"] = replace(configs["mod"], router=RouterConfig(keep_kv=True))
     flops = {name: _training_flops(options, config) for name, config in configs.items()}
     _print_flops(options, configs, flops)
     result = {"flops_ratio": flops["dense"] / flops["mod"]}
@@ -61,6 +66,11 @@ def main() -> None:
         speedup = ratio(seconds[f"dense {mode}"], seconds[f"mod {mode}"])
         result[f"time_ratio_{mode}"] = speedup
         result[f"eta_{mode}"] = speedup / result["flops_ratio"]
+    if options.keep_kv:
+        result["keep_kv_flops_ratio"] = flops["kept"] / flops["mod"]
+        for mode in modes:
+            kept = ratio(seconds[f"kept {mode}"], seconds[f"mod {mode}"])
+            result[f"keep_kv_time_ratio_{mode}"] = kept
     result["gather_scatter_share"] = _moving_share(steps["mod eager"])
     print(f"choosing, gathering, putting back: {result['gather_scatter_share']:.1%} of a MoD step")
     finish("mod_step", result)
@@ -75,6 +85,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=9, help="steps of each variant")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep-kv", action="store_true", help="measure router.keep_kv as well")
     parser.add_argument("--skip-compiled", action="store_true", help="measure eager steps alone")
     options = parser.parse_args()
     check_width(parser, options.d_model)

@@ -103,6 +103,7 @@ def _router_values(model: ModelConfig) -> dict[str, Any]:
     needs_whole_text = router.score in ("attention", "oracle_norm")
     return {
         "routed_part": router.target,
+        "keep_kv": router.keep_kv,
         "router_score": "none" if needs_whole_text else router.score,
         "router_hidden_size": router.hidden_dim,
         "router_input_norm": router.input_norm,

@@ -147,7 +147,7 @@ def _routing_rows(model: ModelConfig) -> dict[str, object]:
     capacities = {i: c for i, c in enumerate(model.capacities) if c is not None}
     return {
         "routed layers": ", ".join(f"{layer} at {share:g}" for layer, share in capacities.items()),
-        "routed part": router.target,
+        "routed part": router.target + ("; all tokens' keys and values" if router.keep_kv else ""),
         "router's score": router.score,
         "gate": router.gate_kind,
         "choice in training": f"{router.choice} choice",

@@ -55,11 +55,10 @@ class Attention(nn.Module):
         x_BSD = self.norm(x_BSD)
         # All heads, or the local ones under tensor parallelism.
         q = self.q(x_BSD).view(batch, length, -1, self.head_width)
-        k = self.k(x_BSD).view(batch, length, -1, self.head_width)
-        v = self.v(x_BSD).view(batch, length, -1, self.head_width)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, context), rotate(k, context)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        q = rotate(q, context)
+        k, v = context.keys_values or self._project_keys_values(x_BSD, context)
         out: Tensor = self.out(self.mix(q, k, v, context).reshape(batch, length, -1))
         if not self.returns_received or context.selection not in TRAINING_SELECTIONS:
             return out
@@ -67,6 +66,26 @@ class Attention(nn.Module):
         return Output(
             out, received_BS=received_attention(q, k, context.attention_mask_BSS, context.valid_BS)
         )
+
+    def keys_values(self, x_BSD: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B, S, G, W) of tokens that may be no queries; store them.
+
+        x_BSD: the residual stream. A cache takes them here, and `mix` with them adds none.
+        """
+        k, v = self._project_keys_values(self.norm(x_BSD), context)
+        if context.cache is not None:
+            context.cache.append((k, v), context.positions_BS, context.documents_BS)
+        return k, v
+
+    def _project_keys_values(
+        self, normed_BSD: Tensor, context: SequenceContext
+    ) -> tuple[Tensor, Tensor]:
+        batch, length, _ = normed_BSD.shape
+        k = self.k(normed_BSD).view(batch, length, -1, self.head_width)
+        v = self.v(normed_BSD).view(batch, length, -1, self.head_width)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        return rotate(k, context), v
 
     def mix(
         self, q_BSHW: Tensor, k_BSGW: Tensor, v_BSGW: Tensor, context: SequenceContext
@@ -99,7 +118,8 @@ def attend_with_cache(
     """Store new keys and values, and attend to all stored ones: (N, K, H, W)."""
     is_plain = context.window is None and context.documents_BS is None
     is_first = not any(cache.lengths)
-    cache.append((k_NKGW, v_NKGW), context.positions_BS, context.documents_BS)
+    if context.keys_values is None:
+        cache.append((k_NKGW, v_NKGW), context.positions_BS, context.documents_BS)
     # A batch of padding only: the result is not used.
     if is_first and (is_plain or not any(cache.counts)):
         return attend(q_NKHW, k_NKGW, v_NKGW, None, is_causal=True)
@@ -133,7 +153,8 @@ def _cache_mask(context: SequenceContext, cache: CacheView) -> Tensor | None:
         device = query_NK1.device
         length_N11 = torch.tensor(lengths, device=device).view(-1, 1, 1)
         conditions.append(torch.arange(longest, device=device) < length_N11)
-    if query_NK1.shape[1] > 1 or context.window is not None:
+    num_new = query_NK1.shape[1] if context.keys_values is None else context.keys_values[0].shape[1]
+    if num_new > 1 or context.window is not None:
         distance_NKL = query_NK1 - cache.store.positions(cache.rows).unsqueeze(1)
         conditions.append(distance_NKL >= 0)
         if context.window is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from modtrain.models.sequence import Output, SequenceContext, as_output
@@ -17,6 +19,12 @@ class Block(nn.Module):
     def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.attention, self.mlp = attention, mlp
+
+    def keys_values(self, x_BSD: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """Return the attention's keys and values of all tokens; see `Attention.keys_values`."""
+        attention: Any = self.attention
+        keys, values = attention.keys_values(x_BSD, context)
+        return keys, values
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Output:
         """Return the update (B, S, D) of both parts together."""

@@ -202,7 +202,10 @@ class ModelConfig:
         problems += self.router.problems(f"{prefix}.router")
         if sized and self.activation in ACTIVATIONS:
             problems += self.experts.problems(f"{prefix}.experts", self.ff_width, self.num_layers)
-        return problems or self._attention_score_problems(prefix)
+        return problems or [
+            *self._kept_keys_problems(prefix),
+            *self._attention_score_problems(prefix),
+        ]
 
     def _mixer_problems(self, prefix: str) -> list[Problem]:
         if isinstance(self.mixer, str):
@@ -213,6 +216,17 @@ class ModelConfig:
         except (TypeError, ValueError) as error:
             return [Problem(key, self.mixer, str(error), remedy)]
         return [Problem(key, name, "is not known", remedy) for name in names if name not in MIXERS]
+
+    def _kept_keys_problems(self, prefix: str) -> list[Problem]:
+        """Find a routed layer that has no keys and values."""
+        if not self.router.keep_kv:
+            return []
+        for layer, (mixer, capacity) in enumerate(zip(self.mixers, self.capacities, strict=True)):
+            if capacity is not None and mixer != "attention":
+                reason = f"keeps keys and values, which layer {layer} has none of: it is a {mixer}"
+                remedy = f"leave it out, or use {prefix}.mixer=attention in the routed layers"
+                return [Problem(f"{prefix}.router.keep_kv", True, reason, remedy)]
+        return []
 
     def _attention_score_problems(self, prefix: str) -> list[Problem]:
         """Find a routed layer without attention over all tokens in the layer before."""

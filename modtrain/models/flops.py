@@ -20,7 +20,8 @@ CONVENTIONS = (
     "causal attention is counted in full: S x S products for S tokens, also under a sliding window",
     "the output head is counted, the embedding look-up is not",
     "a routed part counts its k = max(1, round(capacity x S)) tokens (token choice: its slots), its"
-    " router and its predictor all S",
+    " router and its predictor all S; with keep_kv its keys and values count S tokens, and its"
+    " attention k x S products",
     "experts count the tokens that they compute, padding up to a fixed capacity included; token"
     " choice among no-op experts counts the balanced load, as on devices with grouped products",
     "backward = 2 x forward, for every part",
@@ -50,6 +51,9 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
     @property
     def total(self) -> int:
         """The sum of all parts."""
@@ -63,9 +67,10 @@ class Cost:
 class Load(NamedTuple):
     """The tokens that one layer processes of a sequence.
 
-    mixer_tokens: tokens in the mixer. mixer_squares: their number squared, or the mean square if it
-    varies between sequences. mlp_tokens: tokens in the MLP or before the experts. expert_slots:
-    computed pairs of token and expert; 0 if the layer has no experts.
+    mixer_tokens: tokens in the mixer, or its queries alone. mixer_squares: their number squared, or
+    the mean square if it varies between sequences; unused where all tokens are keys (keep_kv).
+    mlp_tokens: tokens in the MLP or before the experts. expert_slots: computed pairs of token and
+    expert; 0 if the layer has no experts.
     """
 
     mixer_tokens: float
@@ -97,7 +102,7 @@ def realised_flops(
     total = Cost(head=2 * seq_len * config.d_model * config.vocabulary)
     capacities = config.capacities
     for layer, load in enumerate(loads):
-        total += _mixer_flops(config, layer, load) + _mlp_flops(config, layer, load)
+        total += _mixer_flops(config, layer, load, seq_len) + _mlp_flops(config, layer, load)
         if capacities[layer] is not None:
             total += _routing_flops(config, layer, seq_len, selection)
     return total
@@ -109,7 +114,7 @@ def dense_equivalent_flops(config: ModelConfig, seq_len: int) -> Cost:
     for layer in range(config.num_layers):
         slots = seq_len * config.experts.top_k if config.has_experts(layer) else 0
         load = Load(seq_len, seq_len * seq_len, seq_len, slots)
-        total += _mixer_flops(config, layer, load) + _mlp_flops(config, layer, load)
+        total += _mixer_flops(config, layer, load, seq_len) + _mlp_flops(config, layer, load)
     return total
 
 
@@ -160,7 +165,9 @@ def active_parameters(config: ModelConfig, seq_len: int) -> Cost:
     for layer, capacity in enumerate(config.capacities):
         load = training_load(config, layer, capacity, seq_len)
         mixer_share, mlp_share = load.mixer_tokens / seq_len, load.mlp_tokens / seq_len
-        total += _times(_mixer_parameters(config, layer), mixer_share)
+        mixer = _mixer_parameters(config, layer)
+        kept = _kept_parameters(config) if _keeps_keys(config, layer) else Cost()
+        total += kept + _times(mixer - kept, mixer_share)
         mlp = _times(_mlp_parameters(config, layer), mlp_share)
         if config.has_experts(layer):
             width = config.experts.width(config.ff_width)
@@ -207,15 +214,29 @@ def _matrices(config: ModelConfig) -> int:
     return 3 if config.activation == "swiglu" else 2
 
 
-def _mixer_flops(config: ModelConfig, layer: int, load: Load) -> Cost:
+def _keeps_keys(config: ModelConfig, layer: int) -> bool:
+    """Whether all tokens are keys and values of the layer, and only some are queries."""
+    return config.router.keep_kv and config.capacities[layer] is not None
+
+
+def _kept_parameters(config: ModelConfig) -> Cost:
+    """Parameters between a skipped token and its keys and values."""
+    norms = config.d_model + (config.head_width if config.qk_norm else 0)
+    kv_dim = config.kv_heads * config.head_width
+    return Cost(mixer_projections=2 * config.d_model * kv_dim, norms=norms)
+
+
+def _mixer_flops(config: ModelConfig, layer: int, load: Load, seq_len: int) -> Cost:
     d = config.d_model
     if config.mixers[layer] == "convolution":
         return Cost(mixer_projections=round(2 * load.mixer_tokens * d * 3 * d))
     query_dim, kv_dim = config.num_heads * config.head_width, config.kv_heads * config.head_width
-    return Cost(
-        mixer_projections=round(2 * load.mixer_tokens * d * (2 * query_dim + 2 * kv_dim)),
-        attention_products=round(4 * load.mixer_squares * query_dim),
-    )
+    cost = Cost(mixer_projections=round(2 * load.mixer_tokens * d * (2 * query_dim + 2 * kv_dim)))
+    pairs = load.mixer_squares
+    if _keeps_keys(config, layer):
+        skipped, pairs = seq_len - load.mixer_tokens, load.mixer_tokens * seq_len
+        cost += Cost(mixer_projections=round(2 * skipped * d * 2 * kv_dim))
+    return cost + Cost(attention_products=round(4 * pairs * query_dim))
 
 
 def _mlp_flops(config: ModelConfig, layer: int, load: Load) -> Cost:
@@ -253,7 +274,7 @@ def _routing_flops(
     all_tokens = Load(seq_len, seq_len * seq_len, seq_len, slots)
     update = Cost()
     if router.target != "mlp":
-        update += _mixer_flops(config, layer, all_tokens)
+        update += _mixer_flops(config, layer, all_tokens, seq_len)
     if router.target != "attention":
         update += _mlp_flops(config, layer, all_tokens)
     return cost + Cost(router=update.total)

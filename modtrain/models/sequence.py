@@ -29,6 +29,9 @@ class SequenceContext(NamedTuple):
     capacity: share of the tokens to route in this layer; None: the layer's own.
     received_BS: mean attention that each token received in the layer before, if routers use it.
     cache: state of the layer's mixer from earlier tokens; None without a cache.
+    keys_values: keys and values (B, S, G, W) of all tokens, where a router chose this context's
+        tokens as queries alone, whose mask is then (B, K, S); a cache has them already. None: the
+        tokens attend to each other.
     routed: by router, the tokens that were routed earlier; kept with a cache for a layer cap.
     budget: limits on what is computed; None: as trained.
     num_entered_BS: routed parts that each token entered so far in this pass; kept for a step cap.
@@ -47,6 +50,7 @@ class SequenceContext(NamedTuple):
     capacity: float | None = None
     received_BS: Tensor | None = None
     cache: CacheView | None = None
+    keys_values: tuple[Tensor, Tensor] | None = None
     routed: tuple[CacheView, ...] = ()
     budget: ComputeBudget | None = None
     num_entered_BS: Tensor | None = None
@@ -89,7 +93,7 @@ class SequenceContext(NamedTuple):
         """Return the context of the tokens ``index_BK`` only; they keep their positions.
 
         valid_BK: False for padding slots. They come last, so causal attention never reads them.
-        query_index_N: see `attention_mask`.
+        query_index_N: which of the slots are queries; None: all.
         """
         batch = index_BK.shape[0]
 
@@ -107,15 +111,22 @@ class SequenceContext(NamedTuple):
             if valid_BK is not None:
                 # Document numbers rise along the sequence, and padding slots come last.
                 documents = documents.where(valid_BK, torch.iinfo(documents.dtype).max)
+        mask: Tensor | None = None
+        if self.keys_values is not None and self.cache is None:
+            query_BK = index_BK if query_index_N is None else index_BK[:, query_index_N]
+            mask = attention_mask(
+                self.positions_BS, self.window, self.documents_BS, self.valid_BS, query_BK
+            )
+        elif self.cache is None:
+            query_1N = None if query_index_N is None else query_index_N.unsqueeze(0)
+            mask = attention_mask(positions, self.window, documents, None, query_1N)
         return self._replace(
             positions_BS=positions,
             cos_BSW=select(self.cos_BSW),
             sin_BSW=select(self.sin_BSW),
             documents_BS=documents,
             valid_BS=valid_BK,
-            attention_mask_BSS=None
-            if self.cache is not None
-            else attention_mask(positions, self.window, documents, None, query_index_N),
+            attention_mask_BSS=mask,
         )
 
 
@@ -154,19 +165,23 @@ def attention_mask(
     window: int | None,
     documents_BS: Tensor | None,
     valid_BS: Tensor | None,
-    query_index_N: Tensor | None = None,
+    query_index_BN: Tensor | None = None,
 ) -> Tensor | None:
     """Return which keys (last dim) each query attends to (B, S, S); None: plain causal attention.
 
     A token always attends to itself, padding too: an empty row would give NaN.
 
-    query_index_N: indices of the queries to make rows for, giving (B, N, S), never None; None: all.
+    query_index_BN: indices of the queries to make rows for, of each sequence or (1, N) of all,
+        giving (B, N, S), never None; None: all.
     """
-    if window is None and documents_BS is None and valid_BS is None and query_index_N is None:
+    if window is None and documents_BS is None and valid_BS is None and query_index_BN is None:
         return None
 
     def queries(x_BS: Tensor) -> Tensor:
-        return x_BS if query_index_N is None else x_BS.index_select(1, query_index_N)
+        if query_index_BN is None:
+            return x_BS
+        batch = max(len(x_BS), len(query_index_BN))
+        return x_BS.expand(batch, -1).gather(1, query_index_BN.expand(batch, -1))
 
     index_1S = torch.arange(positions_BS.shape[1], device=positions_BS.device).unsqueeze(0)
     query_1N1 = queries(index_1S).unsqueeze(2)

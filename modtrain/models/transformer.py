@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, D model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -340,8 +341,12 @@ def _layer(config: ModelConfig, index: int) -> nn.Module:
 
     def routed(module: nn.Module, part: str) -> MixtureOfDepths:
         number = config.routed_parts.index((index, part))
+        router = config.router
+        if part == "mlp" and router.keep_kv:
+            # It has no keys and values.
+            router = replace(router, keep_kv=False)
         return MixtureOfDepths(
-            module, config.d_model, capacity, config.router, eps=config.norm_eps, number=number
+            module, config.d_model, capacity, router, eps=config.norm_eps, number=number
         )
 
     target = config.router.target

@@ -180,7 +180,7 @@ class CPTransformer(Transformer):
         positions_BS, documents_BS = context.positions_BS, context.documents_BS
         index_L = self.chunks.local_positions(positions_BS.shape[1], positions_BS.device)
         sees_BLS = attention_mask(
-            positions_BS, context.window, documents_BS, context.valid_BS, index_L
+            positions_BS, context.window, documents_BS, context.valid_BS, index_L.unsqueeze(0)
         )
         if sees_BLS is None:
             return None
@@ -218,19 +218,34 @@ class CPAttention(Attention):
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor | Output:
         """Return the update of the share (B, L, D)."""
-        local = self.chunks.local_chunk
-        cos_BLW, sin_BLW = local(context.cos_BSW), local(context.sin_BSW)
-        return super().forward(x_BSD, context._replace(cos_BSW=cos_BLW, sin_BSW=sin_BLW))
+        return super().forward(x_BSD, self._with_local_angles(context))
+
+    def keys_values(self, x_BSD: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B, S, G, W) of whole sequences, given the share (B, L, D)."""
+        k_BLGW, v_BLGW = super().keys_values(x_BSD, self._with_local_angles(context))
+        both = self._gather_padded(k_BLGW, v_BLGW).narrow(1, 0, context.positions_BS.shape[1])
+        k, v = both.chunk(2, dim=2)
+        return k, v
+
+    def _with_local_angles(self, context: SequenceContext) -> SequenceContext:
+        cos_BLW, sin_BLW = map(self.chunks.local_chunk, (context.cos_BSW, context.sin_BSW))
+        return context._replace(cos_BSW=cos_BLW, sin_BSW=sin_BLW)
+
+    def _gather_padded(self, k_BLGW: Tensor, v_BLGW: Tensor) -> Tensor:
+        both = torch.cat([cast_for_autocast(k_BLGW), cast_for_autocast(v_BLGW)], dim=2)
+        return self.chunks.gather_padded(both)
 
     def mix(
         self, q_BSHW: Tensor, k_BSGW: Tensor, v_BSGW: Tensor, context: SequenceContext
     ) -> Tensor:
         """Return what each query of the share attends to (B, L, H, W)."""
-        q_BLHW, k_BLGW, v_BLGW = map(cast_for_autocast, (q_BSHW, k_BSGW, v_BSGW))
-        k, v = self.chunks.gather_padded(torch.cat([k_BLGW, v_BLGW], dim=2)).chunk(2, dim=2)
+        q_BLHW = cast_for_autocast(q_BSHW)
         length, sees_BLS = context.positions_BS.shape[1], context.attention_mask_BSS
         if sees_BLS is None:
             raise ValueError("the context lacks what the queries of this share see")
+        if context.keys_values is not None:
+            return attend(q_BLHW, k_BSGW, v_BSGW, sees_BLS, is_causal=False)
+        k, v = self._gather_padded(k_BSGW, v_BSGW).chunk(2, dim=2)
         early, late, piece = self.chunks.chunk_offsets(length)
         attended = []
         for own, first in ((slice(0, piece), early), (slice(piece, None), late)):

@@ -125,13 +125,26 @@ class _TPModule(_TPPart):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """Return the update of the chunk (B, L, D), or alone the whole one (B, S, D)."""
-        length = self.num_tokens(context)
         x_BLD = self.group.scatter_seq(x) if self.is_alone else x
-        normed_BLD = _norm_of_part(self.norm, x_BLD, self.group)
-        all_BSD = self.group.gather_seq_sum_grad(cast_for_autocast(normed_BLD), length)
-        update_BSD: Tensor = super().forward(all_BSD, context)
+        update_BSD: Tensor = super().forward(self.all_normed(x_BLD, context), context)
         update_BLD = self.group.reduce_scatter_seq(update_BSD)
-        return self.group.gather_seq(update_BLD, length) if self.is_alone else update_BLD
+        if not self.is_alone:
+            return update_BLD
+        return self.group.gather_seq(update_BLD, self.num_tokens(context))
+
+    def all_normed(self, x_BLD: Tensor, context: SequenceContext) -> Tensor:
+        """Return the normed features of all tokens (B, S, D), of which each rank has a chunk."""
+        normed_BLD = _norm_of_part(self.norm, x_BLD, self.group)
+        length = self.num_tokens(context)
+        return self.group.gather_seq_sum_grad(cast_for_autocast(normed_BLD), length)
+
+
+class TPAttention(_TPModule, Attention):
+    """Attention of some of the heads."""
+
+    def keys_values(self, x_BSD: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """Return these heads' keys and values of all tokens of the whole stream."""
+        return super().keys_values(self.all_normed(self.group.scatter_seq(x_BSD), context), context)
 
 
 class TPConvolution(_TPModule, Convolution):
@@ -226,6 +239,7 @@ def _slice_part(
             _slice_mlp(module.shared, mesh)
             swap_class(module.shared, TPMLP, group=group)
     elif isinstance(module, Attention):
+        kind = TPAttention
         _slice_linears(mesh, [module.q, module.k, module.v], module.out)
         for norm in (module.q_norm, module.k_norm):
             if norm is not None:

@@ -111,6 +111,7 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
         rows["routers"] = (
             f"{router.target} by {router.score} score, gate {router.gate_kind}, {router.choice}"
             f" choice; causal: {', '.join(router.causal_routers) or 'as it is'}"
+            f"{'; keys and values of all tokens' if router.keep_kv else ''}"
         )
         tokens = {num_chosen(capacity, plan.seq_len) for capacity in routed.values()}
         rows[f"tokens chosen in a routed layer{at_end}"] = ", ".join(map(str, sorted(tokens)))

@@ -89,6 +89,15 @@ MODELS = {
         router=RouterConfig(causal=["predictor"], predictor_dim=8),
         experts=ExpertsConfig(count=4, top_k=1, dim=8, noop=9, balance="none", every=2),
     ),
+    "kept keys": small(
+        num_layers=2,
+        capacity=0.4,
+        num_heads=4,
+        num_kv_heads=2,
+        qk_norm=True,
+        router=RouterConfig(target="both", keep_kv=True),
+        experts=ExpertsConfig(count=4, top_k=1, dim=8, every=2),
+    ),
 }
 
 

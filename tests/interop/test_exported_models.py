@@ -19,7 +19,10 @@ PROMPTS = [
     row.tolist()[:count] for row, count in zip(random_tokens(3, 12), (12, 5, 1), strict=True)
 ]
 # One of every kind of layer, for what depends on the cache.
-CACHED = ["mod", "mod in a window", "separately routed parts", "staged", "expert choice", "random"]
+CACHED = [
+    *("mod", "mod in a window", "separately routed parts", "staged", "expert choice", "random"),
+    "kept keys",
+]
 
 
 def assert_equal_logits(actual, expected):
@@ -85,7 +88,7 @@ def test_the_cache_holds_what_entered_and_gives_the_logits_of_the_whole_text(nam
     entered = {
         layer: record.chosen_BS
         for (layer, part), record in zip(ours.config.routed_parts, output.routing, strict=True)
-        if part != "mlp"
+        if part != "mlp" and not ours.config.router.keep_kv
     }
     drops = ours.config.sliding_window is not None
     for number, layer in enumerate(cache.layers):

@@ -69,6 +69,8 @@ CASES |= {kind: routed(kind, pattern="dense") for kind in EXPERTS}
 CASES |= {
     "two-layer scores": routed(score="mlp", causal=["threshold"], gate="tanh"),
     "attention's scores": routed(score="attention", gate_scale=True),
+    "kept keys": routed(keep_kv=True, causal=["threshold"]),
+    "kept keys, separate parts": routed(keep_kv=True, target="both"),
     "the oracle's scores": routed(score="oracle_norm", gate="raw", causal=["threshold"]),
     "the oracle's threshold": routed(score="oracle_norm", causal=["threshold"]),
     "the oracle's token choice": routed(score="oracle_norm", choice="token", target="mlp"),

@@ -65,6 +65,12 @@ VARIANTS = {
         replace(routed(score="attention", target="mlp"), num_layers=3, pattern=[1, 0.25, 0.5]),
         {},
     ),
+    "kept keys": (routed(keep_kv=True), {}),
+    "kept keys, both parts, documents, padding": (
+        routed(keep_kv=True, target="both", causal=["threshold"]),
+        documents() | padding(),
+    ),
+    "kept keys, window": (replace(routed(keep_kv=True), sliding_window=5), {}),
     "fixed score": (routed(score="fixed"), {}),
     "random score": (routed(score="random"), {}),
     "oracle score": (routed(score="oracle_norm"), {}),
@@ -99,7 +105,7 @@ VARIANTS = {
 # In the commit tier, which together have every way to choose and to mix.
 COMMIT = (
     *(*PATTERNS, "both parts", "documents", "attention's router", "random score", "two mixers"),
-    *("token choice, both parts", "expert choice", "window, normed keys"),
+    *("token choice, both parts", "expert choice", "window, normed keys", "kept keys"),
 )
 # Inductor has got the gradient of an experts' router wrong before, with losses and choices equal.
 INDUCTED = [
@@ -107,7 +113,7 @@ INDUCTED = [
     *("staged MoDE, expert choice", "limited experts"),
     *("MLP score", "attention score", "oracle score", "tanh gate", "documents, padding"),
     *("token choice, documents", "convolution, documents", "expert choice"),
-    "loss by chunks",
+    *("loss by chunks", "kept keys, window"),
 ]
 
 

@@ -54,7 +54,8 @@ MIXERS = ("module.attention", "attention.module")
 
 
 def by_part(counter: FlopCounterMode, model: Transformer) -> Cost:
-    of = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    by_operation = counter.get_flop_counts()
+    of = {name: sum(ops.values()) for name, ops in by_operation.items()}
     mixtures = [n for n, module in model.named_modules() if isinstance(module, ExpertMLPs)]
     # What mixtures compute is what nothing else accounts for.
     of = {name: flops for name, flops in of.items() if not name.endswith(tuple(mixtures) or "\0")}
@@ -63,10 +64,15 @@ def by_part(counter: FlopCounterMode, model: Transformer) -> Cost:
         return sum(flops for name, flops in of.items() if name.endswith(suffixes))
 
     linear = ("q", "k", "v", "out", "value", "gate")
-    projections = ending(*(f".{way}.{name}" for way in MIXERS for name in linear))
+    mixers = tuple(f".{way}" for way in MIXERS)
     cost = Cost(
-        mixer_projections=projections,
-        attention_products=ending(*(f".{way}" for way in MIXERS)) - projections,
+        mixer_projections=ending(*(f".{way}.{name}" for way in MIXERS for name in linear)),
+        # Batched ones: those of the projections are of two matrices.
+        attention_products=sum(
+            ops.get(torch.ops.aten.bmm, 0)
+            for name, ops in by_operation.items()
+            if name.endswith(mixers)
+        ),
         mlp=ending(".inner"),
         expert_router=ending(".expert_router"),
         router=ending(".router"),

@@ -100,7 +100,7 @@ QUICK = {
     "replicate2 context2": ["mod in a window", "routed without a router"],
     "shard4 expert2": ["narrow expert choice", "mostly no-ops"],
     "replicate2 context2 tensor2 expert2": ["limited experts"],
-    "shard2 context2 tensor2": ["mod"],
+    "shard2 context2 tensor2": ["mod", "kept keys"],
 }
 
 

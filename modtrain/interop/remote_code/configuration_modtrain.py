@@ -16,6 +16,7 @@ class ModtrainConfig(PreTrainedConfig):
         for a layer that every token enters.
     routed_part: what a routed layer routes: the ``block``, its ``attention`` (or convolution), its
         ``mlp``, or ``both``, each with a router of its own.
+    keep_kv: routed attention has keys and values of all tokens, and queries of those that enter.
     router_score: a router's score of a token: ``linear``, ``mlp``; ``none`` if only a predictor
         decides; the controls ``random`` and ``fixed`` decide by the token's position.
     router_hidden_size, predictor_hidden_size: hidden width of an ``mlp`` score, of a predictor.
@@ -64,6 +65,7 @@ class ModtrainConfig(PreTrainedConfig):
     conv_width: int = 4
     layer_capacities: list[float | None] | None = None
     routed_part: str = "block"
+    keep_kv: bool = False
     router_score: str = "linear"
     router_hidden_size: int = 64
     router_input_norm: bool = False

@@ -1,8 +1,9 @@
 """Mixture-of-Depths language models (arXiv 2404.02258), deciding causally.
 
 A token that a router does not choose passes by on the residual stream: it is not computed there,
-and leaves nothing in the cache. A decision depends on the token alone, so it is the same for a
-whole text and for one token after the other. Padding enters no layer.
+and leaves nothing in the cache, or with ``keep_kv`` its key and value alone. A decision depends on
+the token alone, so it is the same for a whole text and for one token after the other. Padding
+enters no layer.
 
 Shapes: B batch, S tokens of this call, T with those before it, N tokens of all sequences that enter
 a part, K the most of one sequence, L entries of a cache, D model, H heads, G heads of keys and
@@ -186,7 +187,10 @@ class ModtrainLayerCache:
 
 
 class ModtrainCache(Cache):
-    """The cache of a model: in a routed layer of the tokens that entered it, and of no others."""
+    """The cache of a model: in a routed layer of the tokens that entered it, and of no others.
+
+    With ``keep_kv`` attention has those of all tokens.
+    """
 
     def __init__(self, config: ModtrainConfig) -> None:
         """Make an empty cache for a model of this configuration."""
@@ -387,21 +391,40 @@ class ModtrainAttention(nn.Module):
         self.q_norm = ModtrainRMSNorm(config.head_dim, eps) if config.qk_norm else None
         self.k_norm = ModtrainRMSNorm(config.head_dim, eps) if config.qk_norm else None
 
-    def forward(
+    def keys_values(
         self, x_ND: Tensor, tokens: Tokens, cache: ModtrainLayerCache | None, seen: int
-    ) -> Tensor:
-        """Return the update (N, D)."""
-        q_NHW, k_NGW, v_NGW = (
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys, values (B, L, G, W) and places in the text (B, L), the cached ones too."""
+        k_NGW, v_NGW = (
             projection(x_ND).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            for projection in (self.k_proj, self.v_proj)
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q_NHW, k_NGW = self.q_norm(q_NHW), self.k_norm(k_NGW)
-        q_NHW, k_NGW = rotate(q_NHW, tokens), rotate(k_NGW, tokens)
-        q, k, v = (tokens.pad(x) for x in (q_NHW, k_NGW, v_NGW))
-        column_BK = key_column_BL = tokens.columns()
+        if self.k_norm is not None:
+            k_NGW = self.k_norm(k_NGW)
+        k, v = tokens.pad(rotate(k_NGW, tokens)), tokens.pad(v_NGW)
+        column_BL = tokens.columns()
         if cache is not None:
-            (k, v), key_column_BL = cache.append((k, v), column_BK, seen)
+            (k, v), column_BL = cache.append((k, v), column_BL, seen)
+        return k, v, column_BL
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        tokens: Tokens,
+        cache: ModtrainLayerCache | None,
+        seen: int,
+        kept: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the update (N, D).
+
+        kept: what `keys_values` returned of all tokens; None: keys and values are of these alone.
+        """
+        q_NHW = self.q_proj(x_ND).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None:
+            q_NHW = self.q_norm(q_NHW)
+        q = tokens.pad(rotate(q_NHW, tokens))
+        k, v, key_column_BL = kept or self.keys_values(x_ND, tokens, cache, seen)
+        column_BK = tokens.columns()
         # Without earlier tokens, all begin at the same place.
         is_plain = self.window is None and not tokens.is_ragged and k.shape[1] == q.shape[1]
         out_BHKW = F.scaled_dot_product_attention(
@@ -555,14 +578,16 @@ class ModtrainDecoderLayer(nn.Module):
         has_experts = (config.layer_experts or [])[index]
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = ModtrainRMSNorm(size, eps)
-        mixer = ModtrainConvolution if is_convolution else ModtrainAttention
-        self.self_attn = mixer(config)
+        self.self_attn: ModtrainConvolution | ModtrainAttention = (
+            ModtrainConvolution(config) if is_convolution else ModtrainAttention(config)
+        )
         self.post_attention_layernorm = ModtrainRMSNorm(size, eps)
         self.mlp: nn.Module = (
             ModtrainExperts(config)
             if has_experts
             else ModtrainMLP(config, config.intermediate_size)
         )
+        self.keeps_keys = capacity is not None and config.keep_kv
         self.part = "block" if capacity is None else config.routed_part
         self.router = self.attention_router = self.mlp_router = None
         if capacity is not None:
@@ -584,9 +609,15 @@ class ModtrainDecoderLayer(nn.Module):
         seen: int,
     ) -> Tensor:
         """Return the residual stream (B, S, D) after the layer."""
+        # Keys and values of those that enter, or of all.
+        kept: tuple[Any, ...] = ()
+        if self.keeps_keys and isinstance(self.self_attn, ModtrainAttention):
+            everyone = select_tokens(valid_BS, *angles, seen)
+            normed_ND = self.input_layernorm(everyone.gather(x_BSD))
+            kept = (self.self_attn.keys_values(normed_ND, everyone, cache, seen),)
 
         def attend(x_ND: Tensor, tokens: Tokens) -> Tensor:
-            out_ND: Tensor = self.self_attn(self.input_layernorm(x_ND), tokens, cache, seen)
+            out_ND: Tensor = self.self_attn(self.input_layernorm(x_ND), tokens, cache, seen, *kept)
             return out_ND
 
         def feed(x_ND: Tensor, tokens: Tokens) -> Tensor:

@@ -41,6 +41,9 @@ class RouterConfig:
         2412.20875). Controls: ``random``: Gaussian, drawn anew each step; ``fixed``: evenly spaced
         positions; ``oracle_norm``: the norm of the update that the whole sequence would get, which
         costs the whole module and is for analysis.
+    keep_kv: compute keys and values of all tokens, from the residual stream before the layer, so
+        that a chosen token attends to every earlier one; queries, their output and the MLP remain
+        those of the chosen tokens alone (arXiv 2503.23798). For routed attention.
     hidden_dim: hidden width of the ``mlp`` router.
     input_norm: scale the input of a ``linear`` router to root mean square 1. Without it scores
         follow the residual stream, which is small at first and grows with depth and training; an
@@ -69,6 +72,7 @@ class RouterConfig:
 
     target: str = "block"
     score: str = "linear"
+    keep_kv: bool = False
     hidden_dim: int = 64
     input_norm: bool = False
     gate: str | None = None
@@ -143,6 +147,12 @@ class RouterConfig:
         return broken_rules(
             self,
             prefix,
+            (
+                self.keep_kv and self.target == "mlp",
+                "keep_kv",
+                f"has no effect with {prefix}.target=mlp, whose attention every token enters",
+                "leave it out, or route the block, the attention, or both",
+            ),
             (
                 self.input_norm and self.score != "linear",
                 "input_norm",

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, D model, K slots for routed tokens.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +83,14 @@ class MixtureOfDepths(nn.Module):
         x + f(x) instead of the update f(x).
 
         Raises:
-            ValueError: ``capacity`` is not in (0, 1].
+            ValueError: ``capacity`` is not in (0, 1], or the module has no ``keys_values`` to keep.
         """
         super().__init__()
         if not 0 < capacity <= 1:
             raise ValueError(f"capacity={capacity} is not a share of the tokens in (0, 1]")
         config = RouterConfig() if config is None else config
+        if config.keep_kv and not hasattr(module, "keys_values"):
+            raise ValueError(f"router.keep_kv: {type(module).__name__} has no method keys_values")
         self.module, self.config, self.capacity = module, config, capacity
         self.number, self.includes_residual = number, includes_residual
         self.takes_context = "context" in inspect.signature(module.forward).parameters
@@ -124,6 +127,10 @@ class MixtureOfDepths(nn.Module):
         if context.selection in TRAINING_SELECTIONS and self.config.has_threshold:
             level = quantile(scores_BS, count, context.valid_BS)
         record = RoutingRecord(scores_BS, chosen_BS, predictor_BS, context.valid_BS, level)
+        if self.config.keep_kv:
+            # Even if no token is chosen: the cache needs them for later ones.
+            module: Any = self.module
+            context = context._replace(keys_values=module.keys_values(x_BSD, context))
         if slots is None:
             return Output(x_BSD, routing=(record,))
         swap = context.swap

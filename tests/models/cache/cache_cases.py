@@ -44,6 +44,9 @@ OTHER_ROUTERS = (
     {"score": "attention", "target": "mlp", "gate_scale": True},
     {"score": "oracle_norm", "gate": "none"},
     {"choice": "token"},
+    {"keep_kv": True},
+    {"keep_kv": True, "target": "both", "causal": ["threshold"]},
+    {"keep_kv": True, "score": "fixed", "target": "attention"},
     {"choice": "token", "target": "both", "gate": "sigmoid"},
 )
 
