@@ -134,8 +134,7 @@ def tensorboard() -> None:
 
         def shoot(browser: Page, mode: str) -> None:
             dark = str(mode == "dark").lower()
-            tags = "held_out%2Fcausal_loss%24%7C%5Eloss%24%7Clayer_01%2F(mean%7Cabove)"
-            shown = f"darkMode={dark}&smoothing=0&runFilter=by_step&tagFilter={tags}"
+            shown = f"darkMode={dark}&smoothing=0"
             browser.goto(f"{address}/?{shown}#timeseries")
             browser.wait_for_selector("line-chart, .line-chart", timeout=120_000)
             browser.wait_for_timeout(8_000)

@@ -124,10 +124,6 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
         if note := one_process_note(strategy, launch, device, num_devices(device), overrides):
             print(note, file=sys.stderr)
         ended = train(config, plan=plan)
-        if ended.exit_code == 0:
-            from modtrain.experiments.hparams import write_swept
-
-            write_swept(ended.run)
         outcome.exit_code = ended.exit_code
         return outcome.exit_code
 

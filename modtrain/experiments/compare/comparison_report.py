@@ -13,8 +13,8 @@ from rich.table import Table
 from modtrain.common.atomic_io import atomic_writer
 from modtrain.experiments.compare.verdict import verdict
 from modtrain.models.flops import dense_equivalent_flops, forward_flops
-from modtrain.training.callbacks.evaluation import CAUSAL_FLOPS, CAUSAL_LOSS, TOP_K_LOSS
 from modtrain.training.config import TrainConfig
+from modtrain.training.metric_names import CAUSAL_FLOPS, CAUSAL_LOSS, TOP_K_LOSS
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run_directory import RunDirectory
 

@@ -31,7 +31,6 @@ from modtrain.common.errors import Problem
 from modtrain.common.overrides import search_path
 from modtrain.common.shipped import conf_dir
 from modtrain.common.spelling import quoted
-from modtrain.experiments import hparams
 from modtrain.experiments.sweep.job_process import (
     EXIT_RESUMABLE,
     failure_text,
@@ -169,14 +168,11 @@ def _exit_with_main_process(main_pid: int) -> None:
 
 
 def train_job(config: TrainConfig) -> int:
-    """Train the run and add it to TensorBoard's table of hyperparameters."""
+    """Train the run and return its exit code."""
     # Not in the process that forks.
     from modtrain.training.run import train  # noqa: PLC0415
 
-    outcome = train(config)
-    if outcome.exit_code == 0:
-        hparams.write_swept(outcome.run)
-    return outcome.exit_code
+    return train(config).exit_code
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from modtrain.common.errors import CheckpointError, ModtrainError
-from modtrain.experiments.hparams import LOSS, forward_flops_per_token
 from modtrain.experiments.sweep.job_process import failure_text, state_of
 from modtrain.experiments.sweep.jobs import read_jobs
+from modtrain.training.metric_names import CAUSAL_LOSS
 from modtrain.training.metrics_log import read_metrics
-from modtrain.training.plan import resolve
+from modtrain.training.plan import forward_flops_per_token, resolve
 from modtrain.training.run_directory import RunDirectory
 
 _FIGURES = ("step", "loss", "held-out causal loss", "training FLOPs", "forward FLOPs a token")
@@ -62,7 +62,7 @@ def _figures(run: RunDirectory) -> list[str]:
         state_of(run),
         f"{last['step']:,}/{steps}" if run.config.is_file() else _NONE,
         _format(last.get("loss"), "{:.4f}"),
-        _format(last.get(LOSS), "{:.4f}"),
+        _format(last.get(CAUSAL_LOSS), "{:.4f}"),
         _format(last.get("flops"), "{:.3e}"),
         forward,
     ]
