@@ -87,7 +87,7 @@ def plan() -> None:
     for mode, theme in themes.items():
         console = Console(record=True, width=76, file=io.StringIO())
         console.print(Text(f"$ modtrain {' '.join(words)}"), soft_wrap=False)
-        console.print(Text.from_ansi(printed.split("FLOP conventions")[0].rstrip()))
+        console.print(Text.from_ansi(printed.split("what counts as a FLOP")[0].rstrip()))
         svg = console.export_svg(title="modtrain plan", theme=theme)
         # The fonts are on another server, which a picture in a page may not ask.
         svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)

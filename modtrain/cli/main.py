@@ -170,7 +170,8 @@ def _status(overrides: list[str], config_dir: str | None) -> int:
         return 0
     from modtrain.experiments.sweep.sweep_status import sweep_table
 
-    wide_console().print(sweep_table(Path(config.runs_dir) / config.sweep))
+    console = wide_console()
+    console.print(sweep_table(Path(config.runs_dir) / config.sweep, console.width))
     return 0
 
 

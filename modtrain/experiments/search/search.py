@@ -21,11 +21,11 @@ from optuna.trial import TrialState
 from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.renamed_keys import new_name, translate_flat
+from modtrain.common.terminal import print_line
 from modtrain.distributed.launch import Launch
 from modtrain.experiments.search.config import Dimension, Search, SearchConfig, parse_space
 from modtrain.experiments.search.finite import draw_untried, num_points
 from modtrain.experiments.search.study import open_study
-from modtrain.experiments.sweep.hydra_multirun import print_line
 from modtrain.experiments.sweep.job_process import PRUNED, failure_text, run_in_process, state_of
 from modtrain.experiments.sweep.jobs import SweepJob, write_jobs
 from modtrain.training.config import TrainConfig

@@ -18,8 +18,9 @@ from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.submit import run_problems
 from modtrain.common.atomic_io import acquire_lock
 from modtrain.common.errors import CheckpointError, ConfigError, Problem, raise_if_any
+from modtrain.common.terminal import print_line
 from modtrain.distributed.launch import Launch
-from modtrain.experiments.sweep.hydra_multirun import Multirun, print_line
+from modtrain.experiments.sweep.hydra_multirun import Multirun
 from modtrain.experiments.sweep.job_process import EXIT_RESUMABLE, STATES, failure_text, state_of
 from modtrain.experiments.sweep.jobs import SweepJob, read_jobs, write_jobs
 from modtrain.experiments.sweep.launch_overrides import LaunchOverrides

@@ -58,7 +58,7 @@ def test_losses_have_other_axes_too():
 
 
 @pytest.mark.parametrize("exponent", [8, 10, 12, 14, 16, 18, 20, 25])
-def test_a_unit_tells_the_steps_of_a_run_apart_and_fits(exponent):
+def test_a_unit_has_a_hundred_points_of_a_run_and_fits(exponent):
     flops = 10.0**exponent
     _, size = flops_unit(flops)
     # A hundred points, and an integer of 64 bits.
