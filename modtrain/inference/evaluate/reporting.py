@@ -113,14 +113,23 @@ def draw_sweep(figures: dict[str, Any], path: Path) -> None:
     axes.plot(
         trained["flops"], trained["loss"], ls="", marker="*", ms=13, color="C1", label="as trained"
     )
-    axes.axvline(
-        figures["dense_equivalent_flops"], ls="--", color="grey", label="if dense (FLOPs alone)"
+    # A line of FLOPs alone: the loss of a dense model is not known. It is inside the axis.
+    dense = figures["dense_equivalent_flops"]
+    axes.axvline(dense, ls="--", color="grey")
+    place = (dense, 0.98)
+    axes.annotate(
+        "if dense",
+        place,
+        (-4, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        **{"ha": "right", "va": "top", "rotation": 90, "fontsize": "small", "color": "0.4"},
     )
     title = f"{figures['run']}, step {figures['step']:,}{_format_budget(figures)}"
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     axes.set_xlabel("forward FLOPs a token, executed")
     axes.set_ylabel("held-out causal loss (nats a token)")
-    axes.set_xlim(left=0)
+    axes.margins(x=0.08)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.tight_layout()
