@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ def routing_picture(labels: Sequence[str], records: Sequence[RoutingRecord]) -> 
     legend = [Patch(color=_ROUTED, label="routed"), Patch(color=_PASSES, label="passes by")]
     above = {"loc": "lower right", "bbox_to_anchor": (1, 0.97), "ncols": 2, "frameon": False}
     upper.legend(handles=legend, **above)
-    canvas = FigureCanvasAgg(figure)
+    # Its methods have no types.
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -65,8 +65,8 @@ def run_in_process(run: RunDirectory, work: Callable[[], int], main_pid: int | N
     sys.stdout.flush()
     sys.stderr.flush()
     child = _CONTEXT.Process(target=_run_child, args=(run, work))
-    child.start()
     progress = ProgressLines(run.logs / JOB_LOG)
+    child.start()
     while child.is_alive():
         child.join(_POLL_SECONDS)
         progress.forward()
@@ -76,6 +76,7 @@ def run_in_process(run: RunDirectory, work: Callable[[], int], main_pid: int | N
             # Not as SIGINT: a second one ends a run at once. Repeating the others does no harm.
             is_usr1 = STOP.signum == signal.SIGUSR1
             os.kill(child.pid, signal.SIGUSR1 if is_usr1 else signal.SIGTERM)
+    progress.forward()
     return _record_end(run, child.exitcode or 0)
 
 

@@ -116,14 +116,16 @@ def draw_sweep(figures: dict[str, Any], path: Path) -> None:
     # A line of FLOPs alone: the loss of a dense model is not known. It is inside the axis.
     dense = figures["dense_equivalent_flops"]
     axes.axvline(dense, ls="--", color="grey")
-    place = (dense, 0.98)
-    axes.annotate(
-        "if dense",
-        place,
-        (-4, 0),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        **{"ha": "right", "va": "top", "rotation": 90, "fontsize": "small", "color": "0.4"},
+    axes.text(
+        dense,
+        0.98,
+        "if dense ",
+        transform=axes.get_xaxis_transform(),
+        ha="right",
+        va="top",
+        rotation=90,
+        fontsize="small",
+        color="0.4",
     )
     title = f"{figures['run']}, step {figures['step']:,}{_format_budget(figures)}"
     axes.set_title(title, fontsize="medium", parse_math=False)

@@ -43,7 +43,7 @@ class TensorBoardWriter:
         self._writer.add_custom_scalars(tensorboard_layout(config.model, self._unit))
         # `SummaryWriter.add_hparams` opens a writer, and so an entry, of its own.
         for summary in session_start(run, config, plan):
-            self._writer.file_writer.add_summary(summary, 0)
+            self._file.add_summary(summary, 0)
         # Dropping by step also drops what has another axis. A run of an earlier version, or one
         # that lost its events, has none here.
         for record in records:
@@ -73,8 +73,13 @@ class TensorBoardWriter:
     def close(self) -> None:
         """Flush and close the files; a run at its end is marked as complete."""
         if self._last_step == self._plan.steps:
-            self._writer.file_writer.add_summary(session_end(), 0)
+            self._file.add_summary(session_end(), 0)
         self._writer.close()
+
+    @property
+    def _file(self) -> Any:
+        """The file of the events, which is there once something was written."""
+        return self._writer.file_writer
 
     def _write_by_step(self, step: int, values: dict[str, float]) -> None:
         share = self._plan.flops_until(step) / self._plan.flops

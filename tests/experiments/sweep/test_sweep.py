@@ -20,7 +20,7 @@ from modtrain.cli import main as cli
 from modtrain.common.errors import CheckpointError
 from modtrain.experiments.sweep import hydra_multirun as sweep_hydra
 from modtrain.experiments.sweep import job_process as sweep_process
-from modtrain.experiments.sweep.job_process import is_in_use, state_of
+from modtrain.experiments.sweep.job_process import ProgressLines, is_in_use, state_of
 from modtrain.experiments.sweep.jobs import expand, job_name
 from modtrain.experiments.sweep.sweep_status import sweep_table
 from modtrain.training.metrics_log import read_metrics
@@ -76,6 +76,20 @@ def test_jobs_are_those_that_hydra_makes():
         1
     ] * 3
     assert expand(parsed("name=a,b"))[1][0].key == "name"
+
+
+def test_the_progress_of_a_job_is_shown_from_now_on_and_in_whole_lines(tmp_path, capsys):
+    log = tmp_path / "job.log"
+    log.write_text("[a]: step 1/9  of an earlier start\n")
+    progress = ProgressLines(log)
+    shown = []
+    for added in ("[a]: st", "ep 2/9  loss 1.0\nno MFU\n", ":fire:: step 3/9\n"):
+        with log.open("a") as file:
+            file.write(added)
+        progress.forward()
+        shown.append(capsys.readouterr().out)
+    assert shown == ["", "[a]: step 2/9  loss 1.0\n", ":fire:: step 3/9\n"]
+    ProgressLines(tmp_path / "none").forward()
 
 
 @pytest.mark.slow
@@ -176,7 +190,9 @@ def test_a_sweep_is_trained_once_and_grows(arguments, capsys, tmp_path):
         "overrides": {"model.capacity": "0.5"}
     }
     before = {p: p.stat().st_mtime_ns for run in jobs.values() for p in run.path.rglob("*")}
-    capsys.readouterr()
+    shown = capsys.readouterr().out
+    for capacity in (0.25, 0.5):
+        assert f"s/model.capacity={capacity}: step 4/4  loss" in shown
     assert cli.main(arguments("model.capacity=0.25,0.5,1.0")) == 0
     assert "3 jobs, 1 to train" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for run in jobs.values() for p in run.path.rglob("*")}
