@@ -87,7 +87,7 @@ def plan() -> None:
     for mode, theme in themes.items():
         console = Console(record=True, width=76, file=io.StringIO())
         console.print(Text(f"$ modtrain {' '.join(words)}"), soft_wrap=False)
-        console.print(Text.from_ansi(printed.split("FLOP conventions")[0].rstrip()))
+        console.print(Text.from_ansi(printed.split("what counts as a FLOP")[0].rstrip()))
         svg = console.export_svg(title="modtrain plan", theme=theme)
         # The fonts are on another server, which a picture in a page may not ask.
         svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
@@ -134,8 +134,7 @@ def tensorboard() -> None:
 
         def shoot(browser: Page, mode: str) -> None:
             dark = str(mode == "dark").lower()
-            tags = "held_out%2Fcausal_loss%24%7C%5Eloss%24%7Clayer_01%2F(mean%7Cabove)"
-            shown = f"darkMode={dark}&smoothing=0&runFilter=by_step&tagFilter={tags}"
+            shown = f"darkMode={dark}&smoothing=0"
             browser.goto(f"{address}/?{shown}#timeseries")
             browser.wait_for_selector("line-chart, .line-chart", timeout=120_000)
             browser.wait_for_timeout(8_000)

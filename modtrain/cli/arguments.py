@@ -17,6 +17,7 @@ from modtrain.common.other_tools import CHOICES, KEYS, key_here, sentence_for, v
 _SHORT_FORMS = (
     ("--show-depth", "show_depth=true", "for generate"),
     ("--dry-run", "dry_run=true", "for submit, and sweeps on Slurm"),
+    ("--conventions", "conventions=true", "for plan"),
     ("--plan", "plan_only=true", "for isoflop and search-patterns"),
 )
 # Options of Hydra and of Lightning's command line that have another form here.

@@ -59,12 +59,12 @@ from modtrain.inference.config import (
     StepSamplesConfig,
 )
 from modtrain.interop.config import ExportConfig
-from modtrain.training.config import TrainConfig
+from modtrain.training.config import PlanConfig, TrainConfig
 from modtrain.training.named_runs import name_of
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
-    "plan": TrainConfig,
+    "plan": PlanConfig,
     "compare": CompareConfig,
     "isoflop": IsoflopConfig,
     "prepare": PrepareConfig,

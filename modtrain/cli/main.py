@@ -124,10 +124,6 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
         if note := one_process_note(strategy, launch, device, num_devices(device), overrides):
             print(note, file=sys.stderr)
         ended = train(config, plan=plan)
-        if ended.exit_code == 0:
-            from modtrain.experiments.hparams import write_swept
-
-            write_swept(ended.run)
         outcome.exit_code = ended.exit_code
         return outcome.exit_code
 
@@ -174,7 +170,8 @@ def _status(overrides: list[str], config_dir: str | None) -> int:
         return 0
     from modtrain.experiments.sweep.sweep_status import sweep_table
 
-    wide_console().print(sweep_table(Path(config.runs_dir) / config.sweep))
+    console = wide_console()
+    console.print(sweep_table(Path(config.runs_dir) / config.sweep, console.width))
     return 0
 
 

@@ -74,7 +74,7 @@ def verb_help(verb: str, description: str) -> str:
     for section in sections(verb):
         for key in section.keys:
             lines += _key_lines(key)
-    if verb not in ("train", "plan") and issubclass(SCHEMAS[verb], SCHEMAS["train"]):
+    if verb != "train" and issubclass(SCHEMAS[verb], SCHEMAS["train"]):
         lines += ["", f"all other keys: {_EXTENDS}"]
     return "\n".join(lines)
 

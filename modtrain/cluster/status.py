@@ -30,6 +30,7 @@ from modtrain.cluster.runs import (
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.common.errors import raise_if_any
 from modtrain.common.spelling import spelled
+from modtrain.common.terminal import WIDE, Column, fitted_table, plain_console
 from modtrain.training.named_runs import find_runs, has_runs_below
 
 STATES = ("running", "pending", "failed", "stopped", "never started", "complete", "over")
@@ -91,7 +92,7 @@ def _print_table(
     """Print the table, and the number of runs in each state."""
     shown = [(run, state) for run, state in rows if state.name != "over"]
     if shown:
-        console.print(_table(shown, slurm_reply))
+        console.print(_table(shown, slurm_reply, console.width))
     counts = Counter(state.name for run, state in rows if not run.is_group)
     if number := counts.total():
         counts_text = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
@@ -100,7 +101,7 @@ def _print_table(
 
 def wide_console() -> Console:
     """Return a console that does not wrap output to a file or another program."""
-    return Console() if sys.stdout.isatty() else Console(width=400)
+    return plain_console() if sys.stdout.isatty() else plain_console(width=WIDE)
 
 
 def ask_slurm(runs: Sequence[RunRecord]) -> SlurmReply:
@@ -198,16 +199,26 @@ def _describe_job(job: SlurmJob) -> str:
     return f"{state} ({job.reason})" if job.reason else state
 
 
-def _table(shown: Sequence[tuple[RunRecord, RunState]], slurm_reply: SlurmReply) -> Table:
-    table = Table()
-    for heading in ("run", "state"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("step", "done", "loss", "held out", "restarts", "saved"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("job", "why"):
-        table.add_column(heading, overflow="fold")
-    for run, state in shown:
-        table.add_row(
+# What is left out first of a narrow terminal has the highest rank.
+_COLUMNS = (
+    Column("run", least=16),
+    Column("state"),
+    Column("step", 1, justify="right"),
+    Column("done", 3, justify="right"),
+    Column("loss", 5, justify="right"),
+    Column("held out", 4, justify="right"),
+    Column("restarts", 8, justify="right"),
+    Column("saved", 7, justify="right"),
+    Column("job", 6, least=8),
+    Column("why", 2, least=14),
+)
+
+
+def _table(
+    shown: Sequence[tuple[RunRecord, RunState]], slurm_reply: SlurmReply, width: int
+) -> Table:
+    rows = [
+        (
             Text(run.name),
             Text(state.name, _STYLES.get(state.name, "")),
             _steps_text(run),
@@ -219,7 +230,9 @@ def _table(shown: Sequence[tuple[RunRecord, RunState]], slurm_reply: SlurmReply)
             Text(_job_text(run, slurm_reply)),
             Text(_shorten(state.reason)),
         )
-    return table
+        for run, state in shown
+    ]
+    return fitted_table(_COLUMNS, rows, width)
 
 
 def _job_text(run: RunRecord, slurm_reply: SlurmReply) -> str:

@@ -22,6 +22,7 @@ from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, 
 from modtrain.common.atomic_io import open_to_append, write_text
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.common.spelling import spelled
+from modtrain.common.terminal import plain_console
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
 from modtrain.training.plan_report import device_bytes, gibibytes
@@ -51,7 +52,7 @@ def submit(submission: Submission) -> None:
         ConfigError: everything wrong with the job or a run, before anything is written.
         ScriptError, SlurmError: Slurm would reject the script, or has rejected it.
     """
-    console = Console(soft_wrap=True, markup=False)
+    console = plain_console(soft_wrap=True)
     raise_if_any(_problems(submission))
     job = _prepare(submission)
     text = render(job)

@@ -1,4 +1,4 @@
-"""Statistics of routers and experts over a step, and a picture of the chosen tokens."""
+"""Statistics of routers and experts over a step."""
 
 from __future__ import annotations
 
@@ -115,12 +115,6 @@ def update_metrics(update_sums: Sequence[float]) -> tuple[float, float]:
     """
     count, gates, updates, stream = update_sums
     return gates / max(1, count), math.sqrt(updates / stream) if stream else 0.0
-
-
-def chosen_picture(records: Sequence[RoutingRecord], height: int = 8) -> Tensor:
-    """Return a grey image (1, routers x height, S) of the first sequence: white for routed."""
-    rows = torch.stack([record.chosen_BS[0] for record in records]).float()
-    return rows.repeat_interleave(height, dim=0).unsqueeze(0)
 
 
 def _router_sums(record: RoutingRecord, before: RoutingRecord | None) -> Tensor:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
+from modtrain.common.terminal import plain_console
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import TOKENIZER_NAME
 from modtrain.distributed.process_group import ONE_PROCESS
@@ -66,7 +67,7 @@ def show_samples(config: StepSamplesConfig, console: Console | None = None) -> N
         text = decoder.decode(sample.tokens[:_SHOWN_TOKENS], skip_special_tokens=False)
         place = (f"{sample.position:,}", f"{sample.number:,}", sample.shard.name)
         table.add_row(*place, f"{sample.byte:,}", " ".join(text.split()))
-    (console or Console(soft_wrap=True)).print(table)
+    (console or plain_console(soft_wrap=True)).print(table)
 
 
 def samples_of(run: RunDirectory, step: int) -> Iterator[Sample]:

@@ -364,6 +364,16 @@ class TrainConfig:
         return directory_problems("name", self.name)
 
 
+@dataclass
+class PlanConfig(TrainConfig):
+    """What a training run would take.
+
+    conventions: print as well what is counted as a FLOP.
+    """
+
+    conventions: bool = False
+
+
 def directory_problems(key: str, name: str) -> list[Problem]:
     """Find a name of a run that is not a directory below ``runs_dir``."""
     if name.startswith("/") or {"..", ".", ""} & set(name.split("/")) or "\0" in name:

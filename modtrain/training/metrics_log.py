@@ -1,4 +1,4 @@
-"""Metrics as one line of JSON a record, and in TensorBoard or wandb by step, tokens and TFLOPs."""
+"""Metrics as one line of JSON a record, and on TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -7,75 +7,39 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from modtrain.common.atomic_io import open_to_append, write_text
 from modtrain.common.errors import TrainingError
 from modtrain.common.reading import read_or_set_aside, read_records, unused
+from modtrain.models.sequence import RoutingRecord
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.tensorboard_layout import Layout, tensorboard_layout
+from modtrain.training.tensorboard.writer import TensorBoardWriter
 
 log = logging.getLogger(__name__)
 
 
 class MetricsWriter(Protocol):
-    """A place that records go to beside ``metrics.jsonl``.
+    """A place that records go to beside ``metrics.jsonl``."""
 
-    positions: of a step on each axis: step, tokens, TFLOPs.
-    """
-
-    def write(self, positions: dict[str, int], values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
         """Record ``values``."""
 
-    def add_image(self, positions: dict[str, int], name: str, image_CHW: Tensor) -> None:
-        """Record an image."""
+    def add_image(self, step: int, name: str, image_HWC: Tensor) -> None:
+        """Record a picture of bytes."""
+
+    def add_histogram(self, step: int, name: str, values_N: Tensor) -> None:
+        """Record a distribution."""
 
     def close(self) -> None:
         """Flush and close."""
-
-
-class TensorBoardWriter:
-    """Event files: one for each axis, for TensorBoard's step is one integer.
-
-    FLOPs do not fit into 64 bits; TFLOPs do.
-    """
-
-    def __init__(self, directory: Path, start: dict[str, int], layout: Layout) -> None:
-        """Open the files.
-
-        start: the positions after which earlier records are dropped. layout: of custom scalars.
-        """
-        self._writers = {
-            axis: SummaryWriter(str(directory / f"by_{axis}"), purge_step=position + 1)
-            for axis, position in start.items()
-        }
-        self._writers["step"].add_custom_scalars(layout)
-
-    def write(self, positions: dict[str, int], values: dict[str, float]) -> None:
-        """Record all values by step, and losses by the other axes."""
-        for axis, writer in self._writers.items():
-            for name, value in values.items():
-                if axis == "step":
-                    writer.add_scalar(name, value, positions[axis])
-                elif name.startswith(("loss", "held_out")):
-                    writer.add_scalar(f"{name} by {axis}", value, positions[axis])
-
-    def add_image(self, positions: dict[str, int], name: str, image_CHW: Tensor) -> None:
-        """Record an image by step."""
-        self._writers["step"].add_image(name, image_CHW, positions["step"])
-
-    def close(self) -> None:
-        """Flush and close everything."""
-        for writer in self._writers.values():
-            writer.close()
 
 
 class MetricsLog:
@@ -106,14 +70,13 @@ class MetricsLog:
         keep_metrics(run.metrics, lambda record: record["step"] <= start_step)
         self._file = open_to_append(run.metrics)
         if config.log.tensorboard:
-            start = self._positions(start_step)
-            layout = tensorboard_layout(config.model)
-            self._writers.append(TensorBoardWriter(run.tensorboard, start, layout))
+            records = read_metrics(run.metrics)
+            self._writers.append(TensorBoardWriter(run, config, plan, start_step, records))
         if config.log.wandb:
             # An extra, which need not be installed.
             from modtrain.training.wandb_writer import WandbWriter  # noqa: PLC0415
 
-            self._writers.append(WandbWriter(run, config))
+            self._writers.append(WandbWriter(run, config, plan))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` as of the end of optimizer step ``step``."""
@@ -138,12 +101,25 @@ class MetricsLog:
                 "remedy: free space or repair the disk, then run the same command, which resumes"
             ) from error
         for writer in self._writers:
-            writer.write(self._positions(step), values)
+            writer.write(step, values)
 
-    def add_image(self, step: int, name: str, image_CHW: Tensor) -> None:
-        """Record an image."""
+    def add_routing(
+        self, step: int, labels: Sequence[str], records: Sequence[RoutingRecord]
+    ) -> None:
+        """Record a picture of what each router chose, and the distribution of its scores.
+
+        labels: of the routers. records: of a forward pass; its first sequence is shown.
+        """
+        if not self._writers:
+            return
+        # It takes half a second to load, and most verbs draw nothing.
+        from modtrain.evaluation.routing_picture import routing_picture  # noqa: PLC0415
+
+        picture_HWC = routing_picture(labels, records)
         for writer in self._writers:
-            writer.add_image(self._positions(step), name, image_CHW)
+            writer.add_image(step, "routing/layer x token", picture_HWC)
+            for label, record in zip(labels, records, strict=True):
+                writer.add_histogram(step, f"scores/{label}", record.scores_BS[0].float().cpu())
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -151,11 +127,6 @@ class MetricsLog:
             self._file.close()
         for writer in self._writers:
             writer.close()
-
-    def _positions(self, step: int) -> dict[str, int]:
-        """Return where ``step`` stands on each axis."""
-        teraflops = round(self.plan.flops_until(step) / 1e12)
-        return {"step": step, "tokens": step * self.plan.tokens_per_step, "TFLOPs": teraflops}
 
 
 def to_json(values: Mapping[str, Any]) -> str:

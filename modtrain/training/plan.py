@@ -14,7 +14,7 @@ from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.stream.index import IndexSummary, read_summary
 from modtrain.distributed.launch import Launch
 from modtrain.models.depth.pattern import PATTERNS
-from modtrain.models.flops import training_flops_per_token
+from modtrain.models.flops import forward_flops, training_flops_per_token
 from modtrain.parallel.config import LayerOptions, StrategyOptions, dims_of, expected_launch
 from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.validation import dims_problems
@@ -291,6 +291,12 @@ def _batch_problems(config: TrainConfig, seq_len: int, data_parallel: int) -> li
         f" {seq_len} x {micro} x {data_parallel} = {unit}"
     )
     return [Problem("batch.tokens", tokens, reason, remedy)]
+
+
+def forward_flops_per_token(config: TrainConfig) -> float:
+    """Return the executed FLOPs of a run's forward pass per token."""
+    seq_len = config.data.seq_len or 1
+    return forward_flops(config.model, seq_len).total / seq_len
 
 
 def strategy_options(config: TrainConfig, plan: TrainingPlan) -> StrategyOptions:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from modtrain.common.terminal import plain_console
 from modtrain.data.stream.index import INDEX_NAME
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.flops import (
@@ -18,7 +18,7 @@ from modtrain.models.flops import (
 )
 from modtrain.optimizers.registry import OPTIMIZERS
 from modtrain.parallel.dims import ParallelDims
-from modtrain.training.config import TrainConfig
+from modtrain.training.config import PlanConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan, data_mismatches, resolve
 from modtrain.training.schedules import lr_factor, num_warmup_steps
 
@@ -26,7 +26,7 @@ from modtrain.training.schedules import lr_factor, num_warmup_steps
 _BYTES_PER_PARAMETER = 4
 
 
-def show(config: TrainConfig) -> None:
+def show(asked: PlanConfig) -> None:
     """Print parameters, FLOPs, steps, schedule and memory of the run.
 
     Where it does not fit the prepared data that is there, it is planned as configured, with a
@@ -35,16 +35,19 @@ def show(config: TrainConfig) -> None:
     Raises:
         ConfigError: everything that is wrong with it, at once.
     """
-    config, plan = resolve(config, needs_data=False)
-    console = Console()
+    config, plan = resolve(asked, needs_data=False)
+    console = plain_console()
     console.print(_parts(config, plan))
     console.print(_run(config, plan))
     if len(plan.stages) > 1:
         console.print(_stages(plan))
     console.print(_memory(config, plan.dims))
-    console.print("FLOP conventions:")
-    for line in CONVENTIONS:
-        console.print(f"  - {line}")
+    if asked.conventions:
+        console.print("FLOP conventions:")
+        for line in CONVENTIONS:
+            console.print(f"  - {line}")
+    else:
+        console.print("what counts as a FLOP: add --conventions", soft_wrap=True)
     _warn_of_mismatches(config)
 
 
@@ -53,7 +56,7 @@ def _warn_of_mismatches(config: TrainConfig) -> None:
     if (Path(path) / INDEX_NAME).exists() and (problems := data_mismatches(config)):
         head = f"warning: the prepared data in {path} does not fit this plan; train would refuse it"
         text = "\n".join([f"{head}:", *(f"  - {problem}" for problem in problems)])
-        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        plain_console(stderr=True).print(text, markup=False, soft_wrap=True)
 
 
 def _parts(config: TrainConfig, plan: TrainingPlan) -> Table:

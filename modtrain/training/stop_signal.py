@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SHOW_CURSOR = b"\x1b[?25h\n"
 # The variables in which a job's script gives the seconds between a signal and the kill: before the
 # time limit, and at a preemption.
 _TIME_LEFT: dict[int, str] = {signal.SIGUSR1: "MODTRAIN_LEAD", signal.SIGTERM: "MODTRAIN_GRACE"}
@@ -30,6 +32,7 @@ class StopRequest:
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
+            _show_cursor()
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         if self.signum is None:
@@ -64,6 +67,16 @@ class StopRequest:
     def name(self) -> str:
         """The signal's name."""
         return signal.Signals(self.signum).name if self.signum is not None else "none"
+
+
+def _show_cursor() -> None:
+    """Restore what a progress bar has hidden; nothing else runs before the process ends."""
+    for number in (1, 2):
+        # Not through a stream, which may be in the middle of a write.
+        with suppress(OSError):
+            if os.isatty(number):
+                os.write(number, _SHOW_CURSOR)
+                return
 
 
 STOP = StopRequest()

@@ -16,6 +16,7 @@ from torch import Tensor
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import TrainingError
 from modtrain.training.config import TrainConfig
+from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
 
 _ID = "wandb_id"
@@ -29,12 +30,13 @@ class WandbWriter:
     checkpoint that a run resumes from and its end before stand there twice, with the same values.
     """
 
-    def __init__(self, run: RunDirectory, config: TrainConfig) -> None:
+    def __init__(self, run: RunDirectory, config: TrainConfig, plan: TrainingPlan) -> None:
         """Start, or resume.
 
         Raises:
             TrainingError: wandb cannot start: no key, or no network.
         """
+        self._plan = plan
         try:
             self.run = wandb.init(
                 project=config.log.wandb_project,
@@ -55,17 +57,25 @@ class WandbWriter:
             self.run.define_metric(axis, hidden=True)
         self.run.define_metric("*", step_metric="step")
 
-    def write(self, positions: dict[str, int], values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` at a step, with its position on the other axes."""
-        self.run.log({**positions, **values})
+        self.run.log({**self._positions(step), **values})
 
-    def add_image(self, positions: dict[str, int], name: str, image_CHW: Tensor) -> None:
-        """Record an image."""
-        self.run.log({**positions, name: wandb.Image(image_CHW.float())})
+    def add_image(self, step: int, name: str, image_HWC: Tensor) -> None:
+        """Record a picture of bytes."""
+        self.run.log({**self._positions(step), name: wandb.Image(image_HWC.numpy())})
+
+    def add_histogram(self, step: int, name: str, values_N: Tensor) -> None:
+        """Record a distribution."""
+        self.run.log({**self._positions(step), name: wandb.Histogram(values_N.numpy())})
 
     def close(self) -> None:
         """Wait until everything is written or sent."""
         self.run.finish()
+
+    def _positions(self, step: int) -> dict[str, float]:
+        tokens, flops = step * self._plan.tokens_per_step, self._plan.flops_until(step)
+        return dict(zip(_AXES, (step, tokens, flops / 1e12), strict=True))
 
 
 def _run_id(path: Path) -> str:

@@ -255,8 +255,14 @@ def test_a_choice_that_is_no_text_does_not_exist(choice):
     assert errors(f"model={choice}")["model"].reason == "does not exist"
 
 
-def test_plan_prints_parts_conventions_and_schedule(capsys):
-    assert cli.main(["plan", "model=mod_60m", "data.seq_len=2048", "budget.flops=6e18"]) == 0
+def test_plan_prints_parts_and_schedule_and_the_conventions_when_asked(capsys):
+    words = ["model=mod_60m", "data.seq_len=2048", "budget.flops=6e18"]
+    assert cli.main(["plan", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "backward = 2 x" not in shown
+    assert cli.main(["plan", *words, "--conventions"]) == 0
+    assert capsys.readouterr().out.startswith(shown.rpartition("what counts")[0])
+    assert cli.main(["plan", *words, "conventions=true"]) == 0
     shown = capsys.readouterr().out
     for text in (
         *("attention products", "router", "predictor", "head", "if dense", "backward = 2 x"),

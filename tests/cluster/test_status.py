@@ -165,7 +165,7 @@ def test_metrics_are_not_read_whole(tmp_path):
 def test_the_names_are_those_that_training_writes():
     from modtrain.checkpoint.layout import MANIFEST, checkpoint_path
     from modtrain.cluster.runs import HELD_OUT
-    from modtrain.training.callbacks.evaluation import CAUSAL_LOSS
+    from modtrain.training.metric_names import CAUSAL_LOSS
 
     assert HELD_OUT == CAUSAL_LOSS
     assert checkpoint_path(Path(), 7).name == "step-000000007"

@@ -1,3 +1,4 @@
+import shutil
 import time
 from pathlib import Path
 
@@ -6,22 +7,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modtrain.common.atomic_io import name_file
 from modtrain.common.errors import TrainingError
+from modtrain.models.config import ModelConfig
 from modtrain.training.config import LogConfig, TrainConfig
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.schedules import CapacityStage
 
-# A TFLOP a step, so that the third axis has a point for each.
+# A GFLOP a step.
 PLAN = TrainingPlan(
-    seq_len=10, sequences_per_step=4, accumulate=1, stages=(CapacityStage(0, 9, (), 1e12 / 40),)
+    seq_len=10, sequences_per_step=4, accumulate=1, stages=(CapacityStage(0, 9, (), 1e9 / 40),)
 )
+CONFIG = TrainConfig(name="a", model=ModelConfig(num_layers=2, vocab_size=50))
 
 NO_TENSORBOARD = LogConfig(tensorboard=False)
 
 
 def write(run, start_step, last):
-    log = MetricsLog(run, TrainConfig(), PLAN, start_step)
+    log = MetricsLog(run, CONFIG, PLAN, start_step)
     for step in range(start_step + 1, last + 1):
         log.write(step, {"loss": float(step), "lr": 0.1})
     log.close()
@@ -36,10 +39,20 @@ def test_every_step_is_recorded_once_after_a_kill(tmp_path, resumed_at):
     time.sleep(1.1)  # event files are read in the order of the seconds in their names
     write(run, resumed_at, last=4)
     assert [r["step"] for r in read_metrics(run.metrics)] == [1, 2, 3, 4]
-    for axis, unit in (("step", 1), ("tokens", 40), ("TFLOPs", 1)):
-        events = EventAccumulator(str(run.tensorboard / f"by_{axis}")).Reload()
-        name = "loss" if axis == "step" else f"loss by {axis}"
-        assert [e.step for e in events.Scalars(name)] == [unit * step for step in range(1, 5)]
+    for suffix, unit in (("", 1), ("_by_tokens", 40), ("_by_MFLOPs", 1000)):
+        events = EventAccumulator(str(run.tensorboard)).Reload()
+        steps = [e.step for e in events.Scalars(f"main{suffix}/loss")]
+        assert steps == [unit * step for step in range(1, 5)]
+
+
+def test_a_run_whose_events_an_earlier_version_wrote_has_its_records_here_too(tmp_path):
+    run = RunDirectory(tmp_path)
+    write(run, 0, last=4)
+    shutil.rmtree(run.tensorboard)
+    write(run, 4, last=5)
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    for tag in ("main/loss", "training/lr", "main/share_of_budget"):
+        assert [e.step for e in events.Scalars(tag)] == [1, 2, 3, 4, 5]
 
 
 FULL = Path("/dev/full")

@@ -124,15 +124,18 @@ def test_metrics_are_recorded_once_a_step_with_tokens_and_flops(complete):
 
 
 def test_tensorboard_shows_the_loss_on_three_axes_and_the_routing(complete):
-    for axis, last in (("step", 12), ("tokens", 12 * 256)):
-        events = EventAccumulator(str(complete.tensorboard / f"by_{axis}")).Reload()
-        name = "loss" if axis == "step" else f"loss by {axis}"
-        assert [e.step for e in events.Scalars(name)][-1] == last
-    tera = EventAccumulator(str(complete.tensorboard / "by_TFLOPs")).Reload()
-    assert tera.Scalars("loss by TFLOPs")
-    by_step = EventAccumulator(str(complete.tensorboard / "by_step")).Reload()
-    (picture,) = by_step.Tags()["images"]
-    assert by_step.Images(picture)[0].width == 64
+    events = EventAccumulator(str(complete.tensorboard)).Reload()
+    tags = events.Tags()
+    flops = read_metrics(complete.metrics)[-1]["flops"]
+    ends = {"main/": 12, "main_by_tokens/": 12 * 256, "main_by_MFLOPs/": round(flops / 1e6)}
+    for group, last in ends.items():
+        for loss in ("loss", "causal_loss", "top_k_loss_not_causal"):
+            assert events.Scalars(group + loss)[-1].step == last
+    assert sorted(tags["scalars"])[0].startswith("main")
+    assert tags["images"] == ["routing/layer x token"]
+    assert set(tags["histograms"]) == {"scores/layer_01", "scores/layer_03"}
+    # One entry on the page: no folder below has events of its own.
+    assert not [path for path in complete.tensorboard.iterdir() if path.is_dir()]
 
 
 def test_a_dense_run_has_one_held_out_loss(start):

@@ -11,7 +11,9 @@ from wandb.proto import wandb_internal_pb2
 
 from modtrain.common.errors import TrainingError
 from modtrain.training.config import LogConfig, TrainConfig
+from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.schedules import CapacityStage
 from modtrain.training.wandb_writer import WandbWriter
 
 
@@ -22,6 +24,10 @@ def _fresh_settings():
     wandb.teardown()
 
 
+# A TFLOP a step.
+PLAN = TrainingPlan(
+    seq_len=10, sequences_per_step=4, accumulate=1, stages=(CapacityStage(0, 9, (), 1e12 / 40),)
+)
 CONFIG = TrainConfig(name="sweep/one", log=LogConfig(wandb=True, wandb_project="depth"))
 
 
@@ -56,11 +62,11 @@ def history(parsed):
 
 
 def write_three_steps(path, start):
-    writer = WandbWriter(RunDirectory(path), CONFIG)
+    writer = WandbWriter(RunDirectory(path), CONFIG, PLAN)
     for step in (start + 1, start + 2, start + 3):
-        positions = {"step": step, "tokens": 40 * step, "TFLOPs": step}
-        writer.write(positions, {"loss": 1 / step})
-    writer.add_image(positions, "router/chosen", torch.zeros(1, 8, 4))
+        writer.write(step, {"loss": 1 / step})
+    writer.add_image(step, "router/chosen", torch.zeros(8, 4, 3, dtype=torch.uint8))
+    writer.add_histogram(step, "scores/layer_01", torch.arange(4.0))
     writer.close()
 
 
@@ -102,7 +108,7 @@ def test_without_a_key_the_error_names_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(TrainingError, match="WANDB_MODE=offline"):
-        WandbWriter(RunDirectory(tmp_path), CONFIG)
+        WandbWriter(RunDirectory(tmp_path), CONFIG, PLAN)
 
 
 def test_a_missing_package_is_a_problem_of_the_configuration(monkeypatch):

@@ -13,10 +13,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from modtrain.common.errors import DataError
+from modtrain.common.terminal import plain_console
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -57,7 +57,7 @@ def _progress_over(label: str, total: int, shown: bool) -> Iterator[Callable[[in
 
     Shows a bar on a terminal, log lines elsewhere.
     """
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     if not shown:
         yield lambda _: None
     elif console.is_terminal:

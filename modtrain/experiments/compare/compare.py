@@ -16,6 +16,7 @@ from rich.console import Console
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import ConfigError, DataError, Problem, TrainingError
 from modtrain.common.reading import UnreadableError, read_json
+from modtrain.common.terminal import plain_console
 from modtrain.distributed.launch import Launch
 from modtrain.experiments.compare.comparison_report import describe, draw, show
 from modtrain.experiments.compare.config import Comparison
@@ -42,7 +43,7 @@ def compare(comparison: Comparison) -> int:
         remedy = "run it without torchrun or srun, or start a single arm with modtrain train"
         raise ConfigError([Problem("compare", "", reason, remedy)])
     if not comparison.arms:
-        _show_report(comparison, Console())
+        _show_report(comparison, plain_console())
         return 0
     resolved = {
         name: [resolve(config) for config in configs] for name, configs in comparison.arms.items()
@@ -57,7 +58,7 @@ def compare(comparison: Comparison) -> int:
                 outcome = train(config, plan=plan)
                 if outcome.exit_code:
                     return outcome.exit_code
-    _report_and_show(replace(comparison, arms=arms), Console())
+    _report_and_show(replace(comparison, arms=arms), plain_console())
     return 0
 
 

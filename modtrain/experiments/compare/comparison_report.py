@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from rich.table import Table
 from modtrain.common.atomic_io import atomic_writer
 from modtrain.experiments.compare.verdict import verdict
 from modtrain.models.flops import dense_equivalent_flops, forward_flops
-from modtrain.training.callbacks.evaluation import CAUSAL_FLOPS, CAUSAL_LOSS, TOP_K_LOSS
 from modtrain.training.config import TrainConfig
+from modtrain.training.metric_names import CAUSAL_FLOPS, CAUSAL_LOSS, TOP_K_LOSS
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run_directory import RunDirectory
 
@@ -92,25 +93,59 @@ def show(report: dict[str, dict[str, Any]], margin: float, console: Console) -> 
 
 
 def draw(arms: dict[str, list[TrainConfig]], path: Path) -> None:
-    """Draw held-out causal loss against training FLOPs, a curve an arm's first run, as a PNG."""
-    figure = Figure(figsize=(7, 4.5) if len(arms) <= 4 else (10, 7))
-    axes = figure.subplots()
-    for number, (name, configs) in enumerate(arms.items()):
-        records = read_metrics(RunDirectory.of(configs[0]).metrics)
-        curves = [(CAUSAL_LOSS, "causal", "o", ("-", "--", "-.")[number // 10 % 3])]
-        if len(arms) <= 4:
-            curves.append((TOP_K_LOSS, "top-k (not causal)", "", ":"))
-        for key, label, marker, style in curves:
-            if points := [(record["flops"], record[key]) for record in records if key in record]:
-                (line,) = axes.plot(*zip(*points, strict=True), label=f"{name}, {label}")
-                line.set(marker=marker, ls=style, color=f"C{number % 10}")
-    axes.set_xlabel("training FLOPs, executed")
-    axes.set_ylabel("held-out loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.tight_layout()
+    """Draw held-out loss against training FLOPs as a PNG, a curve an arm's first run.
+
+    The causal loss is above; below is how far it lies over the top-k loss of the same run, which a
+    curve beside it would hide. The legend has the last values.
+    """
+    curves = {
+        name: read_metrics(RunDirectory.of(configs[0]).metrics) for name, configs in arms.items()
+    }
+    gaps = {name: _points(records, _gap) for name, records in curves.items()}
+    has_gaps = any(gaps.values())
+    figure = Figure(figsize=(7.5, 6.5) if has_gaps else (7.5, 4.5), layout="constrained")
+    ratios = [3, 1][: 1 + has_gaps]
+    panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
+    upper = panels[0, 0]
+    for number, (name, records) in enumerate(curves.items()):
+        style = {"color": f"C{number % 10}", "ls": ("-", "--", "-.")[number // 10 % 3]}
+        if points := _points(records, lambda record: record.get(CAUSAL_LOSS)):
+            label = f"{_escape_math(name)}: {points[-1][1]:.4f}"
+            upper.plot(*zip(*points, strict=True), label=label, marker="o", ms=4, **style)
+        if gaps[name]:
+            label = f"{_escape_math(name)}: {gaps[name][-1][1]:+.4f}"
+            panels[1, 0].plot(*zip(*gaps[name], strict=True), label=label, marker=".", **style)
+    figure.suptitle("held-out loss over training FLOPs")
+    upper.set_ylabel("causal loss (nats a token)")
+    upper.legend(fontsize="small", title="last value", title_fontsize="small")
+    if has_gaps:
+        panels[1, 0].axhline(0, color="0.6", lw=0.8)
+        panels[1, 0].set_ylabel("causal - top-k")
+        panels[1, 0].legend(fontsize="small")
+    for axes in panels[:, 0]:
+        axes.grid(alpha=0.3)
+    panels[-1, 0].set_xlabel("training FLOPs, executed")
     with atomic_writer(path, path.parent) as file:
         figure.savefig(file, dpi=130, format="png")
+
+
+def _escape_math(text: str) -> str:
+    """Return ``text`` so that matplotlib shows it as it is, also a name with dollars."""
+    return text.replace("$", r"\$")
+
+
+def _points(
+    records: list[dict[str, Any]], value_of: Callable[[dict[str, Any]], float | None]
+) -> list[tuple[float, float]]:
+    """Return FLOPs and value of the records that have one."""
+    pairs = ((record["flops"], value_of(record)) for record in records)
+    return [(flops, value) for flops, value in pairs if value is not None]
+
+
+def _gap(record: dict[str, Any]) -> float | None:
+    """Return how far the causal loss lies over the top-k loss, which is not causal."""
+    causal, top_k = record.get(CAUSAL_LOSS), record.get(TOP_K_LOSS)
+    return None if causal is None or top_k is None else causal - top_k
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -14,7 +14,6 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from modtrain.common.atomic_io import file_sha256, write_bytes, write_text
@@ -176,7 +175,7 @@ def _law_table(family: FamilyFit, level: float) -> Table:
     points = f"{len(family.points)} points{left_out}"
     columns = ["value", f"{level:.0%} interval", "variable projection", "one point out"]
     headings = [Column(name, justify="right") for name in [*columns, "one budget out"]]
-    title = f"{escape(family.name)}: L = E + A/N^alpha + B/D^beta ({points})"
+    title = f"{family.name}: L = E + A/N^alpha + B/D^beta ({points})"
     table = Table(Column(""), *headings, title=title)
     rows: dict[str, tuple[str, Estimate, Estimate | None]] = {
         name: (name, family.law[name], family.check[name])
@@ -195,7 +194,7 @@ def _law_table(family: FamilyFit, level: float) -> Table:
 def _optima_table(family: FamilyFit) -> Table:
     names = ["C", "points", "N*", "D*", "L*", "N* of a parabola"]
     columns = [Column(name, justify="right") for name in names]
-    title = f"{escape(family.name)}: optimum at each budget, with its interval"
+    title = f"{family.name}: optimum at each budget, with its interval"
     table = Table(*columns, title=title, show_lines=True)
     by_parabola = {parabola.C: parabola.N for parabola in family.parabolas}
     shown = _spread(family.optima)
@@ -210,7 +209,7 @@ def _optima_table(family: FamilyFit) -> Table:
 
 
 def _speed_up_table(fit: Fit) -> Table:
-    baseline = escape(fit.config.baseline)
+    baseline = fit.config.baseline
     title = f"effective speed-up: FLOPs that {baseline} needs for the same loss, over the family's"
     names = ["C", "L*", "factor", f"{fit.config.level:.0%} interval", "baseline"]
     columns = [Column(name, justify="right") for name in names]
@@ -219,7 +218,7 @@ def _speed_up_table(fit: Fit) -> Table:
         factor = "out of reach" if row.factor.value is None else _number(row.factor.value)
         where = "extrapolated" if row.is_extrapolated else "measured"
         cells = f"{row.C:.3g}", _number(row.loss), factor, _interval(row.factor), where
-        table.add_row(escape(row.family), *cells)
+        table.add_row(row.family, *cells)
     return table
 
 

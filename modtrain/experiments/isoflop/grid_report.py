@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from modtrain.common.errors import DataError
@@ -36,7 +35,7 @@ def show_plan(grid: Grid, console: Console) -> None:
     hours, rate = hours_of(config, grid.points)
     seeds = f", each with {len(config.seeds)} seeds" if len(config.seeds) > 1 else ""
     columns = [*_COLUMNS, *(["trunk"] if grid.trunks else [])]
-    table = Table(title=f"{escape(str(config.name))}: {len(grid.points)} runs{seeds}")
+    table = Table(title=f"{config.name!s}: {len(grid.points)} runs{seeds}")
     for number, heading in enumerate(columns):
         table.add_column(heading, justify="right" if number else "left")
     last = None

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from modtrain.common.atomic_io import atomic_writer, write_text
-from modtrain.experiments.hparams import LOSS
 from modtrain.experiments.isoflop.config import CONVENTIONS
 from modtrain.experiments.isoflop.grid import Grid, Point
 from modtrain.experiments.sweep.job_process import failure_text, state_of
 from modtrain.models.flops import TRAINING_OVER_FORWARD, active_parameters, parameters
+from modtrain.training.metric_names import CAUSAL_LOSS
 from modtrain.training.run_directory import RunDirectory
 
 POINTS, FIGURE = "points.csv", "loss_by_size.png"
@@ -87,7 +87,7 @@ def collect(points: Sequence[Point]) -> tuple[list[Result], dict[str, str]]:
             missing[name] = f"{state} {why}".rstrip().replace(" ;", ";")
             continue
         content = run.read_result()
-        loss = content.get(LOSS)
+        loss = content.get(CAUSAL_LOSS)
         if loss is None:
             missing[name] = "the model has no causal decision, and so no causal loss"
         else:

@@ -13,7 +13,6 @@ from rich.console import Console
 from modtrain.cluster.status import wide_console
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.experiments.controls import UNROUTED
-from modtrain.experiments.hparams import forward_flops_per_token
 from modtrain.experiments.pattern_search.best_config import write_best
 from modtrain.experiments.pattern_search.candidates import PatternSpace, find_candidates
 from modtrain.experiments.pattern_search.config import PatternSearchConfig
@@ -37,6 +36,7 @@ from modtrain.experiments.sweep.runner import ComposeJob, Runner, refuse_several
 from modtrain.experiments.sweep.sweep import shared_problems
 from modtrain.models.config import unrouted_layers
 from modtrain.training.config import TrainConfig
+from modtrain.training.plan import forward_flops_per_token
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from modtrain.common.errors import DataError
@@ -29,7 +28,7 @@ def show_plan(
 
     entries: of each candidate, one a rung. dense: the run of the dense model.
     """
-    table = Table(title=f"{escape(str(config.name))}: {len(entries)} candidates")
+    table = Table(title=f"{config.name!s}: {len(entries)} candidates")
     for heading in ("candidate", "from", "layers", "capacities"):
         table.add_column(heading, overflow="fold")
     steps = [f"steps at {budget:g}" for budget in config.budgets]
@@ -39,7 +38,7 @@ def show_plan(
         candidate = of_candidate[0].candidate
         table.add_row(
             name,
-            escape(candidate.origin),
+            candidate.origin,
             bars(candidate.capacities),
             listed(candidate.capacities),
             f"{candidate.flops_over_dense:.3f}",

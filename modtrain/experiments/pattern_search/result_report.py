@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from modtrain.experiments.pattern_search.plan_report import bars, listed
@@ -16,9 +15,7 @@ def show_results(results: Results, console: Console) -> None:
     """Print the candidates of the last rung there is, the controls, and what was left out."""
     rung = len(results.outcomes) - 1
     last, config = results.outcomes[rung], results.config
-    table = Table(
-        title=f"{escape(str(config.name))}: rung {rung}, {config.budgets[rung]:g} training FLOPs"
-    )
+    table = Table(title=f"{config.name!s}: rung {rung}, {config.budgets[rung]:g} training FLOPs")
     table.add_column("candidate")
     for heading in _COLUMNS:
         is_number = heading in ("FLOPs spent", "FLOPs over dense", "loss")
@@ -28,7 +25,7 @@ def show_results(results: Results, console: Console) -> None:
         marks = ["front"] * (name in results.front) + ["best"] * (name == results.best)
         table.add_row(
             name,
-            escape(candidate.origin),
+            candidate.origin,
             bars(candidate.capacities),
             listed(candidate.capacities),
             f"{results.flops_spent(name, rung):.3g}",

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from modtrain.common.atomic_io import write_text
-from modtrain.experiments.hparams import LOSS, forward_flops_per_token
 from modtrain.experiments.pattern_search.config import PatternSearchConfig
 from modtrain.experiments.pattern_search.runs import Entry, PlannedRun
 from modtrain.experiments.pattern_search.selection import Point, sort_fronts
 from modtrain.experiments.sweep.job_process import failure_text, state_of
+from modtrain.training.metric_names import CAUSAL_LOSS
+from modtrain.training.plan import forward_flops_per_token
 from modtrain.training.run_directory import RunDirectory
 
 PATTERNS, PARETO = "patterns.csv", "pareto.json"
@@ -93,7 +94,7 @@ def outcome_of(run: PlannedRun) -> Outcome | str:
     if not directory.is_complete:
         return f"{state_of(directory)} {failure_text(directory)}".rstrip()
     content = directory.read_result()
-    loss = content.get(LOSS)
+    loss = content.get(CAUSAL_LOSS)
     if loss is None:
         return "the model has no causal decision, and so no causal loss"
     if not math.isfinite(loss):

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import raise_if_any
+from modtrain.common.terminal import plain_console
 from modtrain.experiments.report.collect import Collection, collect
 from modtrain.experiments.report.config import ReportConfig
 from modtrain.experiments.report.page import relative_directories, render
@@ -39,7 +40,7 @@ def report(config: ReportConfig, console: Console | None = None) -> None:
     names = [path.name for path in paths]
     page = render(collection, tables, directories, names, config.equivalence_margin)
     write_text(output / PAGE, page)
-    _show(collection, output / PAGE, console or Console())
+    _show(collection, output / PAGE, console or plain_console())
 
 
 def _show(collection: Collection, page: Path, console: Console) -> None:

@@ -21,18 +21,19 @@ from optuna.trial import TrialState
 from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.renamed_keys import new_name, translate_flat
+from modtrain.common.terminal import print_line
 from modtrain.distributed.launch import Launch
-from modtrain.experiments import hparams
 from modtrain.experiments.search.config import Dimension, Search, SearchConfig, parse_space
 from modtrain.experiments.search.finite import draw_untried, num_points
 from modtrain.experiments.search.study import open_study
-from modtrain.experiments.sweep.hydra_multirun import print_line
 from modtrain.experiments.sweep.job_process import PRUNED, failure_text, run_in_process, state_of
 from modtrain.experiments.sweep.jobs import SweepJob, write_jobs
 from modtrain.training.config import TrainConfig
-from modtrain.training.plan import resolve
+from modtrain.training.metric_names import CAUSAL_LOSS
+from modtrain.training.plan import forward_flops_per_token, resolve
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
+from modtrain.training.tensorboard.hyperparameters import declare
 
 # Seconds between two checks for a free trial.
 _POLL_SECONDS = 5.0
@@ -69,7 +70,7 @@ class _Searcher:
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self.study = open_study(self.directory, self.config, shared)
-            hparams.write_experiment(self.directory, list(self.config.space))
+            declare(self.directory, list(self.config.space))
         space = self.study.user_attrs["space"]
         # Names under which the study knows keys that were renamed since it began.
         self.names = {new: key for key in space if (new := new_name(key)) is not None}
@@ -160,7 +161,7 @@ class _Searcher:
         except ConfigError as error:
             return self._fail(trial, str(error))
         if not (run.path / PRUNED).is_file():
-            run_in_process(run, partial(_train_trial, config, self.config, trial.number, overrides))
+            run_in_process(run, partial(_train_trial, config, self.config, trial.number))
         if (run.path / PRUNED).is_file():
             self.study.tell(trial, state=TrialState.PRUNED)
         elif run.is_complete:
@@ -229,16 +230,14 @@ def suggest(trial: optuna.Trial, dimension: Dimension, name: str | None = None) 
 
 def _values(run: RunDirectory, directions: Sequence[str]) -> list[float | None]:
     values = {
-        "causal_loss": run.read_result().get(hparams.LOSS),
-        "forward_flops": hparams.forward_flops_per_token(run.read_config()),
+        "causal_loss": run.read_result().get(CAUSAL_LOSS),
+        "forward_flops": forward_flops_per_token(run.read_config()),
     }
     return [values[name] for name in directions]
 
 
-def _train_trial(
-    config: TrainConfig, search: SearchConfig, number: int, overrides: dict[str, str]
-) -> int:
+def _train_trial(config: TrainConfig, search: SearchConfig, number: int) -> int:
     # Not in the process that forks.
     from modtrain.experiments.search.trial_callback import train_or_prune  # noqa: PLC0415
 
-    return train_or_prune(config, search, number, overrides)
+    return train_or_prune(config, search, number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import optuna
 
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import TrainingError
-from modtrain.experiments import hparams
 from modtrain.experiments.search.config import SearchConfig
 from modtrain.experiments.search.study import open_study
 from modtrain.experiments.sweep.job_process import PRUNED
 from modtrain.training.config import TrainConfig
+from modtrain.training.metric_names import CAUSAL_LOSS
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
@@ -44,16 +43,14 @@ class PruningCallback(L.Callback):
             return
         self._seen = trainer.global_step
         records = read_metrics(self.run.metrics)
-        if not records or hparams.LOSS not in records[-1] or records[-1]["step"] != self._seen:
+        if not records or CAUSAL_LOSS not in records[-1] or records[-1]["step"] != self._seen:
             return
-        self.trial.report(records[-1][hparams.LOSS], self._seen)
+        self.trial.report(records[-1][CAUSAL_LOSS], self._seen)
         if self.trial.should_prune():
             raise PrunedError(f"pruned at step {self._seen}")
 
 
-def train_or_prune(
-    config: TrainConfig, search: SearchConfig, number: int, overrides: Mapping[str, str]
-) -> int:
+def train_or_prune(config: TrainConfig, search: SearchConfig, number: int) -> int:
     """Train a trial's run; return its exit code, 0 for one that was pruned.
 
     With a pruner the study, which this process opens again, receives the losses.
@@ -69,6 +66,4 @@ def train_or_prune(
     except PrunedError as pruned:
         write_text(run.path / PRUNED, f"{pruned}\n")
         return 0
-    if outcome.exit_code == 0 and config.log.tensorboard:
-        hparams.write_run(run, overrides)
     return outcome.exit_code

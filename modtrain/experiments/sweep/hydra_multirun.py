@@ -25,15 +25,15 @@ from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
 from modtrain.common.errors import Problem
 from modtrain.common.overrides import search_path
 from modtrain.common.shipped import conf_dir
 from modtrain.common.spelling import quoted
-from modtrain.experiments import hparams
+from modtrain.common.terminal import print_line
 from modtrain.experiments.sweep.job_process import (
     EXIT_RESUMABLE,
+    JOB_LOG,
     failure_text,
     run_in_process,
     state_of,
@@ -47,11 +47,6 @@ _LAUNCHERS = ("basic", "joblib", "slurm")
 _HOW_TO = "docs/how-to/sweep-and-search.md"
 _JOB_LOCK = threading.Lock()
 _QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none")
-
-
-def print_line(text: str) -> None:
-    """Print a line without markup or wrapping."""
-    Console(soft_wrap=True, markup=False, highlight=False).print(text)
 
 
 class Multirun:
@@ -146,7 +141,7 @@ class TrainTask:
         with _JOB_LOCK:
             if STOP.requested:
                 return STOP.exit_code
-            print_line(f"{job.name}: starts")
+            print_line(f"{job.name}: starts; its output: {run.logs / JOB_LOG}")
             code = run_in_process(run, work, self.main_pid)
             print_line(f"{job.name}: {state_of(run)} {failure_text(run)}".rstrip())
             return code
@@ -169,14 +164,11 @@ def _exit_with_main_process(main_pid: int) -> None:
 
 
 def train_job(config: TrainConfig) -> int:
-    """Train the run and add it to TensorBoard's table of hyperparameters."""
+    """Train the run and return its exit code."""
     # Not in the process that forks.
     from modtrain.training.run import train  # noqa: PLC0415
 
-    outcome = train(config)
-    if outcome.exit_code == 0:
-        hparams.write_swept(outcome.run)
-    return outcome.exit_code
+    return train(config).exit_code
 
 
 @contextmanager

@@ -17,19 +17,25 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
+from pathlib import Path
 
 from modtrain.common.atomic_io import is_locked, write_text
 from modtrain.common.errors import ModtrainError
 from modtrain.common.reading import UnreadableError, read_json
+from modtrain.common.terminal import print_line
+from modtrain.training.metric_names import PROGRESS_MARK
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.stop_signal import STOP
 
 STATES = ("complete", "running", "failed", "pruned", "stopped", "not started")
 FAILURE, PRUNED = "failure.json", "PRUNED"
 """Files of a run: why its job failed, and the mark of one that a search has pruned."""
+JOB_LOG = "job.log"
 _CONTEXT = multiprocessing.get_context("fork")
 _POLL_SECONDS = 0.1
+_MOST_READ = 1 << 16
 # A job whose sweep was killed saves and ends; a new sweep may start meanwhile.
 LOCK_TIMEOUT = 60.0
 EXIT_RESUMABLE = 75
@@ -38,8 +44,9 @@ EXIT_RESUMABLE = 75
 def run_in_process(run: RunDirectory, work: Callable[[], int], main_pid: int | None = None) -> int:
     """Call ``work`` in a process of its own and return its exit code.
 
-    Its output goes to ``logs/job.log`` of ``run``; the reason of a failure to ``failure.json``. A
-    stop signal to this process is forwarded to it, and it stops when this process dies.
+    Its output goes to ``logs/job.log`` of ``run``, its progress here as well, the reason of a
+    failure to ``failure.json``. A stop signal to this process is forwarded to it, and it stops when
+    this process dies.
 
     main_pid: the process whose end stops the job too, if not this one.
 
@@ -58,16 +65,41 @@ def run_in_process(run: RunDirectory, work: Callable[[], int], main_pid: int | N
     sys.stdout.flush()
     sys.stderr.flush()
     child = _CONTEXT.Process(target=_run_child, args=(run, work))
+    progress = ProgressLines(run.logs / JOB_LOG)
     child.start()
     while child.is_alive():
         child.join(_POLL_SECONDS)
+        progress.forward()
         if not STOP.requested and main_pid not in (None, os.getpid(), os.getppid()):
             STOP.signum = signal.SIGTERM
         if STOP.requested and child.pid is not None and child.is_alive():
             # Not as SIGINT: a second one ends a run at once. Repeating the others does no harm.
             is_usr1 = STOP.signum == signal.SIGUSR1
             os.kill(child.pid, signal.SIGUSR1 if is_usr1 else signal.SIGTERM)
+    progress.forward()
     return _record_end(run, child.exitcode or 0)
+
+
+class ProgressLines:
+    """Forwards the lines of a job's log that tell its step, from now on.
+
+    A job's output goes to its log; the one who started it wants to see that something goes on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._rest = path, b""
+        self._offset = path.stat().st_size if path.is_file() else 0
+
+    def forward(self) -> None:
+        """Print the lines that were added since the last call."""
+        with suppress(OSError), self._path.open("rb") as log:
+            log.seek(self._offset)
+            added = log.read(_MOST_READ)
+            self._offset += len(added)
+            *lines, self._rest = (self._rest + added).split(b"\n")
+            for line in lines:
+                if PROGRESS_MARK.encode() in line:
+                    print_line(line.decode(errors="replace"))
 
 
 def _record_end(run: RunDirectory, code: int) -> int:
@@ -90,7 +122,7 @@ def _run_child(run: RunDirectory, work: Callable[[], int]) -> None:
     STOP.install()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     # Line-buffered: the output of a killed job is kept.
-    with (run.logs / "job.log").open("a", buffering=1) as log:
+    with (run.logs / JOB_LOG).open("a", buffering=1) as log:
         for number in (1, 2):
             os.dup2(log.fileno(), number)
         sys.stdout = sys.stderr = log

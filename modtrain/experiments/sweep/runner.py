@@ -18,9 +18,9 @@ from modtrain.cluster.config import SubmitConfig
 from modtrain.cluster.submit import run_problems
 from modtrain.common.atomic_io import acquire_lock
 from modtrain.common.errors import CheckpointError, ConfigError, Problem, raise_if_any
+from modtrain.common.terminal import print_line
 from modtrain.distributed.launch import Launch
-from modtrain.experiments import hparams
-from modtrain.experiments.sweep.hydra_multirun import Multirun, print_line
+from modtrain.experiments.sweep.hydra_multirun import Multirun
 from modtrain.experiments.sweep.job_process import EXIT_RESUMABLE, STATES, failure_text, state_of
 from modtrain.experiments.sweep.jobs import SweepJob, read_jobs, write_jobs
 from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
@@ -29,6 +29,7 @@ from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
 from modtrain.training.run_directory import RunDirectory, check_resumable
 from modtrain.training.stop_signal import STOP
+from modtrain.training.tensorboard.hyperparameters import declare
 
 ComposeJob = Callable[[Sequence[str]], SubmitConfig]
 _ON_SLURM = "hydra/launcher=slurm"
@@ -93,7 +94,7 @@ class Runner:
         with acquire_lock(directory / ".sweep.lock", CheckpointError(f"{directory} {reason}")):
             write_jobs(directory, [job for job, _ in jobs])
             keys = {key for swept in read_jobs(directory).values() for key in swept}
-            hparams.write_experiment(directory, keys)
+            declare(directory, keys)
             states = {"stopped", "not started", "running", *(["failed"] if self.retry else [])}
             to_start = [pair for pair in jobs if state_of(RunDirectory.of(pair[1])) in states]
             print_line(f"{directory}: {len(jobs)} jobs, {len(to_start)} to train")

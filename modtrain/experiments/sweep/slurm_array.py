@@ -20,7 +20,7 @@ from modtrain.cluster.runs import read_job_ids
 from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.slurm import SlurmError
 from modtrain.cluster.submit import Submission, submit
-from modtrain.experiments.sweep.hydra_multirun import print_line
+from modtrain.common.terminal import print_line
 from modtrain.experiments.sweep.job_process import state_of, write_failure
 from modtrain.experiments.sweep.jobs import SweepJob, overrides_of
 from modtrain.training.config import TrainConfig

@@ -5,25 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from modtrain.common.errors import CheckpointError, ModtrainError
-from modtrain.experiments.hparams import LOSS, forward_flops_per_token
+from modtrain.common.terminal import WIDE, Column, fitted_table
 from modtrain.experiments.sweep.job_process import failure_text, state_of
 from modtrain.experiments.sweep.jobs import read_jobs
+from modtrain.training.metric_names import CAUSAL_LOSS
 from modtrain.training.metrics_log import read_metrics
-from modtrain.training.plan import resolve
+from modtrain.training.plan import forward_flops_per_token, resolve
 from modtrain.training.run_directory import RunDirectory
 
-_FIGURES = ("step", "loss", "held-out causal loss", "training FLOPs", "forward FLOPs a token")
+_FIGURES = (
+    Column("state"),
+    Column("step", 3, justify="right"),
+    Column("loss", 5, justify="right"),
+    Column("held-out causal loss", 1, 9, justify="right"),
+    Column("training FLOPs", 6, 9, justify="right"),
+    Column("forward FLOPs a token", 4, 11, justify="right"),
+)
 _NONE = "-"
 
 
-def sweep_table(directory: Path) -> Table:
+def sweep_table(directory: Path, width: int = WIDE) -> Table:
     """Return a table with a row for each job: swept overrides, state, progress, and failure.
 
-    Losses are the last ones, in nats a token; training FLOPs are those executed so far.
+    Losses are the last ones, in nats a token; training FLOPs are those executed so far. width: of
+    the terminal, in characters.
 
     Raises:
         CheckpointError: ``directory`` has no sweep.
@@ -32,18 +41,13 @@ def sweep_table(directory: Path) -> Table:
     if not jobs:
         raise CheckpointError(f"{directory} has no sweep: sweep.json is missing")
     keys = sorted({key for swept in jobs.values() for key in swept})
-    table = Table(title=str(directory))
-    for key in keys:
-        table.add_column(key, overflow="fold")
-    table.add_column("state")
-    for figure in _FIGURES:
-        table.add_column(figure, justify="right")
-    table.add_column("why", overflow="fold")
+    rows = []
     for name, swept in jobs.items():
         run = RunDirectory(directory / name)
-        row = [*(swept.get(key, _NONE) for key in keys), *_figures(run), failure_text(run)]
-        table.add_row(*map(escape, row))
-    return table
+        values = (swept.get(key, _NONE) for key in keys)
+        rows.append([*map(Text, (*values, *_figures(run), failure_text(run)))])
+    columns = [*(Column(key, least=12) for key in keys), *_FIGURES, Column("why", 2, least=14)]
+    return fitted_table(columns, rows, width, str(directory))
 
 
 def _figures(run: RunDirectory) -> list[str]:
@@ -62,7 +66,7 @@ def _figures(run: RunDirectory) -> list[str]:
         state_of(run),
         f"{last['step']:,}/{steps}" if run.config.is_file() else _NONE,
         _format(last.get("loss"), "{:.4f}"),
-        _format(last.get(LOSS), "{:.4f}"),
+        _format(last.get(CAUSAL_LOSS), "{:.4f}"),
         _format(last.get("flops"), "{:.3e}"),
         forward,
     ]

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from modtrain.common.atomic_io import atomic_writer
+from modtrain.common.terminal import plain_console
 
 _TOP_K = "top-k, not causal"
 
@@ -23,7 +24,7 @@ Point = tuple[str, float, int]
 
 def show(figures: dict[str, Any]) -> None:
     """Print the results of `evaluate_run`; what is not causal is labelled."""
-    console = Console()
+    console = plain_console()
     kind = f"sweep of {figures['decision']}, causal" if "points" in figures else "held-out text"
     tokens = f"step {figures['step']:,}, {figures['tokens']:,} tokens"
     heading = f"{kind}, {tokens}{_format_budget(figures)}"
@@ -112,14 +113,25 @@ def draw_sweep(figures: dict[str, Any], path: Path) -> None:
     axes.plot(
         trained["flops"], trained["loss"], ls="", marker="*", ms=13, color="C1", label="as trained"
     )
-    axes.axvline(
-        figures["dense_equivalent_flops"], ls="--", color="grey", label="if dense (FLOPs alone)"
+    # A line of FLOPs alone: the loss of a dense model is not known. It is inside the axis.
+    dense = figures["dense_equivalent_flops"]
+    axes.axvline(dense, ls="--", color="grey")
+    axes.text(
+        dense,
+        0.98,
+        "if dense ",
+        transform=axes.get_xaxis_transform(),
+        ha="right",
+        va="top",
+        rotation=90,
+        fontsize="small",
+        color="0.4",
     )
     title = f"{figures['run']}, step {figures['step']:,}{_format_budget(figures)}"
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     axes.set_xlabel("forward FLOPs a token, executed")
     axes.set_ylabel("held-out causal loss (nats a token)")
-    axes.set_xlim(left=0)
+    axes.margins(x=0.08)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.tight_layout()

@@ -11,11 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-
 from modtrain.common.atomic_io import atomic_writer
+from modtrain.common.terminal import plain_console
 from modtrain.inference.generate.decoder import End, Finish, Token
-from modtrain.inference.generate.text_stream import Piece, TextStream, color_by_depth, mark_depth
+from modtrain.inference.generate.text_stream import (
+    Piece,
+    TextStream,
+    color_by_depth,
+    depth_legend,
+    mark_depth,
+)
 
 
 @dataclass
@@ -69,14 +74,15 @@ class Continuation:
 class PlainWriter:
     """One text after another; the first unfinished one is streamed.
 
-    On a terminal depths are colours, elsewhere subscript digits, and control characters are made
-    visible. Several texts are numbered.
+    On a terminal with colours depths are colours, with a legend at the end; elsewhere subscript
+    digits. On a terminal control characters are made visible. Several texts are numbered.
     """
 
     def __init__(self, out: TextIO, continuations: Sequence[Continuation], max_depth: int) -> None:
         self._out, self._continuations, self._max_depth = out, continuations, max_depth
-        self._console = Console(file=out, highlight=False, markup=False, soft_wrap=True)
+        self._console = plain_console(file=out, soft_wrap=True)
         self._index = self._num_headings = 0
+        self._has_depths = False
 
     def write(self) -> None:
         """Write what is available."""
@@ -90,6 +96,8 @@ class PlainWriter:
                 break
             self._write_pieces([("\n", None)])
             self._index += 1
+        if self._index == len(self._continuations):
+            self._write_legend()
         self._out.flush()
 
     def _write_heading(self) -> None:
@@ -100,10 +108,19 @@ class PlainWriter:
             self._write_pieces([(f"--- {self._num_headings} of {count}\n", None)])
 
     def _write_pieces(self, pieces: list[Piece]) -> None:
-        if self._console.is_terminal:
-            self._console.print(color_by_depth(pieces, self._max_depth), end="")
-        else:
+        if not self._console.is_terminal:
             self._out.write(mark_depth(pieces))
+            return
+        self._has_depths |= any(depth is not None for _, depth in pieces)
+        if self._console.color_system is None:
+            pieces = [(mark_depth([piece]), None) for piece in pieces]
+        self._console.print(color_by_depth(pieces, self._max_depth), end="")
+
+    def _write_legend(self) -> None:
+        """Explain the colours once, after the last text."""
+        if self._has_depths and self._console.color_system is not None:
+            self._console.print(depth_legend(self._max_depth))
+            self._has_depths = False
 
 
 # The keys of an output line besides the request's.

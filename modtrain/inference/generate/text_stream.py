@@ -17,10 +17,9 @@ from modtrain.inference.token_text import BYTE_TOKEN, byte_level_bytes
 Piece = tuple[str, Any]
 """A text, and the mark of its token."""
 
-# As red, green, blue. Their luminance is almost equal, so that every colour between them contrasts
-# with black and white backgrounds; what changes is the saturation.
-DIM = (118, 118, 118)
-BRIGHT = (217, 83, 0)
+# From few routed parts to many, as red, green, blue. Their luminances are near each other, so that
+# every one contrasts with black and with white; what changes is the hue.
+DEPTH_COLORS = ((118, 118, 118), (0, 122, 204), (30, 132, 60), (168, 104, 0), (217, 60, 60))
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 # A model may generate terminal control sequences: they are shown as symbols instead.
@@ -175,7 +174,7 @@ class _WindowDecoder:
 
 
 def color_by_depth(pieces: Iterable[tuple[str, int | None]], max_depth: int) -> Text:
-    """Return the pieces coloured by depth, from dim for 0 to bright for ``max_depth``.
+    """Return the pieces coloured by depth, from grey for 0 to red for ``max_depth``.
 
     A mark of None, as a prompt's, leaves a piece as it is. Control characters other than newline
     and tab become visible symbols.
@@ -194,8 +193,19 @@ def _color(depth: int, max_depth: int) -> Color:
     if not 0 <= depth <= max_depth:
         raise ValueError(f"a token of depth {depth} is not in 0 to {max_depth}")
     share = depth / max_depth if max_depth else 1.0
-    red, green, blue = (low + share * (high - low) for low, high in zip(DIM, BRIGHT, strict=True))
-    return Color.from_rgb(red, green, blue)
+    place = share * (len(DEPTH_COLORS) - 1)
+    low = min(int(place), len(DEPTH_COLORS) - 2)
+    mixed = (a + (place - low) * (b - a) for a, b in zip(*DEPTH_COLORS[low : low + 2], strict=True))
+    return Color.from_rgb(*mixed)
+
+
+def depth_legend(max_depth: int) -> Text:
+    """Return a line that names the colours of `color_by_depth`."""
+    text = Text("routed parts that a token entered:")
+    for depth in sorted({round(max_depth * n / 8) for n in range(9)}):
+        text.append(" ")
+        text.append(str(depth), Style(color=_color(depth, max_depth), bold=True))
+    return text
 
 
 def mark_depth(pieces: Iterable[tuple[str, int | None]]) -> str:

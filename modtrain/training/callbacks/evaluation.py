@@ -18,17 +18,13 @@ from modtrain.distributed.process_group import Ranks
 from modtrain.distributed.watchdog import Watchdog
 from modtrain.evaluation.held_out import HeldOut, evaluate
 from modtrain.evaluation.router_health import health_warnings, zeroed_losses
-from modtrain.evaluation.routing_metrics import chosen_picture
 from modtrain.models.depth.config import RouterSwap, Selection
 from modtrain.training.callbacks.metrics import StepClock
 from modtrain.training.callbacks.step import StepCallback
+from modtrain.training.metric_names import CAUSAL_FLOPS, CAUSAL_LOSS, TOP_K_LOSS
 from modtrain.training.metrics_log import MetricsLog
 from modtrain.training.module import LanguageModule
 from modtrain.training.schedules import is_due
-
-CAUSAL_LOSS = "held_out/causal_loss"
-TOP_K_LOSS = "held_out/top_k_loss (not causal)"
-CAUSAL_FLOPS = "held_out/causal_flops_per_token"
 
 
 @dataclass(eq=False)
@@ -61,7 +57,7 @@ class HeldOutCallback(StepCallback):
                     partial(self._evaluate, trainer, module, step, first),
                 )
             self.metrics_log.write(step, values)
-            self._add_image(trainer, module, step)
+            self._add_routing(trainer, module, step)
         for text in health_warnings(module.config.model.routed_labels, values).values():
             module.print(f"warning: {text}")
         if self.watchdog is not None:
@@ -109,8 +105,8 @@ class HeldOutCallback(StepCallback):
 
         return total
 
-    def _add_image(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
-        """Record an image of the tokens of the first held-out sequence that each router chooses."""
+    def _add_routing(self, trainer: L.Trainer, module: LanguageModule, step: int) -> None:
+        """Record what the routers do with the first held-out sequence; collective."""
         if not module.model.routers:
             return
         batch = next(iter(self.data.val_dataloader()))
@@ -127,8 +123,7 @@ class HeldOutCallback(StepCallback):
                 capacities=module.plan.capacities_at(step - 1),
                 documents_BS=None if documents_1S is None else documents_1S[:1].to(module.device),
             )
-        picture = chosen_picture(output.routing)
-        self.metrics_log.add_image(step, "router/chosen (layer x position)", picture)
+        self.metrics_log.add_routing(step, module.config.model.routed_labels, output.routing)
 
 
 def _eager(module: LanguageModule) -> AbstractContextManager[Any]:

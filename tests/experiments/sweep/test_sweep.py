@@ -20,7 +20,7 @@ from modtrain.cli import main as cli
 from modtrain.common.errors import CheckpointError
 from modtrain.experiments.sweep import hydra_multirun as sweep_hydra
 from modtrain.experiments.sweep import job_process as sweep_process
-from modtrain.experiments.sweep.job_process import is_in_use, state_of
+from modtrain.experiments.sweep.job_process import ProgressLines, is_in_use, state_of
 from modtrain.experiments.sweep.jobs import expand, job_name
 from modtrain.experiments.sweep.sweep_status import sweep_table
 from modtrain.training.metrics_log import read_metrics
@@ -76,6 +76,20 @@ def test_jobs_are_those_that_hydra_makes():
         1
     ] * 3
     assert expand(parsed("name=a,b"))[1][0].key == "name"
+
+
+def test_the_progress_of_a_job_is_shown_from_now_on_and_in_whole_lines(tmp_path, capsys):
+    log = tmp_path / "job.log"
+    log.write_text("[a]: step 1/9  of an earlier start\n")
+    progress = ProgressLines(log)
+    shown = []
+    for added in ("[a]: st", "ep 2/9  loss 1.0\nno MFU\n", ":fire:: step 3/9\n"):
+        with log.open("a") as file:
+            file.write(added)
+        progress.forward()
+        shown.append(capsys.readouterr().out)
+    assert shown == ["", "[a]: step 2/9  loss 1.0\n", ":fire:: step 3/9\n"]
+    ProgressLines(tmp_path / "none").forward()
 
 
 @pytest.mark.slow
@@ -142,19 +156,22 @@ def session_rows(logdir):
     columns, rows = [], []
     for run, tags in multiplexer.PluginRunToTagToContent(metadata.PLUGIN_NAME).items():
         if metadata.EXPERIMENT_TAG in tags:
+            # TensorBoard takes any one.
+            assert not columns
             declared = metadata.parse_experiment_plugin_data(tags[metadata.EXPERIMENT_TAG])
             columns = [info.name for info in declared.hparam_infos]
+            shown = {info.name.tag for info in declared.metric_infos}
         if metadata.SESSION_START_INFO_TAG in tags:
             start = metadata.parse_session_start_info_plugin_data(
                 tags[metadata.SESSION_START_INFO_TAG]
             )
             figures = {
                 tag: multiplexer.Scalars(run, tag)[-1].value
-                for tag in multiplexer.Runs()[run]["scalars"]
+                for tag in shown & set(multiplexer.Runs()[run]["scalars"])
             }
             assert metadata.SESSION_END_INFO_TAG in tags
-            rows.append((start.group_name, start.hparams["model.capacity"].number_value, figures))
-    return columns, sorted(rows, key=lambda row: row[:2])
+            rows.append((start.group_name, start.hparams, figures))
+    return columns, sorted(rows, key=lambda row: row[0])
 
 
 @pytest.mark.slow
@@ -173,20 +190,25 @@ def test_a_sweep_is_trained_once_and_grows(arguments, capsys, tmp_path):
         "overrides": {"model.capacity": "0.5"}
     }
     before = {p: p.stat().st_mtime_ns for run in jobs.values() for p in run.path.rglob("*")}
-    capsys.readouterr()
+    shown = capsys.readouterr().out
+    for capacity in (0.25, 0.5):
+        assert f"s/model.capacity={capacity}: step 4/4  loss" in shown
     assert cli.main(arguments("model.capacity=0.25,0.5,1.0")) == 0
     assert "3 jobs, 1 to train" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for run in jobs.values() for p in run.path.rglob("*")}
     assert len(json.loads(Path("runs/s/sweep.json").read_text())["jobs"]) == 3
 
     columns, rows = session_rows("runs/s")
-    assert columns == ["model.capacity"]
-    assert [row[:2] for row in rows] == [(f"s/model.capacity={c}", c) for c in (0.25, 0.5, 1.0)]
+    assert columns[0] == "model.capacity"
+    assert {"model.pattern", "optimizer.lr", "training TFLOPs"} < set(columns)
+    assert [row[0] for row in rows] == [f"s/model.capacity={c}" for c in (0.25, 0.5, 1.0)]
+    assert [row[1]["model.capacity"].number_value for row in rows] == [0.25, 0.5, 1.0]
     result = json.loads(jobs["model.capacity=0.25"].result.read_text())
-    figures = rows[0][2]
-    assert figures["held_out/causal_loss"] == pytest.approx(result["held_out/causal_loss"])
-    assert figures["training TFLOPs"] == pytest.approx(result["flops"] / 1e12)
-    assert 0 < figures["forward FLOPs a token"] < rows[2][2]["forward FLOPs a token"]
+    _, hparams, figures = rows[0]
+    assert figures["main/causal_loss"] == pytest.approx(result["held_out/causal_loss"])
+    assert hparams["training TFLOPs"].number_value == pytest.approx(result["flops"] / 1e12)
+    forward = [row[1]["forward FLOPs a token"].number_value for row in rows]
+    assert 0 < forward[0] < forward[2]
 
     # What a run cannot change is reported of all jobs at once; the rest may change.
     assert cli.main(arguments(CAPACITIES, "optimizer.lr=0.5")) == 2

@@ -1,3 +1,5 @@
+import itertools
+import math
 import time
 from functools import cache
 
@@ -8,7 +10,12 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from modtrain.data.prepare.tokenizer import train_tokenizer
-from modtrain.inference.generate.text_stream import TextStream, color_by_depth, mark_depth
+from modtrain.inference.generate.text_stream import (
+    TextStream,
+    color_by_depth,
+    depth_legend,
+    mark_depth,
+)
 from tests.helpers.model_cases import quick
 
 CORPUS = [
@@ -232,7 +239,7 @@ def luminance(colour) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("most", [1, 2, 7, 30])
+@pytest.mark.parametrize("most", [1, 2, 4, 7, 30])
 def test_each_depth_has_a_colour_that_can_be_read_on_black_and_on_white(most):
     text = color_by_depth([(f"{depth},", depth) for depth in range(most + 1)], most)
     assert text.plain == "".join(f"{depth}," for depth in range(most + 1))
@@ -241,9 +248,18 @@ def test_each_depth_has_a_colour_that_can_be_read_on_black_and_on_white(most):
     for colour in colours:
         assert (luminance(colour) + 0.05) / 0.05 > 3
         assert 1.05 / (luminance(colour) + 0.05) > 3
-    vividness = [max(colour) - min(colour) for colour in colours]
-    assert vividness[0] == 0
-    assert vividness == sorted(set(vividness))
+    # A model with few routers has colours that nobody takes for each other.
+    distances = [math.dist(a, b) for a, b in itertools.combinations(colours, 2)]
+    assert most > 4 or min(distances) > 80
+
+
+def test_the_legend_has_the_colours_of_the_text():
+    for most in (1, 4, 30):
+        legend = depth_legend(most)
+        shown = {legend.plain[span.start : span.end]: span.style.color for span in legend.spans}
+        assert {"0", str(most)} <= shown.keys()
+        for depth, colour in shown.items():
+            assert color_by_depth([("a", int(depth))], most).spans[0].style.color == colour
 
 
 def test_pieces_without_a_mark_are_not_styled_and_markup_is_text():

@@ -1,0 +1,1 @@
+"""TensorBoard: one event directory a run, its tags, charts, pictures and hyperparameters."""
