@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from omegaconf import OmegaConf
@@ -93,7 +92,7 @@ def mixture_differences(
     return [f"  data.stages: other weights from sample {place:,} on than were read"]
 
 
-def _segments(config: TrainConfig, plan: TrainingPlan, position: int) -> Sequence[Segment]:
+def _segments(config: TrainConfig, plan: TrainingPlan, position: int) -> tuple[Segment, ...]:
     run_samples = plan.steps * plan.sequences_per_step
     _, schedule = planned_schedule(config.data, plan.seq_len, run_samples)
     return schedule.before(position)

@@ -57,7 +57,7 @@ class ValidPart:
     counts: False if another rank has the same ones, because there are fewer than ranks.
     """
 
-    batches: DataLoader[Batch]
+    batches: Iterator[Batch]
     counts: bool
 
 
@@ -174,15 +174,19 @@ class TokenDataModule(lightning.LightningDataModule):
     def valid_parts(self) -> dict[str, ValidPart]:
         """The held-out batches of each source by name; of one directory its name is empty.
 
-        Each source of a mixture has as many of the ``eval_sequences`` as the others, while it has
-        as many.
+        The sources of a mixture share the ``eval_sequences`` evenly; one with fewer has all of its
+        own. The batches can be read once.
 
         Raises DataError where the shards are missing or damaged, or there is no sample.
         """
         return {
-            name: ValidPart(self._loader(self.valid_data, sampler), not sampler.is_repeat)
+            name: ValidPart(self._valid_batches(sampler), not sampler.is_repeat)
             for name, sampler in self._valid_samplers().items()
         }
+
+    def _valid_batches(self, sampler: EvalBatchSampler) -> Iterator[Batch]:
+        """Yield batches from a loader whose workers end with it: one source has some at a time."""
+        yield from self._loader(self.valid_data, sampler)
 
     def _valid_samplers(self) -> dict[str, EvalBatchSampler]:
         """The samples of each source that this rank validates on; they may repeat a rank's."""
