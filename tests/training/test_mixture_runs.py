@@ -60,6 +60,10 @@ def test_a_source_that_would_be_read_too_often_is_an_error_or_gives_its_weight_a
     shared = compose("train", lines("one", "data.when_exhausted=redistribute", code=code))
     show(shared)
     assert "8,192 100.00%" in capsys.readouterr().out
+    # Where no source suffices for a block there is nothing to read.
+    sources = {n: replace(s, max_epochs=1e-4) for n, s in shared.data.sources.items()}
+    with pytest.raises(ConfigError, match="suffice for 0 samples"):
+        resolve(replace(shared, data=replace(shared.data, sources=sources)))
 
 
 def test_sources_of_other_tokenizers_are_refused(lines, tmp_path):

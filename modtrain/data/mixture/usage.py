@@ -55,7 +55,7 @@ def mixture_usage(config: DataConfig, seq_len: int, run_samples: int) -> Mixture
     last = run_samples if schedule.end is None else min(run_samples, schedule.end)
     starts = [next(group).start for _, group in groupby(schedule.segments, lambda s: s.stage)]
     starts = [start for start in starts if start < last]
-    stops = [*starts[1:], last]
+    stops = [*starts[1:], last][: len(starts)]
     counts = [order.samples_between(*ends) for ends in zip(starts, stops, strict=True)]
     stages = tuple(
         StageUsage(start, stop, dict(zip(available, samples, strict=True)))
