@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from modtrain.common.errors import DataError, Problem
 from modtrain.common.validation import at_least, key_of, no_addresses, not_empty, one_of
-from modtrain.data.stream.index import read_summary
+from modtrain.data.mixture.config import (
+    WHEN_EXHAUSTED,
+    MixtureStageConfig,
+    SourceConfig,
+    mixture_problems,
+)
+from modtrain.data.mixture.schedule import MixtureSchedule, make_schedule
+from modtrain.data.mixture.summary import combined_summary
+from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summary
 
 VERIFY_LEVELS = ("size", "sha256", "none")
 ERROR_POLICIES = ("skip", "stop")
@@ -17,9 +27,9 @@ SMALLEST_VOCAB = 257
 
 @dataclass
 class DataConfig:
-    """Which prepared directory is read, and how.
+    """Which prepared directory is read, or which mixture of several, and how.
 
-    path: directory that ``modtrain prepare`` wrote.
+    path: directory that ``modtrain prepare`` wrote; empty where ``sources`` are given.
     seq_len: tokens a sample is trained on; null takes that of the shards, else it must divide it.
     seed: seed of the order of the samples.
     shuffle: whether the samples come in a pseudo-random order, a new one each epoch.
@@ -28,6 +38,13 @@ class DataConfig:
     verify: what is checked of the shards before training: ``size``, ``sha256`` or ``none``.
     document_mask: neither attention nor the choice of tokens crosses documents.
     eos_id: the token that ends a document, for ``document_mask``; null takes that of the shards.
+    sources: several of them by name, each with ``path``, ``weight`` (1: as any other) and
+        ``max_epochs`` (null: no limit); ``data=mixture`` goes with it.
+    stages: other weights from a point of the run on, each with ``begin`` (share of the run's
+        tokens) or ``tokens``, and ``weights`` by source. A run that resumes may have other stages
+        from where it is.
+    when_exhausted: what happens where a source's ``max_epochs`` do not suffice: ``error`` before
+        the start; ``redistribute``: its weight goes to the other sources.
     """
 
     path: str = ""
@@ -39,6 +56,9 @@ class DataConfig:
     verify: str = "size"
     document_mask: bool = False
     eos_id: int | None = None
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    stages: list[MixtureStageConfig] = field(default_factory=list)
+    when_exhausted: str = "error"
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with this configuration that can be seen without the shards."""
@@ -47,7 +67,13 @@ class DataConfig:
             *at_least(self, prefix, 1, "prefetch_factor", "seq_len"),
             *one_of(self, prefix, "verify", VERIFY_LEVELS),
             *no_addresses(self, prefix, "path"),
+            *one_of(self, prefix, "when_exhausted", WHEN_EXHAUSTED),
+            *mixture_problems(prefix, self.sources, self.stages),
         ]
+        if self.path and self.sources:
+            reason = f"is given, and {key_of(prefix, 'sources')} too"
+            remedy = "add data=mixture, or leave the sources out"
+            problems.append(Problem(key_of(prefix, "path"), self.path, reason, remedy))
         if self.eos_id is not None and not self.document_mask:
             key, mask = key_of(prefix, "eos_id"), key_of(prefix, "document_mask")
             reason, remedy = f"has no use without {mask}", f"set {mask}=true, or leave it null"
@@ -55,13 +81,26 @@ class DataConfig:
         return problems
 
     def shard_problems(self, prefix: str) -> list[Problem]:
-        """What does not fit the shards at ``path``, which may be missing. Reads ``index.json``."""
+        """What does not fit the shards, which may be missing. Reads each ``index.json``."""
+        if not self.path and not self.sources:
+            reason = f"is empty, and there are no {key_of(prefix, 'sources')}"
+            remedy = "name a directory that modtrain prepare wrote, or several sources"
+            return [Problem(key_of(prefix, "path"), "", reason, remedy)]
+        summaries, problems = {}, []
+        for name, path in self.paths.items():
+            try:
+                summaries[name] = read_summary(path)
+            except DataError as error:
+                remedy = "modtrain prepare writes such a directory"
+                key = key_of(prefix, f"sources.{name}.path" if name else "path")
+                problems.append(Problem(key, path, str(error), remedy))
+        if problems:
+            return problems
         try:
-            stored = read_summary(self.path)
+            stored = self.summary_of(summaries)
         except DataError as error:
-            remedy = "modtrain prepare writes such a directory"
-            return [Problem(key_of(prefix, "path"), self.path, str(error), remedy)]
-        problems = []
+            remedy = "prepare them again with the same tokenizer"
+            return [Problem(key_of(prefix, "sources"), ", ".join(self.paths), str(error), remedy)]
         if self.eos_id is not None and self.eos_id != stored.eos_id:
             reason = f"does not end the documents of these shards, {stored.eos_id} does"
             remedy = f"set it to {stored.eos_id}, or leave it null"
@@ -69,6 +108,42 @@ class DataConfig:
         if self.seq_len is None or self.seq_len < 1:
             return problems
         return problems + seq_len_problems(key_of(prefix, "seq_len"), self.seq_len, stored.seq_len)
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The directories that are read, by source; of one alone the name is empty."""
+        if not self.sources:
+            return {"": self.path}
+        return {name: self.sources[name].path for name in sorted(self.sources)}
+
+    @property
+    def location(self) -> str:
+        """The directories, for a message."""
+        return ", ".join(self.paths.values())
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer of the data, which all sources share."""
+        return Path(next(iter(self.paths.values())), TOKENIZER_NAME)
+
+    def summary(self) -> IndexSummary:
+        """Read the summary of everything that is read, of all sources together.
+
+        Raises DataError where one is missing or damaged, or their tokenizers differ.
+        """
+        return self.summary_of({name: read_summary(path) for name, path in self.paths.items()})
+
+    def summary_of(self, summaries: Mapping[str, IndexSummary]) -> IndexSummary:
+        """The summary of all sources together, from those of each, which are read already."""
+        return combined_summary(summaries) if self.sources else summaries[""]
+
+    def schedule(
+        self, num_samples: Mapping[str, int], run_samples: int, seq_len: int
+    ) -> MixtureSchedule:
+        """Plan the segments of the mixture; arguments and errors as of `make_schedule`."""
+        return make_schedule(
+            self.sources, self.stages, self.when_exhausted, num_samples, run_samples, seq_len
+        )
 
 
 def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:

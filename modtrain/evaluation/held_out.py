@@ -56,17 +56,30 @@ class HeldOut:
     decisions: by causal decision; the first one gives the reported loss.
     top_k: as trained, 'not causal', and never changed by a compute budget; None if training is
         causal, or it was not requested.
+    sources: the same of each source of a mixture, by name; empty where there is one.
     """
 
     tokens: int
     trained_flops: float
     decisions: dict[str, Decision] = field(default_factory=dict)
     top_k: Decision | None = None
+    sources: dict[str, HeldOut] = field(default_factory=dict)
 
     @property
     def causal(self) -> Decision | None:
         """The causal decision whose loss is reported; None if there is none."""
         return next(iter(self.decisions.values()), None)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Held-out batches of one source.
+
+    total: sums over ranks that evaluate other batches, equally many each; None: one process.
+    """
+
+    batches: Iterable[Batch]
+    total: Callable[[Tensor], Tensor] | None = None
 
 
 def evaluate(
@@ -81,7 +94,31 @@ def evaluate(
     swap: RouterSwap | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> HeldOut:
-    """Evaluate ``model`` on batches, as trained and causally.
+    """Evaluate ``model`` on batches of one source, as `evaluate_parts` does."""
+    return evaluate_parts(
+        model,
+        {"": Part(batches, total)},
+        precision,
+        capacities=capacities,
+        selections=selections,
+        as_trained=as_trained,
+        budgets=budgets,
+        swap=swap,
+    )
+
+
+def evaluate_parts(
+    model: Transformer,
+    parts: Mapping[str, Part],
+    precision: AbstractContextManager[Any],
+    *,
+    capacities: Sequence[float | None] | None = None,
+    selections: Sequence[Selection] | None = None,
+    as_trained: bool = True,
+    budgets: Mapping[Selection, ComputeBudget] | None = None,
+    swap: RouterSwap | None = None,
+) -> HeldOut:
+    """Evaluate ``model`` on the held-out batches of each source, as trained and causally.
 
     precision: the context to compute in, such as a strategy's forward context.
     capacities: one per layer, if training is not at the configuration's capacities.
@@ -89,41 +126,61 @@ def evaluate(
     selection of training where it is not causal, and with it each decision's agreement.
     budgets: compute budgets by causal decision; as trained without one.
     swap: another choice of tokens than the routers'.
-    total: sums over ranks that evaluate other batches, equally many each; None: one process.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: a source has no batch.
     """
     config, budgets = model.config, budgets or {}
     selections = config.causal_selections if selections is None else selections
     evaluated = [*selections]
     if config.looks_ahead and as_trained:
         evaluated.append(config.training_selection)
-    accumulators = {
-        selection: _Accumulator(model, selection, selections, budgets) for selection in evaluated
-    }
+    by_part: dict[str, dict[Selection, _Accumulator]] = {}
     with evaluation_mode(model) as device, precision:
-        for batch in batches:
-            inputs_BS, targets_BS, documents_BS = batch.to(device)
-            for selection, accumulator in accumulators.items():
-                accumulator.add(
-                    model(
-                        inputs_BS,
+        for name, part in parts.items():
+            accumulators = by_part[name] = {
+                selection: _Accumulator(model, selection, selections, budgets)
+                for selection in evaluated
+            }
+            for batch in part.batches:
+                inputs_BS, targets_BS, documents_BS = batch.to(device)
+                for selection, accumulator in accumulators.items():
+                    accumulator.add(
+                        model(
+                            inputs_BS,
+                            targets_BS,
+                            selection,
+                            capacities=capacities,
+                            documents_BS=documents_BS,
+                            budget=budgets.get(selection),
+                            swap=swap,
+                        ),
                         targets_BS,
-                        selection,
-                        capacities=capacities,
-                        documents_BS=documents_BS,
-                        budget=budgets.get(selection),
-                        swap=swap,
-                    ),
-                    targets_BS,
-                )
-    if total is not None:
-        for accumulator in accumulators.values():
-            accumulator.gather(total)
+                    )
+    for name, part in parts.items():
+        if part.total is not None:
+            for accumulator in by_part[name].values():
+                accumulator.gather(part.total)
+    results = {name: _held_out(accs, selections, capacities) for name, accs in by_part.items()}
+    if list(results) == [""]:
+        return results[""]
+    for selection in evaluated:
+        first, *others = (accumulators[selection] for accumulators in by_part.values())
+        for other in others:
+            first.merge(other)
+    whole = _held_out(next(iter(by_part.values())), selections, capacities)
+    return replace(whole, sources=results)
+
+
+def _held_out(
+    accumulators: Mapping[Selection, _Accumulator],
+    selections: Sequence[Selection],
+    capacities: Sequence[float | None] | None,
+) -> HeldOut:
     first = next(iter(accumulators.values()), None)
     if first is None or first.tokens == 0:
         raise ValueError("there are no held-out batches, or no selection to evaluate")
+    config = first.config
     trained = accumulators.get(config.training_selection)
     flops = forward_flops(config, first.seq_len, capacities).total / first.seq_len
     result = HeldOut(first.tokens, flops)
@@ -210,6 +267,15 @@ class _Accumulator:
         self.tokens, self.sequences = round(tokens), round(sequences)
         self.chosen_R, self.squares_R, self.executed_M, self.choices_MR = totals[1:5]
         self.confusion = dict(zip(self.confusion, totals[5:], strict=True))
+
+    def merge(self, other: _Accumulator) -> None:
+        """Add the sums of the same selection over other batches."""
+        self.tokens, self.sequences = self.tokens + other.tokens, self.sequences + other.sequences
+        self.loss += other.loss
+        for name in ("chosen_R", "squares_R", "executed_M", "choices_MR"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for selection, cells_R4 in other.confusion.items():
+            self.confusion[selection] = self.confusion[selection] + cells_R4
 
     def decision(self, trained: _Accumulator | None) -> Decision:
         labels = self.config.routed_labels

@@ -24,6 +24,7 @@ from modtrain.inference.loading import LoadedRun
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.transformer import Transformer
+from modtrain.training.plan import derive
 
 Precision = Callable[[], AbstractContextManager[Any]]
 # A share within a hundredth of the target, or half a token of the text, is close enough.
@@ -76,8 +77,14 @@ def budget_of_run(
 
 def training_text(loaded: LoadedRun, sequences: int, batch_size: int) -> list[Batch]:
     """Return the first ``sequences`` of the run's training stream, in batches."""
+    # A mixture's stages begin at shares of the whole run.
+    plan = derive(loaded.trained)
     data = TokenDataModule(
-        loaded.trained.data, micro_batch_size=1, accumulate=1, num_steps=1, eval_batch_size=1
+        loaded.trained.data,
+        micro_batch_size=plan.sequences_per_step,
+        accumulate=1,
+        num_steps=plan.steps,
+        eval_batch_size=1,
     )
     count = min(sequences, len(data.train_data))
     numbers: list[int] = data.order.lookup(np.arange(count)).tolist()

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from modtrain.checkpoint.recovery import with_checkpoint
 from modtrain.common.errors import DataError
+from modtrain.data.config import DataConfig
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.data.stream.index import TOKENIZER_NAME, read_summary
+from modtrain.evaluation.held_out import Part
 from modtrain.inference.config import TrainedRunConfig
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import TrainConfig
@@ -29,7 +30,7 @@ from modtrain.training.trained_model import load_model, training_data
 class LoadedRun:
     """A run at one of its checkpoints; the model is on its device and in evaluation mode.
 
-    data_path: the prepared directory with the held-out text, made with the run's tokenizer.
+    data: what the held-out text is read from, made with the run's tokenizer.
     precision: ``fp32`` or ``bf16``.
     """
 
@@ -38,7 +39,7 @@ class LoadedRun:
     step: int
     model: Transformer
     device: torch.device
-    data_path: str
+    data: DataConfig
     precision: str
 
     @property
@@ -49,12 +50,12 @@ class LoadedRun:
     @property
     def seq_len(self) -> int:
         """Tokens per sequence."""
-        return self.trained.data.seq_len or read_summary(self.trained.data.path).seq_len
+        return self.trained.data.seq_len or self.trained.data.summary().seq_len
 
     @property
     def tokenizer(self) -> Path:
         """The run's ``tokenizer.json``."""
-        return Path(self.trained.data.path, TOKENIZER_NAME)
+        return self.trained.data.tokenizer_path
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast context of the precision."""
@@ -63,15 +64,22 @@ class LoadedRun:
 
     def held_out(self, sequences: int | None, batch_size: int) -> DataLoader[Batch]:
         """Batches of the first ``sequences`` held-out sequences; None: all."""
-        data = TokenDataModule(
-            replace(self.trained.data, path=self.data_path),
+        return self._data(sequences, batch_size).val_dataloader()
+
+    def held_out_parts(self, sequences: int | None, batch_size: int) -> dict[str, Part]:
+        """The same by source; of one directory the name is empty."""
+        parts = self._data(sequences, batch_size).valid_parts()
+        return {name: Part(part.batches) for name, part in parts.items()}
+
+    def _data(self, sequences: int | None, batch_size: int) -> TokenDataModule:
+        return TokenDataModule(
+            self.data,
             micro_batch_size=1,
             accumulate=1,
             num_steps=1,
             eval_batch_size=batch_size,
             eval_sequences=sequences,
         )
-        return data.val_dataloader()
 
 
 def load_run(config: TrainedRunConfig) -> LoadedRun:
@@ -86,17 +94,19 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
         run.checkpoints, config.step, lambda step, path: (step, load_model(trained, path))
     )
     device = torch.device(resolve_accelerator(config.accelerator))
-    data_path = config.data_path or trained.data.path
-    _check_tokenizer(run, trained, data_path)
+    data = trained.data
+    if config.data_path:
+        data = replace(data, path=config.data_path, sources={}, stages=[])
+    _check_tokenizer(run, trained, data)
     precision = resolve_precision(config.precision, device.type)
-    return LoadedRun(run, trained, step, model.to(device), device, data_path, precision)
+    return LoadedRun(run, trained, step, model.to(device), device, data, precision)
 
 
-def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data_path: str) -> None:
+def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data: DataConfig) -> None:
     """Raise DataError if token ids would not mean the same text as in training."""
-    own, data = training_data(run, trained), read_summary(data_path)
-    if own.tokenizer_sha256 != data.tokenizer_sha256:
+    own, other = training_data(run, trained), data.summary()
+    if own.tokenizer_sha256 != other.tokenizer_sha256:
         raise DataError(
-            f"{data_path} was made with another tokenizer than {trained.data.path}: prepare it"
-            f" with tokenizer.path={Path(trained.data.path, TOKENIZER_NAME)}"
+            f"{data.location} was made with another tokenizer than {trained.data.location}: prepare"
+            f" it with tokenizer.path={trained.data.tokenizer_path}"
         )

@@ -17,7 +17,6 @@ from rich.table import Column, Table
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.common.terminal import plain_console
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.data.stream.index import TOKENIZER_NAME
 from modtrain.distributed.process_group import ONE_PROCESS
 from modtrain.inference.config import StepSamplesConfig
 from modtrain.inference.token_text import Vocabulary
@@ -33,11 +32,13 @@ _SHOWN_TOKENS = 24
 class Sample:
     """One sample of a step.
 
-    position: in the run's stream, from 0. number: in the data set. shard, byte: where its tokens
-    begin. tokens: S + 1 of them: inputs and the last target.
+    position: in the run's stream, from 0. source: name of it in a mixture, else empty. number: in
+    the source. shard, byte: where its tokens begin. tokens: S + 1 of them: inputs and the last
+    target.
     """
 
     position: int
+    source: str
     number: int
     shard: Path
     byte: int
@@ -56,17 +57,23 @@ def show_samples(config: StepSamplesConfig, console: Console | None = None) -> N
     samples = samples_of(run, config.step or 1)
     if config.format == "jsonl":
         for sample in samples:
-            print(json.dumps({**vars(sample), "shard": str(sample.shard)}))  # noqa: T201
+            values = {**vars(sample), "shard": str(sample.shard)}
+            if not sample.source:
+                del values["source"]
+            print(json.dumps(values))  # noqa: T201
         return
-    tokenizer = Path(trained.data.path, TOKENIZER_NAME)
+    tokenizer = trained.data.tokenizer_path
     decoder = Vocabulary(tokenizer.read_bytes(), str(tokenizer)).tokenizer
     headings = ("position", "sample", "byte")
     columns = [Column(heading, justify="right") for heading in headings]
-    table = Table(columns[0], columns[1], "shard", columns[2], "text", title=f"step {config.step}")
+    sources = ["source"] if trained.data.sources else []
+    table = Table(columns[0], *sources, columns[1], "shard", columns[2], "text")
+    table.title = f"step {config.step}"
     for sample in samples:
         text = decoder.decode(sample.tokens[:_SHOWN_TOKENS], skip_special_tokens=False)
-        place = (f"{sample.position:,}", f"{sample.number:,}", sample.shard.name)
-        table.add_row(*place, f"{sample.byte:,}", " ".join(text.split()))
+        source = [sample.source] if sources else []
+        place = (f"{sample.number:,}", sample.shard.name, f"{sample.byte:,}")
+        table.add_row(f"{sample.position:,}", *source, *place, " ".join(text.split()))
     (console or plain_console(soft_wrap=True)).print(table)
 
 
@@ -91,12 +98,13 @@ def samples_of(run: RunDirectory, step: int) -> Iterator[Sample]:
         eval_batch_size=1,
     )
     recorded = run.read_manifest()["data_fingerprint"]
-    if data.index.summary.fingerprint != recorded:
+    if data.summary.fingerprint != recorded:
         raise DataError(
-            f"{trained.data.path} has other data now than {run.path} was trained on: prepare the"
-            " same data again"
+            f"{trained.data.location} has other data now than {run.path} was trained on: prepare"
+            " the same data again"
         )
     data.skipped_samples = SpikeJournal(run, ONE_PROCESS).skipped_samples
     for position, number in data.stream_of(step - 1):
         shard, byte = data.train_data.locate(number)
-        yield Sample(position, number, shard, byte, data.train_data[number].tolist())
+        source, own = data.train_data.source_of(number)
+        yield Sample(position, source, own, shard, byte, data.train_data[number].tolist())

@@ -14,7 +14,7 @@ from modtrain.checkpoint.recovery import with_checkpoint
 from modtrain.common.atomic_io import sync
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.common.reading import read_bytes
-from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary
+from modtrain.data.stream.index import IndexSummary
 from modtrain.interop.architectures import OWN, architecture, architecture_config, export_problems
 from modtrain.interop.config import ExportConfig
 from modtrain.interop.model_card import model_card
@@ -122,7 +122,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _tokenizer(run: ExportedRun) -> bytes:
     """Return the content of the run's ``tokenizer.json``."""
-    path = Path(run.trained.data.path, TOKENIZER_NAME)
+    path = run.trained.data.tokenizer_path
     content = read_bytes(path)
     if hashlib.sha256(content).hexdigest() != run.data.tokenizer_sha256:
         raise DataError(f"{path} is not the tokenizer that the data was made with: restore it")

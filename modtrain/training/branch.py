@@ -11,6 +11,7 @@ from pathlib import Path
 from modtrain.checkpoint.recovery import find_checkpoint
 from modtrain.common.errors import CheckpointError
 from modtrain.training.config import TrainConfig
+from modtrain.training.mixture_change import mixture_differences
 from modtrain.training.named_runs import open_run
 from modtrain.training.plan import TrainingPlan, derive
 from modtrain.training.run_directory import RunDirectory, differences
@@ -18,9 +19,12 @@ from modtrain.training.schedules import Capacities, lr_factor
 
 _FREE_KEYS = (
     *("name", "runs_dir", "budget", "schedule", "branch", "log", "checkpoint", "eval"),
-    *("data.num_workers", "data.prefetch_factor", "data.verify"),
+    *("data.num_workers", "data.prefetch_factor", "data.verify", "data.stages"),
 )
-"""Keys in which a branch may differ from its trunk. Of budget and schedule, what follows counts."""
+"""Keys in which a branch may differ from its trunk.
+
+Of budget, schedule and the data's stages, what follows counts.
+"""
 
 
 def trunk_checkpoint(
@@ -77,7 +81,8 @@ def _differing_steps(
             break
     if _capacities(trunk_plan, step) != _capacities(plan, step):
         lines.append("  capacity_schedule: other capacities than in the trunk")
-    return lines
+    position = step * plan.sequences_per_step
+    return lines + mixture_differences(trunk, trunk_plan, config, plan, position)
 
 
 def _capacities(plan: TrainingPlan, step: int) -> list[tuple[int, int, Capacities]]:

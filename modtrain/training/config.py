@@ -165,7 +165,7 @@ class EvalConfig:
     """Held-out losses in a run.
 
     every: steps between two evaluations; null: at the end only.
-    sequences: held-out sequences; null takes all.
+    sequences: held-out sequences; null takes all. The sources of a mixture share them evenly.
     batch_size: sequences at a time.
     zero_routers: when to measure what each routed layer is worth, by the causal loss without its
         updates, an evaluation for each: ``end``: at the last evaluation; ``always``; ``never``.

@@ -21,7 +21,15 @@ from modtrain.training.run_directory import RunDirectory, read_manifest
 
 _RECORDS = (
     *("config.yaml", "command.txt", "manifest.json", "metrics.jsonl", "events.jsonl"),
-    *("left_out.json", "result.json", "saved_step", "wandb_id", "wandb", "tensorboard"),
+    *(
+        "left_out.json",
+        "mixture.jsonl",
+        "result.json",
+        "saved_step",
+        "wandb_id",
+        "wandb",
+        "tensorboard",
+    ),
     "checkpoints",
 )
 """What a run records. Not its logs, which this process writes already, nor a job's files."""

@@ -20,12 +20,14 @@ from modtrain.optimizers.registry import build_optimizer
 from modtrain.parallel.lightning_overrides import set_loop_position
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
 from modtrain.training.config import TrainConfig
+from modtrain.training.mixture_change import check_same_mixture
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import (
     RunDirectory,
     check_same,
     check_same_data,
     to_train_config,
+    with_stages_of,
 )
 from modtrain.training.schedules import is_due, lr_factor
 from modtrain.training.spikes.detector import SpikeSkipper
@@ -190,7 +192,7 @@ class LanguageModule(L.LightningModule):
         Raises:
             OtherRunError: the checkpoint is of a run with another configuration.
         """
-        self._check_config(checkpoint.get("config"))
+        self._check_config(checkpoint.get("config"), checkpoint["progress"]["samples"])
         then, now = checkpoint.get("data_fingerprint"), self._data_fingerprint()
         if then is not None and now is not None:
             check_same_data(RunDirectory.of(self.config).path, then, now, self.config)
@@ -214,9 +216,9 @@ class LanguageModule(L.LightningModule):
 
     def _data_fingerprint(self) -> str | None:
         data: TokenDataModule | None = getattr(self.trainer, "datamodule", None)
-        return None if data is None else data.index.summary.fingerprint
+        return None if data is None else data.summary.fingerprint
 
-    def _check_config(self, saved: Any) -> None:
+    def _check_config(self, saved: Any, position: int) -> None:
         """Compare with what the checkpoint says, which outlives a file that is lost or edited."""
         if saved is None:
             # Of an earlier version.
@@ -224,7 +226,10 @@ class LanguageModule(L.LightningModule):
         before = to_train_config(saved)
         # A trunk is compared with its branch by `trunk_checkpoint`.
         if before.name != self.config.branch.run:
-            check_same(before, self.config, "the checkpoint is of a run", "the checkpoint")
+            subject = "the checkpoint is of a run"
+            check_same(before, with_stages_of(self.config, before), subject, "the checkpoint")
+            if before.data.stages != self.config.data.stages:
+                check_same_mixture(before, self.config, position, subject)
 
     def _skipped_samples(self) -> list[list[int]]:
         """Return the intervals of the stream that are not read, [start, stop] each."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
-from modtrain.data.stream.index import IndexSummary, read_summary
+from modtrain.data.config import DataConfig
+from modtrain.data.mixture.usage import mixture_usage, usage_problems
+from modtrain.data.stream.index import IndexSummary
 from modtrain.distributed.launch import Launch
 from modtrain.models.depth.pattern import PATTERNS
 from modtrain.models.flops import forward_flops, training_flops_per_token
@@ -107,7 +109,7 @@ def resolve(
     """
     by_part = config.problems_by_part(needs_name=needs_data)
     problems = [problem for part in by_part.values() for problem in part]
-    summary = _summary(config.data.path)
+    summary = _summary(config.data)
     if needs_data:
         problems += data_mismatches(config)
         if summary is None:
@@ -134,7 +136,11 @@ def resolve(
         model=replace(config.model, vocab_size=vocab_size),
         data=replace(config.data, seq_len=seq_len, eos_id=eos_id),
     )
-    return resolved, derive(resolved, dims)
+    plan = derive(resolved, dims)
+    is_planned = needs_data or not data_mismatches(config)
+    if resolved.data.sources and summary is not None and is_planned:
+        raise_if_any(_mixture_problems(resolved.data, plan))
+    return resolved, plan
 
 
 def derive(config: TrainConfig, dims: ParallelDims = _ONE_PROCESS) -> TrainingPlan:
@@ -201,17 +207,17 @@ class _Costs:
         return fewer if budget - self.total(fewer) <= self.total(more) - budget else more
 
 
-def _summary(path: str) -> IndexSummary | None:
+def _summary(data: DataConfig) -> IndexSummary | None:
     try:
-        return read_summary(path)
+        return data.summary()
     except DataError:
         return None
 
 
 def data_mismatches(config: TrainConfig) -> list[Problem]:
-    """Find why a run could not read the prepared data at ``data.path``, which may be missing."""
+    """Find why a run could not read the prepared data, which may be missing."""
     problems = config.data.shard_problems("data")
-    summary, size = _summary(config.data.path), config.model.vocab_size
+    summary, size = _summary(config.data), config.model.vocab_size
     if summary is not None and size is not None and size < summary.vocab_size:
         reason = f"is smaller than the tokenizer's {summary.vocab_size}"
         remedy = f"set it to {summary.vocab_size} or more, or to null"
@@ -219,12 +225,18 @@ def data_mismatches(config: TrainConfig) -> list[Problem]:
     return problems
 
 
+def _mixture_problems(data: DataConfig, plan: TrainingPlan) -> list[Problem]:
+    """Find why a run of this length cannot read the mixture, all sources of which are there."""
+    usage = mixture_usage(data, plan.seq_len, plan.steps * plan.sequences_per_step)
+    return usage_problems(data, usage, "data")
+
+
 def _unprepared(config: TrainConfig) -> list[Problem]:
     """Find the values that come with prepared data, of which there is none."""
     data, shards = config.data, "comes from the shards, which do not exist yet"
     reasons = {}
     if config.model.vocab_size is None:
-        reason = f"comes from the tokenizer, but there is no prepared data in {data.path}"
+        reason = f"comes from the tokenizer, but there is no prepared data in {data.location}"
         reasons["model.vocab_size"] = reason
     if data.seq_len is None:
         reasons["data.seq_len"] = shards

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from modtrain.common.terminal import plain_console
+from modtrain.data.mixture.usage import StageUsage, mixture_usage
 from modtrain.data.stream.index import INDEX_NAME
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.flops import (
@@ -41,6 +42,8 @@ def show(asked: PlanConfig) -> None:
     console.print(_run(config, plan))
     if len(plan.stages) > 1:
         console.print(_stages(plan))
+    if config.data.sources and not data_mismatches(config):
+        console.print(_mixture(config, plan))
     console.print(_memory(config, plan.dims))
     if asked.conventions:
         console.print("FLOP conventions:")
@@ -52,11 +55,32 @@ def show(asked: PlanConfig) -> None:
 
 
 def _warn_of_mismatches(config: TrainConfig) -> None:
-    path = config.data.path
-    if (Path(path) / INDEX_NAME).exists() and (problems := data_mismatches(config)):
-        head = f"warning: the prepared data in {path} does not fit this plan; train would refuse it"
+    paths = config.data.paths.values()
+    is_there = any((Path(path) / INDEX_NAME).exists() for path in paths)
+    if is_there and (problems := data_mismatches(config)):
+        where = f"the prepared data in {config.data.location}"
+        head = f"warning: {where} does not fit this plan; train would refuse it"
         text = "\n".join([f"{head}:", *(f"  - {problem}" for problem in problems)])
         plain_console(stderr=True).print(text, markup=False, soft_wrap=True)
+
+
+def _mixture(config: TrainConfig, plan: TrainingPlan) -> Table:
+    usage = mixture_usage(config.data, plan.seq_len, plan.steps * plan.sequences_per_step)
+    table = Table(title="data: tokens, share and epochs by source")
+    for heading in ("from token", *usage.available):
+        table.add_column(heading, justify="right")
+    whole = StageUsage(0, plan.steps * plan.sequences_per_step, usage.total)
+    for stage in (*usage.stages, whole):
+        if stage is whole:
+            table.add_section()
+        cells = [
+            f"{count * plan.seq_len:,} {count / sum(stage.samples.values()):.2%}"
+            f" {count / max(1, usage.available[name]):.2f}x"
+            for name, count in stage.samples.items()
+        ]
+        name = "all" if stage is whole else f"{stage.start * plan.seq_len:,}"
+        table.add_row(name, *cells)
+    return table
 
 
 def _parts(config: TrainConfig, plan: TrainingPlan) -> Table:

@@ -40,6 +40,7 @@ from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.lost_records import settle_records
 from modtrain.training.metrics_log import MetricsLog, read_metrics
+from modtrain.training.mixture_change import settle_mixture
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve, strategy_options
 from modtrain.training.run_directory import (
@@ -161,9 +162,12 @@ class _Run:
     def _start(self) -> None:
         """Record the start of the run, once all ranks agree on what they run."""
         with self.ranks.raise_on_all_ranks():
-            fingerprint = self.data.index.summary.fingerprint
+            fingerprint = self.data.summary.fingerprint
         check_rank_consistency(self.config, fingerprint, self.ranks)
         message = self.ranks.run_on_rank0(partial(settle_records, self.directory, self.config))
+        if message:
+            self.console.print(message)
+        message = self.ranks.run_on_rank0(partial(settle_mixture, self.directory, self.config))
         if message:
             self.console.print(message)
         if self.ranks.broadcast_from_rank0(not self.directory.config.is_file()):
@@ -207,7 +211,7 @@ class _Run:
         """Return step and checkpoint that a run without its own starts from; collective."""
         if self.config.branch.run is None:
             return 0, None
-        fingerprint = self.data.index.summary.fingerprint
+        fingerprint = self.data.summary.fingerprint
         find = partial(trunk_checkpoint, self.config, self.plan, fingerprint)
         return self.ranks.run_on_rank0(find)
 

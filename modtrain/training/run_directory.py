@@ -207,7 +207,7 @@ def check_same_data(path: Path, then: str, now: str, config: TrainConfig) -> Non
     """
     if then != now:
         raise CheckpointError(
-            f"{path} was trained on other data than {config.data.path} has now:"
+            f"{path} was trained on other data than {config.data.location} has now:"
             f" {then[:12]} then, {now[:12]} now. Give another name=, or restore the first data"
         )
 
@@ -222,7 +222,13 @@ def check_resumable(config: TrainConfig, resolved: TrainConfig) -> None:
         if config.precision == "auto":
             # The device on which the run started decided it.
             resolved = replace(resolved, precision=run.read_config().precision)
-        run.check_same(resolved)
+        # Whether other stages are ahead of where the run is shows when it starts.
+        run.check_same(with_stages_of(resolved, run.read_config()))
+
+
+def with_stages_of(config: TrainConfig, other: TrainConfig) -> TrainConfig:
+    """Return ``config`` with the stages of ``other``'s mixture of data."""
+    return replace(config, data=replace(config.data, stages=other.data.stages))
 
 
 def check_same(before: TrainConfig, now: TrainConfig, subject: str, where: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modtrain.checkpoint.state import load_weights
 from modtrain.common.errors import DataError
-from modtrain.data.stream.index import IndexSummary, read_summary
+from modtrain.data.stream.index import IndexSummary
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory
@@ -25,10 +25,10 @@ def training_data(run: RunDirectory, trained: TrainConfig) -> IndexSummary:
     Raises:
         DataError: the data is missing, or is another one now.
     """
-    summary = read_summary(trained.data.path)
+    summary = trained.data.summary()
     if summary.fingerprint != run.read_manifest()["data_fingerprint"]:
         raise DataError(
-            f"{trained.data.path} has other data now than {run.path} was trained on: prepare the"
-            " same data again; its tokenizer is the run's"
+            f"{trained.data.location} has other data now than {run.path} was trained on: prepare"
+            " the same data again; its tokenizer is the run's"
         )
     return summary

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from modtrain.data.stream.batch import Batch
-from modtrain.evaluation.held_out import evaluate
+from modtrain.evaluation.held_out import Part, evaluate, evaluate_parts
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.transformer import Transformer
@@ -90,3 +90,20 @@ def test_what_is_asked_for_is_what_is_computed(batches, monkeypatch):
     assert (some.tokens, some.trained_flops) == (whole.tokens, whole.trained_flops)
     with pytest.raises(ValueError, match="no selection to evaluate"):
         judged(model, batches, selections=[], as_trained=False)
+
+
+def test_sources_have_figures_of_their_own_and_the_whole_is_that_of_all_batches(batches):
+    model = build(causal=("predictor", "threshold"))
+    groups = {"code": batches[:1], "web": batches[1:]}
+    parts = {name: Part(map(Batch.from_tokens, group)) for name, group in groups.items()}
+    actual = evaluate_parts(model, parts, nullcontext())
+    for name, group in groups.items():
+        assert actual.sources[name] == judged(model, group)
+    whole, expected = replace(actual, sources={}), judged(model, batches)
+    assert whole.tokens == expected.tokens
+    for selection, decision in expected.decisions.items():
+        merged = whole.decisions[selection]
+        assert merged.loss == pytest.approx(decision.loss, rel=1e-12)
+        assert merged.flops == pytest.approx(decision.flops, rel=1e-12)
+        assert merged.agreement == decision.agreement
+        assert merged.realised_capacity == decision.realised_capacity

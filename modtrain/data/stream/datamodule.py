@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -16,12 +17,20 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import DataError
 from modtrain.data.config import DataConfig
+from modtrain.data.mixture.order import MixtureOrder
+from modtrain.data.mixture.stream import (
+    MixtureDataset,
+    load_indexes,
+    open_split,
+    order_of,
+)
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.index import IndexSummary, ShardIndex
 from modtrain.data.stream.order import SampleOrder
 from modtrain.data.stream.samplers import (
     BatchPlan,
+    ChainedBatchSampler,
     EvalBatchSampler,
     RankBatchSampler,
     stream_positions,
@@ -39,6 +48,17 @@ _SHARED_REMEDY = (
     "data.num_workers=0 needs no shared memory, and docker run takes --shm-size=8g."
     " The same command continues from the last checkpoint."
 )
+
+
+@dataclass(frozen=True)
+class ValidPart:
+    """Held-out batches of one source on this rank.
+
+    counts: False if another rank has the same ones, because there are fewer than ranks.
+    """
+
+    batches: Iterator[Batch]
+    counts: bool
 
 
 class TokenDataModule(lightning.LightningDataModule):
@@ -79,30 +99,38 @@ class TokenDataModule(lightning.LightningDataModule):
         self.skipped_samples: Sequence[tuple[int, int]] = ()
 
     @cached_property
-    def index(self) -> ShardIndex:
-        """The index of the shards, checked as configured. Raises DataError."""
-        return ShardIndex.load(self.config.path, self.config.verify)
+    def indexes(self) -> dict[str, ShardIndex]:
+        """The index of each source, checked as configured. Raises DataError."""
+        return load_indexes(self.config)
 
     @cached_property
-    def train_data(self) -> TokenDataset:
+    def summary(self) -> IndexSummary:
+        """The summary of all that is read. Raises DataError."""
+        return self.config.summary_of({name: i.summary for name, i in self.indexes.items()})
+
+    @cached_property
+    def train_data(self) -> TokenDataset | MixtureDataset:
         """The samples of the ``train`` split."""
-        return TokenDataset(self.index, "train", self.config.seq_len)
+        return open_split(self.config, self.indexes, "train")
 
     @cached_property
-    def valid_data(self) -> TokenDataset:
+    def valid_data(self) -> TokenDataset | MixtureDataset:
         """The samples of the ``valid`` split."""
-        return TokenDataset(self.index, "valid", self.config.seq_len)
+        return open_split(self.config, self.indexes, "valid")
 
     @property
     def fingerprint(self) -> str:
         """Identity of the stream: equal only if every position means the same tokens."""
-        shards, seed, shuffle = self.index.summary, self.config.seed, self.config.shuffle
-        return digest([shards.fingerprint, self.train_data.seq_len, seed, shuffle])
+        seed, shuffle = self.config.seed, self.config.shuffle
+        stream = [self.summary.fingerprint, self.train_data.seq_len, seed, shuffle]
+        order = self.order
+        return digest(stream if isinstance(order, SampleOrder) else [*stream, order.identity])
 
     @property
-    def order(self) -> SampleOrder:
+    def order(self) -> SampleOrder | MixtureOrder:
         """The order of the training samples."""
-        return SampleOrder(len(self.train_data), self.config.seed, self.config.shuffle)
+        run_samples = self.num_steps * self.plan().samples_per_step
+        return order_of(self.config, self.train_data, run_samples)
 
     def plan(self) -> BatchPlan:
         """How a step's samples are assigned, as seen from this rank."""
@@ -135,20 +163,47 @@ class TokenDataModule(lightning.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Batches of the first ``eval_sequences`` samples, those of `valid_batches`.
+        """The batches of `valid_parts`, one source after another.
 
         The ranks have equally many batches, but not always samples: weigh by the batch's size.
         """
-        return self._loader(self.valid_data, self.valid_batches())
+        samplers = list(self._valid_samplers().values())
+        batches = samplers[0] if len(samplers) == 1 else ChainedBatchSampler(samplers)
+        return self._loader(self.valid_data, batches)
 
-    def valid_batches(self) -> EvalBatchSampler:
-        """The samples that this rank validates on; they may repeat another rank's.
+    def valid_parts(self) -> dict[str, ValidPart]:
+        """The held-out batches of each source by name; of one directory its name is empty.
+
+        The sources of a mixture share the ``eval_sequences`` evenly; one with fewer has all of its
+        own. The batches can be read once.
 
         Raises DataError where the shards are missing or damaged, or there is no sample.
         """
-        available = len(self.valid_data)
-        num_samples = min(self.eval_sequences or available, available)
-        return EvalBatchSampler(num_samples, self.eval_batch_size, *self._world())
+        return {
+            name: ValidPart(self._valid_batches(sampler), not sampler.is_repeat)
+            for name, sampler in self._valid_samplers().items()
+        }
+
+    def _valid_batches(self, sampler: EvalBatchSampler) -> Iterator[Batch]:
+        """Yield batches from a loader whose workers end with it: one source has some at a time."""
+        yield from self._loader(self.valid_data, sampler)
+
+    def _valid_samplers(self) -> dict[str, EvalBatchSampler]:
+        """The samples of each source that this rank validates on; they may repeat a rank's."""
+        data, most = self.valid_data, self.eval_sequences
+        if isinstance(data, TokenDataset):
+            available = {"": (0, len(data))}
+        else:
+            counts = map(len, data.sources)
+            places = zip(data.first_numbers, counts, strict=False)
+            available = dict(zip(data.names, places, strict=True))
+            most = None if most is None else max(1, most // len(available))
+        return {
+            name: EvalBatchSampler(
+                min(most or count, count), self.eval_batch_size, *self._world(), first=first
+            )
+            for name, (first, count) in available.items()
+        }
 
     def check_shared_memory(self, num_processes: int) -> None:
         """Check that batches that workers have read ahead fit in this node's shared memory.
@@ -181,7 +236,9 @@ class TokenDataModule(lightning.LightningDataModule):
             return int(shares["num_replicas"]), int(shares["rank"])
         return self.trainer.world_size, self.trainer.global_rank
 
-    def _loader(self, data: TokenDataset, batches: Sampler[list[int]]) -> DataLoader[Batch]:
+    def _loader(
+        self, data: TokenDataset | MixtureDataset, batches: Sampler[list[int]]
+    ) -> DataLoader[Batch]:
         workers = self.config.num_workers
         return _TokenLoader(
             data,  # type: ignore[arg-type]  # of tensors, which collate_fn makes batches of

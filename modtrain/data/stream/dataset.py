@@ -109,6 +109,10 @@ class TokenDataset(Dataset[Tensor]):
         shard, start = self._locate(number)
         return self._paths[shard], start * self._item_size
 
+    def source_of(self, number: int) -> tuple[str, int]:
+        """Return the name of a sample's source, which is empty: there is one; and its number."""
+        return "", number
+
     def _locate(self, number: int) -> tuple[int, int]:
         """Return a sample's shard, which is mapped then, and its first item in it."""
         member, inside = divmod(number, self._samples_per_member)

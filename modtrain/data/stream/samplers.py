@@ -10,16 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from modtrain.common.errors import DataError
-from modtrain.data.stream.order import SampleOrder
 
 # Positions looked up at once: enough to hide numpy's overhead, too few to delay the first batch.
 _LOOKUP_POSITIONS = 1 << 14
+
+
+class StreamOrder(Protocol):
+    """Position in the stream → sample number."""
+
+    def lookup(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sample numbers at ``positions``, in the same shape."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class RankBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        order: SampleOrder,
+        order: StreamOrder,
         plan: BatchPlan,
         start_step: int = 0,
         skipped_samples: Sequence[tuple[int, int]] = (),
@@ -104,25 +112,31 @@ class RankBatchSampler(Sampler[list[int]]):
 
 
 class EvalBatchSampler(Sampler[list[int]]):
-    """Samples 0 to num_samples - 1, each on one rank only: rank r takes r, r + W, r + 2W and so on.
+    """Consecutive samples, each on one rank only: rank r takes r, r + W, r + 2W and so on.
 
     Every rank has the same number of batches, since a forward pass may be collective; none is
     empty. All are of batch_size but the last ones of a rank, which are smaller where the samples
     do not come out even (with batch_size 1 the last may be of 2 instead).
 
     is_repeat: there are fewer samples than ranks, and this one computes another's along: it is not
-    to be counted.
+    to be counted. first: number of the first sample.
 
     Raises DataError where there is no sample.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, world_size: int = 1, rank: int = 0
+        self,
+        num_samples: int,
+        batch_size: int,
+        world_size: int = 1,
+        rank: int = 0,
+        *,
+        first: int = 0,
     ) -> None:
         if num_samples < 1:
             raise DataError("validation has no samples. Prepare a larger valid split.")
         self.is_repeat = rank >= num_samples
-        self.numbers = range(rank % num_samples, num_samples, world_size)
+        self.numbers = range(first + rank % num_samples, first + num_samples, world_size)
         self.batch_size = batch_size
         fewest, most = max(1, num_samples // world_size), -(-num_samples // world_size)
         self.num_batches = min(-(-most // batch_size), fewest)
@@ -138,3 +152,16 @@ class EvalBatchSampler(Sampler[list[int]]):
             yield list(self.numbers[start:end])
             start = end
         yield list(self.numbers[start:])
+
+
+class ChainedBatchSampler(Sampler[list[int]]):
+    """The batches of several samplers, one after another."""
+
+    def __init__(self, samplers: Sequence[EvalBatchSampler]) -> None:
+        self.samplers = samplers
+
+    def __len__(self) -> int:
+        return sum(map(len, self.samplers))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return chain.from_iterable(self.samplers)

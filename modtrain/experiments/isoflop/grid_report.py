@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from modtrain.common.errors import DataError
-from modtrain.data.stream.index import read_summary
 from modtrain.experiments.isoflop.config import IsoflopConfig
 from modtrain.experiments.isoflop.grid import Grid, Point, Trunk
 from modtrain.experiments.isoflop.speed import Hours, hours_of
@@ -72,7 +71,7 @@ def one_seed(grid: Grid) -> list[Point]:
 def epochs_of(point: Point) -> float | None:
     """How often the point sees each token of its training data; None without prepared data."""
     try:
-        summary = read_summary(point.config.data.path)
+        summary = point.config.data.summary()
     except DataError:
         return None
     return point.plan.tokens / (summary.splits["train"].num_sequences * summary.seq_len)

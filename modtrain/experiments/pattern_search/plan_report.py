@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from modtrain.common.errors import DataError
-from modtrain.data.stream.index import read_summary
 from modtrain.experiments.pattern_search.config import PatternSearchConfig
 from modtrain.experiments.pattern_search.decisions import num_survivors
 from modtrain.experiments.pattern_search.runs import Entry, PlannedRun
@@ -85,7 +84,7 @@ def _rung_lines(
 def _data_lines(config: PatternSearchConfig, entries: Mapping[str, Sequence[Entry]]) -> list[str]:
     """Warn where the longest run sees its data more than once."""
     try:
-        summary = read_summary(config.data.path)
+        summary = config.data.summary()
     except DataError:
         return []
     tokens = summary.splits["train"].num_sequences * summary.seq_len

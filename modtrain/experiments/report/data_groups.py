@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -43,9 +44,15 @@ def group_by_data(runs: Sequence[Run]) -> list[DataGroup]:
 
 
 def _title(key: _HeldOut, runs: Sequence[Run]) -> str:
-    names = {PurePath(str(run.config.get("data.path"))).name for run in runs}
+    names = {PurePath(path).name for run in runs for path in _data_paths(run)}
     paths = ", ".join(sorted(names)[:3])
     count = "all" if key.sequences == "None" else key.sequences
     masked = ", documents masked" if key.document_mask == "True" else ""
     sequences = f"{count} held-out sequences of {key.seq_len} tokens{masked}"
     return f"{paths} ({key.fingerprint[:12]}), {sequences}"
+
+
+def _data_paths(run: Run) -> list[str]:
+    """The prepared directories of a run: one, or one for each source of a mixture."""
+    sources = [key for key in run.config if re.fullmatch(r"data\.sources\..+\.path", key)]
+    return [str(run.config[key]) for key in sources] or [str(run.config.get("data.path"))]

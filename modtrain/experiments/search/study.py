@@ -18,7 +18,6 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from modtrain.common.errors import CheckpointError, OtherRunError
 from modtrain.common.renamed_keys import translate_flat
-from modtrain.data.stream.index import read_summary
 from modtrain.experiments.search.config import SearchConfig
 from modtrain.training.config import MUTABLE_KEYS, TrainConfig
 from modtrain.training.run_directory import differences, to_train_config
@@ -63,7 +62,7 @@ def open_study(
     if shared is not None:
         _check_settings_unchanged(study, directory, shared)
         # The data may have been prepared again in the same place.
-        fingerprint = read_summary(shared.data.path).fingerprint
+        fingerprint = shared.data.summary().fingerprint
         _check_unchanged(study, directory, {"data fingerprint": fingerprint})
     return study
 

@@ -11,7 +11,7 @@ from typing import Any
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.data.stream.index import read_summary
-from modtrain.evaluation.held_out import Decision, HeldOut, evaluate
+from modtrain.evaluation.held_out import Decision, HeldOut, evaluate_parts
 from modtrain.inference.calibration import (
     Calibration,
     budget_of_run,
@@ -65,7 +65,10 @@ def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
         if (budget := budget_of_run(loaded, selection, settings, config.batch_size)) is not None
     }
     held_out = _held_out(config, loaded, selections, budgets)
-    results = {**_header(config, loaded, held_out), **_losses(held_out, _tokens_per_byte(loaded))}
+    rate = _tokens_per_byte(loaded, held_out)
+    results = {**_header(config, loaded, held_out), **_losses(held_out, rate)}
+    if held_out.sources:
+        results["sources"] = _source_losses(loaded, held_out)
     if config.swap:
         results["router_worth"] = evaluate_swaps(config, loaded)
     path = loaded.directory.path / f"eval-{loaded.step:09d}{settings.suffix}.json"
@@ -81,7 +84,7 @@ def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
     decisions = resolve_decisions(settings, model)
     problems = budget_problems(ComputeBudgetConfig(capacity=1.0), model, "")
     raise_if_any([Problem("sweep", config.sweep, p.reason, p.remedy) for p in problems])
-    selection, rate = decisions[0], _tokens_per_byte(loaded)
+    selection = decisions[0]
     calibration = Calibration(
         loaded.model,
         selection,
@@ -90,6 +93,7 @@ def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
         caps=ComputeBudget(None, settings.layer_cap, settings.step_cap),
     )
     trained = _held_out(config, loaded, [selection], {})
+    rate = _tokens_per_byte(loaded, trained)
     points = []
     for capacity in sorted(config.sweep or []):
         budgets = {selection: calibration.budget(capacity)}
@@ -114,9 +118,9 @@ def _held_out(
     selections: list[Selection],
     budgets: Mapping[Selection, ComputeBudget],
 ) -> HeldOut:
-    return evaluate(
+    return evaluate_parts(
         loaded.model,
-        loaded.held_out(config.sequences, config.batch_size),
+        loaded.held_out_parts(config.sequences, config.batch_size),
         loaded.autocast(),
         capacities=loaded.capacities,
         selections=selections,
@@ -176,6 +180,28 @@ def _decision(decision: Decision, tokens_per_byte: float) -> dict[str, Any]:
     }
 
 
-def _tokens_per_byte(loaded: LoadedRun) -> float:
-    split = read_summary(loaded.data_path).splits["valid"]
-    return split.num_tokens / split.num_bytes
+def _source_losses(loaded: LoadedRun, held_out: HeldOut) -> dict[str, dict[str, Any]]:
+    """The loss of each source of a mixture, by the decision whose loss is reported."""
+    rates, losses = _source_rates(loaded), {}
+    for name, part in held_out.sources.items():
+        decision = part.causal or part.top_k
+        if decision is not None:
+            shown = _decision(decision, rates[name])
+            figures = {key: shown[key] for key in ("loss", "perplexity", "bits_per_byte", "flops")}
+            losses[name] = {"tokens": part.tokens, **figures}
+    return losses
+
+
+def _source_rates(loaded: LoadedRun) -> dict[str, float]:
+    """Tokens a byte of each source's held-out text; of one directory the name is empty."""
+    splits = {n: read_summary(path).splits["valid"] for n, path in loaded.data.paths.items()}
+    return {name: split.num_tokens / split.num_bytes for name, split in splits.items()}
+
+
+def _tokens_per_byte(loaded: LoadedRun, held_out: HeldOut) -> float:
+    """Tokens a byte of the text that was evaluated."""
+    rates = _source_rates(loaded)
+    if not held_out.sources:
+        return rates[""]
+    num_bytes = sum(part.tokens / rates[name] for name, part in held_out.sources.items())
+    return held_out.tokens / num_bytes

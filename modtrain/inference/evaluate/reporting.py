@@ -35,6 +35,8 @@ def show(figures: dict[str, Any]) -> None:
     selections = _selections(figures)
     if len(selections) > 1:
         _print(console, "by selection", _decisions(selections))
+    if figures.get("sources"):
+        _print(console, "by source", _sources(figures["sources"]))
     for name, decision in selections.items():
         if decision["realised_capacity"]:
             agreement = decision.get("agreement_with_top_k_not_causal")
@@ -178,6 +180,21 @@ def _decisions(selections: dict[str, dict[str, Any]]) -> Table:
         loss, perplexity = f"{decision['loss']:.4f}", f"{decision['perplexity']:.2f}"
         bits, flops = f"{decision['bits_per_byte']:.4f}", f"{decision['flops']:,.0f}"
         rows.append((name, loss, perplexity, bits, "-" if gap is None else f"{gap:+.4f}", flops))
+    return _table(headings, rows)
+
+
+def _sources(sources: dict[str, dict[str, Any]]) -> Table:
+    headings = ["source", "tokens", "loss", "perplexity", "bits a byte"]
+    rows = [
+        (
+            name,
+            f"{figures['tokens']:,}",
+            f"{figures['loss']:.4f}",
+            f"{figures['perplexity']:.2f}",
+            f"{figures['bits_per_byte']:.4f}",
+        )
+        for name, figures in sources.items()
+    ]
     return _table(headings, rows)
 
 

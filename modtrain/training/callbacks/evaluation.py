@@ -16,7 +16,7 @@ from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import Ranks
 from modtrain.distributed.watchdog import Watchdog
-from modtrain.evaluation.held_out import HeldOut, evaluate
+from modtrain.evaluation.held_out import HeldOut, Part, evaluate_parts
 from modtrain.evaluation.router_health import health_warnings, zeroed_losses
 from modtrain.models.depth.config import RouterSwap, Selection
 from modtrain.training.callbacks.metrics import StepClock
@@ -73,15 +73,20 @@ class HeldOutCallback(StepCallback):
         swap: RouterSwap | None = None,
     ) -> HeldOut:
         """Evaluate; by these causal decisions alone if they are given."""
-        return evaluate(
+        parts = {
+            name: Part(
+                self._with_heartbeats(part.batches, step), self._total(module, counts=part.counts)
+            )
+            for name, part in self.data.valid_parts().items()
+        }
+        return evaluate_parts(
             module.model,
-            self._with_heartbeats(self.data.val_dataloader(), step),
+            parts,
             trainer.precision_plugin.forward_context(),
             capacities=module.plan.capacities_at(step - 1),
             selections=selections,
             as_trained=selections is None,
             swap=swap,
-            total=self._total(module, counts=not self.data.valid_batches().is_repeat),
         )
 
     def _with_heartbeats(self, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
@@ -158,4 +163,9 @@ def held_out_metrics(held_out: HeldOut) -> dict[str, float]:
         for label, scores in decision.agreement.items():
             for figure in ("accuracy", "f1", "balanced_accuracy"):
                 values[f"held_out/{label}/{name}_{figure}"] = getattr(scores, figure)
+    for name, part in held_out.sources.items():
+        if part.causal is not None:
+            values[f"held_out/source_{name}/causal_loss"] = part.causal.loss
+        if part.top_k is not None:
+            values[f"held_out/source_{name}/top_k_loss (not causal)"] = part.top_k.loss
     return values

@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.data.stream.index import read_summary
 from modtrain.inference.calibration import budget_of_run, training_text
 from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
 from modtrain.inference.evaluate.evaluate import evaluate_run
@@ -93,7 +92,7 @@ def test_figures_are_those_of_a_slow_loop(routed, settings):
     settings = ComputeBudgetConfig(calibration_sequences=8, **settings)
     figures = evaluate_run(request(routed, inference=settings))
     loaded = load_run(request(routed))
-    valid = read_summary(loaded.data_path).splits["valid"]
+    valid = loaded.data.summary().splits["valid"]
     assert list(figures["decisions"]) == EVERY
     ways = {**figures["decisions"], "top_k": figures["top_k_not_causal"]}
     with torch.no_grad():
