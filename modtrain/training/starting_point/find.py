@@ -97,7 +97,17 @@ def recorded_parent(run: RunDirectory) -> Mapping[str, Any] | None:
     if not run.manifest.is_file():
         return None
     parent = run.read_manifest().get("parent")
-    return parent if isinstance(parent, Mapping) else None
+    if parent is None:
+        return None
+    kinds = {"how": str, "run": str, "step": int, "digest": str}
+    if not isinstance(parent, Mapping) or any(
+        not isinstance(parent.get(key), kind) for key, kind in kinds.items()
+    ):
+        raise CheckpointError(
+            f"{run.manifest} names no run, step and digest in parent\nremedy: remove the file, and"
+            " start the run again, which restores it from the newest checkpoint"
+        )
+    return parent
 
 
 def _parent(how: str, config: TrainConfig, run: RunDirectory, step: int, path: Path) -> Parent:

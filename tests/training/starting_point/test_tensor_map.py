@@ -21,6 +21,7 @@ DENSE = ModelConfig(
     d_model=16, num_layers=4, num_heads=2, d_ff=16, vocab_size=24, pattern="dense", capacity=1.0
 )
 ROUTED = replace(DENSE, pattern="every_other", capacity=0.5)
+WITH_EXPERTS = replace(DENSE, num_layers=2, experts=ExpertsConfig(count=2, top_k=1))
 BY_PATTERN = InitConfig(run="other", map="pattern")
 ALL_DECISIONS = ["predictor", "threshold"]
 
@@ -30,7 +31,7 @@ def with_router(model=ROUTED, **router):
 
 
 @pytest.mark.parametrize("target", ["block", "attention", "mlp", "both"])
-@pytest.mark.parametrize("base", [DENSE, replace(DENSE, experts=ExpertsConfig(count=2, top_k=1))])
+@pytest.mark.parametrize("base", [DENSE, WITH_EXPERTS], ids=["mlp", "experts"])
 def test_another_pattern_takes_all_but_the_routers(base, target):
     routed = with_router(
         replace(base, pattern="every_other", capacity=0.5),

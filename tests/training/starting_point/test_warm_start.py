@@ -203,5 +203,35 @@ def test_what_does_not_fit_is_listed_whole(lines, runs, dense):
     assert "model.rope_theta: 10000.0 -> 500.0 (init.keep_function)" in message(
         *CONVERTED, "model.rope_theta=500"
     )
+    # ZeRO counts steps once for all tensors.
+    zero, plan = resolve(compose("train", lines("refused", dense, *CONVERTED)))
+    strategy, init = replace(zero.strategy, name="deepspeed_2"), replace(zero.init, optimizer=True)
+    with pytest.raises(CheckpointError, match="counts steps once for all tensors"):
+        find_starting_point(replace(zero, strategy=strategy, init=init), plan, "")
     with pytest.raises(CheckpointError, match="there is no run"):
         run(lines("refused", "init.run=absent", DENSE))
+
+
+def test_weights_of_another_tokenizer_are_refused(lines, prepared, runs, dense, tmp_path):
+    other = runs / "foreign"
+    shutil.copytree(runs / "dense", other)
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace(str(prepared), str(tmp_path)))
+
+    def message(*more):
+        with pytest.raises(CheckpointError) as error:
+            run(lines("refused", "init.run=foreign", DENSE, *more))
+        return str(error.value)
+
+    # The data are no longer there.
+    assert "tokenizer: unknown" in message()
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    text = message()
+    assert f"tokenizer: {prepared} has another one than {file}" in text
+    assert f"modtrain prepare tokenizer.path={file}" in text
+    shutil.copy(prepared / "tokenizer.json", file)
+    assert run(lines("same_tokenizer", "init.run=foreign", DENSE, *ONE_STEP)) == "complete"
+    file.unlink()
+    trusting = ("init.run=foreign", DENSE, "init.check_tokenizer=false", *ONE_STEP)
+    assert run(lines("trusting", *trusting)) == "complete"
