@@ -41,6 +41,8 @@ def check_weights(
         CheckpointError: the weights do not fit: every tensor and key that does not.
     """
     trained = parent.read_config()
+    if problems := trained.model.problems():
+        raise CheckpointError(f"{parent.config} describes no model: {problems[0]}")
     there = parent.path.name
     wrong = _differing_meaning(config.model, trained.model, there)
     remedies: list[str] = []

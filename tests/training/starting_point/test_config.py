@@ -10,7 +10,9 @@ from modtrain.cli.base_config import expand_base
 from modtrain.cli.compose import compose
 from modtrain.cluster.config import StatusConfig
 from modtrain.cluster.status import show_status
+from modtrain.experiments.compare.config import add_controls
 from modtrain.training.run_directory import RunDirectory
+from tests.helpers.problems import problems_of
 
 CONVERTED = (
     *("init.run=a", "init.map=pattern", "init.keep_function=true", "model.pattern=every_other"),
@@ -43,6 +45,11 @@ def init_keys(*values):
         ([*CONVERTED, "init.map=same"], "init.keep_function", "a dense model that becomes"),
         ([*CONVERTED, "init.layers=[0,1,2,3]"], "init.layers", "needs every layer"),
         ([*CONVERTED, "model.router.score=random"], "init.keep_function", "needs learned scores"),
+        (
+            [*CONVERTED, "model.router.gate=none", "model.router.gate_offset=0"],
+            "init.keep_function",
+            "needs a gate",
+        ),
         ([*CONVERTED, "model.router.gate_offset=0.5"], "init.keep_function", "this one is 0.5"),
         ([*CONVERTED, "model.router.gate=sigmoid"], "init.keep_function", "this one is 1.5"),
         ([*CONVERTED, "capacity_schedule.start=0.5"], "init.keep_function", "start at 1"),
@@ -68,6 +75,11 @@ def test_what_keeps_the_function_is_no_mistake():
 def test_models_of_several_shapes_take_no_weights(verb):
     own = compose(verb, ["init.run=a"]).problems_by_part()
     assert [problem.key for problem in own["init"]] == ["init.run"]
+
+
+def test_a_control_of_fewer_layers_takes_no_weights():
+    arm = compose("compare", ["model=tiny", "init.run=a", "init.map=pattern"])
+    assert set(problems_of(add_controls, {"mod": arm})) == {"controls"}
 
 
 def test_a_base_leaves_its_own_starting_point_where_there_is_another(tmp_path):

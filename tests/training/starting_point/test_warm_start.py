@@ -165,13 +165,15 @@ def test_a_converted_model_computes_at_first_what_the_dense_one_does(lines, runs
     assert weights.keys() == newest_weights(runs / "dense", 2).keys()
 
 
-def test_a_finished_run_is_continued_with_the_bits_of_a_longer_one(lines, runs):
+def test_a_finished_run_is_continued_with_the_bits_of_a_longer_one(lines, runs, dense):
+    """Also one with the weights of another run, which the longer one needs no more."""
     wsd = ("schedule=wsd", "schedule.warmup_steps=2", "schedule.decay=0.4", DENSE)
+    short = ("budget.steps=5", "checkpoint.keep_steps=[3]")
     # The decay of 5 steps begins after 3, that of 8 after 5.
-    assert run(lines("short", *wsd, "budget.steps=5", "checkpoint.keep_steps=[3]")) == "complete"
+    assert run(lines("short", *wsd, dense, *short)) == "complete"
     longer = lines("longer", *wsd, "budget.steps=8", "branch.run=short", "branch.step=3")
     assert run(longer) == "complete"
-    assert run(lines("planned", *wsd, "budget.steps=8")) == "complete"
+    assert run(lines("planned", *wsd, dense, "budget.steps=8")) == "complete"
     planned, short = losses_of(runs / "planned"), losses_of(runs / "short")
     assert {step: short[step] for step in (1, 2, 3)} == {step: planned[step] for step in (1, 2, 3)}
     assert losses_of(runs / "longer") == {step: planned[step] for step in range(4, 9)}
@@ -227,6 +229,9 @@ def test_weights_of_another_tokenizer_are_refused(lines, prepared, runs, dense, 
     assert "tokenizer: unknown" in message()
     file = tmp_path / "tokenizer.json"
     file.write_text("{}")
+    (other / "config.yaml").write_text(text.replace("num_layers: 4", "num_layers: 1000000000"))
+    assert "describes no model: model.num_layers=1000000000" in message()
+    (other / "config.yaml").write_text(text.replace(str(prepared), str(tmp_path)))
     text = message()
     assert f"tokenizer: {prepared} has another one than {file}" in text
     assert f"modtrain prepare tokenizer.path={file}" in text
