@@ -124,6 +124,22 @@ class TensorReader(Mapping[str, Tensor]):
         return len(self.sizes)
 
 
+class RenamedTensors(Mapping[str, Tensor]):
+    """Tensors of ``reader`` under other keys; each is read on access. keys: key → the reader's."""
+
+    def __init__(self, reader: TensorReader, keys: Mapping[str, str]) -> None:
+        self._reader, self._keys = reader, keys
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._reader[self._keys[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 def read_extra_state(path: Path) -> Any:
     """Return everything in the checkpoint ``path`` that is not a tensor.
 

@@ -175,6 +175,75 @@ def load_weights(path: Path, model: nn.Module) -> None:
     _fill(TensorReader(path), model, model_tensors(model), (MODEL,))
 
 
+def take(
+    path: Path,
+    model: nn.Module,
+    sources: Mapping[str, str],
+    optimizer: Optimizer | None = None,
+    ranks: Ranks = ONE_PROCESS,
+) -> None:
+    """Put tensors of another model's checkpoint ``path`` into ``model``, in place.
+
+    What ``sources`` does not name stays as it is. Each rank reads the parts that it owns.
+    Collective over ``ranks``.
+
+    sources: name in ``model`` → name in the checkpoint. optimizer: its state of these parameters is
+    taken too, where the checkpoint has some.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape, or it cannot be read.
+        RankError: another rank failed.
+    """
+    with ranks.raise_on_all_ranks():
+        reader = TensorReader(path)
+        keys = source_keys(reader, sources, with_optimizer=optimizer is not None)
+        if optimizer is not None:
+            _allocate_for(model, optimizer, keys)
+        own, _ = named_state(model, optimizer)
+        pending = dict(keys)
+        while pending:
+            # The keys of one reading differ, and several layers may take the same one.
+            by_source = {source: key for key, source in pending.items()}
+            reader.into({source: own[key] for source, key in by_source.items()})
+            for key in by_source.values():
+                del pending[key]
+
+
+def source_keys(
+    reader: TensorReader, sources: Mapping[str, str], with_optimizer: bool
+) -> dict[str, str]:
+    """Return the checkpoint's key for each key of the state that is taken from it; see `take`."""
+    keys = {MODEL + name: MODEL + source for name, source in sources.items()}
+    if not with_optimizer:
+        return keys
+    kinds: dict[str, list[str]] = {}
+    for key in reader:
+        if key.startswith(OPTIMIZER):
+            name, _, kind = key.removeprefix(OPTIMIZER).rpartition(".")
+            kinds.setdefault(name, []).append(kind)
+    return keys | {
+        f"{OPTIMIZER}{name}.{kind}": f"{OPTIMIZER}{source}.{kind}"
+        for name, source in sources.items()
+        for kind in kinds.get(source, ())
+    }
+
+
+def _allocate_for(model: nn.Module, optimizer: Optimizer, keys: dict[str, str]) -> None:
+    """Allocate state of the parameters that ``keys`` has some for; drop keys that have no place."""
+    names, spec = _names_of(model), spec_of(optimizer)
+    state_keys = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = spec.initial_state(group, parameter)
+            own = {f"{OPTIMIZER}{names[id(parameter)]}.{kind}" for kind in state}
+            if own <= keys.keys():
+                optimizer.state[parameter] = state
+                state_keys |= own
+    for key in [key for key in keys if key.startswith(OPTIMIZER) and key not in state_keys]:
+        # Of a weight that is frozen now.
+        del keys[key]
+
+
 def _fill(
     reader: TensorReader, model: nn.Module, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]
 ) -> None:

@@ -23,13 +23,15 @@ from modtrain.training.named_runs import missing_run
 _KEY = "from"
 # What is a new run's own.
 _NOT_TAKEN = ("name", "resume")
+# What a run starts from is one choice: a new one keeps nothing of the base's.
+_STARTING_POINT = ("branch", "init")
 
 
 def expand_base(verb: str, words: Sequence[str], config_dir: str | None) -> list[str]:
     """Return ``words`` with the overrides that ``from=RUN`` stands for in its place.
 
     They come before the others, which so win. A group that is chosen beside it (``model=tiny``)
-    keeps nothing of the run's.
+    keeps nothing of the run's; nor does another starting point (``init.run``, ``branch.run``).
 
     Raises:
         ConfigError: there is no such run or file; it does not fit; the verb trains nothing.
@@ -55,10 +57,12 @@ def expand_base(verb: str, words: Sequence[str], config_dir: str | None) -> list
     ]
     runs_dir = next((str(o.value()) for o in parsed if o.key_or_group == "runs_dir"), "runs")
     stored = _read(value, Path(runs_dir))
+    sections = {o.key_or_group.partition(".")[0] for o in parsed}
+    replaced = [*chosen, *(_STARTING_POINT if sections & {*_STARTING_POINT} else ())]
     flat = {
         key: content
         for key, content in flatten(stored).items()
-        if key not in _NOT_TAKEN and key.partition(".")[0] not in chosen
+        if key not in _NOT_TAKEN and key.partition(".")[0] not in replaced
     }
     defaults = flatten(asdict(_default(groups, config_dir)))
     base = [f"{key}={as_value(v)}" for key, v in flat.items() if defaults.get(key, ...) != v]

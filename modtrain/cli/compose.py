@@ -152,9 +152,14 @@ def _with_run_names(config: Any) -> Any:
     """Return ``config`` with the names of runs that were given as paths."""
     if isinstance(getattr(config, "run", None), str):
         return replace(config, run=name_of(config.runs_dir, config.run))
-    if isinstance(config, TrainConfig) and config.branch.run is not None:
-        run = name_of(config.runs_dir, config.branch.run)
-        return replace(config, branch=replace(config.branch, run=run))
+    if not isinstance(config, TrainConfig):
+        return config
+    branch, init = config.branch, config.init
+    if branch.run is not None:
+        config = replace(config, branch=replace(branch, run=name_of(config.runs_dir, branch.run)))
+    if init.run is not None:
+        run = name_of(init.runs_dir or config.runs_dir, init.run)
+        config = replace(config, init=replace(init, run=run))
     return config
 
 

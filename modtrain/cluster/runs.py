@@ -90,7 +90,8 @@ class RunRecord:
     """What is known of a run. Times are seconds since 1970.
 
     steps: of the whole run. saved: (step, time) of the newest checkpoint. failures, submitted:
-    oldest first. changed: when something was last recorded. notes: what could not be read.
+    oldest first. parent: the run and step whose checkpoint it started from, or empty. changed: when
+    something was last recorded. notes: what could not be read.
     is_group: no run itself: the directory of a job that works on runs below it or on none, as that
     of a sweep, an array, a search, a comparison or a preparation. last_active: when a group's
     jobs were last given to Slurm or seen at work.
@@ -101,6 +102,7 @@ class RunRecord:
     complete: bool = False
     locked: bool = False
     starts: list[float] = field(default_factory=list)
+    parent: str = ""
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
@@ -138,6 +140,7 @@ def read_run(path: Path, name: str) -> RunRecord:
     run.complete = RunDirectory(path).is_complete
     run.locked = is_locked(path / ".lock")
     run.starts = _read(run, "manifest.json", _starts) or []
+    run.parent = _read(run, "manifest.json", _parent) or ""
     run.submitted = _read(run, "jobs.jsonl", _submitted) or []
     run.is_group = _is_group(run)
     run.cancelled = frozenset(_read(run, CANCELLED, lambda file: read_text(file).split()) or ())
@@ -218,6 +221,11 @@ def lines_from_end(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
 
 def _starts(path: Path) -> list[float]:
     return [time_of(start["time"]) for start in read_json(path)["starts"]]
+
+
+def _parent(path: Path) -> str:
+    parent = read_json(path).get("parent")
+    return f"{parent['run']}, step {parent['step']} ({parent['how']}.run)" if parent else ""
 
 
 def _submitted(path: Path) -> list[SubmittedJob]:

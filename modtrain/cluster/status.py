@@ -251,6 +251,7 @@ def _print_detail(
     table.add_column(overflow="fold")
     lines = {
         "state": state.name + (f": {state.reason}" if state.reason else ""),
+        "began with": run.parent,
         "step": " ".join(part for part in (_steps_text(run), _percent_done(run)) if part),
         "loss": _format_loss(run.loss),
         "held-out loss": _format_loss(run.held_out),

@@ -121,7 +121,7 @@ SENTENCES: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("resume_from_checkpoint", "ckpt_path", "resume_from", "init_from"),
-        "the same name resumes the run; another run's checkpoint: branch.run=NAME branch.step=N",
+        "the same name resumes the run; the weights of another run: init.run=NAME init.step=N",
     ),
     **dict.fromkeys(
         ("gradient_checkpointing", "use_gradient_checkpointing"),

@@ -31,3 +31,10 @@ def trunk_problems(config: TrainConfig, reason: str) -> list[Problem]:
         for key, (is_wrong, value, remedy) in rules.items()
         if is_wrong
     ]
+
+
+def init_problems(config: TrainConfig, reason: str) -> list[Problem]:
+    """Find weights of another run, which models of several shapes cannot all take. reason: why."""
+    if config.init.run is None:
+        return []
+    return [Problem("init.run", config.init.run, reason, "leave it out")]

@@ -34,7 +34,10 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Set every parameter of ``model`` in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            canonical = _canonical(name)
+            if parameter.is_meta:
+                # A shape alone.
+                continue
+            canonical = canonical_name(name)
             if name.endswith(("gain", "scale")):
                 parameter.fill_(1.0)
             elif name.endswith("bias"):
@@ -58,7 +61,8 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
     return config.weight_std
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
+    """Return a parameter's name without the modules that routing wraps around what it routes."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, ".")
     return name

@@ -21,6 +21,7 @@ from modtrain.models.convolution import Convolution
 from modtrain.models.depth.config import ComputeBudget, RouterSwap, Selection
 from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.depth.losses import auxiliary_loss, predictor_loss
+from modtrain.models.depth.router import LinearRouter, MLPRouter
 from modtrain.models.experts.layer import Experts
 from modtrain.models.feed_forward import FeedForward
 from modtrain.models.init import initialise
@@ -312,6 +313,32 @@ def deciding_parameters(module: nn.Module) -> set[nn.Parameter]:
             parts = (inner.expert_router,)
         deciding.update(p for part in parts if part is not None for p in part.parameters())
     return deciding
+
+
+def routing_names(model: nn.Module) -> set[str]:
+    """Return the names of what depth routing adds to ``model``, parameters and buffers.
+
+    Of routers, gates, predictors and thresholds, not of what they route.
+    """
+    return {
+        f"{prefix}.{name}"
+        for prefix, inner in model.named_modules()
+        if isinstance(inner, MixtureOfDepths)
+        for name in inner.state_dict()
+        if not name.startswith("module.")
+    }
+
+
+@torch.no_grad()
+def zero_scores(model: Transformer) -> None:
+    """Let every router with learned scores score each token 0, until it is trained."""
+    for layer in model.routers:
+        router = layer.router
+        if isinstance(router, LinearRouter):
+            router.weight.zero_()
+        elif isinstance(router, MLPRouter):
+            router.out.weight.zero_()
+            router.out.bias.zero_()
 
 
 def hidden_matrices(model: Transformer) -> list[nn.Parameter]:

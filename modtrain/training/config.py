@@ -16,6 +16,7 @@ from modtrain.optimizers.registry import find_problems as optimizer_problems
 from modtrain.parallel.config import StrategyConfig
 from modtrain.parallel.validation import run_problems
 from modtrain.training.spikes.config import SpikeConfig
+from modtrain.training.starting_point.config import InitConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 ZERO_ROUTERS = ("end", "always", "never")
@@ -304,6 +305,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     branch: BranchConfig = field(default_factory=BranchConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
@@ -326,6 +328,7 @@ class TrainConfig:
             *run_problems(self.strategy, "strategy", self.compile),
             *self.spike.strategy_problems("spike", self.strategy.name),
             *self._branch_problems(),
+            *self._init_problems(),
             *([] if by_part["model"] else self._routing_problems()),
         ]
         return {"run": own, **by_part, "combination": combination}
@@ -343,6 +346,20 @@ class TrainConfig:
             reason, remedy = "cannot start from another run's checkpoint", "use fsdp"
             problems.append(Problem("strategy.name", strategy.name, reason, remedy))
         return problems
+
+    def _init_problems(self) -> list[Problem]:
+        """Find another run whose weights cannot be taken."""
+        init = self.init
+        if init.run is None:
+            return []
+        problems = directory_problems("init.run", init.run)
+        if init.run == self.name and init.runs_dir in (None, self.runs_dir):
+            reason, remedy = "is this run itself", "name the run that has the weights"
+            problems.append(Problem("init.run", init.run, reason, remedy))
+        if self.branch.run is not None:
+            reason = f"cannot be combined with branch.run={self.branch.run}, which has weights too"
+            problems.append(Problem("init.run", init.run, reason, "leave one of them out"))
+        return problems + init.model_problems("init", self.model, self.capacity_schedule)
 
     def _routing_problems(self) -> list[Problem]:
         """Find a capacity schedule for a model that routes no layer."""

@@ -81,6 +81,8 @@ def _restore(run: RunDirectory, lost: list[Path]) -> str:
             # Of an earlier version.
             return f"{names} is missing: the data are taken for the ones that it was trained on"
         manifest = {"data_fingerprint": saved["data_fingerprint"], "starts": []}
+        if saved.get("parent") is not None:
+            manifest["parent"] = saved["parent"]
         write_text(run.manifest, json.dumps(manifest))
     return f"{names} was missing: restored from the newest checkpoint"
 

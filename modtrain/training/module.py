@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -40,12 +40,14 @@ class LanguageModule(L.LightningModule):
 
     statistics: of the steps since the last record. learning_rates: of the last step, by the
     name that records have them under. spikes: skips steps that are spikes; None where
-    the configuration does not ask for it.
+    the configuration does not ask for it. parent: of the run's manifest, which checkpoints keep.
     """
 
-    def __init__(self, config: TrainConfig, plan: TrainingPlan) -> None:
+    def __init__(
+        self, config: TrainConfig, plan: TrainingPlan, parent: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
-        self.config, self.plan = config, plan
+        self.config, self.plan, self.parent = config, plan, parent
         self.model = Transformer(config.model, seed=config.seed)
         self.statistics = StepStatistics.zero(torch.device("cpu"))
         self.running_stats = RunningStats()
@@ -176,6 +178,8 @@ class LanguageModule(L.LightningModule):
         if self.spikes is not None:
             checkpoint["spikes"] = self.spikes.detector.state()
         checkpoint["data_fingerprint"] = self._data_fingerprint()
+        if self.parent is not None:
+            checkpoint["parent"] = dict(self.parent)
         checkpoint["config"] = OmegaConf.to_container(OmegaConf.structured(self.config))
         checkpoint["progress"] = {
             "step": step,
@@ -224,7 +228,7 @@ class LanguageModule(L.LightningModule):
             # Of an earlier version.
             return
         before = to_train_config(saved)
-        # A trunk is compared with its branch by `trunk_checkpoint`.
+        # A trunk is compared with its branch by `check_branch`.
         if before.name != self.config.branch.run:
             subject = "the checkpoint is of a run"
             check_same(before, with_stages_of(self.config, before), subject, "the checkpoint")

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -26,13 +25,14 @@ from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks, init_ranks
 from modtrain.distributed.watchdog import SLOW_TIMEOUT, Watchdog, run_watchdog
+from modtrain.models.transformer import zero_scores
 from modtrain.parallel import lightning_overrides as overrides
 from modtrain.parallel.strategies.base import TrainingStrategy, make_strategy
-from modtrain.training.branch import trunk_checkpoint
 from modtrain.training.callbacks.checkpoints import CheckpointCallback
 from modtrain.training.callbacks.evaluation import HeldOutCallback
 from modtrain.training.callbacks.guard import FiniteLossGuard
 from modtrain.training.callbacks.heartbeat import HeartbeatCallback
+from modtrain.training.callbacks.initial_weights import InitialWeightsCallback
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.callbacks.progress import ProgressCallback
 from modtrain.training.callbacks.spike_guard import SpikeGuard
@@ -50,6 +50,11 @@ from modtrain.training.run_directory import (
     package_versions,
 )
 from modtrain.training.spikes.journal import RollBackError, SpikeJournal
+from modtrain.training.starting_point.find import (
+    StartingPoint,
+    find_starting_point,
+    recorded_parent,
+)
 from modtrain.training.stop_signal import STOP
 
 _LIGHTNING_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
@@ -113,6 +118,7 @@ class _Run:
     def __post_init__(self) -> None:
         config, plan = self.config, self.plan
         self.directory = RunDirectory.of(config)
+        self._beginning: StartingPoint | None = None
         self.console = plain_console(soft_wrap=True, quiet=not self.ranks.is_rank0)
         self.data = TokenDataModule(
             config.data,
@@ -170,10 +176,11 @@ class _Run:
         message = self.ranks.run_on_rank0(partial(settle_mixture, self.directory, self.config))
         if message:
             self.console.print(message)
+        parent = None
         if self.ranks.broadcast_from_rank0(not self.directory.config.is_file()):
             # Before anything is recorded: a branch without its trunk is not a run.
-            self._first_state()
-        start = partial(self.directory.start, self.config, fingerprint, self.accelerator)
+            parent = self._starting_point().record
+        start = partial(self.directory.start, self.config, fingerprint, self.accelerator, parent)
         self.ranks.run_on_rank0(start)
         with self.ranks.raise_on_all_ranks():
             self.directory.check_visible()
@@ -184,15 +191,18 @@ class _Run:
         config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
         if self.watchdog is not None:
             self.watchdog.heartbeat("the choice of a checkpoint", SLOW_TIMEOUT)
-        start_step, path = recover(run.checkpoints, ranks) or self._first_state()
+        own = recover(run.checkpoints, ranks)
+        beginning = StartingPoint(*own) if own else self._starting_point()
+        start_step = beginning.step
         message = journal.resume(start_step, plan.sequences_per_step, config.spike)
         self.data.skipped_samples = journal.skipped_samples
         if message:
             self.console.print(message)
         if start_step:
-            is_own = path is None or path.parent == run.checkpoints
-            how = "resumes" if is_own else f"branches off {config.branch.run}"
+            how = "resumes" if own else f"branches off {config.branch.run}"
             self.console.print(f"{run.path} {how} from step {start_step} of {plan.steps}")
+        for note in beginning.notes:
+            self.console.print(note)
         with ranks.raise_on_all_ranks():
             log = MetricsLog(run, config, plan, start_step, ranks.is_rank0)
         try:
@@ -200,37 +210,44 @@ class _Run:
                 log.write(start_step, {"spike/rollbacks": journal.rollbacks})
             if start_step == plan.steps:
                 return start_step
-            return self._fit(log, start_step, path, checkpointer, journal)
+            return self._fit(log, beginning, checkpointer, journal)
         except RollBackError as error:
             journal.pending = (error.spike, error.samples)
             return None
         finally:
             log.close()
 
-    def _first_state(self) -> tuple[int, Path | None]:
-        """Return step and checkpoint that a run without its own starts from; collective."""
-        if self.config.branch.run is None:
-            return 0, None
+    def _starting_point(self) -> StartingPoint:
+        """Return where a run without a checkpoint of its own begins; collective."""
         fingerprint = self.data.summary.fingerprint
-        find = partial(trunk_checkpoint, self.config, self.plan, fingerprint)
-        return self.ranks.run_on_rank0(find)
+        find = partial(find_starting_point, self.config, self.plan, fingerprint)
+        if self._beginning is None:
+            self._beginning = self.ranks.run_on_rank0(find)
+        return self._beginning
 
     def _fit(
         self,
         log: MetricsLog,
-        start_step: int,
-        path: Path | None,
+        beginning: StartingPoint,
         checkpointer: Checkpointer,
         journal: SpikeJournal,
     ) -> int:
-        """Train from ``start_step``, or the checkpoint ``path``; return the last step made."""
+        """Train from ``beginning``; return the last step made."""
         config, plan = self.config, self.plan
         strategy = make_strategy(strategy_options(config, plan), self.accelerator, checkpointer)
         # Data-parallel ranks have different sequences, and draw different numbers for them.
         L.seed_everything((config.seed + strategy.data_rank) % 2**32, verbose=False)
-        module = LanguageModule(config, plan)
-        self.data.start_step = start_step
+        parent = self.ranks.run_on_rank0(partial(recorded_parent, self.directory))
+        module = LanguageModule(config, plan, parent)
+        self.data.start_step = beginning.step
         callbacks = self._callbacks(log, checkpointer, journal)
+        path = beginning.path
+        if beginning.tensors is not None and path is not None:
+            taken = beginning.tensors.taken
+            callbacks.append(InitialWeightsCallback(path, taken, config.init.optimizer))
+            path = None
+            if config.init.keep_function:
+                zero_scores(module.model)
         trainer = make_trainer(config, plan, strategy, self.launch, callbacks)
         trainer.fit(module, datamodule=self.data, ckpt_path=path)
         return trainer.global_step

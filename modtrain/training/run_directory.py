@@ -73,8 +73,16 @@ class RunDirectory:
         in_use = CheckpointError(f"{self.path} {reason}")
         return acquire_lock(self.path / ".lock", in_use, _LOCK_TIMEOUT)
 
-    def start(self, config: TrainConfig, data_fingerprint: str, device: str) -> None:
+    def start(
+        self,
+        config: TrainConfig,
+        data_fingerprint: str,
+        device: str,
+        parent: Mapping[str, Any] | None = None,
+    ) -> None:
         """Record this start; the first one freezes the configuration.
+
+        parent: the checkpoint of another run that this one starts from, for the first start.
 
         Raises:
             CheckpointError: the directory is of a run with another configuration or other data.
@@ -95,6 +103,8 @@ class RunDirectory:
             "checkpoint": asdict(config.checkpoint),
         }
         manifest: dict[str, Any] = {"data_fingerprint": data_fingerprint, "starts": []}
+        if parent is not None:
+            manifest["parent"] = dict(parent)
         if self.config.is_file():
             self.check_same(config)
         if self.config.is_file() and self.manifest.is_file():

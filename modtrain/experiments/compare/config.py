@@ -97,7 +97,8 @@ def add_controls(
     of each arm that has one: another arm's where it is the same model, trained in the same way.
 
     Raises:
-        ConfigError: an arm has a control's name, but is another model.
+        ConfigError: an arm has a control's name, but is another model; or it starts with weights
+            that its control cannot take.
     """
     names: dict[str, str] = {}
     known = {name: _as_trained(config) for name, config in arms.items()}
@@ -113,6 +114,9 @@ def add_controls(
             reason = f"is the name of the control of {name}, and another model"
             problem = Problem("arms", name + UNROUTED, reason, "rename it, or set controls=false")
             raise ConfigError([problem])
+        if not same and config.init.run is not None:
+            reason = f"have fewer layers than {name}, which starts with other weights (init.run)"
+            raise ConfigError([Problem("controls", True, reason, "set controls=false")])
         names[name] = same[0] if same else name + UNROUTED
         if not same:
             known[names[name]], expanded[names[name]] = _as_trained(control), control

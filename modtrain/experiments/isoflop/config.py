@@ -9,7 +9,7 @@ from pathlib import Path
 from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, at_least, broken_rules, one_of, shares
 from modtrain.experiments.controls import UNROUTED
-from modtrain.experiments.trunk_rules import trunk_problems
+from modtrain.experiments.trunk_rules import init_problems, trunk_problems
 from modtrain.training.config import TrainConfig
 
 CONVENTIONS = ("effective", "total", "total_non_embedding", "active", "active_non_embedding")
@@ -163,6 +163,7 @@ class IsoflopConfig(TrainConfig):
         given = {key: value for key, value in vars(self.budget).items() if value is not None}
         reason, remedy = "is each point's own", "list the budgets: budgets=[1e13, 3e13]"
         parts["budget"] = [Problem(f"budget.{key}", v, reason, remedy) for key, v in given.items()]
+        parts["init"] = init_problems(self, "has one shape, and the points of a grid have several")
         return parts | {"grid": self._grid_problems()}
 
     def _grid_problems(self) -> list[Problem]:

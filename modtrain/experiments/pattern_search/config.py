@@ -9,7 +9,7 @@ from typing import Any
 
 from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, at_least, one_of, shares
-from modtrain.experiments.trunk_rules import trunk_problems
+from modtrain.experiments.trunk_rules import init_problems, trunk_problems
 from modtrain.models.depth.pattern import pattern_problems
 from modtrain.training.config import TrainConfig
 
@@ -91,6 +91,7 @@ class PatternSearchConfig(TrainConfig):
         if self.branch.run is not None:
             reason, remedy = "is each candidate's own", "leave it out"
             parts["branch"] = [Problem("branch.run", self.branch.run, reason, remedy)]
+        parts["init"] = init_problems(self, "cannot be a candidate's: each continues from its own")
         reason = "differs between the budgets of a candidate, which continues from one to the next"
         parts["rungs"] = [*self._budget_problems(), *trunk_problems(self, reason)]
         sizes_are_wrong = bool(parts["model"])

@@ -7,7 +7,7 @@ and state goes in and out of checkpoints by name, so that a run may resume under
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,15 @@ class TrainingStrategy(StateByName):
         """Put model and optimizer back into place; return what else was saved."""
         ranks = self.checkpointer.ranks
         return state.restore(path, self._transformer, self.optimizers[0], ranks)
+
+    def take(self, path: Path, sources: Mapping[str, str], with_optimizer: bool) -> None:
+        """Put tensors of another model's checkpoint in place; see `modtrain.checkpoint.state.take`.
+
+        Once model and optimizer are set up. with_optimizer: their state in the optimizer too.
+        """
+        optimizer = self.optimizers[0] if with_optimizer else None
+        ranks = self.checkpointer.ranks
+        state.take(path, self._transformer, sources, optimizer, ranks)
 
     @property
     def _transformer(self) -> Transformer:

@@ -15,7 +15,7 @@ import logging
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -27,8 +27,14 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from modtrain.checkpoint.reading import TensorReader
-from modtrain.checkpoint.state import RestoredState, load, optimizer_groups, tied_names
+from modtrain.checkpoint.reading import RenamedTensors, TensorReader
+from modtrain.checkpoint.state import (
+    RestoredState,
+    load,
+    optimizer_groups,
+    source_keys,
+    tied_names,
+)
 from modtrain.common.errors import ConfigError, Problem, TrainingError
 from modtrain.parallel.config import StrategyConfig, StrategyOptions
 from modtrain.parallel.strategies import deepspeed_state as state
@@ -189,6 +195,15 @@ class DeepSpeedStrategy(DataParallelStrategy):
         state.publish(self.engine)
         state.take_groups(self.engine, self._groups, restored.extra_state)
         return restored
+
+    def take(self, path: Path, sources: Mapping[str, str], with_optimizer: bool) -> None:
+        """Put tensors of another model's checkpoint into the engine."""
+        with self.checkpointer.ranks.raise_on_all_ranks():
+            reader = TensorReader(path)
+            keys = source_keys(reader, sources, with_optimizer)
+            renamed = RenamedTensors(reader, keys)
+            state.put(self.engine, self._transformer, renamed, is_partial=True)
+        state.publish(self.engine)
 
     @property
     def _module(self) -> L.LightningModule:

@@ -182,10 +182,13 @@ def _gathered(engine: Any, parameter: Any, moment: str | None, owner: int) -> Te
 
 
 @torch.no_grad()
-def put(engine: Any, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def put(
+    engine: Any, model: nn.Module, state: Mapping[str, Tensor], is_partial: bool = False
+) -> None:
     """Set this rank's parts to ``state``, by the keys of `tensors`; `publish` has to follow.
 
     state: it may read a tensor when it is asked for. Without a ``step`` only weights are set.
+    is_partial: what it does not have stays as it is.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, or the steps differ.
@@ -205,10 +208,13 @@ def put(engine: Any, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         for moment in (None, *moments) if steps and parameter.requires_grad else (None,):
+            if is_partial and _key(name, moment) not in state:
+                continue
             whole = _of_shape(state, _key(name, moment), shape)
             set_fragment(engine, parameter, whole, moment)
     for name, buffer in _buffers(model):
-        buffer.copy_(_of_shape(state, _key(name), buffer.shape))
+        if not is_partial or _key(name) in state:
+            buffer.copy_(_of_shape(state, _key(name), buffer.shape))
 
 
 def take_groups(engine: Any, known: list[dict[str, Any]], rest: Mapping[str, Any]) -> None:

@@ -6,19 +6,15 @@ be the same up to the checkpoint: model, data, batches, and the learning rate of
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from modtrain.checkpoint.recovery import find_checkpoint
 from modtrain.common.errors import CheckpointError
 from modtrain.training.config import TrainConfig
 from modtrain.training.mixture_change import mixture_differences
-from modtrain.training.named_runs import open_run
 from modtrain.training.plan import TrainingPlan, derive
 from modtrain.training.run_directory import RunDirectory, differences
 from modtrain.training.schedules import Capacities, lr_factor
 
 _FREE_KEYS = (
-    *("name", "runs_dir", "budget", "schedule", "branch", "log", "checkpoint", "eval"),
+    *("name", "runs_dir", "budget", "schedule", "branch", "init", "log", "checkpoint", "eval"),
     *("data.num_workers", "data.prefetch_factor", "data.verify", "data.stages"),
 )
 """Keys in which a branch may differ from its trunk.
@@ -27,19 +23,14 @@ Of budget, schedule and the data's stages, what follows counts.
 """
 
 
-def trunk_checkpoint(
-    config: TrainConfig, plan: TrainingPlan, data_fingerprint: str
-) -> tuple[int, Path]:
-    """Return step and path of the checkpoint that the run starts from.
+def check_branch(
+    config: TrainConfig, plan: TrainingPlan, data_fingerprint: str, trunk: RunDirectory
+) -> None:
+    """Raise CheckpointError unless ``trunk`` is the first part of the run: all that differs.
 
     config, plan: of the branch, resolved. data_fingerprint: of the data that it will read.
-
-    Raises:
-        CheckpointError: the trunk or its checkpoint is not there, or the trunk is not the first
-            part of this run: all that differs.
     """
-    name, step = str(config.branch.run), config.branch.step or 0
-    trunk = open_run(config.runs_dir, name, "branch.run")
+    step = config.branch.step or 0
     differing = differences(trunk.read_config(), config, "the trunk", _FREE_KEYS)
     differing += _differing_files(trunk, data_fingerprint)
     if step >= plan.steps:
@@ -49,9 +40,9 @@ def trunk_checkpoint(
     if differing:
         raise CheckpointError(
             "\n".join([f"{trunk.path} is not the first {step} steps of {config.name}:", *differing])
-            + "\nremedy: let both runs differ only in budget and schedule, and only after that step"
+            + "\nremedy: let both runs differ only in budget and schedule, and only after that"
+            " step; to start a new run with its weights, use init.run in place of branch.run"
         )
-    return find_checkpoint(trunk.checkpoints, step)
 
 
 def _differing_files(trunk: RunDirectory, data_fingerprint: str) -> list[str]:

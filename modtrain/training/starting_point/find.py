@@ -1,0 +1,122 @@
+"""Find the checkpoint of another run that a run starts from, and check that it can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from modtrain.checkpoint.layout import MANIFEST
+from modtrain.checkpoint.recovery import find_checkpoint
+from modtrain.common.atomic_io import file_sha256
+from modtrain.common.errors import CheckpointError
+from modtrain.training.config import TrainConfig
+from modtrain.training.named_runs import open_run
+from modtrain.training.plan import TrainingPlan
+from modtrain.training.run_directory import RunDirectory
+from modtrain.training.starting_point.branch import check_branch
+from modtrain.training.starting_point.compatibility import check_weights
+from modtrain.training.starting_point.tensor_map import TensorMap
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What a run's manifest keeps of the checkpoint that the run started from.
+
+    how: ``branch`` or ``init``. run: the directory. digest: SHA-256 of the checkpoint's manifest,
+    which has the checksums of all its files.
+    """
+
+    how: str
+    run: str
+    step: int
+    digest: str
+
+    def __str__(self) -> str:
+        """Return the run and the step."""
+        return f"{self.run}, step {self.step}"
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a run begins that has no checkpoint of its own.
+
+    step: steps that are behind it. path: the parent's checkpoint. tensors: the weights to take from
+    it at step 0; None: everything in it. notes: lines to print.
+    """
+
+    step: int = 0
+    path: Path | None = None
+    parent: Parent | None = None
+    tensors: TensorMap | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """The parent as plain data, for the run's manifest."""
+        return None if self.parent is None else asdict(self.parent)
+
+
+def find_starting_point(
+    config: TrainConfig, plan: TrainingPlan, data_fingerprint: str
+) -> StartingPoint:
+    """Return where the run ``config`` begins that has no checkpoint; of initial weights step 0.
+
+    A run that was started before begins with the checkpoint that its manifest names.
+
+    config, plan: resolved. data_fingerprint: of the data that it will read.
+
+    Raises:
+        CheckpointError: the other run or its checkpoint is not there, or does not fit: all that
+            differs; or it is not the checkpoint of the first start.
+    """
+    branch, init = config.branch, config.init
+    if branch.run is not None:
+        parent_run = open_run(config.runs_dir, branch.run, "branch.run")
+        check_branch(config, plan, data_fingerprint, parent_run)
+        step, path = find_checkpoint(parent_run.checkpoints, branch.step)
+        return StartingPoint(step, path, _parent("branch", config, parent_run, step, path))
+    if init.run is None:
+        return StartingPoint()
+    parent_run = open_run(init.runs_dir or config.runs_dir, init.run, "init.run")
+    recorded = recorded_parent(RunDirectory.of(config))
+    wanted = init.step if recorded is None else int(recorded["step"])
+    step, path = find_checkpoint(parent_run.checkpoints, wanted)
+    parent = _parent("init", config, parent_run, step, path)
+    tensors, notes = check_weights(config, parent_run, path, str(parent))
+    return StartingPoint(0, path, parent, tensors, notes)
+
+
+def recorded_parent(run: RunDirectory) -> Mapping[str, Any] | None:
+    """Return the parent that the run's manifest names; None where there is none.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    if not run.manifest.is_file():
+        return None
+    parent = run.read_manifest().get("parent")
+    if parent is None:
+        return None
+    kinds = {"how": str, "run": str, "step": int, "digest": str}
+    if not isinstance(parent, Mapping) or any(
+        not isinstance(parent.get(key), kind) for key, kind in kinds.items()
+    ):
+        raise CheckpointError(
+            f"{run.manifest} names no run, step and digest in parent\nremedy: remove the file, and"
+            " start the run again, which restores it from the newest checkpoint"
+        )
+    return parent
+
+
+def _parent(how: str, config: TrainConfig, run: RunDirectory, step: int, path: Path) -> Parent:
+    parent = Parent(how, str(run.path), step, file_sha256(path / MANIFEST))
+    own = RunDirectory.of(config)
+    recorded = recorded_parent(own)
+    if recorded is not None and recorded["digest"] != parent.digest:
+        raise CheckpointError(
+            f"{path} is another checkpoint than the one that {own.path} started from\n"
+            "remedy: restore that one, or give another name= for a new run"
+        )
+    return parent
