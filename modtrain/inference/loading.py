@@ -56,6 +56,11 @@ class LoadedRun:
         """The run's ``tokenizer.json``."""
         return Path(self.trained.data.path, TOKENIZER_NAME)
 
+    @property
+    def end_id(self) -> int:
+        """The token that ends a document in the run's data."""
+        return read_summary(self.trained.data.path).eos_id
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast context of the precision."""
         enabled = self.precision == "bf16"

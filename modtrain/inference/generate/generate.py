@@ -38,7 +38,7 @@ def generate(config: GenerateConfig) -> None:
     raise_if_any(config.problems())
     requests = list(_requests(config))
     loaded = load_run(config)
-    vocabulary = Vocabulary(loaded.tokenizer.read_bytes(), str(loaded.tokenizer))
+    vocabulary = Vocabulary(loaded.tokenizer.read_bytes(), str(loaded.tokenizer), loaded.end_id)
     settings = decoder_config(config, loaded, vocabulary.end_id)
     prompts = [vocabulary.encode(request["prompt"]) for request in requests]
     decoder = Decoder(loaded.model, settings, prompts)

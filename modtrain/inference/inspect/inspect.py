@@ -120,9 +120,8 @@ def _windows(config: InspectConfig, loaded: LoadedRun) -> tuple[str, Iterable[Ba
     if config.text is None and config.file is None:
         return "held-out text", loaded.held_out(config.sequences, config.batch_size)
     text = config.text if config.text is not None else read_text(str(config.file))
-    (numbers,) = DocumentEncoder(loaded.tokenizer.read_bytes(), str(loaded.tokenizer)).encode(
-        [text]
-    )
+    encoder = DocumentEncoder(loaded.tokenizer.read_bytes(), str(loaded.tokenizer))
+    numbers = encoder.encode_whole(text, "the text")
     if not numbers:
         raise DataError("the text has no token")
     source = "the text given" if config.file is None else Path(config.file).name
