@@ -17,6 +17,7 @@ from modtrain.checkpoint.layout import STEP_PREFIX, Manifest, verify
 from modtrain.checkpoint.reading import read_extra_state
 from modtrain.checkpoint.recovery import prune, whole_checkpoints, with_checkpoint
 from modtrain.common.atomic_io import digest
+from modtrain.common.console import plain_console
 from modtrain.common.errors import CheckpointError, raise_if_any
 from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import open_run
@@ -36,7 +37,7 @@ def run_checkpoints(config: CheckpointsConfig, console: Console | None = None) -
     raise_if_any(config.problems())
     run = open_run(config.runs_dir, str(config.run))
     trained = run.read_config()
-    console = console or Console(soft_wrap=True)
+    console = console or plain_console(soft_wrap=True)
     if config.action == "prune":
         _prune(config, run, console)
     elif config.action == "consolidate":

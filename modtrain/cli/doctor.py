@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import modtrain
+from modtrain.common.console import plain_console
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.data.prepare.worker_pool import usable_cpus
 
@@ -71,7 +71,7 @@ def show(require: Sequence[str] = ()) -> int:
     """
     remedy = f"choose from {', '.join(NEEDS)}"
     raise_if_any([Problem("require", n, "is not known", remedy) for n in require if n not in NEEDS])
-    console = Console()
+    console = plain_console()
     findings = examine(imported="packages" in require)
     table = Table(title="modtrain doctor", show_header=False)
     for finding in findings:
@@ -81,7 +81,7 @@ def show(require: Sequence[str] = ()) -> int:
     for finding in findings:
         if finding.missing:
             mark = "required, " if finding in required else ""
-            console.print(f"- {mark}{finding.name}: {finding.missing}", markup=False)
+            console.print(f"- {mark}{finding.name}: {finding.missing}")
     return 1 if required else 0
 
 

@@ -28,6 +28,7 @@ from modtrain.cluster.runs import (
     read_run,
 )
 from modtrain.cluster.slurm import SlurmError, SlurmJob
+from modtrain.common.console import plain_console
 from modtrain.common.errors import raise_if_any
 from modtrain.common.spelling import spelled
 from modtrain.training.named_runs import find_runs, has_runs_below
@@ -100,7 +101,7 @@ def _print_table(
 
 def wide_console() -> Console:
     """Return a console that does not wrap output to a file or another program."""
-    return Console() if sys.stdout.isatty() else Console(width=400)
+    return plain_console() if sys.stdout.isatty() else plain_console(width=400)
 
 
 def ask_slurm(runs: Sequence[RunRecord]) -> SlurmReply:

@@ -20,6 +20,7 @@ from modtrain.cluster.freeze import freeze
 from modtrain.cluster.runs import read_job_ids
 from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, check, render
 from modtrain.common.atomic_io import open_to_append, write_text
+from modtrain.common.console import plain_console
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.common.spelling import spelled
 from modtrain.training.config import TrainConfig
@@ -51,7 +52,7 @@ def submit(submission: Submission) -> None:
         ConfigError: everything wrong with the job or a run, before anything is written.
         ScriptError, SlurmError: Slurm would reject the script, or has rejected it.
     """
-    console = Console(soft_wrap=True, markup=False)
+    console = plain_console(soft_wrap=True)
     raise_if_any(_problems(submission))
     job = _prepare(submission)
     text = render(job)

@@ -22,7 +22,7 @@ from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.named_runs import open_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.trained_model import load_model, training_data
+from modtrain.training.trained_model import load_model, with_found_data
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,16 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
         run.checkpoints, config.step, lambda step, path: (step, load_model(trained, path))
     )
     device = torch.device(resolve_accelerator(config.accelerator))
+    trained = with_found_data(run, trained, config.data_path)
     data_path = config.data_path or trained.data.path
-    _check_tokenizer(run, trained, data_path)
+    _check_tokenizer(trained, data_path)
     precision = resolve_precision(config.precision, device.type)
     return LoadedRun(run, trained, step, model.to(device), device, data_path, precision)
 
 
-def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data_path: str) -> None:
+def _check_tokenizer(trained: TrainConfig, data_path: str) -> None:
     """Raise DataError if token ids would not mean the same text as in training."""
-    own, data = training_data(run, trained), read_summary(data_path)
+    own, data = read_summary(trained.data.path), read_summary(data_path)
     if own.tokenizer_sha256 != data.tokenizer_sha256:
         raise DataError(
             f"{data_path} was made with another tokenizer than {trained.data.path}: prepare it"

@@ -18,7 +18,7 @@ from modtrain.training.schedules import Capacities, lr_factor
 
 _FREE_KEYS = (
     *("name", "runs_dir", "budget", "schedule", "branch", "log", "checkpoint", "eval"),
-    *("data.num_workers", "data.prefetch_factor", "data.verify"),
+    *("data.path", "data.num_workers", "data.prefetch_factor", "data.verify"),
 )
 """Keys in which a branch may differ from its trunk. Of budget and schedule, what follows counts."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from modtrain.common.console import plain_console
 from modtrain.data.stream.index import INDEX_NAME
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.flops import (
@@ -36,7 +36,7 @@ def show(config: TrainConfig) -> None:
         ConfigError: everything that is wrong with it, at once.
     """
     config, plan = resolve(config, needs_data=False)
-    console = Console()
+    console = plain_console()
     console.print(_parts(config, plan))
     console.print(_run(config, plan))
     if len(plan.stages) > 1:
@@ -53,7 +53,7 @@ def _warn_of_mismatches(config: TrainConfig) -> None:
     if (Path(path) / INDEX_NAME).exists() and (problems := data_mismatches(config)):
         head = f"warning: the prepared data in {path} does not fit this plan; train would refuse it"
         text = "\n".join([f"{head}:", *(f"  - {problem}" for problem in problems)])
-        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        plain_console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
 def _parts(config: TrainConfig, plan: TrainingPlan) -> Table:

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from rich.console import Console
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.recovery import recover, whole_checkpoints
 from modtrain.common.atomic_io import digest
+from modtrain.common.console import plain_console
 from modtrain.common.errors import RankError, TrainingError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
@@ -112,7 +112,7 @@ class _Run:
     def __post_init__(self) -> None:
         config, plan = self.config, self.plan
         self.directory = RunDirectory.of(config)
-        self.console = Console(soft_wrap=True, quiet=not self.ranks.is_rank0)
+        self.console = plain_console(soft_wrap=True, quiet=not self.ranks.is_rank0)
         self.data = TokenDataModule(
             config.data,
             micro_batch_size=config.batch.micro_batch_size,

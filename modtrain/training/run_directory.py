@@ -91,6 +91,7 @@ class RunDirectory:
             "device": device,
             "cpus": os.cpu_count(),
             "data_fingerprint": data_fingerprint,
+            "data_path": str(Path(config.data.path).absolute()),
             "command": sys.argv,
             "checkpoint": asdict(config.checkpoint),
         }
@@ -165,6 +166,16 @@ class RunDirectory:
         starts = self.read_manifest()["starts"] if self.manifest.is_file() else []
         stored = {"checkpoint": starts[-1].get("checkpoint", {})} if starts else {}
         return replace(config, **translate(stored).get("checkpoint", {}))
+
+    def data_paths(self) -> list[str]:
+        """Return where the run's data were at its starts, the newest first, with absolute paths.
+
+        Raises:
+            CheckpointError: the record of the starts is damaged.
+        """
+        starts = self.read_manifest()["starts"] if self.manifest.is_file() else []
+        paths = [start.get("data_path") for start in reversed(starts)]
+        return [*dict.fromkeys(path for path in paths if isinstance(path, str))]
 
     def check_same(self, config: TrainConfig) -> None:
         """Raise OtherRunError with each key that may not change and differs from the run's own."""

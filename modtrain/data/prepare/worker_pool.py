@@ -13,9 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from modtrain.common.console import plain_console
 from modtrain.common.errors import DataError
 
 Job = TypeVar("Job")
@@ -57,11 +57,16 @@ def _progress_over(label: str, total: int, shown: bool) -> Iterator[Callable[[in
 
     Shows a bar on a terminal, log lines elsewhere.
     """
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     if not shown:
         yield lambda _: None
     elif console.is_terminal:
-        columns = TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn(label, markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(label, total=total)
             yield lambda num_bytes: bar.advance(task, num_bytes)

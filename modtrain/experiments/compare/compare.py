@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from modtrain.common.atomic_io import write_text
+from modtrain.common.console import plain_console
 from modtrain.common.errors import ConfigError, DataError, Problem, TrainingError
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.distributed.launch import Launch
@@ -42,7 +43,7 @@ def compare(comparison: Comparison) -> int:
         remedy = "run it without torchrun or srun, or start a single arm with modtrain train"
         raise ConfigError([Problem("compare", "", reason, remedy)])
     if not comparison.arms:
-        _show_report(comparison, Console())
+        _show_report(comparison, plain_console())
         return 0
     resolved = {
         name: [resolve(config) for config in configs] for name, configs in comparison.arms.items()
@@ -57,7 +58,7 @@ def compare(comparison: Comparison) -> int:
                 outcome = train(config, plan=plan)
                 if outcome.exit_code:
                     return outcome.exit_code
-    _report_and_show(replace(comparison, arms=arms), Console())
+    _report_and_show(replace(comparison, arms=arms), plain_console())
     return 0
 
 
@@ -91,7 +92,7 @@ def _show_report(comparison: Comparison, console: Console) -> None:
             f"{comparison.report} is damaged: {error}\nremedy: give the command that made it again"
         ) from None
     picture = (comparison.directory / "loss_over_flops.png").resolve()
-    console.print(f"\npicture: {picture}", soft_wrap=True, markup=False)
+    console.print(f"\npicture: {picture}", soft_wrap=True)
 
 
 def _complete_runs(arms: dict[str, list[TrainConfig]]) -> dict[str, list[TrainConfig]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from modtrain.common.console import plain_console
 from modtrain.common.errors import DataError, raise_if_any
 from modtrain.experiments.fit.config import LEAST_SIZES, FitConfig
 from modtrain.experiments.fit.family import FamilyFitter
@@ -24,10 +25,10 @@ def fit(config: FitConfig, console: Console | None = None) -> None:
     """
     raise_if_any(config.problems())
     result = fit_points(read_points(Path(str(config.points)), config), config)
-    console = console or Console()
+    console = console or plain_console()
     show(result, console)
     for path in write(result, Path(str(config.output))):
-        console.print(f"wrote {path}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
 # Under a resample's law that is hardly determined, powers may overflow.

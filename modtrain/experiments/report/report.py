@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from modtrain.common.atomic_io import write_text
+from modtrain.common.console import plain_console
 from modtrain.common.errors import raise_if_any
 from modtrain.experiments.report.collect import Collection, collect
 from modtrain.experiments.report.config import ReportConfig
@@ -39,7 +40,7 @@ def report(config: ReportConfig, console: Console | None = None) -> None:
     names = [path.name for path in paths]
     page = render(collection, tables, directories, names, config.equivalence_margin)
     write_text(output / PAGE, page)
-    _show(collection, output / PAGE, console or Console())
+    _show(collection, output / PAGE, console or plain_console())
 
 
 def _show(collection: Collection, page: Path, console: Console) -> None:
@@ -47,6 +48,6 @@ def _show(collection: Collection, page: Path, console: Console) -> None:
     lines += [f"left out: {run.name}: {run.reason}" for run in collection.left_out]
     for line in lines:
         shown = "".join(letter if letter.isprintable() else "?" for letter in line)
-        console.print(shown, soft_wrap=True, markup=False, highlight=False)
+        console.print(shown, soft_wrap=True, highlight=False)
     count = f"{len(collection.runs)} runs, {len(collection.left_out)} left out"
-    console.print(f"{count}\nwrote {page}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"{count}\nwrote {page}", soft_wrap=True, highlight=False)

@@ -25,8 +25,8 @@ from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
+from modtrain.common.console import plain_console
 from modtrain.common.errors import Problem
 from modtrain.common.overrides import search_path
 from modtrain.common.shipped import conf_dir
@@ -51,7 +51,7 @@ _QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none")
 
 def print_line(text: str) -> None:
     """Print a line without markup or wrapping."""
-    Console(soft_wrap=True, markup=False, highlight=False).print(text)
+    plain_console(soft_wrap=True, highlight=False).print(text)
 
 
 class Multirun:

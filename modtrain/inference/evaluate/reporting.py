@@ -13,6 +13,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from modtrain.common.atomic_io import atomic_writer
+from modtrain.common.console import plain_console
 
 _TOP_K = "top-k, not causal"
 
@@ -23,7 +24,7 @@ Point = tuple[str, float, int]
 
 def show(figures: dict[str, Any]) -> None:
     """Print the results of `evaluate_run`; what is not causal is labelled."""
-    console = Console()
+    console = plain_console()
     kind = f"sweep of {figures['decision']}, causal" if "points" in figures else "held-out text"
     tokens = f"step {figures['step']:,}, {figures['tokens']:,} tokens"
     heading = f"{kind}, {tokens}{_format_budget(figures)}"

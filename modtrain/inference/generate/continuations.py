@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-
 from modtrain.common.atomic_io import atomic_writer
+from modtrain.common.console import plain_console
 from modtrain.inference.generate.decoder import End, Finish, Token
 from modtrain.inference.generate.text_stream import Piece, TextStream, color_by_depth, mark_depth
 
@@ -75,7 +74,7 @@ class PlainWriter:
 
     def __init__(self, out: TextIO, continuations: Sequence[Continuation], max_depth: int) -> None:
         self._out, self._continuations, self._max_depth = out, continuations, max_depth
-        self._console = Console(file=out, highlight=False, markup=False, soft_wrap=True)
+        self._console = plain_console(file=out, highlight=False, soft_wrap=True)
         self._index = self._num_headings = 0
 
     def write(self) -> None:

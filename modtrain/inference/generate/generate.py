@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-
+from modtrain.common.console import plain_console
 from modtrain.common.errors import DataError, Problem, raise_if_any
 from modtrain.inference.calibration import budget_of_run, resolve_decisions
 from modtrain.inference.config import GenerateConfig
@@ -162,7 +161,7 @@ def _request(line: str, where: str) -> dict[str, Any]:
 
 def _print_statistics(statistics: Statistics, labels: list[str], seconds: float) -> None:
     """Print counts and speed on standard error, since standard output is for the text."""
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True, highlight=False)
     generated = statistics.generated_tokens
     lines = [
         f"{generated:,} tokens after {statistics.prompt_tokens:,} of prompts in {seconds:.1f} s"
@@ -181,4 +180,4 @@ def _print_statistics(statistics: Statistics, labels: list[str], seconds: float)
             f" {generated / max(1, statistics.steps):.2f} tokens per pass of the full model"
         )
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)

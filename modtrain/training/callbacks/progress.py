@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 import lightning as L
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from modtrain.common.console import plain_console
 from modtrain.training.callbacks.metrics import MetricsCallback
 from modtrain.training.callbacks.step import StepCallback, language_module
 from modtrain.training.module import LanguageModule
@@ -21,7 +21,7 @@ class ProgressCallback(StepCallback):
 
     def __init__(self, metrics: MetricsCallback, label: str) -> None:
         self.metrics, self.label = metrics, label
-        self.console = Console()
+        self.console = plain_console()
         self._bar: Progress | None = None
         self._task: Any = None
         self._started = self._last_line = 0.0
@@ -34,7 +34,7 @@ class ProgressCallback(StepCallback):
         self._start_step = trainer.global_step
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[figures]}"),
                 TimeElapsedColumn(),

@@ -1,0 +1,15 @@
+"""Consoles that print names and paths as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+
+def plain_console(**settings: Any) -> Console:
+    """Return a console that takes no part of a text for markup or for an emoji's name.
+
+    A run may be called ``[v1] first`` or ``:fire:``. settings: of `rich.console.Console`.
+    """
+    return Console(**{"markup": False, "emoji": False, **settings})
