@@ -1,7 +1,6 @@
 """Runs and data that are moved or renamed, and runs whose names look like markup."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def test_the_fingerprint_says_which_data_are_a_runs_and_paths_may_change(at, cap
     assert cli.main(["train", "name=b", "data.path=there", *at]) == 0
     elsewhere = Path("elsewhere")
     elsewhere.mkdir()
-    runs_dir = f"runs_dir={os.path.abspath('runs')}"
+    runs_dir = f"runs_dir={Path('runs').resolve()}"
     monkeypatch.chdir(elsewhere)
     capsys.readouterr()
     assert cli.main(["eval", *of_run, "sequences=4", runs_dir]) == 0

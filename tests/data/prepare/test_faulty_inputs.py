@@ -232,7 +232,9 @@ def test_a_folder_of_parquet_is_answered_with_its_own_pattern(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["[v1] set/*.jsonl", "[v1] set"])
-def test_brackets_in_a_folders_name_are_answered_with_how_to_write_them(tmp_path, monkeypatch, source):
+def test_brackets_in_a_folders_name_are_answered_with_how_to_write_them(
+    tmp_path, monkeypatch, source
+):
     monkeypatch.chdir(tmp_path)
     Path("[v1] set").mkdir()
     write_jsonl(Path("[v1] set/a.jsonl"), make_documents(20))
