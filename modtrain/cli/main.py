@@ -71,7 +71,12 @@ def _report(error: BaseException, arguments: Arguments) -> int:
 
 
 def _run(arguments: Arguments) -> int:
-    name, words, config_dir = arguments.verb, arguments.words, arguments.config_dir
+    from modtrain.cli.home_paths import expand_words
+
+    name, config_dir = arguments.verb, arguments.config_dir
+    words = expand_words(arguments.words)
+    if config_dir is not None:
+        config_dir = str(Path(config_dir).expanduser())
     if name in _TRAINING:
         # Before the imports that take seconds: a signal during them must not be lost.
         from modtrain.training.stop_signal import STOP

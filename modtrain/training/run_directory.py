@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import platform
 import shlex
@@ -33,6 +34,7 @@ VERSION_FILE = "VERSION.json"
 
 # Testing a lock holds it for a moment, and loader workers may outlive their process.
 _LOCK_TIMEOUT = 3.0
+_log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "webdataset", "numpy", "tokenizers")
 
 
@@ -307,12 +309,15 @@ def code_version() -> dict[str, str] | None:
         return {"commit": commit, "diff": ""} if commit else None
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
+        # The checkout may be another user's, as in a container; its code is what runs here.
+        command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
         # The user's files may be in any encoding.
-        done = subprocess.run(command, capture_output=True, check=False, timeout=30)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, check=True, timeout=30)  # noqa: S603
         return done.stdout.decode(errors="replace")
 
     try:
         return {"commit": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD")[:1_000_000]}
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError) as error:
+        words = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+        _log.warning("the code's version is not recorded: %s", words or error)
         return None
