@@ -113,6 +113,7 @@ class EvalRunConfig(TrainedRunConfig):
         FLOPs instead of an evaluation.
     swap: measure what the routers are worth as well: the loss under other choices of tokens at
         equal capacity, and with the routed updates zeroed.
+    output: directory for the results; null is the run's.
     """
 
     sequences: int | None = None
@@ -120,6 +121,7 @@ class EvalRunConfig(TrainedRunConfig):
     inference: ComputeBudgetConfig = field(default_factory=ComputeBudgetConfig)
     sweep: list[float] | None = None
     swap: bool = False
+    output: str | None = None
 
     def problems(self) -> list[Problem]:
         """Everything wrong with the settings."""

@@ -21,7 +21,7 @@ from modtrain.inference.config import ComputeBudgetConfig, InspectConfig
 from modtrain.inference.inspect.page import Subject, render
 from modtrain.inference.inspect.trace import Trace, trace
 from modtrain.inference.loading import LoadedRun, load_run
-from modtrain.inference.text_io import read_text
+from modtrain.inference.text_io import is_writable, read_text
 from modtrain.inference.token_text import TokenTexts
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterSwap, Selection
@@ -36,6 +36,12 @@ def inspect_run(config: InspectConfig) -> Path:
     """
     raise_if_any(config.problems())
     loaded = load_run(config)
+    if config.output is None and not is_writable(loaded.directory.path):
+        reason, remedy = (
+            f"is in {loaded.directory.path}, which is read-only",
+            "give output=page.html",
+        )
+        raise ConfigError([Problem("output", "null", reason, remedy)])
     selection = choose_decision(loaded.trained.model, config.inference)
     budget = budget_of_run(loaded, selection, config.inference, config.batch_size)
     source, windows = _windows(config, loaded)
