@@ -83,7 +83,7 @@ def _read(value: str, runs_dir: Path) -> dict[str, Any]:
     try:
         content = translate(read_yaml(path))
         schema: Any = OmegaConf.structured(TrainConfig)
-        typed = OmegaConf.merge(schema, content)
+        typed: Any = OmegaConf.merge(schema, content)
         OmegaConf.to_object(typed)
         raise_if_any([p for p in misread_in_file(path, typed) if p.key not in _NOT_TAKEN])
     except (UnreadableError, OmegaConfBaseException) as error:

@@ -31,7 +31,7 @@ def test_a_checkout_of_another_user_has_its_version(checkout, monkeypatch):
     assert "+changed = 1" in version["diff"]
 
 
-def test_a_checkout_that_git_cannot_read_has_no_version_and_says_so(checkout, caplog):
+def test_a_checkout_that_git_cannot_read_has_no_version_and_is_named(checkout, caplog):
     (checkout / ".git/HEAD").write_text("")
     assert run_directory.code_version() is None
     assert "the code's version is not recorded: fatal" in caplog.text

@@ -22,7 +22,9 @@ def at(tiny, tmp_path, monkeypatch):
     return [*others, "budget.steps=2", "eval.every=null", "log=jsonl", "checkpoint.every=1"]
 
 
-def test_the_fingerprint_says_which_data_are_a_runs_and_paths_may_change(at, capsys, monkeypatch):
+def test_the_fingerprint_decides_which_data_are_a_runs_and_paths_may_change(
+    at, capsys, monkeypatch
+):
     assert cli.main(["train", "name=a", "data.path=here", *at]) == 0
     Path("here").rename("there")
     Path("runs/a").rename("runs/b")
