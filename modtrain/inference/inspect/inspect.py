@@ -37,11 +37,8 @@ def inspect_run(config: InspectConfig) -> Path:
     raise_if_any(config.problems())
     loaded = load_run(config)
     if config.output is None and not is_writable(loaded.directory.path):
-        reason, remedy = (
-            f"is in {loaded.directory.path}, which is read-only",
-            "give output=page.html",
-        )
-        raise ConfigError([Problem("output", "null", reason, remedy)])
+        reason = f"is in {loaded.directory.path}, which is read-only"
+        raise ConfigError([Problem("output", "null", reason, "give output=page.html")])
     selection = choose_decision(loaded.trained.model, config.inference)
     budget = budget_of_run(loaded, selection, config.inference, config.batch_size)
     source, windows = _windows(config, loaded)
