@@ -25,6 +25,7 @@ def composed(verb, *words, **options):
     return compose(verb, expand_words(words), **options)
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize("form", ["{}", '"{}"', "'{}'"])
 def test_a_tilde_is_the_home_directory_in_every_path(home, form):
     (home / "corpus.jsonl").write_text("{}")
@@ -67,6 +68,7 @@ def test_texts_of_a_list_are_as_written_or_refused_with_their_quotes():
     assert compose("generate", [*words, "stop=[5, a]"]).stop == ["5", "a"]
 
 
+@pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("text", "value"), [("2026_11_28", "20261128"), ("12e3456", "inf"), ("1_0", "10")]
 )
