@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.cli.compose import SCHEMAS, compose
-from modtrain.common.errors import ConfigError, Problem
+from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.overrides import parse, plain
 from modtrain.common.reading import UnreadableError, read_yaml
 from modtrain.common.renamed_keys import flatten, translate
 from modtrain.common.shipped import conf_dir
+from modtrain.common.yaml_texts import misread_in_file
 from modtrain.experiments.sweep.jobs import as_value
 from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import missing_run
@@ -86,8 +87,9 @@ def _read(value: str, runs_dir: Path) -> dict[str, Any]:
     try:
         content = translate(read_yaml(path))
         schema: Any = OmegaConf.structured(TrainConfig)
-        typed = OmegaConf.merge(schema, content)
+        typed: Any = OmegaConf.merge(schema, content)
         OmegaConf.to_object(typed)
+        raise_if_any([p for p in misread_in_file(path, typed) if p.key not in _NOT_TAKEN])
     except (UnreadableError, OmegaConfBaseException) as error:
         remedy = "correct the file; modtrain config train prints one that is right"
         raise ConfigError([Problem(_KEY, value, f"{path}: {plain(error)}", remedy)]) from None

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.checkpoint.config import CheckpointsConfig
+from modtrain.cli.home_paths import expand_config
 from modtrain.cli.stray_words import advised_keys, is_word, word_problems
 from modtrain.cluster.config import (
     CancelConfig,
@@ -45,6 +46,7 @@ from modtrain.common.overrides import (
 from modtrain.common.renamed_keys import new_name, renamed_in_files
 from modtrain.common.shipped import conf_dir
 from modtrain.common.spelling import quoted
+from modtrain.common.yaml_texts import misread_in_folder
 from modtrain.data.config import PrepareConfig
 from modtrain.experiments.compare.config import CompareConfig
 from modtrain.experiments.fit.config import FitConfig
@@ -121,9 +123,11 @@ def compose(
     joined = {problem.key for problem in of_words if problem.value}
     problems = [p for p in problems + override_problems if p.key.lstrip("+") not in joined]
     problems += of_words
-    texts = [o for o in sound if isinstance(OmegaConf.select(config, o.key_or_group), str)]
+    texts = [o for o in sound if _holds_text(OmegaConf.select(config, o.key_or_group))]
     problems += [mistake for text in texts if (mistake := misread(text))]
-    typed = OmegaConf.to_object(config)
+    if composer.user_dir is not None:
+        problems += misread_in_folder(composer.user_dir, config)
+    typed = expand_config(OmegaConf.to_object(config))
     problems += _unused_beside_path(sound, typed)
     if problems:
         # Report all problems in one message.
@@ -131,6 +135,13 @@ def compose(
         problems += _config_problems(verb, typed, reported)
     raise_if_any(problems)
     return _with_run_names(typed)
+
+
+def _holds_text(value: Any) -> bool:
+    """Whether ``value`` is a text, or a list of texts."""
+    return isinstance(value, str) or (
+        OmegaConf.is_list(value) and value._metadata.element_type is str
+    )
 
 
 def _unused_beside_path(overrides: list[Override], config: Any) -> list[Problem]:

@@ -81,7 +81,7 @@ def show(require: Sequence[str] = ()) -> int:
     for finding in findings:
         if finding.missing:
             mark = "required, " if finding in required else ""
-            console.print(f"- {mark}{finding.name}: {finding.missing}", markup=False)
+            console.print(f"- {mark}{finding.name}: {finding.missing}")
     return 1 if required else 0
 
 

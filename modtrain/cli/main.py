@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from modtrain.cli.arguments import Arguments, make_parser, read_arguments
+from modtrain.cli.process_ends import (
+    interrupted_text,
+    launched_rank,
+    print_all_characters,
+    stop_printing,
+)
 from modtrain.common.errors import ConfigError, ModtrainError, Problem, RankError, raise_if_any
 
 Verb = Callable[[list[str], str | None], int]
@@ -21,37 +26,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 2 for a wrong configuration or command."""
     verbs = {name: description for name, (_, description) in _VERBS.items()}
     arguments = Arguments()
+    print_all_characters()
     try:
         arguments = read_arguments(sys.argv[1:] if argv is None else argv, verbs)
         if arguments.wants_help:
             return _help(arguments.verb, verbs)
-        return _run(arguments)
-    except ModtrainError as error:
+        if arguments.verb not in _TRAINING and launched_rank(has_ranks=False) > 0:
+            # Rank 0 does it, once.
+            return 0
+        exit_code = _run(arguments)
+        sys.stdout.flush()
+        return exit_code
+    except (ModtrainError, OSError, KeyboardInterrupt) as error:
+        return _report(error, arguments)
+
+
+def _report(error: BaseException, arguments: Arguments) -> int:
+    """Print what ended the command, and return its exit code."""
+    has_ranks, is_resumable = arguments.verb in _TRAINING, arguments.verb in _RESUMABLE
+    program = f"modtrain {arguments.verb}".rstrip()
+    if isinstance(error, ModtrainError):
         # Errors that all ranks raise are printed by rank 0 only, if it lives.
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         is_everywhere = isinstance(error, ConfigError | RankError)
-        if rank == "0" or not is_everywhere or getattr(error, "is_reported_here", False):
-            print(f"{_program(arguments)}: {error}", file=sys.stderr)
+        is_here = not is_everywhere or getattr(error, "is_reported_here", False)
+        if is_here or launched_rank(has_ranks) == 0:
+            print(f"{program}: {error}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:
+    if isinstance(error, BrokenPipeError):
+        stop_printing()
+        if has_ranks:
+            text = "the reader of the output has closed the pipe; the same command resumes"
+            print(f"{program}: {text}", file=sys.stderr)
+        return int(has_ranks)
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         remedy = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            remedy = "\nremedy: free space, or write elsewhere; the same command continues"
-        text = f"{where}{error.strerror or error}{remedy}"
-        print(f"{_program(arguments)}: {text}", file=sys.stderr)
+            more = "; the same command continues" if is_resumable else ""
+            remedy = f"\nremedy: free space, or write elsewhere{more}"
+        print(f"{program}: {where}{error.strerror or error}{remedy}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command resumes", file=sys.stderr)
-        return 130
-
-
-def _program(arguments: Arguments) -> str:
-    return f"modtrain {arguments.verb}".rstrip()
+    print(f"\n{interrupted_text(is_resumable)}", file=sys.stderr)
+    return 130
 
 
 def _run(arguments: Arguments) -> int:
-    name, words, config_dir = arguments.verb, arguments.words, arguments.config_dir
+    from modtrain.cli.home_paths import expand_words
+
+    name, config_dir = arguments.verb, arguments.config_dir
+    words = expand_words(arguments.words)
+    if config_dir is not None:
+        config_dir = str(Path(config_dir).expanduser())
     if name in _TRAINING:
         # Before the imports that take seconds: a signal during them must not be lost.
         from modtrain.training.stop_signal import STOP
@@ -205,6 +230,8 @@ def _doctor(overrides: list[str], config_dir: str | None) -> int:
 
 # Verbs that train, and save on a signal.
 _TRAINING = ("train", "compare", "isoflop", "search", "search-patterns")
+# Those, and others that keep what is finished.
+_RESUMABLE = (*_TRAINING, "prepare")
 # What a verb calls, ``module:function`` with the verb's configuration, and a line of help.
 _VERBS: dict[str, tuple[str | Verb, str]] = {
     "prepare": ("modtrain.data.prepare.pipeline:prepare", "text to tokenizer and shards"),

@@ -46,15 +46,10 @@ def show_logs(config: LogsConfig) -> None:
     """
     raise_if_any(config.problems())
     run = read_run(existing_run(config.runs_dir, str(config.run)), str(config.run))
-    try:
-        if config.follow:
-            _follow(run, config)
-        else:
-            _source(run, config).show_new(last=config.lines)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has closed the pipe; without this Python prints an error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if config.follow:
+        _follow(run, config)
+    else:
+        _source(run, config).show_new(last=config.lines)
 
 
 class Tail:

@@ -28,15 +28,20 @@ class NoLocksError(CheckpointError):
 def atomic_writer(path: Path, temporary_dir: Path) -> Iterator[BinaryIO]:
     """Open a file in ``temporary_dir`` that is renamed to ``path`` when the block succeeds.
 
-    Both must be on one file system. After an error only the file in ``temporary_dir`` is left.
+    Both must be on one file system. After an error or an interrupt nothing is left; after a kill,
+    the file in ``temporary_dir``.
     """
     # The process id distinguishes two workers that write the same file after a restart.
     temporary = temporary_dir / f".{path.name}.{os.getpid()}"
-    with temporary.open("wb") as file, name_file(path):
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file, name_file(path):
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

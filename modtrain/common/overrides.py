@@ -6,6 +6,7 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,11 +74,23 @@ def search_path(config_dir: str | None) -> list[str]:
 
 
 def misread(override: Override) -> Problem | None:
-    """Return the problem of a text that Hydra parses as a number or boolean and changes."""
+    """Return the problem of a text that Hydra parses as a number or boolean and changes.
+
+    The override's key takes a text, or a list of texts.
+    """
     value, text = override.value(), str(override.input_line).partition("=")[2].strip()
-    if not isinstance(value, int | float) or str(value) == text:
+    key = override.get_key_element()
+    if isinstance(value, list):
+        items = [item.strip() for item in text.strip("[] ").split(",")]
+        changed = [v for v in value if isinstance(v, int | float) and str(v) not in items]
+        if not changed:
+            return None
+        value = ", ".join(map(str, changed))
+        remedy = f"write {shlex.quote(f'{key}=[' + ', '.join(map(quoted, items)) + ']')}"
+    elif isinstance(value, int | float) and str(value) != text:
+        remedy = f"write {in_quotes(key, text)}"
+    else:
         return None
-    remedy = f"write {in_quotes(override.get_key_element(), text)}"
     return Problem(override.key_or_group, text, f"would be read as {value}", remedy)
 
 

@@ -17,9 +17,15 @@ WIDE = 400
 """Characters of a line that no terminal shows: in a file, or for another program."""
 
 
+class _PlainConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command: rich would end the process, with an exit code of 1."""
+        raise BrokenPipeError
+
+
 def plain_console(**options: Any) -> Console:
     """Return a console that prints text as it is: a name may be ``[v1] x`` or ``:fire:``."""
-    return Console(**{"markup": False, "emoji": False, "highlight": False, **options})
+    return _PlainConsole(**{"markup": False, "emoji": False, "highlight": False, **options})
 
 
 def print_line(text: str) -> None:

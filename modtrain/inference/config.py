@@ -21,7 +21,8 @@ class TrainedRunConfig:
     run: the run's name below ``runs_dir``.
     runs_dir: directory of the runs.
     step: step of the checkpoint; null: the newest.
-    data_path: a prepared directory in place of the run's own, made with the same tokenizer.
+    data_path: a prepared directory in place of the run's own, made with the same tokenizer; or the
+        run's own, where it was moved to.
     accelerator: ``auto`` takes CUDA, then MPS, then the CPU.
     precision: ``auto`` takes bf16 mixed precision where CUDA has it, and fp32 elsewhere.
     """
@@ -112,6 +113,7 @@ class EvalRunConfig(TrainedRunConfig):
         FLOPs instead of an evaluation.
     swap: measure what the routers are worth as well: the loss under other choices of tokens at
         equal capacity, and with the routed updates zeroed.
+    output: directory for the results; null is the run's.
     """
 
     sequences: int | None = None
@@ -119,6 +121,7 @@ class EvalRunConfig(TrainedRunConfig):
     inference: ComputeBudgetConfig = field(default_factory=ComputeBudgetConfig)
     sweep: list[float] | None = None
     swap: bool = False
+    output: str | None = None
 
     def problems(self) -> list[Problem]:
         """Everything wrong with the settings."""
@@ -326,6 +329,7 @@ class StepSamplesConfig:
     run: the run's name below ``runs_dir``.
     runs_dir: where runs live.
     step: the optimizer step, as in the run's metrics: the first one is 1.
+    data_path: where the run's prepared data were moved to; null: they are where they were.
     format: ``table``: each sample's place in the stream, number, shard, byte, and how its text
         begins; ``jsonl``: a line of JSON for each, with all of its tokens.
     """
@@ -333,6 +337,7 @@ class StepSamplesConfig:
     run: str | None = None
     runs_dir: str = "runs"
     step: int | None = None
+    data_path: str | None = None
     format: str = "table"
 
     def problems(self, prefix: str = "") -> list[Problem]:

@@ -23,7 +23,7 @@ from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.named_runs import open_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.trained_model import load_model, training_data
+from modtrain.training.trained_model import load_model, with_found_data
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class LoadedRun:
     def tokenizer(self) -> Path:
         """The run's ``tokenizer.json``."""
         return self.trained.data.tokenizer_path
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a document in the run's data."""
+        return self.trained.data.summary().eos_id
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast context of the precision."""
@@ -94,17 +99,18 @@ def load_run(config: TrainedRunConfig) -> LoadedRun:
         run.checkpoints, config.step, lambda step, path: (step, load_model(trained, path))
     )
     device = torch.device(resolve_accelerator(config.accelerator))
+    trained = with_found_data(run, trained, config.data_path)
     data = trained.data
     if config.data_path:
         data = replace(data, path=config.data_path, sources={}, stages=[])
-    _check_tokenizer(run, trained, data)
+    _check_tokenizer(trained, data)
     precision = resolve_precision(config.precision, device.type)
     return LoadedRun(run, trained, step, model.to(device), device, data, precision)
 
 
-def _check_tokenizer(run: RunDirectory, trained: TrainConfig, data: DataConfig) -> None:
+def _check_tokenizer(trained: TrainConfig, data: DataConfig) -> None:
     """Raise DataError if token ids would not mean the same text as in training."""
-    own, other = training_data(run, trained), data.summary()
+    own, other = trained.data.summary(), data.summary()
     if own.tokenizer_sha256 != other.tokenizer_sha256:
         raise DataError(
             f"{data.location} was made with another tokenizer than {trained.data.location}: prepare"

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
+from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.terminal import plain_console
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import ONE_PROCESS
@@ -24,6 +24,7 @@ from modtrain.training.named_runs import open_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.spikes.journal import SpikeJournal
+from modtrain.training.trained_model import with_found_data
 
 _SHOWN_TOKENS = 24
 
@@ -53,8 +54,8 @@ def show_samples(config: StepSamplesConfig, console: Console | None = None) -> N
     """
     raise_if_any(config.problems())
     run = open_run(config.runs_dir, str(config.run))
-    trained = run.read_config()
-    samples = samples_of(run, config.step or 1)
+    trained = with_found_data(run, run.read_config(), config.data_path)
+    samples = samples_of(run, config.step or 1, config.data_path)
     if config.format == "jsonl":
         for sample in samples:
             values = {**vars(sample), "shard": str(sample.shard)}
@@ -77,15 +78,17 @@ def show_samples(config: StepSamplesConfig, console: Console | None = None) -> N
     (console or plain_console(soft_wrap=True)).print(table)
 
 
-def samples_of(run: RunDirectory, step: int) -> Iterator[Sample]:
+def samples_of(run: RunDirectory, step: int, data_path: str | None = None) -> Iterator[Sample]:
     """Return the samples of an optimizer step, which counts from 1, in the order of the stream.
+
+    data_path: where the data were moved to; None: they are where they were.
 
     Raises:
         ConfigError: the run has fewer steps.
         CheckpointError: the run cannot be read.
         DataError: the data are missing, damaged, or not those that the run was trained on.
     """
-    trained = run.read_config()
+    trained = with_found_data(run, run.read_config(), data_path)
     plan = derive(trained)
     if step > plan.steps:
         reason = f"is behind the run's last step, {plan.steps}"
@@ -97,12 +100,6 @@ def samples_of(run: RunDirectory, step: int) -> Iterator[Sample]:
         num_steps=plan.steps,
         eval_batch_size=1,
     )
-    recorded = run.read_manifest()["data_fingerprint"]
-    if data.summary.fingerprint != recorded:
-        raise DataError(
-            f"{trained.data.location} has other data now than {run.path} was trained on: prepare"
-            " the same data again"
-        )
     data.skipped_samples = SpikeJournal(run, ONE_PROCESS).skipped_samples
     for position, number in data.stream_of(step - 1):
         shard, byte = data.train_data.locate(number)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from pathlib import Path
 
-from modtrain.common.errors import DataError, Problem
+from modtrain.common.errors import DataError, Problem, raise_if_any
 
 STANDARD_INPUT = "-"
+
+_log = logging.getLogger(__name__)
 
 
 def read_text(path: str) -> str:
@@ -50,6 +54,34 @@ def file_problems(key: str, path: str | None) -> list[Problem]:
     return [Problem(key, path, "is no file", "give a file that exists, or - for standard input")]
 
 
+def results_folder(run: Path, output: str | None) -> Path | None:
+    """Return where the results of the run in ``run`` are written; None, and a warning: nowhere.
+
+    output: a directory, which is made; None: that of the run, if it can be written.
+
+    Raises:
+        ConfigError: ``output`` cannot be written.
+    """
+    if output is None:
+        if is_writable(run):
+            return run
+        _log.warning("%s is read-only: results are printed alone; output=DIR keeps them", run)
+        return None
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if is_writable(folder) else "cannot be written"
+    except OSError as error:
+        reason = f"cannot be made: {error.strerror}"
+    raise_if_any([Problem("output", output, reason, "give another directory")] if reason else [])
+    return folder
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in ``folder``; not on a read-only mount, whoever asks."""
+    return os.access(folder, os.W_OK)
+
+
 def output_problems(value: str | None) -> list[Problem]:
     """Check that the file under ``output`` can be written; None passes."""
     if value is None:
@@ -58,6 +90,8 @@ def output_problems(value: str | None) -> list[Problem]:
     if path.is_dir():
         return [Problem("output", value, "is a directory", "give the name of a file in it")]
     if path.parent.is_dir():
-        return []
+        reason = f"is in {path.parent}, which cannot be written"
+        is_refused = not is_writable(path.parent)
+        return [Problem("output", value, reason, "give another place")] if is_refused else []
     reason = "is in a directory that does not exist"
     return [Problem("output", value, reason, f"make {path.parent}")]

@@ -38,19 +38,26 @@ class Piece:
 class Vocabulary:
     """A tokenizer for encoding prompts and decoding text; ``end_id`` ends a document."""
 
-    def __init__(self, content: bytes, name: str) -> None:
+    def __init__(self, content: bytes, name: str, end_id: int | None = None) -> None:
         """Parse the ``content`` of a tokenizer.json; ``name`` is for errors.
+
+        end_id: the token that ended the documents of training; None finds the tokenizer's.
 
         Raises:
             DataError: it is not one, or has no end-of-document token.
         """
+        found_end_id = check_tokenizer(content, name)[1]
         self.tokenizer = Tokenizer.from_str(content.decode())
-        self.end_id = check_tokenizer(content, name)[1]
+        self.end_id = found_end_id if end_id is None else end_id
         self._encoder = DocumentEncoder(content, name)
 
     def encode(self, text: str) -> list[int]:
-        """Return a prompt's tokens; for an empty prompt the token before a new document."""
-        return self._encoder.encode([text])[0] or [self.end_id]
+        """Return a prompt's tokens; for an empty prompt the token before a new document.
+
+        Raises:
+            DataError: the tokenizer cannot spell the prompt.
+        """
+        return self._encoder.encode_whole(text, "the prompt") or [self.end_id]
 
 
 class TokenTexts:

@@ -21,6 +21,7 @@ class ExportConfig:
     run: the run's name below ``runs_dir``.
     runs_dir: directory of the runs.
     step: step of the checkpoint; null: the newest.
+    data_path: where the run's prepared data were moved to; null: they are where they were.
     output: the folder to write; absent or empty.
     max_shard_size: of a safetensors file, such as ``500MB``; a larger model gets several.
     """
@@ -28,6 +29,7 @@ class ExportConfig:
     run: str | None = None
     runs_dir: str = "runs"
     step: int | None = None
+    data_path: str | None = None
     output: str | None = None
     max_shard_size: str = "5GB"
 

@@ -23,7 +23,7 @@ from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import open_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.trained_model import load_model, training_data
+from modtrain.training.trained_model import load_model, with_found_data
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def export(config: ExportConfig) -> str:
     directory = open_run(config.runs_dir, str(config.run))
     trained = directory.read_config()
     raise_if_any(export_problems(trained.model))
-    data = training_data(directory, trained)
+    trained = with_found_data(directory, trained, config.data_path)
+    data = trained.data.summary()
     step, model = with_checkpoint(
         directory.checkpoints, config.step, lambda step, path: (step, load_model(trained, path))
     )

@@ -236,7 +236,7 @@ def _repetition(run: RunDirectory, trained: TrainConfig) -> str:
 def _configuration(trained: TrainConfig) -> str:
     """Return as YAML what decides the weights."""
     content: dict[str, Any] = json.loads(json.dumps(asdict(trained)))
-    for key in ("name", "data.path", *MUTABLE_KEYS):
+    for key in MUTABLE_KEYS:
         *sections, last = key.split(".")
         node = content
         for section in sections:

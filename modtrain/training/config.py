@@ -25,7 +25,9 @@ PRECISIONS = ("auto", "fp32", "bf16")
 RESUMES = ("auto", "fresh")
 
 MUTABLE_KEYS = (
+    "name",
     "runs_dir",
+    "data.path",
     "log",
     "checkpoint",
     "eval",
@@ -39,6 +41,7 @@ MUTABLE_KEYS = (
 )
 """Keys that may differ when a run is resumed: they change its weights by rounding only.
 
+Runs and data may be moved or renamed: the fingerprint says whether the data are the same.
 An exception is the handling of loss spikes: a run that it stopped can resume with another one. The
 micro-batch size may not differ if the model's layers depend on the whole micro-batch
 (`ModelConfig.depends_on_micro_batch`).

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import platform
 import shlex
@@ -33,6 +34,7 @@ VERSION_FILE = "VERSION.json"
 
 # Testing a lock holds it for a moment, and loader workers may outlive their process.
 _LOCK_TIMEOUT = 3.0
+_log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "webdataset", "numpy", "tokenizers")
 
 
@@ -99,6 +101,7 @@ class RunDirectory:
             "device": device,
             "cpus": os.cpu_count(),
             "data_fingerprint": data_fingerprint,
+            "data_path": None if config.data.sources else str(Path(config.data.path).absolute()),
             "command": sys.argv,
             "checkpoint": asdict(config.checkpoint),
         }
@@ -175,6 +178,16 @@ class RunDirectory:
         starts = self.read_manifest()["starts"] if self.manifest.is_file() else []
         stored = {"checkpoint": starts[-1].get("checkpoint", {})} if starts else {}
         return replace(config, **translate(stored).get("checkpoint", {}))
+
+    def data_paths(self) -> list[str]:
+        """Return where the run's data were at its starts, the newest first, with absolute paths.
+
+        Raises:
+            CheckpointError: the record of the starts is damaged.
+        """
+        starts = self.read_manifest()["starts"] if self.manifest.is_file() else []
+        paths = [start.get("data_path") for start in reversed(starts)]
+        return [*dict.fromkeys(path for path in paths if isinstance(path, str))]
 
     def check_same(self, config: TrainConfig) -> None:
         """Raise OtherRunError with each key that may not change and differs from the run's own."""
@@ -312,12 +325,15 @@ def code_version() -> dict[str, str] | None:
         return {"commit": commit, "diff": ""} if commit else None
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
+        # The checkout may be another user's, as in a container; its code is what runs here.
+        command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
         # The user's files may be in any encoding.
-        done = subprocess.run(command, capture_output=True, check=False, timeout=30)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, check=True, timeout=30)  # noqa: S603
         return done.stdout.decode(errors="replace")
 
     try:
         return {"commit": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD")[:1_000_000]}
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError) as error:
+        words = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+        _log.warning("the code's version is not recorded: %s", words or error)
         return None

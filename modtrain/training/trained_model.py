@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from modtrain.checkpoint.state import load_weights
 from modtrain.common.errors import DataError
-from modtrain.data.stream.index import IndexSummary
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory
@@ -19,16 +20,32 @@ def load_model(config: TrainConfig, path: Path) -> Transformer:
     return model.eval()
 
 
-def training_data(run: RunDirectory, trained: TrainConfig) -> IndexSummary:
-    """Return the summary of the data that ``run`` was trained on.
+def with_found_data(
+    run: RunDirectory, trained: TrainConfig, data_path: str | None = None
+) -> TrainConfig:
+    """Return ``trained`` with the path at which the data that ``run`` was trained on are now.
+
+    They are known by their fingerprint: at the path of the configuration, at that of a later start,
+    or at ``data_path``, to which they were moved.
 
     Raises:
-        DataError: the data is missing, or is another one now.
+        DataError: they are at none of them.
     """
-    summary = trained.data.summary()
-    if summary.fingerprint != run.read_manifest()["data_fingerprint"]:
-        raise DataError(
-            f"{trained.data.location} has other data now than {run.path} was trained on: prepare"
-            " the same data again; its tokenizer is the run's"
-        )
-    return summary
+    fingerprint = run.read_manifest()["data_fingerprint"]
+    own = trained.data
+    places = [own]
+    if not own.sources:
+        paths = [*([data_path] if data_path else []), *run.data_paths()]
+        places += [replace(own, path=path) for path in dict.fromkeys(paths)]
+    for data in places:
+        with suppress(DataError):
+            if data.summary().fingerprint == fingerprint:
+                return replace(trained, data=data)
+    remedy = "give the place of the run's data as data_path=..., or prepare the same data again"
+    try:
+        own.summary()
+    except DataError as error:
+        raise DataError(f"{error}\nremedy: {remedy}") from None
+    raise DataError(
+        f"{own.location} has other data now than {run.path} was trained on\nremedy: {remedy}"
+    )

@@ -12,6 +12,7 @@ import numpy as np
 from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
+from modtrain.data.prepare.lost_text import LostText
 from modtrain.data.prepare.readers import Flaw, UnitReader
 from modtrain.data.prepare.request import without_later_options
 from modtrain.data.prepare.sources import SourceFile
@@ -130,10 +131,16 @@ def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
     chooser = SplitChooser(job.seed, job.valid_fraction, job.split_at)
     record = UnitRecord()
     reader = UnitReader(job.unit, job.text_column, job.max_document_bytes, job.separator)
-    for texts in _batches(reader, record, job):
+    for texts in _batches(reader, record, job, encoder.lost_text):
         parts = [part for text in texts for part in chooser.parts(text).items()]
         encoded = encoder.encode([text for _, text in parts])
         for (split, text), numbers in zip(parts, encoded, strict=True):
+            if job.eos_id in numbers:
+                raise DataError(
+                    f"{job.unit.files[0].path}: has the end token {job.eos_id} of the tokenizer in"
+                    " its text, where no document ends. Make it special in the tokenizer's"
+                    " added_tokens, or give another tokenizer.path."
+                )
             tokens = np.array([*numbers, job.eos_id], np.dtype(job.dtype).newbyteorder("<"))
             outputs[split].write(tokens.tobytes())
             counts = record.splits[split]
@@ -144,10 +151,14 @@ def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
     return record
 
 
-def _batches(reader: UnitReader, record: UnitRecord, job: EncodeJob) -> Iterator[list[str]]:
+def _batches(
+    reader: UnitReader, record: UnitRecord, job: EncodeJob, lost_text: LostText
+) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
-    for document in reader:
+    for read in reader:
+        lost = "" if isinstance(read, Flaw) else lost_text.of(read)
+        document = Flaw("lost_text", *reader.place, lost) if lost else read
         if isinstance(document, Flaw):
             if job.on_error == "stop":
                 raise DataError(f"{in_file(document, job.unit)}. on_error=skip leaves it out.")

@@ -106,9 +106,13 @@ class PrepareReport:
                 f"{split.num_bytes / max(1, split.num_tokens):>13.2f}{split.dropped_tokens:>9,}"
             )
         for kind, count in summary.flaws.items():
-            lines.append(f"left out: {count:,} {FLAW_KINDS.get(kind, kind)}")
-            lines += [f"    {flaw}" for flaw in self.examples if flaw.kind == kind]
+            lines += _flaw_lines(kind, count, self.examples)
         return "\n".join(lines)
+
+
+def _flaw_lines(kind: str, count: int, examples: Sequence[Flaw]) -> list[str]:
+    shown = [f"    {flaw}" for flaw in examples if flaw.kind == kind]
+    return [f"left out: {count:,} {FLAW_KINDS.get(kind, kind)}", *shown]
 
 
 def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
@@ -141,7 +145,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         records, tokens = _encode(config, units, tokenizer, work=work, progress=progress)
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
         flaws = _flaw_counts(records)
-        _refuse_empty_split(splits, flaws, config)
+        _refuse_empty_split(splits, _examples(units, records), flaws, config)
         shards = _pack(config, tokens, layout, output=output, work=work, progress=progress)
         summary = IndexSummary(
             seq_len=config.seq_len,
@@ -344,8 +348,16 @@ def _split_summary(records: Sequence[UnitRecord], split: str, layout: PackLayout
 
 
 def _refuse_empty_split(
-    splits: dict[str, SplitSummary], flaws: dict[str, int], config: PrepareConfig
+    splits: dict[str, SplitSummary],
+    examples: Sequence[Flaw],
+    flaws: dict[str, int],
+    config: PrepareConfig,
 ) -> None:
+    if flaws and not any(split.num_documents for split in splits.values()):
+        lines = [
+            line for kind, count in flaws.items() for line in _flaw_lines(kind, count, examples)
+        ]
+        raise DataError("\n".join(["the sources have no document without a flaw", *lines]))
     for name, split in splits.items():
         if split.num_sequences == 0:
             flaw_counts = ", ".join(f"{count} {kind}" for kind, count in flaws.items()) or "none"

@@ -22,9 +22,11 @@ FLAW_KINDS = {
     "invalid_utf8": "documents that are not UTF-8",
     "damaged": "compressed or parquet files that are cut short or corrupt",
     "too_large": "documents or lines of more than max_document_bytes",
+    "lost_text": "documents with text that the tokenizer cannot spell",
 }
 _BOM = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 18
+_KEYS_SHOWN = 8
 # A frame makes at most 128 KiB of 4 bytes, and its decompressor cannot be told where to stop.
 _ZSTD_CHUNK_BYTES = 1 << 10
 
@@ -55,7 +57,7 @@ class UnitReader:
 
     max_bytes: of a document's text, and of a line that holds one; memory is bounded by it.
     separator: what ends a document in a text file; None: its end. num_lines: lines read so far
-    (``jsonl`` kinds).
+    (``jsonl`` kinds). place: path and line of the newest document.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class UnitReader:
         self.max_bytes = max_bytes
         self.separator = separator
         self.num_lines = 0
+        self.place = (unit.files[0].path, 1)
 
     def __iter__(self) -> Iterator[str | Flaw]:
         kind = self.unit.kind
@@ -140,8 +143,12 @@ class UnitReader:
         try:
             record = json.loads(decoded)
         except (ValueError, RecursionError) as error:
-            return Flaw("bad_json", path, self.num_lines, f"not JSON: {error}")
+            detail = f"not JSON: {error}; each line holds one whole JSON object"
+            return Flaw("bad_json", path, self.num_lines, detail)
         text = record.get(self.text_column) if isinstance(record, dict) else None
+        if text is None:
+            detail = f"no text in {self.text_column!r}{_columns_of(record)}"
+            return Flaw("no_text", path, self.num_lines, detail)
         return self._text_or_flaw(text, path, self.num_lines)
 
     def _too_large(self, path: str, line: int) -> Flaw:
@@ -163,6 +170,7 @@ class UnitReader:
         except UnicodeEncodeError:
             # JSON can spell half a surrogate pair, which no UTF-8 can.
             return Flaw("invalid_utf8", path, line, "not UTF-8: an unpaired surrogate")
+        self.place = (path, line)
         return text
 
     def _range_lines(self) -> Iterator[bytes | None]:
@@ -211,6 +219,17 @@ class UnitReader:
                         yield self._text_or_flaw(value, path, row)
         except (OSError, pa.ArrowException) as error:
             yield Flaw("damaged", path, row + 1, f"not parquet, or cut short: {error}")
+
+
+def _columns_of(record: object) -> str:
+    """Return the keys of a line of JSON, and the one that holds its longest text."""
+    if not isinstance(record, dict):
+        return f": the line is no JSON object, but a {type(record).__name__}"
+    names = [str(name) for name in record]
+    texts = [name for name in names if isinstance(record[name], str)]
+    shown = ", ".join(names[:_KEYS_SHOWN]) or "none"
+    longest = max(texts, key=lambda name: len(record[name]), default=None)
+    return f"; its keys: {shown}" + (f". Write text_column={longest}" if longest else "")
 
 
 def _with_unix_lines(path: Path) -> Iterator[bytes]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,12 +54,14 @@ def expand_sources(sources: Sequence[str]) -> list[SourceFile]:
     Raises DataError for sources that match no file and for files of an unknown kind, all at once.
     """
     errors: list[str] = []
-    files: dict[str, SourceFile] = {}
+    files: dict[tuple[int, int], SourceFile] = {}
     for source in sources:
         try:
             for path in _matches(source):
-                if path not in files:
-                    files[path] = SourceFile.of(path)
+                status = Path(path).stat()
+                # A link, or another source, may name the same file.
+                if (status.st_dev, status.st_ino) not in files:
+                    files[status.st_dev, status.st_ino] = SourceFile.of(path)
         except DataError as error:
             errors.append(str(error))
     if errors:
@@ -73,11 +76,35 @@ def _matches(source: str) -> list[str]:
     # Hidden files and folders stay out, as in a shell.
     # Path.glob takes no absolute pattern.
     paths = glob.glob(pattern, recursive=True)  # noqa: PTH207
-    files = sorted(path for path in paths if Path(path).is_file())
+    files = _each_once(path for path in paths if Path(path).is_file())
     if not files:
-        hint = f": it is a folder; write {source.rstrip('/')}/**/*.txt or the like"
-        raise DataError(f"{source}: matches no file{hint if Path(pattern).is_dir() else ''}.")
+        raise DataError(f"{source}: matches no file{_hint(source, pattern)}.")
     return files
+
+
+def _each_once(paths: Iterable[str]) -> list[str]:
+    """Return the paths of distinct files, sorted: links lead to files, or folders, a second time.
+
+    Of several paths to a file, the one with the fewest folders.
+    """
+    chosen: dict[tuple[int, int], str] = {}
+    for path in sorted(paths, key=lambda path: (path.count("/"), path)):
+        status = Path(path).stat()
+        chosen.setdefault((status.st_dev, status.st_ino), path)
+    return sorted(chosen.values())
+
+
+def _hint(source: str, pattern: str) -> str:
+    """Return what to write for a folder, or for a name with characters that a glob reads."""
+    folder = Path(pattern)
+    if folder.is_dir():
+        names = (name.lower() for _, _, names in os.walk(folder) for name in names)
+        suffix = next((s for name in names for s in KINDS if name.endswith(s)), ".txt")
+        return f": it is a folder; write {glob.escape(source.rstrip('/'))}/**/*{suffix}"
+    escaped = source.replace("[", "[[]")
+    if "[" in source and glob.glob(pattern.replace("[", "[[]"), recursive=True):  # noqa: PTH207
+        return f": [ begins a set of characters; write {escaped}"
+    return ""
 
 
 def _inside_package(source: str) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from modtrain.common.errors import DataError
 from modtrain.data.config import TokenizerConfig
+from modtrain.data.prepare.lost_text import LostText, encoding_with
 from modtrain.data.prepare.readers import Flaw, UnitReader
 from modtrain.data.prepare.units import Unit
 
@@ -25,12 +27,18 @@ PIECE_CHARS = 4_000_000
 # A newline before a character that is no white space ends a pre-token of a byte-level BPE, so
 # that pieces cut there give the tokens of the whole.
 _CUT = re.compile(r"\n(?=\S)")
+# Training on a word takes the square of its length: a longer one is cut.
+_WORD_CHARS = 1000
+_WORD = re.compile(rf"\S{{{_WORD_CHARS}}}|\s{{{_WORD_CHARS}}}")
+# Seconds between two looks for an interrupt.
+_POLL_SECONDS = 0.1
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2) on ``texts``.
 
-    Equal texts give equal bytes. Returns the content of a ``tokenizer.json``.
+    Equal texts give equal bytes. An interrupt (Ctrl-C) ends it at once. Words of more than 1,000
+    characters are cut. Returns the content of a ``tokenizer.json``.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -41,8 +49,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in _without_long_words(text))
+    _run_interruptibly(lambda: tokenizer.train_from_iterator(pieces, trainer))
     return tokenizer.to_str().encode()
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    start = 0
+    for match in _WORD.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
+
+
+def _run_interruptibly(function: Callable[[], object]) -> None:
+    """Call ``function``, which holds no signal up: Python handles one only between two steps."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+    if errors:
+        raise errors[0]
 
 
 def training_texts(
@@ -76,14 +111,19 @@ def training_texts(
 def check_tokenizer(content: bytes, name: str) -> tuple[int, int]:
     """Parse a ``tokenizer.json``. Returns (vocabulary size, end token's number).
 
+    A special token comes before one that is not: ``</s>`` may be a tag of HTML.
+
     Raises DataError where it is none or has no end-of-document token.
     """
     tokenizer = _parse(content, name)
-    for token in KNOWN_END_TOKENS:
-        eos_id = tokenizer.token_to_id(token)
-        if eos_id is not None:
-            # Numbers may have gaps: what counts for an embedding is the largest.
-            return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, eos_id
+    numbers = [tokenizer.token_to_id(token) for token in KNOWN_END_TOKENS]
+    known = [number for number in numbers if number is not None]
+    added = tokenizer.get_added_tokens_decoder()
+    special = [number for number in known if number in added and added[number].special]
+    if known:
+        # Numbers may have gaps: what counts for an embedding is the largest.
+        vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return vocab_size, (special or known)[0]
     raise DataError(
         f"{name}: has no end-of-document token. Add one of {', '.join(KNOWN_END_TOKENS)} to its "
         "added_tokens, or train a tokenizer with tokenizer.path=null."
@@ -142,11 +182,12 @@ class DocumentEncoder:
     """Text → token numbers, without the end token."""
 
     def __init__(self, content: bytes, name: str) -> None:
-        self._tokenizer = _parse(content, name)
+        self._tokenizer, self._name = _parse(content, name), name
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A document that spells out a special token must not end there.
         self._tokenizer.encode_special_tokens = True
+        self.lost_text = LostText(self._tokenizer, name)
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -158,11 +199,24 @@ class DocumentEncoder:
         return cls(content, path)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token numbers of each text."""
+        """The token numbers of each text.
+
+        Raises DataError where the tokenizer has no token for a text, and none for what is unknown.
+        """
         pieces = [split_text(text) for text in texts]
         flat = [piece for parts in pieces for piece in parts]
-        encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        with encoding_with(self._name):
+            encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         return [[number for _ in parts for number in next(encoded).ids] for parts in pieces]
+
+    def encode_whole(self, text: str, name: str) -> list[int]:
+        """The token numbers of a text that must not lose anything. name: what it is, for errors.
+
+        Raises DataError where the tokenizer cannot spell it.
+        """
+        if lost := self.lost_text.of(text):
+            raise DataError(f"{name}: {lost}. Leave that out, or use a run with another tokenizer.")
+        return self.encode([text])[0]
 
 
 def split_text(text: str) -> list[str]:

@@ -61,7 +61,12 @@ def _progress_over(label: str, total: int, shown: bool) -> Iterator[Callable[[in
     if not shown:
         yield lambda _: None
     elif console.is_terminal:
-        columns = TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn(label, markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(label, total=total)
             yield lambda num_bytes: bar.advance(task, num_bytes)

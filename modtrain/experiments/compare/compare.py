@@ -92,7 +92,7 @@ def _show_report(comparison: Comparison, console: Console) -> None:
             f"{comparison.report} is damaged: {error}\nremedy: give the command that made it again"
         ) from None
     picture = (comparison.directory / "loss_over_flops.png").resolve()
-    console.print(f"\npicture: {picture}", soft_wrap=True, markup=False)
+    console.print(f"\npicture: {picture}", soft_wrap=True)
 
 
 def _complete_runs(arms: dict[str, list[TrainConfig]]) -> dict[str, list[TrainConfig]]:

@@ -28,7 +28,7 @@ def fit(config: FitConfig, console: Console | None = None) -> None:
     console = console or plain_console()
     show(result, console)
     for path in write(result, Path(str(config.output))):
-        console.print(f"wrote {path}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
 # Under a resample's law that is hardly determined, powers may overflow.

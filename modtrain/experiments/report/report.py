@@ -48,6 +48,6 @@ def _show(collection: Collection, page: Path, console: Console) -> None:
     lines += [f"left out: {run.name}: {run.reason}" for run in collection.left_out]
     for line in lines:
         shown = "".join(letter if letter.isprintable() else "?" for letter in line)
-        console.print(shown, soft_wrap=True, markup=False, highlight=False)
+        console.print(shown, soft_wrap=True, highlight=False)
     count = f"{len(collection.runs)} runs, {len(collection.left_out)} left out"
-    console.print(f"{count}\nwrote {page}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"{count}\nwrote {page}", soft_wrap=True, highlight=False)

@@ -25,7 +25,7 @@ from modtrain.training.run_directory import differences, to_train_config
 # Keys that may differ between trials that are compared; eval.sequences changes the loss.
 _MUTABLE = (
     *(key for key in MUTABLE_KEYS if key != "eval"),
-    *("name", "eval.every", "eval.batch_size"),
+    *("eval.every", "eval.batch_size"),
 )
 
 _PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from modtrain.common.atomic_io import write_text
@@ -28,15 +29,18 @@ from modtrain.inference.evaluate.reporting import (
 )
 from modtrain.inference.evaluate.swaps import evaluate_swaps
 from modtrain.inference.loading import LoadedRun, load_run
+from modtrain.inference.text_io import results_folder
 from modtrain.models.depth.config import ComputeBudget, Selection
 from modtrain.models.flops import dense_equivalent_flops
+from modtrain.training.run_directory import RunDirectory
 
 
 def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
     """Evaluate the run, or sweep its capacities if ``config.sweep`` is set, and write the results.
 
-    They go to ``eval-<step>.json`` or ``sweep-<step>.json`` in the run's directory and to its
-    ``tensorboard/``; a sweep's curve also to a PNG. Budget settings are part of the names.
+    They go to ``eval-<step>.json`` or ``sweep-<step>.json`` in ``config.output``, or the run's
+    directory if that can be written, and to its ``tensorboard/``; a sweep's curve also to a PNG.
+    Budget settings are part of the names.
     docs/concepts/method.md explains the keys.
 
     Returns:
@@ -53,10 +57,13 @@ def evaluate_run(config: EvalRunConfig) -> dict[str, Any]:
         reason = "needs a model with routers and a causal decision"
         problems.append(Problem("swap", True, reason, "leave it out"))
     raise_if_any(problems)
-    return _evaluation(config, loaded) if config.sweep is None else _sweep(config, loaded)
+    # Before anything is computed.
+    folder = results_folder(loaded.directory.path, config.output)
+    measure = _evaluation if config.sweep is None else _sweep
+    return measure(config, loaded, folder)
 
 
-def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
+def _evaluation(config: EvalRunConfig, loaded: LoadedRun, folder: Path | None) -> dict[str, Any]:
     settings = config.inference
     selections = resolve_decisions(settings, loaded.trained.model)
     budgets = {
@@ -71,14 +78,15 @@ def _evaluation(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
         results["sources"] = _source_losses(loaded, held_out)
     if config.swap:
         results["router_worth"] = evaluate_swaps(config, loaded)
-    path = loaded.directory.path / f"eval-{loaded.step:09d}{settings.suffix}.json"
-    write_text(path, json.dumps(results, indent=1))
-    events = loaded.directory.tensorboard / f"eval{settings.suffix}"
-    write_points(events, loaded.step, evaluation_points(results))
+    if folder is not None:
+        name = f"eval-{loaded.step:09d}{settings.suffix}.json"
+        write_text(folder / name, json.dumps(results, indent=1))
+        events = RunDirectory(folder).tensorboard / f"eval{settings.suffix}"
+        write_points(events, loaded.step, evaluation_points(results))
     return results
 
 
-def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
+def _sweep(config: EvalRunConfig, loaded: LoadedRun, folder: Path | None) -> dict[str, Any]:
     """Compute the loss over FLOPs, each capacity calibrated like ``inference.capacity``."""
     settings, model = config.inference, loaded.trained.model
     decisions = resolve_decisions(settings, model)
@@ -105,10 +113,12 @@ def _sweep(config: EvalRunConfig, loaded: LoadedRun) -> dict[str, Any]:
         "points": points,
         "as_trained": _decision(trained.decisions[selection], rate),
     }
-    name = f"sweep-{loaded.step:09d}{settings.suffix}"
-    write_text(loaded.directory.path / f"{name}.json", json.dumps(results, indent=1))
-    draw_sweep(results, loaded.directory.path / f"{name}.png")
-    write_points(loaded.directory.tensorboard / name, loaded.step, sweep_points(results))
+    if folder is not None:
+        name = f"sweep-{loaded.step:09d}{settings.suffix}"
+        write_text(folder / f"{name}.json", json.dumps(results, indent=1))
+        draw_sweep(results, folder / f"{name}.png")
+        events = RunDirectory(folder).tensorboard / name
+        write_points(events, loaded.step, sweep_points(results))
     return results
 
 

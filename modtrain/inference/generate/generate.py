@@ -37,7 +37,7 @@ def generate(config: GenerateConfig) -> None:
     raise_if_any(config.problems())
     requests = list(_requests(config))
     loaded = load_run(config)
-    vocabulary = Vocabulary(loaded.tokenizer.read_bytes(), str(loaded.tokenizer))
+    vocabulary = Vocabulary(loaded.tokenizer.read_bytes(), str(loaded.tokenizer), loaded.end_id)
     settings = decoder_config(config, loaded, vocabulary.end_id)
     prompts = [vocabulary.encode(request["prompt"]) for request in requests]
     decoder = Decoder(loaded.model, settings, prompts)
@@ -180,4 +180,4 @@ def _print_statistics(statistics: Statistics, labels: list[str], seconds: float)
             f" {generated / max(1, statistics.steps):.2f} tokens per pass of the full model"
         )
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)

@@ -21,7 +21,7 @@ from modtrain.inference.config import ComputeBudgetConfig, InspectConfig
 from modtrain.inference.inspect.page import Subject, render
 from modtrain.inference.inspect.trace import Trace, trace
 from modtrain.inference.loading import LoadedRun, load_run
-from modtrain.inference.text_io import read_text
+from modtrain.inference.text_io import is_writable, read_text
 from modtrain.inference.token_text import TokenTexts
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterSwap, Selection
@@ -36,6 +36,9 @@ def inspect_run(config: InspectConfig) -> Path:
     """
     raise_if_any(config.problems())
     loaded = load_run(config)
+    if config.output is None and not is_writable(loaded.directory.path):
+        reason = f"is in {loaded.directory.path}, which is read-only"
+        raise ConfigError([Problem("output", "null", reason, "give output=page.html")])
     selection = choose_decision(loaded.trained.model, config.inference)
     budget = budget_of_run(loaded, selection, config.inference, config.batch_size)
     source, windows = _windows(config, loaded)
@@ -120,9 +123,8 @@ def _windows(config: InspectConfig, loaded: LoadedRun) -> tuple[str, Iterable[Ba
     if config.text is None and config.file is None:
         return "held-out text", loaded.held_out(config.sequences, config.batch_size)
     text = config.text if config.text is not None else read_text(str(config.file))
-    (numbers,) = DocumentEncoder(loaded.tokenizer.read_bytes(), str(loaded.tokenizer)).encode(
-        [text]
-    )
+    encoder = DocumentEncoder(loaded.tokenizer.read_bytes(), str(loaded.tokenizer))
+    numbers = encoder.encode_whole(text, "the text")
     if not numbers:
         raise DataError("the text has no token")
     source = "the text given" if config.file is None else Path(config.file).name

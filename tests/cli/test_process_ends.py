@@ -1,0 +1,131 @@
+"""Commands that are one of several processes, are interrupted, or are not read to their end."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modtrain.cli import main as cli
+from modtrain.cli.process_ends import launched_rank
+from modtrain.common.atomic_io import atomic_writer
+from modtrain.common.terminal import plain_console
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, (0, 0)),
+        ({"RANK": "1"}, (0, 0)),
+        # A pod's: training has these ranks, and a verb without ranks is alone in its pod.
+        (TORCHRUN, (1, 0)),
+        ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "none"}, (1, 1)),
+        ({**SRUN, "SLURM_STEP_NUM_NODES": "1"}, (1, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 0)),
+        ({**TORCHRUN, "RANK": "x"}, (0, 0)),
+    ],
+)
+def test_only_what_was_really_launched_together_has_ranks(environment, ranks):
+    assert (launched_rank(True, environment), launched_rank(False, environment)) == ranks
+
+
+@pytest.mark.parametrize(
+    ("verb", "environment"),
+    [
+        ("plan", {"RANK": "1"}),
+        ("plan", TORCHRUN),
+        ("train", {"RANK": "1"}),
+        ("prepare", {"SLURM_PROCID": "1"}),
+    ],
+)
+def test_a_rank_in_the_environment_silences_no_error(verb, environment, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([verb, "nosuch=1"]) == 2
+    assert "nosuch" in capsys.readouterr().err
+
+
+def test_a_verb_without_ranks_runs_once_under_a_launcher(monkeypatch, capsys):
+    command = ["config", "train", "model=tiny"]
+    for name, value in {**TORCHRUN, "TORCHELASTIC_RUN_ID": "none", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(command) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("verb", "resumes"), [("train", True), ("prepare", True), ("plan", False)])
+def test_ctrl_c_promises_only_what_holds(verb, resumes, monkeypatch, capsys):
+    def interrupted(_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert cli.main([verb]) == 130
+    assert ("resumes" in capsys.readouterr().err) == resumes
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_output_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), atomic_writer(tmp_path / "out", tmp_path) as file:
+        file.write(b"x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_console_leaves_a_closed_pipe_to_the_command():
+    class Closed(io.StringIO):
+        def write(self, _text):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        plain_console(file=Closed()).print("x")
+
+
+def piped(command: list[str], **environment: str) -> tuple[int, str, str]:
+    """Run the command line with a reader that closes the pipe at once."""
+    root = str(Path(cli.__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modtrain", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root, **environment},
+    )
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, "", errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["status", "config", "doctor"])
+def test_a_pipe_that_is_closed_is_no_failure(verb, tmp_path):
+    words = {"status": [f"runs_dir={tmp_path}"], "config": ["train"]}.get(verb, [])
+    assert piped([verb, *words]) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_a_name_in_another_encoding_is_printed_with_escapes(tmp_path):
+    (tmp_path / "set").mkdir()
+    for number in range(30):
+        (tmp_path / "set" / f"{number}.txt").write_text(f"document {number} " * 20)
+    Path(os.fsdecode(os.fsencode(tmp_path / "set") + b"/caf\xe9.txt")).write_bytes(b"flaw \xff")
+    words = [f"sources=[{tmp_path}/set/*.txt]", f"output={tmp_path}/out", "seq_len=8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "modtrain", "prepare", *words, "valid_fraction=0.2"],
+        capture_output=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(cli.__file__).parents[2]),
+            "PYTHONIOENCODING": "utf-8:strict",
+        },
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"caf\udce9.txt:1: not UTF-8" in done.stdout
