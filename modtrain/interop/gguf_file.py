@@ -78,7 +78,7 @@ def open_gguf(path: Path) -> Source:
             _check_header(file)
         reader = GGUFReader(path)
         fields = {name: value.contents() for name, value in reader.fields.items()}
-        found = {tensor.name: tensor for tensor in reader.tensors}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
     except (UnreadableError, DataError) as error:
         raise DataError(f"{path}: {error}") from None
     except Exception as error:  # the library raises many kinds for a damaged file
@@ -88,12 +88,12 @@ def open_gguf(path: Path) -> Source:
         known = ", ".join(_FAMILIES)
         reason = f"general.architecture={family!r} cannot be imported"
         raise DataError(f"{path}: {reason}\nremedy: take a model of {known}")
-    names = {_name(tensor, path): tensor for tensor in found}
-    config = _config(fields, family, path) | {"tie_word_embeddings": "output.weight" not in found}
-    shapes = {name: tuple(int(n) for n in found[of].shape[::-1]) for name, of in names.items()}
+    names = {_name(tensor, path): tensor for tensor in tensors}
+    config = _config(fields, family, path) | {"tie_word_embeddings": "output.weight" not in tensors}
+    shapes = {name: tuple(int(n) for n in tensors[of].shape[::-1]) for name, of in names.items()}
 
     def read(name: str) -> Tensor:
-        tensor = found[names[name]]
+        tensor = tensors[names[name]]
         values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         weight = torch.from_numpy(values).reshape(shapes[name])
         heads = {"q_proj.weight": "num_attention_heads", "k_proj.weight": "num_key_value_heads"}
@@ -205,7 +205,8 @@ def _config(fields: Mapping[str, Any], family: str, path: Path) -> dict[str, Any
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
     """Undo llama.cpp's order of a head's rows: there the two of a rotated pair are neighbours."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _tokenizer(fields: Mapping[str, Any]) -> bytes | None:

@@ -60,9 +60,9 @@ def model_config(config: Any) -> tuple[ModelConfig, list[Problem]]:
         if value not in allowed:
             remedy = f"take a model with {key}={allowed[0]}"
             problems.append(Problem(key, value, "is not represented by modtrain", remedy))
-    scaling, theta, found = _rope(config.rope_parameters)
-    window, windowed = _window(config)
-    problems += found + windowed
+    scaling, theta, rope_problems = _rope(config.rope_parameters)
+    window, window_problems = _window(config)
+    problems += rope_problems + window_problems
     values = {name: getattr(config, key) for key, name in FIELDS.items() if hasattr(config, key)}
     kind = config.model_type
     model = ModelConfig(

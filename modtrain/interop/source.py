@@ -87,10 +87,10 @@ def _shards(folder: Path) -> list[str]:
     """Return the names of the folder's safetensors files."""
     if (folder / _INDEX).exists():
         weights = read_json(folder / _INDEX, _MAX_INDEX_BYTES).get("weight_map")
-        names = set(weights.values()) if isinstance(weights, dict) else {None}
+        names = [*weights.values()] if isinstance(weights, dict) else []
         if not names or not all(isinstance(n, str) and is_plain_name(n) for n in names):
             raise UnreadableError(f"{_INDEX} does not name files of the folder")
-        return sorted(names)
+        return sorted(set(names))
     if (folder / _SINGLE).exists():
         return [_SINGLE]
     pickles = sorted(

@@ -41,6 +41,7 @@ MODELS = {
     "mod": small(
         tie_embeddings=True,
         qk_norm=True,
+        qkv_bias=True,
         router=RouterConfig(causal=_CAUSAL, predictor_dim=8, gate="sigmoid", gate_scale=True),
     ),
     "mod in a window": small(

@@ -297,7 +297,7 @@ def test_a_wrong_request_is_refused_whole(llama, tmp_path):
     assert problems_of(import_model, wrong).keys() == {"source", "name", "tokenizer", "seq_len"}
 
 
-def test_a_damaged_prompt_format_is_told(tmp_path):
+def test_a_damaged_prompt_format_is_reported(tmp_path):
     (tmp_path / "prompt_format.json").write_text('{"begin_ids": [-1], "end_ids": []}')
     with pytest.raises(ModtrainError, match="import the model again"):
         PromptFormat.read(tmp_path)
