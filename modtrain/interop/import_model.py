@@ -79,17 +79,7 @@ def import_model(config: ImportConfig) -> str:
         transformer = _filled(model, source, names)
         positions = int(parsed.max_position_embeddings)
         seq_len = config.seq_len or min(positions, _LONGEST_SEQUENCE)
-        trained = TrainConfig(
-            name=config.name,
-            runs_dir=config.runs_dir,
-            precision="fp32",
-            model=model,
-            data=DataConfig(
-                path=str(Path(config.runs_dir, str(config.name), DATA_NAME)), seq_len=seq_len
-            ),
-            budget=BudgetConfig(steps=1),
-            batch=BatchConfig(tokens=seq_len, micro_batch_size=1),
-        )
+        trained = _run_config(config, model, seq_len)
         origin = {
             "source": str(path),
             "model_type": parsed.model_type,
@@ -102,6 +92,20 @@ def import_model(config: ImportConfig) -> str:
             _write_run(folder, trained, transformer, origin)
     count = sum(p.numel() for p in transformer.parameters())
     return f"wrote {RunDirectory.of(trained).path}: {parsed.model_type}, {count:,} parameters"
+
+
+def _run_config(config: ImportConfig, model: ModelConfig, seq_len: int) -> TrainConfig:
+    """Return the run's configuration; its budget is the least that there is."""
+    data = Path(config.runs_dir, str(config.name), DATA_NAME)
+    return TrainConfig(
+        name=config.name,
+        runs_dir=config.runs_dir,
+        precision="fp32",
+        model=model,
+        data=DataConfig(path=str(data), seq_len=seq_len),
+        budget=BudgetConfig(steps=1),
+        batch=BatchConfig(tokens=seq_len, micro_batch_size=1),
+    )
 
 
 def open_source(path: Path, stack: ExitStack) -> Source:
