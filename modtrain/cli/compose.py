@@ -60,7 +60,7 @@ from modtrain.inference.config import (
     InspectConfig,
     StepSamplesConfig,
 )
-from modtrain.interop.config import ExportConfig
+from modtrain.interop.config import ExportConfig, ImportConfig
 from modtrain.training.config import PlanConfig, TrainConfig
 from modtrain.training.named_runs import name_of
 
@@ -74,6 +74,7 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "inspect": InspectConfig,
     "export": ExportConfig,
+    "import": ImportConfig,
     "checkpoints": CheckpointsConfig,
     "data": StepSamplesConfig,
     "submit": SubmitConfig,

@@ -264,6 +264,10 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
     "inspect": (_inspect, "a page that shows what a run's routers do with a text"),
     "generate": ("modtrain.inference.generate.generate:generate", "continue texts with a run"),
     "export": ("modtrain.interop.export:export", "a run as a Hugging Face folder"),
+    "import": (
+        "modtrain.interop.import_model:import_model",
+        "a model of a Hugging Face folder or a GGUF file as a run",
+    ),
     "checkpoints": (
         "modtrain.cli.checkpoints:run_checkpoints",
         "list, verify, prune or consolidate a run's checkpoints",

@@ -280,6 +280,7 @@ class GenerateConfig(TrainedRunConfig):
     prefill_chunk: number of tokens of a prompt to run at once.
     echo: begin with the prompt.
     show_depth: colour or mark each token by the number of routed parts that it entered.
+    chat: put each prompt into the model's chat template, as what a user says; of an imported model.
     """
 
     prompt: str | None = None
@@ -293,6 +294,7 @@ class GenerateConfig(TrainedRunConfig):
     prefill_chunk: int = 2048
     echo: bool = False
     show_depth: bool = False
+    chat: bool = False
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     inference: ComputeBudgetConfig = field(default_factory=ComputeBudgetConfig)
     speculate: SpeculateConfig = field(default_factory=SpeculateConfig)

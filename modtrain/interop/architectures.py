@@ -1,7 +1,8 @@
 """Which Hugging Face architecture a model is, and its configuration there.
 
-A dense model of Llama's shape is a plain Llama, Mistral or Qwen3, which loads in any program that
-knows these. Everything else that decides causally is a `modtrain.interop.remote_code` model.
+A dense model of Llama's shape is a plain Llama, Mistral, Qwen2 or Qwen3, which loads in any program
+that knows these. Everything else that decides causally is a `modtrain.interop.remote_code` model.
+The tables serve `modtrain import` in the other direction.
 """
 
 from __future__ import annotations
@@ -12,7 +13,48 @@ from typing import Any
 from modtrain.common.errors import Problem
 from modtrain.models.config import ModelConfig
 
-LLAMA, MISTRAL, QWEN3, OWN = "llama", "mistral", "qwen3", "modtrain"
+LLAMA, MISTRAL, QWEN2, QWEN3, OWN = "llama", "mistral", "qwen2", "qwen3", "modtrain"
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "initializer_range": "init_std",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+"""Keys of every architecture's configuration, and the fields of `ModelConfig` that they are."""
+ROPE_FIELDS: dict[str, dict[str, str]] = {
+    "none": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_positions",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_positions",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+        "truncate": "truncate",
+    },
+}
+"""By scaling, keys of ``rope_parameters`` and the fields of `RopeScalingConfig` that they are."""
+_DEFAULT_ROPE = {"none": "default"}
+# A field that may be null, and the property with the value in its place.
+_RESOLVED = {
+    "vocab_size": "vocabulary",
+    "d_ff": "ff_width",
+    "num_kv_heads": "kv_heads",
+    "head_dim": "head_width",
+    "init_std": "weight_std",
+}
 
 
 def architecture(model: ModelConfig) -> str:
@@ -23,12 +65,17 @@ def architecture(model: ModelConfig) -> str:
         and model.activation == "swiglu"
         and set(model.mixers) == {"attention"}
     )
-    if is_plain and model.qk_norm:
+    # Qwen3 with biases has one on the output of attention too.
+    if not is_plain or (model.qk_norm and model.qkv_bias):
+        return OWN
+    if model.qk_norm:
         return QWEN3
-    if is_plain and model.sliding_window is not None:
+    if model.qkv_bias:
+        return QWEN2
+    if model.sliding_window is not None:
         return MISTRAL
     # A Llama's width is a multiple of its heads.
-    return LLAMA if is_plain and model.d_model % model.num_heads == 0 else OWN
+    return LLAMA if model.d_model % model.num_heads == 0 else OWN
 
 
 def export_problems(model: ModelConfig) -> list[Problem]:
@@ -49,26 +96,17 @@ def export_problems(model: ModelConfig) -> list[Problem]:
 
 
 def architecture_config(
-    model: ModelConfig, seq_len: int, end_id: int, capacities: Sequence[float | None]
+    model: ModelConfig, max_positions: int, end_id: int, capacities: Sequence[float | None]
 ) -> dict[str, Any]:
     """Return the values of the model's Hugging Face configuration.
 
-    seq_len: tokens of a training sequence. end_id: the end-of-document token, which also begins a
-    text. capacities: of each layer at the checkpoint.
+    max_positions: tokens of the longest text. end_id: the end-of-document token, which also begins
+    a text. capacities: of each layer at the checkpoint.
     """
     values: dict[str, Any] = {
-        "vocab_size": model.vocabulary,
-        "hidden_size": model.d_model,
-        "intermediate_size": model.ff_width,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_width,
-        "max_position_embeddings": seq_len,
-        "initializer_range": model.weight_std,
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        **{key: getattr(model, _RESOLVED.get(name, name)) for key, name in FIELDS.items()},
+        "max_position_embeddings": max_positions,
+        "rope_parameters": _rope_parameters(model),
         "bos_token_id": end_id,
         "eos_token_id": end_id,
     }
@@ -77,16 +115,25 @@ def architecture_config(
         return values | _own_values(model, capacities)
     if kind == MISTRAL:
         return values | {"sliding_window": model.sliding_window}
-    if kind == QWEN3 and model.sliding_window is not None:
+    if kind in (QWEN2, QWEN3) and model.sliding_window is not None:
         window = {"use_sliding_window": True, "sliding_window": model.sliding_window}
         return values | window | {"layer_types": ["sliding_attention"] * model.num_layers}
     return values
+
+
+def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    scaling = model.rope_scaling
+    kind = _DEFAULT_ROPE.get(scaling.name, scaling.name)
+    values = {key: getattr(scaling, name) for key, name in ROPE_FIELDS[scaling.name].items()}
+    given = {key: value for key, value in values.items() if value is not None}
+    return {"rope_type": kind, "rope_theta": model.rope_theta, **given}
 
 
 def _own_values(model: ModelConfig, capacities: Sequence[float | None]) -> dict[str, Any]:
     values: dict[str, Any] = {
         "sliding_window": model.sliding_window,
         "qk_norm": model.qk_norm,
+        "attention_bias": model.qkv_bias,
         "gated_mlp": model.activation == "swiglu",
         "layer_mixers": model.mixers,
         "conv_width": model.conv_width,

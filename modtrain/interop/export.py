@@ -40,9 +40,10 @@ class ExportedRun:
     data: IndexSummary
 
     @property
-    def seq_len(self) -> int:
-        """Tokens of a training sequence."""
-        return self.trained.data.seq_len or self.data.seq_len
+    def max_positions(self) -> int:
+        """Tokens of a training sequence; of an imported model what it came with."""
+        imported = self.directory.read_manifest().get("imported", {})
+        return imported.get("max_positions") or self.trained.data.seq_len or self.data.seq_len
 
 
 def export(config: ExportConfig) -> str:
@@ -81,9 +82,9 @@ def write_folder(run: ExportedRun, folder: Path, max_shard_size: str) -> None:
     )
 
     capacities = derive(run.trained).capacities_at(max(0, run.step - 1))
-    values = architecture_config(run.trained.model, run.seq_len, run.data.eos_id, capacities)
+    values = architecture_config(run.trained.model, run.max_positions, run.data.eos_id, capacities)
     write_model(hugging_face_model(run.model, values), folder, max_shard_size)
-    write_tokenizer(_tokenizer(run), run.data.eos_id, run.seq_len, folder)
+    write_tokenizer(_tokenizer(run), run.data.eos_id, run.max_positions, folder)
     card = folder / "README.md"
     text = model_card(run.directory, run.trained, run.step, run.data)
     card.write_text(text, encoding="utf-8")
@@ -93,10 +94,10 @@ def write_folder(run: ExportedRun, folder: Path, max_shard_size: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, key: str = "output") -> Iterator[Path]:
     """Make a folder beside ``path`` that is renamed to it when the block succeeds.
 
-    After an error it is removed.
+    After an error it is removed. key: of the configuration, which gave the path.
 
     Raises:
         ConfigError: ``path`` has files by now.
@@ -115,7 +116,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
         except OSError as error:
             reason, remedy = f"cannot be replaced: {error.strerror}", "give another name"
-            raise ConfigError([Problem("output", path, reason, remedy)]) from error
+            raise ConfigError([Problem(key, path, reason, remedy)]) from error
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -19,11 +19,13 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-from modtrain.interop.architectures import LLAMA, MISTRAL, OWN, QWEN3, architecture
+from modtrain.interop.architectures import LLAMA, MISTRAL, OWN, QWEN2, QWEN3, architecture
 from modtrain.interop.names import to_hugging_face
 from modtrain.interop.remote_code.configuration_modtrain import ModtrainConfig
 from modtrain.interop.remote_code.modeling_modtrain import ModtrainForCausalLM, ModtrainModel
@@ -32,6 +34,7 @@ from modtrain.models.transformer import Transformer
 _CLASSES: dict[str, tuple[Any, Any]] = {
     LLAMA: (LlamaConfig, LlamaForCausalLM),
     MISTRAL: (MistralConfig, MistralForCausalLM),
+    QWEN2: (Qwen2Config, Qwen2ForCausalLM),
     QWEN3: (Qwen3Config, Qwen3ForCausalLM),
     OWN: (ModtrainConfig, ModtrainForCausalLM),
 }

@@ -27,6 +27,11 @@ ATTENTION = {
     "v.weight": "self_attn.v_proj.weight",
     "out.weight": "self_attn.o_proj.weight",
 }
+QKV_BIAS = {
+    "q.bias": "self_attn.q_proj.bias",
+    "k.bias": "self_attn.k_proj.bias",
+    "v.bias": "self_attn.v_proj.bias",
+}
 QK_NORM = {
     "q_norm.gain": "self_attn.q_norm.weight",
     "k_norm.gain": "self_attn.k_norm.weight",
@@ -93,6 +98,39 @@ def weight_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a dense model with attention, without building it.
+
+    A tied head is left out.
+    """
+    d, width = config.d_model, config.head_width
+    query_dim, kv_dim = config.num_heads * width, config.kv_heads * width
+    attention = {
+        "norm.gain": (d,),
+        **{
+            f"{name}.weight": (rows, d)
+            for name, rows in zip("qkv", (query_dim, kv_dim, kv_dim), strict=True)
+        },
+        "out.weight": (d, query_dim),
+    }
+    if config.qkv_bias:
+        attention |= {"q.bias": (query_dim,), "k.bias": (kv_dim,), "v.bias": (kv_dim,)}
+    if config.qk_norm:
+        attention |= {"q_norm.gain": (width,), "k_norm.gain": (width,)}
+    mlp = {"norm.gain": (d,), "inner.down.weight": (d, config.ff_width)}
+    mlp |= {f"inner.{name}.weight": (config.ff_width, d) for name in ("gate", "up")}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.weight": (config.vocabulary, d),
+        "norm.gain": (d,),
+    }
+    if not config.tie_embeddings:
+        shapes["head.weight"] = (config.vocabulary, d)
+    for layer in range(config.num_layers):
+        for part, table in (("attention", attention), ("mlp", mlp)):
+            shapes |= {f"layers.{layer}.module.{part}.{key}": shape for key, shape in table.items()}
+    return shapes
+
+
 def portable_weights(model: Transformer) -> dict[str, Tensor]:
     """Return the model's tensors by name, running sums replaced by the value in use.
 
@@ -133,7 +171,8 @@ def _prefixed(table: Mapping[str, str], ours: str, theirs: str) -> dict[str, str
 def _mixer(config: ModelConfig, layer: int) -> dict[str, str]:
     if config.mixers[layer] == "convolution":
         return CONVOLUTION
-    return ATTENTION | (QK_NORM if config.qk_norm else {})
+    table = ATTENTION | (QKV_BIAS if config.qkv_bias else {})
+    return table | (QK_NORM if config.qk_norm else {})
 
 
 def _feed_forward(config: ModelConfig, layer: int) -> dict[str, str]:

@@ -42,9 +42,9 @@ class Attention(nn.Module):
             heads * self.head_width for heads in (config.num_heads, config.kv_heads)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.q = nn.Linear(config.d_model, query_dim, bias=False)
-        self.k = nn.Linear(config.d_model, kv_dim, bias=False)
-        self.v = nn.Linear(config.d_model, kv_dim, bias=False)
+        self.q = nn.Linear(config.d_model, query_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.d_model, kv_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.d_model, kv_dim, bias=config.qkv_bias)
         self.out = nn.Linear(query_dim, config.d_model, bias=False)
         self.q_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else None

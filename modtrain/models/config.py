@@ -11,6 +11,7 @@ from modtrain.common.validation import above_zero, at_least, broken_rules, one_o
 from modtrain.models.depth.config import RouterConfig, Selection
 from modtrain.models.depth.pattern import layer_capacities, pattern_problems
 from modtrain.models.experts.config import ExpertsConfig
+from modtrain.models.rope.config import RopeScalingConfig
 
 ACTIVATIONS = ("swiglu", "gelu")
 MIXERS = ("attention", "convolution")
@@ -32,6 +33,7 @@ class ModelConfig:
     activation: of the MLP: ``swiglu`` or ``gelu``.
     tie_embeddings: the output head shares the embedding's weights.
     qk_norm: normalise queries and keys.
+    qkv_bias: queries, keys and values have biases (Qwen2).
     mixer: mixes features between tokens: ``attention``, ``convolution`` (causal, depthwise), or a
         list with one of them per layer.
     sliding_window: number of positions that a token attends to, itself included; null: all.
@@ -60,10 +62,12 @@ class ModelConfig:
     activation: str = "swiglu"
     tie_embeddings: bool = False
     qk_norm: bool = False
+    qkv_bias: bool = False
     mixer: Any = "attention"
     sliding_window: int | None = None
     conv_width: int = 4
     rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_eps: float = 1e-5
     init_std: float | None = None
     pattern: Any = "every_other"
@@ -199,6 +203,7 @@ class ModelConfig:
         problems += one_of(self, prefix, "activation", ACTIVATIONS)
         problems += pattern_problems(self.pattern, self.capacity, self.num_layers, prefix)
         problems += self._mixer_problems(prefix)
+        problems += self.rope_scaling.problems(f"{prefix}.rope_scaling")
         problems += self.router.problems(f"{prefix}.router")
         if sized and self.activation in ACTIVATIONS:
             problems += self.experts.problems(f"{prefix}.experts", self.ff_width, self.num_layers)

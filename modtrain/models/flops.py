@@ -15,7 +15,7 @@ from modtrain.models.depth.config import Selection
 from modtrain.models.depth.pattern import num_chosen
 
 CONVENTIONS = (
-    "matrix products only, 2 FLOPs per multiply-add: norms, RoPE, softmax, activations, a"
+    "matrix products only, 2 FLOPs per multiply-add: biases, norms, RoPE, softmax, activations, a"
     " convolution's taps, top-k, gather and scatter are left out",
     "causal attention is counted in full: S x S products for S tokens, also under a sliding window",
     "the output head is counted, the embedding look-up is not",
@@ -286,7 +286,8 @@ def _mixer_parameters(config: ModelConfig, layer: int) -> Cost:
         return Cost(mixer_projections=3 * d * d + config.conv_width * d, norms=d)
     query_dim, kv_dim = config.num_heads * config.head_width, config.kv_heads * config.head_width
     norms = d + (2 * config.head_width if config.qk_norm else 0)
-    return Cost(mixer_projections=2 * d * query_dim + 2 * d * kv_dim, norms=norms)
+    biases = query_dim + 2 * kv_dim if config.qkv_bias else 0
+    return Cost(mixer_projections=2 * d * query_dim + 2 * d * kv_dim + biases, norms=norms)
 
 
 def _mlp_parameters(config: ModelConfig, layer: int) -> Cost:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from modtrain.models.cache.cache import CacheView
 from modtrain.models.depth.config import ComputeBudget, RouterSwap, Selection
+from modtrain.models.rope.config import RopeScalingConfig
+from modtrain.models.rope.rotary import rotary
 
 
 class SequenceContext(NamedTuple):
@@ -135,29 +137,22 @@ def sequence_context(
     head_width: int,
     theta: float,
     *,
+    scaling: RopeScalingConfig | None = None,
     selection: Selection = "top_k",
     window: int | None = None,
     documents_BS: Tensor | None = None,
     valid_BS: Tensor | None = None,
 ) -> SequenceContext:
-    """Make the context of tokens at ``positions_BS`` (RoPE, arXiv 2104.09864)."""
+    """Make the context of tokens at ``positions_BS``; scaling: of the rotary positions."""
     return SequenceContext(
         positions_BS,
-        *rotary(positions_BS, head_width, theta),
+        *rotary(positions_BS, head_width, theta, scaling or RopeScalingConfig()),
         selection,
         window,
         documents_BS,
         valid_BS,
         attention_mask(positions_BS, window, documents_BS, valid_BS),
     )
-
-
-def rotary(positions_BS: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine (B, S, W) of each position's angles."""
-    device = positions_BS.device
-    exponent_W = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
-    angle_BSW = positions_BS.unsqueeze(-1).float() * theta**-exponent_W
-    return angle_BSW.cos(), angle_BSW.sin()
 
 
 def attention_mask(

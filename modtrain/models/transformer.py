@@ -27,12 +27,12 @@ from modtrain.models.feed_forward import FeedForward
 from modtrain.models.init import initialise
 from modtrain.models.loss import next_token_loss
 from modtrain.models.norm import RMSNorm
+from modtrain.models.rope.rotary import rotary
 from modtrain.models.sequence import (
     ExpertRecord,
     RoutingRecord,
     SequenceContext,
     attention_mask,
-    rotary,
 )
 
 
@@ -240,7 +240,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{len(thresholds)} thresholds for {routers} routers")
         return SequenceContext(
             positions_BS,
-            *rotary(positions_BS, config.head_width, config.rope_theta),
+            *rotary(positions_BS, config.head_width, config.rope_theta, config.rope_scaling),
             selection,
             config.sliding_window,
             documents_BS,

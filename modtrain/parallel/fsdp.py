@@ -75,10 +75,14 @@ def _reshard_after_evaluation(model: nn.Module, _inputs: Any, _output: Any) -> N
 
 
 def _matrices(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """Give the parameters that a layer's products are made of, but for those that decide."""
+    """Give the parameters that a layer's products are made of, but for those that decide.
+
+    Also biases that tensor parallelism has sliced: the root is sharded over tensor ranks as well.
+    """
     deciding = deciding_parameters(layer)
     for parameter in layer.parameters():
-        if parameter.ndim >= 2 and parameter not in deciding:
+        is_matrix = parameter.ndim >= 2 or isinstance(parameter, DTensor)
+        if is_matrix and parameter not in deciding:
             yield parameter
 
 

@@ -201,7 +201,8 @@ class TPLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the slice's product."""
-        return F.linear(x, _local_slice(self.weight))
+        bias = None if self.bias is None else _local_slice(self.bias)
+        return F.linear(x, _local_slice(self.weight), bias)
 
 
 class TPHeadNorm(RMSNorm):
@@ -263,7 +264,7 @@ def _slice_mlp(mlp: MLP, mesh: DeviceMesh) -> None:
 
 def _slice_linears(mesh: DeviceMesh, to_hidden: list[nn.Linear], from_hidden: nn.Linear) -> None:
     for linear in to_hidden:
-        _slice(linear, mesh, weight=0)
+        _slice(linear, mesh, weight=0, bias=0)
     _slice(from_hidden, mesh, weight=1)
     for linear in (*to_hidden, from_hidden):
         swap_class(linear, TPLinear)

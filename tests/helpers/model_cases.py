@@ -41,6 +41,7 @@ MODELS = {
     "mod": small(
         tie_embeddings=True,
         qk_norm=True,
+        qkv_bias=True,
         router=RouterConfig(causal=_CAUSAL, predictor_dim=8, gate="sigmoid", gate_scale=True),
     ),
     "mod in a window": small(
@@ -143,7 +144,7 @@ def context_of(config: ModelConfig, positions_BS: Tensor, **changes) -> Sequence
         positions_BS,
         config.head_width,
         config.rope_theta,
-        **({"window": config.sliding_window} | changes),
+        **({"window": config.sliding_window, "scaling": config.rope_scaling} | changes),
     )
 
 
@@ -187,6 +188,7 @@ def configs(draw: st.DrawFn, max_layers: int = 4) -> ModelConfig:
         mixer=draw(st.sampled_from(["attention", "attention", "convolution"]) | mixers),
         conv_width=draw(st.sampled_from([1, 3])),
         router=draw(routers()),
+        qkv_bias=draw(st.booleans()),
     )
 
 

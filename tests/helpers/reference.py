@@ -79,6 +79,10 @@ def attention(
         q_SW = x_SD @ p[f"{prefix}.q.weight"][own].T
         k_SW = x_SD @ p[f"{prefix}.k.weight"][shared].T
         v_SW = x_SD @ p[f"{prefix}.v.weight"][shared].T
+        if c.qkv_bias:
+            q_SW = q_SW + p[f"{prefix}.q.bias"][own]
+            k_SW = k_SW + p[f"{prefix}.k.bias"][shared]
+            v_SW = v_SW + p[f"{prefix}.v.bias"][shared]
         if c.qk_norm:
             q_SW = rms_norm(q_SW, p[f"{prefix}.q_norm.gain"], c.norm_eps)
             k_SW = rms_norm(k_SW, p[f"{prefix}.k_norm.gain"], c.norm_eps)

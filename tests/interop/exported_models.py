@@ -13,6 +13,7 @@ from modtrain.interop.architectures import architecture_config
 from modtrain.interop.folder import hugging_face_model
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
+from modtrain.models.rope.config import RopeScalingConfig
 from modtrain.models.transformer import Transformer
 from tests.helpers.model_cases import (
     MODELS,
@@ -32,10 +33,37 @@ PLAIN = {
         pattern="dense", num_layers=2, head_dim=12, tie_embeddings=True, rope_theta=500.0
     ),
     "mistral": small(pattern="dense", num_layers=2, sliding_window=5),
+    "qwen2": small(pattern="dense", num_heads=4, num_kv_heads=2, num_layers=2, qkv_bias=True),
+    "qwen2 in a window": small(pattern="dense", num_layers=2, qkv_bias=True, sliding_window=5),
+    "positions divided": small(
+        pattern="dense", num_layers=2, rope_scaling=RopeScalingConfig("linear", 3.0)
+    ),
+    "positions scaled as Llama 3": small(
+        pattern="dense",
+        num_layers=2,
+        head_dim=16,
+        rope_theta=50.0,
+        rope_scaling=RopeScalingConfig("llama3", 8.0, 16, 0.5, 2.0),
+    ),
+    "positions scaled by YaRN": small(
+        pattern="dense",
+        num_layers=2,
+        head_dim=16,
+        qk_norm=True,
+        rope_theta=100.0,
+        rope_scaling=RopeScalingConfig("yarn", 4.0, 16, beta_fast=4.0),
+    ),
     "qwen3": MODELS["dense"],
     "qwen3 in a window": small(pattern="dense", num_layers=2, qk_norm=True, sliding_window=5),
 }
 OWN = {
+    "routed, with biases and scaled positions": small(
+        num_layers=2,
+        qkv_bias=True,
+        qk_norm=True,
+        router=RouterConfig(causal=["threshold"]),
+        rope_scaling=RopeScalingConfig("yarn", 4.0, 16, attention_factor=1.3, truncate=False),
+    ),
     **{name: config for name, config in MODELS.items() if name != "dense"},
     "dense with a GELU": small(pattern="dense", num_layers=2, activation="gelu"),
     "dense convolution": small(

@@ -31,7 +31,7 @@ def _rotary_in_float64(monkeypatch):
     """Rotary factors as precise as a float64 model: gradients amplify float32's rounding a
     hundredfold."""
 
-    def rotary(positions_BS: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    def rotary(positions_BS: Tensor, head_width: int, theta: float, _scaling) -> tuple:
         angle_BSW = reference.angles(positions_BS, head_width, theta)
         return angle_BSW.cos(), angle_BSW.sin()
 

@@ -12,6 +12,7 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.depth.pattern import layer_capacities, num_chosen
 from modtrain.models.experts.config import ExpertsConfig
+from modtrain.models.rope.config import RopeScalingConfig
 from modtrain.models.transformer import Transformer
 from tests.helpers.model_cases import configs, quick, small
 
@@ -263,6 +264,16 @@ LIST_TEXTS = st.text("[],.*+ 0123456789e-naif", max_size=30)
         activation=st.sampled_from(["swiglu", "gelu"]) | st.text(),
         tie_embeddings=st.booleans(),
         qk_norm=st.booleans(),
+        qkv_bias=st.booleans(),
+        rope_scaling=st.builds(
+            RopeScalingConfig,
+            name=st.sampled_from(["linear", "llama3", "yarn"]) | st.text(),
+            factor=FLOATS,
+            original_positions=st.none() | INTEGERS,
+            high_freq_factor=FLOATS,
+            beta_slow=FLOATS,
+            attention_factor=st.none() | FLOATS,
+        ),
         sliding_window=st.none() | INTEGERS,
         rope_theta=FLOATS,
         norm_eps=FLOATS,

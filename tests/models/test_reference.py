@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from benchmarks._llama import as_llama
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.layer import MixtureOfDepths
-from modtrain.models.sequence import rotary
+from modtrain.models.rope.config import RopeScalingConfig
+from modtrain.models.rope.rotary import rotary
 from modtrain.models.transformer import Transformer
 from tests.helpers import reference
 from tests.helpers.model_cases import (
@@ -279,5 +280,6 @@ def test_rotary_factors_are_as_precise_as_their_angles():
     angle_BSW = reference.angles(positions_BS, 64, 1e4)
     bound_BS1 = 2 * torch.finfo(torch.float32).eps * (1 + positions_BS.unsqueeze(-1))
     exact = (angle_BSW.cos(), angle_BSW.sin())
-    for ours_BSW, exact_BSW in zip(rotary(positions_BS, 64, 1e4), exact, strict=True):
+    factors = rotary(positions_BS, 64, 1e4, RopeScalingConfig())
+    for ours_BSW, exact_BSW in zip(factors, exact, strict=True):
         assert ((ours_BSW - exact_BSW).abs() <= bound_BS1).all()

@@ -50,6 +50,7 @@ class DecoderConfig:
     selection: the causal decision. max_tokens: maximum of generated tokens per sequence. budget:
     the compute budget; None: as trained. batch_size: sequences at once. prefill_chunk: tokens of a
     prompt at once. end_id: the end-of-document token, which is not returned; None: none.
+    more_end_ids: further tokens that end a text, and are not returned.
     mask_documents: documents do not attend to each other. with_depth: return each token's depth,
     for which the last token is run as well. drafts: number of tokens to draft at once, at
     ``draft_budget``; 0: no speculation. capacities: one per layer, for a checkpoint from the middle
@@ -63,6 +64,7 @@ class DecoderConfig:
     batch_size: int = 1
     prefill_chunk: int = 2048
     end_id: int | None = None
+    more_end_ids: tuple[int, ...] = ()
     mask_documents: bool = False
     with_depth: bool = False
     drafts: int = 0
@@ -298,7 +300,7 @@ class Decoder:
         for count, token in enumerate(new, start=1):
             if reason is not None or sequence.is_complete:
                 break
-            if token == self._config.end_id:
+            if token == self._config.end_id or token in self._config.more_end_ids:
                 reason = "end"
                 break
             text.append(token)

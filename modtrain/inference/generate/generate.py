@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from modtrain.common.errors import DataError, Problem, raise_if_any
+from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.common.terminal import plain_console
 from modtrain.inference.calibration import budget_of_run, resolve_decisions
 from modtrain.inference.config import GenerateConfig
@@ -24,6 +24,7 @@ from modtrain.inference.generate.text_stream import TextStream
 from modtrain.inference.loading import LoadedRun, load_run
 from modtrain.inference.text_io import is_unicode, read_text
 from modtrain.inference.token_text import Vocabulary
+from modtrain.interop.prompt_format import PromptFormat
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import ComputeBudget, Selection
 
@@ -39,7 +40,11 @@ def generate(config: GenerateConfig) -> None:
     loaded = load_run(config)
     vocabulary = Vocabulary(loaded.tokenizer.read_bytes(), str(loaded.tokenizer), loaded.end_id)
     settings = decoder_config(config, loaded, vocabulary.end_id)
-    prompts = [vocabulary.encode(request["prompt"]) for request in requests]
+    prompt_format = PromptFormat.read(loaded.directory.path)
+    settings = replace(settings, more_end_ids=prompt_format.end_ids)
+    prompts = _prompts(
+        config, [request["prompt"] for request in requests], vocabulary, prompt_format
+    )
     decoder = Decoder(loaded.model, settings, prompts)
     continuations = [
         _continuation(config, request, vocabulary, prompt)
@@ -83,6 +88,23 @@ def decoder_config(config: GenerateConfig, loaded: LoadedRun, end_id: int) -> De
         draft_budget=_draft_budget(loaded, selection, config) if config.speculate.tokens else None,
         capacities=loaded.capacities,
     )
+
+
+def _prompts(
+    config: GenerateConfig, texts: list[str], vocabulary: Vocabulary, prompt_format: PromptFormat
+) -> list[list[int]]:
+    """Return the tokens of each prompt, as the model knows them.
+
+    Raises:
+        ConfigError: there is no chat template.
+    """
+    if not config.chat:
+        begin = list(prompt_format.begin_ids)
+        return [begin + vocabulary.encode(text) if text or not begin else begin for text in texts]
+    if prompt_format.chat_template is None:
+        reason, remedy = "needs a chat template, and the run has none", "import a chat model"
+        raise ConfigError([Problem("chat", "true", reason, remedy)])
+    return [prompt_format.chat_ids(vocabulary.tokenizer, text) for text in texts]
 
 
 def _model_problems(

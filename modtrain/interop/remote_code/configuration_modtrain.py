@@ -28,6 +28,7 @@ class ModtrainConfig(PreTrainedConfig):
     gate: what a token's update is multiplied by: the ``raw`` score, its ``sigmoid`` or ``tanh``, or
         ``none`` for 1; then ``gate_multiplier`` times it plus ``gate_offset``; with ``gate_scale``
         times a learned scalar.
+    attention_bias: queries, keys and values have biases; the output has none.
     layer_mixers: by layer, ``attention`` or ``convolution``.
     conv_width: tokens under a convolution, the token itself included.
     gated_mlp: SwiGLU; else two matrices and a GELU.
@@ -60,6 +61,7 @@ class ModtrainConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None
     sliding_window: int | None = None
     qk_norm: bool = False
+    attention_bias: bool = False
     gated_mlp: bool = True
     layer_mixers: list[str] | None = None
     conv_width: int = 4

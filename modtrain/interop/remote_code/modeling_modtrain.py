@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_modtrain import ModtrainConfig
@@ -384,9 +385,9 @@ class ModtrainAttention(nn.Module):
         size, eps = config.hidden_size, config.rms_norm_eps
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(size, query_size, bias=False)
-        self.k_proj = nn.Linear(size, kv_size, bias=False)
-        self.v_proj = nn.Linear(size, kv_size, bias=False)
+        self.q_proj = nn.Linear(size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, size, bias=False)
         self.q_norm = ModtrainRMSNorm(config.head_dim, eps) if config.qk_norm else None
         self.k_norm = ModtrainRMSNorm(config.head_dim, eps) if config.qk_norm else None
@@ -764,7 +765,12 @@ class ModtrainModel(ModtrainPreTrainedModel):
 
     def _angles(self, position_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine of each position's angles (B, S, W / 2)."""
-        width, theta = self.config.head_dim, (self.config.rope_parameters or {})["rope_theta"]
+        rope = self.config.rope_parameters or {}
+        width, theta, kind = self.config.head_dim, rope["rope_theta"], rope.get("rope_type")
+        if kind not in (None, "default"):
+            scaled_W, amplitude = ROPE_INIT_FUNCTIONS[kind](self.config, position_BS.device)
+            angle_BSW = position_BS.unsqueeze(-1).float() * scaled_W
+            return angle_BSW.cos() * amplitude, angle_BSW.sin() * amplitude
         index_W = torch.arange(0, width, 2, device=position_BS.device, dtype=torch.float32)
         angle_BSW = position_BS.unsqueeze(-1).float() * theta ** -(index_W / width)
         return angle_BSW.cos(), angle_BSW.sin()

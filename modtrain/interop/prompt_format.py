@@ -1,0 +1,87 @@
+"""How an imported model wants its prompts: what begins and ends a text, and its chat template.
+
+It lies beside the run's configuration, as data; a run without it has plain prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from modtrain.common.atomic_io import write_text
+from modtrain.common.errors import CheckpointError, DataError
+from modtrain.common.reading import UnreadableError, read_json
+
+FILE_NAME = "prompt_format.json"
+_MAX_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What a prompt gets.
+
+    begin_ids: tokens before a prompt without a template. end_ids: tokens that end an answer, beside
+    the end-of-document token. chat_template: in Jinja; None: there is none. special_tokens: names
+    that the template knows, such as ``bos_token``, and their texts.
+    """
+
+    begin_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, run: Path) -> PromptFormat:
+        """Return the format of the run in the directory ``run``; plain prompts without a file.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = run / FILE_NAME
+        if not path.exists():
+            return cls()
+        try:
+            return cls.of(read_json(path, _MAX_BYTES))
+        except (UnreadableError, TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}): import the model again") from None
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> PromptFormat:
+        """Return the format with these values. Raises ValueError if they are no format."""
+        begin, end = ([*content[key]] for key in ("begin_ids", "end_ids"))
+        template, special = content["chat_template"], dict(content["special_tokens"])
+        if not all(type(number) is int and number >= 0 for number in begin + end):
+            raise ValueError("a token's number is none")
+        if not all(isinstance(text, str) for text in (template or "", *special, *special.values())):
+            raise ValueError("a text is none")
+        return cls(tuple(begin), tuple(end), template, special)
+
+    def write(self, run: Path) -> None:
+        """Write the format into the run's directory."""
+        write_text(run / FILE_NAME, json.dumps(asdict(self), indent=1))
+
+    def chat_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
+        """Return the tokens of a conversation in which the user has said ``prompt``.
+
+        Raises:
+            DataError: the template does not take it.
+        """
+        # transformers runs the template without access to Python, and takes seconds to import.
+        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+        template = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **self.special_tokens)
+        try:
+            text = template.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                chat_template=self.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except Exception as error:  # of Jinja, or raised by the template
+            raise DataError(f"the model's chat template fails: {error}") from error
+        return tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,372 @@
+"""`modtrain import`: transformers' models as runs, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modtrain.checkpoint.layout import checkpoint_path
+from modtrain.common.errors import DataError, ModtrainError
+from modtrain.data.prepare.tokenizer import train_tokenizer
+from modtrain.interop.config import ExportConfig, ImportConfig
+from modtrain.interop.export import export
+from modtrain.interop.import_model import import_model
+from modtrain.interop.imported_config import model_config, parse_config
+from modtrain.interop.names import tensor_shapes
+from modtrain.interop.prompt_format import PromptFormat
+from modtrain.models.flops import parameters
+from modtrain.models.transformer import Transformer
+from modtrain.training.run_directory import RunDirectory
+from modtrain.training.trained_model import load_model, training_data
+from tests.helpers.model_cases import random_tokens
+from tests.helpers.problems import problems_of
+
+VOCAB = 300
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "eos_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+FAMILIES = {
+    "llama": {"model_type": "llama", "head_dim": 8},
+    "llama 3": {"model_type": "llama", "rope_parameters": LLAMA3, "tie_word_embeddings": True},
+    # As files before version 5 have it.
+    "llama, divided": {
+        "model_type": "llama",
+        "rope_theta": 500.0,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+    "smollm2": {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    "mistral": {"model_type": "mistral", "sliding_window": 5, "head_dim": 6},
+    "mistral without a window": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "sliding_window": 5},
+    "qwen2 in a window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 0,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 8, "rope_parameters": YARN},
+}
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["the tree and the river"] * 4, 270)
+
+
+def make_folder(folder: Path, values: dict, tokenizer: bytes) -> Path:
+    """A folder of a random model of transformers', in several files, with a chat template."""
+    values = SMALL | values
+    config = AutoConfig.for_model(**values)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    model.save_pretrained(folder, max_shard_size="10KB")
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<|endoftext|>"}, "chat_template": TEMPLATE})
+    )
+    return folder
+
+
+def request(folder: Path, runs: Path, **changes) -> ImportConfig:
+    return ImportConfig(
+        source=str(folder), **({"name": "imported", "runs_dir": str(runs)} | changes)
+    )
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, tokenizer):
+    return make_folder(tmp_path_factory.mktemp("llama"), FAMILIES["llama"], tokenizer)
+
+
+@pytest.fixture
+def folder(llama, tmp_path):
+    """A copy that a test may change."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def tensors_of(folder: Path) -> dict:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_computes_what_transformers_computes_and_returns_unchanged(
+    name, tmp_path, tokenizer
+):
+    folder = make_folder(tmp_path / "model", FAMILIES[name], tokenizer)
+    import_model(request(folder, tmp_path / "runs"))
+    run = RunDirectory(tmp_path / "runs" / "imported")
+    trained = run.read_config()
+    ours = load_model(trained, checkpoint_path(run.checkpoints, 0))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    tokens_BS = random_tokens(2, 40)
+    with torch.no_grad():
+        expected = theirs(tokens_BS).logits
+        actual = ours(tokens_BS, selection="causal").logits_BSV
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * scale)
+    assert parameters(trained.model).total == theirs.num_parameters()
+
+    export(ExportConfig("imported", str(tmp_path / "runs"), output=str(tmp_path / "out")))
+    before, after = tensors_of(folder), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens_BS).logits, expected, rtol=0, atol=1e-5 * scale)
+    assert again.config.max_position_embeddings == 64
+
+
+def test_the_run_has_its_tokenizer_and_names_its_origin(llama, tmp_path, tokenizer):
+    line = import_model(request(llama, tmp_path))
+    run = RunDirectory(tmp_path / "imported")
+    assert line.startswith(f"wrote {run.path}: llama,")
+    trained, manifest = run.read_config(), run.read_manifest()
+    assert training_data(run, trained).eos_id == 0
+    assert Path(trained.data.path, "tokenizer.json").read_bytes() == tokenizer
+    files = manifest["imported"]["files"]
+    assert "config.json" in files and len(files) > 2
+    assert all(len(sha256) == 64 for sha256 in files.values())
+    assert PromptFormat.read(run.path).chat_template == TEMPLATE
+    assert PromptFormat.read(run.path).end_ids == (0,)
+    assert [path.name for path in tmp_path.iterdir()] == ["imported"]
+
+
+def test_a_chat_template_makes_the_prompt(llama, tmp_path, tokenizer):
+    import_model(request(llama, tmp_path))
+    parsed = Tokenizer.from_str(tokenizer.decode())
+    ids = PromptFormat.read(tmp_path / "imported").chat_ids(parsed, "the tree")
+    assert ids[ids.index(0) :] == [0, *parsed.encode("<|assistant|>").ids]
+    assert parsed.decode(ids) == "<|user|>the tree<|assistant|>"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shapes_are_known_without_the_model(name):
+    model, problems = model_config(parse_config(SMALL | FAMILIES[name], "here"))
+    assert not problems
+    weights = Transformer(model).state_dict()
+    if model.tie_embeddings:
+        del weights["head.weight"]
+    assert tensor_shapes(model) == {key: tuple(value.shape) for key, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("hidden_act", {"hidden_act": "gelu"}),
+        ("attention_bias", {"attention_bias": True}),
+        ("mlp_bias", {"mlp_bias": True}),
+        ("quantization_config", {"quantization_config": {"quant_method": "gptq"}}),
+        ("rope_parameters.rope_type", {"rope_parameters": YARN | {"rope_type": "dynamic"}}),
+        ("rope_parameters.mscale", {"rope_parameters": YARN | {"mscale": 0.7}}),
+        (
+            "rope_parameters.partial_rotary_factor",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        ),
+    ],
+)
+def test_what_cannot_be_represented_is_named(key, changes, folder, tmp_path):
+    edit_config(folder, **changes)
+    assert list(problems_of(import_model, request(folder, tmp_path))) == [key]
+    assert not (tmp_path / "imported").exists()
+
+
+def test_windows_of_some_layers_are_named(tmp_path):
+    values = SMALL | FAMILIES["qwen2 in a window"] | {"max_window_layers": 1}
+    _, (problem,) = model_config(parse_config(values, "here"))
+    assert problem.key == "layer_types"
+
+
+def _other_family(folder: Path) -> None:
+    edit_config(folder, model_type="gemma2")
+
+
+def _huge(folder: Path) -> None:
+    edit_config(folder, hidden_size=2**20, intermediate_size=2**22, head_dim=2**18)
+
+
+def _pickle(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def _outside(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../a.safetensors"}}'
+    )
+
+
+def _damaged(folder: Path) -> None:
+    path = next(folder.glob("*.safetensors"))
+    path.write_bytes(b"\xff" * 7 + b"\x7f" + path.read_bytes()[8:])
+
+
+def _cut(folder: Path) -> None:
+    path = next(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def _shards(folder: Path) -> Path:
+    return next(p for p in folder.glob("*.safetensors") if "model.norm.weight" in load_file(p))
+
+
+def _not_finite(folder: Path) -> None:
+    weights = load_file(_shards(folder))
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, _shards(folder))
+
+
+def _missing(folder: Path) -> None:
+    path = _shards(folder)
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    save_file(weights, path)
+
+
+def _no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_other_family, "model_type='gemma2' cannot be imported"),
+        (_huge, "model.embed_tokens.weight: is (300, 16), not (300, 1048576)"),
+        (_pickle, "pytorch_model.bin is a pickle"),
+        (_outside, "does not name files of the folder"),
+        (_damaged, "is not a safetensors file"),
+        (_cut, "is not a safetensors file"),
+        (_not_finite, "model.norm.weight has values that are not finite"),
+        (_missing, "model.norm.weight: is missing"),
+        (_no_tokenizer, "has no tokenizer.json"),
+    ],
+)
+def test_a_hostile_or_damaged_folder_is_refused(damage, message, folder, tmp_path):
+    damage(folder)
+    with pytest.raises(DataError) as raised:
+        import_model(request(folder, tmp_path / "runs"))
+    assert message in str(raised.value)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_wrong_request_is_refused_whole(llama, tmp_path):
+    assert problems_of(import_model, ImportConfig()).keys() == {"source", "name"}
+    import_model(request(llama, tmp_path))
+    assert problems_of(import_model, request(llama, tmp_path)).keys() == {"name"}
+    wrong = request(tmp_path / "none", tmp_path, name="../up", tokenizer="none", seq_len=0)
+    assert problems_of(import_model, wrong).keys() == {"source", "name", "tokenizer", "seq_len"}
+
+
+def test_a_damaged_prompt_format_is_reported(tmp_path):
+    (tmp_path / "prompt_format.json").write_text('{"begin_ids": [-1], "end_ids": []}')
+    with pytest.raises(ModtrainError, match="import the model again"):
+        PromptFormat.read(tmp_path)
+
+
+def _gguf_weight(name: str, weight, heads: dict) -> np.ndarray:
+    """The weight as llama.cpp stores it: a rotated pair's rows are neighbours in a Llama."""
+    for ending, count in heads.items():
+        if name.endswith(ending):
+            weight = weight.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    return weight.numpy()
+
+
+def make_gguf(path: Path, folder: Path, family: str) -> Path:
+    """The folder's model as a GGUF file, without its tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    from modtrain.interop import gguf_file
+
+    config = json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, family)
+    for key, name in gguf_file.KEYS.items():
+        value = config[name]
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{family}.{key}", value)
+    writer.add_float32(f"{family}.rope.freq_base", config["rope_parameters"]["rope_theta"])
+    writer.add_string("tokenizer.chat_template", TEMPLATE)
+    theirs = {other: name for name, other in gguf_file.IN_LAYER.items()}
+    outside = {other: name for name, other in gguf_file.OUTSIDE_LAYERS.items()}
+    heads = {"q_proj.weight": 4, "k_proj.weight": 2} if family == "llama" else {}
+    for name, weight in tensors_of(folder).items():
+        stored = outside.get(name)
+        if stored is None:
+            _, _, layer, *place, kind = name.split(".")
+            stored = f"blk.{layer}.{theirs['.'.join(place)]}.{kind}"
+        writer.add_tensor(stored, _gguf_weight(name, weight, heads))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_gguf_file_gives_the_tensors_of_the_folder_that_it_was_made_of(
+    family, tmp_path, tokenizer
+):
+    values = {"model_type": family, "head_dim": 4}
+    folder = make_folder(tmp_path / "model", values, tokenizer)
+    path = make_gguf(tmp_path / "model.gguf", folder, family)
+    own = str(folder / "tokenizer.json")
+    import_model(request(path, tmp_path / "runs", tokenizer=own))
+    import_model(request(folder, tmp_path / "runs", name="of_folder"))
+    models = []
+    for name in ("imported", "of_folder"):
+        run = RunDirectory(tmp_path / "runs" / name)
+        models.append(load_model(run.read_config(), checkpoint_path(run.checkpoints, 0)))
+    assert models[0].config.rope_theta == models[1].config.rope_theta
+    assert models[0].config.norm_eps == pytest.approx(models[1].config.norm_eps)
+    ours, expected = (model.state_dict() for model in models)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in ours)
+    content = path.read_bytes()
+    for damaged, message in (
+        (content[:200], "is not a whole GGUF file"),
+        (content[:-64], "is not a whole GGUF file"),
+        (b"GGML" + content[4:], "is not a GGUF file"),
+        (content[:16] + b"\xff" * 8 + content[24:], "tensors or entries"),
+        (content[:24] + b"\xff" * 7 + b"\x7f" + content[32:], "header of more than"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=message):
+            import_model(request(path, tmp_path / "runs", name="damaged", tokenizer=own))
