@@ -25,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = read_arguments(sys.argv[1:] if argv is None else argv, verbs)
         if arguments.wants_help:
             return _help(arguments.verb, verbs)
-        return _run(arguments)
+        from modtrain.training.outcome import report_outcome
+
+        with report_outcome() as outcome:
+            outcome.exit_code = _run(arguments)
+        return outcome.exit_code
     except ModtrainError as error:
         # Errors that all ranks raise are printed by rank 0 only, if it lives.
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
@@ -101,35 +105,31 @@ def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) 
 
 
 def _train(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.training.outcome import report_outcome
+    from modtrain.cli.compose import compose
 
-    with report_outcome() as outcome:
-        from modtrain.cli.compose import compose
+    swept = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep."))]
+    reason, remedy = "is for a sweep", "add -m, or leave it out"
+    raise_if_any([Problem(text, "", reason, remedy) for text in swept])
+    config = compose("train", overrides, config_dir)
+    from modtrain.distributed.launch import Launch
+    from modtrain.training.plan import resolve
 
-        swept = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep."))]
-        reason, remedy = "is for a sweep", "add -m, or leave it out"
-        raise_if_any([Problem(text, "", reason, remedy) for text in swept])
-        config = compose("train", overrides, config_dir)
-        from modtrain.distributed.launch import Launch
-        from modtrain.training.plan import resolve
+    launch = Launch.from_environment()
+    config, plan = resolve(config, launch=launch)
+    from modtrain.training.hardware import num_devices, resolve_accelerator
+    from modtrain.training.one_process import one_process_note
+    from modtrain.training.run import train
 
-        launch = Launch.from_environment()
-        config, plan = resolve(config, launch=launch)
-        from modtrain.training.hardware import num_devices, resolve_accelerator
-        from modtrain.training.one_process import one_process_note
-        from modtrain.training.run import train
+    device = resolve_accelerator(config.strategy.accelerator)
+    strategy = config.strategy
+    if note := one_process_note(strategy, launch, device, num_devices(device), overrides):
+        print(note, file=sys.stderr)
+    ended = train(config, plan=plan)
+    if ended.exit_code == 0:
+        from modtrain.experiments.hparams import write_swept
 
-        device = resolve_accelerator(config.strategy.accelerator)
-        strategy = config.strategy
-        if note := one_process_note(strategy, launch, device, num_devices(device), overrides):
-            print(note, file=sys.stderr)
-        ended = train(config, plan=plan)
-        if ended.exit_code == 0:
-            from modtrain.experiments.hparams import write_swept
-
-            write_swept(ended.run)
-        outcome.exit_code = ended.exit_code
-        return outcome.exit_code
+        write_swept(ended.run)
+    return ended.exit_code
 
 
 def _sweep(overrides: list[str], config_dir: str | None) -> int:

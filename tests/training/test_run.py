@@ -254,6 +254,19 @@ def test_a_difference_to_the_commit_may_be_in_any_encoding(tmp_path, monkeypatch
     file.write_bytes(b"# caf\xe9\n")
     monkeypatch.setattr(modtrain, "__file__", str(file))
     assert "+# caf" in code_version()["diff"]
+    if os.geteuid() == 0:
+        # Another user's checkout, which git refuses by itself.
+        for path in (tmp_path, tmp_path / ".git"):
+            os.chown(path, 12345, 12345)
+        status = subprocess.run(["git", "status"], cwd=tmp_path, capture_output=True, check=False)
+        assert status.returncode
+        version = code_version()
+        assert len(version["commit"]) == 40
+        assert "+# caf" in version["diff"]
+    shutil.rmtree(tmp_path / ".git")
+    (tmp_path / ".git").mkdir()
+    with pytest.warns(UserWarning, match="changes are not recorded: fatal: not a git"):
+        assert code_version() is None
 
 
 def test_a_nan_stops_with_step_samples_and_checkpoint(start, monkeypatch, tmp_path):
