@@ -308,10 +308,10 @@ has_enough_nodes() {
   [[ $count -ge $SLURM_JOB_NUM_NODES ]]
 }
 
-# The job that waits for this one in a chain of a number of jobs; empty: there is none.
+# The job that was submitted to follow this one; empty: there is none.
 next_of_chain() {
   [[ -n $run_directory ]] || return 0
-  sed -nE "s/.*\"job\": \"([0-9]+)\".*\"chained_after\": \"$(job_id)\".*/\1/p" \
+  sed -nE "s/.*\"job\": \"([0-9_]+)\".*\"chained_after\": \"$(job_id)\".*/\1/p" \
     "$run_directory/jobs.jsonl" 2>/dev/null | tail -n 1 || true
 }
 
@@ -331,6 +331,15 @@ unquoted() {
   local text=$1
   [[ ! $text =~ ^\'(.*)\'$ && ! $text =~ ^\"(.*)\"$ ]] || text=${BASH_REMATCH[1]}
   echo "$text"
+}
+
+# Has the next job wait from now on: when this node loses power, nobody could submit it. Slurm may
+# have requeued this job then, and the one of the earlier start still waits.
+queue_next() {
+  next_job=$(next_of_chain)
+  [[ -z $next_job || $(describe_job "$next_job") != *JobState=PENDING* ]] || return 0
+  next_job=''
+  submit_next || say "the next job is submitted when this one stops"
 }
 
 # Submits the job that continues when this one has ended, however that may be; sets `next_job`.

@@ -216,8 +216,7 @@ begin() {
   exit_if_cancelled
   record_job || true
   clear_failure || true
-  # Beforehand: when this node loses power, nobody could.
-  [[ $again != resubmit ]] || submit_next || say "the next job is submitted when this one stops"
+  [[ $again != resubmit ]] || queue_next
   prepare_node || fail 69 "$node_error" "${SLURMD_NODENAME:-}"
   set_command "$@"
   if [[ -n $received_signal ]]; then restart_job "stopped by $received_signal before it started"; fi

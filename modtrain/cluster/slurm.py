@@ -59,12 +59,16 @@ class DeniedError(SlurmError):
         return any(job in re.findall(r"\w+", line) for line in lines)
 
 
+_OTHER_ACCOUNT = (
+    "set cluster.account to one that `scontrol show partition` allows, or another cluster.partition"
+)
 # Why a job waits that nothing but a change of it, or of the site, lets start, with the remedy.
 _NEVER_STARTS = {
     "PartitionTimeLimit": "lower time=, or choose another cluster.partition: `sinfo -o '%P %l'`",
     "PartitionNodeLimit": "take fewer nodes=, or another cluster.partition: `sinfo -o '%P %D %s'`",
-    "AccountNotAllowed": "set cluster.account to one that `scontrol show partition` allows, or"
-    " another cluster.partition",
+    # In Slurm's words, which depend on its version.
+    "AccountNotAllowed": _OTHER_ACCOUNT,
+    "can't use this partition": _OTHER_ACCOUNT,
     "QOSNotAllowed": "set cluster.qos to one that `scontrol show partition` allows",
     "InvalidAccount": "set cluster.account to one of `sacctmgr show associations user=$USER`",
     "InvalidQOS": "set cluster.qos to one of `sacctmgr show associations user=$USER`",
@@ -115,9 +119,9 @@ class SlurmJob:
 
 def never_starts(job: SlurmJob) -> str | None:
     """Return the remedy where ``job`` waits for what cannot come; None where it may start."""
-    # squeue may print several words in one.
-    reason = job.reason.split(",")[0].strip("()")
-    return _NEVER_STARTS.get(reason) if job.is_pending else None
+    if not job.is_pending:
+        return None
+    return next((remedy for part, remedy in _NEVER_STARTS.items() if part in job.reason), None)
 
 
 def has_slurm() -> bool:

@@ -196,3 +196,15 @@ def test_a_loss_that_is_not_finite_is_tried_once_more(tmp_path):
             **{"log_file": "''", "SLURM_JOB_ID": "7"},
         )
         assert done.endswith(f"end {ends}\n"), (tries, done)
+
+
+@pytest.mark.parametrize(("state", "is_kept"), [("PENDING", True), ("CANCELLED", False)])
+def test_one_job_waits_to_take_the_place_of_this_one(tmp_path, state, is_kept):
+    """Slurm may have requeued it: the next one waits since its earlier start."""
+    (tmp_path / "jobs.jsonl").write_text('{"job": "8", "chained_after": "7", "verb": "train"}\n')
+    shown = ending(
+        tmp_path,
+        f"describe_job() {{ echo JobId=8 JobState={state} ; }}\n"
+        "submit_next() { next_job=9; }\nqueue_next; echo $next_job",
+    )
+    assert shown == ("8\n" if is_kept else "9\n")

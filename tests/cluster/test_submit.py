@@ -460,7 +460,12 @@ def test_the_jobs_of_a_chain_are_submitted_all_or_none(tiny, limited):
 
 
 @pytest.mark.parametrize(
-    "reason", ["PartitionTimeLimit", "AccountNotAllowed", "PartitionNodeLimit"]
+    "reason",
+    [
+        "PartitionTimeLimit",
+        "Job's account not known, so it can't use this partition",
+        "PartitionNodeLimit",
+    ],
 )
 def test_a_job_that_cannot_start_is_withdrawn(reason, tiny, limited):
     (limited / "bin/output").write_text(line("1", "PENDING", reason, command=""))
