@@ -30,6 +30,8 @@ from modtrain.training.run_directory import RunDirectory, check_resumable
 
 # For which Slurm may look at a new job first.
 _REASON_SECONDS = 2.0
+# What it says before.
+_NO_REASON = ("", "PartitionConfig")
 # Messages of sbatch where it finds no controller.
 _UNREACHABLE = ("Could not establish a configuration source", "Unable to contact slurm")
 
@@ -194,9 +196,8 @@ def _check_will_start(job: JobScript, ids: Sequence[str]) -> None:
                     f"remedy: {remedy}"
                 )
         # Slurm gives its reason when it first looks at the job.
-        if all(known.reason or not known.is_pending for known in jobs.values()):
-            return
-        if time.monotonic() > until:
+        is_known = all(k.reason not in _NO_REASON or not k.is_pending for k in jobs.values())
+        if is_known or time.monotonic() > until:
             return
         time.sleep(0.2)
 
