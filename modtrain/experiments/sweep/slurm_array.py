@@ -110,7 +110,9 @@ def _remove_ended(remaining: dict[str, RunDirectory], num_missed: Counter[str]) 
         ):
             write_failure(run, "Slurm", f"job {number} ended as {ended}")
         print_line(f"{name}: {state_of(run)}")
-    waiting = [job for number, job in jobs_by_id.items() if number in jobs.values()]
+    # One that waits for the run's present job to stop does not delay the run.
+    known = [jobs_by_id[number] for number in jobs.values() if number in jobs_by_id]
+    waiting = [job for job in known if job.reason != "Dependency"]
     reasons = Counter(job.reason or "Slurm gives no reason" for job in waiting if job.is_pending)
     return ", ".join(f"{count} pending: {reason}" for reason, count in sorted(reasons.items()))
 

@@ -156,7 +156,7 @@ def test_one_run_of_two_processes_that_submits_itself_again(cluster, tiny, tmp_p
     sweep.start()
     first, second = jobs(tmp_path)
     await_saved(first)
-    cluster.run("scancel", "--batch", "--signal=USR1", job_of(first))
+    cluster.run("scancel", "--batch", "--signal=USR1", jobs_of(first)[0])
     code, output = sweep.result()
     assert code == 0, output
     assert first.is_complete
