@@ -11,24 +11,45 @@ newest_step() {
   echo "$((10#$newest))"
 }
 
-# Records a failure; false if it is the last of the allowed number of equal ones.
+# record_failure CAUSE [NODE]: records a failure, and the node that it is of, if it is of one; sets
+# `num_equal` to the failures of this kind in a row. False if this is the last one allowed.
 record_failure() {
-  local cause=$1 num_equal=0 num_cleared=0 step text log=$run_directory/failures.tsv
+  local cause=$1 num_cleared=0 log=$run_directory/failures.tsv
+  num_equal=0
   # Failures that cannot be counted would restart the job for ever.
   [[ -n $run_directory ]] || return 1
   [[ $verb = train ]] || log=$run_directory/failures-$verb.tsv
-  printf '%(%FT%T%z)T\t%s\t%s\t%s\n' -1 "$(job_id)" "$(newest_step)" "$cause" >>"$log" || return 0
+  printf '%(%FT%T%z)T\t%s\t%s\t%s\t%s\n' -1 "$(job_id)" "$(newest_step)" "$cause" "${2:-}" >>"$log" ||
+    return 0
   # Failures before a restart by hand do not count.
   [[ $verb != train || ! -r $run_directory/logs/.forgiven ]] || num_cleared=$(<"$run_directory/logs/.forgiven")
-  # Equal: the same text up to numbers, and no new checkpoint between them.
-  while IFS=$'\t' read -r _ _ step text; do
-    if [[ $step = "$(newest_step)" && ${text//[0-9]/} = "${cause//[0-9]/}" ]]; then
+  count_equal_failures "$cause" "${2:-}" < <(tail -n "+$((num_cleared + 1))" "$log")
+  [[ $num_equal -lt $max_equal_failures ]]
+}
+
+# Sets `num_equal` from lines of failures.tsv, and `bad_nodes` to the nodes without which the next
+# start is to be. Equal: the same text up to numbers and the node, and no new checkpoint between.
+count_equal_failures() {
+  local step text node last newest
+  newest=$(newest_step) last=$(kind_of_failure "$1" "$2")
+  bad_nodes=()
+  while IFS=$'\t' read -r _ _ step text node; do
+    if [[ $step = "$newest" && $(kind_of_failure "$text" "$node") = "$last" ]]; then
       num_equal=$((num_equal + 1))
     else
       num_equal=0
     fi
-  done < <(tail -n "+$((num_cleared + 1))" "$log")
-  [[ $num_equal -lt $max_equal_failures ]]
+    [[ $step = "$newest" ]] || bad_nodes=()
+    [[ -z $node || " ${bad_nodes[*]} " = *" $node "* ]] || bad_nodes+=("$node")
+  done
+}
+
+# What is the same in a failure that comes again: not the numbers, nor the rank's node.
+kind_of_failure() {
+  local text=$1 pattern='^(.*rank [0-9]+ on )[^ :]+(.*)$'
+  [[ ! $text =~ $pattern ]] || text=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
+  [[ -z $2 ]] || text=${text//"$2"/}
+  echo "${text//[0-9]/}"
 }
 
 # Records, for a sweep and `modtrain status`, that the run failed and is not restarted.
@@ -69,14 +90,25 @@ record_job() {
   [[ -n $run_directory && $verb = train ]] || return 0
   mkdir -p "$run_directory"
   ! grep -qsF "\"job\": \"$(job_id)\"" "$file" || return 0
-  write_job "$file" "$(job_id)" null
+  write_job "$file" "$(job_id)" null "$(submitted_script)"
 }
 
-# write_job FILE JOB PREVIOUS: appends a line in the format of `modtrain submit`.
+# The script by the path that was submitted: this one may be Slurm's copy of it.
+submitted_script() {
+  local path=$script
+  # Slurm's command is the path and the arguments, which may be of any number of words.
+  if read_job_state && [[ $job_state =~ \ Command=(.*)\ WorkDir= ]]; then
+    path=${BASH_REMATCH[1]}
+    [[ ${#arguments[@]} -eq 0 ]] || path=${path%" ${arguments[*]}"}
+  fi
+  echo "$path"
+}
+
+# write_job FILE JOB PREVIOUS SCRIPT: appends a line in the format of `modtrain submit`.
 write_job() {
-  local text=${script//\\/\\\\}
-  printf '{"job": "%s", "time": "%(%FT%T%z)T", "script": "%s", "chained_after": %s}\n' \
-    "$2" -1 "${text//\"/\\\"}" "$3" >>"$1"
+  local text=${4//\\/\\\\}
+  printf '{"job": "%s", "time": "%(%FT%T%z)T", "script": "%s", "chained_after": %s, "verb": "%s"}\n' \
+    "$2" -1 "${text//\"/\\\"}" "$3" "$verb" >>"$1"
 }
 
 # Ends the job if `modtrain cancel` has listed it; for an array that file is one directory higher.
@@ -87,7 +119,7 @@ exit_if_cancelled() {
     [[ -r $folder/CANCELLED ]] || continue
     if grep -qxF -e "$(job_id)" -e "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" "$folder/CANCELLED"; then
       say "cancelled at step $(newest_step); the run can be submitted again"
-      exit 75
+      end_for_good 75
     fi
   done
 }
@@ -104,13 +136,9 @@ exit_if_scancelled() {
 
 # Ends the job according to the step's outcome: never with 0 while there is work left.
 finish() {
-  local outcome='' cause=''
-  if [[ -r $MODTRAIN_OUTCOME ]]; then { read -r outcome; read -r cause; } <"$MODTRAIN_OUTCOME" || true; fi
-  rm -f "$MODTRAIN_OUTCOME" || true
-  # torchrun has one exit code for all failures; prefer the code that modtrain has written.
-  [[ -z $outcome || $status -eq 0 ]] || status=$outcome
-  [[ $status -ne 0 || ${outcome:-0} -ne 0 ]] || exit 0
-  [[ $status -ne 0 ]] || status=$outcome
+  read_outcome "$MODTRAIN_OUTCOME"
+  rm -rf "$MODTRAIN_OUTCOME" || true
+  [[ $status -ne 0 ]] || end_for_good 0
   exit_if_cancelled
   exit_if_scancelled
   case $status in
@@ -118,35 +146,70 @@ finish() {
       record_failure "${cause:=the configuration is wrong}" || true
       write_final_failure "$cause"
       say "not restarted: correct the configuration"
-      exit 2
+      end_for_good 2
       ;;
-    130) say "interrupted, not restarted"; exit 130 ;;
+    73)
+      # The job that is at work there counts its own failures. What is left of an earlier start on a
+      # node that was lost ends by itself.
+      if is_other_job_at_work; then
+        say "not restarted: $cause"
+        end_for_good 73
+      fi
+      ;;
+    130) say "interrupted, not restarted"; end_for_good 130 ;;
     75) restart_job "stopped by a signal" ;;
   esac
   # A signal before modtrain has its handlers kills it, and a late one interrupts its exit. The exit
   # code does not show this: srun also ends the other tasks of a failed one by TERM.
   [[ -z $received_signal ]] || restart_job "stopped by $received_signal, without a checkpoint of its own"
   ! is_preempted || restart_job "stopped by a preemption, without a checkpoint of its own"
-  fail "$status" "${cause:-exit code $status}"
+  # Equal steps diverge equally; a second try shows whether it was the machine.
+  [[ $status -ne 65 || $max_equal_failures -le 2 ]] || max_equal_failures=2
+  fail "$status" "${cause:-exit code $status}" "$bad_node"
 }
 
-# fail STATUS CAUSE: records a failure, and restarts the job while that may help.
+# Whether Slurm runs another of the jobs that are recorded for the run.
+is_other_job_at_work() {
+  local ids
+  [[ -n $run_directory ]] || return 1
+  ids=$(sed -nE 's/.*"job": "([0-9_]+)".*/\1/p' "$run_directory/jobs.jsonl" 2>/dev/null |
+    grep -vxF -e "$(job_id)" -e "${next_job:-none}" | sort -u | paste -sd,) || return 1
+  [[ -n $(squeue --noheader --states=RUNNING,SUSPENDED --jobs="$ids" 2>/dev/null) ]]
+}
+
+# fail STATUS CAUSE [NODE]: records a failure, and restarts the job while that may help. NODE: the
+# one that it is of, if it is of one; the next start is without it.
 fail() {
   say "failed: $2"
   wait_for_directory
-  if record_failure "$2"; then restart_job "failed at step $(newest_step)"; fi
+  if record_failure "$2" "${3:-}"; then
+    # Sites have more nodes than tries: what is wrong may be mended meanwhile.
+    delay=$((num_equal > 0 ? retry_delay * 2 ** (num_equal - 1) : 0))
+    stop_status=$1
+    restart_job "failed at step $(newest_step)"
+  fi
   if [[ -n $run_directory ]]; then
     say "failed $max_equal_failures times in this way without a new checkpoint: $2"
   fi
   write_final_failure "$2"
   say "not restarted"
+  end_for_good "$1"
+}
+
+# Ends the job, and the one that waits to take its place: nothing is left that a restart would do.
+end_for_good() {
+  if [[ -n $next_job && $again = resubmit ]]; then
+    scancel "$next_job" || say "cancel job $next_job by hand: it has nothing to do"
+  fi
   exit "$1"
 }
 
 # Sets `job_state` to Slurm's description of this job; false without an answer.
 read_job_state() {
-  job_state=$(scontrol --oneliner show job "$(job_id)" 2>/dev/null)
+  job_state=$(describe_job "$(job_id)")
 }
+
+describe_job() { scontrol --oneliner show job "$1" 2>/dev/null; }
 
 # Whether the job is being preempted; only the tasks receive that signal. Slurm may still report the
 # preemption of an earlier start.
@@ -173,9 +236,9 @@ wait_for_directory() {
   done
 }
 
-# restart_job REASON: requeues or resubmits the job as configured, and ends it.
+# restart_job REASON: requeues the job, or lets the next one begin, as configured, and ends it.
 restart_job() {
-  local try output
+  local try output code=75
   trap '' USR1 TERM
   wait_for_directory
   exit_if_cancelled
@@ -185,8 +248,8 @@ restart_job() {
       # The controller may be unreachable for a while.
       for try in 1 2 3 4 5 6 7 8 9 10; do
         if output=$(scontrol requeue "$(job_id)" 2>&1); then
-          # Slurm ends this script meanwhile.
-          sleep 60
+          delay_start "$(job_id)"
+          # At once: until this script has ended, or been killed, the nodes are not free.
           exit 75
         fi
         say "requeueing failed ($try of 10): $output"
@@ -194,15 +257,62 @@ restart_job() {
         sleep 15
       done
       say "it cannot be requeued: resubmitting"
-      resubmit || say "resubmitting failed too: submit it by hand"
+      submit_next || say "resubmitting failed too: submit it by hand"
       ;;
     resubmit)
       say "$1: resubmitting"
-      resubmit || say "resubmitting failed: submit it by hand"
+      [[ -n $next_job ]] || submit_next || say "resubmitting failed: submit it by hand"
       ;;
-    nothing) say "$1: the next job of the chain, or the same command, resumes" ;;
+    nothing)
+      say "$1: the next job of the chain, or the same command, resumes"
+      code=$stop_status next_job=$(next_of_chain)
+      ;;
   esac
-  exit 75
+  [[ -z $next_job ]] || delay_start "$next_job"
+  exit "$code"
+}
+
+# delay_start JOB: lets a waiting job start `delay` seconds from now, and not on `bad_nodes`.
+delay_start() {
+  local job=$1 excluded options=() begin state pattern=' ExcNodeList=([^ ]+)'
+  if [[ ${#bad_nodes[@]} -gt 0 ]]; then
+    if has_enough_nodes; then
+      excluded=$(IFS=,; echo "${bad_nodes[*]}")
+      say "the next start is without $excluded"
+      # What was excluded before stays so.
+      state=$(describe_job "$job") || true
+      [[ ! $state =~ $pattern || ${BASH_REMATCH[1]} = '(null)' ]] || excluded+=,${BASH_REMATCH[1]}
+      options+=("ExcNodeList=$excluded")
+    else
+      say "too few nodes would be left without ${bad_nodes[*]}: the next start may be on them again"
+    fi
+  fi
+  if [[ $delay -gt 0 ]]; then
+    printf -v begin '%(%FT%T)T' $(($(printf '%(%s)T' -1) + delay))
+    # Slurm has its own delay after a requeue.
+    state=$(describe_job "$job") || true
+    [[ $state =~ \ EligibleTime=([0-9T:-]+) && ${BASH_REMATCH[1]} > $begin ]] ||
+      options+=("StartTime=$begin")
+  fi
+  [[ ${#options[@]} -eq 0 ]] || scontrol update JobId="$job" "${options[@]}" ||
+    say "job $job could not be given ${options[*]}"
+}
+
+# Whether the partition has enough nodes at work without `bad_nodes`.
+has_enough_nodes() {
+  local node state count=0
+  while read -r node state; do
+    case $state in *down* | *drain* | *drng* | *fail* | *maint* | *unk*) continue ;; esac
+    [[ " ${bad_nodes[*]} " = *" $node "* ]] || count=$((count + 1))
+  done < <(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %t')
+  [[ $count -ge $SLURM_JOB_NUM_NODES ]]
+}
+
+# The job that was submitted to follow this one; empty: there is none.
+next_of_chain() {
+  [[ -n $run_directory ]] || return 0
+  sed -nE "s/.*\"job\": \"([0-9_]+)\".*\"chained_after\": \"$(job_id)\".*/\1/p" \
+    "$run_directory/jobs.jsonl" 2>/dev/null | tail -n 1 || true
 }
 
 # run_of OVERRIDE...: the directory of the run that they name.
@@ -223,7 +333,17 @@ unquoted() {
   echo "$text"
 }
 
-resubmit() {
+# Has the next job wait from now on: when this node loses power, nobody could submit it. Slurm may
+# have requeued this job then, and the one of the earlier start still waits.
+queue_next() {
+  next_job=$(next_of_chain)
+  [[ -z $next_job || $(describe_job "$next_job") != *JobState=PENDING* ]] || return 0
+  next_job=''
+  submit_next || say "the next job is submitted when this one stops"
+}
+
+# Submits the job that continues when this one has ended, however that may be; sets `next_job`.
+submit_next() {
   local next foreign task=${SLURM_ARRAY_TASK_ID:-} own=() folder
   # Only this task of an array is resubmitted.
   [[ -z $task ]] || own=(--array="$task")
@@ -234,10 +354,11 @@ resubmit() {
   mapfile -t foreign < <(compgen -v | grep -E '^(SLURM|_SLURM_SPANK)_' | grep -vxE 'SLURM_(CONF|CLUSTERS|JWT)')
   next=$(unset "${foreign[@]}" && sbatch --parsable "${own[@]}" "$script" "${arguments[@]}") || return
   next=${next%%;*}${task:+_$task}
-  say "job $next resumes the run"
+  next_job=$next
+  say "job $next resumes the run when this one stops"
   [[ -n $run_directory ]] || return 0
   # `modtrain cancel` of an array reads the directory above its runs.
   for folder in "$run_directory" ${task:+"$run_directory/.."}; do
-    write_job "$folder/jobs.jsonl" "$next" "\"$(job_id)\""
+    write_job "$folder/jobs.jsonl" "$next" "\"$(job_id)\"" "$script"
   done
 }

@@ -10,7 +10,9 @@
 #   container      none, apptainer or pyxis; image, mounts: its image, and the paths it can see
 #   site_files     files to source; modules: modules to load; variables: NAME=VALUE to export
 #   scratch        directory on the node's own disk for temporary files; empty: the system's
+#   gpus           GPUs that the job has on each node; with some, training on the CPU is a failure
 #   again          what follows a stop with work left: requeue, resubmit or nothing
+#   retry_delay    seconds before the first restart after a failure; twice as long at each further one
 #   lead, grace    seconds between the signal and the end, before the time limit and at a
 #                  preemption; a save that takes longer is not started
 #   script, verb   the script to resubmit with the same arguments, and the verb that it runs
@@ -26,7 +28,7 @@ export SLURM_EXPORT_ENV=ALL
 : "${code:=${MODTRAIN_CODE:-${SLURM_SUBMIT_DIR:-$PWD}}}"
 : "${run_directory:=}" "${launcher:=srun}" "${processes:=${SLURM_NTASKS_PER_NODE:-1}}"
 : "${container:=none}" "${image:=}" "${scratch:=}" "${again:=requeue}" "${lead:=300}"
-: "${grace:=30}" "${max_equal_failures:=3}" "${script:=$0}" "${verb:=train}"
+: "${gpus:=${SLURM_GPUS_ON_NODE:-0}}" "${grace:=30}" "${max_equal_failures:=3}" "${retry_delay:=60}" "${script:=$0}" "${verb:=train}"
 mounts=(${mounts[@]+"${mounts[@]}"}) site_files=(${site_files[@]+"${site_files[@]}"})
 modules=(${modules[@]+"${modules[@]}"}) variables=(${variables[@]+"${variables[@]}"})
 if [[ -z ${python:-} ]]; then
@@ -63,7 +65,13 @@ prepare_node() {
   fi
   set -u
   for entry in "${variables[@]}"; do export "${entry?}"; done
-  [[ -z $scratch ]] || export TMPDIR="$scratch"
+  if [[ -n $scratch ]]; then
+    # What is not there would silently be /tmp, which may be small, or memory.
+    [[ -d $scratch && -w $scratch ]] || node_error="scratch=$scratch is no directory to write to on $(hostname)"
+    export TMPDIR="$scratch"
+  fi
+  # With `auto` a job that waited for GPUs would train on the CPU where they do not work.
+  [[ $gpus = 0 ]] || export MODTRAIN_ACCELERATOR=cuda
   # The host's packages must not shadow those of the container.
   [[ $container = none ]] || PYTHONPATH=
   export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -125,9 +133,9 @@ set_command() {
 # Runs a step to its end, whatever signals arrive; sets `status` to its exit code.
 run_step() {
   local step
-  MODTRAIN_OUTCOME=$(outcome_file)
+  MODTRAIN_OUTCOME=$(outcome_directory)
   export MODTRAIN_OUTCOME
-  rm -f "$MODTRAIN_OUTCOME" || true
+  note_log
   srun --kill-on-bad-exit=1 --label "$@" &
   step=$!
   step_pid=$step
@@ -138,16 +146,21 @@ run_step() {
   step_pid=
 }
 
-outcome_file() {
+# An empty directory, which all nodes see, for the outcome of each process.
+outcome_directory() {
   local folder=$PWD
   [[ -z $run_directory ]] || folder=$run_directory/logs
-  mkdir -p "$folder" || folder=${TMPDIR:-/tmp}
-  echo "$folder/.outcome-$(job_id)"
+  folder+=/.outcome-$(job_id)
+  # One that was not removed is of an earlier start.
+  rm -rf "$folder" || true
+  mkdir -p "$folder" || true
+  echo "$folder"
 }
 
 # This shell receives the signals (--signal=B:USR1@...), so that none is lost before the step starts.
 trap_signals() {
   received_signal='' step_pid='' got_usr1='' job_state=''
+  next_job='' bad_nodes=() delay=0 stop_status=75
   trap 'on_signal USR1' USR1
   trap 'on_signal TERM' TERM
 }
@@ -168,6 +181,8 @@ forward_signal() {
   scancel --signal="$1" "$(job_id)" || kill -"$1" "$step_pid" 2>/dev/null || true
 }
 
+# shellcheck source=outcome.sh
+source "${BASH_SOURCE[0]%/*}/outcome.sh"
 # shellcheck source=ending.sh
 source "${BASH_SOURCE[0]%/*}/ending.sh"
 
@@ -201,7 +216,8 @@ begin() {
   exit_if_cancelled
   record_job || true
   clear_failure || true
-  prepare_node || fail 1 "$node_error"
+  [[ $again != resubmit ]] || queue_next
+  prepare_node || fail 69 "$node_error" "${SLURMD_NODENAME:-}"
   set_command "$@"
   if [[ -n $received_signal ]]; then restart_job "stopped by $received_signal before it started"; fi
 }

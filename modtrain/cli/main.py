@@ -31,12 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = read_arguments(sys.argv[1:] if argv is None else argv, verbs)
         if arguments.wants_help:
             return _help(arguments.verb, verbs)
-        if arguments.verb not in _TRAINING and launched_rank(has_ranks=False) > 0:
-            # Rank 0 does it, once.
-            return 0
-        exit_code = _run(arguments)
+        from modtrain.training.outcome import report_outcome
+
+        with report_outcome() as outcome:
+            # Without ranks of its own, rank 0 does it, once.
+            if arguments.verb in _TRAINING or launched_rank(has_ranks=False) == 0:
+                outcome.exit_code = _run(arguments)
         sys.stdout.flush()
-        return exit_code
+        return outcome.exit_code
     except (ModtrainError, OSError, KeyboardInterrupt) as error:
         return _report(error, arguments)
 
@@ -126,31 +128,26 @@ def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) 
 
 
 def _train(overrides: list[str], config_dir: str | None) -> int:
-    from modtrain.training.outcome import report_outcome
+    from modtrain.cli.compose import compose
 
-    with report_outcome() as outcome:
-        from modtrain.cli.compose import compose
+    swept = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep."))]
+    reason, remedy = "is for a sweep", "add -m, or leave it out"
+    raise_if_any([Problem(text, "", reason, remedy) for text in swept])
+    config = compose("train", overrides, config_dir)
+    from modtrain.distributed.launch import Launch
+    from modtrain.training.plan import resolve
 
-        swept = [o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep."))]
-        reason, remedy = "is for a sweep", "add -m, or leave it out"
-        raise_if_any([Problem(text, "", reason, remedy) for text in swept])
-        config = compose("train", overrides, config_dir)
-        from modtrain.distributed.launch import Launch
-        from modtrain.training.plan import resolve
+    launch = Launch.from_environment()
+    config, plan = resolve(config, launch=launch)
+    from modtrain.training.hardware import num_devices, resolve_accelerator
+    from modtrain.training.one_process import one_process_note
+    from modtrain.training.run import train
 
-        launch = Launch.from_environment()
-        config, plan = resolve(config, launch=launch)
-        from modtrain.training.hardware import num_devices, resolve_accelerator
-        from modtrain.training.one_process import one_process_note
-        from modtrain.training.run import train
-
-        device = resolve_accelerator(config.strategy.accelerator)
-        strategy = config.strategy
-        if note := one_process_note(strategy, launch, device, num_devices(device), overrides):
-            print(note, file=sys.stderr)
-        ended = train(config, plan=plan)
-        outcome.exit_code = ended.exit_code
-        return outcome.exit_code
+    device = resolve_accelerator(config.strategy.accelerator)
+    strategy = config.strategy
+    if note := one_process_note(strategy, launch, device, num_devices(device), overrides):
+        print(note, file=sys.stderr)
+    return train(config, plan=plan).exit_code
 
 
 def _sweep(overrides: list[str], config_dir: str | None) -> int:

@@ -70,7 +70,7 @@ def cancel_run(config: CancelConfig, print_line: Print = print) -> None:
 
 
 def _live_jobs(run: RunRecord) -> list[SlurmJob]:
-    return live_jobs(run.submitted, slurm.jobs(run.job_ids))
+    return live_jobs(run.all_jobs, slurm.jobs({job.id for job in run.all_jobs}))
 
 
 @dataclass
@@ -125,7 +125,8 @@ class _Cancellation:
 
     def _mark(self) -> None:
         """List the run's jobs in ``CANCELLED``."""
-        new = [name for name in reversed(self.run.job_ids) if name not in self.run.cancelled]
+        ids = dict.fromkeys(job.id for job in self.run.all_jobs)
+        new = [name for name in ids if name not in self.run.cancelled]
         with open_to_append(self.run.path / CANCELLED) as file:
             file.write("".join(f"{name}\n" for name in new).encode())
         self.marked.update(new)

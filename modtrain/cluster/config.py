@@ -44,6 +44,8 @@ class ClusterConfig:
         the signal of a preemption and the kill. A save that would take longer is not started.
     restart: how a stopped run is restarted: ``requeue``; ``resubmit``, where jobs may not be
         requeued; ``nothing``.
+    retry_delay: seconds before a run starts again after a failure; twice as long after each further
+        one of the same kind.
     launcher: ``srun``: a task for each process; ``torchrun``: a task for each node.
     container: what runs modtrain: ``none``, ``apptainer`` or ``pyxis``.
     image: the container's image.
@@ -73,6 +75,7 @@ class ClusterConfig:
     lead: int = 300
     grace: int = 30
     restart: str = "requeue"
+    retry_delay: int = 60
     launcher: str = "srun"
     container: str = "none"
     image: str | None = None
@@ -91,7 +94,7 @@ class ClusterConfig:
             *one_of(self, prefix, "launcher", LAUNCHERS),
             *one_of(self, prefix, "container", CONTAINERS),
             *one_of(self, prefix, "restart", RESTARTS),
-            *at_least(self, prefix, 0, "gpus_per_node"),
+            *at_least(self, prefix, 0, "gpus_per_node", "retry_delay"),
             *at_least(self, prefix, 1, "cpus_per_process", "lead", "grace"),
             *above_zero(self, prefix, "gpu_memory"),
             *time_problems(self, prefix),

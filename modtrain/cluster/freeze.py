@@ -11,7 +11,7 @@ from pathlib import Path
 
 import modtrain
 from modtrain.common.atomic_io import write_text
-from modtrain.training.run_directory import VERSION_FILE, code_version
+from modtrain.training.run_directory import VERSION_FILE, ask_git, code_version
 
 _PARTS = ("modtrain", "conf", "slurm")
 
@@ -62,13 +62,12 @@ def _tracked(root: Path) -> list[Path] | None:
     """Return the files that git tracks or would add; None outside a checkout."""
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others"]
-    command += ["--exclude-standard", "--", *_PARTS]
+    listed = ("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)  # noqa: S603
+        output = ask_git(root, *listed, *_PARTS)
     except (OSError, subprocess.SubprocessError):
         return None
-    return [Path(name) for name in done.stdout.split("\0") if name]
+    return [Path(os.fsdecode(name)) for name in output.split(b"\0") if name]
 
 
 def _files_below(folder: Path, part: Path) -> dict[Path, Path]:

@@ -58,11 +58,13 @@ class SubmittedJob:
     """A job that was submitted to Slurm.
 
     script: its path; empty: unknown. time: of the submission, in seconds since 1970; 0: unknown.
+    verb: what it does for the run: ``train``, or ``eval``.
     """
 
     id: str
     script: str = ""
     time: float = 0
+    verb: str = "train"
 
     def covers(self, name: str) -> bool:
         """Whether ``name`` is this job's id, or the id of a task of this array."""
@@ -72,29 +74,35 @@ class SubmittedJob:
         """Whether ``job`` is this one, and not one with the same id on another cluster."""
         if not self.script or not job.command:
             return True
-        return Path(self.script).parts[-2:] == Path(job.command).parts[-2:]
+        # Slurm's command of a job by hand has the script's arguments as well.
+        end = re.escape("/".join(Path(self.script).parts[-2:]))
+        return re.search(rf"(?:^|/){end}(?: |$)", job.command) is not None
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A recorded failure. step: of the newest checkpoint at that time."""
+    """A recorded failure. step: of the newest checkpoint at that time.
+
+    node: the one that it is of, where another may not have it; the next start is without it.
+    """
 
     time: float
     job: str
     step: str
     cause: str
+    node: str = ""
 
 
 @dataclass
 class RunRecord:
     """What is known of a run. Times are seconds since 1970.
 
-    steps: of the whole run. saved: (step, time) of the newest checkpoint. failures, submitted:
-    oldest first. parent: the run and step whose checkpoint it started from, or empty. changed: when
-    something was last recorded. notes: what could not be read.
-    is_group: no run itself: the directory of a job that works on runs below it or on none, as that
-    of a sweep, an array, a search, a comparison or a preparation. last_active: when a group's
-    jobs were last given to Slurm or seen at work.
+    steps: of the whole run. saved: (step, time) of the newest checkpoint. failures, submitted,
+    evaluations: oldest first; the jobs that train the run, and those that evaluate it. parent: the
+    run and step whose checkpoint it started from, or empty. changed: when something was last
+    recorded. notes: what could not be read. is_group: no run itself: the directory of a job that
+    works on runs below it or on none, as that of a sweep, an array, a search, a comparison or a
+    preparation. last_active: when a group's jobs were last given to Slurm or seen at work.
     """
 
     name: str
@@ -111,6 +119,7 @@ class RunRecord:
     changed: float | None = None
     failures: list[Failure] = field(default_factory=list)
     submitted: list[SubmittedJob] = field(default_factory=list)
+    evaluations: list[SubmittedJob] = field(default_factory=list)
     cancelled: frozenset[str] = frozenset()
     is_group: bool = False
     last_active: float = 0
@@ -118,8 +127,13 @@ class RunRecord:
 
     @property
     def job_ids(self) -> list[str]:
-        """Ids of the submitted jobs, each once, the last one first."""
+        """Ids of the jobs that train the run, each once, the last one first."""
         return list(dict.fromkeys(job.id for job in reversed(self.submitted)))
+
+    @property
+    def all_jobs(self) -> list[SubmittedJob]:
+        """All jobs of the run, those that evaluate it last."""
+        return [*self.submitted, *self.evaluations]
 
 
 def existing_run(runs_dir: str, name: str) -> Path:
@@ -141,7 +155,9 @@ def read_run(path: Path, name: str) -> RunRecord:
     run.locked = is_locked(path / ".lock")
     run.starts = _read(run, "manifest.json", _starts) or []
     run.parent = _read(run, "manifest.json", _parent) or ""
-    run.submitted = _read(run, "jobs.jsonl", _submitted) or []
+    jobs = _read(run, "jobs.jsonl", _submitted) or []
+    run.submitted = [job for job in jobs if job.verb != "eval"]
+    run.evaluations = [job for job in jobs if job.verb == "eval"]
     run.is_group = _is_group(run)
     run.cancelled = frozenset(_read(run, CANCELLED, lambda file: read_text(file).split()) or ())
     run.failures += _read(run, "failures.tsv", _read_failures) or []
@@ -182,9 +198,10 @@ def time_of(text: str) -> float:
 
 
 def read_job_ids(folder: Path) -> list[str]:
-    """Return the ids of the jobs that are recorded in ``folder``, oldest first."""
+    """Return the ids of the jobs that train the run in ``folder``, oldest first."""
     path = folder / "jobs.jsonl"
-    return [job.id for job in _submitted(path)] if path.is_file() else []
+    jobs = _submitted(path) if path.is_file() else []
+    return [job.id for job in jobs if job.verb != "eval"]
 
 
 def blocks_from_end(file: BinaryIO, max_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
@@ -230,7 +247,12 @@ def _parent(path: Path) -> str:
 
 def _submitted(path: Path) -> list[SubmittedJob]:
     return [
-        SubmittedJob(str(line["job"]), str(line.get("script") or ""), _time_or_0(line.get("time")))
+        SubmittedJob(
+            str(line["job"]),
+            str(line.get("script") or ""),
+            _time_or_0(line.get("time")),
+            str(line.get("verb") or "train"),
+        )
         for line in read_records(path, lambda line: "job" in line)[0]
     ]
 
@@ -262,8 +284,8 @@ def _read_failures(path: Path) -> list[Failure]:
     for line in read_text(path).splitlines():
         # A full disk may leave a partial line.
         with suppress(ValueError):
-            time, job, step, cause = line.split("\t", 3)
-            failures.append(Failure(time_of(time), job, step, cause))
+            time, job, step, cause, *node = line.split("\t", 4)
+            failures.append(Failure(time_of(time), job, step, cause, *node))
     return failures
 
 

@@ -121,6 +121,8 @@ def _options(job: JobScript) -> list[str]:
         "signal": f"B:USR1@{site.lead}",
         "array": f"0-{len(job.tasks) - 1}{limit}" if config.array else None,
         "dependency": f"afterok:{config.after}" if config.after else None,
+        # Else it would stay in the queue for ever where that job fails.
+        "kill-on-invalid-dep": "yes" if config.after else None,
         "chdir": str(job.directory),
         "output": str(job.output),
         "open-mode": "append",
@@ -129,7 +131,7 @@ def _options(job: JobScript) -> list[str]:
     # A debug session is interactive: requeueing it is of no use.
     is_requeued = site.restart == "requeue" and verb != "debug"
     options.append("--requeue" if is_requeued else "--no-requeue")
-    return options + site.options
+    return options + [_quoted_option(option) for option in site.options]
 
 
 def gpus_of(config: SubmitConfig, verb: str) -> int:
@@ -163,7 +165,9 @@ def _settings(job: JobScript) -> list[str]:
         container=site.container,
         image=site.image or "",
         scratch=site.scratch or "",
+        gpus=str(gpus_of(config, job.tasks[0].verb)),
         again=_restart_mode(config),
+        retry_delay=str(site.retry_delay),
         lead=str(site.lead),
         grace=str(site.grace),
         verb=job.tasks[0].verb,
@@ -229,6 +233,14 @@ def _quoted(value: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9_./:=@%,+-]*", value):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _quoted_option(option: str) -> str:
+    """Quote the value of an option of sbatch, unless it is quoted already."""
+    name, equals, value = option.partition("=")
+    if not equals or not name.startswith("--") or re.search(r"[\"'\\]", value):
+        return option
+    return f"{name}={_quoted(value)}"
 
 
 def check(text: str, name: str) -> None:

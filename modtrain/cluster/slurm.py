@@ -59,6 +59,29 @@ class DeniedError(SlurmError):
         return any(job in re.findall(r"\w+", line) for line in lines)
 
 
+_OTHER_ACCOUNT = (
+    "set cluster.account to one that `scontrol show partition` allows, or another cluster.partition"
+)
+# Why a job waits that nothing but a change of it, or of the site, lets start, with the remedy.
+_NEVER_STARTS = {
+    "PartitionTimeLimit": "lower time=, or choose another cluster.partition: `sinfo -o '%P %l'`",
+    "PartitionNodeLimit": "take fewer nodes=, or another cluster.partition: `sinfo -o '%P %D %s'`",
+    # In Slurm's words, which depend on its version.
+    "AccountNotAllowed": _OTHER_ACCOUNT,
+    "can't use this partition": _OTHER_ACCOUNT,
+    "QOSNotAllowed": "set cluster.qos to one that `scontrol show partition` allows",
+    "InvalidAccount": "set cluster.account to one of `sacctmgr show associations user=$USER`",
+    "InvalidQOS": "set cluster.qos to one of `sacctmgr show associations user=$USER`",
+    "BadConstraints": "compare cluster.constraint, nodes, GPUs and memory with `sinfo -Nl`",
+    "DependencyNeverSatisfied": "the awaited job has not ended well: leave after= out once it has",
+    "JobHeldAdmin": "ask the site's administrators, who hold it",
+    "QOSMaxWallDurationPerJobLimit": "lower time=, or choose another cluster.qos",
+    "AssocMaxWallDurationPerJobLimit": "lower time=, or choose another cluster.account",
+    "QOSMaxNodePerJobLimit": "take fewer nodes=, or choose another cluster.qos",
+    "AssocMaxNodePerJobLimit": "take fewer nodes=, or choose another cluster.account",
+}
+
+
 @dataclass(frozen=True)
 class SlurmJob:
     """A job that Slurm knows.
@@ -92,6 +115,13 @@ class SlurmJob:
     def is_pending(self) -> bool:
         """Whether the job waits for its start, or for a restart."""
         return self.state in _PENDING
+
+
+def never_starts(job: SlurmJob) -> str | None:
+    """Return the remedy where ``job`` waits for what cannot come; None where it may start."""
+    if not job.is_pending:
+        return None
+    return next((remedy for part, remedy in _NEVER_STARTS.items() if part in job.reason), None)
 
 
 def has_slurm() -> bool:

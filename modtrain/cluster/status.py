@@ -22,6 +22,7 @@ from modtrain.cluster import slurm
 from modtrain.cluster.config import StatusConfig
 from modtrain.cluster.runs import (
     Failure,
+    RunNotFoundError,
     RunRecord,
     SubmittedJob,
     existing_run,
@@ -69,9 +70,14 @@ def show_status(config: StatusConfig, console: Console | None = None) -> None:
     raise_if_any(config.problems())
     console = console or wide_console()
     root = Path(config.runs_dir)
+    if config.runs_dir != StatusConfig.runs_dir and not root.is_dir():
+        raise RunNotFoundError(
+            f"runs_dir={root} is no directory\nremedy: give the one that runs were trained in"
+        )
     top = root if config.run is None else existing_run(config.runs_dir, config.run)
     runs = [read_run(path, str(path.relative_to(root))) for path in find_runs(top)]
-    slurm_reply = ask_slurm(runs)
+    # Of a single run all jobs are shown, of many only those of unfinished ones.
+    slurm_reply = ask_slurm(runs, None if config.run is None else top)
     states = [state_of(run, slurm_reply.jobs) for run in runs]
     if config.run is not None and runs and runs[0].path == top:
         _print_detail(runs[0], states[0], slurm_reply, config, console)
@@ -104,10 +110,14 @@ def wide_console() -> Console:
     return plain_console() if sys.stdout.isatty() else plain_console(width=WIDE)
 
 
-def ask_slurm(runs: Sequence[RunRecord]) -> SlurmReply:
-    """Query Slurm once for the jobs of all unfinished runs. Raises nothing."""
-    unfinished = [run for run in runs if not run.complete]
-    ids = {name for run in unfinished for name in run.job_ids[:_MAX_JOBS]}
+def ask_slurm(runs: Sequence[RunRecord], shown: Path | None = None) -> SlurmReply:
+    """Query Slurm once for the jobs of all unfinished runs. Raises nothing.
+
+    shown: directory of a run whose jobs are wanted even if it is complete.
+    """
+    asked = [run for run in runs if not run.complete or run.path == shown]
+    ids = {job.id for run in asked for job in run.evaluations[-_MAX_JOBS:]}
+    ids |= {name for run in asked for name in run.job_ids[:_MAX_JOBS]}
     if ids and not slurm.has_slurm():
         return SlurmReply(
             error="Slurm is not available here: pending and remote jobs are not shown"
@@ -264,6 +274,8 @@ def _print_detail(
             table.add_row(name, Text(value))
     for name in reversed(run.job_ids[:_MAX_JOBS]):
         table.add_row("job", Text(_job_line(name, run, slurm_reply)))
+    for evaluation in run.evaluations[-_MAX_JOBS:]:
+        table.add_row("evaluation", Text(_job_line(evaluation.id, run, slurm_reply)))
     for failure in run.failures[-_MAX_FAILURES:]:
         table.add_row("failed", Text(_failure_line(failure)))
     console.print(table)
@@ -279,7 +291,7 @@ def _print_detail(
 
 def _job_line(name: str, run: RunRecord, slurm_reply: SlurmReply) -> str:
     job = slurm_reply.jobs.get(name)
-    submission = next(submission for submission in run.submitted if submission.id == name)
+    submission = next(submission for submission in run.all_jobs if submission.id == name)
     if job is None or not submission.is_same(job):
         return name if slurm_reply.error else f"{name}: over"
     parts = [
@@ -295,7 +307,8 @@ def _job_line(name: str, run: RunRecord, slurm_reply: SlurmReply) -> str:
 def _failure_line(failure: Failure) -> str:
     at = f" at step {failure.step}" if failure.step else ""
     job = f", job {failure.job}" if failure.job else ""
-    return f"{_format_age(failure.time)}{at}{job}: {failure.cause}"
+    node = f", bad node {failure.node}" if failure.node else ""
+    return f"{_format_age(failure.time)}{at}{job}{node}: {failure.cause}"
 
 
 def _steps_text(run: RunRecord) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from modtrain.cluster import slurm
 from modtrain.cluster.config import SITE_OPTIONS, SubmitConfig
 from modtrain.cluster.freeze import freeze
-from modtrain.cluster.runs import read_job_ids
+from modtrain.cluster.runs import CANCELLED, read_job_ids
 from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, check, render
 from modtrain.common.atomic_io import open_to_append, write_text
 from modtrain.common.errors import Problem, raise_if_any
@@ -26,8 +27,12 @@ from modtrain.common.terminal import plain_console
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import resolve
 from modtrain.training.plan_report import device_bytes, gibibytes
-from modtrain.training.run_directory import check_resumable
+from modtrain.training.run_directory import RunDirectory, check_resumable
 
+# For which Slurm may look at a new job first.
+_REASON_SECONDS = 2.0
+# What it says before.
+_NO_REASON = ("", "PartitionConfig")
 # Messages of sbatch where it finds no controller.
 _UNREACHABLE = ("Could not establish a configuration source", "Unable to contact slurm")
 
@@ -69,6 +74,7 @@ def submit(submission: Submission) -> None:
     if job.config.dry_run:
         return
     ids = _submit_script(job)
+    _check_will_start(job, ids)
     for number in ids:
         console.print(f"submitted job {number}")
     _print_next_commands(submission, ids, console)
@@ -110,7 +116,7 @@ def _prepare(submission: Submission) -> JobScript:
     logs = Path(str(directory / "logs").replace("%", "%%"))
     python = sys.executable if config.cluster.container == "none" else "python3"
     return JobScript(
-        name=job_name(directory),
+        name=job_name(directory, tasks[0].verb),
         script=directory / _script_name(tasks, config),
         output=logs / ("slurm-%A_%a.out" if config.array else "slurm-%j.out"),
         directory=Path.cwd(),
@@ -133,35 +139,81 @@ def _script_name(tasks: Sequence[ScriptTask], config: SubmitConfig) -> str:
     return "submit.sbatch" if tasks[0].verb == "train" else f"{tasks[0].verb}.sbatch"
 
 
-def job_name(directory: Path) -> str:
-    """Return a plain name for ``squeue``: the run's last two parts."""
+def job_name(directory: Path, verb: str = "train") -> str:
+    """Return a plain name for ``squeue``: the run's last two parts, and ``-eval`` for that."""
     parts = [part for part in directory.parts[-2:] if part != "runs"]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))[:60].strip("-") or "modtrain"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))[:60].strip("-") or "modtrain"
+    return f"{name}-eval" if verb == "eval" else name
 
 
 def _submit_script(job: JobScript) -> list[str]:
-    """Submit the script; a chain's jobs depend on one another."""
+    """Submit the script; a chain's jobs depend on one another, and are submitted all or none."""
     ids: list[str] = []
     for _ in range(job.config.num_chained):
         dependency = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-        output = _sbatch(job, "--parsable", *dependency)
+        try:
+            output = _sbatch(job, "--parsable", *dependency)
+        except slurm.SlurmError as error:
+            if not ids:
+                raise
+            withdrawn = _withdraw(job, ids)
+            raise slurm.SlurmError(
+                f"{error}\nthat was job {len(ids) + 1} of chain={job.config.chain}; {withdrawn}"
+            ) from None
         number = output.strip().splitlines()[-1].split(";")[0]
         _record_job(job, number, ids[-1] if ids else None)
         ids.append(number)
     return ids
 
 
+def _withdraw(job: JobScript, ids: Sequence[str]) -> str:
+    """Cancel jobs that were submitted just now; return a sentence on them."""
+    shown = ", ".join(ids)
+    # One that has started must not come back.
+    for folder in {job.script.parent, *(task.directory for task in job.tasks)}:
+        with open_to_append(folder / CANCELLED) as file:
+            file.write("".join(f"{number}\n" for number in ids).encode())
+    try:
+        slurm.cancel(ids)
+    except slurm.SlurmError as error:
+        return f"{shown} could not be withdrawn, and may run: {error}"
+    return f"{shown}: withdrawn"
+
+
+def _check_will_start(job: JobScript, ids: Sequence[str]) -> None:
+    """Withdraw jobs that wait for what cannot come.
+
+    Raises:
+        SlurmError: the reason, with the remedy.
+    """
+    until = time.monotonic() + _REASON_SECONDS
+    while True:
+        jobs = slurm.jobs(ids)
+        for number, known in jobs.items():
+            remedy = slurm.never_starts(known)
+            if remedy is not None:
+                raise slurm.SlurmError(
+                    f"job {number} would never start: {known.reason}; {_withdraw(job, ids)}\n"
+                    f"remedy: {remedy}"
+                )
+        # Slurm gives its reason when it first looks at the job.
+        is_known = all(k.reason not in _NO_REASON or not k.is_pending for k in jobs.values())
+        if is_known or time.monotonic() > until:
+            return
+        time.sleep(0.2)
+
+
 def _record_job(job: JobScript, number: str, before: str | None) -> None:
     """Record which job works on which run."""
-    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    entry = {"time": time, "script": str(job.script), "chained_after": before}
-    # An evaluation's script is in the run's directory, but the job does not train the run.
-    numbers = {} if job.tasks[0].verb == "eval" else {job.script.parent: number}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    verb = job.tasks[0].verb
+    entry = {"time": now, "script": str(job.script), "chained_after": before, "verb": verb}
+    numbers = {job.script.parent: number}
     if job.config.array:
         numbers |= {task.directory: f"{number}_{index}" for index, task in enumerate(job.tasks)}
     for folder, job_id in numbers.items():
         # A job that has started was recorded by its script.
-        if job_id not in read_job_ids(folder):
+        if verb == "eval" or job_id not in read_job_ids(folder):
             with open_to_append(folder / "jobs.jsonl") as file:
                 file.write(json.dumps({"job": job_id, **entry}).encode() + b"\n")
 
@@ -203,8 +255,52 @@ def _problems(submission: Submission) -> list[Problem]:
     if not problems:
         runs = [task.config for task in tasks if task.config is not None]
         raise_if_any([problem for run in runs for problem in run_problems(run, config)])
-        problems += _queue_problems(tasks, config)
+        if runs and not config.dry_run and all(RunDirectory.of(run).is_complete for run in runs):
+            remedy = "give another name= for a new run; modtrain status shows this one"
+            problems.append(Problem("name", runs[0].name, "is complete already", remedy))
+        problems += _queue_problems(tasks, config) + _after_problems(config)
     return problems
+
+
+def _after_problems(config: SubmitConfig) -> list[Problem]:
+    """Find that the awaited job is unknown, or has ended otherwise than well."""
+    if config.after is None or not slurm.has_slurm():
+        return []
+    try:
+        job = slurm.jobs([config.after]).get(config.after)
+    except slurm.SlurmError as error:
+        if config.dry_run and _is_unreachable(error):
+            return []
+        raise
+    if job is None:
+        # With it sbatch would start the job at once, whatever has become of the other one.
+        reason = "is no job that Slurm knows: it ended some minutes ago, or there was none"
+        remedy = "leave it out once modtrain status shows the run as complete"
+    elif job.is_finished and job.state != "COMPLETED":
+        reason = f"has not ended well: {job.state}"
+        remedy = "submit the awaited job again, and wait for its new number"
+    else:
+        return []
+    return [Problem("after", config.after, reason, remedy)]
+
+
+def _mount_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
+    """Find data that a container would not see."""
+    site, path = config.cluster, Path(str(run.data.path)).absolute()
+    if site.container == "none" or "://" in str(run.data.path):
+        return []
+    seen = [
+        Path.cwd(),
+        *(Path(mount.split(":")[1 if ":" in mount else 0]) for mount in site.mounts),
+    ]
+    if site.container == "apptainer":
+        # It mounts these by itself.
+        seen += [Path.home(), Path("/tmp")]  # noqa: S108
+    if any(path.is_relative_to(folder) for folder in seen):
+        return []
+    reason = f"is outside of all that the container sees: {', '.join(map(str, seen))}"
+    remedy = f"add {path} to cluster.mounts"
+    return [Problem("data.path", str(path), reason, remedy)]
 
 
 def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
@@ -214,6 +310,8 @@ def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
         ConfigError: everything wrong with the run itself.
         CheckpointError: its directory has another run.
     """
+    if problems := _mount_problems(run, config):
+        return problems
     resolved, plan = resolve(run, launch=config.launch)
     check_resumable(run, resolved)
     if resolved.strategy.accelerator == "cuda" and config.gpus == 0:

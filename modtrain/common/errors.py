@@ -62,8 +62,26 @@ class OtherRunError(CheckpointError):
     exit_code = 2
 
 
+class InUseError(CheckpointError):
+    """A run directory in which another process works."""
+
+    exit_code = 73
+
+
+class NodeError(ModtrainError):
+    """A machine that cannot do what was asked of it, though another one may."""
+
+    exit_code = 69
+
+
 class TrainingError(ModtrainError):
     """A run that has to stop: the loss is not finite, a budget cannot be met."""
+
+
+class DivergedError(TrainingError):
+    """A loss or a gradient that no step should follow: the same steps would lead to it again."""
+
+    exit_code = 65
 
 
 class RankError(ModtrainError):

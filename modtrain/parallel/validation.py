@@ -19,13 +19,13 @@ def dims_problems(
     world = launch.world_size
     problems: list[Problem] = []
     if config.world_size not in (None, world):
-        reason = f"is not the number of processes that were started: {world}"
+        reason = f"is not the number of the run's processes: {world}"
         remedy = "leave it null, or start as many with torchrun or srun"
         if world == 1:
             remedy += f": {torchrun_command(config.world_size)} …"
         problems.append(Problem(f"{prefix}.world_size", config.world_size, reason, remedy))
     if config.name == "single" and world > 1:
-        reason = f"is for one process, and {world} were started"
+        reason = f"is for one process, and the run has {world}"
         remedy = "choose strategy=ddp, or strategy=fsdp where the model is too large for it"
         problems.append(Problem(f"{prefix}.name", config.name, reason, remedy))
     dims = dims_of(config, model, launch)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import torch
 
-from modtrain.common.errors import ConfigError, Problem
+from modtrain.common.errors import ConfigError, NodeError, Problem
+
+ACCELERATOR = "MODTRAIN_ACCELERATOR"
+"""The variable by which a job that has GPUs says that ``auto`` is ``cuda``, and nothing else."""
 
 # Dense bf16 peaks in FLOP/s, from the manufacturers' data sheets. Longer names first: the first one
 # that occurs in the device's name counts.
@@ -46,15 +52,27 @@ def resolve_precision(precision: str, device_type: str) -> str:
 
 
 def resolve_accelerator(accelerator: str) -> str:
-    """Return ``cuda``, ``mps`` or ``cpu`` for ``auto``.
+    """Return ``cuda``, ``mps`` or ``cpu`` for ``auto``; in a job that has GPUs it is ``cuda``.
 
     Raises:
         ConfigError: the device is not available.
+        NodeError: it is not, and the job has asked for it.
     """
+    required = os.environ.get(ACCELERATOR, "")
+    if accelerator == "auto" and required:
+        accelerator = required
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if accelerator == "auto":
         return next((name for name, is_available in available.items() if is_available), "cpu")
     if not available.get(accelerator, True):
+        if accelerator == required:
+            built_for = torch.version.cuda or "no CUDA"
+            raise NodeError(
+                f"{socket.gethostname()} has no {accelerator} device for this job, which asks for"
+                f" one: torch {torch.__version__}, built for {built_for}, finds none\nremedy: see"
+                " nvidia-smi and modtrain doctor on that node; a driver that is older than the"
+                " wheels is not used; strategy.accelerator=cpu trains without"
+            )
         remedy = "use auto or cpu; modtrain doctor says what is missing"
         raise ConfigError([Problem("accelerator", accelerator, "is not available", remedy)])
     return accelerator

@@ -1,19 +1,24 @@
-"""The exit code and error of a process, in a file for the job's script. Imports nothing heavy.
+"""How a process ended, in a file for the job's script. Imports nothing heavy.
 
-srun and torchrun, which the script starts, have one exit code for many failures.
+srun and torchrun, which the script starts, have one exit code for many failures, and a process that
+never came to run modtrain has written none: `slurm/outcome.sh` reads both from the files.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from modtrain.common.errors import ModtrainError
+from modtrain.common.errors import ModtrainError, NodeError
 
 OUTCOME = "MODTRAIN_OUTCOME"
-"""The variable that names the file: the exit code on its first line, the reason on its second."""
+"""The variable that names the directory of the files ``rank-<rank>``, which have three lines: the
+exit code, ``running`` before the end; the node's name; the reason."""
+# Tracebacks of extensions repeat their sources; the beginning and the end say what is wrong.
+_MAX_REASON_CHARS = 4000
 
 
 class ProcessOutcome:
@@ -24,11 +29,13 @@ class ProcessOutcome:
 
 @contextmanager
 def report_outcome() -> Iterator[ProcessOutcome]:
-    """Write the block's outcome to the file that the environment names, if it names one.
+    """Write the block's outcome to this rank's file, if the environment names a directory.
 
-    Rank 0 writes: its error names the rank that failed and the reason.
+    Processes that the block starts report nothing: the variable is removed.
     """
     outcome, reason = ProcessOutcome(), ""
+    folder = os.environ.pop(OUTCOME, None)
+    _write(folder, "running", "")
     try:
         yield outcome
     except BaseException as error:
@@ -36,16 +43,28 @@ def report_outcome() -> Iterator[ProcessOutcome]:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise
     finally:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        path = os.environ.get(OUTCOME)
-        if path and rank == "0":
-            with suppress(OSError):
-                Path(path).write_text(f"{outcome.exit_code}\n{reason[:500]}\n")
+        _write(folder, str(outcome.exit_code), reason)
+
+
+def _write(folder: str | None, state: str, reason: str) -> None:
+    if not folder:
+        return
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    # By the name that Slurm's own messages have.
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if len(reason) > _MAX_REASON_CHARS:
+        half = _MAX_REASON_CHARS // 2
+        reason = f"{reason[:half]} […] {reason[-half:]}"
+    with suppress(OSError):
+        (Path(folder) / f"rank-{rank}").write_text(f"{state}\n{node}\n{reason}\n")
 
 
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, ModtrainError):
         return error.exit_code
+    if isinstance(error, ImportError):
+        # The login node has what is missing here: it has checked the job.
+        return NodeError.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 130
     return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1

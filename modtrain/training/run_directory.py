@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 import modtrain
 from modtrain.common.atomic_io import acquire_lock, write_text
-from modtrain.common.errors import CheckpointError, OtherRunError
+from modtrain.common.errors import CheckpointError, InUseError, OtherRunError
 from modtrain.common.reading import UnreadableError, read_json, read_yaml
 from modtrain.common.renamed_keys import flatten, translate
 from modtrain.training.config import MUTABLE_KEYS, CheckpointConfig, TrainConfig
@@ -67,12 +67,12 @@ class RunDirectory:
         """Lock the run: two processes in one directory would corrupt each other's files.
 
         Raises:
-            CheckpointError: another process has locked it, or the file system has no locks. The
-                lock ends with its process.
+            InUseError: another process has locked it. The lock ends with its process.
+            CheckpointError: the file system has no locks.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         reason = "is in use by another process: wait for it, or give another name="
-        in_use = CheckpointError(f"{self.path} {reason}")
+        in_use = InUseError(f"{self.path} {reason}")
         return acquire_lock(self.path / ".lock", in_use, _LOCK_TIMEOUT)
 
     def start(
@@ -325,15 +325,25 @@ def code_version() -> dict[str, str] | None:
         return {"commit": commit, "diff": ""} if commit else None
 
     def git(*arguments: str) -> str:
-        # The checkout may be another user's, as in a container; its code is what runs here.
-        command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
         # The user's files may be in any encoding.
-        done = subprocess.run(command, capture_output=True, check=True, timeout=30)  # noqa: S603
-        return done.stdout.decode(errors="replace")
+        return ask_git(root, *arguments).decode(errors="replace")
 
     try:
         return {"commit": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD")[:1_000_000]}
     except (OSError, subprocess.SubprocessError) as error:
-        words = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+        words = " ".join((getattr(error, "stderr", None) or b"").decode(errors="replace").split())
         _log.warning("the code's version is not recorded: %s", words or error)
         return None
+
+
+def ask_git(root: Path, *arguments: str) -> bytes:
+    """Return what git prints of the checkout ``root``, whoever owns it.
+
+    Git refuses another user's repository, whose configuration could name programs to run; this
+    process runs the code of that repository already.
+
+    Raises:
+        OSError, subprocess.SubprocessError: git is missing, fails, or takes too long.
+    """
+    command = ["git", "-c", f"safe.directory={root.resolve()}", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout  # noqa: S603

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from modtrain.cli.compose import compose
 from modtrain.cli.main import main
 from modtrain.cluster import logs, slurm
 from modtrain.cluster.config import StatusConfig
-from modtrain.cluster.runs import lines_from_end, read_job_ids, read_run
+from modtrain.cluster.runs import RunNotFoundError, lines_from_end, read_job_ids, read_run
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs, state_of
 from modtrain.common.spelling import spelled
@@ -519,3 +520,44 @@ def test_a_real_run_is_shown(tiny, tmp_path, capsys, monkeypatch):
     assert status.loss == pytest.approx(result["loss"])
     assert status.held_out == pytest.approx(result["held_out/causal_loss"])
     assert (len(status.starts), status.notes) == (1, [])
+
+
+def test_a_job_by_hand_is_known_by_its_script(tmp_path):
+    """Slurm's command of it has the script's arguments as well."""
+    run = FakeRun(tmp_path / "x").starts(60)
+    entry = {"job": "61", "script": "/w/slurm/train.sbatch"}
+    (tmp_path / "x/jobs.jsonl").write_text(json.dumps(entry) + "\n")
+    job = SlurmJob("61", "RUNNING", command="/w/slurm/train.sbatch name=x model=tiny")
+    assert run.state(job) == ("running", "")
+    assert run.state(replace(job, command="/w/slurm/train.sbatch2 name=x"))[0] != "running"
+
+
+def test_evaluations_are_listed_and_are_not_the_runs_state(tmp_path, monkeypatch):
+    run = FakeRun(tmp_path / "x").starts(60).records({"step": 100, "loss": 1.0}).ended()
+    for entry in ({"job": "61"}, {"job": "62", "verb": "eval"}):
+        with (run.path / "jobs.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    play(monkeypatch, tmp_path, line("62", "PENDING", "DependencyNeverSatisfied"))
+    text = shown(StatusConfig(run="x", runs_dir=str(tmp_path)))
+    assert "62: pending (DependencyNeverSatisfied)" in text
+    assert run.read().job_ids == ["61"]
+    assert run.state()[0] == "complete"
+
+
+def test_a_job_that_still_runs_is_not_over(tmp_path, monkeypatch):
+    FakeRun(tmp_path / "x").starts(60).ended().jobs("61")
+    play(monkeypatch, tmp_path, line("61", "RUNNING", command=""))
+    assert "61: running" in shown(StatusConfig(run="x", runs_dir=str(tmp_path)))
+
+
+def test_a_directory_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(RunNotFoundError, match="is no directory"):
+        shown(StatusConfig(runs_dir=str(tmp_path / "nope")))
+
+
+def test_a_bad_node_is_named(tmp_path):
+    (FakeRun(tmp_path / "x").path / "failures.tsv").write_text(
+        f"{iso(9)}\t7\t0\tno hydra\tnode2\n{iso(5)}\t7\t4\tolder\n"
+    )
+    failures = read_run(tmp_path / "x", "x").failures
+    assert [(f.cause, f.node) for f in failures] == [("no hydra", "node2"), ("older", "")]

@@ -17,6 +17,7 @@ from modtrain.cli.compose_verbs import SUBMITTED, compose_submission
 from modtrain.cluster.config import ClusterConfig, SubmitConfig, seconds_of
 from modtrain.cluster.freeze import freeze
 from modtrain.cluster.script import JobScript, ScriptError, ScriptTask, check, render, slurm_dir
+from modtrain.cluster.slurm import SlurmError
 from modtrain.cluster.submit import job_name, submit
 from modtrain.common.errors import OtherRunError
 from modtrain.common.spelling import quoted
@@ -386,3 +387,96 @@ def test_a_copy_of_the_code_is_never_changed(tmp_path):
 @given(st.text(max_size=80).filter(lambda text: "\0" not in text))
 def test_a_jobs_name_is_plain(text):
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,60}", job_name(Path("/runs") / text))
+
+
+def test_an_evaluation_has_a_name_of_its_own_and_does_not_wait_for_ever():
+    task = ScriptTask("eval", ["run=x"], Path("/work dir"))
+    text = render(a_job(task, SubmitConfig(after="7")))
+    assert "#SBATCH --dependency=afterok:7" in text
+    assert "#SBATCH --kill-on-invalid-dep=yes" in text
+    assert "kill-on-invalid-dep" not in render(a_job(task))
+    assert job_name(Path("runs/x"), "eval") == "x-eval" != job_name(Path("runs/x"))
+
+
+@pytest.mark.parametrize(
+    ("option", "line_of_it"),
+    [
+        ("--comment=hello world", '#SBATCH --comment="hello world"'),
+        ("--comment='hello world'", "#SBATCH --comment='hello world'"),
+        ("--exclude=node[7-9]", '#SBATCH --exclude="node[7-9]"'),
+        ("--hold", "#SBATCH --hold"),
+        ("-x node7", "#SBATCH -x node7"),
+    ],
+)
+def test_an_options_value_is_one_word(option, line_of_it):
+    config = SubmitConfig(cluster=ClusterConfig(options=[option]))
+    assert line_of_it in render(a_job(config=config)).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ("", "no job that Slurm knows"),
+        (line("4711", "FAILED", "NonZeroExitCode"), "FAILED"),
+        (line("4711", "RUNNING"), None),
+        (line("4711", "COMPLETED"), None),
+    ],
+)
+def test_an_awaited_job_can_end_well(known, message, tmp_path, monkeypatch):
+    from modtrain.cluster.submit import _after_problems
+
+    play(monkeypatch, tmp_path, known)
+    problems = _after_problems(SubmitConfig(after="4711"))
+    assert [problem.key for problem in problems] == (["after"] if message else [])
+    assert message is None or message in problems[0].reason
+
+
+def test_a_container_sees_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ["train", "name=x", "model=tiny", "budget.steps=2", "batch.tokens=256"]
+    site = ["cluster=apptainer", "data.path=/elsewhere/shards", "gpus_per_node=1"]
+    problem = problems_of(submitted, [*run, *site])["data.path"]
+    assert "/shared/data" in problem.reason
+    more = "cluster.mounts=['/elsewhere:/elsewhere:ro']"
+    assert "outside" not in str(problems_of(submitted, [*run, *site, more]))
+
+
+@pytest.fixture
+def limited(played):
+    """An sbatch that takes two jobs, of the numbers 1 and 2."""
+    (played / "bin/sbatch").write_text(
+        f"#!/bin/sh\ncase $* in *test-only*) exit 0;; esac\ncd {played}; echo >>count\n"
+        "n=$(wc -l <count)\n[ $n -le 2 ] || { echo QOSMaxSubmitJobPerUserLimit >&2; exit 1; }\n"
+        "echo $n\n"
+    )
+    return played
+
+
+def test_the_jobs_of_a_chain_are_submitted_all_or_none(tiny, limited):
+    with pytest.raises(SlurmError, match=r"job 3 of chain=4; 1, 2: withdrawn"):
+        submitted(["train", "name=x", *tiny, "cluster=cpu", "chain=4"])
+    assert "scancel 1 2" in (limited / "bin/calls").read_text()
+    assert (limited / "runs/x/CANCELLED").read_text() == "1\n2\n"
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "PartitionTimeLimit",
+        "Job's account not known, so it can't use this partition",
+        "PartitionNodeLimit",
+    ],
+)
+def test_a_job_that_cannot_start_is_withdrawn(reason, tiny, limited):
+    (limited / "bin/output").write_text(line("1", "PENDING", reason, command=""))
+    with pytest.raises(SlurmError, match=rf"never start: {reason}; 1: withdrawn\nremedy: "):
+        submitted(["train", "name=x", *tiny, "cluster=cpu"])
+
+
+def test_a_complete_run_takes_no_nodes(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/x").mkdir(parents=True)
+    for name in ("COMPLETED", "result.json"):
+        (tmp_path / "runs/x" / name).touch()
+    problem = problems_of(submitted, ["train", "name=x", *tiny, "cluster=cpu"])["name"]
+    assert "complete" in problem.reason

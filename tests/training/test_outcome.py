@@ -1,12 +1,21 @@
 """What a job's script hears of a run: how it ended, and whether it had the time to save."""
 
+import os
 import signal
 import subprocess
 import time
 
 import pytest
 
-from modtrain.common.errors import ConfigError, Problem, TrainingError
+from modtrain.common.errors import (
+    ConfigError,
+    DivergedError,
+    InUseError,
+    NodeError,
+    Problem,
+    TrainingError,
+)
+from modtrain.training.hardware import ACCELERATOR, resolve_accelerator
 from modtrain.training.outcome import OUTCOME, report_outcome
 from modtrain.training.stop_signal import StopRequest
 from tests.conftest import modtrain_command
@@ -17,38 +26,63 @@ from tests.helpers.runs import last_step
     ("error", "code"),
     [
         (TrainingError("the loss\nis NaN"), 1),
+        (DivergedError("the loss is NaN"), 65),
         (ConfigError([Problem("a", 1, "is wrong", "mend it")]), 2),
+        (ImportError("no hydra"), 69),
+        (InUseError("it is in use"), 73),
         (KeyboardInterrupt(), 130),
         (SystemExit(3), 3),
         (RuntimeError("no"), 1),
     ],
 )
-def test_an_error_is_reported_in_two_lines_and_raised(error, code, tmp_path, monkeypatch):
-    monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
+def test_an_error_is_reported_and_raised(error, code, tmp_path, monkeypatch):
+    monkeypatch.setenv(OUTCOME, str(tmp_path))
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
     with pytest.raises(type(error)), report_outcome():
+        # What it starts does not report for it.
+        assert OUTCOME not in os.environ
+        assert (tmp_path / "rank-0").read_text() == "running\nnode7\n\n"
         raise error
-    first, second = (tmp_path / "outcome").read_text().splitlines()
-    assert first == str(code)
-    assert second.startswith(type(error).__name__)
-    assert " ".join(str(error).split()) in second
+    first, second, third = (tmp_path / "rank-0").read_text().splitlines()
+    assert (first, second) == (str(code), "node7")
+    assert third.startswith(type(error).__name__)
+    assert " ".join(str(error).split()) in third
 
 
-def test_one_rank_reports(tmp_path, monkeypatch):
-    monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
-    monkeypatch.setenv("RANK", "1")
-    with report_outcome() as outcome:
-        outcome.exit_code = 75
-    assert not (tmp_path / "outcome").exists()
-    monkeypatch.setenv("RANK", "0")
-    with report_outcome() as outcome:
-        outcome.exit_code = 75
-    assert (tmp_path / "outcome").read_text() == "75\n\n"
+def test_every_rank_reports(tmp_path, monkeypatch):
+    for rank in ("0", "1"):
+        monkeypatch.setenv(OUTCOME, str(tmp_path))
+        monkeypatch.setenv("RANK", rank)
+        with report_outcome() as outcome:
+            outcome.exit_code = 75
+        assert (tmp_path / f"rank-{rank}").read_text().startswith("75\n")
 
 
-def test_a_removed_script_breaks_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv(OUTCOME, str(tmp_path / "gone/outcome"))
+def test_the_beginning_and_the_end_of_a_long_reason_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv(OUTCOME, str(tmp_path))
+    with pytest.raises(ValueError, match="first"), report_outcome():
+        raise ValueError("first" + "x" * 10_000 + "last")
+    reason = (tmp_path / "rank-0").read_text().splitlines()[2]
+    assert reason.startswith("ValueError: first")
+    assert reason.endswith("last")
+    assert 2000 < len(reason) < 5000
+
+
+def test_a_removed_directory_breaks_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv(OUTCOME, str(tmp_path / "gone"))
     with report_outcome():
         pass
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "cuda"])
+def test_a_job_with_gpus_does_not_train_without(accelerator, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv(ACCELERATOR, "cuda")
+    with pytest.raises(NodeError, match="has no cuda device"):
+        resolve_accelerator(accelerator)
+    assert resolve_accelerator("cpu") == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert resolve_accelerator(accelerator) == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +110,7 @@ def test_each_signal_leaves_its_own_time(signum, seconds, monkeypatch):
 @pytest.mark.parametrize("lead", ["0", "300"])
 def test_a_save_that_would_not_come_to_its_end_is_not_begun(lead, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("MODTRAIN_LEAD", lead)
-    monkeypatch.setenv(OUTCOME, str(tmp_path / "outcome"))
+    monkeypatch.setenv(OUTCOME, str(tmp_path))
     keep = [word for word in tiny if not word.startswith(("budget", "checkpoint", "log"))]
     words = ["name=x", *keep, "budget.steps=100000", "checkpoint.every=7", "log.every=1"]
     command = modtrain_command("train", *words, "log.tensorboard=false", "log.progress=false")
@@ -87,7 +121,7 @@ def test_a_save_that_would_not_come_to_its_end_is_not_begun(lead, tiny, tmp_path
         run.send_signal(signal.SIGUSR1)
         error = run.communicate(timeout=60)[1]
     assert run.returncode == 75
-    assert (tmp_path / "outcome").read_text().startswith("75\n")
+    assert (tmp_path / "rank-0").read_text().startswith("75\n")
     newest = max(path.name for path in (tmp_path / "runs/x/checkpoints").glob("step-*"))
     last = last_step(tmp_path / "runs/x")
     if lead == "0":

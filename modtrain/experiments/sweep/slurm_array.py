@@ -73,10 +73,14 @@ def _wait(remaining: dict[str, RunDirectory]) -> None:
     """Wait until the jobs of all runs, by name, have ended, or a signal arrives."""
     began = last_answer = time.monotonic()
     num_missed: Counter[str] = Counter()
+    shown = ""
     while remaining and not STOP.requested:
         try:
-            _remove_ended(remaining, num_missed)
+            waiting = _remove_ended(remaining, num_missed)
             last_answer = time.monotonic()
+            if waiting and waiting != shown:
+                print_line(waiting)
+            shown = waiting
         except SlurmError as error:
             if not slurm.has_slurm() or time.monotonic() - last_answer > _TIMEOUT:
                 raise
@@ -89,8 +93,8 @@ def _wait(remaining: dict[str, RunDirectory]) -> None:
         print_line(f"the jobs continue: {jobs}; the same command waits for them again")
 
 
-def _remove_ended(remaining: dict[str, RunDirectory], num_missed: Counter[str]) -> None:
-    """Query Slurm once. num_missed: how often in a row a run's job was not listed."""
+def _remove_ended(remaining: dict[str, RunDirectory], num_missed: Counter[str]) -> str:
+    """Query Slurm once; return why jobs wait. num_missed: how often a run's job was not listed."""
     # A job that resubmits itself has a new id.
     jobs = {name: str(_last_job(run)) for name, run in remaining.items()}
     jobs_by_id = slurm.jobs(set(jobs.values()))
@@ -106,6 +110,11 @@ def _remove_ended(remaining: dict[str, RunDirectory], num_missed: Counter[str]) 
         ):
             write_failure(run, "Slurm", f"job {number} ended as {ended}")
         print_line(f"{name}: {state_of(run)}")
+    # One that waits for the run's present job to stop does not delay the run.
+    known = [jobs_by_id[number] for number in jobs.values() if number in jobs_by_id]
+    waiting = [job for job in known if job.reason != "Dependency"]
+    reasons = Counter(job.reason or "Slurm gives no reason" for job in waiting if job.is_pending)
+    return ", ".join(f"{count} pending: {reason}" for reason, count in sorted(reasons.items()))
 
 
 def _last_job(run: RunDirectory) -> str | None:

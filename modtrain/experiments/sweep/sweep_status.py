@@ -8,13 +8,16 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from modtrain.cluster.runs import RunRecord, read_run
+from modtrain.cluster.status import SlurmReply, ask_slurm
+from modtrain.cluster.status import state_of as job_state_of
 from modtrain.common.errors import CheckpointError, ModtrainError
 from modtrain.common.terminal import WIDE, Column, fitted_table
 from modtrain.experiments.sweep.job_process import failure_text, state_of
 from modtrain.experiments.sweep.jobs import read_jobs
 from modtrain.training.metric_names import CAUSAL_LOSS
 from modtrain.training.metrics_log import read_metrics
-from modtrain.training.plan import forward_flops_per_token, resolve
+from modtrain.training.plan import forward_flops_per_token
 from modtrain.training.run_directory import RunDirectory
 
 _FIGURES = (
@@ -40,31 +43,46 @@ def sweep_table(directory: Path, width: int = WIDE) -> Table:
     jobs = read_jobs(directory)
     if not jobs:
         raise CheckpointError(f"{directory} has no sweep: sweep.json is missing")
+    records = {name: read_run(directory / name, name) for name in jobs}
+    slurm_reply = ask_slurm(list(records.values()))
     keys = sorted({key for swept in jobs.values() for key in swept})
     rows = []
     for name, swept in jobs.items():
         run = RunDirectory(directory / name)
+        state, why = _state(run, records[name], slurm_reply)
         values = (swept.get(key, _NONE) for key in keys)
-        rows.append([*map(Text, (*values, *_figures(run), failure_text(run)))])
+        cells = (*values, state, *_figures(run, records[name]), why)
+        rows.append([*map(Text, cells)])
     columns = [*(Column(key, least=12) for key in keys), *_FIGURES, Column("why", 2, least=14)]
-    return fitted_table(columns, rows, width, str(directory))
+    title = str(directory)
+    if slurm_reply.error:
+        title = f"{title}\n{slurm_reply.error}"
+    return fitted_table(columns, rows, width, title)
 
 
-def _figures(run: RunDirectory) -> list[str]:
-    steps, forward = _NONE, _NONE
+def _state(run: RunDirectory, record: RunRecord, slurm_reply: SlurmReply) -> tuple[str, str]:
+    """Return the state and its reason. A job may wait, or work on a node whose locks are unseen."""
+    state, of_job = state_of(run), job_state_of(record, slurm_reply.jobs)
+    if state in ("stopped", "not started") and of_job.name in ("running", "pending", "failed"):
+        return of_job.name, of_job.reason
+    return state, failure_text(run)
+
+
+def _figures(run: RunDirectory, record: RunRecord) -> list[str]:
+    """Return the figures of a run. Its last step may be saved and not recorded."""
+    forward = _NONE
+    steps = _NONE if record.steps is None else f"{record.steps:,}"
     last: dict[str, Any] = {"step": 0}
-    for record in read_metrics(run.metrics):
-        last.update(record)
+    for line in read_metrics(run.metrics):
+        last.update(line)
     try:
         config = run.read_config()
         forward = f"{forward_flops_per_token(config):,.0f}"
-        steps = f"{resolve(config, needs_data=False)[1].steps:,}"
     except ModtrainError:
-        # Not started, or its data is not here any more.
+        # Not started.
         pass
     return [
-        state_of(run),
-        f"{last['step']:,}/{steps}" if run.config.is_file() else _NONE,
+        f"{max(last['step'], record.step or 0):,}/{steps}" if run.config.is_file() else _NONE,
         _format(last.get("loss"), "{:.4f}"),
         _format(last.get(CAUSAL_LOSS), "{:.4f}"),
         _format(last.get("flops"), "{:.3e}"),

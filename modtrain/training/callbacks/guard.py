@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.recovery import latest
-from modtrain.common.errors import CheckpointError, TrainingError
+from modtrain.common.errors import CheckpointError, DivergedError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import Ranks
 from modtrain.training.callbacks.step import StepCallback, language_module
@@ -62,7 +62,7 @@ class Guard(StepCallback):
         *,
         first_bad: int,
         is_finite: bool,
-    ) -> TrainingError:
+    ) -> DivergedError:
         """Return the error that ends the run at a step; collective.
 
         reason: the step and what is wrong. samples: its samples' numbers. first_bad: the first of
@@ -80,7 +80,7 @@ class Guard(StepCallback):
                 " the model may have been bad by then: move them away to resume from before.\n"
             )
         shown = ", ".join(map(str, samples[:64])) + (", …" if len(samples) > 64 else "")
-        return TrainingError(
+        return DivergedError(
             f"{reason}; its samples are {shown}; the last good checkpoint is"
             f" {good[1] if good else 'none: the run had not saved yet'}.\n"
             f"{later}remedy: {resume_remedy(config.spike, config.strategy.name, is_finite)}"
@@ -112,7 +112,7 @@ class FiniteLossGuard(Guard):
             self.check(module)
 
     def check(self, module: LanguageModule) -> None:
-        """Raise TrainingError if a step was bad: its samples, the checkpoint to go back to."""
+        """Raise DivergedError if a step was bad: its samples, the checkpoint to go back to."""
         own = [-1, -1] if self._first_bad_2 is None else self._first_bad_2.tolist()
         # One rank's bad loss makes all gradients bad: they stop together, and name that rank.
         ranks = self.ranks

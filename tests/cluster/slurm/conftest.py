@@ -51,6 +51,15 @@ def cluster(slurm_possible: None) -> Iterator[Cluster]:
         yield running
 
 
+@pytest.fixture
+def words(tiny) -> list[str]:
+    """A run of two processes on two nodes."""
+    return [
+        *("train", "name=x", *tiny, "strategy=ddp", "batch.tokens=512", "log.progress=false"),
+        *("cluster=cpu", "nodes=2", "time=30", "cluster.lead=60", "cluster.retry_delay=1"),
+    ]
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Cancel what a test has left in the queue."""

@@ -101,7 +101,7 @@ class Disturbed:
         self.until(f"printing {pattern}", lambda: len(re.findall(pattern, self.output())) >= times)
 
     def failures(self) -> list[list[str]]:
-        """The lines of the run's failures.tsv: time, job, newest step, cause."""
+        """The lines of the run's failures.tsv: time, job, newest step, cause, bad node."""
         notes = [run / "failures.tsv" for run in self.runs]
         lines = [line for n in notes if n.exists() for line in n.read_text().splitlines()]
         return [line.split("\t") for line in lines]
@@ -150,7 +150,14 @@ def start(
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
     }
-    asked = ["cluster=cpu", "nodes=2", "time=00:20:00", "cluster.lead=60", *job]
+    asked = [
+        "cluster=cpu",
+        "nodes=2",
+        "time=00:20:00",
+        "cluster.lead=60",
+        "cluster.retry_delay=1",
+        *job,
+    ]
     if tasks:
         tasks_own = ", ".join(f'{name}: ["log.every=1"]' for name in tasks)
         asked.append(f"++array={{{tasks_own}}}")

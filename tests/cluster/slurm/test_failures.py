@@ -76,7 +76,7 @@ class Matrix:
                 " ".join(sorted(set(states))),
                 max(restarts),
                 time.monotonic() - began,
-                [cause for *_, cause in run.failures()],
+                [line[3] for line in run.failures()],
                 run.output(),
             )
             for directory in run.runs:

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,15 +15,6 @@ import pytest
 from modtrain.cluster.script import slurm_dir
 from tests.cluster.slurm.slurm_cluster import ROOT, Cluster
 from tests.helpers.waiting import wait_until
-
-
-@pytest.fixture
-def words(tiny) -> list[str]:
-    """A run of two processes on two nodes."""
-    return [
-        *("train", "name=x", *tiny, "strategy=ddp", "batch.tokens=512", "log.progress=false"),
-        *("cluster=cpu", "nodes=2", "time=30", "cluster.lead=60"),
-    ]
 
 
 def submit(cluster: Cluster, cwd: Path, *words: str) -> list[str]:
@@ -59,10 +51,9 @@ def test_whatever_a_run_is_called_it_is_data(cluster, tmp_path, words):
     manifest = json.loads((run / "manifest.json").read_text())
     assert len(manifest["starts"]) == 1
     assert manifest["starts"][0]["code"] is not None
-    # Once it is complete, another job is a no-op.
-    (job,) = submit(cluster, tmp_path, *words, f"name='{quoted}'")
-    cluster.wait(job, "COMPLETED")
-    assert "nothing to train" in (run / f"logs/slurm-{job}.out").read_text()
+    # Once it is complete, another job would take nodes for nothing.
+    with pytest.raises(AssertionError, match="is complete already"):
+        submit(cluster, tmp_path, *words, f"name='{quoted}'")
 
 
 @pytest.mark.nightly
@@ -89,10 +80,11 @@ def test_a_chain_resumes_where_the_last_job_stopped(cluster, tmp_path, words, la
     cluster.wait(first, "FAILED")
     assert cluster.details(first)["ExitCode"].startswith("75:")
     assert not (run / "COMPLETED").exists()
+    # It waits from the first one's start on, and has the next one wait in its turn.
     numbers = jobs_of(run)
     assert numbers[0] == first
-    assert len(numbers) == 2
     cluster.wait(numbers[1], "COMPLETED")
+    cluster.wait(jobs_of(run)[2], "CANCELLED")
     assert (run / "COMPLETED").is_file()
     assert "resumes from step" in cluster.output(numbers[1])
     assert not (run / "failures.tsv").exists()
@@ -267,7 +259,7 @@ def test_a_template_by_hand_submits_itself_again_with_its_arguments(cluster, tmp
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_until((run / "jobs.jsonl").is_file)
     wait_until(lambda: len(jobs_of(run)) > 1)
-    first, number = jobs_of(run)
+    first, number = jobs_of(run)[:2]
     assert first == job
     assert " name=hand model=tiny " in cluster.details(number)["Command"]
 
@@ -342,3 +334,91 @@ def test_a_container_gets_its_command_its_mounts_and_its_directory(cluster, tmp_
     assert mounts == [str(tmp_path), "/data one"]
     assert lines[lines.index("--pwd") + 1] == str(tmp_path)
     assert lines[lines.index("/images/mod train.sif") + 1] == sys.executable
+
+
+@pytest.mark.nightly
+def test_a_job_by_hand_is_seen_and_cancelled(cluster, tmp_path, tiny):
+    """Submitted from inside slurm/, which is not where its runs are to be."""
+    words = ["name=hand", f"runs_dir={tmp_path}/runs", *tiny, *LONG]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = (
+        "--gpus-per-node=0",
+        "--cpus-per-task=1",
+        "--ntasks-per-node=1",
+        f"--output={tmp_path}/out",
+    )
+    job = cluster.sbatch(
+        *("train.sbatch", *options), arguments=words, env={"PATH": path}, cwd=slurm_dir()
+    )
+    run = tmp_path / "runs/hand"
+    wait_until((run / "metrics.jsonl").is_file)
+    assert f"{job}: running" in cluster.modtrain(tmp_path, "status", "run=hand")
+    # Another one in its place does not disturb it.
+    other = submit_by_hand(cluster, tmp_path, "train.sbatch", words, "--ntasks-per-node=1")
+    cluster.wait(other, "FAILED")
+    assert cluster.details(other)["ExitCode"].startswith("73:")
+    assert not (run / "failures.tsv").exists()
+    assert cluster.state(job) == "RUNNING"
+    assert "saved now" in cluster.modtrain(tmp_path, "cancel", "run=hand")
+    assert cluster.state(job) in ("FAILED", "CANCELLED")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("restart", ["chain=complete", "cluster.restart=resubmit"])
+def test_the_next_job_survives_the_scripts_node(cluster, tmp_path, words, restart):
+    more = ["budget.steps=1000", "checkpoint.every=100", "eval.every=1000", "log.every=20"]
+    (first,) = submit(cluster, tmp_path, *words, *more, restart)
+    run = tmp_path / "runs/x"
+    wait_until(lambda: list((run / "checkpoints").glob("step-*")))
+    node = cluster.details(first)["BatchHost"]
+    cluster.kill_node(node)
+    try:
+        # Slurm requeues it by itself where it may: then the other one is not needed.
+        ends = first if restart == "chain=complete" else jobs_of(run)[1]
+        cluster.wait(ends, "COMPLETED")
+        assert "resumes from step" in cluster.output(ends)
+        if ends == first:
+            assert len(jobs_of(run)) == 2
+            cluster.wait(jobs_of(run)[1], "CANCELLED")
+    finally:
+        cluster.start_node(node)
+        cluster.wait_for_nodes()
+
+
+@pytest.mark.nightly
+def test_nodes_are_free_soon_after_a_requeue(cluster, tmp_path, words):
+    """And not only after KillWait, 30 s here."""
+    (job,) = submit(cluster, tmp_path, *words, *LONG)
+    wait_until((tmp_path / "runs/x/metrics.jsonl").is_file)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_until(lambda: "requeued" in cluster.output(job))
+    began = time.monotonic()
+    wait_until(lambda: cluster.details(job).get("JobState") in ("PENDING", "RUNNING"))
+    wait_until(lambda: "completing" not in cluster.run("sinfo", "-h", "-o", "%T").stdout)
+    assert time.monotonic() - began < 15
+    wait_until(lambda: cluster.details(job)["Restarts"] == "1")
+
+
+@pytest.mark.nightly
+def test_what_cannot_start_is_not_left_in_the_queue(cluster, tmp_path, words):
+    short = ("scontrol", "create", "PartitionName=short", "Nodes=ALL", "MaxTime=5")
+    cluster.run(*short)
+    closed = ("scontrol", "create", "PartitionName=closed", "Nodes=ALL", "AllowAccounts=other")
+    cluster.run(*closed)
+    for partition in ("short", "closed"):
+        with pytest.raises(AssertionError, match="remedy"):
+            submit(cluster, tmp_path, *words, f"cluster.partition={partition}")
+    with pytest.raises(AssertionError, match="no job that Slurm knows"):
+        submit(cluster, tmp_path, *words, "after=999999")
+    assert not cluster.run("squeue", "--noheader").stdout
+
+
+@pytest.mark.nightly
+def test_an_evaluation_of_a_run_that_failed_does_not_wait_for_ever(cluster, tmp_path, words):
+    (job,) = submit(cluster, tmp_path, *words, "cluster.options=['--begin=now+30']")
+    (after,) = submit(cluster, tmp_path, "eval", "run=x", "cluster=cpu", f"after={job}")
+    assert cluster.details(after)["JobName"] == "x-eval"
+    text = cluster.modtrain(tmp_path, "status", "run=x")
+    assert re.search(rf"evaluation +│ {after}: pending \(Dependency\)", text)
+    cluster.run("scancel", job)
+    cluster.wait(after, "CANCELLED")

@@ -1,0 +1,75 @@
+"""A node that cannot run what it is given: it is named, and the next start is without it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm.test_submit import submit, submit_by_hand
+
+
+def python_that_fails(folder: Path, how: str) -> str:
+    """An interpreter that node2 does not have, or has without a package.
+
+    The first job takes the first two nodes: node2 has rank 1.
+    """
+    python, instead = folder / "python", "exec /nowhere/python"
+    if how == "ImportError":
+        (folder / "lacking/hydra").mkdir(parents=True)
+        (folder / "lacking/hydra/__init__.py").write_text("raise ImportError('no hydra here')\n")
+        instead = f"export PYTHONPATH={folder}/lacking:$PYTHONPATH"
+    python.write_text(
+        f'#!/bin/bash\n[[ $SLURMD_NODENAME != node2 ]] || {instead}\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    return f"cluster.python={python}"
+
+
+@pytest.mark.on_commit("missing")
+@pytest.mark.parametrize("how", ["missing", "ImportError"])
+def test_a_node_without_what_the_others_have_is_left_out(cluster, tmp_path, words, how):
+    (job,) = submit(cluster, tmp_path, *words, python_that_fails(tmp_path, how))
+    cluster.wait(job, "COMPLETED")
+    (line,) = (tmp_path / "runs/x/failures.tsv").read_text().splitlines()
+    *_, cause, node = line.split("\t")
+    assert node == "node2"
+    assert cause.startswith("rank 1 on node2: ")
+    assert ("no hydra here" if how == "ImportError" else "/nowhere/python") in cause
+    assert "the next start is without node2" in cluster.output(job)
+    details = cluster.details(job)
+    assert (details["ExcNodeList"], details["Restarts"]) == ("node2", "1")
+    assert "bad node node2" in cluster.modtrain(tmp_path, "status", "run=x")
+
+
+@pytest.mark.nightly
+def test_a_chain_leaves_a_bad_node_out_too(cluster, tmp_path, words):
+    python = python_that_fails(tmp_path, "missing")
+    first, second = submit(cluster, tmp_path, *words, python, "--chain", "2")
+    cluster.wait(first, "FAILED")
+    cluster.wait(second, "COMPLETED")
+    assert cluster.details(second)["ExcNodeList"] == "node2"
+
+
+@pytest.mark.nightly
+def test_a_gpu_job_does_not_train_on_the_cpu(cluster, tmp_path, words):
+    """The nodes have GPUs for Slurm, and torch finds none."""
+    gpus = ["cluster.gpus_per_node=1", "strategy.accelerator=auto"]
+    (job,) = submit(cluster, tmp_path, *words, *gpus)
+    cluster.wait(job, "FAILED")
+    run = tmp_path / "runs/x"
+    lines = [line.split("\t") for line in (run / "failures.tsv").read_text().splitlines()]
+    assert [line[4] for line in lines[:2]] == ["node1", "node2"]
+    assert len(lines) == 3
+    assert all("has no cuda device" in line[3] for line in lines)
+    assert not (run / "COMPLETED").exists()
+
+
+@pytest.mark.nightly
+def test_a_gpu_job_by_hand_does_not_train_on_the_cpu(cluster, tmp_path, tiny):
+    words = ["name=x", *tiny, "strategy.accelerator=auto"]
+    options = ("--gpus-per-node=1", "--ntasks-per-node=1", "--no-requeue")
+    job = submit_by_hand(cluster, tmp_path, "train.sbatch", words, *options, again="nothing")
+    cluster.wait(job, "FAILED")
+    # What it ended with, and not as if a signal had stopped it.
+    assert cluster.details(job)["ExitCode"].startswith("69:")
+    assert "has no cuda device" in (tmp_path / "runs/x/failures.tsv").read_text()

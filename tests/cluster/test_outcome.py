@@ -1,0 +1,210 @@
+"""What a job's script makes of how its processes ended, and of what srun printed."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from modtrain.cluster.script import slurm_dir
+
+# As srun prints them where an interpreter is missing on one node, and ends the others.
+MISSING = """\
+slurmstepd: error: execve(): /x/python: No such file or directory
+srun: error: node2: task 1: Exited with exit code 2
+srun: Terminating StepId=61.0
+0: slurmstepd: error: *** STEP 61.0 ON node1 CANCELLED AT 2026-01-01T00:00:00 ***
+srun: error: node1: task 0: Terminated
+"""
+NO_MODULE = """\
+1: Traceback (most recent call last):
+1: ModuleNotFoundError: No module named 'modtrain'
+srun: error: node2: task 1: Exited with exit code 1
+srun: error: node1: task 0: Killed
+"""
+KILLED = "srun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Terminated\n"
+
+
+def outcome(tmp_path: Path, status: int, printed: str, **files: str) -> list[str]:
+    """What the script decides: status, cause and bad node.
+
+    files: of the ranks, by names as ``rank_0``; lines are parted by slashes.
+    """
+    folder, log = tmp_path / "outcome", tmp_path / "log"
+    folder.mkdir()
+    log.write_text("srun: error: node9: task 7: Killed\n" + printed)
+    for name, text in files.items():
+        (folder / name.replace("_", "-")).write_text(text.replace("/", "\n") + "\n")
+    script = f"""set -euo pipefail
+    source {slurm_dir()}/outcome.sh
+    log_file={log} log_start=35 status={status}
+    read_outcome {folder}
+    printf '%s\\n' "$status" "$cause" "$bad_node"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")[:3]
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "files", "expected"),
+    [
+        (0, "", {"rank_0": "0/node1/"}, ("0", "", "")),
+        # torchrun ends with 1 whatever it was.
+        (1, "", {"rank_0": "75/node1/"}, ("75", "exit code 75", "")),
+        (1, "", {"rank_0": "2/node1/ConfigError: a"}, ("2", "ConfigError: a", "")),
+        (0, "", {"rank_0": "1/node1/x"}, ("1", "x", "")),
+        # Rank 0 knows of the others' errors.
+        (
+            1,
+            "",
+            {"rank_0": "1/n1/rank 1 on n2: no", "rank_1": "2/n2/no"},
+            ("1", "rank 1 on n2: no", ""),
+        ),
+        # Where it has no end of its own, another has.
+        (137, KILLED, {"rank_0": "running/node1/", "rank_1": "1/node2/no"}, ("1", "no", "")),
+        (
+            *(1, "", {"rank_0": "1/n1/lost 1", "rank_1": "69/n2/ImportError: x"}),
+            ("69", "rank 1 on n2: ImportError: x", "n2"),
+        ),
+        # 2 is the configuration only where a process says so.
+        (
+            *(2, MISSING, {"rank_0": "running/node1/"}),
+            (
+                "1",
+                "rank 1 on node2: Exited with exit code 2 before modtrain started:"
+                " slurmstepd: error: execve(): /x/python: No such file or directory",
+                "node2",
+            ),
+        ),
+        (
+            *(1, NO_MODULE, {}),
+            (
+                "1",
+                "rank 1 on node2: Exited with exit code 1 before modtrain started: Traceback (most"
+                " recent call last): ModuleNotFoundError: No module named 'modtrain'",
+                "node2",
+            ),
+        ),
+        # What was killed was at work.
+        (
+            *(137, KILLED, {"rank_0": "running/node1/", "rank_1": "running/node2/"}),
+            ("137", "rank 1 on node2: Killed", ""),
+        ),
+        (137, "", {"rank_0": "half a file"}, ("137", "exit code 137", "")),
+        (2, "", {}, ("1", "exit code 2", "")),
+    ],
+)
+def test_the_script_decides_by_what_the_processes_say(tmp_path, status, printed, files, expected):
+    assert outcome(tmp_path, status, printed, **files) == list(expected)
+
+
+def ending(tmp_path: Path, commands: str, **settings: str) -> str:
+    """What the functions of ending.sh print in a run's directory."""
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    lines = [f"{name}={value}" for name, value in settings.items()]
+    script = "\n".join(
+        [
+            *(
+                "set -euo pipefail",
+                f"source {slurm_dir()}/outcome.sh",
+                f"source {slurm_dir()}/ending.sh",
+                f"run_directory={tmp_path}",
+            ),
+            *("verb=train max_equal_failures=3 again=requeue bad_nodes=()", "job_id() { echo 7; }"),
+            *('say() { echo "$*"; }', *lines, commands),
+        ]
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_failures_are_equal_up_to_numbers_and_the_node(tmp_path):
+    failures = [("rank 3 on gpu-a: no", "gpu-a"), ("rank 11 on gpu-b: no", "gpu-b")]
+    for count, (cause, node) in enumerate(failures, 1):
+        shown = ending(
+            tmp_path, f'record_failure "{cause}" {node}; echo $num_equal ${{bad_nodes[*]}}'
+        )
+        assert shown.split() == [str(count), *(node for _, node in failures[:count])]
+    # A third is the last one, and another text begins anew; so does a new checkpoint.
+    shown = ending(tmp_path, 'record_failure "rank 1 on c: no" || echo last')
+    assert shown == "last\n"
+    assert ending(tmp_path, 'record_failure other; echo "$num_equal"') == "1\n"
+    (tmp_path / "checkpoints/step-000000004").mkdir(parents=True)
+    shown = ending(tmp_path, 'record_failure other; echo "$num_equal ${bad_nodes[*]}"')
+    assert shown == "1 \n"
+
+
+@pytest.mark.parametrize(("nodes", "is_enough"), [("2", True), ("3", False)])
+def test_a_node_is_left_out_where_enough_are_left(tmp_path, nodes, is_enough):
+    sinfo = "sinfo() { printf 'a idle\\nb alloc\\nc mix\\nd drain\\ne down*\\n'; }"
+    shown = ending(
+        tmp_path,
+        f'{sinfo}\nscontrol() {{ echo "$*"; }}\ndelay_start 8',
+        **{
+            "bad_nodes": "(c)",
+            "delay": "0",
+            "SLURM_JOB_PARTITION": "p",
+            "SLURM_JOB_NUM_NODES": nodes,
+        },
+    )
+    assert ("update JobId=8 ExcNodeList=c" in shown) == is_enough
+    assert ("too few nodes" in shown) == (not is_enough)
+
+
+@pytest.mark.parametrize(
+    ("code", "again", "squeue", "ends", "num_failures", "shown"),
+    [
+        # Another job is at work in the directory: not this one's failure.
+        (73, "requeue", "8", 73, 0, "not restarted"),
+        # What is left of a lost node ends by itself.
+        (73, "requeue", "", 75, 1, "requeued"),
+        (1, "requeue", "", 75, 1, "requeued"),
+        # With nothing that restarts it, it ends with what it failed by.
+        (65, "nothing", "", 65, 1, "the same command"),
+        (2, "requeue", "", 2, 1, "correct the configuration"),
+        (0, "requeue", "", 0, 0, ""),
+    ],
+)
+def test_a_job_ends_by_its_outcome(tmp_path, code, again, squeue, ends, num_failures, shown):
+    (tmp_path / "jobs.jsonl").write_text('{"job": "7"}\n{"job": "8"}\n')
+    (tmp_path / "outcome").mkdir()
+    (tmp_path / "outcome/rank-0").write_text(f"{code}\nnode1\nit is so\n")
+    done = ending(
+        tmp_path,
+        f"squeue() {{ echo {squeue}; }}; scontrol() {{ :; }}\n"
+        "{ (finish) && c=0 || c=$?; echo end $c; }",
+        **{"again": again, "status": "1", "MODTRAIN_OUTCOME": f"{tmp_path}/outcome"},
+        **{"received_signal": "''", "next_job": "''", "delay": "0", "stop_status": "75"},
+        **{"retry_delay": "0", "log_file": "''", "SLURM_JOB_ID": "7"},
+    )
+    assert done.endswith(f"end {ends}\n"), done
+    assert shown in done
+    log = tmp_path / "failures.tsv"
+    assert len(log.read_text().splitlines() if log.exists() else []) == num_failures
+
+
+def test_a_loss_that_is_not_finite_is_tried_once_more(tmp_path):
+    for tries, ends in ((1, 75), (2, 65)):
+        (tmp_path / "outcome").mkdir()
+        (tmp_path / "outcome/rank-0").write_text("65\nnode1\nDivergedError: step 3 is NaN\n")
+        done = ending(
+            tmp_path,
+            "{ scontrol() { :; }; (finish) && c=0 || c=$?; echo end $c; }",
+            **{"status": "1", "MODTRAIN_OUTCOME": f"{tmp_path}/outcome", "received_signal": "''"},
+            **{"next_job": "''", "delay": "0", "stop_status": "75", "retry_delay": "0"},
+            **{"log_file": "''", "SLURM_JOB_ID": "7"},
+        )
+        assert done.endswith(f"end {ends}\n"), (tries, done)
+
+
+@pytest.mark.parametrize(("state", "is_kept"), [("PENDING", True), ("CANCELLED", False)])
+def test_one_job_waits_to_take_the_place_of_this_one(tmp_path, state, is_kept):
+    """Slurm may have requeued it: the next one waits since its earlier start."""
+    (tmp_path / "jobs.jsonl").write_text('{"job": "8", "chained_after": "7", "verb": "train"}\n')
+    shown = ending(
+        tmp_path,
+        f"describe_job() {{ echo JobId=8 JobState={state} ; }}\n"
+        "submit_next() { next_job=9; }\nqueue_next; echo $next_job",
+    )
+    assert shown == ("8\n" if is_kept else "9\n")
