@@ -41,6 +41,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "inspect": ("run=first", "run=first 'text=\"Which tokens are worth computing?\"'"),
     "fit": ("points=points.csv output=fitted",),
     "report": ("'runs=[quickstart]' output=report",),
+    "import": ("source=SmolLM2-135M name=smol", "source=model.gguf name=smol"),
     "export": ("run=first output=first-hf",),
     "checkpoints": ("run=first", "run=first action=verify", "run=first action=consolidate"),
     "data": ("run=first step=120",),

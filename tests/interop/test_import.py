@@ -23,7 +23,7 @@ from modtrain.interop.prompt_format import PromptFormat
 from modtrain.models.flops import parameters
 from modtrain.models.transformer import Transformer
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.trained_model import load_model, training_data
+from modtrain.training.trained_model import load_model, with_found_data
 from tests.helpers.model_cases import random_tokens
 from tests.helpers.problems import problems_of
 
@@ -161,7 +161,7 @@ def test_the_run_has_its_tokenizer_and_names_its_origin(llama, tmp_path, tokeniz
     run = RunDirectory(tmp_path / "imported")
     assert line.startswith(f"wrote {run.path}: llama,")
     trained, manifest = run.read_config(), run.read_manifest()
-    assert training_data(run, trained).eos_id == 0
+    assert with_found_data(run, trained).data.summary().eos_id == 0
     assert Path(trained.data.path, "tokenizer.json").read_bytes() == tokenizer
     files = manifest["imported"]["files"]
     assert "config.json" in files and len(files) > 2

@@ -145,7 +145,7 @@ def test_no_mesh_and_no_process_group_are_created(fit, monkeypatch):
 
 
 OWN = {"deduplicate", "data_rank", "parallelize", "clip_gradients"}
-OWN |= {"mean_over_ranks", "named_state", "restore"}
+OWN |= {"mean_over_ranks", "named_state", "restore", "take"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError, OtherRunError
 from modtrain.data.mixture.config import MixtureStageConfig
 from modtrain.inference.step_samples import samples_of
+from modtrain.training.config import PlanConfig
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.mixture_change import check_same_mixture
 from modtrain.training.plan import resolve
@@ -58,7 +59,7 @@ def test_a_source_that_would_be_read_too_often_is_an_error_or_gives_its_weight_a
     with pytest.raises(ConfigError, match=r"data\.sources\.code\.max_epochs=0\.001: does not suff"):
         resolve(compose("train", lines("one", code=code)))
     shared = compose("train", lines("one", "data.when_exhausted=redistribute", code=code))
-    show(shared)
+    show(PlanConfig(**vars(shared)))
     assert "8,192 100.00%" in capsys.readouterr().out
     # Where no source suffices for a block there is nothing to read.
     sources = {n: replace(s, max_epochs=1e-4) for n, s in shared.data.sources.items()}

@@ -15,6 +15,7 @@ from modtrain.training.config import (
     BatchConfig,
     BudgetConfig,
     CapacityScheduleConfig,
+    PlanConfig,
     TrainConfig,
 )
 from modtrain.training.plan import derive, resolve
@@ -253,12 +254,12 @@ def test_the_report_shows_the_stages(capsys):
         budget=BudgetConfig(steps=100),
         capacity_schedule=CapacityScheduleConfig("step", start=0.5, end=0.25),
     )
-    show(run)
+    show(PlanConfig(**vars(run)))
     output = capsys.readouterr().out
     assert "1 to 25" in output
     assert "26 to 100" in output
     plan = resolve(run, needs_data=False)[1]
     assert f"{plan.flops_until(25) / plan.flops:.1%}" in output
     assert f"{1 - plan.flops_until(25) / plan.flops:.1%}" in output
-    show(replace(run, capacity_schedule=CapacityScheduleConfig()))
+    show(PlanConfig(**vars(replace(run, capacity_schedule=CapacityScheduleConfig()))))
     assert "schedule of capacities" not in capsys.readouterr().out

@@ -304,7 +304,7 @@ def test_the_report_reads_well(tmp_path, caplog):
 def test_a_terminal_shows_a_bar(tmp_path, monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr("modtrain.data.prepare.worker_pool.Console", lambda stderr: terminal)
+    monkeypatch.setattr("modtrain.data.prepare.worker_pool.plain_console", lambda stderr: terminal)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     prepare(tiny_config([corpus], tmp_path / "out"))
     assert "encoding" in screen.getvalue()

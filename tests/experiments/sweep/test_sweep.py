@@ -129,7 +129,7 @@ def test_the_mistakes_of_all_jobs_are_reported_before_the_first_starts(arguments
         ),
         ([CAPACITIES, "hydra.sweep.dir=x"], "leave it out"),
         ([CAPACITIES, "x=["], "is not understood"),
-        ([CAPACITIES, "strategy=ddp", "strategy.world_size=2"], "number of processes"),
+        ([CAPACITIES, "strategy=ddp", "strategy.world_size=2"], "number of the run's processes"),
     ],
 )
 def test_what_a_sweep_cannot_do_is_reported(arguments, capsys, more, message):

@@ -46,7 +46,7 @@ def test_deepspeed_stops(prepared, tmp_path, strategy, action, factor):
     lines = overrides(prepared, tmp_path, "run", strategy, f"spike={action}", *more)
     bad = numbers_of(prepared, BAD)
     for outcome in outcomes_on_ranks(spiked, 2, lines, bad, factor, 1, joins=False):
-        assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+        assert isinstance(outcome, RankFailedError) and outcome.kind == "DivergedError"
         assert STOPS[action, factor] in outcome.message
         assert " on rank 1;" in outcome.message or not math.isnan(factor)
         assert f"its samples are {', '.join(map(str, bad))};" in outcome.message
@@ -102,7 +102,7 @@ def test_too_many_skips_in_a_row_stop_the_run(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "run", "single", *more)
     bad = [numbers_of(prepared, step)[0] for step in (4, 6, 7, 8)]
     (outcome,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
-    assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+    assert isinstance(outcome, RankFailedError) and outcome.kind == "DivergedError"
     assert "step 8 is a spike" in outcome.message
     assert "after 2 skipped in a row" in outcome.message
     # Those saved at the skipped steps have the same weights as what may have ruined the run.
@@ -120,7 +120,7 @@ def test_a_stop_names_step_figures_samples_and_remedy(prepared, tmp_path, strate
     lines = overrides(prepared, tmp_path, "run", strategy, *more)
     bad = numbers_of(prepared, BAD)
     for outcome in outcomes_on_ranks(spiked, world_size, lines, bad[-1:], joins=False):
-        assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+        assert isinstance(outcome, RankFailedError) and outcome.kind == "DivergedError"
         assert f"step {BAD} is a spike: loss " in outcome.message
         assert "(limit " in outcome.message and "gradient norm" in outcome.message
         assert f"its samples are {', '.join(map(str, bad))};" in outcome.message
@@ -141,7 +141,7 @@ def test_a_signal_saves_no_spike_that_was_not_checked(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "run", "single", "spike=stop", "log.every=100")
     bad = numbers_of(prepared, BAD)[:1]
     (outcome,) = outcomes_on_ranks(spiked_and_signalled, 1, lines, bad, joins=False)
-    assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+    assert isinstance(outcome, RankFailedError) and outcome.kind == "DivergedError"
     assert f"step {BAD} is a spike" in outcome.message
     saved = whole_checkpoints(tmp_path / "run/checkpoints")
     assert [step for step, _ in saved] == [6]
@@ -153,5 +153,5 @@ def test_a_nan_names_the_rank_where_it_began(prepared, tmp_path, strategy):
     lines = overrides(prepared, tmp_path, "run", strategy, "spike=stop", "spike.warmup=50")
     bad = numbers_of(prepared, BAD)
     for outcome in outcomes_on_ranks(spiked, 2, lines, bad, NAN, 1, joins=False):
-        assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+        assert isinstance(outcome, RankFailedError) and outcome.kind == "DivergedError"
         assert f"step {BAD} is a spike: loss nan, gradient norm nan on rank 1;" in outcome.message
