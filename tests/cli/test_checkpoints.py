@@ -180,7 +180,7 @@ def test_consolidated_weights_are_those_of_the_checkpoint(run, world):
         metadata = opened.metadata()
     assert json.loads(metadata["tied"]) == {"head.weight": "embedding.weight"}
     assert metadata["step"] == "5"
-    parts = {"router": MODEL.router, "experts": MODEL.experts}
+    parts = {name: getattr(MODEL, name) for name in ("router", "experts", "rope_scaling")}
     assert ModelConfig(**{**json.loads(metadata["model"]), **parts}) == MODEL
     assert len(metadata["config_sha256"]) == 64
 

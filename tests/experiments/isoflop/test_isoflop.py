@@ -194,7 +194,7 @@ def test_a_failed_point_is_named_left_out_and_started_again_on_request(arguments
     assert cli.main(grid) == 1
     printed = capsys.readouterr().out
     name = "g/budget=6e+08,family=hot,size=1"
-    assert f"left out of points.csv: {name}: failed TrainingError: the loss" in printed
+    assert f"left out of points.csv: {name}: failed DivergedError: the loss" in printed
     assert [row["family"] for row in points()] == ["dense"]
     starts = RunDirectory(Path("runs") / name).manifest
     assert cli.main(grid) == 1

@@ -222,7 +222,7 @@ def test_a_failed_job_ends_no_other_and_is_started_again_on_request(arguments, c
     assert cli.main(arguments(lrs)) == 1
     output = capsys.readouterr().out
     assert "1 complete, 1 failed" in output
-    assert "optimizer.lr=1e+30 failed: TrainingError: the loss" in output
+    assert "optimizer.lr=1e+30 failed: DivergedError: the loss" in output
     bad = jobs_of()["optimizer.lr=1e+30"]
     failure = json.loads((bad.path / "failure.json").read_text())
     assert failure.keys() == {"kind", "text", "time"}
@@ -238,7 +238,7 @@ def test_a_failed_job_ends_no_other_and_is_started_again_on_request(arguments, c
         console.print(table)
     rows = [line for line in shown.get().splitlines() if line.startswith("│")]
     assert [cell.strip() for cell in rows[0].split("│")[1:4]] == ["1e+30", "failed", "0/4"]
-    assert "TrainingError" in rows[0]
+    assert "DivergedError" in rows[0]
     done = [cell.strip() for cell in next(r for r in rows if "0.001" in r).split("│")[1:-2]]
     result = json.loads(jobs_of()["optimizer.lr=0.001"].result.read_text())
     assert done[:3] == ["0.001", "complete", "4/4"]

@@ -82,13 +82,13 @@ def in_writing(module) -> None:
 
 
 def in_evaluation(module) -> None:
-    original = module.evaluate
+    original = module.evaluate_parts
 
-    def evaluate(*arguments, **named):
+    def evaluate_parts(*arguments, **named):
         happens("evaluation")
         return original(*arguments, **named)
 
-    module.evaluate = evaluate
+    module.evaluate_parts = evaluate_parts
 
 
 PLACES = {
