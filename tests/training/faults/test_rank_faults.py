@@ -251,7 +251,7 @@ def test_a_nan_on_one_rank_stops_all_before_it_is_saved(prepared, tmp_path, stra
     outcomes = outcomes_on_ranks(not_a_number, 2, lines, 1, joins=False, timeout=60)
     for rank in (0, 1):
         outcome = ended(outcomes, rank)
-        assert outcome.kind == "TrainingError"
+        assert outcome.kind == "DivergedError"
         assert "at step 5 on rank 1;" in outcome.message
         assert outcome.message.count("step-000000004") == 1
 
