@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.cli.compose import SCHEMAS, compose
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.common.overrides import parse, plain
+from modtrain.common.overrides import SOURCES, parse, plain
 from modtrain.common.reading import UnreadableError, read_yaml
 from modtrain.common.renamed_keys import flatten, translate
 from modtrain.common.shipped import conf_dir
@@ -62,10 +62,10 @@ def expand_base(verb: str, words: Sequence[str], config_dir: str | None) -> list
     replaced = [*chosen, *(_STARTING_POINT if sections & {*_STARTING_POINT} else ())]
     flat = {
         key: content
-        for key, content in flatten(stored).items()
+        for key, content in flatten(stored, whole=[SOURCES]).items()
         if key not in _NOT_TAKEN and key.partition(".")[0] not in replaced
     }
-    defaults = flatten(asdict(_default(groups, config_dir)))
+    defaults = flatten(asdict(_default(groups, config_dir)), whole=[SOURCES])
     base = [f"{key}={as_value(v)}" for key, v in flat.items() if defaults.get(key, ...) != v]
     return [*first, *base, *others]
 

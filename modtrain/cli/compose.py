@@ -38,6 +38,7 @@ from modtrain.common.overrides import (
     explain,
     misread,
     not_a_key,
+    opened,
     parse,
     plain,
     search_path,
@@ -251,7 +252,7 @@ class _Composer:
         return sorted({path.stem for f in folders for path in (f / group).glob("*.yaml")})
 
     def _raw(self, overrides: list[Override]) -> DictConfig:
-        lines = [_opened(override) for override in overrides]
+        lines = [opened(str(override.input_line)) for override in overrides]
         try:
             config = hydra_compose(self.verb, overrides=[*self.search, *lines])
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -260,12 +261,6 @@ class _Composer:
             raise ConfigError([problem]) from None
         OmegaConf.to_container(config, resolve=True)
         return config
-
-
-def _opened(override: Override) -> str:
-    """Return an override's text, which adds the sources of a mixture without a plus."""
-    is_source = f"{override.get_key_element()}.".startswith("data.sources.")
-    return f"++{override.input_line}" if is_source else str(override.input_line)
 
 
 def _choice_remedy(group: str, name: str, options: list[str]) -> str:

@@ -56,10 +56,11 @@ def _report(error: BaseException, arguments: Arguments) -> int:
         return error.exit_code
     if isinstance(error, BrokenPipeError):
         stop_printing()
-        if has_ranks:
-            text = "the reader of the output has closed the pipe; the same command resumes"
-            print(f"{program}: {text}", file=sys.stderr)
-        return int(has_ranks)
+        if arguments.verb in _SHOWING or arguments.wants_help:
+            return 0
+        more = "; the same command resumes" if is_resumable else ""
+        print(f"{program}: the reader of the output has closed the pipe{more}", file=sys.stderr)
+        return 1
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         remedy = ""
@@ -229,6 +230,8 @@ def _doctor(overrides: list[str], config_dir: str | None) -> int:
 _TRAINING = ("train", "compare", "isoflop", "search", "search-patterns")
 # Those, and others that keep what is finished.
 _RESUMABLE = (*_TRAINING, "prepare")
+# What they print is all that they do.
+_SHOWING = ("", "config", "data", "doctor", "generate", "logs", "plan", "status")
 # What a verb calls, ``module:function`` with the verb's configuration, and a line of help.
 _VERBS: dict[str, tuple[str | Verb, str]] = {
     "prepare": ("modtrain.data.prepare.pipeline:prepare", "text to tokenizer and shards"),

@@ -23,6 +23,8 @@ from modtrain.common.other_tools import key_here, sentence_for, value_here
 from modtrain.common.renamed_keys import renamed_problem
 from modtrain.common.spelling import in_quotes, misfit, quoted, spelling
 
+SOURCES = "data.sources"
+"""A section whose keys a user names."""
 SEVERAL_VALUES = "has several values"
 """The reason of a problem of an override that would be a sweep."""
 NOT_UNDERSTOOD = "is not understood: "
@@ -71,6 +73,12 @@ def search_path(config_dir: str | None) -> list[str]:
     if config_dir is None:
         return []
     return [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"]
+
+
+def opened(line: str) -> str:
+    """Return an override's text, which adds the sources of a mixture without a plus."""
+    is_source = f"{line.partition('=')[0]}.".startswith(f"{SOURCES}.")
+    return f"++{line}" if is_source else line
 
 
 def misread(override: Override) -> Problem | None:

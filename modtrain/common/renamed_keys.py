@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,18 @@ def translate_flat(content: Mapping[str, Any]) -> dict[str, Any]:
     return {new_name(key) or key: value for key, value in content.items()}
 
 
-def flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a nested configuration by dotted key, which begins with ``prefix``."""
+def flatten(
+    content: Mapping[Any, Any], prefix: str = "", whole: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the values of a nested configuration by dotted key, which begins with ``prefix``.
+
+    whole: keys of sections that are one value each.
+    """
     flat: dict[str, Any] = {}
     for key, value in content.items():
         dotted = f"{prefix}.{key}" if prefix else str(key)
-        flat |= flatten(value, dotted) if isinstance(value, Mapping) else {dotted: value}
+        is_section = isinstance(value, Mapping) and dotted not in whole
+        flat |= flatten(value, dotted, whole) if is_section else {dotted: value}
     return flat
 
 

@@ -226,17 +226,29 @@ def _repetition(run: RunDirectory, trained: TrainConfig) -> str:
             "Prepare the data of the fingerprint above, save this as"
             f" `mine/experiment/{name}.yaml`, and train:",
             f"```bash\nmodtrain train --config-dir mine experiment={name} name={name}"
-            " data.path=PREPARED\n```",
+            f"{_data_paths(trained)}\n```",
             f"```yaml\n# @package _global_\n{_configuration(trained)}```",
             _table(("", ""), versions.items()),
         ]
     )
 
 
+def _data_paths(trained: TrainConfig) -> str:
+    """Return the overrides that name where the prepared data are."""
+    if not trained.data.sources:
+        return " data.path=PREPARED"
+    paths = [f" data.sources.{name}.path=PREPARED" for name in sorted(trained.data.sources)]
+    return "".join([" data=mixture", *paths])
+
+
 def _configuration(trained: TrainConfig) -> str:
     """Return as YAML what decides the weights."""
     content: dict[str, Any] = json.loads(json.dumps(asdict(trained)))
+    for source in content["data"]["sources"].values():
+        source["path"] = "PREPARED"
     for key in MUTABLE_KEYS:
+        if "*" in key:
+            continue
         *sections, last = key.split(".")
         node = content
         for section in sections:

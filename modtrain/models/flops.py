@@ -223,7 +223,8 @@ def _kept_parameters(config: ModelConfig) -> Cost:
     """Parameters between a skipped token and its keys and values."""
     norms = config.d_model + (config.head_width if config.qk_norm else 0)
     kv_dim = config.kv_heads * config.head_width
-    return Cost(mixer_projections=2 * config.d_model * kv_dim, norms=norms)
+    rows = config.d_model + config.qkv_bias
+    return Cost(mixer_projections=2 * rows * kv_dim, norms=norms)
 
 
 def _mixer_flops(config: ModelConfig, layer: int, load: Load, seq_len: int) -> Cost:

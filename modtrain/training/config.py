@@ -28,6 +28,7 @@ MUTABLE_KEYS = (
     "name",
     "runs_dir",
     "data.path",
+    "data.sources.*.path",
     "log",
     "checkpoint",
     "eval",
@@ -40,6 +41,8 @@ MUTABLE_KEYS = (
     "resume",
 )
 """Keys that may differ when a run is resumed: they change its weights by rounding only.
+
+``*`` stands for any name.
 
 Runs and data may be moved or renamed: the fingerprint says whether the data are the same.
 An exception is the handling of loss spikes: a run that it stopped can resume with another one. The

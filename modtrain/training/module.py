@@ -229,7 +229,8 @@ class LanguageModule(L.LightningModule):
             return
         before = to_train_config(saved)
         # A trunk is compared with its branch by `check_branch`.
-        if before.name != self.config.branch.run:
+        is_trunks = self.config.branch.run is not None and before.branch != self.config.branch
+        if not is_trunks:
             subject = "the checkpoint is of a run"
             check_same(before, with_stages_of(self.config, before), subject, "the checkpoint")
             if before.data.stages != self.config.data.stages:

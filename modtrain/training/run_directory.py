@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -291,14 +292,15 @@ def differences(
 ) -> list[str]:
     """Return a line for each key that differs, with both values.
 
-    where: name of ``before`` in the text. free: keys that may differ, with all keys below them.
+    where: name of ``before`` in the text. free: keys that may differ, with all keys below them; in
+    one that has a ``*`` it stands for any name.
     """
     ours, theirs = dotted_values(before), dotted_values(now)
     return [
         f"  {key}: {ours.get(key)} in {where}, {theirs.get(key)} now"
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key) != theirs.get(key)
-        and not any(key == one or key.startswith(one + ".") for one in free)
+        and not any(fnmatchcase(key, one) or key.startswith(one + ".") for one in free)
     ]
 
 

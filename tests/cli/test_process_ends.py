@@ -88,6 +88,19 @@ def test_a_console_leaves_a_closed_pipe_to_the_command():
         plain_console(file=Closed()).print("x")
 
 
+@pytest.mark.parametrize(
+    ("verb", "exit_code"), [("status", 0), ("generate", 0), ("submit", 1), ("export", 1)]
+)
+def test_a_closed_pipe_is_no_failure_where_all_is_printed(verb, exit_code, monkeypatch, capsys):
+    def into_nothing(_arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_run", into_nothing)
+    monkeypatch.setattr(cli, "stop_printing", lambda: None)
+    assert cli.main([verb]) == exit_code
+    assert ("has closed the pipe" in capsys.readouterr().err) == bool(exit_code)
+
+
 def piped(command: list[str], **environment: str) -> tuple[int, str, str]:
     """Run the command line with a reader that closes the pipe at once."""
     root = str(Path(cli.__file__).parents[2])

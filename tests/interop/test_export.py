@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,15 @@ from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.cli.compose import compose
 from modtrain.cli.main import main
 from modtrain.common.errors import DataError
+from modtrain.data.mixture.config import SourceConfig
 from modtrain.data.prepare.tokenizer import train_tokenizer
+from modtrain.data.stream.index import read_summary
 from modtrain.inference.token_text import Vocabulary
 from modtrain.interop import config as export_config
 from modtrain.interop.config import ExportConfig
 from modtrain.interop.export import export
 from modtrain.interop.folder import write_model, write_tokenizer
+from modtrain.interop.model_card import model_card
 from modtrain.training.run_directory import RunDirectory, dotted_values
 from modtrain.training.trained_model import load_model
 from tests.helpers.model_cases import random_tokens
@@ -252,6 +256,23 @@ def test_the_cards_configuration_trains_the_same_run(runs, folder, prepared, tmp
     assert {key for key in differing if not key.startswith(mutable)} == set()
     assert str(prepared) not in card and str(runs) not in card
     assert RunDirectory(runs / "routed").read_manifest()["data_fingerprint"] in card
+
+
+def test_the_card_of_a_mixture_trains_the_same_run(runs, prepared, tmp_path):
+    run = RunDirectory(runs / "routed")
+    trained = run.read_config()
+    sources = {"web": SourceConfig(str(prepared)), "code": SourceConfig(str(prepared), 3.0)}
+    mixed = replace(trained, data=replace(trained.data, path="", sources=sources))
+    card = model_card(run, mixed, 12, read_summary(prepared))
+    own = tmp_path / "mine" / "experiment"
+    own.mkdir(parents=True)
+    (own / "routed.yaml").write_text(card.partition("```yaml\n")[2].partition("```")[0])
+    command = card.partition("modtrain train --config-dir mine ")[2].partition("\n")[0]
+    again = compose("train", command.split(), str(own.parent))
+    assert again.problems() == []
+    places = {name: replace(source, path="PREPARED") for name, source in sources.items()}
+    assert again.data == replace(mixed.data, sources=places)
+    assert str(prepared) not in card
 
 
 def test_greedy_text_of_a_run(folder, runs):

@@ -5,17 +5,24 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
+from modtrain.cli.base_config import expand_base
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError, OtherRunError
+from modtrain.common.overrides import opened
+from modtrain.common.shipped import conf_dir
 from modtrain.data.mixture.config import MixtureStageConfig
+from modtrain.experiments.sweep.jobs import overrides_between
 from modtrain.inference.step_samples import samples_of
 from modtrain.training.config import PlanConfig
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.mixture_change import check_same_mixture
 from modtrain.training.plan import resolve
 from modtrain.training.plan_report import show
-from modtrain.training.run_directory import RunDirectory
+from modtrain.training.run_directory import RunDirectory, check_same
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import assert_same_records, run, run_lines, stopping
 
@@ -40,6 +47,33 @@ def lines(prepared, tmp_path):
 
 def resolved(lines):
     return resolve(compose("train", lines))[0]
+
+
+def test_a_mixture_is_the_base_of_a_run_and_of_a_sweeps_jobs(lines, tmp_path):
+    first = resolved(lines("one", LATER))
+    run = RunDirectory.of(first)
+    run.path.mkdir(parents=True)
+    run.config.write_text(OmegaConf.to_yaml(OmegaConf.structured(first)))
+    words = expand_base("train", [f"from={run.path}", f"runs_dir={tmp_path}", "name=two"], None)
+    again = compose("train", words)
+    assert again.data == first.data
+    # As a job of a sweep has it, from the defaults alone.
+    between = overrides_between(compose("train", ["name=two"]), again)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        raw = hydra_compose("train", [opened(line) for line in between])
+    assert OmegaConf.to_object(raw).data == first.data
+
+
+def test_sources_may_be_at_another_place(lines):
+    first = resolved(lines("one"))
+
+    def with_web(**changes):
+        web = replace(first.data.sources["web"], **changes)
+        return replace(first, data=replace(first.data, sources=first.data.sources | {"web": web}))
+
+    check_same(first, with_web(path="elsewhere"), "it is a run", "the run")
+    with pytest.raises(OtherRunError, match=r"data\.sources\.web\.weight"):
+        check_same(first, with_web(weight=9.0), "it is a run", "the run")
 
 
 def test_stages_may_change_from_where_a_run_is_alone(lines):

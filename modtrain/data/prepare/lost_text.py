@@ -36,7 +36,10 @@ class LostText:
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
         self._tokenizer, self._name = tokenizer, name
         content = json.loads(tokenizer.to_str())
-        self._unknown = content["model"].get("unk_token")
+        # Unigram's unknown token has the text that it stands for: the id tells.
+        self._unknown_id = content["model"].get("unk_id")
+        if self._unknown_id is None and (unknown := content["model"].get("unk_token")) is not None:
+            self._unknown_id = tokenizer.token_to_id(unknown)
         self.is_possible = not _has_all_bytes(tokenizer, content)
         """False for a vocabulary with all bytes, which spells every text."""
 
@@ -54,10 +57,10 @@ class LostText:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         has_token = bytearray(len(text))
         unknown: list[str] = []
-        for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True):
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             has_token[start:end] = b"\1" * (end - start)
-            if token == self._unknown:
-                unknown += text[start:end]
+            if token_id == self._unknown_id:
+                unknown += [c for c in text[start:end] if not c.isspace()]
         dropped = [c for c, known in zip(text, has_token, strict=True) if not known]
         dropped = [character for character in dropped if not character.isspace()]
         if dropped:

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.common.errors import Problem
-from modtrain.common.overrides import search_path
+from modtrain.common.overrides import opened, search_path
 from modtrain.common.shipped import conf_dir
 from modtrain.common.spelling import quoted
 from modtrain.common.terminal import print_line
@@ -82,7 +82,7 @@ class Multirun:
     def launch(self, jobs: Sequence[tuple[SweepJob, TrainConfig]], directory: Path) -> None:
         """Start ``jobs`` and wait for them. The outcome of each is in its directory."""
         job_overrides = [
-            [*overrides_of(job, config), f"hydra.sweep.subdir={quoted(job.name)}"]
+            [*map(opened, overrides_of(job, config)), f"hydra.sweep.subdir={quoted(job.name)}"]
             for job, config in jobs
         ]
         task = TrainTask(os.getpid(), {str(config.name): job for job, config in jobs})

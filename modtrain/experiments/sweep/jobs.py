@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import CheckpointError, Problem
+from modtrain.common.overrides import SOURCES
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.common.renamed_keys import flatten, translate_flat
 from modtrain.common.spelling import quoted
@@ -87,7 +88,7 @@ def overrides_of(job: SweepJob, config: TrainConfig) -> list[str]:
 
 def overrides_between(before: TrainConfig, after: TrainConfig) -> list[str]:
     """Return the overrides that make ``after`` of ``before``, but for the name."""
-    old, new = flatten(asdict(before)), flatten(asdict(after))
+    old, new = (flatten(asdict(config), whole=[SOURCES]) for config in (before, after))
     return [
         f"{key}={as_value(value)}"
         for key, value in new.items()
@@ -105,6 +106,8 @@ def as_value(value: Any) -> str:
         return quoted(value)
     if isinstance(value, Sequence):
         return f"[{','.join(map(as_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}: {as_value(one)}' for key, one in value.items())}}}"
     return repr(value)
 
 

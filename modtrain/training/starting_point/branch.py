@@ -15,7 +15,14 @@ from modtrain.training.schedules import Capacities, lr_factor
 
 _FREE_KEYS = (
     *("name", "runs_dir", "budget", "schedule", "branch", "init", "log", "checkpoint", "eval"),
-    *("data.path", "data.num_workers", "data.prefetch_factor", "data.verify", "data.stages"),
+    *(
+        "data.path",
+        "data.sources.*.path",
+        "data.num_workers",
+        "data.prefetch_factor",
+        "data.verify",
+        "data.stages",
+    ),
 )
 """Keys in which a branch may differ from its trunk.
 

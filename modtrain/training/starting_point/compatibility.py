@@ -9,10 +9,12 @@ from modtrain.checkpoint.reading import TensorReader, format_names
 from modtrain.checkpoint.state import MODEL
 from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import CheckpointError, DataError
+from modtrain.data.stream.index import INDEX_NAME
 from modtrain.models.config import ModelConfig
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory, dotted_values
 from modtrain.training.starting_point.tensor_map import TensorMap, map_tensors
+from modtrain.training.trained_model import with_found_data
 
 # Tensors show it: they are compared by name and shape.
 _SHAPES = (
@@ -146,15 +148,16 @@ def _tokenizer_mismatch(config: TrainConfig, parent: RunDirectory, trained: Trai
     """Return how the data's tokens differ from those of the weights; empty if they do not."""
     if not config.init.check_tokenizer:
         return ""
-    own = config.data.summary().tokenizer_sha256
-    file = trained.data.tokenizer_path
+    data, file = config.data.summary(), trained.data.tokenizer_path
+    own = data.tokenizer_sha256
+    if data.fingerprint == parent.read_manifest()["data_fingerprint"]:
+        return ""
     try:
-        summary = trained.data.summary()
-        is_same_data = summary.fingerprint == parent.read_manifest()["data_fingerprint"]
-        digest = summary.tokenizer_sha256 if is_same_data else None
+        digest = with_found_data(parent, trained).data.summary().tokenizer_sha256
     except DataError:
         # Of an imported model only the tokenizer may be there.
-        digest = file_sha256(file) if file.is_file() else None
+        is_alone = file.is_file() and not (file.parent / INDEX_NAME).exists()
+        digest = file_sha256(file) if is_alone else None
     if digest is None:
         return f"tokenizer: unknown, for {trained.data.location} has not the data of {parent.path}"
     return "" if own == digest else f"tokenizer: {config.data.location} has another one than {file}"

@@ -113,6 +113,22 @@ def test_an_unknown_token_may_stand_for_few_characters(text, is_lost):
     assert bool(LostText(tokenizer, "t").of(text)) == is_lost
 
 
+def test_an_unknown_token_is_known_by_its_id():
+    """Unigram's has the text that it stands for."""
+    pieces = [("<unk>", 0.0), ("a", -1.0), ("b", -1.0)]
+    lost = LostText(Tokenizer(models.Unigram(pieces, unk_id=0)), "t")
+    assert lost.of("abab") == ""
+    assert "unknown to the tokenizer: '日', '本'" in lost.of("日本日本")
+
+
+@pytest.mark.parametrize("text", ["\n", "a \n\n\n"])
+def test_white_space_may_be_unknown(text):
+    words = models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("a", "isolated")
+    assert LostText(tokenizer, "t").of(text) == ""
+
+
 def test_a_vocabulary_with_all_bytes_spells_everything():
     assert LostText(byte_level("<eos>"), "t").of("日本語 \x00") == ""
     fallback = Tokenizer(

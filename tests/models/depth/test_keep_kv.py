@@ -251,6 +251,16 @@ def test_flops_and_parameters_are_counted(target, shape, seq_len, batch):
     assert active.norms <= parameters(config).norms
 
 
+def test_biases_of_keys_and_values_are_active_for_all_tokens():
+    """Width 32: of the routed layer 2 of 16 tokens have a query."""
+    config = keeping(d_model=32, num_heads=4, num_kv_heads=4, capacity=0.125)
+    plain, biased = (
+        active_parameters(replace(config, qkv_bias=has_bias), 16).mixer_projections
+        for has_bias in (False, True)
+    )
+    assert biased - plain == 3 * 32 + 2 * 32 + 32 * 2 // 16
+
+
 def test_the_mean_of_what_was_chosen_is_the_cost_of_the_mean():
     config = keeping()
     everyone = Load(16, 256, 16)

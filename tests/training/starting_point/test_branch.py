@@ -45,8 +45,10 @@ def test_a_branch_has_the_bits_of_a_run_from_the_start(lines, tmp_path, model):
     assert run(trunk_lines(lines, *more)) == "complete"
     saved = {path.name for path in (tmp_path / "trunk/checkpoints").iterdir()}
     assert saved == {"step-000000002", "step-000000004", "step-000000006"}
-    for steps, start in ((SHORT, 4), (LONG, 6)):
-        branch = ("branch.run=trunk", f"branch.step={start}")
+    for steps, start, trunk in ((SHORT, 4, "trunk"), (LONG, 6, "renamed")):
+        if trunk != "trunk":
+            (tmp_path / "trunk").rename(tmp_path / trunk)
+        branch = (f"branch.run={trunk}", f"branch.step={start}")
         assert run(lines(f"branch{steps}", steps, *more, *branch)) == "complete"
         assert run(lines(f"whole{steps}", steps, *more)) == "complete"
         whole = newest_tensors(tmp_path / f"whole{steps}", steps)
