@@ -150,7 +150,7 @@ def _submit_script(job: JobScript) -> list[str]:
     """Submit the script; a chain's jobs depend on one another, and are submitted all or none."""
     ids: list[str] = []
     for _ in range(job.config.num_chained):
-        dependency = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+        dependency = _chained_dependency(job.config, ids[-1]) if ids else []
         try:
             output = _sbatch(job, "--parsable", *dependency)
         except slurm.SlurmError as error:
@@ -164,6 +164,13 @@ def _submit_script(job: JobScript) -> list[str]:
         _record_job(job, number, ids[-1] if ids else None)
         ids.append(number)
     return ids
+
+
+def _chained_dependency(config: SubmitConfig, previous: str) -> list[str]:
+    """Return sbatch's option for a job after ``previous``; it overrides the script's directive."""
+    # The end of the previous job would satisfy its dependency even if it never began.
+    awaited = f"afterok:{config.after}," if config.after else ""
+    return [f"--dependency={awaited}afterany:{previous}"]
 
 
 def _withdraw(job: JobScript, ids: Sequence[str]) -> str:

@@ -458,6 +458,19 @@ def test_the_jobs_of_a_chain_are_submitted_all_or_none(tiny, limited):
     assert (limited / "runs/x/CANCELLED").read_text() == "1\n2\n"
 
 
+def test_every_job_of_a_chain_waits_for_the_awaited_one(tiny, limited):
+    sbatch = limited / "bin/sbatch"
+    sbatch.write_text(
+        sbatch.read_text().replace("; echo >>count", '; echo >>count; echo "$*" >>asked')
+    )
+    (limited / "bin/output").write_text(line("9", "RUNNING", command=""))
+    submitted(["train", "name=x", *tiny, "cluster=cpu", "chain=2", "after=9"])
+    first, second = (limited / "asked").read_text().splitlines()
+    # The first job has it from its script.
+    assert "--dependency" not in first
+    assert "--dependency=afterok:9,afterany:1 " in second
+
+
 @pytest.mark.parametrize(
     "reason",
     [
