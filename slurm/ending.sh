@@ -168,11 +168,11 @@ finish() {
   fail "$status" "${cause:-exit code $status}" "$bad_node"
 }
 
-# Whether Slurm runs another of the jobs that are recorded for the run.
+# Whether Slurm runs another of the jobs that are recorded to train the run: not its evaluations.
 is_other_job_at_work() {
   local ids
   [[ -n $run_directory ]] || return 1
-  ids=$(sed -nE 's/.*"job": "([0-9_]+)".*/\1/p' "$run_directory/jobs.jsonl" 2>/dev/null |
+  ids=$(sed -nE '/"verb": "eval"/d; s/.*"job": "([0-9_]+)".*/\1/p' "$run_directory/jobs.jsonl" 2>/dev/null |
     grep -vxF -e "$(job_id)" -e "${next_job:-none}" | sort -u | paste -sd,) || return 1
   [[ -n $(squeue --noheader --states=RUNNING,SUSPENDED --jobs="$ids" 2>/dev/null) ]]
 }

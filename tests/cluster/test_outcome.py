@@ -1,5 +1,6 @@
 """What a job's script makes of how its processes ended, and of what srun printed."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -182,6 +183,19 @@ def test_a_job_ends_by_its_outcome(tmp_path, code, again, squeue, ends, num_fail
     assert shown in done
     log = tmp_path / "failures.tsv"
     assert len(log.read_text().splitlines() if log.exists() else []) == num_failures
+
+
+@pytest.mark.parametrize(("verb", "is_at_work"), [("train", True), ("eval", False)])
+def test_an_evaluation_is_no_other_job_at_work(tmp_path, verb, is_at_work):
+    jobs = [{"job": "7", "verb": "train"}, {"job": "8", "verb": verb}]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    shown = ending(
+        tmp_path,
+        "squeue() { [[ $* != *--jobs=*8* ]] || echo 8; }\n"
+        "if is_other_job_at_work; then echo at work; else echo none; fi",
+        next_job="''",
+    )
+    assert shown == ("at work\n" if is_at_work else "none\n")
 
 
 def test_a_loss_that_is_not_finite_is_tried_once_more(tmp_path):
