@@ -74,9 +74,9 @@ def submit(submission: Submission) -> None:
     if job.config.dry_run:
         return
     ids = _submit_script(job)
-    _check_will_start(job, ids)
     for number in ids:
         console.print(f"submitted job {number}")
+    _check_will_start(job, ids, console)
     _print_next_commands(submission, ids, console)
 
 
@@ -187,15 +187,20 @@ def _withdraw(job: JobScript, ids: Sequence[str]) -> str:
     return f"{shown}: withdrawn"
 
 
-def _check_will_start(job: JobScript, ids: Sequence[str]) -> None:
-    """Withdraw jobs that wait for what cannot come.
+def _check_will_start(job: JobScript, ids: Sequence[str], console: Console) -> None:
+    """Withdraw jobs that wait for what cannot come; a warning where Slurm does not say.
 
     Raises:
         SlurmError: the reason, with the remedy.
     """
     until = time.monotonic() + _REASON_SECONDS
     while True:
-        jobs = slurm.jobs(ids)
+        try:
+            jobs = slurm.jobs(ids)
+        except slurm.SlurmError as error:
+            # They are in the queue already.
+            console.print(f"warning: whether they can start is not known: {error}", highlight=False)
+            return
         for number, known in jobs.items():
             remedy = slurm.never_starts(known)
             if remedy is not None:

@@ -485,6 +485,16 @@ def test_a_job_that_cannot_start_is_withdrawn(reason, tiny, limited):
         submitted(["train", "name=x", *tiny, "cluster=cpu"])
 
 
+def test_a_submitted_jobs_number_is_printed_where_slurm_answers_no_more(tiny, limited, capsys):
+    squeue = "#!/bin/sh\n[ ! -e count ] || { echo Socket timed out on send/recv >&2; exit 1; }\n"
+    (limited / "bin/squeue").write_text(squeue)
+    submitted(["train", "name=x", *tiny, "cluster=cpu"])
+    output = capsys.readouterr().out
+    assert "submitted job 1\nwarning: " in output
+    assert "Socket timed out" in output
+    assert "modtrain cancel" in output
+
+
 def test_a_complete_run_takes_no_nodes(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/x").mkdir(parents=True)
