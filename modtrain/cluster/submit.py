@@ -297,9 +297,9 @@ def _after_problems(config: SubmitConfig) -> list[Problem]:
 
 
 def _mount_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
-    """Find data that a container would not see."""
-    site, path = config.cluster, Path(str(run.data.path)).absolute()
-    if site.container == "none" or "://" in str(run.data.path):
+    """Find data that a container would not see, of each source."""
+    site = config.cluster
+    if site.container == "none":
         return []
     seen = [
         Path.cwd(),
@@ -308,11 +308,14 @@ def _mount_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
     if site.container == "apptainer":
         # It mounts these by itself.
         seen += [Path.home(), Path("/tmp")]  # noqa: S108
-    if any(path.is_relative_to(folder) for folder in seen):
-        return []
     reason = f"is outside of all that the container sees: {', '.join(map(str, seen))}"
-    remedy = f"add {path} to cluster.mounts"
-    return [Problem("data.path", str(path), reason, remedy)]
+    problems = []
+    for name, text in run.data.paths.items():
+        path = Path(text).absolute()
+        if "://" not in text and not any(path.is_relative_to(folder) for folder in seen):
+            key = f"data.sources.{name}.path" if name else "data.path"
+            problems.append(Problem(key, str(path), reason, f"add {path} to cluster.mounts"))
+    return problems
 
 
 def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:

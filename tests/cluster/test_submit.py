@@ -440,6 +440,16 @@ def test_a_container_sees_the_data(tmp_path, monkeypatch):
     assert "outside" not in str(problems_of(submitted, [*run, *site, more]))
 
 
+def test_a_container_sees_the_data_of_each_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ["train", "name=x", "model=tiny", "budget.steps=2", "batch.tokens=256", "data=mixture"]
+    sources = "+data.sources={a: {path: /elsewhere/a}, b: {path: /other/b}, c: {path: here}}"
+    site = ["cluster=apptainer", "gpus_per_node=1", "cluster.mounts=[/other]"]
+    problems = problems_of(submitted, [*run, sources, *site])
+    assert list(problems) == ["data.sources.a.path"]
+    assert problems["data.sources.a.path"].value == "/elsewhere/a"
+
+
 @pytest.fixture
 def limited(played):
     """An sbatch that takes two jobs, of the numbers 1 and 2."""
