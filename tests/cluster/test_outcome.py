@@ -99,6 +99,26 @@ def test_the_script_decides_by_what_the_processes_say(tmp_path, status, printed,
     assert outcome(tmp_path, status, printed, **files) == list(expected)
 
 
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_node_is_not_bad_where_no_process_could_report(tmp_path, is_full):
+    """The directory could not be made, or its disk is full."""
+    folder, log = tmp_path / "outcome", tmp_path / "log"
+    if is_full:
+        folder.mkdir()
+        (folder / ".test").symlink_to("/dev/full")
+        (folder / "rank-0").touch()
+    log.write_text(NO_MODULE)
+    script = f"""set -euo pipefail
+    source {slurm_dir()}/outcome.sh
+    log_file={log} log_start=0 status=1
+    read_outcome {folder}
+    echo "$status/$bad_node/$cause"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("1//rank 1 on node2: Exited with exit code 1: Traceback")
+
+
 def ending(tmp_path: Path, commands: str, **settings: str) -> str:
     """What the functions of ending.sh print in a run's directory."""
     (tmp_path / "logs").mkdir(exist_ok=True)
