@@ -174,6 +174,32 @@ def test_a_node_is_left_out_where_enough_are_left(tmp_path, nodes, is_enough):
 
 
 @pytest.mark.parametrize(
+    ("constraint", "num_nodes"),
+    [
+        # Of a, b, d and e, without c.
+        ("(null)", 4),
+        ("fast", 2),
+        ("fast&gpu", 1),
+        ("fast,gpu", 1),
+        ("gpu|fast", 3),
+        ("gpu&(slow|fast)", 2),
+        # Unknown, part of a name, and what is left to Slurm.
+        *(("f", 0), ("fast*2", 0), ("[fast|gpu]", 0), ("gpu|fast&slow", 0), ("fast&(", 0)),
+    ],
+)
+def test_nodes_with_the_features_of_the_job_are_counted(tmp_path, constraint, num_nodes):
+    nodes = "a idle fast\\nb idle fast,gpu\\nc idle fast,gpu\\nd idle slow,gpu\\ne idle (null)\\n"
+    shown = ending(
+        tmp_path,
+        f"sinfo() {{ [[ $* = *%f* ]] && printf '{nodes}'; }}\n"
+        f"describe_job() {{ echo 'JobId=8 Features={constraint} DelayBoot=00:00:00'; }}\n"
+        "for SLURM_JOB_NUM_NODES in 1 2 3 4 5; do ! has_enough_nodes 8 || echo enough; done",
+        **{"bad_nodes": "(c)", "SLURM_JOB_PARTITION": "p"},
+    )
+    assert shown.split() == ["enough"] * num_nodes
+
+
+@pytest.mark.parametrize(
     ("code", "again", "squeue", "ends", "num_failures", "shown"),
     [
         # Another job is at work in the directory: not this one's failure.
