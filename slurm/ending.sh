@@ -168,11 +168,11 @@ finish() {
   fail "$status" "${cause:-exit code $status}" "$bad_node"
 }
 
-# Whether Slurm runs another of the jobs that are recorded for the run.
+# Whether Slurm runs another of the jobs that are recorded to train the run: not its evaluations.
 is_other_job_at_work() {
   local ids
   [[ -n $run_directory ]] || return 1
-  ids=$(sed -nE 's/.*"job": "([0-9_]+)".*/\1/p' "$run_directory/jobs.jsonl" 2>/dev/null |
+  ids=$(sed -nE '/"verb": "eval"/d; s/.*"job": "([0-9_]+)".*/\1/p' "$run_directory/jobs.jsonl" 2>/dev/null |
     grep -vxF -e "$(job_id)" -e "${next_job:-none}" | sort -u | paste -sd,) || return 1
   [[ -n $(squeue --noheader --states=RUNNING,SUSPENDED --jobs="$ids" 2>/dev/null) ]]
 }
@@ -276,7 +276,7 @@ restart_job() {
 delay_start() {
   local job=$1 excluded options=() begin state pattern=' ExcNodeList=([^ ]+)'
   if [[ ${#bad_nodes[@]} -gt 0 ]]; then
-    if has_enough_nodes; then
+    if has_enough_nodes "$job"; then
       excluded=$(IFS=,; echo "${bad_nodes[*]}")
       say "the next start is without $excluded"
       # What was excluded before stays so.
@@ -298,14 +298,41 @@ delay_start() {
     say "job $job could not be given ${options[*]}"
 }
 
-# Whether the partition has enough nodes at work without `bad_nodes`.
+# has_enough_nodes JOB: whether the partition has enough nodes at work, with the features that the job
+# asks for, without `bad_nodes`.
 has_enough_nodes() {
-  local node state count=0
-  while read -r node state; do
+  local node state features wanted='' description count=0
+  description=$(describe_job "$1") || true
+  [[ ! $description =~ \ Features=([^ ]+) || ${BASH_REMATCH[1]} = '(null)' ]] || wanted=${BASH_REMATCH[1]}
+  while read -r node state features; do
     case $state in *down* | *drain* | *drng* | *fail* | *maint* | *unk*) continue ;; esac
-    [[ " ${bad_nodes[*]} " = *" $node "* ]] || count=$((count + 1))
-  done < <(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %t')
+    [[ " ${bad_nodes[*]} " = *" $node "* ]] || ! has_features "$features" "$wanted" || count=$((count + 1))
+  done < <(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %t %f')
   [[ $count -ge $SLURM_JOB_NUM_NODES ]]
+}
+
+# has_features FEATURES CONSTRAINT: whether a node with these, parted by commas, satisfies it, as
+# `gpu&(a100|h100)`. False for numbers of nodes, alternatives for all nodes alike, and a mixture whose
+# order Slurm and bash see differently: no node is left out then.
+has_features() {
+  local rest=$2 condition=''
+  [[ -n $rest ]] || return 0
+  [[ ! $rest =~ [\&,][^\(\)]*\| && ! $rest =~ \|[^\(\)]*[\&,] ]] || return 1
+  while [[ -n $rest ]]; do
+    if [[ $rest =~ ^[A-Za-z0-9_.:=-]+ ]]; then
+      if [[ ",$1," = *",${BASH_REMATCH[0]},"* ]]; then condition+='1'; else condition+='0'; fi
+      rest=${rest#"${BASH_REMATCH[0]}"}
+      continue
+    fi
+    case $rest in
+      [\&,]*) condition+='&&' ;;
+      '|'*) condition+='||' ;;
+      [\(\)]*) condition+=${rest:0:1} ;;
+      *) return 1 ;;
+    esac
+    rest=${rest:1}
+  done
+  ((condition)) 2>/dev/null
 }
 
 # The job that was submitted to follow this one; empty: there is none.

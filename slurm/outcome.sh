@@ -54,13 +54,19 @@ read_srun_error() {
     node=${BASH_REMATCH[1]} rank=${BASH_REMATCH[2]} text=${BASH_REMATCH[3]}
     lines=$(last_lines_of "$rank")
     cause="rank $rank on $node: $text${lines:+: $lines}"
-    # What a signal has ended was at work; so was what has left a file.
-    if [[ $text = Exited* ]] && ! grep -qsxF -- "$node" "$folder"/rank-*; then
+    # What a signal has ended was at work; so was what has left a file, where it could leave one.
+    if [[ $text = Exited* ]] && is_writable "$folder" && ! grep -qsxF -- "$node" "$folder"/rank-*; then
       bad_node=$node
       cause="rank $rank on $node: $text before modtrain started${lines:+: $lines}"
     fi
     return
   done < <(step_output)
+}
+
+# Whether a file can be written in a directory. On a full disk it can be made, and stays empty.
+is_writable() {
+  local file=$1/.test
+  { echo test >"$file"; } 2>/dev/null && [[ -s $file ]]
 }
 
 # last_lines_of RANK: what a process has printed last, on one line.

@@ -74,9 +74,9 @@ def submit(submission: Submission) -> None:
     if job.config.dry_run:
         return
     ids = _submit_script(job)
-    _check_will_start(job, ids)
     for number in ids:
         console.print(f"submitted job {number}")
+    _check_will_start(job, ids, console)
     _print_next_commands(submission, ids, console)
 
 
@@ -150,7 +150,7 @@ def _submit_script(job: JobScript) -> list[str]:
     """Submit the script; a chain's jobs depend on one another, and are submitted all or none."""
     ids: list[str] = []
     for _ in range(job.config.num_chained):
-        dependency = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+        dependency = _chained_dependency(job.config, ids[-1]) if ids else []
         try:
             output = _sbatch(job, "--parsable", *dependency)
         except slurm.SlurmError as error:
@@ -164,6 +164,13 @@ def _submit_script(job: JobScript) -> list[str]:
         _record_job(job, number, ids[-1] if ids else None)
         ids.append(number)
     return ids
+
+
+def _chained_dependency(config: SubmitConfig, previous: str) -> list[str]:
+    """Return sbatch's option for a job after ``previous``; it overrides the script's directive."""
+    # The end of the previous job would satisfy its dependency even if it never began.
+    awaited = f"afterok:{config.after}," if config.after else ""
+    return [f"--dependency={awaited}afterany:{previous}"]
 
 
 def _withdraw(job: JobScript, ids: Sequence[str]) -> str:
@@ -180,15 +187,20 @@ def _withdraw(job: JobScript, ids: Sequence[str]) -> str:
     return f"{shown}: withdrawn"
 
 
-def _check_will_start(job: JobScript, ids: Sequence[str]) -> None:
-    """Withdraw jobs that wait for what cannot come.
+def _check_will_start(job: JobScript, ids: Sequence[str], console: Console) -> None:
+    """Withdraw jobs that wait for what cannot come; a warning where Slurm does not say.
 
     Raises:
         SlurmError: the reason, with the remedy.
     """
     until = time.monotonic() + _REASON_SECONDS
     while True:
-        jobs = slurm.jobs(ids)
+        try:
+            jobs = slurm.jobs(ids)
+        except slurm.SlurmError as error:
+            # They are in the queue already.
+            console.print(f"warning: whether they can start is not known: {error}", highlight=False)
+            return
         for number, known in jobs.items():
             remedy = slurm.never_starts(known)
             if remedy is not None:
@@ -285,9 +297,9 @@ def _after_problems(config: SubmitConfig) -> list[Problem]:
 
 
 def _mount_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
-    """Find data that a container would not see."""
-    site, path = config.cluster, Path(str(run.data.path)).absolute()
-    if site.container == "none" or "://" in str(run.data.path):
+    """Find data that a container would not see, of each source."""
+    site = config.cluster
+    if site.container == "none":
         return []
     seen = [
         Path.cwd(),
@@ -296,11 +308,14 @@ def _mount_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
     if site.container == "apptainer":
         # It mounts these by itself.
         seen += [Path.home(), Path("/tmp")]  # noqa: S108
-    if any(path.is_relative_to(folder) for folder in seen):
-        return []
     reason = f"is outside of all that the container sees: {', '.join(map(str, seen))}"
-    remedy = f"add {path} to cluster.mounts"
-    return [Problem("data.path", str(path), reason, remedy)]
+    problems = []
+    for name, text in run.data.paths.items():
+        path = Path(text).absolute()
+        if "://" not in text and not any(path.is_relative_to(folder) for folder in seen):
+            key = f"data.sources.{name}.path" if name else "data.path"
+            problems.append(Problem(key, str(path), reason, f"add {path} to cluster.mounts"))
+    return problems
 
 
 def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:

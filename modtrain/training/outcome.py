@@ -11,12 +11,20 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from traceback import walk_tb
 
 from modtrain.common.errors import ModtrainError, NodeError
 
 OUTCOME = "MODTRAIN_OUTCOME"
 """The variable that names the directory of the files ``rank-<rank>``, which have three lines: the
 exit code, ``running`` before the end; the node's name; the reason."""
+REQUIRED = (
+    *("torch", "lightning", "hydra", "omegaconf", "yaml", "webdataset", "tensorboard"),
+    *("tokenizers", "pyarrow", "zstandard", "numpy", "rich", "matplotlib", "scipy", "jinja2"),
+    *("deepspeed", "hydra_plugins", "optuna", "plotly"),
+)
+"""What modtrain's dependencies without extras are imported as. A container with modtrain's packages
+need not have its metadata."""
 # Tracebacks of extensions repeat their sources; the beginning and the end say what is wrong.
 _MAX_REASON_CHARS = 4000
 
@@ -62,9 +70,21 @@ def _write(folder: str | None, state: str, reason: str) -> None:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, ModtrainError):
         return error.exit_code
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and _is_of_required_package(error):
         # The login node has what is missing here: it has checked the job.
         return NodeError.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 130
     return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+
+
+def _is_of_required_package(error: ImportError) -> bool:
+    """Whether what modtrain requires is missing or broken; else no machine may have it."""
+    if (error.name or "").partition(".")[0] in ("modtrain", *REQUIRED):
+        return True
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    # A package that fails while it is imported, for its binaries or for one that it needs itself.
+    # In a function it may lack what is optional for it.
+    if not frames or frames[-1].f_code.co_name != "<module>":
+        return False
+    return str(frames[-1].f_globals.get("__name__")).partition(".")[0] in REQUIRED

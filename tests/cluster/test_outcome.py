@@ -1,5 +1,6 @@
 """What a job's script makes of how its processes ended, and of what srun printed."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -98,6 +99,26 @@ def test_the_script_decides_by_what_the_processes_say(tmp_path, status, printed,
     assert outcome(tmp_path, status, printed, **files) == list(expected)
 
 
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_node_is_not_bad_where_no_process_could_report(tmp_path, is_full):
+    """The directory could not be made, or its disk is full."""
+    folder, log = tmp_path / "outcome", tmp_path / "log"
+    if is_full:
+        folder.mkdir()
+        (folder / ".test").symlink_to("/dev/full")
+        (folder / "rank-0").touch()
+    log.write_text(NO_MODULE)
+    script = f"""set -euo pipefail
+    source {slurm_dir()}/outcome.sh
+    log_file={log} log_start=0 status=1
+    read_outcome {folder}
+    echo "$status/$bad_node/$cause"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("1//rank 1 on node2: Exited with exit code 1: Traceback")
+
+
 def ending(tmp_path: Path, commands: str, **settings: str) -> str:
     """What the functions of ending.sh print in a run's directory."""
     (tmp_path / "logs").mkdir(exist_ok=True)
@@ -153,6 +174,32 @@ def test_a_node_is_left_out_where_enough_are_left(tmp_path, nodes, is_enough):
 
 
 @pytest.mark.parametrize(
+    ("constraint", "num_nodes"),
+    [
+        # Of a, b, d and e, without c.
+        ("(null)", 4),
+        ("fast", 2),
+        ("fast&gpu", 1),
+        ("fast,gpu", 1),
+        ("gpu|fast", 3),
+        ("gpu&(slow|fast)", 2),
+        # Unknown, part of a name, and what is left to Slurm.
+        *(("f", 0), ("fast*2", 0), ("[fast|gpu]", 0), ("gpu|fast&slow", 0), ("fast&(", 0)),
+    ],
+)
+def test_nodes_with_the_features_of_the_job_are_counted(tmp_path, constraint, num_nodes):
+    nodes = "a idle fast\\nb idle fast,gpu\\nc idle fast,gpu\\nd idle slow,gpu\\ne idle (null)\\n"
+    shown = ending(
+        tmp_path,
+        f"sinfo() {{ [[ $* = *%f* ]] && printf '{nodes}'; }}\n"
+        f"describe_job() {{ echo 'JobId=8 Features={constraint} DelayBoot=00:00:00'; }}\n"
+        "for SLURM_JOB_NUM_NODES in 1 2 3 4 5; do ! has_enough_nodes 8 || echo enough; done",
+        **{"bad_nodes": "(c)", "SLURM_JOB_PARTITION": "p"},
+    )
+    assert shown.split() == ["enough"] * num_nodes
+
+
+@pytest.mark.parametrize(
     ("code", "again", "squeue", "ends", "num_failures", "shown"),
     [
         # Another job is at work in the directory: not this one's failure.
@@ -182,6 +229,19 @@ def test_a_job_ends_by_its_outcome(tmp_path, code, again, squeue, ends, num_fail
     assert shown in done
     log = tmp_path / "failures.tsv"
     assert len(log.read_text().splitlines() if log.exists() else []) == num_failures
+
+
+@pytest.mark.parametrize(("verb", "is_at_work"), [("train", True), ("eval", False)])
+def test_an_evaluation_is_no_other_job_at_work(tmp_path, verb, is_at_work):
+    jobs = [{"job": "7", "verb": "train"}, {"job": "8", "verb": verb}]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    shown = ending(
+        tmp_path,
+        "squeue() { [[ $* != *--jobs=*8* ]] || echo 8; }\n"
+        "if is_other_job_at_work; then echo at work; else echo none; fi",
+        next_job="''",
+    )
+    assert shown == ("at work\n" if is_at_work else "none\n")
 
 
 def test_a_loss_that_is_not_finite_is_tried_once_more(tmp_path):

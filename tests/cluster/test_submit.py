@@ -440,6 +440,16 @@ def test_a_container_sees_the_data(tmp_path, monkeypatch):
     assert "outside" not in str(problems_of(submitted, [*run, *site, more]))
 
 
+def test_a_container_sees_the_data_of_each_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ["train", "name=x", "model=tiny", "budget.steps=2", "batch.tokens=256", "data=mixture"]
+    sources = "+data.sources={a: {path: /elsewhere/a}, b: {path: /other/b}, c: {path: here}}"
+    site = ["cluster=apptainer", "gpus_per_node=1", "cluster.mounts=[/other]"]
+    problems = problems_of(submitted, [*run, sources, *site])
+    assert list(problems) == ["data.sources.a.path"]
+    assert problems["data.sources.a.path"].value == "/elsewhere/a"
+
+
 @pytest.fixture
 def limited(played):
     """An sbatch that takes two jobs, of the numbers 1 and 2."""
@@ -458,6 +468,19 @@ def test_the_jobs_of_a_chain_are_submitted_all_or_none(tiny, limited):
     assert (limited / "runs/x/CANCELLED").read_text() == "1\n2\n"
 
 
+def test_every_job_of_a_chain_waits_for_the_awaited_one(tiny, limited):
+    sbatch = limited / "bin/sbatch"
+    sbatch.write_text(
+        sbatch.read_text().replace("; echo >>count", '; echo >>count; echo "$*" >>asked')
+    )
+    (limited / "bin/output").write_text(line("9", "RUNNING", command=""))
+    submitted(["train", "name=x", *tiny, "cluster=cpu", "chain=2", "after=9"])
+    first, second = (limited / "asked").read_text().splitlines()
+    # The first job has it from its script.
+    assert "--dependency" not in first
+    assert "--dependency=afterok:9,afterany:1 " in second
+
+
 @pytest.mark.parametrize(
     "reason",
     [
@@ -470,6 +493,16 @@ def test_a_job_that_cannot_start_is_withdrawn(reason, tiny, limited):
     (limited / "bin/output").write_text(line("1", "PENDING", reason, command=""))
     with pytest.raises(SlurmError, match=rf"never start: {reason}; 1: withdrawn\nremedy: "):
         submitted(["train", "name=x", *tiny, "cluster=cpu"])
+
+
+def test_a_submitted_jobs_number_is_printed_where_slurm_answers_no_more(tiny, limited, capsys):
+    squeue = "#!/bin/sh\n[ ! -e count ] || { echo Socket timed out on send/recv >&2; exit 1; }\n"
+    (limited / "bin/squeue").write_text(squeue)
+    submitted(["train", "name=x", *tiny, "cluster=cpu"])
+    output = capsys.readouterr().out
+    assert "submitted job 1\nwarning: " in output
+    assert "Socket timed out" in output
+    assert "modtrain cancel" in output
 
 
 def test_a_complete_run_takes_no_nodes(tiny, tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """What a job's script hears of a run: how it ended, and whether it had the time to save."""
 
 import os
+import re
 import signal
 import subprocess
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +19,7 @@ from modtrain.common.errors import (
     TrainingError,
 )
 from modtrain.training.hardware import ACCELERATOR, resolve_accelerator
-from modtrain.training.outcome import OUTCOME, report_outcome
+from modtrain.training.outcome import OUTCOME, REQUIRED, report_outcome
 from modtrain.training.stop_signal import StopRequest
 from tests.conftest import modtrain_command
 from tests.helpers.runs import last_step
@@ -28,7 +31,11 @@ from tests.helpers.runs import last_step
         (TrainingError("the loss\nis NaN"), 1),
         (DivergedError("the loss is NaN"), 65),
         (ConfigError([Problem("a", 1, "is wrong", "mend it")]), 2),
-        (ImportError("no hydra"), 69),
+        (ImportError("no hydra", name="hydra.core"), 69),
+        (ImportError("no modtrain", name="modtrain.cli"), 69),
+        # No node may have what is optional.
+        (ImportError("no wandb", name="wandb"), 1),
+        (ImportError("this logger needs wandb"), 1),
         (InUseError("it is in use"), 73),
         (KeyboardInterrupt(), 130),
         (SystemExit(3), 3),
@@ -47,6 +54,34 @@ def test_an_error_is_reported_and_raised(error, code, tmp_path, monkeypatch):
     assert (first, second) == (str(code), "node7")
     assert third.startswith(type(error).__name__)
     assert " ".join(str(error).split()) in third
+
+
+@pytest.mark.parametrize(
+    ("package", "body", "code"),
+    [
+        # As numpy says that its binaries do not fit.
+        ("numpy", "raise ImportError('rebuild it')", 69),
+        ("torch", "import nowhere_to_be_found", 69),
+        # As a logger of Lightning says that its service is not installed.
+        ("lightning", "def make(): raise ImportError('install it')\nmake()", 1),
+        ("modtrain", "import nowhere_to_be_found", 1),
+        ("wandb", "raise ImportError('rebuild it')", 1),
+    ],
+)
+def test_a_broken_package_is_the_nodes_if_modtrain_requires_it(
+    package, body, code, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(OUTCOME, str(tmp_path))
+    with pytest.raises(ImportError), report_outcome():
+        exec(compile(body, "it", "exec"), {"__name__": f"{package}.part"})
+    assert (tmp_path / "rank-0").read_text().startswith(f"{code}\n")
+
+
+def test_what_is_required_is_what_the_project_depends_on():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = [re.split("[^A-Za-z0-9._-]", text)[0] for text in project["dependencies"]]
+    imported = {"hydra-core": "hydra", "hydra-joblib-launcher": "hydra_plugins", "pyyaml": "yaml"}
+    assert sorted(REQUIRED) == sorted(imported.get(name, name) for name in names)
 
 
 def test_every_rank_reports(tmp_path, monkeypatch):
