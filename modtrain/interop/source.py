@@ -17,6 +17,7 @@ from modtrain.checkpoint.layout import is_plain_name
 from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, open_regular, read_bytes, read_json
+from modtrain.data.prepare.tokenizer import parse_tokenizer
 from modtrain.data.stream.index import TOKENIZER_NAME
 from modtrain.interop.prompt_format import PromptFormat
 
@@ -115,9 +116,7 @@ def _open_shard(path: Path, stack: ExitStack) -> Any:
 
 
 def _prompt_format(folder: Path, config: dict[str, Any], tokenizer: bytes) -> PromptFormat:
-    from tokenizers import Tokenizer  # noqa: PLC0415
-
-    parsed = Tokenizer.from_str(tokenizer.decode())
+    parsed = parse_tokenizer(tokenizer, str(folder))
     own = _optional_json(folder / "tokenizer_config.json")
     generation = _optional_json(folder / "generation_config.json")
     special = {key: _text(own.get(key)) for key in ("bos_token", "eos_token", "unk_token")}

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.common.errors import DataError, ModtrainError
 from modtrain.data.prepare.tokenizer import train_tokenizer
+from modtrain.inference.token_text import Vocabulary
 from modtrain.interop.config import ExportConfig, ImportConfig
 from modtrain.interop.export import export
 from modtrain.interop.import_model import import_model
@@ -177,6 +178,20 @@ def test_a_chat_template_makes_the_prompt(llama, tmp_path, tokenizer):
     ids = PromptFormat.read(tmp_path / "imported").chat_ids(parsed, "the tree")
     assert ids[ids.index(0) :] == [0, *parsed.encode("<|assistant|>").ids]
     assert parsed.decode(ids) == "<|user|>the tree<|assistant|>"
+
+
+def test_a_prompt_is_whole_where_the_tokenizer_stores_a_truncation(folder, tmp_path, tokenizer):
+    parsed = Tokenizer.from_str(tokenizer.decode())
+    parsed.enable_truncation(4)
+    parsed.enable_padding(length=8, pad_id=1)
+    (folder / "tokenizer.json").write_text(parsed.to_str())
+    import_model(request(folder, tmp_path))
+    prompt_format = PromptFormat.read(tmp_path / "imported")
+    assert prompt_format.begin_ids == ()
+    content = (tmp_path / "imported" / "data" / "tokenizer.json").read_bytes()
+    vocabulary = Vocabulary(content, "here")
+    ids = prompt_format.chat_ids(vocabulary.tokenizer, "the tree")
+    assert vocabulary.tokenizer.decode(ids) == "<|user|>the tree<|assistant|>"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -115,7 +115,7 @@ def check_tokenizer(content: bytes, name: str) -> tuple[int, int]:
 
     Raises DataError where it is none or has no end-of-document token.
     """
-    tokenizer = _parse(content, name)
+    tokenizer = parse_tokenizer(content, name)
     numbers = [tokenizer.token_to_id(token) for token in KNOWN_END_TOKENS]
     known = [number for number in numbers if number is not None]
     added = tokenizer.get_added_tokens_decoder()
@@ -130,11 +130,18 @@ def check_tokenizer(content: bytes, name: str) -> tuple[int, int]:
     )
 
 
-def _parse(content: bytes, name: str) -> Tokenizer:
+def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
+    """Parse a ``tokenizer.json``. It encodes whole texts, whatever truncation the file has.
+
+    Raises DataError, with ``name``, where it is none.
+    """
     try:
-        return Tokenizer.from_str(content.decode())
+        tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"{name}: is not a tokenizer.json ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class SplitChooser:
@@ -182,9 +189,7 @@ class DocumentEncoder:
     """Text → token numbers, without the end token."""
 
     def __init__(self, content: bytes, name: str) -> None:
-        self._tokenizer, self._name = _parse(content, name), name
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer, self._name = parse_tokenizer(content, name), name
         # A document that spells out a special token must not end there.
         self._tokenizer.encode_special_tokens = True
         self.lost_text = LostText(self._tokenizer, name)
