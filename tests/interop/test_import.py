@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,41 @@ def test_windows_of_some_layers_are_named(tmp_path):
     values = SMALL | FAMILIES["qwen2 in a window"] | {"max_window_layers": 1}
     _, (problem,) = model_config(parse_config(values, "here"))
     assert problem.key == "layer_types"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["num_hidden_layers", "num_labels", "hidden_size", "num_attention_heads", "vocab_size"],
+)
+def test_a_size_is_bounded_before_anything_is_made_of_it(key):
+    tracemalloc.start()
+    try:
+        model_config(parse_config(SMALL | {"model_type": "qwen2", key: 10**12}, "here"))
+    except DataError as error:
+        assert f"here: its configuration is damaged:\n  {key}=1000000000000 " in str(error)
+    else:
+        assert key == "num_labels"
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**22
+
+
+@pytest.mark.parametrize("value", ["abc", "4", -1, 0, 1e999, 1.5, [], {}, [1], None, True])
+@pytest.mark.parametrize("name", ["qwen2 in a window", "qwen3", "llama 3"])
+def test_a_wrong_value_is_no_traceback(name, value):
+    values = SMALL | FAMILIES[name]
+    values |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "layer_types": None}
+    rope = values.get("rope_parameters", {"rope_theta": 1.0})
+    damaged = [values | {key: value} for key in values]
+    damaged += [values | {"rope_parameters": rope | {key: value}} for key in [*rope, "truncate"]]
+    damaged += [values | {key: value} for key in ("rope_theta", "rope_scaling", "rope_parameters")]
+    for content in damaged:
+        try:
+            model, _ = model_config(parse_config(content, "here"))
+        except ModtrainError as error:
+            assert "here" in str(error)
+        else:
+            model.problems()
 
 
 def _other_family(folder: Path) -> None:
