@@ -19,7 +19,7 @@ from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, open_regular, read_bytes, read_json
 from modtrain.data.prepare.tokenizer import parse_tokenizer
 from modtrain.data.stream.index import TOKENIZER_NAME
-from modtrain.interop.prompt_format import PromptFormat
+from modtrain.interop.prompt_format import PromptFormat, checked_template
 
 CONFIG_NAME = "config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -149,14 +149,14 @@ def _template(folder: Path, own: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return read_bytes(path, _MAX_CONFIG_BYTES).decode()
+            return checked_template(read_bytes(path, _MAX_CONFIG_BYTES).decode(), str(path))
         except (UnreadableError, UnicodeDecodeError) as error:
             raise DataError(f"{folder}/{error}") from None
     template = own.get("chat_template")
     if isinstance(template, list):
         named = [item for item in template if isinstance(item, dict)]
         template = next((t.get("template") for t in named if t.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+    return checked_template(template, f"{folder / 'tokenizer_config.json'}: chat_template")
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

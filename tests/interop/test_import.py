@@ -421,3 +421,113 @@ def test_a_gguf_file_gives_the_tensors_of_the_folder_that_it_was_made_of(
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=message):
             import_model(request(path, tmp_path / "runs", name="damaged", tokenizer=own))
+
+
+HEADER = {
+    "llama.embedding_length": 16,
+    "llama.feed_forward_length": 24,
+    "llama.block_count": 2,
+    "llama.attention.head_count": 4,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.context_length": 64,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    "tokenizer.ggml.token_type": [1, 1, 1],
+    "tokenizer.ggml.merges": ["a b"],
+}
+
+
+def open_header(path: Path, entries: dict, tensor: str = "output_norm.weight"):
+    """What is read of a GGUF file with these entries and a tensor; None leaves an entry out."""
+    gguf = pytest.importorskip("gguf")
+    from modtrain.interop.gguf_file import open_gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in entries.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif value is not None:
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add[type(value)](key, value)
+    writer.add_tensor(tensor, np.zeros((1, 18), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return open_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.embedding_length", None),
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count", [4, 4]),
+        ("llama.block_count", 20_000_000),
+        ("llama.attention.layer_norm_rms_epsilon", "x"),
+        ("llama.rope.freq_base", "x"),
+        ("llama.rope.scaling.type", 1),
+        ("llama.rope.dimension_count", 0),
+        ("tokenizer.ggml.token_type", None),
+        ("tokenizer.ggml.token_type", [1, 1]),
+        ("tokenizer.ggml.merges", None),
+        ("tokenizer.ggml.merges", ["a c"]),
+        ("tokenizer.ggml.tokens", [1, 2]),
+        ("tokenizer.chat_template", 1),
+        ("tokenizer.chat_template", "x" * 2**20),
+    ],
+)
+def test_a_wrong_entry_of_a_gguf_file_is_named(key, value, tmp_path):
+    path = tmp_path / "model.gguf"
+    with pytest.raises(DataError) as raised:
+        open_header(path, HEADER | {key: value})
+    assert str(raised.value).startswith(f"{path}: {key} ")
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({}, {"rope_type": "default"}),
+        ({"scaling.factor": 1.0}, {"rope_type": "default"}),
+        ({"scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"scaling.factor": 4.0, "scaling.type": "none"}, {"rope_type": "default"}),
+        (
+            {"scaling.factor": 4.0, "scaling.type": "yarn", "scaling.original_context_length": 8},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        ),
+    ],
+)
+def test_scaled_positions_of_a_gguf_file(entries, expected, tmp_path):
+    named = {f"llama.rope.{key}": value for key, value in entries.items()}
+    source = open_header(tmp_path / "model.gguf", HEADER | named)
+    assert source.config["rope_parameters"] == {"rope_theta": 10000.0} | expected
+    assert source.config["num_key_value_heads"] == 4
+
+
+def test_a_tensor_of_another_part_of_a_gguf_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"the tensor v\.blk\.0\.attn_q\.weight is not represented"):
+        open_header(tmp_path / "model.gguf", HEADER, "v.blk.0.attn_q.weight")
+
+
+def test_a_kind_of_weights_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    source = open_header(tmp_path / "model.gguf", HEADER)
+
+    def refuse(*_):
+        raise NotImplementedError("no such kind")
+
+    monkeypatch.setattr("modtrain.interop.gguf_file.dequantize", refuse)
+    with pytest.raises(DataError, match=r"output_norm.weight of type Q4_0 cannot be read"):
+        source.read("model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    "template", [1, ["{{ x }}" * 10, {"name": "default", "template": 1}], "é" * 2**17]
+)
+def test_a_chat_template_that_is_none_is_refused(template, folder, tmp_path):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(DataError, match=r"tokenizer_config.json: chat_template is"):
+        import_model(request(folder, tmp_path / "runs"))
+    assert not list(tmp_path.glob("runs/*"))
