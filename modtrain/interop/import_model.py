@@ -43,8 +43,6 @@ from modtrain.models.transformer import Transformer
 from modtrain.training.config import BatchConfig, BudgetConfig, TrainConfig
 from modtrain.training.run_directory import RunDirectory, code_version, package_versions
 
-# The name of the run's own data directory, which has its tokenizer and no text.
-DATA_NAME = "data"
 _LONGEST_SEQUENCE = 2048
 _SHOWN = 8
 _LARGEST_UINT16_VOCAB = 1 << 16
@@ -87,7 +85,7 @@ def import_model(config: ImportConfig) -> str:
             "files": source.files,
         }
         with new_folder(RunDirectory.of(trained).path, "name") as folder:
-            _write_data(folder / DATA_NAME, tokenizer, (vocab_size, eos_id), seq_len)
+            _write_data(RunDirectory(folder).own_data, tokenizer, (vocab_size, eos_id), seq_len)
             source.prompt_format(tokenizer).write(folder)
             _write_run(folder, trained, transformer, origin)
     count = sum(p.numel() for p in transformer.parameters())
@@ -96,7 +94,7 @@ def import_model(config: ImportConfig) -> str:
 
 def _run_config(config: ImportConfig, model: ModelConfig, seq_len: int) -> TrainConfig:
     """Return the run's configuration; its budget is the least that there is."""
-    data = Path(config.runs_dir, str(config.name), DATA_NAME)
+    data = RunDirectory(Path(config.runs_dir, str(config.name))).own_data
     return TrainConfig(
         name=config.name,
         runs_dir=config.runs_dir,
@@ -215,7 +213,7 @@ def _write_run(
             checkpoint_path(run.checkpoints, 0), tensors, extra_state, 0, blocking=True
         )
     manifest = {
-        "data_fingerprint": read_summary(folder / DATA_NAME).fingerprint,
+        "data_fingerprint": read_summary(run.own_data).fingerprint,
         "starts": [],
         "imported": {
             **origin,

@@ -52,6 +52,8 @@ class RunDirectory:
         self.result = path / "result.json"
         self.completed_mark = path / "COMPLETED"
         self.saved_step = path / "saved_step"
+        # Of an imported run, which brings its tokenizer and no text.
+        self.own_data = path / "data"
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunDirectory:

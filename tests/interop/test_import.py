@@ -173,6 +173,14 @@ def test_the_run_has_its_tokenizer_and_names_its_origin(llama, tmp_path, tokeniz
     assert [path.name for path in tmp_path.iterdir()] == ["imported"]
 
 
+def test_a_moved_run_finds_its_tokenizer(llama, tmp_path):
+    import_model(request(llama, tmp_path / "runs"))
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    run = RunDirectory(tmp_path / "moved" / "imported")
+    trained = with_found_data(run, run.read_config(), str(tmp_path / "other"))
+    assert trained.data.path == str(run.own_data)
+
+
 def test_a_chat_template_makes_the_prompt(llama, tmp_path, tokenizer):
     import_model(request(llama, tmp_path))
     parsed = Tokenizer.from_str(tokenizer.decode())
