@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import CheckpointError, DataError
 from modtrain.common.reading import UnreadableError, read_json
+from modtrain.training.run_directory import RunDirectory
 
-FILE_NAME = "prompt_format.json"
 _MAX_BYTES = 2**20
 _MAX_TEMPLATE_BYTES = 2**19
 
@@ -60,7 +60,7 @@ class PromptFormat:
         Raises:
             CheckpointError: the file is damaged.
         """
-        path = run / FILE_NAME
+        path = RunDirectory(run).prompt_format
         if not path.exists():
             return cls()
         try:
@@ -91,7 +91,7 @@ class PromptFormat:
                 "the model's special tokens and chat template are larger than"
                 f" {_MAX_BYTES:,} bytes\nremedy: take them out of tokenizer_config.json"
             )
-        write_text(run / FILE_NAME, content)
+        write_text(RunDirectory(run).prompt_format, content)
 
     def chat_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
         """Return the tokens of a conversation in which the user has said ``prompt``.
