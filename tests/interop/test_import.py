@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.common.errors import DataError, ModtrainError
 from modtrain.data.prepare.tokenizer import train_tokenizer
+from modtrain.inference.config import TrainedRunConfig
+from modtrain.inference.loading import load_run
 from modtrain.inference.token_text import Vocabulary
 from modtrain.interop.config import ExportConfig, ImportConfig
 from modtrain.interop.export import export
@@ -179,6 +181,13 @@ def test_a_moved_run_finds_its_tokenizer(llama, tmp_path):
     run = RunDirectory(tmp_path / "moved" / "imported")
     trained = with_found_data(run, run.read_config(), str(tmp_path / "other"))
     assert trained.data.path == str(run.own_data)
+
+
+def test_an_evaluation_without_text_names_the_key(llama, tmp_path):
+    import_model(request(llama, tmp_path))
+    loaded = load_run(TrainedRunConfig("imported", str(tmp_path), accelerator="cpu"))
+    problem = problems_of(lambda: loaded.held_out_parts(None, 1))["data_path"]
+    assert "tokenizer.path=" in problem.remedy
 
 
 def test_a_chat_template_makes_the_prompt(llama, tmp_path, tokenizer):
