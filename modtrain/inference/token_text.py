@@ -46,9 +46,8 @@ class Vocabulary:
         Raises:
             DataError: it is not one, or has no end-of-document token.
         """
-        found_end_id = check_tokenizer(content, name)[1]
+        self.end_id = check_tokenizer(content, name, end_id)[1]
         self.tokenizer = parse_tokenizer(content, name)
-        self.end_id = found_end_id if end_id is None else end_id
         self._encoder = DocumentEncoder(content, name)
 
     def encode(self, text: str) -> list[int]:

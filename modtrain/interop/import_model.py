@@ -22,7 +22,7 @@ from modtrain.common.atomic_io import write_bytes, write_json, write_text
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.common.reading import read_bytes
 from modtrain.data.config import DataConfig
-from modtrain.data.prepare.tokenizer import check_tokenizer
+from modtrain.data.prepare.tokenizer import check_tokenizer, parse_tokenizer
 from modtrain.data.stream.index import (
     INDEX_NAME,
     SPLITS,
@@ -37,7 +37,7 @@ from modtrain.distributed.process_group import ONE_PROCESS
 from modtrain.interop.config import ImportConfig
 from modtrain.interop.export import new_folder
 from modtrain.interop.names import tensor_shapes, weight_names
-from modtrain.interop.source import Source, open_folder
+from modtrain.interop.source import Source, open_folder, token_ids
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import BatchConfig, BudgetConfig, TrainConfig
@@ -67,7 +67,7 @@ def import_model(config: ImportConfig) -> str:
         model, problems = model_config(parsed)
         raise_if_any(problems)
         tokenizer = _tokenizer(config, source, path)
-        vocab_size, eos_id = check_tokenizer(tokenizer, config.tokenizer or str(path))
+        vocab_size, eos_id = _tokenizer_ids(tokenizer, config.tokenizer or str(path), source)
         if vocab_size > model.vocabulary:
             raise DataError(
                 f"{path}: vocab_size={model.vocabulary} is smaller than its tokenizer's"
@@ -131,6 +131,21 @@ def _tokenizer(config: ImportConfig, source: Source, path: Path) -> bytes:
             " writes it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return source.tokenizer
+
+
+def _tokenizer_ids(content: bytes, name: str, source: Source) -> tuple[int, int]:
+    """Return the vocabulary's size and the end token: the first that the model declares."""
+    parsed = parse_tokenizer(content, name)
+    declared = token_ids(source.config.get("eos_token_id"))
+    own = [number for number in declared if number < 2**31 and parsed.id_to_token(number)]
+    try:
+        return check_tokenizer(content, name, own[0] if own else None)
+    except DataError as error:
+        raise DataError(
+            f"{name}: has no end-of-document token that is known by its name, and the model's"
+            " configuration declares none\nremedy: give the number of the token that ends a text as"
+            " eos_token_id in config.json"
+        ) from error
 
 
 def _matching_names(model: ModelConfig, source: Source, path: Path) -> dict[str, str]:

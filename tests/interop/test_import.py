@@ -190,6 +190,18 @@ def test_an_evaluation_without_text_names_the_key(llama, tmp_path):
     assert "tokenizer.path=" in problem.remedy
 
 
+def test_the_end_token_is_the_one_that_the_model_declares(folder, tmp_path, tokenizer):
+    own = tokenizer.replace(b"<|endoftext|>", b"<|finished|>")
+    (folder / "tokenizer.json").write_bytes(own)
+    import_model(request(folder, tmp_path))
+    run = RunDirectory(tmp_path / "imported")
+    assert with_found_data(run, run.read_config()).data.summary().eos_id == 0
+    assert Vocabulary(own, "here", 0).end_id == 0
+    edit_config(folder, eos_token_id=None)
+    with pytest.raises(DataError, match="as eos_token_id in"):
+        import_model(request(folder, tmp_path, name="other"))
+
+
 def test_a_chat_template_makes_the_prompt(llama, tmp_path, tokenizer):
     import_model(request(llama, tmp_path))
     parsed = Tokenizer.from_str(tokenizer.decode())

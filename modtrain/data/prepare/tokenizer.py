@@ -108,8 +108,10 @@ def training_texts(
                 yield content.decode(errors="ignore")
 
 
-def check_tokenizer(content: bytes, name: str) -> tuple[int, int]:
+def check_tokenizer(content: bytes, name: str, end_id: int | None = None) -> tuple[int, int]:
     """Parse a ``tokenizer.json``. Returns (vocabulary size, end token's number).
+
+    end_id: the end token, where it is known; None finds it by its name.
 
     A special token comes before one that is not: ``</s>`` may be a tag of HTML.
 
@@ -120,10 +122,10 @@ def check_tokenizer(content: bytes, name: str) -> tuple[int, int]:
     known = [number for number in numbers if number is not None]
     added = tokenizer.get_added_tokens_decoder()
     special = [number for number in known if number in added and added[number].special]
-    if known:
+    if known or end_id is not None:
         # Numbers may have gaps: what counts for an embedding is the largest.
         vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        return vocab_size, (special or known)[0]
+        return vocab_size, (special or known)[0] if end_id is None else end_id
     raise DataError(
         f"{name}: has no end-of-document token. Add one of {', '.join(KNOWN_END_TOKENS)} to its "
         "added_tokens, or train a tokenizer with tokenizer.path=null."
