@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from modtrain.common.errors import Problem, raise_if_any
+from modtrain.data.prepare.tokenizer import parse_tokenizer
 from modtrain.inference.config import SamplingConfig, TrainedRunConfig
 from modtrain.inference.generate.continuations import Continuation
 from modtrain.inference.generate.decoder import Decoder, DecoderConfig
@@ -35,7 +36,7 @@ def load_run(
     config = TrainedRunConfig(folder.name, str(folder.parent), step, accelerator=accelerator)
     raise_if_any(config.problems())
     loaded = load_configured_run(config)
-    return loaded.model, Tokenizer.from_file(str(loaded.tokenizer))
+    return loaded.model, parse_tokenizer(loaded.tokenizer.read_bytes(), str(loaded.tokenizer))
 
 
 def generate(

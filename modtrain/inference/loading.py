@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from modtrain.checkpoint.recovery import with_checkpoint
-from modtrain.common.errors import DataError
+from modtrain.common.errors import ConfigError, DataError, Problem
 from modtrain.data.config import DataConfig
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
@@ -77,6 +77,14 @@ class LoadedRun:
         return {name: Part(part.batches) for name, part in parts.items()}
 
     def _data(self, sequences: int | None, batch_size: int) -> TokenDataModule:
+        is_own = Path(self.data.path).resolve() == self.directory.own_data.resolve()
+        if is_own and "imported" in self.directory.read_manifest():
+            reason = f"is missing: {self.data.location}, of an imported run, has no text"
+            remedy = (
+                "give text as data_path=..., that was prepared with"
+                f" tokenizer.path={self.tokenizer}"
+            )
+            raise ConfigError([Problem("data_path", "null", reason, remedy)])
         return TokenDataModule(
             self.data,
             micro_batch_size=1,

@@ -10,7 +10,7 @@ from functools import cache
 
 from tokenizers import Tokenizer
 
-from modtrain.data.prepare.tokenizer import DocumentEncoder, check_tokenizer
+from modtrain.data.prepare.tokenizer import DocumentEncoder, check_tokenizer, parse_tokenizer
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACES = re.compile(r"^ +$|  +")
@@ -46,9 +46,8 @@ class Vocabulary:
         Raises:
             DataError: it is not one, or has no end-of-document token.
         """
-        found_end_id = check_tokenizer(content, name)[1]
-        self.tokenizer = Tokenizer.from_str(content.decode())
-        self.end_id = found_end_id if end_id is None else end_id
+        self.end_id = check_tokenizer(content, name, end_id)[1]
+        self.tokenizer = parse_tokenizer(content, name)
         self._encoder = DocumentEncoder(content, name)
 
     def encode(self, text: str) -> list[int]:

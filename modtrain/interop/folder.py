@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -25,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from modtrain.data.prepare.tokenizer import parse_tokenizer
 from modtrain.interop.architectures import LLAMA, MISTRAL, OWN, QWEN2, QWEN3, architecture
 from modtrain.interop.names import to_hugging_face
 from modtrain.interop.remote_code.configuration_modtrain import ModtrainConfig
@@ -81,12 +81,11 @@ def write_tokenizer(content: bytes, end_id: int, max_length: int, folder: Path) 
     content: of a ``tokenizer.json``. end_id: the end-of-document token, which begins a text and
     pads it, too. max_length: tokens of a training sequence.
     """
-    tokenizer = Tokenizer.from_str(content.decode())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = parse_tokenizer(content, str(folder))
     if len(tokenizer.encode("a").ids) != len(tokenizer.encode("a", add_special_tokens=False).ids):
         # The model has not seen the special tokens that it would add to each text.
-        tokenizer = Tokenizer.from_str(json.dumps(json.loads(content) | {"post_processor": None}))
+        without = json.dumps(json.loads(content) | {"post_processor": None})
+        tokenizer = parse_tokenizer(without.encode(), str(folder))
     end = tokenizer.id_to_token(end_id)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -5,8 +5,10 @@ Imports gguf, of the extra ``modtrain[hf]``. Weights are dequantized to fp32 one
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,8 +22,10 @@ from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, open_regular
 from modtrain.interop.architectures import LLAMA, QWEN2, QWEN3
-from modtrain.interop.prompt_format import PromptFormat
+from modtrain.interop.imported_config import MAX_SIZE, is_size
+from modtrain.interop.prompt_format import PromptFormat, checked_template
 from modtrain.interop.source import Source
+from modtrain.models.config import MAX_LAYERS
 
 OUTSIDE_LAYERS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -51,6 +55,8 @@ KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "context_length": "max_position_embeddings",
 }
+_OPTIONAL = ("attention.head_count_kv", "attention.key_length")
+_DEFAULT_THETA = 10000.0
 # Of "rope.scaling.": keys of rope_parameters.
 _SCALING = {
     "type": "rope_type",
@@ -89,12 +95,17 @@ def open_gguf(path: Path) -> Source:
         reason = f"general.architecture={family!r} cannot be imported"
         raise DataError(f"{path}: {reason}\nremedy: take a model of {known}")
     names = {_name(tensor, path): tensor for tensor in tensors}
-    config = _config(fields, family, path) | {"tie_word_embeddings": "output.weight" not in tensors}
+    header = _Header(path, fields)
+    config = _config(header, family) | {"tie_word_embeddings": "output.weight" not in tensors}
     shapes = {name: tuple(int(n) for n in tensors[of].shape[::-1]) for name, of in names.items()}
 
     def read(name: str) -> Tensor:
         tensor = tensors[names[name]]
-        values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        try:
+            values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        except (NotImplementedError, ValueError) as error:
+            reason = f"{tensor.name} of type {tensor.tensor_type.name} cannot be read: {error}"
+            raise DataError(f"{path}: {reason}\n{_USE_ANOTHER}") from error
         weight = torch.from_numpy(values).reshape(shapes[name])
         heads = {"q_proj.weight": "num_attention_heads", "k_proj.weight": "num_key_value_heads"}
         for ending, key in heads.items():
@@ -102,8 +113,8 @@ def open_gguf(path: Path) -> Source:
                 return _halves(weight, int(config[key]))
         return weight
 
-    tokenizer = _tokenizer(fields)
-    own_format = _prompt_format(fields)
+    tokenizer = _tokenizer(header)
+    own_format = _prompt_format(header)
     config["vocab_size"] = shapes.get("model.embed_tokens.weight", (0,))[0]
     files = {path.name: file_sha256(path)}
     return Source(config, tokenizer, lambda _: own_format, shapes, read, files)
@@ -170,37 +181,98 @@ def _size(kind: int) -> int:
 def _name(name: str, path: Path) -> str:
     if name in OUTSIDE_LAYERS:
         return OUTSIDE_LAYERS[name]
-    _, _, rest = name.partition("blk.")
-    layer, _, place = rest.partition(".")
+    layer, _, place = name.removeprefix("blk.").partition(".")
     module, _, kind = place.rpartition(".")
-    if not layer.isdecimal() or module not in IN_LAYER or kind not in ("weight", "bias"):
+    is_of_layer = name.startswith("blk.") and layer.isdecimal()
+    if not is_of_layer or module not in IN_LAYER or kind not in ("weight", "bias"):
         reason = f"the tensor {name} is not represented by modtrain"
         raise DataError(f"{path}: {reason}\n{_USE_ANOTHER}")
     return f"model.layers.{layer}.{IN_LAYER[module]}.{kind}"
 
 
-def _config(fields: Mapping[str, Any], family: str, path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Header:
+    """The entries of the header of the file ``path``; what is of a wrong kind is a DataError."""
+
+    path: Path
+    fields: Mapping[str, Any]
+
+    def error(self, key: str, reason: str) -> DataError:
+        return DataError(f"{self.path}: {key} {reason}\n{_USE_ANOTHER}")
+
+    def size(self, key: str, most: int = MAX_SIZE) -> int | None:
+        value = self.fields.get(key)
+        if value is not None and not is_size(value, most):
+            raise self.error(key, f"is {value!r:.60}, not a whole number from 1 to {most:,}")
+        return value
+
+    def number(self, key: str) -> float | None:
+        value = self.fields.get(key)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise self.error(key, f"is {value!r:.60}, not a number")
+        return value
+
+    def text(self, key: str) -> str | None:
+        value = self.fields.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.error(key, f"is {value!r:.60}, not a text")
+        return value
+
+    def values(self, key: str, kind: type) -> list[Any]:
+        value = self.fields.get(key)
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            reason = "is missing" if value is None else f"is not a list of {kind.__name__}"
+            raise self.error(key, reason)
+        return value
+
+
+def _config(header: _Header, family: str) -> dict[str, Any]:
     """Return the content that the model's ``config.json`` would have."""
-    own = {k.removeprefix(f"{family}."): v for k, v in fields.items() if k.startswith(f"{family}.")}
-    config = {name: own[key] for key, name in KEYS.items() if key in own}
-    if own.get("attention.sliding_window"):
-        window = own["attention.sliding_window"]
-        reason = f"{family}.attention.sliding_window={window} does not say for which layers"
-        raise DataError(f"{path}: {reason}\n{_USE_ANOTHER}")
-    rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
-    if own.get("rope.scaling.type", "none") != "none":
-        for key, value in own.items():
-            if key.startswith("rope.scaling."):
-                name = key.removeprefix("rope.scaling.")
-                rope[_SCALING.get(name, name)] = value
-    rotated = own.get("rope.dimension_count")
-    width = (
-        own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
-    )
+    config: dict[str, Any] = {}
+    for key, name in KEYS.items():
+        whole = f"{family}.{key}"
+        if name == "rms_norm_eps":
+            value = header.number(whole)
+        else:
+            value = header.size(whole, MAX_LAYERS if key == "block_count" else MAX_SIZE)
+        if value is None and key not in _OPTIONAL:
+            raise header.error(whole, "is missing")
+        if value is not None:
+            config[name] = value
+    heads = config["num_attention_heads"]
+    config.setdefault("num_key_value_heads", heads)
+    window = header.fields.get(f"{family}.attention.sliding_window")
+    if window:
+        reason = f"is {window!r:.60}, and does not say for which layers"
+        raise header.error(f"{family}.attention.sliding_window", reason)
+    rope = _rope(header, f"{family}.rope.")
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    rotated = header.size(f"{family}.rope.dimension_count")
     if rotated not in (None, width):
-        rope["partial_rotary_factor"] = rotated / width
-    eos = fields.get("tokenizer.ggml.eos_token_id")
+        rope["partial_rotary_factor"] = rotated / max(1, width)
+    eos = header.fields.get("tokenizer.ggml.eos_token_id")
     return config | {"model_type": family, "rope_parameters": rope, "eos_token_id": eos}
+
+
+def _rope(header: _Header, prefix: str) -> dict[str, Any]:
+    """Return the content of ``rope_parameters``. A factor without a type is a linear scaling."""
+    theta = header.number(f"{prefix}freq_base")
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": _DEFAULT_THETA if theta is None else theta,
+    }
+    # Files of the format's first years have it in place of the factor.
+    old = header.number(f"{prefix}scale_linear")
+    factor = header.number(f"{prefix}scaling.factor")
+    factor = factor or old or 1.0
+    kind = header.text(f"{prefix}scaling.type") or ("none" if factor == 1 else "linear")
+    if kind == "none":
+        return rope
+    for key, value in header.fields.items():
+        if key.startswith(f"{prefix}scaling."):
+            name = key.removeprefix(f"{prefix}scaling.")
+            rope[_SCALING.get(name, name)] = value
+    return rope | {"rope_type": kind, "factor": factor}
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
@@ -209,18 +281,30 @@ def _halves(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _tokenizer(fields: Mapping[str, Any]) -> bytes | None:
+def _tokenizer(header: _Header) -> bytes | None:
     """Return the content of a ``tokenizer.json``; None for a kind that is not known exactly."""
     pre = {
         "gpt-2": [],
         "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-    }.get(fields.get("tokenizer.ggml.pre", ""))
-    if fields.get("tokenizer.ggml.model") != "gpt2" or pre is None:
+    }.get(header.text("tokenizer.ggml.pre") or "")
+    if header.text("tokenizer.ggml.model") != "gpt2" or pre is None:
         return None
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    tokens = header.values("tokenizer.ggml.tokens", str)
+    kinds = header.values("tokenizer.ggml.token_type", int)
+    if len(kinds) != len(tokens):
+        reason = f"has {len(kinds):,} entries for {len(tokens):,} tokens"
+        raise header.error("tokenizer.ggml.token_type", reason)
+    merges = [
+        (first, second)
+        for first, _, second in (
+            merge.partition(" ") for merge in header.values("tokenizer.ggml.merges", str)
+        )
+    ]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    except Exception as error:  # the library raises bare Exceptions
+        raise header.error("tokenizer.ggml.merges", f"are not of its tokens: {error}") from error
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*pre, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -232,14 +316,17 @@ def _tokenizer(fields: Mapping[str, Any]) -> bytes | None:
     return tokenizer.to_str().encode()
 
 
-def _prompt_format(fields: Mapping[str, Any]) -> PromptFormat:
-    tokens = fields.get("tokenizer.ggml.tokens", [])
+def _prompt_format(header: _Header) -> PromptFormat:
+    fields, key = header.fields, "tokenizer.ggml.tokens"
+    tokens = header.values(key, str) if key in fields else []
     numbers = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    known = {name: n for name, n in numbers.items() if isinstance(n, int) and 0 <= n < len(tokens)}
+    known = {name: n for name, n in numbers.items() if type(n) is int and 0 <= n < len(tokens)}
     begins = fields.get("tokenizer.ggml.add_bos_token", False) and "bos" in known
     return PromptFormat(
         (known["bos"],) if begins else (),
         (known["eos"],) if "eos" in known else (),
-        fields.get("tokenizer.chat_template"),
+        checked_template(
+            fields.get("tokenizer.chat_template"), f"{header.path}: tokenizer.chat_template"
+        ),
         {f"{name}_token": tokens[number] for name, number in known.items()},
     )

@@ -22,7 +22,7 @@ from modtrain.common.atomic_io import write_bytes, write_json, write_text
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.common.reading import read_bytes
 from modtrain.data.config import DataConfig
-from modtrain.data.prepare.tokenizer import check_tokenizer
+from modtrain.data.prepare.tokenizer import check_tokenizer, parse_tokenizer
 from modtrain.data.stream.index import (
     INDEX_NAME,
     SPLITS,
@@ -37,14 +37,12 @@ from modtrain.distributed.process_group import ONE_PROCESS
 from modtrain.interop.config import ImportConfig
 from modtrain.interop.export import new_folder
 from modtrain.interop.names import tensor_shapes, weight_names
-from modtrain.interop.source import Source, open_folder
+from modtrain.interop.source import Source, open_folder, token_ids
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import BatchConfig, BudgetConfig, TrainConfig
 from modtrain.training.run_directory import RunDirectory, code_version, package_versions
 
-# The name of the run's own data directory, which has its tokenizer and no text.
-DATA_NAME = "data"
 _LONGEST_SEQUENCE = 2048
 _SHOWN = 8
 _LARGEST_UINT16_VOCAB = 1 << 16
@@ -69,7 +67,7 @@ def import_model(config: ImportConfig) -> str:
         model, problems = model_config(parsed)
         raise_if_any(problems)
         tokenizer = _tokenizer(config, source, path)
-        vocab_size, eos_id = check_tokenizer(tokenizer, config.tokenizer or str(path))
+        vocab_size, eos_id = _tokenizer_ids(tokenizer, config.tokenizer or str(path), source)
         if vocab_size > model.vocabulary:
             raise DataError(
                 f"{path}: vocab_size={model.vocabulary} is smaller than its tokenizer's"
@@ -87,7 +85,7 @@ def import_model(config: ImportConfig) -> str:
             "files": source.files,
         }
         with new_folder(RunDirectory.of(trained).path, "name") as folder:
-            _write_data(folder / DATA_NAME, tokenizer, (vocab_size, eos_id), seq_len)
+            _write_data(RunDirectory(folder).own_data, tokenizer, (vocab_size, eos_id), seq_len)
             source.prompt_format(tokenizer).write(folder)
             _write_run(folder, trained, transformer, origin)
     count = sum(p.numel() for p in transformer.parameters())
@@ -96,7 +94,7 @@ def import_model(config: ImportConfig) -> str:
 
 def _run_config(config: ImportConfig, model: ModelConfig, seq_len: int) -> TrainConfig:
     """Return the run's configuration; its budget is the least that there is."""
-    data = Path(config.runs_dir, str(config.name), DATA_NAME)
+    data = RunDirectory(Path(config.runs_dir, str(config.name))).own_data
     return TrainConfig(
         name=config.name,
         runs_dir=config.runs_dir,
@@ -133,6 +131,21 @@ def _tokenizer(config: ImportConfig, source: Source, path: Path) -> bytes:
             " writes it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return source.tokenizer
+
+
+def _tokenizer_ids(content: bytes, name: str, source: Source) -> tuple[int, int]:
+    """Return the vocabulary's size and the end token: the first that the model declares."""
+    parsed = parse_tokenizer(content, name)
+    declared = token_ids(source.config.get("eos_token_id"))
+    own = [number for number in declared if number < 2**31 and parsed.id_to_token(number)]
+    try:
+        return check_tokenizer(content, name, own[0] if own else None)
+    except DataError as error:
+        raise DataError(
+            f"{name}: has no end-of-document token that is known by its name, and the model's"
+            " configuration declares none\nremedy: give the number of the token that ends a text as"
+            " eos_token_id in config.json"
+        ) from error
 
 
 def _matching_names(model: ModelConfig, source: Source, path: Path) -> dict[str, str]:
@@ -215,7 +228,7 @@ def _write_run(
             checkpoint_path(run.checkpoints, 0), tensors, extra_state, 0, blocking=True
         )
     manifest = {
-        "data_fingerprint": read_summary(folder / DATA_NAME).fingerprint,
+        "data_fingerprint": read_summary(run.own_data).fingerprint,
         "starts": [],
         "imported": {
             **origin,

@@ -6,6 +6,7 @@ former keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from modtrain.common.errors import DataError, Problem
 from modtrain.interop.architectures import FIELDS, LLAMA, MISTRAL, QWEN2, QWEN3, ROPE_FIELDS
-from modtrain.models.config import ModelConfig
+from modtrain.models.config import MAX_LAYERS, ModelConfig
 from modtrain.models.rope.config import RopeScalingConfig
 
 _CLASSES: dict[str, Any] = {
@@ -29,6 +30,24 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "quantization_config": (None,),
 }
+# Larger numbers are mistakes, and would be lists and tensors before any other check.
+MAX_SIZE = 2**31 - 1
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+)
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
+_NUMBERS = ("rms_norm_eps", "initializer_range")
+_FLAGS = ("tie_word_embeddings", "use_sliding_window")
+# Of a classifier: transformers makes a table of as many names.
+_UNUSED = ("num_labels", "id2label", "label2id")
 _ROPE_NAMES = {"default": "none"} | {name: name for name in ROPE_FIELDS if name != "none"}
 
 
@@ -36,7 +55,8 @@ def parse_config(content: Mapping[str, Any], where: str) -> Any:
     """Return transformers' configuration of the ``config.json`` with this content.
 
     Raises:
-        DataError: it is of another family, or its class refuses it. where: names the file.
+        DataError: it is of another family, its class refuses it, or a value is of a wrong kind;
+            names each key. where: names the file.
     """
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in _CLASSES:
@@ -44,12 +64,77 @@ def parse_config(content: Mapping[str, Any], where: str) -> Any:
         raise DataError(
             f"{where}: model_type={kind!r} cannot be imported\nremedy: take a model of {known}"
         )
+    # Sizes come first: the class makes lists of as many entries as there are layers.
+    _raise_if_wrong(_wrong_sizes(content), where)
+    used = {key: value for key, value in content.items() if key not in _UNUSED}
     try:
         # Code that the file may name is never run.
-        return _CLASSES[kind].from_dict(dict(content))
+        config = _CLASSES[kind].from_dict(used)
     except Exception as error:  # its checks raise many kinds
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{where} is not a configuration of {kind}: {reason}") from error
+    _raise_if_wrong(_wrong_values(config), where)
+    return config
+
+
+def _raise_if_wrong(lines: list[str], where: str) -> None:
+    if lines:
+        shown = "".join(f"\n  {line}" for line in lines)
+        raise DataError(f"{where}: its configuration is damaged:{shown}")
+
+
+def is_size(value: object, most: int = MAX_SIZE) -> bool:
+    """Whether it is a whole number from 1 to ``most``."""
+    return type(value) is int and 1 <= value <= most
+
+
+def _wrong_sizes(content: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key in _SIZES:
+        most = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
+        value = content.get(key)
+        is_absent = key not in content or (value is None and key in _MAY_BE_NULL)
+        if not is_absent and not is_size(value, most):
+            lines.append(f"{key}={_short(value)} is not a whole number from 1 to {most:,}")
+    return lines
+
+
+def _wrong_values(config: Any) -> list[str]:
+    """Return what is of a wrong kind in transformers' configuration, which takes anything."""
+    rope = config.rope_parameters
+    if not isinstance(rope, Mapping):
+        return [f"rope_parameters={_short(rope)} is not a table"]
+    numbers = {key: getattr(config, key) for key in _NUMBERS}
+    keys = {key for fields in ROPE_FIELDS.values() for key in fields} - {"truncate"}
+    numbers |= {
+        f"rope_parameters.{key}": rope[key] for key in sorted(keys) if rope.get(key) is not None
+    }
+    numbers["rope_parameters.rope_theta"] = rope.get("rope_theta")
+    lines = [
+        f"{key}={_short(value)} is not a number"
+        for key, value in numbers.items()
+        if type(value) not in (int, float) or not math.isfinite(value)
+    ]
+    flags = {key: getattr(config, key, False) for key in _FLAGS}
+    flags["rope_parameters.truncate"] = rope.get("truncate", True)
+    lines += [
+        f"{key}={_short(value)} is not true or false"
+        for key, value in flags.items()
+        if type(value) is not bool
+    ]
+    if not isinstance(rope.get("rope_type", ""), str):
+        lines.append(f"rope_parameters.rope_type={_short(rope['rope_type'])} is not a text")
+    layers = getattr(config, "layer_types", None)
+    if layers is not None and not (
+        isinstance(layers, list) and all(isinstance(kind, str) for kind in layers)
+    ):
+        lines.append(f"layer_types={_short(layers)} is not a list of texts")
+    return lines
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def model_config(config: Any) -> tuple[ModelConfig, list[Problem]]:

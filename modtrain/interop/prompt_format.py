@@ -16,9 +16,27 @@ from tokenizers import Tokenizer
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import CheckpointError, DataError
 from modtrain.common.reading import UnreadableError, read_json
+from modtrain.training.run_directory import RunDirectory
 
-FILE_NAME = "prompt_format.json"
 _MAX_BYTES = 2**20
+_MAX_TEMPLATE_BYTES = 2**19
+
+
+def checked_template(template: object, where: str) -> str | None:
+    """Return a chat template as it is. where: its file and key.
+
+    Raises:
+        DataError: it is no text, or larger than a run keeps.
+    """
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        raise DataError(f"{where} is {template!r:.60}, not a text")
+    if len(json.dumps(template)) > _MAX_TEMPLATE_BYTES:
+        raise DataError(
+            f"{where} is larger than {_MAX_TEMPLATE_BYTES:,} bytes\nremedy: take a shorter template"
+        )
+    return template
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,7 @@ class PromptFormat:
         Raises:
             CheckpointError: the file is damaged.
         """
-        path = run / FILE_NAME
+        path = RunDirectory(run).prompt_format
         if not path.exists():
             return cls()
         try:
@@ -62,8 +80,18 @@ class PromptFormat:
         return cls(tuple(begin), tuple(end), template, special)
 
     def write(self, run: Path) -> None:
-        """Write the format into the run's directory."""
-        write_text(run / FILE_NAME, json.dumps(asdict(self), indent=1))
+        """Write the format into the run's directory.
+
+        Raises:
+            DataError: it is larger than what is read.
+        """
+        content = json.dumps(asdict(self), indent=1)
+        if len(content) > _MAX_BYTES:
+            raise DataError(
+                "the model's special tokens and chat template are larger than"
+                f" {_MAX_BYTES:,} bytes\nremedy: take them out of tokenizer_config.json"
+            )
+        write_text(RunDirectory(run).prompt_format, content)
 
     def chat_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
         """Return the tokens of a conversation in which the user has said ``prompt``.

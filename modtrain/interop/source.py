@@ -17,8 +17,9 @@ from modtrain.checkpoint.layout import is_plain_name
 from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, open_regular, read_bytes, read_json
+from modtrain.data.prepare.tokenizer import parse_tokenizer
 from modtrain.data.stream.index import TOKENIZER_NAME
-from modtrain.interop.prompt_format import PromptFormat
+from modtrain.interop.prompt_format import PromptFormat, checked_template
 
 CONFIG_NAME = "config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -115,9 +116,7 @@ def _open_shard(path: Path, stack: ExitStack) -> Any:
 
 
 def _prompt_format(folder: Path, config: dict[str, Any], tokenizer: bytes) -> PromptFormat:
-    from tokenizers import Tokenizer  # noqa: PLC0415
-
-    parsed = Tokenizer.from_str(tokenizer.decode())
+    parsed = parse_tokenizer(tokenizer, str(folder))
     own = _optional_json(folder / "tokenizer_config.json")
     generation = _optional_json(folder / "generation_config.json")
     special = {key: _text(own.get(key)) for key in ("bos_token", "eos_token", "unk_token")}
@@ -150,14 +149,14 @@ def _template(folder: Path, own: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return read_bytes(path, _MAX_CONFIG_BYTES).decode()
+            return checked_template(read_bytes(path, _MAX_CONFIG_BYTES).decode(), str(path))
         except (UnreadableError, UnicodeDecodeError) as error:
             raise DataError(f"{folder}/{error}") from None
     template = own.get("chat_template")
     if isinstance(template, list):
         named = [item for item in template if isinstance(item, dict)]
         template = next((t.get("template") for t in named if t.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+    return checked_template(template, f"{folder / 'tokenizer_config.json'}: chat_template")
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

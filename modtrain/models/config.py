@@ -16,7 +16,7 @@ from modtrain.models.rope.config import RopeScalingConfig
 ACTIVATIONS = ("swiglu", "gelu")
 MIXERS = ("attention", "convolution")
 # More is a mistake, and would exhaust the memory before any check.
-_MAX_LAYERS = 10_000
+MAX_LAYERS = 10_000
 
 
 @dataclass
@@ -193,8 +193,8 @@ class ModelConfig:
         problems = at_least(
             self, prefix, 1, *sizes, "d_ff", "sliding_window", "conv_width", "loss_chunk"
         )
-        if self.num_layers > _MAX_LAYERS:
-            reason, remedy = f"is above {_MAX_LAYERS}", f"use {_MAX_LAYERS} at most"
+        if self.num_layers > MAX_LAYERS:
+            reason, remedy = f"is above {MAX_LAYERS}", f"use {MAX_LAYERS} at most"
             return problems + broken_rules(self, prefix, (True, "num_layers", reason, remedy))
         sized = not problems
         if sized:

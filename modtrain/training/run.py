@@ -53,6 +53,7 @@ from modtrain.training.spikes.journal import RollBackError, SpikeJournal
 from modtrain.training.starting_point.find import (
     StartingPoint,
     find_starting_point,
+    inherit_prompt_format,
     recorded_parent,
 )
 from modtrain.training.stop_signal import STOP
@@ -179,7 +180,11 @@ class _Run:
         parent = None
         if self.ranks.broadcast_from_rank0(not self.directory.config.is_file()):
             # Before anything is recorded: a branch without its trunk is not a run.
-            parent = self._starting_point().record
+            beginning = self._starting_point()
+            parent = beginning.record
+            self.ranks.run_on_rank0(
+                partial(inherit_prompt_format, beginning.parent, self.directory)
+            )
         start = partial(self.directory.start, self.config, fingerprint, self.accelerator, parent)
         self.ranks.run_on_rank0(start)
         with self.ranks.raise_on_all_ranks():

@@ -53,6 +53,10 @@ class RunDirectory:
         self.result = path / "result.json"
         self.completed_mark = path / "COMPLETED"
         self.saved_step = path / "saved_step"
+        # Of an imported run, which brings its tokenizer and no text.
+        self.own_data = path / "data"
+        # What begins and ends a text, and the chat template; of a model that came with them.
+        self.prompt_format = path / "prompt_format.json"
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunDirectory:

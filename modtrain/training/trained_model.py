@@ -26,7 +26,7 @@ def with_found_data(
     """Return ``trained`` with the path at which the data that ``run`` was trained on are now.
 
     They are known by their fingerprint: at the path of the configuration, at that of a later start,
-    or at ``data_path``, to which they were moved.
+    at ``data_path``, to which they were moved, or in the directory of an imported run itself.
 
     Raises:
         DataError: they are at none of them.
@@ -35,7 +35,7 @@ def with_found_data(
     own = trained.data
     places = [own]
     if not own.sources:
-        paths = [*([data_path] if data_path else []), *run.data_paths()]
+        paths = [*([data_path] if data_path else []), *run.data_paths(), str(run.own_data)]
         places += [replace(own, path=path) for path in dict.fromkeys(paths)]
     for data in places:
         with suppress(DataError):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.common.errors import DataError, ModtrainError
 from modtrain.data.prepare.tokenizer import train_tokenizer
+from modtrain.inference.config import TrainedRunConfig
+from modtrain.inference.loading import load_run
+from modtrain.inference.token_text import Vocabulary
 from modtrain.interop.config import ExportConfig, ImportConfig
 from modtrain.interop.export import export
 from modtrain.interop.import_model import import_model
@@ -171,12 +175,53 @@ def test_the_run_has_its_tokenizer_and_names_its_origin(llama, tmp_path, tokeniz
     assert [path.name for path in tmp_path.iterdir()] == ["imported"]
 
 
+def test_a_moved_run_finds_its_tokenizer(llama, tmp_path):
+    import_model(request(llama, tmp_path / "runs"))
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    run = RunDirectory(tmp_path / "moved" / "imported")
+    trained = with_found_data(run, run.read_config(), str(tmp_path / "other"))
+    assert trained.data.path == str(run.own_data)
+
+
+def test_an_evaluation_without_text_names_the_key(llama, tmp_path):
+    import_model(request(llama, tmp_path))
+    loaded = load_run(TrainedRunConfig("imported", str(tmp_path), accelerator="cpu"))
+    problem = problems_of(lambda: loaded.held_out_parts(None, 1))["data_path"]
+    assert "tokenizer.path=" in problem.remedy
+
+
+def test_the_end_token_is_the_one_that_the_model_declares(folder, tmp_path, tokenizer):
+    own = tokenizer.replace(b"<|endoftext|>", b"<|finished|>")
+    (folder / "tokenizer.json").write_bytes(own)
+    import_model(request(folder, tmp_path))
+    run = RunDirectory(tmp_path / "imported")
+    assert with_found_data(run, run.read_config()).data.summary().eos_id == 0
+    assert Vocabulary(own, "here", 0).end_id == 0
+    edit_config(folder, eos_token_id=None)
+    with pytest.raises(DataError, match="as eos_token_id in"):
+        import_model(request(folder, tmp_path, name="other"))
+
+
 def test_a_chat_template_makes_the_prompt(llama, tmp_path, tokenizer):
     import_model(request(llama, tmp_path))
     parsed = Tokenizer.from_str(tokenizer.decode())
     ids = PromptFormat.read(tmp_path / "imported").chat_ids(parsed, "the tree")
     assert ids[ids.index(0) :] == [0, *parsed.encode("<|assistant|>").ids]
     assert parsed.decode(ids) == "<|user|>the tree<|assistant|>"
+
+
+def test_a_prompt_is_whole_where_the_tokenizer_stores_a_truncation(folder, tmp_path, tokenizer):
+    parsed = Tokenizer.from_str(tokenizer.decode())
+    parsed.enable_truncation(4)
+    parsed.enable_padding(length=8, pad_id=1)
+    (folder / "tokenizer.json").write_text(parsed.to_str())
+    import_model(request(folder, tmp_path))
+    prompt_format = PromptFormat.read(tmp_path / "imported")
+    assert prompt_format.begin_ids == ()
+    content = (tmp_path / "imported" / "data" / "tokenizer.json").read_bytes()
+    vocabulary = Vocabulary(content, "here")
+    ids = prompt_format.chat_ids(vocabulary.tokenizer, "the tree")
+    assert vocabulary.tokenizer.decode(ids) == "<|user|>the tree<|assistant|>"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -214,6 +259,41 @@ def test_windows_of_some_layers_are_named(tmp_path):
     values = SMALL | FAMILIES["qwen2 in a window"] | {"max_window_layers": 1}
     _, (problem,) = model_config(parse_config(values, "here"))
     assert problem.key == "layer_types"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["num_hidden_layers", "num_labels", "hidden_size", "num_attention_heads", "vocab_size"],
+)
+def test_a_size_is_bounded_before_anything_is_made_of_it(key):
+    tracemalloc.start()
+    try:
+        model_config(parse_config(SMALL | {"model_type": "qwen2", key: 10**12}, "here"))
+    except DataError as error:
+        assert f"here: its configuration is damaged:\n  {key}=1000000000000 " in str(error)
+    else:
+        assert key == "num_labels"
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**22
+
+
+@pytest.mark.parametrize("value", ["abc", "4", -1, 0, 1e999, 1.5, [], {}, [1], None, True])
+@pytest.mark.parametrize("name", ["qwen2 in a window", "qwen3", "llama 3"])
+def test_a_wrong_value_is_no_traceback(name, value):
+    values = SMALL | FAMILIES[name]
+    values |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "layer_types": None}
+    rope = values.get("rope_parameters", {"rope_theta": 1.0})
+    damaged = [values | {key: value} for key in values]
+    damaged += [values | {"rope_parameters": rope | {key: value}} for key in [*rope, "truncate"]]
+    damaged += [values | {key: value} for key in ("rope_theta", "rope_scaling", "rope_parameters")]
+    for content in damaged:
+        try:
+            model, _ = model_config(parse_config(content, "here"))
+        except ModtrainError as error:
+            assert "here" in str(error)
+        else:
+            model.problems()
 
 
 def _other_family(folder: Path) -> None:
@@ -370,3 +450,113 @@ def test_a_gguf_file_gives_the_tensors_of_the_folder_that_it_was_made_of(
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=message):
             import_model(request(path, tmp_path / "runs", name="damaged", tokenizer=own))
+
+
+HEADER = {
+    "llama.embedding_length": 16,
+    "llama.feed_forward_length": 24,
+    "llama.block_count": 2,
+    "llama.attention.head_count": 4,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.context_length": 64,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    "tokenizer.ggml.token_type": [1, 1, 1],
+    "tokenizer.ggml.merges": ["a b"],
+}
+
+
+def open_header(path: Path, entries: dict, tensor: str = "output_norm.weight"):
+    """What is read of a GGUF file with these entries and a tensor; None leaves an entry out."""
+    gguf = pytest.importorskip("gguf")
+    from modtrain.interop.gguf_file import open_gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in entries.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif value is not None:
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add[type(value)](key, value)
+    writer.add_tensor(tensor, np.zeros((1, 18), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return open_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.embedding_length", None),
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count", [4, 4]),
+        ("llama.block_count", 20_000_000),
+        ("llama.attention.layer_norm_rms_epsilon", "x"),
+        ("llama.rope.freq_base", "x"),
+        ("llama.rope.scaling.type", 1),
+        ("llama.rope.dimension_count", 0),
+        ("tokenizer.ggml.token_type", None),
+        ("tokenizer.ggml.token_type", [1, 1]),
+        ("tokenizer.ggml.merges", None),
+        ("tokenizer.ggml.merges", ["a c"]),
+        ("tokenizer.ggml.tokens", [1, 2]),
+        ("tokenizer.chat_template", 1),
+        ("tokenizer.chat_template", "x" * 2**20),
+    ],
+)
+def test_a_wrong_entry_of_a_gguf_file_is_named(key, value, tmp_path):
+    path = tmp_path / "model.gguf"
+    with pytest.raises(DataError) as raised:
+        open_header(path, HEADER | {key: value})
+    assert str(raised.value).startswith(f"{path}: {key} ")
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({}, {"rope_type": "default"}),
+        ({"scaling.factor": 1.0}, {"rope_type": "default"}),
+        ({"scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"scaling.factor": 4.0, "scaling.type": "none"}, {"rope_type": "default"}),
+        (
+            {"scaling.factor": 4.0, "scaling.type": "yarn", "scaling.original_context_length": 8},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        ),
+    ],
+)
+def test_scaled_positions_of_a_gguf_file(entries, expected, tmp_path):
+    named = {f"llama.rope.{key}": value for key, value in entries.items()}
+    source = open_header(tmp_path / "model.gguf", HEADER | named)
+    assert source.config["rope_parameters"] == {"rope_theta": 10000.0} | expected
+    assert source.config["num_key_value_heads"] == 4
+
+
+def test_a_tensor_of_another_part_of_a_gguf_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"the tensor v\.blk\.0\.attn_q\.weight is not represented"):
+        open_header(tmp_path / "model.gguf", HEADER, "v.blk.0.attn_q.weight")
+
+
+def test_a_kind_of_weights_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    source = open_header(tmp_path / "model.gguf", HEADER)
+
+    def refuse(*_):
+        raise NotImplementedError("no such kind")
+
+    monkeypatch.setattr("modtrain.interop.gguf_file.dequantize", refuse)
+    with pytest.raises(DataError, match=r"output_norm.weight of type Q4_0 cannot be read"):
+        source.read("model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    "template", [1, ["{{ x }}" * 10, {"name": "default", "template": 1}], "é" * 2**17]
+)
+def test_a_chat_template_that_is_none_is_refused(template, folder, tmp_path):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(DataError, match=r"tokenizer_config.json: chat_template is"):
+        import_model(request(folder, tmp_path / "runs"))
+    assert not list(tmp_path.glob("runs/*"))

@@ -108,33 +108,42 @@ def training_texts(
                 yield content.decode(errors="ignore")
 
 
-def check_tokenizer(content: bytes, name: str) -> tuple[int, int]:
+def check_tokenizer(content: bytes, name: str, end_id: int | None = None) -> tuple[int, int]:
     """Parse a ``tokenizer.json``. Returns (vocabulary size, end token's number).
+
+    end_id: the end token, where it is known; None finds it by its name.
 
     A special token comes before one that is not: ``</s>`` may be a tag of HTML.
 
     Raises DataError where it is none or has no end-of-document token.
     """
-    tokenizer = _parse(content, name)
+    tokenizer = parse_tokenizer(content, name)
     numbers = [tokenizer.token_to_id(token) for token in KNOWN_END_TOKENS]
     known = [number for number in numbers if number is not None]
     added = tokenizer.get_added_tokens_decoder()
     special = [number for number in known if number in added and added[number].special]
-    if known:
+    if known or end_id is not None:
         # Numbers may have gaps: what counts for an embedding is the largest.
         vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        return vocab_size, (special or known)[0]
+        return vocab_size, (special or known)[0] if end_id is None else end_id
     raise DataError(
         f"{name}: has no end-of-document token. Add one of {', '.join(KNOWN_END_TOKENS)} to its "
         "added_tokens, or train a tokenizer with tokenizer.path=null."
     )
 
 
-def _parse(content: bytes, name: str) -> Tokenizer:
+def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
+    """Parse a ``tokenizer.json``. It encodes whole texts, whatever truncation the file has.
+
+    Raises DataError, with ``name``, where it is none.
+    """
     try:
-        return Tokenizer.from_str(content.decode())
+        tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"{name}: is not a tokenizer.json ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class SplitChooser:
@@ -182,9 +191,7 @@ class DocumentEncoder:
     """Text → token numbers, without the end token."""
 
     def __init__(self, content: bytes, name: str) -> None:
-        self._tokenizer, self._name = _parse(content, name), name
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer, self._name = parse_tokenizer(content, name), name
         # A document that spells out a special token must not end there.
         self._tokenizer.encode_special_tokens = True
         self.lost_text = LostText(self._tokenizer, name)

@@ -9,8 +9,9 @@ from typing import Any
 
 from modtrain.checkpoint.layout import MANIFEST
 from modtrain.checkpoint.recovery import find_checkpoint
-from modtrain.common.atomic_io import file_sha256
+from modtrain.common.atomic_io import file_sha256, write_bytes
 from modtrain.common.errors import CheckpointError
+from modtrain.common.reading import MAX_LINE_BYTES, UnreadableError, read_bytes
 from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import open_run
 from modtrain.training.plan import TrainingPlan
@@ -86,6 +87,24 @@ def find_starting_point(
     parent = _parent("init", config, parent_run, step, path)
     tensors, notes = check_weights(config, parent_run, path, str(parent))
     return StartingPoint(0, path, parent, tensors, notes)
+
+
+def inherit_prompt_format(parent: Parent | None, run: RunDirectory) -> None:
+    """Copy how the parent's model wants its prompts into ``run``, if its directory says so.
+
+    Raises:
+        CheckpointError: the parent's file cannot be read.
+    """
+    if parent is None:
+        return
+    source = RunDirectory(Path(parent.run)).prompt_format
+    if not source.exists():
+        return
+    try:
+        content = read_bytes(source, MAX_LINE_BYTES)
+    except UnreadableError as error:
+        raise CheckpointError(f"{source.parent}/{error}\nremedy: import that run again") from None
+    write_bytes(run.prompt_format, content, run.path)
 
 
 def recorded_parent(run: RunDirectory) -> Mapping[str, Any] | None:
