@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -32,6 +33,8 @@ _WORD_CHARS = 1000
 _WORD = re.compile(rf"\S{{{_WORD_CHARS}}}|\s{{{_WORD_CHARS}}}")
 # Seconds between two looks for an interrupt.
 _POLL_SECONDS = 0.1
+# Seconds that an interrupted training may take to notice.
+_STOP_SECONDS = 10.0
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -50,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         show_progress=False,
     )
     pieces = (piece for text in texts for piece in _without_long_words(text))
-    _run_interruptibly(lambda: tokenizer.train_from_iterator(pieces, trainer))
+    _train_interruptibly(tokenizer, pieces, trainer)
     return tokenizer.to_str().encode()
 
 
@@ -62,20 +65,34 @@ def _without_long_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _run_interruptibly(function: Callable[[], object]) -> None:
-    """Call ``function``, which holds no signal up: Python handles one only between two steps."""
+def _train_interruptibly(
+    tokenizer: Tokenizer, texts: Iterator[str], trainer: trainers.Trainer
+) -> None:
+    """Train in a thread, so that no signal is held up: Python handles one only between two steps.
+
+    At an interrupt the thread ends with its next text. A process that ends while the library calls
+    Python is aborted, whatever its exit code was to be.
+    """
     errors: list[BaseException] = []
+    is_stopped = Event()
 
     def run() -> None:
         try:
-            function()
+            tokenizer.train_from_iterator(
+                takewhile(lambda _: not is_stopped.is_set(), texts), trainer
+            )
         except BaseException as error:
             errors.append(error)
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+    except BaseException:
+        is_stopped.set()
+        thread.join(_STOP_SECONDS)
+        raise
     if errors:
         raise errors[0]
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError, DataError
+from modtrain.common.terminal import plain_console
 from modtrain.experiments.fit import fit_report
 from modtrain.experiments.fit.bootstrap import Estimate
 from modtrain.experiments.fit.config import FitConfig
@@ -220,7 +221,7 @@ def test_names_of_families_are_text_and_no_markup(tmp_path):
     names = ["[red]a[/b]", "$\\frac{$", "_hidden"]
     values = families(**{name: {"num_budgets": 3, "num_sizes": 4} for name in names})
     report = fit_points(make_points(**values), FitConfig(**QUICK, parameters="[x] $y$"))
-    console = Console(record=True, width=200)
+    console = plain_console(record=True, width=200)
     show(report, console)
     shown = console.export_text()
     assert all(name in shown for name in [*names, "[x] $y$"])

@@ -68,7 +68,7 @@ def test_a_plan_shows_every_run_and_trains_none(arguments, capsys):
         (["gpu=zx81", "plan_only=true"], "gpu=zx81: is not a GPU whose peak is known"),
         (["nodes=2"], "add hydra/launcher=slurm"),
         slow(["hydra/launcher=cluster"], "cluster"),
-        slow(["strategy=ddp", "strategy.world_size=2"], "number of processes"),
+        slow(["strategy=ddp", "strategy.world_size=2"], "number of the run's processes"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_trained(arguments, capsys, more, text):

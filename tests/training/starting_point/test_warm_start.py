@@ -219,6 +219,8 @@ def test_weights_of_another_tokenizer_are_refused(lines, prepared, runs, dense, 
     shutil.copytree(runs / "dense", other)
     text = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(text.replace(str(prepared), str(tmp_path)))
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"data_fingerprint": "0" * 64}))
 
     def message(*more):
         with pytest.raises(CheckpointError) as error:
