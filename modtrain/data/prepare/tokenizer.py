@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import takewhile
 from pathlib import Path
 from threading import Event, Thread
 
@@ -76,11 +75,15 @@ def _train_interruptibly(
     errors: list[BaseException] = []
     is_stopped = Event()
 
+    def until_stopped() -> Iterator[str]:
+        for text in texts:
+            if is_stopped.is_set():
+                raise InterruptedError
+            yield text
+
     def run() -> None:
         try:
-            tokenizer.train_from_iterator(
-                takewhile(lambda _: not is_stopped.is_set(), texts), trainer
-            )
+            tokenizer.train_from_iterator(until_stopped(), trainer)
         except BaseException as error:
             errors.append(error)
 
