@@ -41,7 +41,8 @@ def with_found_data(
         with suppress(DataError):
             if data.summary().fingerprint == fingerprint:
                 return replace(trained, data=data)
-    remedy = "give the place of the run's data as data_path=..., or prepare the same data again"
+    place = "put them back" if own.sources else "give their place as data_path=..."
+    remedy = f"{place}, or prepare the same data again"
     try:
         own.summary()
     except DataError as error:
