@@ -8,7 +8,6 @@ from itertools import groupby
 
 from modtrain.common.errors import Problem
 from modtrain.data.config import DataConfig
-from modtrain.data.mixture.order import MixtureOrder
 from modtrain.data.mixture.schedule import MixtureSchedule, epoch_limit
 from modtrain.data.stream.index import IndexSummary, read_summary
 
@@ -51,6 +50,9 @@ def mixture_usage(config: DataConfig, seq_len: int, run_samples: int) -> Mixture
         DataError: a source is missing or damaged.
     """
     available, schedule = planned_schedule(config, seq_len, run_samples)
+    # It loads numpy, and `status` imports this module.
+    from modtrain.data.mixture.order import MixtureOrder  # noqa: PLC0415
+
     order = MixtureOrder(schedule, list(available.values()), config.seed, config.shuffle)
     last = run_samples if schedule.end is None else min(run_samples, schedule.end)
     starts = [next(group).start for _, group in groupby(schedule.segments, lambda s: s.stage)]
