@@ -153,7 +153,8 @@ def _tokenizer_mismatch(config: TrainConfig, parent: RunDirectory, trained: Trai
     if data.fingerprint == parent.read_manifest()["data_fingerprint"]:
         return ""
     try:
-        digest = with_found_data(parent, trained).data.summary().tokenizer_sha256
+        found = with_found_data(parent, trained).data.summary()
+        digest: str | None = found.tokenizer_sha256
     except DataError:
         # Of an imported model only the tokenizer may be there.
         is_alone = file.is_file() and not (file.parent / INDEX_NAME).exists()
