@@ -73,7 +73,7 @@ def _train_interruptibly(
     Python is aborted, whatever its exit code was to be.
     """
     errors: list[BaseException] = []
-    is_stopped = Event()
+    is_stopped, has_ended = Event(), Event()
 
     def until_stopped() -> Iterator[str]:
         for text in texts:
@@ -86,15 +86,17 @@ def _train_interruptibly(
             tokenizer.train_from_iterator(until_stopped(), trainer)
         except BaseException as error:
             errors.append(error)
+        finally:
+            has_ended.set()
 
-    thread = Thread(target=run, daemon=True)
-    thread.start()
     try:
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
+        Thread(target=run, daemon=True).start()
+        # An interrupt in `Thread.join` makes Python 3.11 take the thread for one that has ended.
+        while not has_ended.wait(_POLL_SECONDS):
+            pass
     except BaseException:
         is_stopped.set()
-        thread.join(_STOP_SECONDS)
+        has_ended.wait(_STOP_SECONDS)
         raise
     if errors:
         raise errors[0]
