@@ -229,7 +229,7 @@ def test_two_roll_backs_of_one_checkpoint_and_the_third_spike_stops(prepared, tm
     more = ("spike=roll_back", "spike.max_rollbacks=2")
     lines = overrides(prepared, tmp_path, "run", "single", *more)
     (outcome,) = outcomes_on_ranks(spiked, 1, lines, bad, joins=False)
-    assert isinstance(outcome, RankFailedError) and outcome.kind == "TrainingError"
+    assert isinstance(outcome, RankFailedError) and outcome.kind == "DivergedError"
     assert "after 2 roll backs" in outcome.message
     assert f"its samples are {bad[2]}," in outcome.message
     assert [(e["action"], e["step"]) for e in events(tmp_path / "run")] == [
