@@ -84,31 +84,6 @@ class Part:
 
 def evaluate(
     model: Transformer,
-    batches: Iterable[Batch],
-    precision: AbstractContextManager[Any],
-    *,
-    capacities: Sequence[float | None] | None = None,
-    selections: Sequence[Selection] | None = None,
-    as_trained: bool = True,
-    budgets: Mapping[Selection, ComputeBudget] | None = None,
-    swap: RouterSwap | None = None,
-    total: Callable[[Tensor], Tensor] | None = None,
-) -> HeldOut:
-    """Evaluate ``model`` on batches of one source, as `evaluate_parts` does."""
-    return evaluate_parts(
-        model,
-        {"": Part(batches, total)},
-        precision,
-        capacities=capacities,
-        selections=selections,
-        as_trained=as_trained,
-        budgets=budgets,
-        swap=swap,
-    )
-
-
-def evaluate_parts(
-    model: Transformer,
     parts: Mapping[str, Part],
     precision: AbstractContextManager[Any],
     *,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from modtrain.data.stream.batch import Batch
-from modtrain.evaluation.held_out import Part, evaluate, evaluate_parts
+from modtrain.evaluation.held_out import Part, evaluate
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.transformer import Transformer
@@ -32,7 +32,7 @@ def build(pattern="every_other", causal=("predictor",), seed=0):
 
 
 def judged(model, batches, **options):
-    return evaluate(model, map(Batch.from_tokens, batches), nullcontext(), **options)
+    return evaluate(model, {"": Part(map(Batch.from_tokens, batches))}, nullcontext(), **options)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_sources_have_figures_of_their_own_and_the_whole_is_that_of_all_batches(
     model = build(causal=("predictor", "threshold"))
     groups = {"code": batches[:1], "web": batches[1:]}
     parts = {name: Part(map(Batch.from_tokens, group)) for name, group in groups.items()}
-    actual = evaluate_parts(model, parts, nullcontext())
+    actual = evaluate(model, parts, nullcontext())
     for name, group in groups.items():
         assert actual.sources[name] == judged(model, group)
     whole, expected = replace(actual, sources={}), judged(model, batches)

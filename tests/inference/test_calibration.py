@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from modtrain.common.errors import ConfigError
 from modtrain.data.stream.batch import Batch
-from modtrain.evaluation.held_out import evaluate
+from modtrain.evaluation.held_out import Part, evaluate
 from modtrain.inference.calibration import (
     Calibration,
     make_budget,
@@ -43,7 +43,7 @@ def text(sequences=8, seed=0, eos_id=None):
 
 def realised(model, batches, selection, budget, **more):
     evaluated = evaluate(
-        *(model, batches, nullcontext()),
+        *(model, {"": Part(batches)}, nullcontext()),
         selections=[selection],
         as_trained=False,
         budgets={} if budget is None else {selection: budget},

@@ -21,7 +21,7 @@ from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.checkpoint.state import named_state, restore
 from modtrain.data.stream.batch import Batch
 from modtrain.distributed.process_group import Ranks
-from modtrain.evaluation.held_out import evaluate
+from modtrain.evaluation.held_out import Part, evaluate
 from modtrain.models.depth.config import ComputeBudget
 from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer, is_predictor
@@ -346,8 +346,8 @@ def _evaluates(layout: str, model_name: str, budgets: Any) -> Any:
         return x * dims.data_parallel / dims.world_size
 
     batches = _evaluation_batches()[dims.data_rank(dist.get_rank()) :: dims.data_parallel]
-    batches = map(Batch.from_tokens, batches)
-    evaluated = evaluate(model, batches, contextlib.nullcontext(), total=total, budgets=budgets)
+    parts = {"": Part(map(Batch.from_tokens, batches), total)}
+    evaluated = evaluate(model, parts, contextlib.nullcontext(), budgets=budgets)
     # Saved or clipped after it, a model is in its pieces.
     assert all(isinstance(value, DTensor) for value in model.parameters())
     return evaluated
@@ -366,9 +366,8 @@ def _evaluates(layout: str, model_name: str, budgets: Any) -> Any:
 def test_evaluates_as_one_process(layout, model):
     budgets = {"predictor": ComputeBudget(step_cap=1, layer_cap=0.4)}
     whole = settle(Transformer(MODELS[model]), _LENGTH)
-    batches = _evaluation_batches()
-    batches = map(Batch.from_tokens, batches)
-    wanted = evaluate(whole, batches, contextlib.nullcontext(), budgets=budgets)
+    parts = {"": Part(map(Batch.from_tokens, _evaluation_batches()))}
+    wanted = evaluate(whole, parts, contextlib.nullcontext(), budgets=budgets)
     shares = [s for d in wanted.decisions.values() for s in d.realised_capacity.values()]
     assert any(0 < share < 1 for share in shares), "all tokens take part, or none"
     for actual in on_ranks(_evaluates, LAYOUTS[layout].world_size, layout, model, budgets):

@@ -12,7 +12,7 @@ from typing import Any
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.data.stream.index import read_summary
-from modtrain.evaluation.held_out import Decision, HeldOut, evaluate_parts
+from modtrain.evaluation.held_out import Decision, HeldOut, evaluate
 from modtrain.inference.calibration import (
     Calibration,
     budget_of_run,
@@ -128,7 +128,7 @@ def _held_out(
     selections: list[Selection],
     budgets: Mapping[Selection, ComputeBudget],
 ) -> HeldOut:
-    return evaluate_parts(
+    return evaluate(
         loaded.model,
         loaded.held_out_parts(config.sequences, config.batch_size),
         loaded.autocast(),

@@ -16,7 +16,7 @@ from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import Ranks
 from modtrain.distributed.watchdog import Watchdog
-from modtrain.evaluation.held_out import HeldOut, Part, evaluate_parts
+from modtrain.evaluation.held_out import HeldOut, Part, evaluate
 from modtrain.evaluation.router_health import health_warnings, zeroed_losses
 from modtrain.models.depth.config import RouterSwap, Selection
 from modtrain.training.callbacks.metrics import StepClock
@@ -79,7 +79,7 @@ class HeldOutCallback(StepCallback):
             )
             for name, part in self.data.valid_parts().items()
         }
-        return evaluate_parts(
+        return evaluate(
             module.model,
             parts,
             trainer.precision_plugin.forward_context(),

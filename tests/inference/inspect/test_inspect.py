@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from modtrain.common.errors import ConfigError
 from modtrain.data.stream.batch import Batch
-from modtrain.evaluation.held_out import evaluate
+from modtrain.evaluation.held_out import Part, evaluate
 from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.inspect.inspect import choose_decision, text_windows
 from modtrain.inference.inspect.trace import trace
@@ -71,7 +71,7 @@ def test_gates_and_updates_are_means_over_the_routed_tokens():
 def test_loss_capacity_and_load_are_those_of_an_evaluation(kind):
     model = model_of(kind)
     batches = [random_tokens(4, SEQ_LEN + 1, seed=8)]
-    evaluated = evaluate(model, map(Batch.from_tokens, batches), nullcontext())
+    evaluated = evaluate(model, {"": Part(map(Batch.from_tokens, batches))}, nullcontext())
     for selection, decision in evaluated.decisions.items():
         # One by one, so that the loads of unequally busy windows have to be weighed.
         rows = [Batch.from_tokens(row) for batch in batches for row in batch.split(1)]
@@ -93,7 +93,7 @@ def test_documents_and_capacities_are_those_of_an_evaluation():
     batch = random_tokens(4, SEQ_LEN + 1, seed=8)
     options = {"capacities": [None, 0.5, None, 0.75]}
     window = Batch.from_tokens(batch, int(batch[0, 5]))
-    evaluated = evaluate(model, [window], nullcontext(), **options)
+    evaluated = evaluate(model, {"": Part([window])}, nullcontext(), **options)
     losses = {name: decision.loss for name, decision in evaluated.decisions.items()}
     for selection, loss in [*losses.items(), ("top_k", evaluated.top_k.loss)]:
         assert trace(

@@ -17,7 +17,7 @@ from modtrain.common.errors import CheckpointError, ConfigError, TrainingError
 from modtrain.data.stream.batch import Batch
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks
-from modtrain.evaluation.held_out import evaluate
+from modtrain.evaluation.held_out import Part, evaluate
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
 from modtrain.optimizers.config import OptimizerConfig
@@ -55,6 +55,10 @@ def micro_batch(number):
     """Sequences (2, S + 1)."""
     generator = torch.Generator().manual_seed(number)
     return torch.randint(VOCAB, (2, LENGTH + 1), generator=generator)
+
+
+def held_out_of(number):
+    return {"": Part([Batch.from_tokens(micro_batch(number))])}
 
 
 class Micro(Dataset):
@@ -102,7 +106,7 @@ class Watched(LanguageModule):
         super().optimizer_step(*args, **kwargs)
         if self.evaluates:
             context = self.trainer.precision_plugin.forward_context()
-            evaluated = evaluate(self.model, [Batch.from_tokens(micro_batch(10_000))], context)
+            evaluated = evaluate(self.model, held_out_of(10_000), context)
             self.held_out += [evaluated.causal.loss, evaluated.top_k.loss]
 
     def on_train_end(self):
@@ -290,7 +294,7 @@ class Looks(L.Callback):
     def on_train_start(self, trainer, module):
         engine, model = trainer.strategy.engine, module.model
         # Before the first step it is not known yet who reads the head's weight.
-        evaluate(model, [Batch.from_tokens(micro_batch(0))], nullcontext())
+        evaluate(model, held_out_of(0), nullcontext())
         parameters = list(model.named_parameters())
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in parameters}
         self.elements = sum(shapes[n].numel() for n, p in parameters if p.requires_grad)

@@ -82,13 +82,13 @@ def in_writing(module) -> None:
 
 
 def in_evaluation(module) -> None:
-    original = module.evaluate_parts
+    original = module.evaluate
 
-    def evaluate_parts(*arguments, **named):
+    def evaluate(*arguments, **named):
         happens("evaluation")
         return original(*arguments, **named)
 
-    module.evaluate_parts = evaluate_parts
+    module.evaluate = evaluate
 
 
 PLACES = {
