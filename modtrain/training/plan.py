@@ -137,8 +137,9 @@ def resolve(
         data=replace(config.data, seq_len=seq_len, eos_id=eos_id),
     )
     plan = derive(resolved, dims)
-    is_planned = needs_data or not data_mismatches(config)
-    if resolved.data.sources and summary is not None and is_planned:
+    is_mixture = resolved.data.sources and summary is not None
+    # With data that do not fit, `plan` warns and goes on.
+    if is_mixture and (needs_data or not data_mismatches(config)):
         raise_if_any(_mixture_problems(resolved.data, plan))
     return resolved, plan
 

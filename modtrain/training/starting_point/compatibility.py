@@ -149,19 +149,18 @@ def _tokenizer_mismatch(config: TrainConfig, parent: RunDirectory, trained: Trai
     if not config.init.check_tokenizer:
         return ""
     data, file = config.data.summary(), trained.data.tokenizer_path
-    own = data.tokenizer_sha256
     if data.fingerprint == parent.read_manifest()["data_fingerprint"]:
         return ""
     try:
-        found = with_found_data(parent, trained).data.summary()
-        digest: str | None = found.tokenizer_sha256
+        expected = with_found_data(parent, trained).data.summary().tokenizer_sha256
     except DataError:
-        # Of an imported model only the tokenizer may be there.
-        is_alone = file.is_file() and not (file.parent / INDEX_NAME).exists()
-        digest = file_sha256(file) if is_alone else None
-    if digest is None:
-        return f"tokenizer: unknown, for {trained.data.location} has not the data of {parent.path}"
-    return "" if own == digest else f"tokenizer: {config.data.location} has another one than {file}"
+        if not file.is_file() or (file.parent / INDEX_NAME).exists():
+            where = trained.data.location
+            return f"tokenizer: unknown, for {where} has not the data of {parent.path}"
+        # The data were removed, and the tokenizer was kept.
+        expected = file_sha256(file)
+    is_same = data.tokenizer_sha256 == expected
+    return "" if is_same else f"tokenizer: {config.data.location} has another one than {file}"
 
 
 def _remedies(
