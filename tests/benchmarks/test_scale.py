@@ -146,6 +146,7 @@ def calls_of(work: Callable[[], object]) -> int:
     return next(count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "degrees", [{}, {"replicate": 8}, {"tensor": 8}, {"context": 2, "tensor": 4, "expert": 8}]
 )

@@ -136,6 +136,7 @@ def run(function, world: int, *arguments):
     return on_ranks(function, world, *arguments) if world > 1 else [function(*arguments)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [

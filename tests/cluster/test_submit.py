@@ -102,6 +102,7 @@ def test_a_shipped_site_is_sound(site):
     check(text, site)
 
 
+@pytest.mark.slow
 def test_shell_scripts_are_linted():
     # It sources the others.
     files = [slurm_dir() / "job.sh", *TEMPLATES]
@@ -251,6 +252,7 @@ def test_a_verb_has_the_nodes_and_gpus_that_it_can_use(verb, asked, options):
         assert any(o.startswith(option) for o in directives) == (option in options), option
 
 
+@pytest.mark.slow
 def test_a_run_of_another_configuration_is_refused_before_the_queue(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(compose("train", ["name=x", *tiny]))

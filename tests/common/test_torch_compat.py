@@ -32,6 +32,7 @@ def _exchanges() -> list[tuple[list, list]]:
     return both
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_collectives_of_either_name_do_the_same():
     for exchanges in on_ranks(_exchanges, 2):

@@ -27,6 +27,7 @@ def _tells() -> tuple[object, ...]:
     )
 
 
+@pytest.mark.slow
 def test_ranks_get_the_same_outcome():
     assert on_ranks(_tells, 3) == [(rank, "by 0", [0, 10, 20], True, 6.0) for rank in range(3)]
 

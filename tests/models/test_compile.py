@@ -177,6 +177,7 @@ def assert_variant(name: str, backend: str) -> None:
     assert_compiled_equals_eager(model, backend, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.on_commit(*COMMIT)
 @pytest.mark.parametrize("name", slow_but(PATTERNS, VARIANTS))
 def test_a_step_is_one_graph_equal_to_eager(name):
@@ -237,6 +238,7 @@ def test_more_models_in_a_process_than_the_compilers_own_limit_of_graphs(monkeyp
             check_graphs(patch, schedule(2))
 
 
+@pytest.mark.slow
 @pytest.mark.on_commit("every_other")
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_step_under_autocast_is_one_graph_equal_to_eager(pattern):

@@ -123,6 +123,7 @@ def _all_exchanged(size: int) -> float:
     return max(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_rows_go_to_their_experts_and_return(size):
     assert max(on_ranks(_all_exchanged, size, size)) < 1e-12

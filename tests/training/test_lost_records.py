@@ -82,6 +82,7 @@ def test_lost_checkpoints_stop_a_start_that_would_overwrite_the_records(
         assert (tmp_path / "run" / name).read_text() == (runs[1].path / name).read_text()
 
 
+@pytest.mark.slow
 def test_fresh_starts_from_the_first_step_and_keeps_the_old_records(start, runs):
     complete, stopped = runs
     with stopping(5):

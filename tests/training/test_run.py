@@ -167,6 +167,7 @@ def test_a_signal_saves_the_step_and_the_next_start_ends_bitwise_equal(start, co
     assert shown[0] == shown[1]
 
 
+@pytest.mark.slow
 def test_a_signal_while_lightning_sets_up_is_not_taken_for_an_end(start, monkeypatch):
     original = TokenDataModule.train_dataloader
 

@@ -55,6 +55,7 @@ def test_a_worker_reports_that_it_is_full(data, monkeypatch):
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_workers")
 def test_a_batch_that_never_comes_ends_the_run(data, monkeypatch):
     """torch loses a batch for which there is no memory, and says nothing."""

@@ -146,6 +146,7 @@ def test_a_report_is_rewritten_when_its_arms_change(tiny, tmp_path, capsys):
         assert list(report) == list(comparison.arms)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_an_arm_names_the_arm(tiny, tmp_path):
     arms = '+arms={a: ["model.capacity=many"], b: ["optimizer=adam"]}'
     problems = problems_of(compose_arms, [*tiny, f"runs_dir={tmp_path}", arms])

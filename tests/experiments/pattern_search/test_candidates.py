@@ -131,6 +131,7 @@ def test_patterns_that_the_model_does_not_take_are_not_drawn():
         assert candidate.capacities[0] == 1
 
 
+@pytest.mark.slow
 def test_more_draws_than_patterns_are_refused():
     few = {"levels": [0.5, 1.0], "parametrizations": ["free"]}
     assert len(candidates(space(2), num_drawn=3, **few)) == 3

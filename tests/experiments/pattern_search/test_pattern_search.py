@@ -148,6 +148,7 @@ def test_a_process_of_several_is_refused(arguments, capsys, monkeypatch):
     assert "starts its runs itself" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_decisions_stay_as_written_and_results_lead_to_runs(arguments, capsys):
     words = arguments("controls=false")
     entries = complete_all(words)

@@ -233,6 +233,7 @@ def test_damaged_comparisons_and_grids_are_named(root):
     assert len(collection.runs) == 3
 
 
+@pytest.mark.slow
 def test_a_grid_is_fitted_to_the_runs_that_are_reported(root):
     write_grid(root, "grid")
     (group,) = collect(report_of(root)).groups

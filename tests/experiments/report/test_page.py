@@ -97,6 +97,7 @@ def full(root):
     write_run(root, "short", complete=False)
 
 
+@pytest.mark.slow
 def test_a_page_needs_nothing_from_outside(root, undrawn):
     full(root)
     page = page_of(report_of(root))

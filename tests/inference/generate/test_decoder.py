@@ -101,6 +101,7 @@ def settings(draw_):
     }
 
 
+@pytest.mark.slow
 @quick(40)
 @given(
     st.sampled_from(list(MODELS)),
@@ -125,6 +126,7 @@ def test_a_batch_equals_one_by_one_run_whole(name, choices, prompts):
             assert [t.id for t in tokens] == text
 
 
+@pytest.mark.slow
 @quick(40)
 @given(
     st.sampled_from(list(MODELS)),

@@ -373,6 +373,7 @@ def test_what_stage_3_does_not_support_is_reported():
     assert run_problems(replace(strategy, name="deepspeed_2"), "strategy", True) == []
 
 
+@pytest.mark.slow
 def test_where_deepspeed_is_not_installed(monkeypatch):
     with pytest.raises(ConfigError, match="does not run on mps"):
         zero.import_deepspeed("mps")

@@ -242,6 +242,7 @@ def test_two_roll_backs_of_one_checkpoint_and_the_third_spike_stops(prepared, tm
     assert on_ranks(spiked, 1, lines, bad, joins=False)[0][0] == "complete"
 
 
+@pytest.mark.slow
 def test_a_lost_list_of_skipped_samples_is_reported(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "run", "single", "spike=roll_back", "checkpoint.every=2")
     bad = numbers_of(prepared, BAD)[:1]

@@ -61,6 +61,7 @@ def test_deepspeed_stops(prepared, tmp_path, strategy, action, factor):
         assert (event["action"], event["step"], event["samples"]) == ("stop", BAD, bad)
 
 
+@pytest.mark.slow
 @pytest.mark.on_commit(1)
 @pytest.mark.parametrize(
     ("strategy", "remedy"),
@@ -147,6 +148,7 @@ def test_a_signal_saves_no_spike_that_was_not_checked(prepared, tmp_path):
     assert [step for step, _ in saved] == [6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [slow("ddp"), "fsdp"])
 def test_a_nan_names_the_rank_where_it_began(prepared, tmp_path, strategy):
     # In the warm-up, in which nothing else is judged.
