@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +13,7 @@ import numpy as np
 from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
+from modtrain.data.documents.record import packed_record, text_hash
 from modtrain.data.prepare.lost_text import LostText
 from modtrain.data.prepare.readers import Flaw, UnitReader
 from modtrain.data.prepare.request import without_later_options
@@ -58,6 +60,10 @@ class EncodeJob:
         """Where the tokens of a split are written."""
         return Path(self.work) / "units" / f"{self.key}.{split}.bin"
 
+    def document_file(self, split: str) -> Path:
+        """Where the records of a split's documents are written; the unit's, and not yet merged."""
+        return Path(self.work) / "units" / f"{self.key}.{split}.documents"
+
     @property
     def record_file(self) -> Path:
         """Where the unit's record is written, once its tokens are."""
@@ -98,7 +104,8 @@ class UnitRecord:
 
 def finished_record(job: EncodeJob) -> UnitRecord | None:
     """The record of a unit that an earlier run finished, None if it has to be done."""
-    if not job.record_file.exists():
+    # An earlier version kept no records of the documents.
+    if not all(path.exists() for path in (job.record_file, *map(job.document_file, SPLITS))):
         return None
     try:
         content = read_json(job.record_file)
@@ -111,14 +118,20 @@ def finished_record(job: EncodeJob) -> UnitRecord | None:
 
 
 def encode_unit(job: EncodeJob) -> UnitRecord:
-    """Write the tokens of a unit, a file a split, and then its record.
+    """Write tokens and documents of a unit, two files a split, and then its record.
 
     Raises DataError at the first flaw with ``on_error=stop``, or if a file changes meanwhile.
     """
     staging = Path(job.work) / "staging"
-    train, valid = (job.token_file(split) for split in SPLITS)
-    with atomic_writer(train, staging) as train_file, atomic_writer(valid, staging) as valid_file:
-        record = _encode(job, {"train": train_file, "valid": valid_file})
+    with ExitStack() as opened:
+        outputs = {
+            split: _Output(
+                opened.enter_context(atomic_writer(job.token_file(split), staging)),
+                opened.enter_context(atomic_writer(job.document_file(split), staging)),
+            )
+            for split in SPLITS
+        }
+        record = _encode(job, outputs)
     for file in job.unit.files:
         if SourceFile.of(file.path) != file:
             raise DataError(f"{file.path}: changed while it was read. Run prepare again.")
@@ -126,15 +139,36 @@ def encode_unit(job: EncodeJob) -> UnitRecord:
     return record
 
 
-def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
+@dataclass(frozen=True)
+class _Output:
+    """The files of a split."""
+
+    tokens: BinaryIO
+    documents: BinaryIO
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A text and where it stands: path, and line as the unit counts it."""
+
+    text: str
+    place: tuple[str, int]
+
+
+def _encode(job: EncodeJob, outputs: dict[str, _Output]) -> UnitRecord:
     encoder = DocumentEncoder.of_file(job.tokenizer, job.tokenizer_sha256)
     chooser = SplitChooser(job.seed, job.valid_fraction, job.split_at)
     record = UnitRecord()
     reader = UnitReader(job.unit, job.text_column, job.max_document_bytes, job.separator)
-    for texts in _batches(reader, record, job, encoder.lost_text):
-        parts = [part for text in texts for part in chooser.parts(text).items()]
-        encoded = encoder.encode([text for _, text in parts])
-        for (split, text), numbers in zip(parts, encoded, strict=True):
+    files = {file.path: number for number, file in enumerate(job.unit.files)}
+    for documents in _batches(reader, record, job, encoder.lost_text):
+        parts = [
+            (split, part, document)
+            for document in documents
+            for split, part in chooser.parts(document.text).items()
+        ]
+        encoded = encoder.encode([text for _, text, _ in parts])
+        for (split, text, document), numbers in zip(parts, encoded, strict=True):
             if job.eos_id in numbers:
                 raise DataError(
                     f"{job.unit.files[0].path}: has the end token {job.eos_id} of the tokenizer in"
@@ -142,8 +176,13 @@ def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
                     " added_tokens, or give another tokenizer.path."
                 )
             tokens = np.array([*numbers, job.eos_id], np.dtype(job.dtype).newbyteorder("<"))
-            outputs[split].write(tokens.tobytes())
+            outputs[split].tokens.write(tokens.tobytes())
             counts = record.splits[split]
+            path, line = document.place
+            hashed = text_hash(document.text)
+            outputs[split].documents.write(
+                packed_record(counts.num_tokens, line, files[path], hashed)
+            )
             counts.num_tokens += len(tokens)
             counts.num_documents += 1
             counts.num_bytes += len(text.encode())
@@ -153,19 +192,19 @@ def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
 
 def _batches(
     reader: UnitReader, record: UnitRecord, job: EncodeJob, lost_text: LostText
-) -> Iterator[list[str]]:
-    batch: list[str] = []
+) -> Iterator[list[_Document]]:
+    batch: list[_Document] = []
     size = 0
     for read in reader:
         lost = "" if isinstance(read, Flaw) else lost_text.of(read)
-        document = Flaw("lost_text", *reader.place, lost) if lost else read
-        if isinstance(document, Flaw):
+        content = Flaw("lost_text", *reader.place, lost) if lost else read
+        if isinstance(content, Flaw):
             if job.on_error == "stop":
-                raise DataError(f"{in_file(document, job.unit)}. on_error=skip leaves it out.")
-            record.count(document)
+                raise DataError(f"{in_file(content, job.unit)}. on_error=skip leaves it out.")
+            record.count(content)
             continue
-        batch.append(document)
-        size += len(document)
+        batch.append(_Document(content, reader.place))
+        size += len(content)
         if size >= _BATCH_CHARS:
             yield batch
             batch, size = [], 0

@@ -26,6 +26,7 @@ from modtrain.common.atomic_io import (
 )
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.config import PrepareConfig
+from modtrain.data.prepare.documents import UnitDocuments, lines_before, write_side_files
 from modtrain.data.prepare.encode import (
     EXAMPLES_OF_A_KIND,
     EncodeJob,
@@ -65,6 +66,7 @@ from modtrain.data.stream.index import (
     IndexSummary,
     Shard,
     ShardIndex,
+    SideFile,
     SplitSummary,
     index_content,
 )
@@ -142,11 +144,12 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         layout = PackLayout(
             config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
         )
-        records, tokens = _encode(config, units, tokenizer, work=work, progress=progress)
+        encoded = _encode(config, units, tokenizer, work=work, progress=progress)
+        records = encoded.records
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
         flaws = _flaw_counts(records)
         _refuse_empty_split(splits, _examples(units, records), flaws, config)
-        shards = _pack(config, tokens, layout, output=output, work=work, progress=progress)
+        shards = _pack(config, encoded.tokens, layout, output=output, work=work, progress=progress)
         summary = IndexSummary(
             seq_len=config.seq_len,
             vocab_size=tokenizer.vocab_size,
@@ -158,8 +161,9 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             flaws=flaws,
             splits=splits,
         )
+        sides = write_side_files(output, files, encoded.documents, work / "staging")
         write_json(output / REQUEST_NAME, request, work / "staging")
-        finish(output, summary, shards, work / "staging")
+        finish(output, summary, shards, sides, work / "staging")
     # Only now that the lock in it is closed: on NFS an open file would keep the folder.
     shutil.rmtree(work)
     summary = ShardIndex.load(output).summary
@@ -173,7 +177,11 @@ def _refuse_unused_separator(config: PrepareConfig, files: Sequence[SourceFile])
 
 
 def finish(
-    output: Path, summary: IndexSummary, shards: dict[str, list[Shard]], staging: Path
+    output: Path,
+    summary: IndexSummary,
+    shards: dict[str, list[Shard]],
+    side_files: dict[str, SideFile],
+    staging: Path,
 ) -> None:
     """Write ``index.json``, which makes the directory ``output`` whole."""
     for split in SPLITS:
@@ -184,7 +192,7 @@ def finish(
                 path.unlink()
         sync(output / split)
     sync(output)
-    write_json(output / INDEX_NAME, index_content(summary, shards), staging)
+    write_json(output / INDEX_NAME, index_content(summary, shards, side_files), staging)
 
 
 def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
@@ -274,6 +282,15 @@ def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path)
     return trained.read_bytes()
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """What came of the units, in their order; tokens and documents by split."""
+
+    records: list[UnitRecord]
+    tokens: dict[str, list[TokenFile]]
+    documents: dict[str, list[UnitDocuments]]
+
+
 def _encode(
     config: PrepareConfig,
     units: Sequence[Unit],
@@ -281,7 +298,7 @@ def _encode(
     *,
     work: Path,
     progress: bool,
-) -> tuple[list[UnitRecord], dict[str, list[TokenFile]]]:
+) -> _Encoded:
     jobs = [
         EncodeJob(
             unit=unit,
@@ -311,7 +328,17 @@ def _encode(
         ]
         for split in SPLITS
     }
-    return records, tokens
+    before = lines_before(units, records)
+    documents = {
+        split: [
+            UnitDocuments(str(job.document_file(split)), count.num_tokens, job.unit.files, lines)
+            for job, count, lines in zip(
+                jobs, (r.splits[split] for r in records), before, strict=True
+            )
+        ]
+        for split in SPLITS
+    }
+    return _Encoded(records, tokens, documents)
 
 
 def _pack(
@@ -391,14 +418,10 @@ def _flaw_counts(records: Sequence[UnitRecord]) -> dict[str, int]:
 def _examples(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[Flaw]:
     """The first few flaws of each kind, their lines counted from the start of the file."""
     shown: dict[str, int] = {}
-    lines_before: dict[str, int] = {}
     examples = []
-    for unit, record in zip(units, records, strict=True):
-        path = unit.files[0].path
+    for before, record in zip(lines_before(units, records), records, strict=True):
         for flaw in record.examples:
             shown[flaw.kind] = shown.get(flaw.kind, 0) + 1
             if shown[flaw.kind] <= EXAMPLES_OF_A_KIND:
-                line = flaw.line + (lines_before.get(path, 0) if unit.kind == "jsonl" else 0)
-                examples.append(replace(flaw, line=line))
-        lines_before[path] = lines_before.get(path, 0) + record.num_lines
+                examples.append(replace(flaw, line=flaw.line + before))
     return examples
