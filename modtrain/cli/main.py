@@ -273,8 +273,8 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
         "list, verify, prune or consolidate a run's checkpoints",
     ),
     "data": (
-        "modtrain.inference.step_samples:show_samples",
-        "the samples that a step of a run read: numbers, shards, texts",
+        "modtrain.inference.data_view.view:view_data",
+        "what is in prepared data, and which documents a step of a run read",
     ),
     "submit": ("modtrain.cluster.submit:submit", "train, prepare, eval, ... as a Slurm job"),
     "status": (_status, "state, step, loss, restarts, checkpoint and job of runs"),

@@ -84,18 +84,26 @@ class DocumentTable:
             own = int(record["start"])
             last = number + 1 == len(starts)
             end = self._num_tokens if last else int(starts[number + 1])
-            if not own < end <= self._num_tokens or int(record["file"]) >= len(self._files):
+            if not own < end <= self._num_tokens:
                 raise DataError(f"{DOCUMENTS_NAME}: record {number} is damaged. {DAMAGED}")
+            file, line = self.origin(number)
             first = max(start, own)
             yield DocumentPart(
-                file=self._files[int(record["file"])],
-                line=int(record["line"]),
+                file=file,
+                line=line,
                 first=first - own,
                 stop=min(stop, end) - own,
                 num_tokens=end - own,
                 place=first - start,
             )
             number += 1
+
+    def origin(self, number: int) -> tuple[str, int]:
+        """Source file and line of a document."""
+        record = self.records[number]
+        if int(record["file"]) >= len(self._files):
+            raise DataError(f"{DOCUMENTS_NAME}: record {number} is damaged. {DAMAGED}")
+        return self._files[int(record["file"])], int(record["line"])
 
     def lengths(self) -> Iterator[NDArray[np.int64]]:
         """Tokens of each document with its end token, in pieces."""
