@@ -199,6 +199,8 @@ class PrepareConfig:
     on_error: ``skip`` counts and skips damaged input, ``stop`` raises at the first.
     max_document_bytes: a larger document, or line that holds one, is damaged input. Bounds the
         memory that a process needs.
+    deduplicate: documents whose whole text stands in an earlier one, of any file, are left out and
+        counted. A trained tokenizer still sees them.
     num_workers: processes; 0 takes every usable CPU, 1 works in this process.
     seed: seed of the choice of held-out documents.
     """
@@ -215,6 +217,7 @@ class PrepareConfig:
     split_at: str = "document"
     on_error: str = "skip"
     max_document_bytes: int = 1 << 28
+    deduplicate: bool = False
     num_workers: int = 0
     seed: int = 0
 

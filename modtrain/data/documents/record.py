@@ -23,8 +23,10 @@ Records = NDArray[Any]
 RECORD = np.dtype([("start", "<u8"), ("line", "<u8"), ("file", "<u4"), ("hash", "<u8", (2,))])
 """start: the first token's place in the split's tokens, documents end to end. file: its number in
 ``source_files.json``. line: line, row or record, from 1. hash: BLAKE2b-128 of the whole text."""
+UNIT_RECORD = np.dtype([*RECORD.descr, ("num_bytes", "<u8")])
+"""While a corpus is prepared: num_bytes are those of the part of the text that is in the split."""
 HASH_BYTES = 16
-_PACKED = struct.Struct(f"<QQI{HASH_BYTES}s")
+_PACKED = struct.Struct(f"<QQI{HASH_BYTES}sQ")
 
 
 def text_hash(text: str) -> bytes:
@@ -32,9 +34,9 @@ def text_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES).digest()
 
 
-def packed_record(start: int, line: int, file: int, hashed: bytes) -> bytes:
-    """One record as it is stored."""
-    return _PACKED.pack(start, line, file, hashed)
+def packed_record(start: int, line: int, file: int, hashed: bytes, num_bytes: int) -> bytes:
+    """One `UNIT_RECORD` as it is stored."""
+    return _PACKED.pack(start, line, file, hashed, num_bytes)
 
 
 def write_records(path: Path, count: int, parts: Iterable[Records], staging: Path) -> SideFile:

@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from modtrain.common.atomic_io import file_sha256, write_json
-from modtrain.data.documents.record import RECORD, Records, names_of, write_records
+from modtrain.data.documents.record import (
+    RECORD,
+    UNIT_RECORD,
+    Records,
+    names_of,
+    write_records,
+)
 from modtrain.data.prepare.encode import UnitRecord
 from modtrain.data.prepare.sources import SourceFile
 from modtrain.data.prepare.units import Unit
@@ -30,10 +36,10 @@ class UnitDocuments:
     lines_before: int
 
     def records(self) -> Records:
-        """Map the records."""
+        """Map the records, of type `UNIT_RECORD`."""
         if not Path(self.path).stat().st_size:
-            return np.empty(0, RECORD)
-        return np.memmap(self.path, RECORD, mode="r")
+            return np.empty(0, UNIT_RECORD)
+        return np.memmap(self.path, UNIT_RECORD, mode="r")
 
 
 def lines_before(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[int]:
@@ -73,7 +79,7 @@ def write_side_files(
 def _merged(units: Sequence[UnitDocuments], numbers: Mapping[str, int]) -> Iterator[Records]:
     tokens_before = 0
     for unit in units:
-        records = unit.records().copy()
+        records = unit.records()[list(RECORD.names or ())].astype(RECORD)
         records["start"] += tokens_before
         records["line"] += unit.lines_before
         of_file = np.array([numbers[file.path] for file in unit.files], dtype=np.uint32)

@@ -178,14 +178,14 @@ def _encode(job: EncodeJob, outputs: dict[str, _Output]) -> UnitRecord:
             tokens = np.array([*numbers, job.eos_id], np.dtype(job.dtype).newbyteorder("<"))
             outputs[split].tokens.write(tokens.tobytes())
             counts = record.splits[split]
-            path, line = document.place
+            (path, line), num_bytes = document.place, len(text.encode())
             hashed = text_hash(document.text)
             outputs[split].documents.write(
-                packed_record(counts.num_tokens, line, files[path], hashed)
+                packed_record(counts.num_tokens, line, files[path], hashed, num_bytes)
             )
             counts.num_tokens += len(tokens)
             counts.num_documents += 1
-            counts.num_bytes += len(text.encode())
+            counts.num_bytes += num_bytes
     record.num_lines = reader.num_lines
     return record
 

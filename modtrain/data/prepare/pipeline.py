@@ -26,6 +26,7 @@ from modtrain.common.atomic_io import (
 )
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.config import PrepareConfig
+from modtrain.data.prepare.deduplicate import EncodedUnits, without_repeats
 from modtrain.data.prepare.documents import UnitDocuments, lines_before, write_side_files
 from modtrain.data.prepare.encode import (
     EXAMPLES_OF_A_KIND,
@@ -145,6 +146,10 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
         )
         encoded = _encode(config, units, tokenizer, work=work, progress=progress)
+        if config.deduplicate:
+            encoded = without_repeats(
+                encoded, tokenizer.dtype, work, config.num_workers, progress=progress
+            )
         records = encoded.records
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
         flaws = _flaw_counts(records)
@@ -282,15 +287,6 @@ def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path)
     return trained.read_bytes()
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """What came of the units, in their order; tokens and documents by split."""
-
-    records: list[UnitRecord]
-    tokens: dict[str, list[TokenFile]]
-    documents: dict[str, list[UnitDocuments]]
-
-
 def _encode(
     config: PrepareConfig,
     units: Sequence[Unit],
@@ -298,7 +294,7 @@ def _encode(
     *,
     work: Path,
     progress: bool,
-) -> _Encoded:
+) -> EncodedUnits:
     jobs = [
         EncodeJob(
             unit=unit,
@@ -338,7 +334,7 @@ def _encode(
         ]
         for split in SPLITS
     }
-    return _Encoded(records, tokens, documents)
+    return EncodedUnits(records, tokens, documents)
 
 
 def _pack(

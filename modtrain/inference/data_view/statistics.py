@@ -30,9 +30,9 @@ class SplitStatistics:
     """What is in one split of one source.
 
     lengths: of documents in tokens, end tokens included; None: unknown. num_repeats: documents
-    whose text stands in an earlier one, of all sources and splits; None: unknown, as an earlier
-    version prepared the data. counts_V: how often each token occurs in num_read tokens of the
-    sequences; of all of them where is_whole.
+    whose text stands in an earlier one of the same split, of any source; None: unknown, as an
+    earlier version prepared the data. counts_V: how often each token occurs in num_read tokens of
+    the sequences; of all of them where is_whole.
     """
 
     source: str
@@ -82,8 +82,11 @@ def statistics_of(
         for split in SPLITS
     }
     known = {place: table for place, table in tables.items() if table is not None}
-    marks = find_repeats([table.records for table in known.values()])
-    repeats = dict(zip(known, marks, strict=True))
+    repeats = {}
+    for split in SPLITS:
+        # With split_at=line a document has a part in either split.
+        own = [place for place in known if place[1] == split]
+        repeats |= zip(own, find_repeats([known[place].records for place in own]), strict=True)
     splits = []
     for (source, split), table in tables.items():
         index, samples = indexes[source], data[source][split]
