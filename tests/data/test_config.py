@@ -36,6 +36,7 @@ def test_all_problems_of_a_prepare_are_reported_at_once():
         max_document_bytes=1,
         on_error="ignore",
         num_workers=-1,
+        task="last",
         seed=-1,
     )
     keys = {problem.key for problem in config.problems()}

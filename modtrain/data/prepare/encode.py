@@ -32,11 +32,12 @@ _COUNTED_BYTES = 1 << 20
 class EncodeJob:
     """A unit, and all that its tokens depend on.
 
-    work: the working directory, with ``units/`` and ``staging/``.
+    work: the working directory, with ``units/``. staging: folder in it for temporary files.
     """
 
     unit: Unit
     work: str
+    staging: str
     tokenizer: str
     tokenizer_sha256: str
     eos_id: int
@@ -53,7 +54,7 @@ class EncodeJob:
     def key(self) -> str:
         """Name of the unit's files: differs wherever the tokens might."""
         fields = without_later_options(asdict(self))
-        where_it_happens = ("work", "tokenizer")
+        where_it_happens = ("work", "staging", "tokenizer")
         return digest({k: v for k, v in fields.items() if k not in where_it_happens})[:32]
 
     def token_file(self, split: str) -> Path:
@@ -122,7 +123,7 @@ def encode_unit(job: EncodeJob) -> UnitRecord:
 
     Raises DataError at the first flaw with ``on_error=stop``, or if a file changes meanwhile.
     """
-    staging = Path(job.work) / "staging"
+    staging = Path(job.staging)
     with ExitStack() as opened:
         outputs = {
             split: _Output(
