@@ -14,7 +14,6 @@ from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.documents.record import packed_record, text_hash
-from modtrain.data.prepare.lost_text import LostText
 from modtrain.data.prepare.readers import Flaw, UnitReader
 from modtrain.data.prepare.request import without_later_options
 from modtrain.data.prepare.sources import SourceFile
@@ -162,47 +161,57 @@ def _encode(job: EncodeJob, outputs: dict[str, _Output]) -> UnitRecord:
     record = UnitRecord()
     reader = UnitReader(job.unit, job.text_column, job.max_document_bytes, job.separator)
     files = {file.path: number for number, file in enumerate(job.unit.files)}
-    for documents in _batches(reader, record, job, encoder.lost_text):
-        parts = [
-            (split, part, document)
-            for document in documents
-            for split, part in chooser.parts(document.text).items()
-        ]
-        encoded = encoder.encode([text for _, text, _ in parts])
-        for (split, text, document), numbers in zip(parts, encoded, strict=True):
-            if job.eos_id in numbers:
-                raise DataError(
-                    f"{job.unit.files[0].path}: has the end token {job.eos_id} of the tokenizer in"
-                    " its text, where no document ends. Make it special in the tokenizer's"
-                    " added_tokens, or give another tokenizer.path."
-                )
-            tokens = np.array([*numbers, job.eos_id], np.dtype(job.dtype).newbyteorder("<"))
-            outputs[split].tokens.write(tokens.tobytes())
-            counts = record.splits[split]
-            (path, line), num_bytes = document.place, len(text.encode())
-            hashed = text_hash(document.text)
-            outputs[split].documents.write(
-                packed_record(counts.num_tokens, line, files[path], hashed, num_bytes)
-            )
-            counts.num_tokens += len(tokens)
-            counts.num_documents += 1
-            counts.num_bytes += num_bytes
+    for documents in _batches(reader, record, job):
+        parts = [chooser.parts(document.text) for document in documents]
+        encoded = encoder.encode_documents([list(by_split.values()) for by_split in parts])
+        for document, by_split, numbers in zip(documents, parts, encoded, strict=True):
+            if isinstance(numbers, str):
+                _count_or_stop(Flaw("lost_text", *document.place, numbers), record, job)
+                continue
+            path, line = document.place
+            place = (line, files[path], text_hash(document.text))
+            for (split, text), own in zip(by_split.items(), numbers, strict=True):
+                _write(job, outputs[split], record.splits[split], (text, own), place)
     record.num_lines = reader.num_lines
     return record
 
 
-def _batches(
-    reader: UnitReader, record: UnitRecord, job: EncodeJob, lost_text: LostText
-) -> Iterator[list[_Document]]:
+def _write(
+    job: EncodeJob,
+    output: _Output,
+    counts: SplitCounts,
+    part: tuple[str, list[int]],
+    place: tuple[int, int, bytes],
+) -> None:
+    """Write the part of a document that is in one split: its text's numbers, and its record.
+
+    place: of the whole document: line, number of its file, hash.
+    """
+    text, numbers = part
+    if job.eos_id in numbers:
+        raise DataError(
+            f"{job.unit.files[0].path}: has the end token {job.eos_id} of the tokenizer in"
+            " its text, where no document ends. Make it special in the tokenizer's"
+            " added_tokens, or give another tokenizer.path."
+        )
+    tokens = np.array([*numbers, job.eos_id], np.dtype(job.dtype).newbyteorder("<"))
+    num_bytes = len(text.encode())
+    output.tokens.write(tokens.tobytes())
+    output.documents.write(packed_record(counts.num_tokens, *place, num_bytes))
+    counts.num_tokens += len(tokens)
+    counts.num_documents += 1
+    counts.num_bytes += num_bytes
+
+
+def _batches(reader: UnitReader, record: UnitRecord, job: EncodeJob) -> Iterator[list[_Document]]:
     batch: list[_Document] = []
     size = 0
-    for read in reader:
-        lost = "" if isinstance(read, Flaw) else lost_text.of(read)
-        content = Flaw("lost_text", *reader.place, lost) if lost else read
+    for content in reader:
         if isinstance(content, Flaw):
-            if job.on_error == "stop":
-                raise DataError(f"{in_file(content, job.unit)}. on_error=skip leaves it out.")
-            record.count(content)
+            if job.on_error == "stop" and batch:
+                # A document before it may have the first flaw.
+                yield batch
+            _count_or_stop(content, record, job)
             continue
         batch.append(_Document(content, reader.place))
         size += len(content)
@@ -211,6 +220,12 @@ def _batches(
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _count_or_stop(flaw: Flaw, record: UnitRecord, job: EncodeJob) -> None:
+    if job.on_error == "stop":
+        raise DataError(f"{in_file(flaw, job.unit)}. on_error=skip leaves it out.")
+    record.count(flaw)
 
 
 def in_file(flaw: Flaw, unit: Unit) -> Flaw:
