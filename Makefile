@@ -77,7 +77,7 @@ imports: $(STAMP)  ## the import contract
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## every benchmark, one after the other
-	for name in startup data_stream mod_step moe_layer dense_step loss_memory decode decision_margin strategies checkpoint scale; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in startup data_stream prepare mod_step moe_layer dense_step loss_memory decode decision_margin strategies checkpoint scale; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 docs: $(STAMP)  ## the documents as a site in build/docs; a warning or a link to nowhere stops it
 	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet docs build/docs

@@ -59,8 +59,8 @@ from modtrain.inference.config import (
     EvalRunConfig,
     GenerateConfig,
     InspectConfig,
-    StepSamplesConfig,
 )
+from modtrain.inference.data_view.config import DataViewConfig
 from modtrain.interop.config import ExportConfig, ImportConfig
 from modtrain.training.config import PlanConfig, TrainConfig
 from modtrain.training.named_runs import name_of
@@ -77,7 +77,7 @@ SCHEMAS: dict[str, type] = {
     "export": ExportConfig,
     "import": ImportConfig,
     "checkpoints": CheckpointsConfig,
-    "data": StepSamplesConfig,
+    "data": DataViewConfig,
     "submit": SubmitConfig,
     "search": SearchConfig,
     "search-patterns": PatternSearchConfig,

@@ -35,12 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with report_outcome() as outcome:
             # Without ranks of its own, rank 0 does it, once.
-            if arguments.verb in _TRAINING or launched_rank(has_ranks=False) == 0:
+            has_own = arguments.verb in _TRAINING or _shares_work(arguments)
+            if has_own or launched_rank(has_ranks=False) == 0:
                 outcome.exit_code = _run(arguments)
         sys.stdout.flush()
         return outcome.exit_code
     except (ModtrainError, OSError, KeyboardInterrupt) as error:
         return _report(error, arguments)
+
+
+def _shares_work(arguments: Arguments) -> bool:
+    """Whether each of the processes that were started together has a part of its own."""
+    return arguments.verb == "prepare" and any(word.startswith("task=") for word in arguments.words)
 
 
 def _report(error: BaseException, arguments: Arguments) -> int:
@@ -234,7 +240,7 @@ _RESUMABLE = (*_TRAINING, "prepare")
 _SHOWING = ("", "config", "data", "doctor", "generate", "logs", "plan", "status")
 # What a verb calls, ``module:function`` with the verb's configuration, and a line of help.
 _VERBS: dict[str, tuple[str | Verb, str]] = {
-    "prepare": ("modtrain.data.prepare.pipeline:prepare", "text to tokenizer and shards"),
+    "prepare": ("modtrain.data.prepare.shared:prepare_task", "text to tokenizer and shards"),
     "train": (_train, "train a run, or resume it"),
     "compare": (
         "modtrain.experiments.compare.compare:compare",
@@ -273,8 +279,8 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
         "list, verify, prune or consolidate a run's checkpoints",
     ),
     "data": (
-        "modtrain.inference.step_samples:show_samples",
-        "the samples that a step of a run read: numbers, shards, texts",
+        "modtrain.inference.data_view.view:view_data",
+        "what is in prepared data, and which documents a step of a run read",
     ),
     "submit": ("modtrain.cluster.submit:submit", "train, prepare, eval, ... as a Slurm job"),
     "status": (_status, "state, step, loss, restarts, checkpoint and job of runs"),

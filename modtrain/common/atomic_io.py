@@ -127,12 +127,16 @@ def _open_own(path: Path, flags: int, create: bool = True) -> BinaryIO:
 
 @contextmanager
 def acquire_lock(
-    path: Path, in_use: Exception | None = None, timeout: float = 0.0
+    path: Path,
+    in_use: Exception | None = None,
+    timeout: float = 0.0,
+    *,
+    is_shared: bool = False,
 ) -> Iterator[None]:
     """Hold the lock ``path`` against other processes, till the block or this process ends.
 
     in_use: what to raise where another process holds it; None: BlockingIOError.
-    timeout: seconds for which it may hold it.
+    timeout: seconds for which it may hold it. is_shared: several may hold it that share it.
 
     Raises:
         NoLocksError: the file system has no locks.
@@ -141,7 +145,8 @@ def acquire_lock(
         deadline = time.monotonic() + timeout
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:

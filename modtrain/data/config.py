@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summar
 VERIFY_LEVELS = ("size", "sha256", "none")
 ERROR_POLICIES = ("skip", "stop")
 SPLIT_AT = ("document", "line")
+_TASK = re.compile(r"slurm|\d{1,9}/\d{1,9}")
 # The 256 bytes and the end-of-document token: a byte-level vocabulary cannot be smaller.
 SMALLEST_VOCAB = 257
 
@@ -199,7 +201,11 @@ class PrepareConfig:
     on_error: ``skip`` counts and skips damaged input, ``stop`` raises at the first.
     max_document_bytes: a larger document, or line that holds one, is damaged input. Bounds the
         memory that a process needs.
+    deduplicate: documents whose whole text stands in an earlier one, of any file, are left out and
+        counted. A trained tokenizer still sees them.
     num_workers: processes; 0 takes every usable CPU, 1 works in this process.
+    task: null: this command does everything. ``slurm``: it is one of the tasks of a Slurm step or
+        job array, which share the work; ``1/3``: the second of three, however they are started.
     seed: seed of the choice of held-out documents.
     """
 
@@ -215,7 +221,9 @@ class PrepareConfig:
     split_at: str = "document"
     on_error: str = "skip"
     max_document_bytes: int = 1 << 28
+    deduplicate: bool = False
     num_workers: int = 0
+    task: str | None = None
     seed: int = 0
 
     @property
@@ -238,6 +246,9 @@ class PrepareConfig:
             *at_least(self, "", 1 << 10, "max_document_bytes"),
             *at_least(self, "", 0, "num_workers", "seed"),
         ]
+        if self.task is not None and not _TASK.fullmatch(self.task):
+            reason, remedy = "is no task", "write task=slurm, or task=0/3, task=1/3 and task=2/3"
+            problems.append(Problem("task", self.task, reason, remedy))
         if self.separator == "":
             reason, remedy = "is empty", "give a text, or null: a file is one document"
             problems.append(Problem("separator", "", reason, remedy))

@@ -11,8 +11,6 @@ from modtrain.inference.text_io import file_problems, output_problems, text_prob
 from modtrain.parallel.config import ACCELERATORS
 from modtrain.training.config import PRECISIONS
 
-SAMPLE_FORMATS = ("table", "jsonl")
-
 
 @dataclass
 class TrainedRunConfig:
@@ -321,35 +319,4 @@ class GenerateConfig(TrainedRunConfig):
             *file_problems("file", self.file),
             *file_problems("input", self.input),
             *output_problems(self.output),
-        ]
-
-
-@dataclass
-class StepSamplesConfig:
-    """Which samples a step of a run read.
-
-    run: the run's name below ``runs_dir``.
-    runs_dir: where runs live.
-    step: the optimizer step, as in the run's metrics: the first one is 1.
-    data_path: where the run's prepared data were moved to; null: they are where they were.
-    format: ``table``: each sample's place in the stream, number, shard, byte, and how its text
-        begins; ``jsonl``: a line of JSON for each, with all of its tokens.
-    """
-
-    run: str | None = None
-    runs_dir: str = "runs"
-    step: int | None = None
-    data_path: str | None = None
-    format: str = "table"
-
-    def problems(self, prefix: str = "") -> list[Problem]:
-        """Everything wrong with the request that can be checked without the run."""
-        problems = at_least(self, prefix, 1, "step")
-        if self.step is None:
-            reason, remedy = "is missing", "add step=1, or that of a spike"
-            problems.append(Problem(key_of(prefix, "step"), "null", reason, remedy))
-        return [
-            *not_empty(self, prefix, "run", "add run=my_run"),
-            *one_of(self, prefix, "format", SAMPLE_FORMATS),
-            *problems,
         ]

@@ -17,6 +17,7 @@ SMALL = {
     "decode": "--d-model 64 --layers 2 --vocab 128 --prompt 64 --middle-prompt 32"
     " --short-prompt 16 --tokens 4 --train-steps 2 --rounds 2",
     "data_stream": "--tokens 200000 --seq-len 64 --rounds 2",
+    "prepare": "--megabytes 0.1 0.2 --vocab 300 --rounds 1",
     "startup": "--rounds 1",
     "strategies": "--steps 4 --processes 2 4 --strategies ddp fsdp fsdp_tp fsdp_ep fsdp_cp"
     " deepspeed_2 --models mod staged",
@@ -35,6 +36,7 @@ RATIOS = {
         *("eta_prefill", "flops_ratio_prefill", "over_hf"),
     },
     "data_stream": {"over_memmap", "over_unchecked"},
+    "prepare": {"over_tokenizers", "over_tokenizers_processor", "growth", "growth_processor"},
     "startup": {"help_seconds", "first_step_seconds", "over_import"},
     "strategies": {"max_loss_difference", "different_choices", "strategies", "runs"},
     "checkpoint": {

@@ -16,7 +16,7 @@ from modtrain.common.overrides import opened
 from modtrain.common.shipped import conf_dir
 from modtrain.data.mixture.config import MixtureStageConfig
 from modtrain.experiments.sweep.jobs import overrides_between
-from modtrain.inference.step_samples import samples_of
+from modtrain.inference.data_view.step_samples import samples_of
 from modtrain.training.config import PlanConfig
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.mixture_change import check_same_mixture

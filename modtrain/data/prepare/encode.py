@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +13,7 @@ import numpy as np
 from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
-from modtrain.data.prepare.lost_text import LostText
+from modtrain.data.documents.record import packed_record, text_hash
 from modtrain.data.prepare.readers import Flaw, UnitReader
 from modtrain.data.prepare.request import without_later_options
 from modtrain.data.prepare.sources import SourceFile
@@ -30,11 +31,12 @@ _COUNTED_BYTES = 1 << 20
 class EncodeJob:
     """A unit, and all that its tokens depend on.
 
-    work: the working directory, with ``units/`` and ``staging/``.
+    work: the working directory, with ``units/``. staging: folder in it for temporary files.
     """
 
     unit: Unit
     work: str
+    staging: str
     tokenizer: str
     tokenizer_sha256: str
     eos_id: int
@@ -51,12 +53,16 @@ class EncodeJob:
     def key(self) -> str:
         """Name of the unit's files: differs wherever the tokens might."""
         fields = without_later_options(asdict(self))
-        where_it_happens = ("work", "tokenizer")
+        where_it_happens = ("work", "staging", "tokenizer")
         return digest({k: v for k, v in fields.items() if k not in where_it_happens})[:32]
 
     def token_file(self, split: str) -> Path:
         """Where the tokens of a split are written."""
         return Path(self.work) / "units" / f"{self.key}.{split}.bin"
+
+    def document_file(self, split: str) -> Path:
+        """Where the records of a split's documents are written; the unit's, and not yet merged."""
+        return Path(self.work) / "units" / f"{self.key}.{split}.documents"
 
     @property
     def record_file(self) -> Path:
@@ -98,7 +104,8 @@ class UnitRecord:
 
 def finished_record(job: EncodeJob) -> UnitRecord | None:
     """The record of a unit that an earlier run finished, None if it has to be done."""
-    if not job.record_file.exists():
+    # An earlier version kept no records of the documents.
+    if not all(path.exists() for path in (job.record_file, *map(job.document_file, SPLITS))):
         return None
     try:
         content = read_json(job.record_file)
@@ -111,14 +118,20 @@ def finished_record(job: EncodeJob) -> UnitRecord | None:
 
 
 def encode_unit(job: EncodeJob) -> UnitRecord:
-    """Write the tokens of a unit, a file a split, and then its record.
+    """Write tokens and documents of a unit, two files a split, and then its record.
 
     Raises DataError at the first flaw with ``on_error=stop``, or if a file changes meanwhile.
     """
-    staging = Path(job.work) / "staging"
-    train, valid = (job.token_file(split) for split in SPLITS)
-    with atomic_writer(train, staging) as train_file, atomic_writer(valid, staging) as valid_file:
-        record = _encode(job, {"train": train_file, "valid": valid_file})
+    staging = Path(job.staging)
+    with ExitStack() as opened:
+        outputs = {
+            split: _Output(
+                opened.enter_context(atomic_writer(job.token_file(split), staging)),
+                opened.enter_context(atomic_writer(job.document_file(split), staging)),
+            )
+            for split in SPLITS
+        }
+        record = _encode(job, outputs)
     for file in job.unit.files:
         if SourceFile.of(file.path) != file:
             raise DataError(f"{file.path}: changed while it was read. Run prepare again.")
@@ -126,51 +139,93 @@ def encode_unit(job: EncodeJob) -> UnitRecord:
     return record
 
 
-def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
+@dataclass(frozen=True)
+class _Output:
+    """The files of a split."""
+
+    tokens: BinaryIO
+    documents: BinaryIO
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A text and where it stands: path, and line as the unit counts it."""
+
+    text: str
+    place: tuple[str, int]
+
+
+def _encode(job: EncodeJob, outputs: dict[str, _Output]) -> UnitRecord:
     encoder = DocumentEncoder.of_file(job.tokenizer, job.tokenizer_sha256)
     chooser = SplitChooser(job.seed, job.valid_fraction, job.split_at)
     record = UnitRecord()
     reader = UnitReader(job.unit, job.text_column, job.max_document_bytes, job.separator)
-    for texts in _batches(reader, record, job, encoder.lost_text):
-        parts = [part for text in texts for part in chooser.parts(text).items()]
-        encoded = encoder.encode([text for _, text in parts])
-        for (split, text), numbers in zip(parts, encoded, strict=True):
-            if job.eos_id in numbers:
-                raise DataError(
-                    f"{job.unit.files[0].path}: has the end token {job.eos_id} of the tokenizer in"
-                    " its text, where no document ends. Make it special in the tokenizer's"
-                    " added_tokens, or give another tokenizer.path."
-                )
-            tokens = np.array([*numbers, job.eos_id], np.dtype(job.dtype).newbyteorder("<"))
-            outputs[split].write(tokens.tobytes())
-            counts = record.splits[split]
-            counts.num_tokens += len(tokens)
-            counts.num_documents += 1
-            counts.num_bytes += len(text.encode())
+    files = {file.path: number for number, file in enumerate(job.unit.files)}
+    for documents in _batches(reader, record, job):
+        parts = [chooser.parts(document.text) for document in documents]
+        encoded = encoder.encode_documents([list(by_split.values()) for by_split in parts])
+        for document, by_split, numbers in zip(documents, parts, encoded, strict=True):
+            if isinstance(numbers, str):
+                _count_or_stop(Flaw("lost_text", *document.place, numbers), record, job)
+                continue
+            path, line = document.place
+            place = (line, files[path], text_hash(document.text))
+            for (split, text), own in zip(by_split.items(), numbers, strict=True):
+                _write(job, outputs[split], record.splits[split], (text, own), place)
     record.num_lines = reader.num_lines
     return record
 
 
-def _batches(
-    reader: UnitReader, record: UnitRecord, job: EncodeJob, lost_text: LostText
-) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _write(
+    job: EncodeJob,
+    output: _Output,
+    counts: SplitCounts,
+    part: tuple[str, list[int]],
+    place: tuple[int, int, bytes],
+) -> None:
+    """Write the part of a document that is in one split: its text's numbers, and its record.
+
+    place: of the whole document: line, number of its file, hash.
+    """
+    text, numbers = part
+    if job.eos_id in numbers:
+        raise DataError(
+            f"{job.unit.files[0].path}: has the end token {job.eos_id} of the tokenizer in"
+            " its text, where no document ends. Make it special in the tokenizer's"
+            " added_tokens, or give another tokenizer.path."
+        )
+    tokens = np.array([*numbers, job.eos_id], np.dtype(job.dtype).newbyteorder("<"))
+    num_bytes = len(text.encode())
+    output.tokens.write(tokens.tobytes())
+    output.documents.write(packed_record(counts.num_tokens, *place, num_bytes))
+    counts.num_tokens += len(tokens)
+    counts.num_documents += 1
+    counts.num_bytes += num_bytes
+
+
+def _batches(reader: UnitReader, record: UnitRecord, job: EncodeJob) -> Iterator[list[_Document]]:
+    batch: list[_Document] = []
     size = 0
-    for read in reader:
-        lost = "" if isinstance(read, Flaw) else lost_text.of(read)
-        document = Flaw("lost_text", *reader.place, lost) if lost else read
-        if isinstance(document, Flaw):
-            if job.on_error == "stop":
-                raise DataError(f"{in_file(document, job.unit)}. on_error=skip leaves it out.")
-            record.count(document)
+    for content in reader:
+        if isinstance(content, Flaw):
+            if job.on_error == "stop" and batch:
+                # A document before it may have the first flaw.
+                yield batch
+            _count_or_stop(content, record, job)
             continue
-        batch.append(document)
-        size += len(document)
+        batch.append(_Document(content, reader.place))
+        size += len(content)
         if size >= _BATCH_CHARS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _count_or_stop(flaw: Flaw, record: UnitRecord, job: EncodeJob) -> None:
+    if job.on_error == "stop":
+        raise DataError(f"{in_file(flaw, job.unit)}. on_error=skip leaves it out.")
+    record.count(flaw)
 
 
 def in_file(flaw: Flaw, unit: Unit) -> Flaw:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, pre_tokenizers
 
 from modtrain.common.errors import DataError
 
@@ -55,17 +55,24 @@ class LostText:
             return ""
         with encoding_with(self._name):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        has_token = bytearray(len(text))
+        return self.of_pieces([(text, encoding)])
+
+    def of_pieces(self, pieces: Sequence[tuple[str, Encoding]]) -> str:
+        """The same of a text that was encoded in pieces, each with its encoding."""
+        dropped: list[str] = []
         unknown: list[str] = []
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            has_token[start:end] = b"\1" * (end - start)
-            if token_id == self._unknown_id:
-                unknown += [c for c in text[start:end] if not c.isspace()]
-        dropped = [c for c, known in zip(text, has_token, strict=True) if not known]
-        dropped = [character for character in dropped if not character.isspace()]
+        num_characters = 0
+        for text, encoding in pieces:
+            has_token = bytearray(len(text))
+            for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                has_token[start:end] = b"\1" * (end - start)
+                if token_id == self._unknown_id:
+                    unknown += [c for c in text[start:end] if not c.isspace()]
+            lost = (c for c, known in zip(text, has_token, strict=True) if not known)
+            dropped += [character for character in lost if not character.isspace()]
+            num_characters += sum(not character.isspace() for character in text)
         if dropped:
             return f"the tokenizer has no token for {_listed(dropped)}"
-        num_characters = sum(not character.isspace() for character in text)
         if len(unknown) > UNKNOWN_SHARE * num_characters:
             share = len(unknown) / num_characters
             return f"{share:.0%} of it is unknown to the tokenizer: {_listed(unknown)}"

@@ -26,6 +26,8 @@ from modtrain.common.atomic_io import (
 )
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.config import PrepareConfig
+from modtrain.data.prepare.deduplicate import EncodedUnits, without_repeats
+from modtrain.data.prepare.documents import UnitDocuments, lines_before, write_side_files
 from modtrain.data.prepare.encode import (
     EXAMPLES_OF_A_KIND,
     EncodeJob,
@@ -65,11 +67,13 @@ from modtrain.data.stream.index import (
     IndexSummary,
     Shard,
     ShardIndex,
+    SideFile,
     SplitSummary,
     index_content,
 )
 
 WORK_NAME = ".work"
+LOCK_NAME = "lock"
 # The options and sources of the output; kept out of the index, since file times are not data.
 # Tokens of 16 bits number this many.
 _LARGEST_UINT16_VOCAB = 1 << 16
@@ -118,6 +122,8 @@ def _flaw_lines(kind: str, count: int, examples: Sequence[Flaw]) -> list[str]:
 def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
     """Make the prepared directory that ``config`` describes, or resume a partial one.
 
+    It does everything, whatever ``config.task`` is: `prepare_task` does the part of a task.
+
     progress: show a bar on a terminal, or log lines elsewhere.
     Raises ConfigError for a configuration that cannot work; DataError for a corpus that cannot be
     read, an output made of something else, and a split without a single sequence.
@@ -132,21 +138,26 @@ def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
 def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     output = Path(config.output)
     files = expand_sources(config.sources)
-    _refuse_unused_separator(config, files)
+    refuse_unused_separator(config, files)
     request = request_of(config, files)
     if (output / INDEX_NAME).exists():
-        return _report_of_finished(output, request)
+        return report_of_finished(output, request)
     with _work_directory(output) as work:
         units = plan_units(files, config.text_column)
-        tokenizer = _ensure_tokenizer(config, units, output, work)
+        tokenizer = ensure_tokenizer(config, units, output, work, work / "staging")
         layout = PackLayout(
             config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
         )
-        records, tokens = _encode(config, units, tokenizer, work=work, progress=progress)
+        encoded = _encode(config, units, tokenizer, work=work, progress=progress)
+        if config.deduplicate:
+            encoded = without_repeats(
+                encoded, tokenizer.dtype, work, config.num_workers, progress=progress
+            )
+        records = encoded.records
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
         flaws = _flaw_counts(records)
         _refuse_empty_split(splits, _examples(units, records), flaws, config)
-        shards = _pack(config, tokens, layout, output=output, work=work, progress=progress)
+        shards = _pack(config, encoded.tokens, layout, output=output, work=work, progress=progress)
         summary = IndexSummary(
             seq_len=config.seq_len,
             vocab_size=tokenizer.vocab_size,
@@ -158,22 +169,28 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             flaws=flaws,
             splits=splits,
         )
+        sides = write_side_files(output, files, encoded.documents, work / "staging")
         write_json(output / REQUEST_NAME, request, work / "staging")
-        finish(output, summary, shards, work / "staging")
+        finish(output, summary, shards, work / "staging", sides)
     # Only now that the lock in it is closed: on NFS an open file would keep the folder.
     shutil.rmtree(work)
     summary = ShardIndex.load(output).summary
     return PrepareReport(output, summary, False, _examples(units, records))
 
 
-def _refuse_unused_separator(config: PrepareConfig, files: Sequence[SourceFile]) -> None:
+def refuse_unused_separator(config: PrepareConfig, files: Sequence[SourceFile]) -> None:
+    """Raise ConfigError for a separator where there is no text file."""
     if config.separator is not None and all(file.kind != "text" for file in files):
         reason, remedy = "is for .txt files, and the sources have none", "leave it out"
         raise ConfigError([Problem("separator", config.separator, reason, remedy)])
 
 
 def finish(
-    output: Path, summary: IndexSummary, shards: dict[str, list[Shard]], staging: Path
+    output: Path,
+    summary: IndexSummary,
+    shards: dict[str, list[Shard]],
+    staging: Path,
+    side_files: dict[str, SideFile] | None = None,
 ) -> None:
     """Write ``index.json``, which makes the directory ``output`` whole."""
     for split in SPLITS:
@@ -184,10 +201,11 @@ def finish(
                 path.unlink()
         sync(output / split)
     sync(output)
-    write_json(output / INDEX_NAME, index_content(summary, shards), staging)
+    write_json(output / INDEX_NAME, index_content(summary, shards, side_files), staging)
 
 
-def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
+def report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
+    """Report a complete output; raise DataError where it is of another ``request``."""
     keys = differing_keys(output, request)
     if keys == [TIMES]:
         # A corpus copied or installed anew has new times and the same text.
@@ -206,31 +224,44 @@ def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
     return PrepareReport(output, summary, was_complete=True)
 
 
-@contextmanager
-def _work_directory(output: Path) -> Iterator[Path]:
-    """The working directory inside ``output``, locked; it is left in place for the next run."""
+class InUseError(DataError):
+    """Another process is preparing the same output."""
+
+
+def make_folders(output: Path) -> Path:
+    """Make the working directory inside ``output``, and the other folders. Returns it.
+
+    Raises DataError for a directory of something else.
+    """
     work = output / WORK_NAME
     if output.exists() and not work.exists() and any(output.iterdir()):
         raise DataError(
             f"{output} is not empty and was not made by prepare. Choose another output."
         )
-    work.mkdir(parents=True, exist_ok=True)
-    in_use = DataError(f"another prepare is writing {output}. Wait for it.")
+    for folder in (work / "units", work / "shards", *(output / split for split in SPLITS)):
+        folder.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+@contextmanager
+def _work_directory(output: Path) -> Iterator[Path]:
+    """The working directory inside ``output``, locked; it is left in place for the next run."""
+    work = make_folders(output)
+    in_use = InUseError(f"another prepare is writing {output}. Wait for it.")
     with ExitStack() as locks:
         try:
-            locks.enter_context(acquire_lock(work / "lock", in_use))
+            locks.enter_context(acquire_lock(work / LOCK_NAME, in_use))
         except NoLocksError:
             _log.warning("%s cannot be locked: start no second prepare of it", output)
         shutil.rmtree(work / "staging", ignore_errors=True)
-        for folder in ("units", "shards", "staging"):
-            (work / folder).mkdir(exist_ok=True)
-        for split in SPLITS:
-            (output / split).mkdir(exist_ok=True)
+        (work / "staging").mkdir()
         yield work
 
 
 @dataclass(frozen=True)
-class _StoredTokenizer:
+class StoredTokenizer:
+    """The tokenizer of the output."""
+
     path: Path
     sha256: str
     vocab_size: int
@@ -238,20 +269,27 @@ class _StoredTokenizer:
 
     @property
     def dtype(self) -> str:
+        """The smallest type of numbers that holds its tokens."""
         return "uint16" if self.vocab_size <= _LARGEST_UINT16_VOCAB else "uint32"
 
 
-def _ensure_tokenizer(
-    config: PrepareConfig, units: Sequence[Unit], output: Path, work: Path
-) -> _StoredTokenizer:
+def ensure_tokenizer(
+    config: PrepareConfig, units: Sequence[Unit], output: Path, work: Path, staging: Path
+) -> StoredTokenizer:
+    """Train the tokenizer, or take the given or an earlier run's one, and store it.
+
+    Raises DataError where it is none, or has no end-of-document token.
+    """
     path = output / TOKENIZER_NAME
-    content = _tokenizer_content(config, units, work)
+    content = _tokenizer_content(config, units, work, staging)
     vocab_size, eos_id = check_tokenizer(content, config.tokenizer.path or str(path))
-    write_bytes(path, content, work / "staging")
-    return _StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
+    write_bytes(path, content, staging)
+    return StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
 
 
-def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path) -> bytes:
+def _tokenizer_content(
+    config: PrepareConfig, units: Sequence[Unit], work: Path, staging: Path
+) -> bytes:
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path).read_bytes()
     key_parts = [asdict(config.tokenizer), config.text_column, config.valid_fraction, config.seed]
@@ -270,22 +308,23 @@ def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path)
             separator=config.separator_text,
         )
         content = train_tokenizer(texts, config.tokenizer.vocab_size)
-        write_bytes(trained, content, work / "staging")
+        write_bytes(trained, content, staging)
     return trained.read_bytes()
 
 
-def _encode(
+def encode_jobs(
     config: PrepareConfig,
     units: Sequence[Unit],
-    tokenizer: _StoredTokenizer,
-    *,
+    tokenizer: StoredTokenizer,
     work: Path,
-    progress: bool,
-) -> tuple[list[UnitRecord], dict[str, list[TokenFile]]]:
-    jobs = [
+    staging: Path,
+) -> list[EncodeJob]:
+    """The job of each unit."""
+    return [
         EncodeJob(
             unit=unit,
             work=str(work),
+            staging=str(staging),
             tokenizer=str(tokenizer.path),
             tokenizer_sha256=tokenizer.sha256,
             eos_id=tokenizer.eos_id,
@@ -300,6 +339,17 @@ def _encode(
         )
         for unit in units
     ]
+
+
+def _encode(
+    config: PrepareConfig,
+    units: Sequence[Unit],
+    tokenizer: StoredTokenizer,
+    *,
+    work: Path,
+    progress: bool,
+) -> EncodedUnits:
+    jobs = encode_jobs(config, units, tokenizer, work, work / "staging")
     sizes = [unit.num_bytes for unit in units]
     records = run_unfinished(
         "encoding", encode_unit, finished_record, jobs, sizes, config.num_workers, progress
@@ -311,7 +361,17 @@ def _encode(
         ]
         for split in SPLITS
     }
-    return records, tokens
+    before = lines_before(units, records)
+    documents = {
+        split: [
+            UnitDocuments(str(job.document_file(split)), count.num_tokens, job.unit.files, lines)
+            for job, count, lines in zip(
+                jobs, (r.splits[split] for r in records), before, strict=True
+            )
+        ]
+        for split in SPLITS
+    }
+    return EncodedUnits(records, tokens, documents)
 
 
 def _pack(
@@ -391,14 +451,10 @@ def _flaw_counts(records: Sequence[UnitRecord]) -> dict[str, int]:
 def _examples(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[Flaw]:
     """The first few flaws of each kind, their lines counted from the start of the file."""
     shown: dict[str, int] = {}
-    lines_before: dict[str, int] = {}
     examples = []
-    for unit, record in zip(units, records, strict=True):
-        path = unit.files[0].path
+    for before, record in zip(lines_before(units, records), records, strict=True):
         for flaw in record.examples:
             shown[flaw.kind] = shown.get(flaw.kind, 0) + 1
             if shown[flaw.kind] <= EXAMPLES_OF_A_KIND:
-                line = flaw.line + (lines_before.get(path, 0) if unit.kind == "jsonl" else 0)
-                examples.append(replace(flaw, line=line))
-        lines_before[path] = lines_before.get(path, 0) + record.num_lines
+                examples.append(replace(flaw, line=flaw.line + before))
     return examples

@@ -23,6 +23,7 @@ FLAW_KINDS = {
     "damaged": "compressed or parquet files that are cut short or corrupt",
     "too_large": "documents or lines of more than max_document_bytes",
     "lost_text": "documents with text that the tokenizer cannot spell",
+    "repeated": "documents whose text stands in an earlier one",
 }
 _BOM = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 18

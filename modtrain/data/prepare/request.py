@@ -15,13 +15,13 @@ from modtrain.data.prepare.sources import SourceFile
 REQUEST_NAME = ".prepared.json"
 TIMES = "times of change"
 # Options that earlier versions did not have.
-_LATER = ("separator", "split_at", "max_document_bytes")
+_LATER = ("separator", "split_at", "max_document_bytes", "deduplicate")
 
 
 def request_of(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
     """All that the output depends on, free of paths, so that the folders can be moved."""
     options = asdict(config)
-    for name in ("sources", "output", "num_workers"):
+    for name in ("sources", "output", "num_workers", "task"):
         del options[name]
     path = config.tokenizer.path
     if path is not None:

@@ -6,10 +6,11 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from threading import Event, Thread
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from modtrain.common.errors import DataError
 from modtrain.data.config import TokenizerConfig
@@ -236,7 +237,33 @@ class DocumentEncoder:
         flat = [piece for parts in pieces for piece in parts]
         with encoding_with(self._name):
             encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
-        return [[number for _ in parts for number in next(encoded).ids] for parts in pieces]
+        # Nearly all texts are one piece, whose list needs no copy.
+        return [
+            next(encoded).ids if len(parts) == 1 else list(_joined(encoded, len(parts)))
+            for parts in pieces
+        ]
+
+    def encode_documents(self, documents: Sequence[Sequence[str]]) -> list[list[list[int]] | str]:
+        """The token numbers of each part of each document, or which of its text they would lose.
+
+        Raises DataError as `encode` does.
+        """
+        if not self.lost_text.is_possible:
+            numbers = iter(self.encode([text for parts in documents for text in parts]))
+            return [[next(numbers) for _ in parts] for parts in documents]
+        pieces = [[split_text(text) for text in parts] for parts in documents]
+        flat = [piece for parts in pieces for part in parts for piece in part]
+        with encoding_with(self._name):
+            # Slower than without offsets, and faster than twice.
+            encodings = iter(self._tokenizer.encode_batch(flat, add_special_tokens=False))
+        results: list[list[list[int]] | str] = []
+        for parts in pieces:
+            encoded = [[(piece, next(encodings)) for piece in part] for part in parts]
+            lost = self.lost_text.of_pieces([pair for part in encoded for pair in part])
+            results.append(
+                lost or [[n for _, encoding in part for n in encoding.ids] for part in encoded]
+            )
+        return results
 
     def encode_whole(self, text: str, name: str) -> list[int]:
         """The token numbers of a text that must not lose anything. name: what it is, for errors.
@@ -246,6 +273,12 @@ class DocumentEncoder:
         if lost := self.lost_text.of(text):
             raise DataError(f"{name}: {lost}. Leave that out, or use a run with another tokenizer.")
         return self.encode([text])[0]
+
+
+def _joined(encoded: Iterator[Encoding], count: int) -> Iterator[int]:
+    """The numbers of the next ``count`` pieces."""
+    for encoding in islice(encoded, count):
+        yield from encoding.ids
 
 
 def split_text(text: str) -> list[str]:

@@ -7,13 +7,23 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from modtrain.common.errors import DataError
 from modtrain.common.terminal import plain_console
@@ -34,28 +44,42 @@ def run_unfinished(
     sizes: Sequence[int],
     num_workers: int,
     progress: bool,
+    elsewhere: Elsewhere | None = None,
 ) -> list[Result]:
     """Return the result of each job, in order; what an earlier run ``finished`` is not run again.
 
     sizes: bytes of each job, for the ``progress``, which ``label`` names. num_workers: as in
-    `run_jobs`.
+    `run_jobs`. elsewhere: jobs of other processes, for the progress over all.
     """
+    others = elsewhere or Elsewhere(0, lambda: 0)
     results = {number: result for number, job in enumerate(jobs) if (result := finished(job))}
     open_numbers = [number for number in range(len(jobs)) if number not in results]
-    with _progress_over(label, sum(sizes), progress) as advance:
-        advance(sum(sizes[number] for number in results))
+    own = sum(sizes[number] for number in results)
+    total = sum(sizes) + others.num_bytes
+    with _progress_over(label, total, own + others.num_done(), progress) as update:
         open_jobs = [jobs[number] for number in open_numbers]
         for done, result in run_jobs(function, open_jobs, num_workers):
             results[open_numbers[done]] = result
-            advance(sizes[open_numbers[done]])
+            own += sizes[open_numbers[done]]
+            update(own + others.num_done())
     return [results[number] for number in range(len(jobs))]
 
 
-@contextmanager
-def _progress_over(label: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes each number of bytes done, of ``total`` in all.
+@dataclass(frozen=True)
+class Elsewhere:
+    """Work of other processes: its bytes, and a function that counts those that are done."""
 
-    Shows a bar on a terminal, log lines elsewhere.
+    num_bytes: int
+    num_done: Callable[[], int]
+
+
+@contextmanager
+def _progress_over(
+    label: str, total: int, initial: int, shown: bool
+) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes the bytes done so far, of ``total`` in all.
+
+    Shows a bar on a terminal, log lines elsewhere. initial: bytes that were done before.
     """
     console = plain_console(stderr=True)
     if not shown:
@@ -65,24 +89,29 @@ def _progress_over(label: str, total: int, shown: bool) -> Iterator[Callable[[in
             TextColumn(label, markup=False),
             BarColumn(),
             DownloadColumn(),
+            TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda num_bytes: bar.advance(task, num_bytes)
+            task = bar.add_task(label, total=total, completed=initial)
+            yield lambda done: bar.update(task, completed=done)
     else:
-        done, next_share = 0, _LOG_EVERY
+        start, next_share = time.monotonic(), _LOG_EVERY
 
-        def advance(num_bytes: int) -> None:
-            nonlocal done, next_share
-            done += num_bytes
+        def update(done: int) -> None:
+            nonlocal next_share
             share = done / total if total else 1.0
             if share >= next_share:
                 # Sharper rounding would write 100% before the end.
-                _log.info("%s: %d%% of %.1f MB", label, int(share * 100), total / 1_000_000)
+                text = f"{int(share * 100)}% of {total / 1e6:.1f} MB"
+                if rate := (done - initial) / max(1e-9, time.monotonic() - start):
+                    left = timedelta(seconds=round((total - done) / rate))
+                    text += f", {rate / 1e6:.1f} MB/s, {left} left"
+                _log.info("%s: %s", label, text)
                 next_share = share + _LOG_EVERY
 
-        yield advance
+        update(initial)
+        yield update
 
 
 def usable_cpus() -> int:

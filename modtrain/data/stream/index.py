@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,10 @@ INDEX_VERSION = 1
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "valid")
+DOCUMENTS_NAME = "documents.npy"
+SOURCE_FILES_NAME = "source_files.json"
+SIDE_FILES = (*(f"{split}/{DOCUMENTS_NAME}" for split in SPLITS), SOURCE_FILES_NAME)
+"""What is told of the documents beside the shards; training reads none of it."""
 # Of a numpy array on disk, little-endian.
 ITEM_SIZES = {"uint16": 2, "uint32": 4}
 _TAR_BLOCK = 512
@@ -86,12 +90,24 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class SideFile:
+    """One of `SIDE_FILES`."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ShardIndex:
-    """A prepared directory: its summary and every shard."""
+    """A prepared directory: its summary and every shard.
+
+    side_files: by the names of `SIDE_FILES`; empty: an earlier version prepared it.
+    """
 
     directory: Path
     summary: IndexSummary
     shards: dict[str, tuple[Shard, ...]]
+    side_files: dict[str, SideFile] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path, verify: str = "size") -> ShardIndex:
@@ -108,7 +124,7 @@ class ShardIndex:
             name: tuple(_shard(item, summary) for item in split.list_of("shards"))
             for name, split in content.splits().items()
         }
-        index = cls(directory, summary, shards)
+        index = cls(directory, summary, shards, _side_files(content))
         index._check_sums(content)
         if verify != "none":
             index._check_files(with_checksums=verify == "sha256")
@@ -136,12 +152,20 @@ class ShardIndex:
         for split, shards in self.shards.items():
             for shard in shards:
                 _check_shard(self.shard_path(split, shard), shard, with_checksums=with_checksums)
+        if with_checksums:
+            self._check_side_files()
         tokenizer = self.directory / TOKENIZER_NAME
         if not tokenizer.is_file():
-            raise DataError(f"{tokenizer}: missing. {_DAMAGED}")
+            raise DataError(f"{tokenizer}: missing. {DAMAGED}")
         if file_sha256(tokenizer) != self.summary.tokenizer_sha256:
-            raise DataError(f"{tokenizer}: is not the tokenizer of these shards. {_DAMAGED}")
+            raise DataError(f"{tokenizer}: is not the tokenizer of these shards. {DAMAGED}")
         self._check_vocabulary(tokenizer)
+
+    def _check_side_files(self) -> None:
+        for name, expected in self.side_files.items():
+            path = self.directory / name
+            if not path.is_file() or file_sha256(path) != expected.sha256:
+                raise DataError(f"{path}: is not that of the index. {DAMAGED}")
 
     def _check_vocabulary(self, tokenizer: Path) -> None:
         """Compare with the tokenizer: the fingerprint covers it, and not what the index says."""
@@ -153,12 +177,12 @@ class ShardIndex:
             if (recorded := getattr(self.summary, key)) != actual:
                 raise DataError(
                     f"{self.directory / INDEX_NAME}: {key} is {recorded}; its tokenizer has"
-                    f" {actual}. {_DAMAGED}"
+                    f" {actual}. {DAMAGED}"
                 )
 
 
 _MAX_INDEX_BYTES = 1 << 32
-_DAMAGED = (
+DAMAGED = (
     "Copy the prepared directory again, or remove it and run modtrain prepare with its sources."
 )
 
@@ -177,10 +201,19 @@ def fingerprint(shards: Mapping[str, Sequence[Shard]], summary: IndexSummary) ->
     return digest([INDEX_VERSION, summary.seq_len, summary.tokenizer_sha256, sums])
 
 
-def index_content(summary: IndexSummary, shards: Mapping[str, Sequence[Shard]]) -> dict[str, Any]:
+def index_content(
+    summary: IndexSummary,
+    shards: Mapping[str, Sequence[Shard]],
+    side_files: Mapping[str, SideFile] | None = None,
+) -> dict[str, Any]:
     """What ``index.json`` says; the fingerprint is worked out here."""
     content = dict(vars(summary))
+    sides = {
+        name: {"bytes": side.num_bytes, "sha256": side.sha256}
+        for name, side in (side_files or {}).items()
+    }
     return {
+        **({"side_files": sides} if sides else {}),
         "report": {name: content.pop(name) for name in ("num_files", "flaws")},
         **content,
         "version": INDEX_VERSION,
@@ -207,11 +240,11 @@ def _check_shard(path: Path, shard: Shard, *, with_checksums: bool) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {_DAMAGED}") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {DAMAGED}") from error
     if size != shard.num_bytes:
-        raise DataError(f"{path}: has {size} bytes, not {shard.num_bytes}. {_DAMAGED}")
+        raise DataError(f"{path}: has {size} bytes, not {shard.num_bytes}. {DAMAGED}")
     if with_checksums and file_sha256(path) != shard.sha256:
-        raise DataError(f"{path}: its SHA-256 is not that of the index. {_DAMAGED}")
+        raise DataError(f"{path}: its SHA-256 is not that of the index. {DAMAGED}")
 
 
 class _Object:
@@ -225,7 +258,7 @@ class _Object:
         self.content: dict[str, Any] = content
 
     def fail(self, what: str) -> NoReturn:
-        raise DataError(f"{self.file}: {what}. {_DAMAGED}")
+        raise DataError(f"{self.file}: {what}. {DAMAGED}")
 
     def integer(self, key: str, minimum: int = 0) -> int:
         value = self.content.get(key)
@@ -264,7 +297,7 @@ def _read(directory: Path) -> _Object:
     try:
         content = read_json(file, _MAX_INDEX_BYTES)
     except UnreadableError as error:
-        raise DataError(f"{directory}/{error}. {_DAMAGED}") from None
+        raise DataError(f"{directory}/{error}. {DAMAGED}") from None
     checked = _Object(file, content)
     version = checked.integer("version")
     if version != INDEX_VERSION:
@@ -318,6 +351,17 @@ def _shard(content: _Object, summary: IndexSummary) -> Shard:
     # A name with a separator could lead out of the directory.
     name = content.text("name", _SHARD_NAME)
     return Shard(name, num_bytes, content.text("sha256", _SHA256), tuple(map(tuple, members)))
+
+
+def _side_files(content: _Object) -> dict[str, SideFile]:
+    if "side_files" not in content.content:
+        return {}
+    listed = content.object("side_files")
+    files = {name: listed.object(name) for name in SIDE_FILES}
+    return {
+        name: SideFile(file.integer("bytes"), file.text("sha256", _SHA256))
+        for name, file in files.items()
+    }
 
 
 def _is_member(value: object) -> bool:

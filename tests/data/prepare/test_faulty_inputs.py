@@ -104,6 +104,30 @@ def test_documents_that_a_tokenizer_cannot_spell_are_flaws_with_their_place(tmp_
     assert "no token for 'ά', 'λ'" in str(report)
 
 
+@pytest.mark.parametrize("piece_chars", [1 << 20, 30])
+def test_what_is_lost_is_found_while_encoding(monkeypatch, piece_chars):
+    """Against each text encoded twice: alone to be checked, and again."""
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARS", piece_chars)
+    tokenizers = [
+        of_letters(TAG),
+        of_letters(TAG, "<unk>", unknown="<unk>"),
+        byte_level(TAG),
+        Tokenizer(models.Unigram([("<unk>", 0.0), ("e", -1.0), (" ", -1.0)], unk_id=0)),
+    ]
+    documents = [["the of\nand " * 9], ["άλφα"], ["the", " é" + " the" * 20], ["the\n", "ééé"]]
+    for tokenizer in tokenizers:
+        encoder = DocumentEncoder(content_of(tokenizer), "t")
+        results = encoder.encode_documents(documents)
+        for parts, result in zip(documents, results, strict=True):
+            pieces = [encoder.lost_text.of(part) for part in parts]
+            if isinstance(result, str):
+                assert any(pieces)
+                assert len(parts) > 1 or result == pieces[0]
+            else:
+                assert result == encoder.encode(parts)
+                assert len(parts) > 1 or not pieces[0]
+
+
 @pytest.mark.parametrize(
     ("text", "is_lost"),
     [("the of and", False), ("the of and é" + " the" * 20, False), ("ééé the", True)],

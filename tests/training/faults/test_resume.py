@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from modtrain.inference.step_samples import samples_of
+from modtrain.inference.data_view.step_samples import samples_of
 from modtrain.training.run_directory import RunDirectory
 from tests.helpers.marks import slow, slow_but
 from tests.helpers.ranks import RankFailedError, on_ranks, outcomes_on_ranks

@@ -8,7 +8,7 @@ import pytest
 from modtrain.cli.compose import compose
 from modtrain.cli.main import main
 from modtrain.common.errors import CheckpointError, ConfigError, DataError
-from modtrain.inference.step_samples import samples_of
+from modtrain.inference.data_view.step_samples import samples_of
 from modtrain.training.plan import resolve
 from modtrain.training.run_directory import RunDirectory
 
@@ -53,6 +53,28 @@ def test_the_command_prints_a_table_or_lines_of_json(run, capsys):
     for line in lines:
         assert len(line["tokens"]) == 65
         assert str(line["number"]) in table
+    assert main([*command, "format=text"]) == 0
+    text = capsys.readouterr().out
+    for line in lines:
+        for document in line["documents"]:
+            origin = f"{document['file']}:{document['line']}"
+            assert origin in table
+            assert origin in text
+            assert document["text"].strip() in text
+
+
+def test_the_documents_of_a_step_are_those_of_its_files(run, prepared):
+    """The text that a step read stands in the file that it names."""
+    corpus = prepared.parent / "corpus"
+    num_read = 0
+    for step in (1, 12):
+        for sample in samples_of(run, step):
+            num_read += sum(len(document.tokens) for document in sample.documents)
+            for document in sample.documents:
+                assert document.line == 1
+                # A token at either end may be a part of a word, but of no letter here.
+                assert document.text in (corpus / str(document.file)).read_text()
+    assert num_read == 2 * 4 * 65
 
 
 def test_what_cannot_be_listed_names_the_remedy(run, capsys):
@@ -65,5 +87,5 @@ def test_what_cannot_be_listed_names_the_remedy(run, capsys):
     run.manifest.write_text("{")
     with pytest.raises(CheckpointError, match=r"manifest.json(.|\n)*remedy"):
         list(samples_of(run, 1))
-    assert main(["data", "run=run"]) == 2
-    assert "step=null: is missing" in capsys.readouterr().err
+    assert main(["data", "step=1"]) == 2
+    assert "path=null: names nothing to look at" in capsys.readouterr().err
