@@ -62,6 +62,12 @@ class OtherRunError(CheckpointError):
     exit_code = 2
 
 
+class StartingPointError(CheckpointError):
+    """Another run that this one cannot start from as configured: a retry cannot help."""
+
+    exit_code = 2
+
+
 class InUseError(CheckpointError):
     """A run directory in which another process works."""
 
