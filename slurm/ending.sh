@@ -11,7 +11,7 @@ newest_step() {
   echo "$((10#$newest))"
 }
 
-# record_failure CAUSE [NODE]: records a failure, and the node that it is of, if it is of one; sets
+# record_failure CAUSE [NODES]: records a failure, and the nodes that it is of, if it is of some; sets
 # `num_equal` to the failures of this kind in a row. False if this is the last one allowed.
 record_failure() {
   local cause=$1 num_cleared=0 log=$run_directory/failures.tsv
@@ -30,7 +30,7 @@ record_failure() {
 # Sets `num_equal` from lines of failures.tsv, and `bad_nodes` to the nodes without which the next
 # start is to be. Equal: the same text up to numbers and the node, and no new checkpoint between.
 count_equal_failures() {
-  local step text node last newest
+  local step text node name last newest
   newest=$(newest_step) last=$(kind_of_failure "$1" "$2")
   bad_nodes=()
   while IFS=$'\t' read -r _ _ step text node; do
@@ -40,15 +40,18 @@ count_equal_failures() {
       num_equal=0
     fi
     [[ $step = "$newest" ]] || bad_nodes=()
-    [[ -z $node || " ${bad_nodes[*]} " = *" $node "* ]] || bad_nodes+=("$node")
+    # One failure may be of several.
+    for name in ${node//,/ }; do
+      [[ " ${bad_nodes[*]} " = *" $name "* ]] || bad_nodes+=("$name")
+    done
   done
 }
 
-# What is the same in a failure that comes again: not the numbers, nor the rank's node.
+# What is the same in a failure that comes again: not the numbers, nor the nodes.
 kind_of_failure() {
-  local text=$1 pattern='^(.*rank [0-9]+ on )[^ :]+(.*)$'
+  local text=$1 name pattern='^(.*rank [0-9]+ on )[^ :]+(.*)$'
   [[ ! $text =~ $pattern ]] || text=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
-  [[ -z $2 ]] || text=${text//"$2"/}
+  for name in ${2//,/ }; do text=${text//"$name"/}; done
   echo "${text//[0-9]/}"
 }
 
@@ -138,6 +141,7 @@ exit_if_scancelled() {
 finish() {
   read_outcome "$MODTRAIN_OUTCOME"
   rm -rf "$MODTRAIN_OUTCOME" || true
+  remove_scratch
   [[ $status -ne 0 ]] || end_for_good 0
   exit_if_cancelled
   exit_if_scancelled
@@ -177,8 +181,8 @@ is_other_job_at_work() {
   [[ -n $(squeue --noheader --states=RUNNING,SUSPENDED --jobs="$ids" 2>/dev/null) ]]
 }
 
-# fail STATUS CAUSE [NODE]: records a failure, and restarts the job while that may help. NODE: the
-# one that it is of, if it is of one; the next start is without it.
+# fail STATUS CAUSE [NODES]: records a failure, and restarts the job while that may help. NODES: those
+# that it is of, parted by commas, if it is of some; the next start is without them.
 fail() {
   say "failed: $2"
   wait_for_directory

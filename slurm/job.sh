@@ -9,7 +9,8 @@
 #   processes      processes on each node
 #   container      none, apptainer or pyxis; image, mounts: its image, and the paths it can see
 #   site_files     files to source; modules: modules to load; variables: NAME=VALUE to export
-#   scratch        directory on the node's own disk for temporary files; empty: the system's
+#   scratch        directory on the node's own disk, for the job's own directory of temporary files;
+#                  empty: the system's
 #   gpus           GPUs that the job has on each node; with some, training on the CPU is a failure
 #   again          what follows a stop with work left: requeue, resubmit or nothing
 #   retry_delay    seconds before the first restart after a failure; twice as long at each further one
@@ -68,7 +69,9 @@ prepare_node() {
   if [[ -n $scratch ]]; then
     # What is not there would silently be /tmp, which may be small, or memory.
     [[ -d $scratch && -w $scratch ]] || node_error="scratch=$scratch is no directory to write to on $(hostname)"
-    export TMPDIR="$scratch"
+    # Each process makes its node's directory of the job in it.
+    MODTRAIN_SCRATCH=$scratch/modtrain-$(job_id)
+    export TMPDIR="$scratch" MODTRAIN_SCRATCH
   fi
   # With `auto` a job that waited for GPUs would train on the CPU where they do not work.
   [[ $gpus = 0 ]] || export MODTRAIN_ACCELERATOR=cuda
@@ -144,6 +147,14 @@ run_step() {
   status=0
   wait "$step" || status=$?
   step_pid=
+}
+
+# Removes the job's temporary files from all nodes. Not after a signal: there may be no time left, and
+# it is the same directory at the next start.
+remove_scratch() {
+  [[ -n $scratch && -z $received_signal ]] || return 0
+  timeout --signal=KILL 20 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    rm -rf -- "$MODTRAIN_SCRATCH" >/dev/null 2>&1 || true
 }
 
 # An empty directory, which all nodes see, for the outcome of each process.

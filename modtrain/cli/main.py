@@ -31,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = read_arguments(sys.argv[1:] if argv is None else argv, verbs)
         if arguments.wants_help:
             return _help(arguments.verb, verbs)
+        from modtrain.training.job_scratch import use_job_scratch
         from modtrain.training.outcome import report_outcome
 
         with report_outcome() as outcome:
+            use_job_scratch()
             # Without ranks of its own, rank 0 does it, once.
             if arguments.verb in _TRAINING or launched_rank(has_ranks=False) == 0:
                 outcome.exit_code = _run(arguments)

@@ -32,6 +32,7 @@ from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import has_runs_below, missing_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.step_times import SLOW_NODES, SlowRank, read_slow_nodes
 
 T = TypeVar("T")
 
@@ -100,9 +101,10 @@ class RunRecord:
     steps: of the whole run. saved: (step, time) of the newest checkpoint. failures, submitted,
     evaluations: oldest first; the jobs that train the run, and those that evaluate it. parent: the
     run and step whose checkpoint it started from, or empty. changed: when something was last
-    recorded. notes: what could not be read. is_group: no run itself: the directory of a job that
-    works on runs below it or on none, as that of a sweep, an array, a search, a comparison or a
-    preparation. last_active: when a group's jobs were last given to Slurm or seen at work.
+    recorded. slow: processes that are slower than the others. notes: what could not be read.
+    is_group: no run itself: the directory of a job that works on runs below it or on none, as that
+    of a sweep, an array, a search, a comparison or a preparation. last_active: when a group's jobs
+    were last given to Slurm or seen at work.
     """
 
     name: str
@@ -123,6 +125,7 @@ class RunRecord:
     cancelled: frozenset[str] = frozenset()
     is_group: bool = False
     last_active: float = 0
+    slow: list[SlowRank] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -168,6 +171,8 @@ def read_run(path: Path, name: str) -> RunRecord:
         run.last_active = _last_active(run)
     run.failures.sort(key=lambda failure: failure.time)
     run.saved = _read(run, "checkpoints", _newest_checkpoint)
+    if not run.complete:
+        run.slow = _read(run, SLOW_NODES, lambda file: read_slow_nodes(file.parent)) or []
     if not (run.complete and _read(run, "result.json", partial(_take_result, run))):
         run.steps = _read(run, "config.yaml", _steps)
         _read(run, "metrics.jsonl", partial(_take_records, run))

@@ -147,7 +147,9 @@ def state_of(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState:
         return RunState("complete")
     if run.locked or active:
         suspended = bool(active) and active[0].state in ("SUSPENDED", "STOPPED")
-        return RunState("running", active[0].state.lower() if suspended else "")
+        slow = ", ".join(dict.fromkeys(slow.node for slow in run.slow))
+        reason = active[0].state.lower() if suspended else f"slow: {slow}" if slow else ""
+        return RunState("running", reason)
     failure = _unresolved_failure(run)
     if live:
         reason = live[0].reason or live[0].state.lower()
@@ -276,6 +278,8 @@ def _print_detail(
         table.add_row("job", Text(_job_line(name, run, slurm_reply)))
     for evaluation in run.evaluations[-_MAX_JOBS:]:
         table.add_row("evaluation", Text(_job_line(evaluation.id, run, slurm_reply)))
+    for slow in run.slow[:_MAX_FAILURES]:
+        table.add_row("slow", Text(f"{slow}, since step {slow.since}"))
     for failure in run.failures[-_MAX_FAILURES:]:
         table.add_row("failed", Text(_failure_line(failure)))
     console.print(table)
@@ -307,7 +311,8 @@ def _job_line(name: str, run: RunRecord, slurm_reply: SlurmReply) -> str:
 def _failure_line(failure: Failure) -> str:
     at = f" at step {failure.step}" if failure.step else ""
     job = f", job {failure.job}" if failure.job else ""
-    node = f", bad node {failure.node}" if failure.node else ""
+    nodes = failure.node.replace(",", ", ")
+    node = f", bad node{'s' * (',' in nodes)} {nodes}" if nodes else ""
     return f"{_format_age(failure.time)}{at}{job}{node}: {failure.cause}"
 
 

@@ -103,6 +103,11 @@ class MetricsLog:
         for writer in self._writers:
             writer.write(step, values)
 
+    def add_scalars(self, step: int, values: dict[str, float]) -> None:
+        """Record ``values`` of processes: not in ``metrics.jsonl``, which is the run's."""
+        for writer in self._writers:
+            writer.write(step, values)
+
     def add_routing(
         self, step: int, labels: Sequence[str], records: Sequence[RoutingRecord]
     ) -> None:

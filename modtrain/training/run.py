@@ -36,6 +36,7 @@ from modtrain.training.callbacks.initial_weights import InitialWeightsCallback
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.callbacks.progress import ProgressCallback
 from modtrain.training.callbacks.spike_guard import SpikeGuard
+from modtrain.training.callbacks.step_times import StepTimesCallback
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.lost_records import settle_records
@@ -50,6 +51,7 @@ from modtrain.training.run_directory import (
     package_versions,
 )
 from modtrain.training.spikes.journal import RollBackError, SpikeJournal
+from modtrain.training.start_check.check import check_all_reduce, check_nodes
 from modtrain.training.starting_point.find import (
     StartingPoint,
     find_starting_point,
@@ -94,8 +96,10 @@ def train(
     timeout = timedelta(seconds=config.strategy.timeout)
     needs_group = config.strategy.name != "single"
     logs = RunDirectory.of(config).logs
+    is_checked = config.start_check.enabled
+    check = partial(check_nodes, config, launch, accelerator) if is_checked else None
     with (
-        init_ranks(launch, accelerator, timeout, needs_group) as ranks,
+        init_ranks(launch, accelerator, timeout, needs_group, check) as ranks,
         run_watchdog(ranks, config.strategy.timeout, logs) as watchdog,
     ):
         if plan is None:
@@ -187,6 +191,11 @@ class _Run:
             )
         start = partial(self.directory.start, self.config, fingerprint, self.accelerator, parent)
         self.ranks.run_on_rank0(start)
+        if self.config.start_check.all_reduce and self.ranks.world_size > 1:
+            cuda = self.accelerator == "cuda"
+            device = torch.device("cuda", self.launch.local_rank) if cuda else torch.device("cpu")
+            size = self.config.start_check.all_reduce
+            self.console.print(f"start check: {check_all_reduce(size, device, self.ranks)}")
         with self.ranks.raise_on_all_ranks():
             self.directory.check_visible()
             self.data.check_shared_memory(self.launch.local_world_size)
@@ -279,6 +288,10 @@ class _Run:
         callbacks.append(CheckpointCallback(run, config.checkpoint, clock, checkpointer, ranks))
         if self.watchdog is not None:
             callbacks.append(HeartbeatCallback(self.watchdog))
+        if ranks.world_size > 1:
+            # Last: what the others do after a batch is no wait for the next one.
+            report = self.console.print
+            callbacks.append(StepTimesCallback(run, log, config.log.every, ranks, report))
         return [*self.more_callbacks, *callbacks]
 
     def _stopped(self) -> TrainResult:

@@ -67,6 +67,15 @@ def outcome(tmp_path: Path, status: int, printed: str, **files: str) -> list[str
             *(1, "", {"rank_0": "1/n1/lost 1", "rank_1": "69/n2/ImportError: x"}),
             ("69", "rank 1 on n2: ImportError: x", "n2"),
         ),
+        # Several nodes at once, and the check that all ranks report alike.
+        (
+            *(1, "", {"rank_0": "69/n1/no", "rank_1": "69/n2/no", "rank_2": "1/n3/lost 1"}),
+            ("69", "rank 0 on n1: no", "n1,n2"),
+        ),
+        (
+            *(1, "", {"rank_0": "69/n2,n5/StartCheckError: it failed", "rank_1": "69/n2,n5/x"}),
+            ("69", "StartCheckError: it failed", "n2,n5"),
+        ),
         # 2 is the configuration only where a process says so.
         (
             *(2, MISSING, {"rank_0": "running/node1/"}),
@@ -147,6 +156,13 @@ def test_failures_are_equal_up_to_numbers_and_the_node(tmp_path):
             tmp_path, f'record_failure "{cause}" {node}; echo $num_equal ${{bad_nodes[*]}}'
         )
         assert shown.split() == [str(count), *(node for _, node in failures[:count])]
+    # One failure may be of several nodes.
+    shown = ending(
+        tmp_path, 'record_failure "rank 1 on gpu-a: no" gpu-a,gpu-c || echo ${bad_nodes[*]}'
+    )
+    assert shown == "gpu-a gpu-b gpu-c\n"
+    lines = (tmp_path / "failures.tsv").read_text().splitlines()[:-1]
+    (tmp_path / "failures.tsv").write_text("\n".join(lines) + "\n")
     # A third is the last one, and another text begins anew; so does a new checkpoint.
     shown = ending(tmp_path, 'record_failure "rank 1 on c: no" || echo last')
     assert shown == "last\n"

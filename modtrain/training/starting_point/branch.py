@@ -15,6 +15,7 @@ from modtrain.training.schedules import Capacities, lr_factor
 
 _FREE_KEYS = (
     *("name", "runs_dir", "budget", "schedule", "branch", "init", "log", "checkpoint", "eval"),
+    "start_check",
     *(
         "data.path",
         "data.sources.*.path",
