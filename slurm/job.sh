@@ -228,9 +228,21 @@ begin() {
   record_job || true
   clear_failure || true
   [[ $again != resubmit ]] || queue_next
+  export_times
   prepare_node || fail 69 "$node_error" "${SLURMD_NODENAME:-}"
   set_command "$@"
   if [[ -n $received_signal ]]; then restart_job "stopped by $received_signal before it started"; fi
+}
+
+# Exports since when the job could have started, and when it did, for the record of what a run takes.
+export_times() {
+  local eligible started
+  read_job_state || return 0
+  [[ $job_state =~ \ EligibleTime=([0-9T:-]+) ]] || return 0
+  eligible=$(date -d "${BASH_REMATCH[1]}" +%s) || return 0
+  [[ $job_state =~ \ StartTime=([0-9T:-]+) ]] || return 0
+  started=$(date -d "${BASH_REMATCH[1]}" +%s) || return 0
+  export MODTRAIN_JOB_TIMES="$eligible $started"
 }
 
 # Keeps the nodes until the job is cancelled or its time is over, and prints how to use them.

@@ -247,18 +247,27 @@ class StatusConfig:
     run: one of them, in detail, or a directory of runs; null: all below ``runs_dir``.
     sweep: the sweep whose table is shown.
     runs_dir: where runs live.
+    cost: what the runs took in place of their state: GPU-hours or core-hours, time in the queue,
+        steps made again, MFU, restarts by cause. Written to ``cost.json`` of each run as well.
     """
 
     run: str | None = None
     sweep: str | None = None
     runs_dir: str = "runs"
+    cost: bool = False
 
     def problems(self) -> list[Problem]:
         """Everything wrong with the request."""
-        if self.run is None or self.sweep is None:
+        if self.sweep is None:
             return []
-        remedy = "leave one of them out"
-        return [Problem("sweep", self.sweep, "cannot be combined with run", remedy)]
+        problems = []
+        if self.run is not None:
+            remedy = "leave one of them out"
+            problems.append(Problem("sweep", self.sweep, "cannot be combined with run", remedy))
+        if self.cost:
+            remedy = f"write run={self.sweep} cost=true, for all runs below it"
+            problems.append(Problem("sweep", self.sweep, "cannot be combined with cost", remedy))
+        return problems
 
 
 @dataclass

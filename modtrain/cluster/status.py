@@ -20,6 +20,7 @@ from rich.text import Text
 
 from modtrain.cluster import slurm
 from modtrain.cluster.config import StatusConfig
+from modtrain.cluster.cost import show_costs
 from modtrain.cluster.runs import (
     Failure,
     RunNotFoundError,
@@ -61,7 +62,7 @@ class SlurmReply:
 
 
 def show_status(config: StatusConfig, console: Console | None = None) -> None:
-    """Print the table of runs, or one run in detail with those below it.
+    """Print the table of runs, or one run in detail with those below it; or what they took.
 
     Raises:
         ConfigError: the request is invalid.
@@ -76,6 +77,9 @@ def show_status(config: StatusConfig, console: Console | None = None) -> None:
         )
     top = root if config.run is None else existing_run(config.runs_dir, config.run)
     runs = [read_run(path, str(path.relative_to(root))) for path in find_runs(top)]
+    if config.cost:
+        show_costs(runs, console)
+        return
     # Of a single run all jobs are shown, of many only those of unfinished ones.
     slurm_reply = ask_slurm(runs, None if config.run is None else top)
     states = [state_of(run, slurm_reply.jobs) for run in runs]

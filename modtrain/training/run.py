@@ -6,6 +6,7 @@ import gc
 import math
 import platform
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -37,10 +38,11 @@ from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.callbacks.progress import ProgressCallback
 from modtrain.training.callbacks.spike_guard import SpikeGuard
 from modtrain.training.callbacks.step_times import StepTimesCallback
+from modtrain.training.callbacks.usage import UsageCallback
 from modtrain.training.config import TrainConfig
-from modtrain.training.hardware import resolve_accelerator, resolve_precision
+from modtrain.training.hardware import peak_flops, resolve_accelerator, resolve_precision
 from modtrain.training.lost_records import settle_records
-from modtrain.training.metrics_log import MetricsLog, read_metrics
+from modtrain.training.metrics_log import MetricsLog, last_recorded_step, read_metrics
 from modtrain.training.mixture_change import settle_mixture
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve, strategy_options
@@ -59,6 +61,7 @@ from modtrain.training.starting_point.find import (
     recorded_parent,
 )
 from modtrain.training.stop_signal import STOP
+from modtrain.training.usage import StartUsage, UsageRecord, job_id, job_times, node_cpus
 
 _LIGHTNING_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
     "fp32": "32-true",
@@ -124,6 +127,7 @@ class _Run:
         config, plan = self.config, self.plan
         self.directory = RunDirectory.of(config)
         self._beginning: StartingPoint | None = None
+        self.usage = UsageRecord(self.directory.path, self.ranks.is_rank0)
         self.console = plain_console(soft_wrap=True, quiet=not self.ranks.is_rank0)
         self.data = TokenDataModule(
             config.data,
@@ -144,7 +148,13 @@ class _Run:
             return TrainResult("already complete", run)
         with ExitStack() as lock:
             ranks.run_on_rank0(lambda: lock.enter_context(run.locked()))
-            return self._train_locked()
+            try:
+                result = self._train_locked()
+            except BaseException as error:
+                self.usage.end(f"{type(error).__name__}: {error}")
+                raise
+            self.usage.end(result.status if STOP.signum is None else f"stopped by {STOP.name}")
+            return result
 
     def _train_locked(self) -> TrainResult:
         config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
@@ -191,6 +201,8 @@ class _Run:
             )
         start = partial(self.directory.start, self.config, fingerprint, self.accelerator, parent)
         self.ranks.run_on_rank0(start)
+        if self.ranks.is_rank0:
+            self.usage.begin(last_recorded_step(self.directory.metrics), self._start_usage())
         if self.config.start_check.all_reduce and self.ranks.world_size > 1:
             cuda = self.accelerator == "cuda"
             device = torch.device("cuda", self.launch.local_rank) if cuda else torch.device("cpu")
@@ -199,6 +211,26 @@ class _Run:
         with self.ranks.raise_on_all_ranks():
             self.directory.check_visible()
             self.data.check_shared_memory(self.launch.local_world_size)
+
+    def _start_usage(self) -> StartUsage:
+        """Return the entry of this start in the record of what the run uses."""
+        launch, on_cuda = self.launch, self.accelerator == "cuda"
+        device = torch.device("cuda", launch.local_rank) if on_cuda else torch.device("cpu")
+        eligible, allocated = job_times()
+        waited = None if eligible is None or allocated is None else max(0.0, allocated - eligible)
+        return StartUsage(
+            begun=time.time(),
+            until=time.time(),
+            processes=launch.world_size,
+            nodes=launch.num_nodes,
+            gpus=launch.world_size if on_cuda else 0,
+            cpus=launch.num_nodes * node_cpus(),
+            device=torch.cuda.get_device_name(device) if on_cuda else self.accelerator,
+            peak_flops=peak_flops(device, self.config.precision),
+            job=job_id(),
+            allocated=allocated,
+            queued=waited,
+        )
 
     def _resume(self, checkpointer: Checkpointer, journal: SpikeJournal) -> int | None:
         """Train from the newest whole checkpoint; return the last step, None to roll back."""
@@ -219,6 +251,7 @@ class _Run:
             self.console.print(note)
         with ranks.raise_on_all_ranks():
             log = MetricsLog(run, config, plan, start_step, ranks.is_rank0)
+        self.usage.resume(start_step, plan.flops_until(start_step))
         try:
             if message:
                 log.write(start_step, {"spike/rollbacks": journal.rollbacks})
@@ -281,6 +314,7 @@ class _Run:
             if config.spike.action == "none"
             else SpikeGuard(*guarded, journal, log, self.console.print),
             metrics,
+            UsageCallback(self.usage, metrics),
             HeldOutCallback(log, clock, config.eval.every, self.data, ranks, self.watchdog),
         ]
         if config.log.progress and ranks.is_rank0:
