@@ -18,7 +18,8 @@ record_failure() {
   num_equal=0
   # Failures that cannot be counted would restart the job for ever.
   [[ -n $run_directory ]] || return 1
-  [[ $verb = train ]] || log=$run_directory/failures-$verb.tsv
+  # The workers of a search count each its own.
+  [[ $verb = train ]] || log=$run_directory/failures-$verb${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}.tsv
   printf '%(%FT%T%z)T\t%s\t%s\t%s\t%s\n' -1 "$(job_id)" "$(newest_step)" "$cause" "${2:-}" >>"$log" ||
     return 0
   # Failures before a restart by hand do not count.
@@ -62,6 +63,14 @@ write_final_failure() {
   text=${text//\\/\\\\}
   { printf '{"kind": "job %s", "text": "%s", "time": "%(%FT%T%z)T", "job": "%s"}\n' \
     "$(job_id)" "${text//\"/\\\"}" -1 "$(job_id)" >"$file.part" && mv "$file.part" "$file"; } || true
+}
+
+# notify CAUSE: calls the program of the user's choice, which says that the run is given up.
+notify() {
+  [[ ${#on_given_up[@]} -gt 0 ]] || return 0
+  say "calling ${on_given_up[0]}"
+  MODTRAIN_RUN=$run_directory MODTRAIN_JOB=$(job_id) MODTRAIN_CAUSE=$1 \
+    timeout --signal=KILL 60 "${on_given_up[@]}" </dev/null || say "${on_given_up[0]} failed"
 }
 
 # Clears that record when the run is started again. A chain's next job was queued before, and ends.
@@ -149,6 +158,7 @@ finish() {
     2)
       record_failure "${cause:=the configuration is wrong}" || true
       write_final_failure "$cause"
+      notify "$cause"
       say "not restarted: correct the configuration"
       end_for_good 2
       ;;
@@ -196,6 +206,7 @@ fail() {
     say "failed $max_equal_failures times in this way without a new checkpoint: $2"
   fi
   write_final_failure "$2"
+  notify "$2"
   say "not restarted"
   end_for_good "$1"
 }
@@ -346,24 +357,6 @@ next_of_chain() {
     "$run_directory/jobs.jsonl" 2>/dev/null | tail -n 1 || true
 }
 
-# run_of OVERRIDE...: the directory of the run that they name.
-run_of() {
-  local word name='' runs=runs
-  for word in "$@"; do
-    case $word in
-      name=*) name=$(unquoted "${word#name=}") ;;
-      runs_dir=*) runs=$(unquoted "${word#runs_dir=}") ;;
-    esac
-  done
-  [[ -z $name ]] || echo "$runs/$name"
-}
-
-unquoted() {
-  local text=$1
-  [[ ! $text =~ ^\'(.*)\'$ && ! $text =~ ^\"(.*)\"$ ]] || text=${BASH_REMATCH[1]}
-  echo "$text"
-}
-
 # Has the next job wait from now on: when this node loses power, nobody could submit it. Slurm may
 # have requeued this job then, and the one of the earlier start still waits.
 queue_next() {
@@ -380,7 +373,8 @@ submit_next() {
   [[ -z $task ]] || own=(--array="$task")
   # The script's directives must not be overridden by the environment.
   unset SBATCH_TIMELIMIT SBATCH_REQUEUE SBATCH_NO_REQUEUE SBATCH_ARRAY_INX SBATCH_SIGNAL
-  own+=(--dependency="afterany:$(job_id)")
+  # Not after the delay that the script may ask for, as now+2hours.
+  own+=(--dependency="afterany:$(job_id)" --begin=now)
   # Variables that describe this job must not reach the new one.
   mapfile -t foreign < <(compgen -v | grep -E '^(SLURM|_SLURM_SPANK)_' | grep -vxE 'SLURM_(CONF|CLUSTERS|JWT)')
   next=$(unset "${foreign[@]}" && sbatch --parsable "${own[@]}" "$script" "${arguments[@]}") || return
@@ -389,6 +383,7 @@ submit_next() {
   say "job $next resumes the run when this one stops"
   [[ -n $run_directory ]] || return 0
   # `modtrain cancel` of an array reads the directory above its runs.
+  [[ $verb = train ]] || task=''
   for folder in "$run_directory" ${task:+"$run_directory/.."}; do
     write_job "$folder/jobs.jsonl" "$next" "\"$(job_id)\"" "$script"
   done

@@ -81,6 +81,8 @@ last_lines_of() {
 # What this step has printed into the job's log, at most the last MiB.
 step_output() {
   [[ -n $log_file && -r $log_file ]] || return 0
+  # It has been continued in an empty file.
+  [[ $(stat -c %s "$log_file") -ge $log_start ]] || log_start=0
   tail -c "+$((log_start + 1))" "$log_file" | tail -c 1048576
 }
 

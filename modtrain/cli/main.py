@@ -233,7 +233,7 @@ _TRAINING = ("train", "compare", "isoflop", "search", "search-patterns")
 # Those, and others that keep what is finished.
 _RESUMABLE = (*_TRAINING, "prepare")
 # What they print is all that they do.
-_SHOWING = ("", "config", "data", "doctor", "generate", "logs", "plan", "status")
+_SHOWING = ("", "config", "data", "doctor", "generate", "logs", "plan", "status", "wait")
 # What a verb calls, ``module:function`` with the verb's configuration, and a line of help.
 _VERBS: dict[str, tuple[str | Verb, str]] = {
     "prepare": ("modtrain.data.prepare.pipeline:prepare", "text to tokenizer and shards"),
@@ -281,6 +281,7 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
     "submit": ("modtrain.cluster.submit:submit", "train, prepare, eval, ... as a Slurm job"),
     "status": (_status, "state, step, loss, restarts, checkpoint and job of runs"),
     "logs": ("modtrain.cluster.logs:show_logs", "output of a run's newest job"),
+    "wait": ("modtrain.cluster.wait:wait_for_run", "until a run is complete, failed or stopped"),
     "cancel": ("modtrain.cluster.cancel:cancel_run", "end a run's jobs, after a checkpoint"),
     "plan": (
         "modtrain.training.plan_report:show",

@@ -24,8 +24,8 @@ from modtrain.training.step_times import (
     write_slow_nodes,
 )
 
-# Rows of the square matrices that are multiplied, in fp32: some milliseconds.
-_SIZE = {"cuda": 4096, "cpu": 192}
+# Rows of the square matrices that are multiplied, in fp32: a millisecond or less.
+_SIZE = {"cuda": 2048, "cpu": 192}
 # The least of so many: another process may have the processor meanwhile.
 _TRIES = 3
 # Of more ranks TensorBoard has the slowest of each node alone.
@@ -148,13 +148,19 @@ class StepTimesCallback(StepCallback):
 
 
 def product_seconds(device: torch.device) -> float:
-    """Return how long the device takes for a matrix product of fixed size; it waits for it."""
+    """Return how long the device takes for a matrix product of fixed size; it waits for it.
+
+    0 where that is not measured: on other devices, and where its memory is full.
+    """
     size = _SIZE.get(device.type)
     if size is None:
         return 0.0
     # No random numbers, of which training would notice.
-    matrix = torch.full((size, size), 0.5, device=device)
-    return min(_timed_product(matrix) for _ in range(_TRIES))
+    try:
+        matrix = torch.full((size, size), 0.5, device=device)
+        return min(_timed_product(matrix) for _ in range(_TRIES))
+    except torch.OutOfMemoryError:
+        return 0.0
 
 
 def _timed_product(matrix: Tensor) -> float:
