@@ -178,6 +178,8 @@ class ClusterConfig:
                 reason = "is not an option of srun"
             elif _SCRIPTS_SRUN_OPTIONS.fullmatch(option):
                 reason, remedy = "is set by the job's script", "leave it out"
+            elif " " in option.partition("=")[0]:
+                reason = "has a space before its value, which srun would take for its name"
             if reason:
                 problems.append(Problem(key_of(prefix, "srun_options"), option, reason, remedy))
         return problems

@@ -41,7 +41,7 @@ def wait_for_run(config: WaitConfig, print_line: Print | None = None) -> int:
     until = None if config.timeout is None else time.monotonic() + config.timeout
     quiet, shown = 0, ""
     while True:
-        runs = [read_run(found, str(found.relative_to(path.parent))) for found in find_runs(path)]
+        runs = [read_run(one, str(one.relative_to(path.parent))) for one in find_runs(path)]
         if not runs:
             raise RunNotFoundError(f"{path} is no run, and has none below it")
         states = _states(runs)

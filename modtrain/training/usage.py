@@ -82,13 +82,14 @@ class UsageRecord:
         self._path, self._writes = folder / USAGE, writes
         self._earlier: list[dict[str, Any]] = []
         self.own = StartUsage(time.time(), time.time())
-        self._written, self._is_begun, self._last_flops = 0.0, False, 0.0
+        self._written, self._last_flops = 0.0, 0.0
+        self._is_begun, self._is_resumed = False, False
 
     def begin(self, last_recorded: int, own: StartUsage) -> None:
         """Add this start. last_recorded: the last step that a start before has recorded."""
         if not self._writes:
             return
-        self.own = own
+        self.own, self._is_begun = own, True
         content = read_or_set_aside(self._path, read_json) if self._path.exists() else None
         starts = (content or {}).get("starts")
         entries = starts if isinstance(starts, list) else []
@@ -102,12 +103,12 @@ class UsageRecord:
 
     def resume(self, step: int, flops: float) -> None:
         """Note the step that training begins at. flops: of the steps before."""
-        if not self._is_begun:
+        if not self._is_resumed:
             self.own.first_step = self.own.last_step = step
         elif step < self.own.last_step:
             self.own.num_repeated += self.own.last_step - step
             self.own.last_step = step
-        self._is_begun, self._last_flops = True, flops
+        self._is_resumed, self._last_flops = True, flops
 
     def update(self, step: int, flops: float, seconds: float) -> None:
         """Note that step ``step`` was made. seconds: of training since the last update."""
@@ -119,12 +120,12 @@ class UsageRecord:
             self._write()
 
     def end(self, text: str) -> None:
-        """Note how this start ended."""
+        """Note how this start ended; one that was refused before it began is none."""
         self.own.end, self.own.until = " ".join(text.split())[:200], time.time()
         self._write()
 
     def _write(self) -> None:
-        if not self._writes:
+        if not self._is_begun:
             return
         self._written = time.monotonic()
         content = {"starts": [*self._earlier, asdict(self.own)]}

@@ -554,6 +554,7 @@ def test_an_option_of_sbatch_has_a_key(site, job, option):
         ("cluster.srun_options", {"srun_options": ["mpi=none"]}, {}),
         ("cluster.srun_options", {"srun_options": ["--ntasks=3"]}, {}),
         ("cluster.srun_options", {"srun_options": ["-n3"]}, {}),
+        ("cluster.srun_options", {"srun_options": ["--cpu-bind cores"]}, {}),
         ("cluster.srun_options", {"srun_options": ["--mpi=none\nrm"]}, {}),
         ("cluster.on_given_up", {"on_given_up": ["tell\nme"]}, {}),
         ("cluster.log_size", {"log_size": 0}, {}),

@@ -75,6 +75,12 @@ def test_hours_begin_with_the_nodes_and_mfu_is_of_the_peak():
     assert cost_of_starts([one, unknown]).mfu is None
 
 
+def test_what_is_refused_before_it_begins_is_no_start(tmp_path):
+    recorded(tmp_path, first=0, last=3)
+    UsageRecord(tmp_path, writes=True).end("OtherRunError: it is another run")
+    assert [start.last_step for start in read_usage(tmp_path)] == [3]
+
+
 def test_other_ranks_write_nothing(tmp_path):
     record = UsageRecord(tmp_path, writes=False)
     record.begin(0, start())
