@@ -81,7 +81,7 @@ class ClusterConfig:
         one of them; null: ``network_interface``.
     scratch: directory on a node's own disk; null: the system's.
     options: further sbatch options, one per line of the script. srun_options: options of the srun
-        that starts modtrain's processes, as ``[--mpi=none, --cpu-bind=cores]``.
+        that starts modtrain's processes, as ``["--mpi=none", "--cpu-bind=cores"]``.
     log_size: MiB of a job's output, after which it is continued in an empty file; three earlier
         parts are kept. num_logs: outputs of jobs that are kept in the directory of a run.
     """

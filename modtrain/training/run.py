@@ -6,7 +6,6 @@ import gc
 import math
 import platform
 import socket
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -38,9 +37,9 @@ from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.callbacks.progress import ProgressCallback
 from modtrain.training.callbacks.spike_guard import SpikeGuard
 from modtrain.training.callbacks.step_times import StepTimesCallback
-from modtrain.training.callbacks.usage import UsageCallback
+from modtrain.training.callbacks.usage import UsageCallback, start_usage
 from modtrain.training.config import TrainConfig
-from modtrain.training.hardware import peak_flops, resolve_accelerator, resolve_precision
+from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.lost_records import settle_records
 from modtrain.training.metrics_log import MetricsLog, last_recorded_step, read_metrics
 from modtrain.training.mixture_change import settle_mixture
@@ -61,7 +60,7 @@ from modtrain.training.starting_point.find import (
     recorded_parent,
 )
 from modtrain.training.stop_signal import STOP
-from modtrain.training.usage import StartUsage, UsageRecord, job_id, job_times, node_cpus
+from modtrain.training.usage import UsageRecord
 
 _LIGHTNING_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
     "fp32": "32-true",
@@ -153,7 +152,8 @@ class _Run:
             except BaseException as error:
                 self.usage.end(f"{type(error).__name__}: {error}")
                 raise
-            self.usage.end(result.status if STOP.signum is None else f"stopped by {STOP.name}")
+            is_stopped = result.status == "stopped"
+            self.usage.end(f"stopped by {STOP.name}" if is_stopped else result.status)
             return result
 
     def _train_locked(self) -> TrainResult:
@@ -202,7 +202,8 @@ class _Run:
         start = partial(self.directory.start, self.config, fingerprint, self.accelerator, parent)
         self.ranks.run_on_rank0(start)
         if self.ranks.is_rank0:
-            self.usage.begin(last_recorded_step(self.directory.metrics), self._start_usage())
+            entry = start_usage(self.launch, self.accelerator, self.config.precision)
+            self.usage.begin(last_recorded_step(self.directory.metrics), entry)
         if self.config.start_check.all_reduce and self.ranks.world_size > 1:
             cuda = self.accelerator == "cuda"
             device = torch.device("cuda", self.launch.local_rank) if cuda else torch.device("cpu")
@@ -211,26 +212,6 @@ class _Run:
         with self.ranks.raise_on_all_ranks():
             self.directory.check_visible()
             self.data.check_shared_memory(self.launch.local_world_size)
-
-    def _start_usage(self) -> StartUsage:
-        """Return the entry of this start in the record of what the run uses."""
-        launch, on_cuda = self.launch, self.accelerator == "cuda"
-        device = torch.device("cuda", launch.local_rank) if on_cuda else torch.device("cpu")
-        eligible, allocated = job_times()
-        waited = None if eligible is None or allocated is None else max(0.0, allocated - eligible)
-        return StartUsage(
-            begun=time.time(),
-            until=time.time(),
-            processes=launch.world_size,
-            nodes=launch.num_nodes,
-            gpus=launch.world_size if on_cuda else 0,
-            cpus=launch.num_nodes * node_cpus(),
-            device=torch.cuda.get_device_name(device) if on_cuda else self.accelerator,
-            peak_flops=peak_flops(device, self.config.precision),
-            job=job_id(),
-            allocated=allocated,
-            queued=waited,
-        )
 
     def _resume(self, checkpointer: Checkpointer, journal: SpikeJournal) -> int | None:
         """Train from the newest whole checkpoint; return the last step, None to roll back."""

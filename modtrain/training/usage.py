@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -167,10 +167,15 @@ def _start(entry: Any) -> StartUsage:
     return StartUsage(**values)
 
 
-def job_times(environment: Mapping[str, str] = os.environ) -> tuple[float | None, float | None]:
-    """Return when this process's job could have started, and when it did; None: not known."""
+def job_times(
+    environment: MutableMapping[str, str] = os.environ,
+) -> tuple[float | None, float | None]:
+    """Return when this process's job could have started, and when it did; None: not known.
+
+    Only once: of a job that trains several runs the time before is the first one's.
+    """
     with suppress(ValueError):
-        eligible, started = map(float, environment.get(JOB_TIMES, "").split())
+        eligible, started = map(float, environment.pop(JOB_TIMES, "").split())
         return eligible, started
     return None, None
 

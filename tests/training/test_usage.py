@@ -102,7 +102,10 @@ def test_a_damaged_file_is_reported_and_does_not_stop_a_run(content, tmp_path):
 
 
 def test_times_and_cores_are_those_of_the_job():
-    assert usage.job_times({JOB_TIMES: "100 160"}) == (100, 160)
+    environment = {JOB_TIMES: "100 160"}
+    assert usage.job_times(environment) == (100, 160)
+    # Of the runs of one job the first one has waited.
+    assert usage.job_times(environment) == (None, None)
     assert usage.job_times({JOB_TIMES: "100"}) == (None, None)
     assert usage.job_times({}) == (None, None)
     assert usage.node_cpus({"SLURM_CPUS_ON_NODE": "12"}) == 12

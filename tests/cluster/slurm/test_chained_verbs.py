@@ -49,7 +49,7 @@ def test_the_options_of_a_site_reach_slurm(cluster, tmp_path, words):
     ]
     more += ["cluster.exclude=[node1]", "cluster.comment='my study'", "begin=now+2"]
     more += ["cluster.cpus_per_process=1", "cluster.memory_per_node=null"]
-    more += ["cluster.srun_options=[--mpi=none,--cpu-bind=none]"]
+    more += ["""cluster.srun_options=["--mpi=none","--cpu-bind=none"]"""]
     (job,) = submit(cluster, tmp_path, *words, *more)
     details = cluster.details(job)
     assert details["ExcNodeList"] == "node1"
