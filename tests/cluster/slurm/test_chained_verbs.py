@@ -53,7 +53,7 @@ def test_the_options_of_a_site_reach_slurm(cluster, tmp_path, words):
     (job,) = submit(cluster, tmp_path, *words, *more)
     details = cluster.details(job)
     assert details["ExcNodeList"] == "node1"
-    assert details["Comment"] == "my study"
+    assert details["Comment"].strip() == "my study"
     cluster.wait(job, "COMPLETED")
     usage = json.loads((tmp_path / "runs/x/usage.json").read_text())["starts"]
     (start,) = usage
