@@ -11,14 +11,15 @@ newest_step() {
   echo "$((10#$newest))"
 }
 
-# record_failure CAUSE [NODE]: records a failure, and the node that it is of, if it is of one; sets
+# record_failure CAUSE [NODES]: records a failure, and the nodes that it is of, if it is of some; sets
 # `num_equal` to the failures of this kind in a row. False if this is the last one allowed.
 record_failure() {
   local cause=$1 num_cleared=0 log=$run_directory/failures.tsv
   num_equal=0
   # Failures that cannot be counted would restart the job for ever.
   [[ -n $run_directory ]] || return 1
-  [[ $verb = train ]] || log=$run_directory/failures-$verb.tsv
+  # The workers of a search count each its own.
+  [[ $verb = train ]] || log=$run_directory/failures-$verb${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}.tsv
   printf '%(%FT%T%z)T\t%s\t%s\t%s\t%s\n' -1 "$(job_id)" "$(newest_step)" "$cause" "${2:-}" >>"$log" ||
     return 0
   # Failures before a restart by hand do not count.
@@ -30,7 +31,7 @@ record_failure() {
 # Sets `num_equal` from lines of failures.tsv, and `bad_nodes` to the nodes without which the next
 # start is to be. Equal: the same text up to numbers and the node, and no new checkpoint between.
 count_equal_failures() {
-  local step text node last newest
+  local step text node name last newest
   newest=$(newest_step) last=$(kind_of_failure "$1" "$2")
   bad_nodes=()
   while IFS=$'\t' read -r _ _ step text node; do
@@ -40,15 +41,18 @@ count_equal_failures() {
       num_equal=0
     fi
     [[ $step = "$newest" ]] || bad_nodes=()
-    [[ -z $node || " ${bad_nodes[*]} " = *" $node "* ]] || bad_nodes+=("$node")
+    # One failure may be of several.
+    for name in ${node//,/ }; do
+      [[ " ${bad_nodes[*]} " = *" $name "* ]] || bad_nodes+=("$name")
+    done
   done
 }
 
-# What is the same in a failure that comes again: not the numbers, nor the rank's node.
+# What is the same in a failure that comes again: not the numbers, nor the nodes.
 kind_of_failure() {
-  local text=$1 pattern='^(.*rank [0-9]+ on )[^ :]+(.*)$'
+  local text=$1 name pattern='^(.*rank [0-9]+ on )[^ :]+(.*)$'
   [[ ! $text =~ $pattern ]] || text=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
-  [[ -z $2 ]] || text=${text//"$2"/}
+  for name in ${2//,/ }; do text=${text//"$name"/}; done
   echo "${text//[0-9]/}"
 }
 
@@ -59,6 +63,14 @@ write_final_failure() {
   text=${text//\\/\\\\}
   { printf '{"kind": "job %s", "text": "%s", "time": "%(%FT%T%z)T", "job": "%s"}\n' \
     "$(job_id)" "${text//\"/\\\"}" -1 "$(job_id)" >"$file.part" && mv "$file.part" "$file"; } || true
+}
+
+# notify CAUSE: calls the program of the user's choice, which says that the run is given up.
+notify() {
+  [[ ${#on_given_up[@]} -gt 0 ]] || return 0
+  say "calling ${on_given_up[0]}"
+  MODTRAIN_RUN=$run_directory MODTRAIN_JOB=$(job_id) MODTRAIN_CAUSE=$1 \
+    timeout --signal=KILL 60 "${on_given_up[@]}" </dev/null || say "${on_given_up[0]} failed"
 }
 
 # Clears that record when the run is started again. A chain's next job was queued before, and ends.
@@ -138,6 +150,7 @@ exit_if_scancelled() {
 finish() {
   read_outcome "$MODTRAIN_OUTCOME"
   rm -rf "$MODTRAIN_OUTCOME" || true
+  remove_scratch
   [[ $status -ne 0 ]] || end_for_good 0
   exit_if_cancelled
   exit_if_scancelled
@@ -145,6 +158,7 @@ finish() {
     2)
       record_failure "${cause:=the configuration is wrong}" || true
       write_final_failure "$cause"
+      notify "$cause"
       say "not restarted: correct the configuration"
       end_for_good 2
       ;;
@@ -177,8 +191,8 @@ is_other_job_at_work() {
   [[ -n $(squeue --noheader --states=RUNNING,SUSPENDED --jobs="$ids" 2>/dev/null) ]]
 }
 
-# fail STATUS CAUSE [NODE]: records a failure, and restarts the job while that may help. NODE: the
-# one that it is of, if it is of one; the next start is without it.
+# fail STATUS CAUSE [NODES]: records a failure, and restarts the job while that may help. NODES: those
+# that it is of, parted by commas, if it is of some; the next start is without them.
 fail() {
   say "failed: $2"
   wait_for_directory
@@ -192,6 +206,7 @@ fail() {
     say "failed $max_equal_failures times in this way without a new checkpoint: $2"
   fi
   write_final_failure "$2"
+  notify "$2"
   say "not restarted"
   end_for_good "$1"
 }
@@ -342,24 +357,6 @@ next_of_chain() {
     "$run_directory/jobs.jsonl" 2>/dev/null | tail -n 1 || true
 }
 
-# run_of OVERRIDE...: the directory of the run that they name.
-run_of() {
-  local word name='' runs=runs
-  for word in "$@"; do
-    case $word in
-      name=*) name=$(unquoted "${word#name=}") ;;
-      runs_dir=*) runs=$(unquoted "${word#runs_dir=}") ;;
-    esac
-  done
-  [[ -z $name ]] || echo "$runs/$name"
-}
-
-unquoted() {
-  local text=$1
-  [[ ! $text =~ ^\'(.*)\'$ && ! $text =~ ^\"(.*)\"$ ]] || text=${BASH_REMATCH[1]}
-  echo "$text"
-}
-
 # Has the next job wait from now on: when this node loses power, nobody could submit it. Slurm may
 # have requeued this job then, and the one of the earlier start still waits.
 queue_next() {
@@ -376,7 +373,8 @@ submit_next() {
   [[ -z $task ]] || own=(--array="$task")
   # The script's directives must not be overridden by the environment.
   unset SBATCH_TIMELIMIT SBATCH_REQUEUE SBATCH_NO_REQUEUE SBATCH_ARRAY_INX SBATCH_SIGNAL
-  own+=(--dependency="afterany:$(job_id)")
+  # Not after the delay that the script may ask for, as now+2hours.
+  own+=(--dependency="afterany:$(job_id)" --begin=now)
   # Variables that describe this job must not reach the new one.
   mapfile -t foreign < <(compgen -v | grep -E '^(SLURM|_SLURM_SPANK)_' | grep -vxE 'SLURM_(CONF|CLUSTERS|JWT)')
   next=$(unset "${foreign[@]}" && sbatch --parsable "${own[@]}" "$script" "${arguments[@]}") || return
@@ -385,6 +383,7 @@ submit_next() {
   say "job $next resumes the run when this one stops"
   [[ -n $run_directory ]] || return 0
   # `modtrain cancel` of an array reads the directory above its runs.
+  [[ $verb = train ]] || task=''
   for folder in "$run_directory" ${task:+"$run_directory/.."}; do
     write_job "$folder/jobs.jsonl" "$next" "\"$(job_id)\"" "$script"
   done

@@ -9,8 +9,13 @@
 #   processes      processes on each node
 #   container      none, apptainer or pyxis; image, mounts: its image, and the paths it can see
 #   site_files     files to source; modules: modules to load; variables: NAME=VALUE to export
-#   scratch        directory on the node's own disk for temporary files; empty: the system's
+#   scratch        directory on the node's own disk, for the job's own directory of temporary files;
+#                  empty: the system's
 #   gpus           GPUs that the job has on each node; with some, training on the CPU is a failure
+#   srun_options   options of the srun that starts the processes
+#   on_given_up    program with its arguments that is called when a run is given up
+#   log_size       MiB of the job's output after which an empty file continues it; num_logs: outputs of
+#                  jobs that are kept in the run's directory
 #   again          what follows a stop with work left: requeue, resubmit or nothing
 #   retry_delay    seconds before the first restart after a failure; twice as long at each further one
 #   lead, grace    seconds between the signal and the end, before the time limit and at a
@@ -29,6 +34,8 @@ export SLURM_EXPORT_ENV=ALL
 : "${run_directory:=}" "${launcher:=srun}" "${processes:=${SLURM_NTASKS_PER_NODE:-1}}"
 : "${container:=none}" "${image:=}" "${scratch:=}" "${again:=requeue}" "${lead:=300}"
 : "${gpus:=${SLURM_GPUS_ON_NODE:-0}}" "${grace:=30}" "${max_equal_failures:=3}" "${retry_delay:=60}" "${script:=$0}" "${verb:=train}"
+: "${log_size:=64}" "${num_logs:=50}"
+srun_options=(${srun_options[@]+"${srun_options[@]}"}) on_given_up=(${on_given_up[@]+"${on_given_up[@]}"})
 mounts=(${mounts[@]+"${mounts[@]}"}) site_files=(${site_files[@]+"${site_files[@]}"})
 modules=(${modules[@]+"${modules[@]}"}) variables=(${variables[@]+"${variables[@]}"})
 if [[ -z ${python:-} ]]; then
@@ -68,7 +75,9 @@ prepare_node() {
   if [[ -n $scratch ]]; then
     # What is not there would silently be /tmp, which may be small, or memory.
     [[ -d $scratch && -w $scratch ]] || node_error="scratch=$scratch is no directory to write to on $(hostname)"
-    export TMPDIR="$scratch"
+    # Each process makes its node's directory of the job in it.
+    MODTRAIN_SCRATCH=$scratch/modtrain-$(job_id)
+    export TMPDIR="$scratch" MODTRAIN_SCRATCH
   fi
   # With `auto` a job that waited for GPUs would train on the CPU where they do not work.
   [[ $gpus = 0 ]] || export MODTRAIN_ACCELERATOR=cuda
@@ -136,7 +145,9 @@ run_step() {
   MODTRAIN_OUTCOME=$(outcome_directory)
   export MODTRAIN_OUTCOME
   note_log
-  srun --kill-on-bad-exit=1 --label "$@" &
+  bound_logs &
+  local bounding=$!
+  srun --kill-on-bad-exit=1 --label "${srun_options[@]}" "$@" &
   step=$!
   step_pid=$step
   [[ -z $received_signal ]] || forward_signal "$received_signal"
@@ -144,6 +155,7 @@ run_step() {
   status=0
   wait "$step" || status=$?
   step_pid=
+  kill "$bounding" 2>/dev/null || true
 }
 
 # An empty directory, which all nodes see, for the outcome of each process.
@@ -183,6 +195,8 @@ forward_signal() {
 
 # shellcheck source=outcome.sh
 source "${BASH_SOURCE[0]%/*}/outcome.sh"
+# shellcheck source=files.sh
+source "${BASH_SOURCE[0]%/*}/files.sh"
 # shellcheck source=ending.sh
 source "${BASH_SOURCE[0]%/*}/ending.sh"
 
@@ -208,6 +222,24 @@ on_one() {
   finish
 }
 
+# run_of OVERRIDE...: the directory of the run that they name.
+run_of() {
+  local word name='' runs=runs
+  for word in "$@"; do
+    case $word in
+      name=*) name=$(unquoted "${word#name=}") ;;
+      runs_dir=*) runs=$(unquoted "${word#runs_dir=}") ;;
+    esac
+  done
+  [[ -z $name ]] || echo "$runs/$name"
+}
+
+unquoted() {
+  local text=$1
+  [[ ! $text =~ ^\'(.*)\'$ && ! $text =~ ^\"(.*)\"$ ]] || text=${BASH_REMATCH[1]}
+  echo "$text"
+}
+
 begin() {
   trap_signals
   [[ -n $run_directory || $1 != train ]] || run_directory=$(run_of "${@:2}")
@@ -217,9 +249,21 @@ begin() {
   record_job || true
   clear_failure || true
   [[ $again != resubmit ]] || queue_next
+  export_times
   prepare_node || fail 69 "$node_error" "${SLURMD_NODENAME:-}"
   set_command "$@"
   if [[ -n $received_signal ]]; then restart_job "stopped by $received_signal before it started"; fi
+}
+
+# Exports since when the job could have started, and when it did, for the record of what a run takes.
+export_times() {
+  local eligible started
+  read_job_state || return 0
+  [[ $job_state =~ \ EligibleTime=([0-9T:-]+) ]] || return 0
+  eligible=$(date -d "${BASH_REMATCH[1]}" +%s) || return 0
+  [[ $job_state =~ \ StartTime=([0-9T:-]+) ]] || return 0
+  started=$(date -d "${BASH_REMATCH[1]}" +%s) || return 0
+  export MODTRAIN_JOB_TIMES="$eligible $started"
 }
 
 # Keeps the nodes until the job is cancelled or its time is over, and prints how to use them.
@@ -232,7 +276,7 @@ keep_nodes() {
   say "on $SLURM_JOB_NODELIST; a shell on the first node:"
   echo "  srun --jobid=$SLURM_JOB_ID --overlap --nodes=1 --ntasks=1 ${in_container[*]@Q} --pty bash -l"
   say "a run on all of them:"
-  echo "  env ${environment[*]@Q} srun --jobid=$SLURM_JOB_ID --overlap ${srun_layout[*]} ${in_container[*]@Q} ${command[*]@Q}"
+  echo "  env ${environment[*]@Q} srun --jobid=$SLURM_JOB_ID --overlap ${srun_options[*]@Q} ${srun_layout[*]} ${in_container[*]@Q} ${command[*]@Q}"
   say "release them with: scancel $SLURM_JOB_ID"
   sleep infinity
 }

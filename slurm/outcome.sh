@@ -2,14 +2,14 @@
 # How the step of a job ended: from the files of its processes, and where one has left none, from
 # what srun has printed. `job.sh` sources this file.
 
-# read_outcome FOLDER: sets `status` (from srun's exit code), `cause`, and `bad_node`: the node
-# where it failed for a reason that another node may not have; empty: none is known.
+# read_outcome FOLDER: sets `status` (from srun's exit code), `cause`, and `bad_node`: the nodes
+# where it failed for a reason that other nodes may not have, parted by commas; empty: none is known.
 #   65 diverged, 69 this node cannot run it, 73 the run is in use, 75 stopped, 2 configuration,
 #   130 interrupted: see docs/reference/exit-codes.md
 # A code that no process has written means nothing: 2 is also what srun and Python end with where
 # a program is missing.
 read_outcome() {
-  local folder=$1 file rank code node reason chosen='' first=''
+  local folder=$1 file rank code node reason chosen='' first='' bad=''
   cause='' bad_node=''
   for file in "$folder"/rank-*; do
     [[ -r $file ]] || continue
@@ -17,10 +17,11 @@ read_outcome() {
     rank=${file##*/rank-}
     # Rank 0 knows of the others' errors; but a node that cannot run it kills the rest.
     if [[ $code = 69 ]]; then
-      chosen=$file
-      break
+      [[ -n $bad ]] || chosen=$file
+      # Each may be unable for its own reason, and all may name the same ones.
+      for node in ${node//,/ }; do [[ ",$bad," = *",$node,"* ]] || bad+=${bad:+,}$node; done
     fi
-    [[ $code = running ]] && continue
+    [[ -z $bad && $code != running ]] || continue
     [[ $rank != 0 ]] || chosen=$file
     [[ $code = 0 || -n $first ]] || first=$file
   done
@@ -30,7 +31,9 @@ read_outcome() {
     rank=${chosen##*/rank-}
     # torchrun has one exit code for all failures.
     status=$code cause=$reason
-    [[ $code != 69 ]] || { bad_node=$node cause="rank $rank on $node: $reason"; }
+    # The check before the first step names the nodes itself, on every rank.
+    [[ $code != 69 || $reason = StartCheckError:* ]] || cause="rank $rank on $node: $reason"
+    bad_node=$bad
     [[ $status -eq 0 || -n $cause ]] || cause="exit code $status"
   elif [[ $status -ne 0 ]]; then
     read_srun_error "$folder"
@@ -78,6 +81,8 @@ last_lines_of() {
 # What this step has printed into the job's log, at most the last MiB.
 step_output() {
   [[ -n $log_file && -r $log_file ]] || return 0
+  # It has been continued in an empty file.
+  [[ $(stat -c %s "$log_file") -ge $log_start ]] || log_start=0
   tail -c "+$((log_start + 1))" "$log_file" | tail -c 1048576
 }
 

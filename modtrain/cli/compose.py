@@ -30,6 +30,7 @@ from modtrain.cluster.config import (
     LogsConfig,
     StatusConfig,
     SubmitConfig,
+    WaitConfig,
 )
 from modtrain.common.config_keys import added_keys
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
@@ -86,6 +87,7 @@ SCHEMAS: dict[str, type] = {
     "status": StatusConfig,
     "logs": LogsConfig,
     "cancel": CancelConfig,
+    "wait": WaitConfig,
 }
 
 

@@ -231,6 +231,9 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     if config.array and verb != "train":
         remedy = "submit them one by one, or leave array out"
         problems.append(Problem("array", verb, "is for train alone", remedy))
+    if config.workers and verb != "search":
+        reason, remedy = f"and {verb} has one worker", "leave it out: a search alone has several"
+        problems.append(Problem("workers", config.workers, reason, remedy))
     composed: Any
     try:
         joined = join_space(verb_overrides) if verb == "search" else verb_overrides
@@ -248,17 +251,18 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
         raise ConfigError(problems) from None
     raise_if_any(problems)
     directory = _directory_of(verb, composed)
+    runs_dir = str(getattr(composed, "runs_dir", "runs"))
     if not config.array:
         run = composed if verb == "train" else None
         tasks = [ScriptTask(verb, verb_overrides, directory, run)]
-        return Submission(config, tasks, directory, user_dir)
+        return Submission(config, tasks, directory, user_dir, runs_dir)
     task_overrides = {
         name: [*verb_overrides, *added, f"name={quoted(f'{composed.name}/{name}')}"]
         for name, added in config.array.items()
     }
     runs = _compose_each(verb, task_overrides, config_dir)
     tasks = [ScriptTask(verb, task_overrides[name], directory / name, runs[name]) for name in runs]
-    return Submission(config, tasks, directory, user_dir)
+    return Submission(config, tasks, directory, user_dir, runs_dir)
 
 
 def compose_job(overrides: Sequence[str], config_dir: str | None = None) -> SubmitConfig:

@@ -31,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = read_arguments(sys.argv[1:] if argv is None else argv, verbs)
         if arguments.wants_help:
             return _help(arguments.verb, verbs)
+        from modtrain.training.job_scratch import use_job_scratch
         from modtrain.training.outcome import report_outcome
 
         with report_outcome() as outcome:
+            use_job_scratch()
             # Without ranks of its own, rank 0 does it, once.
             has_own = arguments.verb in _TRAINING or _shares_work(arguments)
             if has_own or launched_rank(has_ranks=False) == 0:
@@ -237,7 +239,7 @@ _TRAINING = ("train", "compare", "isoflop", "search", "search-patterns")
 # Those, and others that keep what is finished.
 _RESUMABLE = (*_TRAINING, "prepare")
 # What they print is all that they do.
-_SHOWING = ("", "config", "data", "doctor", "generate", "logs", "plan", "status")
+_SHOWING = ("", "config", "data", "doctor", "generate", "logs", "plan", "status", "wait")
 # What a verb calls, ``module:function`` with the verb's configuration, and a line of help.
 _VERBS: dict[str, tuple[str | Verb, str]] = {
     "prepare": ("modtrain.data.prepare.shared:prepare_task", "text to tokenizer and shards"),
@@ -285,6 +287,7 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
     "submit": ("modtrain.cluster.submit:submit", "train, prepare, eval, ... as a Slurm job"),
     "status": (_status, "state, step, loss, restarts, checkpoint and job of runs"),
     "logs": ("modtrain.cluster.logs:show_logs", "output of a run's newest job"),
+    "wait": ("modtrain.cluster.wait:wait_for_run", "until a run is complete, failed or stopped"),
     "cancel": ("modtrain.cluster.cancel:cancel_run", "end a run's jobs, after a checkpoint"),
     "plan": (
         "modtrain.training.plan_report:show",

@@ -48,8 +48,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "submit": (
         "train name=large model=mod_220m budget.flops=6e18 gpus_per_node=8 nodes=2 --dry-run",
     ),
-    "status": ("", "run=first"),
+    "status": ("", "run=first", "run=first cost=true"),
     "logs": ("run=first", "run=first follow=true"),
+    "wait": ("run=first", "run=first timeout=3600"),
     "cancel": ("run=first",),
     "config": ("train model=tiny budget.steps=10", "eval run=first"),
     "doctor": ("", "'require=[packages,cuda]'"),

@@ -21,13 +21,13 @@ from modtrain.cluster.runs import (
     RunNotFoundError,
     RunRecord,
     SubmittedJob,
-    blocks_from_end,
     existing_run,
     read_run,
 )
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs, state_of
 from modtrain.common.errors import raise_if_any
+from modtrain.common.reading import blocks_from_end
 from modtrain.common.spelling import spelled
 
 # Seconds between two reads of a file, and between two queries to Slurm.

@@ -9,19 +9,19 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from modtrain.cluster.slurm import SlurmJob
 from modtrain.common.atomic_io import is_locked
 from modtrain.common.errors import ModtrainError
 from modtrain.common.reading import (
     UnreadableError,
-    open_regular,
+    lines_from_end,
     read_json,
     read_records,
     read_text,
@@ -32,6 +32,7 @@ from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import has_runs_below, missing_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.step_times import SLOW_NODES, SlowRank, read_slow_nodes
 
 T = TypeVar("T")
 
@@ -42,7 +43,6 @@ _GROUP_SCRIPT = re.compile(r"(search|compare|prepare|debug|submit-[0-9a-f]{8})\.
 CANCELLED = "CANCELLED"
 """File of the ids of cancelled jobs, one a line. These jobs are not restarted."""
 LOSS, HELD_OUT = "loss", "held_out/causal_loss"
-_BLOCK_BYTES = 2**16
 # Bytes from the end in which the last losses are searched: there may be few held-out losses.
 _MAX_LOOKBACK = 2**20
 # A job may still print for this long after its final failure.
@@ -100,9 +100,10 @@ class RunRecord:
     steps: of the whole run. saved: (step, time) of the newest checkpoint. failures, submitted,
     evaluations: oldest first; the jobs that train the run, and those that evaluate it. parent: the
     run and step whose checkpoint it started from, or empty. changed: when something was last
-    recorded. notes: what could not be read. is_group: no run itself: the directory of a job that
-    works on runs below it or on none, as that of a sweep, an array, a search, a comparison or a
-    preparation. last_active: when a group's jobs were last given to Slurm or seen at work.
+    recorded. slow: processes that are slower than the others. notes: what could not be read.
+    is_group: no run itself: the directory of a job that works on runs below it or on none, as that
+    of a sweep, an array, a search, a comparison or a preparation. last_active: when a group's jobs
+    were last given to Slurm or seen at work.
     """
 
     name: str
@@ -123,6 +124,7 @@ class RunRecord:
     cancelled: frozenset[str] = frozenset()
     is_group: bool = False
     last_active: float = 0
+    slow: list[SlowRank] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -168,6 +170,8 @@ def read_run(path: Path, name: str) -> RunRecord:
         run.last_active = _last_active(run)
     run.failures.sort(key=lambda failure: failure.time)
     run.saved = _read(run, "checkpoints", _newest_checkpoint)
+    if not run.complete:
+        run.slow = _read(run, SLOW_NODES, lambda file: read_slow_nodes(file.parent)) or []
     if not (run.complete and _read(run, "result.json", partial(_take_result, run))):
         run.steps = _read(run, "config.yaml", _steps)
         _read(run, "metrics.jsonl", partial(_take_records, run))
@@ -202,38 +206,6 @@ def read_job_ids(folder: Path) -> list[str]:
     path = folder / "jobs.jsonl"
     jobs = _submitted(path) if path.is_file() else []
     return [job.id for job in jobs if job.verb != "eval"]
-
-
-def blocks_from_end(file: BinaryIO, max_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """Iterate over the blocks of ``file`` from the last one, each with its offset.
-
-    max_bytes: bytes from the end at which to stop; None: at the file's beginning.
-    """
-    offset = end = file.seek(0, os.SEEK_END)
-    while offset > 0 and (max_bytes is None or end - offset < max_bytes):
-        size = min(_BLOCK_BYTES, offset)
-        offset -= size
-        file.seek(offset)
-        yield offset, file.read(size)
-
-
-def lines_from_end(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
-    """Iterate over the lines of ``path`` from the last one, without line ends.
-
-    max_bytes: as of `blocks_from_end`.
-    """
-    # Of a line whose beginning is not read yet, the last one first.
-    pieces: list[bytes] = []
-    with open_regular(path) as file:
-        for offset, block in blocks_from_end(file, max_bytes):
-            first, *lines = block.split(b"\n")
-            if lines:
-                lines[-1] += b"".join(reversed(pieces))
-                pieces = []
-                yield from reversed(lines)
-            pieces.append(first)
-            if offset == 0:
-                yield b"".join(reversed(pieces))
 
 
 def _starts(path: Path) -> list[float]:

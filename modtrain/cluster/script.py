@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modtrain.cluster.config import SITE_OPTIONS, ClusterConfig, SubmitConfig
+from modtrain.cluster.config import SubmitConfig
+from modtrain.cluster.site import SITE_OPTIONS, ClusterConfig
 from modtrain.common.errors import ModtrainError
 from modtrain.common.shipped import slurm_dir
 from modtrain.training.config import TrainConfig
@@ -108,18 +109,23 @@ def _options(job: JobScript) -> list[str]:
         memory = None
     per_node = 1 if serial or site.launcher == "torchrun" else config.processes
     processes_per_task = config.processes if site.launcher == "torchrun" and not serial else 1
+    num_tasks = config.workers or len(job.tasks)
     limit = "" if config.at_once is None else f"%{config.at_once}"
     named: dict[str, str | int | None] = {
         "job-name": job.name,
         **{name: getattr(site, name) for name in SITE_OPTIONS},
         "nodes": 1 if serial else config.nodes,
         "ntasks-per-node": per_node,
-        **_gpu_options(site, gpus),
+        **_gpu_options(site, gpus, per_node),
         "cpus-per-task": site.cpus_per_process * processes_per_task,
         "mem": memory,
         "time": config.time or site.time,
         "signal": f"B:USR1@{site.lead}",
-        "array": f"0-{len(job.tasks) - 1}{limit}" if config.array else None,
+        "array": f"0-{num_tasks - 1}{limit}" if config.array or config.workers else None,
+        "begin": config.begin,
+        "exclude": ",".join(site.exclude) or None,
+        "mail-user": site.mail,
+        "mail-type": ",".join(site.mail_on) if site.mail and site.mail_on else None,
         "dependency": f"afterok:{config.after}" if config.after else None,
         # Else it would stay in the queue for ever where that job fails.
         "kill-on-invalid-dep": "yes" if config.after else None,
@@ -141,10 +147,13 @@ def gpus_of(config: SubmitConfig, verb: str) -> int:
     return 0 if verb == "prepare" else min(config.gpus, 1)
 
 
-def _gpu_options(site: ClusterConfig, gpus: int) -> dict[str, str]:
+def _gpu_options(site: ClusterConfig, gpus: int, num_tasks: int) -> dict[str, str]:
+    """Return the option for ``gpus`` of a node, which ``num_tasks`` tasks have."""
     if gpus == 0:
         return {}
     kind = "" if site.gpu_type is None else f"{site.gpu_type}:"
+    if site.gpu_request == "per_task":
+        return {"gpus-per-task": f"{kind}{gpus // num_tasks}"}
     if site.gres is None:
         return {"gpus-per-node": f"{kind}{gpus}"}
     return {"gres": f"{site.gres}:{kind}{gpus}"}
@@ -153,9 +162,10 @@ def _gpu_options(site: ClusterConfig, gpus: int) -> dict[str, str]:
 def _settings(job: JobScript) -> list[str]:
     config, site = job.config, job.config.cluster
     environment = dict(site.environment)
-    if site.network_interface is not None:
-        for library in ("NCCL", "GLOO"):
-            environment.setdefault(f"{library}_SOCKET_IFNAME", site.network_interface)
+    for library, own in (("NCCL", site.nccl_interface), ("GLOO", site.gloo_interface)):
+        interface = own or site.network_interface
+        if interface is not None:
+            environment.setdefault(f"{library}_SOCKET_IFNAME", interface)
     lines = _assignments(
         code=str(job.code),
         python=job.python,
@@ -166,6 +176,10 @@ def _settings(job: JobScript) -> list[str]:
         image=site.image or "",
         scratch=site.scratch or "",
         gpus=str(gpus_of(config, job.tasks[0].verb)),
+        srun_options=[*_binding(site), *site.srun_options],
+        on_given_up=site.on_given_up,
+        log_size=str(site.log_size),
+        num_logs=str(site.num_logs),
         again=_restart_mode(config),
         retry_delay=str(site.retry_delay),
         lead=str(site.lead),
@@ -188,6 +202,13 @@ def _settings(job: JobScript) -> list[str]:
     for number, assignments in enumerate(task_lines):
         lines += [f"{number})", *(f"  {line}" for line in assignments), "  ;;"]
     return [*lines, "esac"]
+
+
+def _binding(site: ClusterConfig) -> list[str]:
+    """Return srun's option by which each process sees all GPUs of its node, as NCCL wants it."""
+    if site.gpu_request != "per_task" or any("--gpu-bind" in text for text in site.srun_options):
+        return []
+    return ["--gpu-bind=none"]
 
 
 def _restart_mode(config: SubmitConfig) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +35,7 @@ _MAX_COMMAND_CHARS = 300
 # Inside an allocation SLURM_... describe that job: sbatch passes them on, and srun in the new job
 # would use them (man sbatch, man srun).
 _REMOVED_VARIABLES = (
-    *("SLURM_", "_SLURM_SPANK_", "SQUEUE_", "SCANCEL_", "SBATCH_TIMELIMIT"),
+    *("SLURM_", "_SLURM_SPANK_", "SQUEUE_", "SCANCEL_", "SACCT_", "SBATCH_TIMELIMIT"),
     *("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_ARRAY_INX", "SBATCH_SIGNAL"),
     *("SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_JOB_NAME"),
 )
@@ -117,6 +119,21 @@ class SlurmJob:
         return self.state in _PENDING
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """A time for which a job had nodes, as Slurm's accounting has it; a requeued job has several.
+
+    seconds: of it, until now if it is at work. queued: seconds that it waited before, without
+    those in which it was not to start yet. gpus, cpus: of all nodes.
+    """
+
+    job: str
+    seconds: float
+    queued: float
+    gpus: int
+    cpus: int
+
+
 def never_starts(job: SlurmJob) -> str | None:
     """Return the remedy where ``job`` waits for what cannot come; None where it may start."""
     if not job.is_pending:
@@ -196,6 +213,57 @@ def jobs(ids: Collection[str]) -> dict[str, SlurmJob]:
         if array not in jobs_by_id or _activity_rank(job) > _activity_rank(jobs_by_id[array]):
             jobs_by_id[array] = job
     return jobs_by_id
+
+
+def allocations(ids: Collection[str]) -> dict[str, list[Allocation]]:
+    """Return what Slurm's accounting has of jobs, by the ids that are asked for.
+
+    Empty where there is no accounting.
+
+    Raises:
+        SlurmError: it does not answer.
+    """
+    if not ids or shutil.which("sacct") is None:
+        return {}
+    fields = "JobID,Eligible,Start,End,AllocCPUS,AllocTRES"
+    command = ["sacct", "--allocations", "--duplicates", "--noheader", "--parsable2"]
+    try:
+        output = run([*command, f"--format={fields}", f"--jobs={','.join(sorted(ids))}"])
+    except SlurmError as error:
+        if "accounting storage is disabled" in str(error).lower():
+            return {}
+        raise
+    by_job: dict[str, list[Allocation]] = {}
+    for line in output.splitlines():
+        allocation = _allocation(line)
+        if allocation is not None:
+            by_job.setdefault(allocation.job, []).append(allocation)
+    return by_job
+
+
+def _allocation(line: str) -> Allocation | None:
+    """Parse a line of sacct; None for a job that has had no nodes."""
+    parts = line.split("|")
+    if len(parts) != 6:
+        return None
+    job, *moments, cpus, resources = parts
+    eligible, start, end = map(_seconds_since_1970, moments)
+    if start is None:
+        return None
+    until = time.time() if end is None else end
+    gpus = re.search(r"gres/gpu=(\d+)", resources)
+    queued = 0.0 if eligible is None else max(0.0, start - eligible)
+    num_cpus = int(cpus) if cpus.isdecimal() else 0
+    num_gpus = int(gpus[1]) if gpus else 0
+    return Allocation(job, max(0.0, until - start), queued, num_gpus, num_cpus)
+
+
+def _seconds_since_1970(text: str) -> float | None:
+    """Read a local time of Slurm; None for ``Unknown`` and its like."""
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
 
 
 def cancel(ids: Iterable[str]) -> None:

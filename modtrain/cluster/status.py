@@ -20,6 +20,7 @@ from rich.text import Text
 
 from modtrain.cluster import slurm
 from modtrain.cluster.config import StatusConfig
+from modtrain.cluster.cost import show_costs
 from modtrain.cluster.runs import (
     Failure,
     RunNotFoundError,
@@ -61,7 +62,7 @@ class SlurmReply:
 
 
 def show_status(config: StatusConfig, console: Console | None = None) -> None:
-    """Print the table of runs, or one run in detail with those below it.
+    """Print the table of runs, or one run in detail with those below it; or what they took.
 
     Raises:
         ConfigError: the request is invalid.
@@ -76,6 +77,9 @@ def show_status(config: StatusConfig, console: Console | None = None) -> None:
         )
     top = root if config.run is None else existing_run(config.runs_dir, config.run)
     runs = [read_run(path, str(path.relative_to(root))) for path in find_runs(top)]
+    if config.cost:
+        show_costs(runs, console)
+        return
     # Of a single run all jobs are shown, of many only those of unfinished ones.
     slurm_reply = ask_slurm(runs, None if config.run is None else top)
     states = [state_of(run, slurm_reply.jobs) for run in runs]
@@ -147,7 +151,9 @@ def state_of(run: RunRecord, jobs: Mapping[str, SlurmJob]) -> RunState:
         return RunState("complete")
     if run.locked or active:
         suspended = bool(active) and active[0].state in ("SUSPENDED", "STOPPED")
-        return RunState("running", active[0].state.lower() if suspended else "")
+        slow = ", ".join(dict.fromkeys(slow.node for slow in run.slow))
+        reason = active[0].state.lower() if suspended else f"slow: {slow}" if slow else ""
+        return RunState("running", reason)
     failure = _unresolved_failure(run)
     if live:
         reason = live[0].reason or live[0].state.lower()
@@ -276,6 +282,8 @@ def _print_detail(
         table.add_row("job", Text(_job_line(name, run, slurm_reply)))
     for evaluation in run.evaluations[-_MAX_JOBS:]:
         table.add_row("evaluation", Text(_job_line(evaluation.id, run, slurm_reply)))
+    for slow in run.slow[:_MAX_FAILURES]:
+        table.add_row("slow", Text(f"{slow}, since step {slow.since}"))
     for failure in run.failures[-_MAX_FAILURES:]:
         table.add_row("failed", Text(_failure_line(failure)))
     console.print(table)
@@ -307,7 +315,8 @@ def _job_line(name: str, run: RunRecord, slurm_reply: SlurmReply) -> str:
 def _failure_line(failure: Failure) -> str:
     at = f" at step {failure.step}" if failure.step else ""
     job = f", job {failure.job}" if failure.job else ""
-    node = f", bad node {failure.node}" if failure.node else ""
+    nodes = failure.node.replace(",", ", ")
+    node = f", bad node{'s' * (',' in nodes)} {nodes}" if nodes else ""
     return f"{_format_age(failure.time)}{at}{job}{node}: {failure.cause}"
 
 

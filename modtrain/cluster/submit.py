@@ -16,18 +16,17 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from modtrain.cluster import slurm
-from modtrain.cluster.config import SITE_OPTIONS, SubmitConfig
+from modtrain.cluster.config import SubmitConfig, is_job_id
 from modtrain.cluster.freeze import freeze
+from modtrain.cluster.run_checks import awaits_data, run_problems
 from modtrain.cluster.runs import CANCELLED, read_job_ids
 from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, check, render
+from modtrain.cluster.site import SITE_OPTIONS
 from modtrain.common.atomic_io import open_to_append, write_text
-from modtrain.common.errors import Problem, raise_if_any
+from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.spelling import spelled
 from modtrain.common.terminal import plain_console
-from modtrain.training.config import TrainConfig
-from modtrain.training.plan import resolve
-from modtrain.training.plan_report import device_bytes, gibibytes
-from modtrain.training.run_directory import RunDirectory, check_resumable
+from modtrain.training.run_directory import RunDirectory
 
 # For which Slurm may look at a new job first.
 _REASON_SECONDS = 2.0
@@ -41,13 +40,15 @@ _UNREACHABLE = ("Could not establish a configuration source", "Unable to contact
 class Submission:
     """A job, and what it or each task of its array is to do.
 
-    directory: of the job as a whole. config_dir: of the user's own YAML, or None.
+    directory: of the job as a whole. config_dir: of the user's own YAML, or None. runs_dir: where
+    the run is looked for that ``after`` names.
     """
 
     config: SubmitConfig
     tasks: Sequence[ScriptTask]
     directory: Path
     config_dir: Path | None = None
+    runs_dir: str = "runs"
 
 
 def submit(submission: Submission) -> None:
@@ -58,7 +59,15 @@ def submit(submission: Submission) -> None:
         ScriptError, SlurmError: Slurm would reject the script, or has rejected it.
     """
     console = plain_console(soft_wrap=True)
+    submission = _with_awaited_job(submission, console)
     raise_if_any(_problems(submission))
+    for task in submission.tasks:
+        if task.config is not None and awaits_data(task.config, submission.config):
+            console.print(
+                f"{task.config.data.location} is not there yet: what depends on the data is checked"
+                f" when the job starts, after job {submission.config.after}",
+                highlight=False,
+            )
     job = _prepare(submission)
     text = render(job)
     check(text, job.script.name)
@@ -78,6 +87,27 @@ def submit(submission: Submission) -> None:
         console.print(f"submitted job {number}")
     _check_will_start(job, ids, console)
     _print_next_commands(submission, ids, console)
+
+
+def _with_awaited_job(submission: Submission, console: Console) -> Submission:
+    """Return the submission with the job's id where ``after`` names a run or a preparation.
+
+    Raises:
+        ConfigError: there is none, or it has no job.
+    """
+    config, name = submission.config, submission.config.after
+    if name is None or is_job_id(name):
+        return submission
+    for folder in (Path(submission.runs_dir) / name, Path("runs") / name, Path(name)):
+        if RunDirectory(folder).is_complete:
+            console.print(f"{folder} is complete: nothing to wait for", highlight=False)
+            return replace(submission, config=replace(config, after=None))
+        if folder.is_dir() and (ids := read_job_ids(folder)):
+            console.print(f"waits for job {ids[-1]} of {folder}", highlight=False)
+            return replace(submission, config=replace(config, after=ids[-1]))
+    reason = "is no job's number, and no run or preparation that has a job"
+    remedy = "give the number that sbatch printed, or submit that job first"
+    raise ConfigError([Problem("after", name, reason, remedy)])
 
 
 def _test_submission(job: JobScript) -> str:
@@ -118,7 +148,7 @@ def _prepare(submission: Submission) -> JobScript:
     return JobScript(
         name=job_name(directory, tasks[0].verb),
         script=directory / _script_name(tasks, config),
-        output=logs / ("slurm-%A_%a.out" if config.array else "slurm-%j.out"),
+        output=logs / ("slurm-%A_%a.out" if config.array or config.workers else "slurm-%j.out"),
         directory=Path.cwd(),
         code=code,
         python=python if config.cluster.python is None else config.cluster.python,
@@ -294,54 +324,6 @@ def _after_problems(config: SubmitConfig) -> list[Problem]:
     else:
         return []
     return [Problem("after", config.after, reason, remedy)]
-
-
-def _mount_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
-    """Find data that a container would not see, of each source."""
-    site = config.cluster
-    if site.container == "none":
-        return []
-    seen = [
-        Path.cwd(),
-        *(Path(mount.split(":")[1 if ":" in mount else 0]) for mount in site.mounts),
-    ]
-    if site.container == "apptainer":
-        # It mounts these by itself.
-        seen += [Path.home(), Path("/tmp")]  # noqa: S108
-    reason = f"is outside of all that the container sees: {', '.join(map(str, seen))}"
-    problems = []
-    for name, text in run.data.paths.items():
-        path = Path(text).absolute()
-        if "://" not in text and not any(path.is_relative_to(folder) for folder in seen):
-            key = f"data.sources.{name}.path" if name else "data.path"
-            problems.append(Problem(key, str(path), reason, f"add {path} to cluster.mounts"))
-    return problems
-
-
-def run_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
-    """Compare a run's plan with the nodes requested for it.
-
-    Raises:
-        ConfigError: everything wrong with the run itself.
-        CheckpointError: its directory has another run.
-    """
-    if problems := _mount_problems(run, config):
-        return problems
-    resolved, plan = resolve(run, launch=config.launch)
-    check_resumable(run, resolved)
-    if resolved.strategy.accelerator == "cuda" and config.gpus == 0:
-        remedy = "request GPUs, or set strategy.accelerator=cpu"
-        return [Problem("gpus_per_node", 0, "and strategy.accelerator=cuda", remedy)]
-    memory = config.cluster.gpu_memory
-    needed = device_bytes(resolved, plan.dims)
-    if memory is None or config.gpus == 0 or needed < memory * 2**30:
-        return []
-    reason = (
-        f"is less than the {gibibytes(needed)} of weights, gradients and moments that each GPU"
-        f" needs under strategy={resolved.strategy.name}, without activations"
-    )
-    remedy = "use strategy=fsdp or hsdp, or more GPUs; modtrain plan shows what takes how much"
-    return [Problem("cluster.gpu_memory", f"{memory:g}", reason, remedy)]
 
 
 def _queue_problems(tasks: Sequence[ScriptTask], config: SubmitConfig) -> list[Problem]:

@@ -62,6 +62,12 @@ class OtherRunError(CheckpointError):
     exit_code = 2
 
 
+class StartingPointError(CheckpointError):
+    """Another run that this one cannot start from as configured: a retry cannot help."""
+
+    exit_code = 2
+
+
 class InUseError(CheckpointError):
     """A run directory in which another process works."""
 
@@ -69,9 +75,20 @@ class InUseError(CheckpointError):
 
 
 class NodeError(ModtrainError):
-    """A machine that cannot do what was asked of it, though another one may."""
+    """A machine that cannot do what was asked of it, though another one may.
+
+    nodes: the machines, where they are others than the one that raises this.
+    """
 
     exit_code = 69
+
+    def __init__(self, message: str, nodes: Sequence[str] = ()) -> None:
+        self.nodes = tuple(nodes)
+        super().__init__(message)
+
+
+class StartCheckError(NodeError):
+    """Nodes that did not pass the check before the first step. Every rank raises it."""
 
 
 class TrainingError(ModtrainError):

@@ -24,6 +24,7 @@ MAX_YAML_BYTES = 2**20
 MAX_JSON_BYTES = 2**28
 MAX_LINE_BYTES = 2**24
 _MAX_YAML_DEPTH = 20
+_BLOCK_BYTES = 2**16
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -123,6 +124,38 @@ def read_records(
             while line and not line.endswith(b"\n"):
                 line = file.readline(max_line_bytes)
     return records, damaged
+
+
+def blocks_from_end(file: BinaryIO, max_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Iterate over the blocks of ``file`` from the last one, each with its offset.
+
+    max_bytes: bytes from the end at which to stop; None: at the file's beginning.
+    """
+    offset = end = file.seek(0, os.SEEK_END)
+    while offset > 0 and (max_bytes is None or end - offset < max_bytes):
+        size = min(_BLOCK_BYTES, offset)
+        offset -= size
+        file.seek(offset)
+        yield offset, file.read(size)
+
+
+def lines_from_end(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
+    """Iterate over the lines of ``path`` from the last one, without line ends.
+
+    max_bytes: as of `blocks_from_end`.
+    """
+    # Of a line whose beginning is not read yet, the last one first.
+    pieces: list[bytes] = []
+    with open_regular(path) as file:
+        for offset, block in blocks_from_end(file, max_bytes):
+            first, *lines = block.split(b"\n")
+            if lines:
+                lines[-1] += b"".join(reversed(pieces))
+                pieces = []
+                yield from reversed(lines)
+            pieces.append(first)
+            if offset == 0:
+                yield b"".join(reversed(pieces))
 
 
 def read_yaml(path: Path, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -10,6 +11,11 @@ from modtrain.common.errors import ConfigError, Problem
 
 # torchrun's variables, and srun's that mean the same.
 _SRUN_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the name of this machine; under Slurm the one that Slurm's own messages have."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 @dataclass(frozen=True)

@@ -168,13 +168,18 @@ ONE_PROCESS = Ranks()
 
 @contextmanager
 def init_ranks(
-    launch: Launch, device_type: str, timeout: timedelta, needs_group: bool
+    launch: Launch,
+    device_type: str,
+    timeout: timedelta,
+    needs_group: bool,
+    check: Callable[[Store], None] | None = None,
 ) -> Iterator[Ranks]:
     """Initialize torch.distributed for ``launch`` for the length of the block; collective.
 
     device_type: where training's tensors are; `Ranks` communicates over gloo anyway.
     timeout: how long a rank waits for the others, in groups that libraries make in the block too.
-    needs_group: make a group for one process too, for strategies that need one.
+    needs_group: make a group for one process too, for strategies that need one. check: is called
+        with the store of the rendezvous before several processes make a group.
 
     Raises:
         RankError: not all processes arrived in time.
@@ -187,10 +192,12 @@ def init_ranks(
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
     on_cuda = device_type == "cuda"
-    if on_cuda:
-        torch.cuda.set_device(launch.local_rank)
     try:
         store = _rendezvous_store(launch, timeout)
+        if check is not None and launch.world_size > 1:
+            check(store)
+        if on_cuda:
+            torch.cuda.set_device(launch.local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
             store=PrefixStore("groups", store),

@@ -16,6 +16,7 @@ from modtrain.optimizers.registry import find_problems as optimizer_problems
 from modtrain.parallel.config import StrategyConfig
 from modtrain.parallel.validation import run_problems
 from modtrain.training.spikes.config import SpikeConfig
+from modtrain.training.start_check.config import StartCheckConfig
 from modtrain.training.starting_point.config import InitConfig
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -34,6 +35,7 @@ MUTABLE_KEYS = (
     "eval",
     "strategy",
     "spike",
+    "start_check",
     "batch.micro_batch_size",
     "data.num_workers",
     "data.prefetch_factor",
@@ -313,6 +315,7 @@ class TrainConfig:
     branch: BranchConfig = field(default_factory=BranchConfig)
     init: InitConfig = field(default_factory=InitConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    start_check: StartCheckConfig = field(default_factory=StartCheckConfig)
 
     def problems(self, needs_name: bool = True) -> list[Problem]:
         """Everything wrong with the run that can be checked without its data."""

@@ -21,6 +21,7 @@ from modtrain.training.run_directory import RunDirectory, read_manifest
 
 _RECORDS = (
     *("config.yaml", "command.txt", "manifest.json", "metrics.jsonl", "events.jsonl"),
+    *("step_times.jsonl", "slow_nodes.json"),
     *(
         "left_out.json",
         "mixture.jsonl",

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from modtrain.common.atomic_io import open_to_append, write_text
 from modtrain.common.errors import TrainingError
-from modtrain.common.reading import read_or_set_aside, read_records, unused
+from modtrain.common.reading import (
+    UnreadableError,
+    lines_from_end,
+    parse_object,
+    read_or_set_aside,
+    read_records,
+    unused,
+)
 from modtrain.models.sequence import RoutingRecord
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
@@ -24,6 +31,8 @@ from modtrain.training.run_directory import RunDirectory
 from modtrain.training.tensorboard.writer import TensorBoardWriter
 
 log = logging.getLogger(__name__)
+# The last line may be cut.
+_MAX_LOOKBACK = 2**18
 
 
 class MetricsWriter(Protocol):
@@ -103,6 +112,11 @@ class MetricsLog:
         for writer in self._writers:
             writer.write(step, values)
 
+    def add_scalars(self, step: int, values: dict[str, float]) -> None:
+        """Record ``values`` of processes: not in ``metrics.jsonl``, which is the run's."""
+        for writer in self._writers:
+            writer.write(step, values)
+
     def add_routing(
         self, step: int, labels: Sequence[str], records: Sequence[RoutingRecord]
     ) -> None:
@@ -159,6 +173,16 @@ def read_metrics(path: Path, with_null: bool = False) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in record.items() if value is not None} for record in records
     ]
+
+
+def last_recorded_step(path: Path) -> int:
+    """Return the last step in a metrics file, 0 without one; it is not read whole."""
+    with suppress(UnreadableError):
+        for line in lines_from_end(path, _MAX_LOOKBACK):
+            record = parse_object(line)
+            if record is not None and _is_record(record):
+                return int(record["step"])
+    return 0
 
 
 def keep_metrics(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:

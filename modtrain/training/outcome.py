@@ -7,17 +7,18 @@ never came to run modtrain has written none: `slurm/outcome.sh` reads both from 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import walk_tb
 
 from modtrain.common.errors import ModtrainError, NodeError
+from modtrain.distributed.launch import node_name
 
 OUTCOME = "MODTRAIN_OUTCOME"
 """The variable that names the directory of the files ``rank-<rank>``, which have three lines: the
-exit code, ``running`` before the end; the node's name; the reason."""
+exit code, ``running`` before the end; the node's name, or those of the nodes that failed, parted by
+commas; the reason."""
 REQUIRED = (
     *("torch", "lightning", "hydra", "omegaconf", "yaml", "webdataset", "tensorboard"),
     *("tokenizers", "pyarrow", "zstandard", "numpy", "rich", "matplotlib", "scipy", "jinja2"),
@@ -41,30 +42,29 @@ def report_outcome() -> Iterator[ProcessOutcome]:
 
     Processes that the block starts report nothing: the variable is removed.
     """
-    outcome, reason = ProcessOutcome(), ""
+    outcome, reason, nodes = ProcessOutcome(), "", node_name()
     folder = os.environ.pop(OUTCOME, None)
-    _write(folder, "running", "")
+    _write(folder, "running", nodes, "")
     try:
         yield outcome
     except BaseException as error:
         outcome.exit_code = _exit_code(error)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        nodes = ",".join(getattr(error, "nodes", ())) or nodes
         raise
     finally:
-        _write(folder, str(outcome.exit_code), reason)
+        _write(folder, str(outcome.exit_code), nodes, reason)
 
 
-def _write(folder: str | None, state: str, reason: str) -> None:
+def _write(folder: str | None, state: str, nodes: str, reason: str) -> None:
     if not folder:
         return
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    # By the name that Slurm's own messages have.
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if len(reason) > _MAX_REASON_CHARS:
         half = _MAX_REASON_CHARS // 2
         reason = f"{reason[:half]} […] {reason[-half:]}"
     with suppress(OSError):
-        (Path(folder) / f"rank-{rank}").write_text(f"{state}\n{node}\n{reason}\n")
+        (Path(folder) / f"rank-{rank}").write_text(f"{state}\n{nodes}\n{reason}\n")
 
 
 def _exit_code(error: BaseException) -> int:

@@ -36,10 +36,12 @@ from modtrain.training.callbacks.initial_weights import InitialWeightsCallback
 from modtrain.training.callbacks.metrics import MetricsCallback, StepClock
 from modtrain.training.callbacks.progress import ProgressCallback
 from modtrain.training.callbacks.spike_guard import SpikeGuard
+from modtrain.training.callbacks.step_times import StepTimesCallback
+from modtrain.training.callbacks.usage import UsageCallback, start_usage
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.lost_records import settle_records
-from modtrain.training.metrics_log import MetricsLog, read_metrics
+from modtrain.training.metrics_log import MetricsLog, last_recorded_step, read_metrics
 from modtrain.training.mixture_change import settle_mixture
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve, strategy_options
@@ -50,6 +52,7 @@ from modtrain.training.run_directory import (
     package_versions,
 )
 from modtrain.training.spikes.journal import RollBackError, SpikeJournal
+from modtrain.training.start_check.check import check_all_reduce, check_nodes
 from modtrain.training.starting_point.find import (
     StartingPoint,
     find_starting_point,
@@ -57,6 +60,7 @@ from modtrain.training.starting_point.find import (
     recorded_parent,
 )
 from modtrain.training.stop_signal import STOP
+from modtrain.training.usage import UsageRecord
 
 _LIGHTNING_PRECISION: dict[str, Literal["32-true", "bf16-mixed"]] = {
     "fp32": "32-true",
@@ -94,8 +98,10 @@ def train(
     timeout = timedelta(seconds=config.strategy.timeout)
     needs_group = config.strategy.name != "single"
     logs = RunDirectory.of(config).logs
+    is_checked = config.start_check.enabled
+    check = partial(check_nodes, config, launch, accelerator) if is_checked else None
     with (
-        init_ranks(launch, accelerator, timeout, needs_group) as ranks,
+        init_ranks(launch, accelerator, timeout, needs_group, check) as ranks,
         run_watchdog(ranks, config.strategy.timeout, logs) as watchdog,
     ):
         if plan is None:
@@ -120,6 +126,7 @@ class _Run:
         config, plan = self.config, self.plan
         self.directory = RunDirectory.of(config)
         self._beginning: StartingPoint | None = None
+        self.usage = UsageRecord(self.directory.path, self.ranks.is_rank0)
         self.console = plain_console(soft_wrap=True, quiet=not self.ranks.is_rank0)
         self.data = TokenDataModule(
             config.data,
@@ -140,7 +147,14 @@ class _Run:
             return TrainResult("already complete", run)
         with ExitStack() as lock:
             ranks.run_on_rank0(lambda: lock.enter_context(run.locked()))
-            return self._train_locked()
+            try:
+                result = self._train_locked()
+            except BaseException as error:
+                self.usage.end(f"{type(error).__name__}: {error}")
+                raise
+            is_stopped = result.status == "stopped"
+            self.usage.end(f"stopped by {STOP.name}" if is_stopped else result.status)
+            return result
 
     def _train_locked(self) -> TrainResult:
         config, plan, run, ranks = self.config, self.plan, self.directory, self.ranks
@@ -187,6 +201,14 @@ class _Run:
             )
         start = partial(self.directory.start, self.config, fingerprint, self.accelerator, parent)
         self.ranks.run_on_rank0(start)
+        if self.ranks.is_rank0:
+            entry = start_usage(self.launch, self.accelerator, self.config.precision)
+            self.usage.begin(last_recorded_step(self.directory.metrics), entry)
+        if self.config.start_check.all_reduce and self.ranks.world_size > 1:
+            cuda = self.accelerator == "cuda"
+            device = torch.device("cuda", self.launch.local_rank) if cuda else torch.device("cpu")
+            size = self.config.start_check.all_reduce
+            self.console.print(f"start check: {check_all_reduce(size, device, self.ranks)}")
         with self.ranks.raise_on_all_ranks():
             self.directory.check_visible()
             self.data.check_shared_memory(self.launch.local_world_size)
@@ -210,6 +232,7 @@ class _Run:
             self.console.print(note)
         with ranks.raise_on_all_ranks():
             log = MetricsLog(run, config, plan, start_step, ranks.is_rank0)
+        self.usage.resume(start_step, plan.flops_until(start_step))
         try:
             if message:
                 log.write(start_step, {"spike/rollbacks": journal.rollbacks})
@@ -272,6 +295,7 @@ class _Run:
             if config.spike.action == "none"
             else SpikeGuard(*guarded, journal, log, self.console.print),
             metrics,
+            UsageCallback(self.usage, metrics),
             HeldOutCallback(log, clock, config.eval.every, self.data, ranks, self.watchdog),
         ]
         if config.log.progress and ranks.is_rank0:
@@ -279,6 +303,10 @@ class _Run:
         callbacks.append(CheckpointCallback(run, config.checkpoint, clock, checkpointer, ranks))
         if self.watchdog is not None:
             callbacks.append(HeartbeatCallback(self.watchdog))
+        if ranks.world_size > 1:
+            # Last: what the others do after a batch is no wait for the next one.
+            report = self.console.print
+            callbacks.append(StepTimesCallback(run, log, config.log.every, ranks, report))
         return [*self.more_callbacks, *callbacks]
 
     def _stopped(self) -> TrainResult:

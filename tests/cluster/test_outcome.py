@@ -67,6 +67,15 @@ def outcome(tmp_path: Path, status: int, printed: str, **files: str) -> list[str
             *(1, "", {"rank_0": "1/n1/lost 1", "rank_1": "69/n2/ImportError: x"}),
             ("69", "rank 1 on n2: ImportError: x", "n2"),
         ),
+        # Several nodes at once, and the check that all ranks report alike.
+        (
+            *(1, "", {"rank_0": "69/n1/no", "rank_1": "69/n2/no", "rank_2": "1/n3/lost 1"}),
+            ("69", "rank 0 on n1: no", "n1,n2"),
+        ),
+        (
+            *(1, "", {"rank_0": "69/n2,n5/StartCheckError: it failed", "rank_1": "69/n2,n5/x"}),
+            ("69", "StartCheckError: it failed", "n2,n5"),
+        ),
         # 2 is the configuration only where a process says so.
         (
             *(2, MISSING, {"rank_0": "running/node1/"}),
@@ -128,8 +137,9 @@ def ending(tmp_path: Path, commands: str, **settings: str) -> str:
             *(
                 "set -euo pipefail",
                 f"source {slurm_dir()}/outcome.sh",
+                f"source {slurm_dir()}/files.sh",
                 f"source {slurm_dir()}/ending.sh",
-                f"run_directory={tmp_path}",
+                f"run_directory={tmp_path} on_given_up=() scratch=''",
             ),
             *("verb=train max_equal_failures=3 again=requeue bad_nodes=()", "job_id() { echo 7; }"),
             *('say() { echo "$*"; }', *lines, commands),
@@ -147,6 +157,13 @@ def test_failures_are_equal_up_to_numbers_and_the_node(tmp_path):
             tmp_path, f'record_failure "{cause}" {node}; echo $num_equal ${{bad_nodes[*]}}'
         )
         assert shown.split() == [str(count), *(node for _, node in failures[:count])]
+    # One failure may be of several nodes.
+    shown = ending(
+        tmp_path, 'record_failure "rank 1 on gpu-a: no" gpu-a,gpu-c || echo ${bad_nodes[*]}'
+    )
+    assert shown == "gpu-a gpu-b gpu-c\n"
+    lines = (tmp_path / "failures.tsv").read_text().splitlines()[:-1]
+    (tmp_path / "failures.tsv").write_text("\n".join(lines) + "\n")
     # A third is the last one, and another text begins anew; so does a new checkpoint.
     shown = ending(tmp_path, 'record_failure "rank 1 on c: no" || echo last')
     assert shown == "last\n"
@@ -256,6 +273,34 @@ def test_a_loss_that_is_not_finite_is_tried_once_more(tmp_path):
             **{"log_file": "''", "SLURM_JOB_ID": "7"},
         )
         assert done.endswith(f"end {ends}\n"), (tries, done)
+
+
+@pytest.mark.parametrize(("code", "is_called"), [(2, True), (1, False)])
+def test_a_program_is_called_when_the_run_is_given_up(tmp_path, code, is_called):
+    """It gets what it was given, not interpreted, and what has happened in its environment."""
+    program = tmp_path / "tell me"
+    program.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" "$MODTRAIN_RUN" "$MODTRAIN_JOB" "$MODTRAIN_CAUSE" '
+        f">'{tmp_path}/called'\nexit 3\n"
+    )
+    program.chmod(0o755)
+    (tmp_path / "outcome").mkdir()
+    (tmp_path / "outcome/rank-0").write_text(f"{code}\nnode1\n$(touch pwned) `x` 'it'\n")
+    shown = ending(
+        tmp_path,
+        "{ scontrol() { :; }; (finish) && c=0 || c=$?; echo end $c; }",
+        **{"on_given_up": f"('{program}' '$(touch pwned)')", "received_signal": "''"},
+        **{"status": "1", "MODTRAIN_OUTCOME": f"{tmp_path}/outcome", "next_job": "''"},
+        **{"delay": "0", "stop_status": "75", "retry_delay": "0", "log_file": "''"},
+        **{"SLURM_JOB_ID": "7"},
+    )
+    assert (tmp_path / "called").exists() == is_called
+    # Whether it works or not, the job ends as it would.
+    assert shown.endswith(f"end {2 if is_called else 75}\n")
+    if is_called:
+        lines = (tmp_path / "called").read_text().splitlines()
+        assert lines == ["$(touch pwned)", str(tmp_path), "7", "$(touch pwned) `x` 'it'"]
+        assert f"{program} failed" in shown
 
 
 @pytest.mark.parametrize(("state", "is_kept"), [("PENDING", True), ("CANCELLED", False)])

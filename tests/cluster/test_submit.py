@@ -514,3 +514,144 @@ def test_a_complete_run_takes_no_nodes(tiny, tmp_path, monkeypatch):
         (tmp_path / "runs/x" / name).touch()
     problem = problems_of(submitted, ["train", "name=x", *tiny, "cluster=cpu"])["name"]
     assert "complete" in problem.reason
+
+
+def directives_of(config: SubmitConfig, verb: str = "train") -> list[str]:
+    lines = render(a_job(ScriptTask(verb, [], Path("run")), config)).splitlines()
+    return [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+
+
+@pytest.mark.parametrize(
+    ("site", "job", "option"),
+    [
+        ({"exclude": ["node7", "gpu[12-14]"]}, {}, '--exclude="node7,gpu[12-14]"'),
+        ({"comment": "my study"}, {}, '--comment="my study"'),
+        ({"mail": "me@example.org"}, {}, "--mail-type=FAIL"),
+        ({"mail": "me", "mail_on": ["END", "FAIL"]}, {}, "--mail-type=END,FAIL"),
+        ({}, {"begin": "now+2hours"}, "--begin=now+2hours"),
+        ({"gpu_request": "per_task"}, {}, "--gpus-per-task=1"),
+        ({"gpu_request": "per_task", "launcher": "torchrun"}, {}, "--gpus-per-task=8"),
+        ({"gpu_request": "per_task", "gpu_type": "h100"}, {}, "--gpus-per-task=h100:1"),
+    ],
+)
+def test_an_option_of_sbatch_has_a_key(site, job, option):
+    config = SubmitConfig(cluster=ClusterConfig(**site), **job)
+    assert config.problems() == []
+    directives = directives_of(config)
+    assert option in directives
+    assert ("--gpus-per-node=8" in directives) == ("gpu_request" not in site)
+    assert option not in directives_of(SubmitConfig())
+
+
+@pytest.mark.parametrize(
+    ("key", "site", "job"),
+    [
+        ("cluster.exclude", {"exclude": ["node7 node8"]}, {}),
+        ("cluster.exclude", {"exclude": ["--nodelist=x"]}, {}),
+        ("cluster.mail", {"mail": "a b@c"}, {}),
+        ("cluster.mail", {"mail": "--uid=0"}, {}),
+        ("cluster.mail_on", {"mail_on": ["SOMETIMES"]}, {}),
+        ("cluster.gres", {"gpu_request": "per_task", "gres": "gpu"}, {}),
+        ("cluster.gpu_request", {"gpu_request": "per_job"}, {}),
+        ("cluster.srun_options", {"srun_options": ["mpi=none"]}, {}),
+        ("cluster.srun_options", {"srun_options": ["--ntasks=3"]}, {}),
+        ("cluster.srun_options", {"srun_options": ["-n3"]}, {}),
+        ("cluster.srun_options", {"srun_options": ["--cpu-bind cores"]}, {}),
+        ("cluster.srun_options", {"srun_options": ["--mpi=none\nrm"]}, {}),
+        ("cluster.on_given_up", {"on_given_up": ["tell\nme"]}, {}),
+        ("cluster.log_size", {"log_size": 0}, {}),
+        ("begin", {}, {"begin": "tonight"}),
+        ("begin", {}, {"begin": "1200"}),
+        ("workers", {}, {"workers": 0}),
+        ("chain", {}, {"chain": "2", "workers": 2}),
+    ],
+)
+def test_a_wrong_value_of_such_a_key_is_reported(key, site, job):
+    problems = SubmitConfig(cluster=ClusterConfig(**site), **job).problems()
+    assert [problem.key for problem in problems] == [key]
+
+
+@pytest.mark.parametrize(
+    "begin", ["now", "now+90", "now+1day", "20:00", "9:30:15", "2026-12-24", "2026-12-24T18:00"]
+)
+def test_slurms_times_are_taken(begin):
+    assert SubmitConfig(begin=begin).problems() == []
+
+
+def test_options_of_srun_and_the_program_reach_the_script_as_they_are():
+    nasty = ["/bin/tell me", "$(touch pwned)", "a'b"]
+    site = ClusterConfig(srun_options=["--mpi=none", "--cpu-bind=v,cores"], on_given_up=nasty)
+    text = render(a_job(config=SubmitConfig(cluster=site)))
+    check(text, "it")
+    assert settings(text, "srun_options", "on_given_up") == [
+        *("--mpi=none", "--cpu-bind=v,cores"),
+        *nasty,
+    ]
+    # Each process has to see all GPUs of its node, unless the site says otherwise.
+    site = ClusterConfig(gpu_request="per_task")
+    assert settings(render(a_job(config=SubmitConfig(cluster=site))), "srun_options") == [
+        "--gpu-bind=none"
+    ]
+    site = ClusterConfig(gpu_request="per_task", srun_options=["--gpu-bind=closest"])
+    assert settings(render(a_job(config=SubmitConfig(cluster=site))), "srun_options") == [
+        "--gpu-bind=closest"
+    ]
+
+
+def test_nccl_and_gloo_may_have_interfaces_of_their_own():
+    def variables(**site):
+        config = SubmitConfig(cluster=ClusterConfig(**site))
+        return settings(render(a_job(config=config)), "variables")
+
+    both = ["NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0"]
+    assert variables(network_interface="ib0") == both
+    assert variables(network_interface="ib0", gloo_interface="eth0") == [
+        *both[:1],
+        "GLOO_SOCKET_IFNAME=eth0",
+    ]
+    assert variables(nccl_interface="ib0") == both[:1]
+    given = {"NCCL_SOCKET_IFNAME": "mine"}
+    assert variables(nccl_interface="ib0", environment=given) == ["NCCL_SOCKET_IFNAME=mine"]
+
+
+def test_workers_of_a_search_are_an_array(tiny):
+    words = ["study=s", "space.model.capacity=interval(0.1,0.5)", *tiny]
+    submission = compose_submission(["search", *words, "workers=4", "at_once=2", "cluster=cpu"])
+    directives = directives_of(submission.config, "search")
+    assert "--array=0-3%2" in directives
+    text = render(a_job(submission.tasks[0], submission.config))
+    assert "case" not in text.split("# --- end of settings")[0]
+    problems = problems_of(compose_submission, ["train", "name=x", *tiny, "workers=2"])
+    assert "a search alone" in problems["workers"].remedy
+
+
+def test_what_is_waited_for_may_be_named(tiny, tmp_path, played):
+    directory = tmp_path / "runs/prepare-x"
+    directory.mkdir(parents=True)
+    (directory / "jobs.jsonl").write_text('{"job": "3"}\n{"job": "4711"}\n')
+    submitted(["train", "name=x", *tiny, "cluster=cpu", "after=prepare-x"])
+    assert "--dependency=afterok:4711" in (tmp_path / "runs/x/submit.sbatch").read_text()
+
+
+def test_a_complete_run_is_not_waited_for(tiny, tmp_path, played, capsys):
+    directory = tmp_path / "runs/first"
+    directory.mkdir(parents=True)
+    for name in ("COMPLETED", "result.json"):
+        (directory / name).touch()
+    submitted(["train", "name=x", *tiny, "cluster=cpu", "after=first"])
+    assert "--dependency" not in (tmp_path / "runs/x/submit.sbatch").read_text()
+    assert "runs/first is complete: nothing to wait for" in capsys.readouterr().out
+
+
+def test_data_that_another_job_prepares_need_not_be_there(tiny, tmp_path, played, capsys):
+    words = ["train", "name=x", *tiny, "cluster=cpu", "data.path=data/later"]
+    assert "data.path" in problems_of(submitted, words)
+    words.append("after=4711")
+    # What can be seen without the data is wrong all the same, and with their sizes the plan.
+    assert "model.capacity" in problems_of(submitted, [*words, "model.capacity=2"])
+    sizes = ["data.seq_len=32", "model.vocab_size=300"]
+    assert "batch.tokens" in problems_of(submitted, [*words, *sizes, "batch.tokens=50"])
+    assert not (tmp_path / "runs").exists()
+    submitted(words)
+    assert "data/later is not there yet" in capsys.readouterr().out
+    assert "--dependency=afterok:4711" in (tmp_path / "runs/x/submit.sbatch").read_text()

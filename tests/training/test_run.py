@@ -70,7 +70,7 @@ def test_a_run_leaves_what_it_should_and_a_second_start_does_nothing(start):
     assert outcome.status == "complete"
     assert {p.name for p in run.path.iterdir() if p.name != ".lock"} == {
         *("config.yaml", "manifest.json", "command.txt", "checkpoints", "tensorboard", "logs"),
-        *("metrics.jsonl", "result.json", "saved_step", "COMPLETED"),
+        *("metrics.jsonl", "result.json", "saved_step", "usage.json", "COMPLETED"),
     }
     assert [s for s, _ in whole_checkpoints(run.checkpoints)] == [8, 12]
     result = json.loads(run.result.read_text())

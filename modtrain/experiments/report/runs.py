@@ -9,7 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from modtrain.cluster.cost import cost_of
 from modtrain.cluster.runs import HELD_OUT
+from modtrain.cluster.runs import read_run as read_record
 from modtrain.common.reading import UnreadableError, read_json, read_text
 from modtrain.common.renamed_keys import flatten
 from modtrain.experiments.report.files import number, printable, read_config
@@ -25,6 +27,7 @@ from modtrain.models.depth.pattern import layer_capacities
 from modtrain.models.flops import TRAINING_OVER_FORWARD
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.usage import USAGE, Cost
 
 _MAX_LAYERS = 1024
 _MAX_TEXT_BYTES = 2**16
@@ -58,6 +61,7 @@ class Run:
     token. causal_forward_flops: executed a token in the causal decision. capacities: by layer, None
     for a dense one; empty where they are not known. worth: of each router; routed_worth: of all.
     swaps: of the newest evaluation that has them. data: what it was trained and evaluated on.
+    cost: what it took by its own records; None of a run that has none.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Run:
     metrics: Metrics
     notes: list[str] = field(default_factory=list)
     data: str = ""
+    cost: Cost | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -161,7 +166,14 @@ def read_run(
         swaps=_swaps(path, max_bytes, notes),
         metrics=metrics,
         notes=notes,
+        cost=_cost(path, name),
     )
+
+
+def _cost(path: Path, name: str) -> Cost | None:
+    if not (path / USAGE).is_file():
+        return None
+    return cost_of(read_record(path, name))
 
 
 def _failure(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from modtrain.experiments.report.collect import Collection, LeftOut
@@ -83,6 +83,7 @@ def make_tables(collection: Collection, directories: Mapping[str, str]) -> list[
         _laws_table(collection),
         _optima_table(collection),
         _speed_ups_table(collection),
+        _costs_table(collection.runs),
         left_out_table(collection.left_out),
     ]
     return [table for table in tables if table.rows]
@@ -170,6 +171,38 @@ def _comparisons_table(collection: Collection) -> Table:
 def _change_columns(key: str, title: str) -> list[Column]:
     ends = (("", title), ("_low", "from"), ("_high", "to"))
     return [Column(f"change_over_{key}{end}", shown, "change") for end, shown in ends]
+
+
+def _costs_table(runs: Sequence[Run]) -> Table:
+    """Return what each run took, of those that have a record of it."""
+    columns = [
+        Column("run", "run"),
+        Column("device", "hours of"),
+        Column("hours", "hours", "number"),
+        Column("training_hours", "in steps", "number"),
+        Column("repeated_hours", "of steps made again", "number"),
+        Column("repeated_steps", "steps made again", "count"),
+        Column("queue_hours", "hours in the queue", "number"),
+        Column("mfu", "MFU in steps", "number"),
+        Column("mfu_of_all", "MFU of all hours", "number"),
+        Column("starts", "starts", "count"),
+        Column("restarts", "restarts by cause"),
+        Column("unknown", "unknown", is_shown=any(run.cost and run.cost.unknown for run in runs)),
+    ]
+    return Table("costs", "Costs", columns, [_cost_row(run) for run in runs if run.cost])
+
+
+def _cost_row(run: Run) -> dict[str, Any]:
+    cost = asdict(run.cost) if run.cost else {}
+    causes = "; ".join(f"{count} by {cause}" for cause, count in cost["restarts"].items())
+    names = ("device", "hours", "training_hours", "repeated_hours", "repeated_steps")
+    more = ("queue_hours", "mfu", "mfu_of_all", "starts")
+    return {
+        "run": run.name,
+        **{name: cost[name] for name in (*names, *more)},
+        "restarts": printable(causes),
+        "unknown": printable("; ".join(cost["unknown"])),
+    }
 
 
 def _routers_table(runs: Sequence[Run]) -> Table:

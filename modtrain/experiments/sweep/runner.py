@@ -15,7 +15,7 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override
 
 from modtrain.cluster.config import SubmitConfig
-from modtrain.cluster.submit import run_problems
+from modtrain.cluster.run_checks import run_problems
 from modtrain.common.atomic_io import acquire_lock
 from modtrain.common.errors import CheckpointError, ConfigError, Problem, raise_if_any
 from modtrain.common.terminal import print_line

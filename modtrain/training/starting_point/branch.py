@@ -6,7 +6,7 @@ be the same up to the checkpoint: model, data, batches, and the learning rate of
 
 from __future__ import annotations
 
-from modtrain.common.errors import CheckpointError
+from modtrain.common.errors import StartingPointError
 from modtrain.training.config import TrainConfig
 from modtrain.training.mixture_change import mixture_differences
 from modtrain.training.plan import TrainingPlan, derive
@@ -15,6 +15,7 @@ from modtrain.training.schedules import Capacities, lr_factor
 
 _FREE_KEYS = (
     *("name", "runs_dir", "budget", "schedule", "branch", "init", "log", "checkpoint", "eval"),
+    "start_check",
     *(
         "data.path",
         "data.sources.*.path",
@@ -33,7 +34,7 @@ Of budget, schedule and the data's stages, what follows counts.
 def check_branch(
     config: TrainConfig, plan: TrainingPlan, data_fingerprint: str, trunk: RunDirectory
 ) -> None:
-    """Raise CheckpointError unless ``trunk`` is the first part of the run: all that differs.
+    """Raise StartingPointError unless ``trunk`` is the first part of the run: all that differs.
 
     config, plan: of the branch, resolved. data_fingerprint: of the data that it will read.
     """
@@ -45,7 +46,7 @@ def check_branch(
     if not differing:
         differing += _differing_steps(trunk.read_config(), config, plan, step)
     if differing:
-        raise CheckpointError(
+        raise StartingPointError(
             "\n".join([f"{trunk.path} is not the first {step} steps of {config.name}:", *differing])
             + "\nremedy: let both runs differ only in budget and schedule, and only after that"
             " step; to start a new run with its weights, use init.run in place of branch.run"

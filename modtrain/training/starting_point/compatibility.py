@@ -8,7 +8,7 @@ from typing import Any
 from modtrain.checkpoint.reading import TensorReader, format_names
 from modtrain.checkpoint.state import MODEL
 from modtrain.common.atomic_io import file_sha256
-from modtrain.common.errors import CheckpointError, DataError
+from modtrain.common.errors import CheckpointError, DataError, StartingPointError
 from modtrain.data.stream.index import INDEX_NAME
 from modtrain.models.config import ModelConfig
 from modtrain.training.config import TrainConfig
@@ -39,11 +39,11 @@ def check_weights(
     config: of the new run, resolved. where: the parent's run and step, for messages.
 
     Raises:
-        CheckpointError: the weights do not fit: every tensor and key that does not.
+        StartingPointError: the weights do not fit: every tensor and key that does not.
     """
     trained = parent.read_config()
     if problems := trained.model.problems():
-        raise CheckpointError(f"{parent.config} describes no model: {problems[0]}")
+        raise StartingPointError(f"{parent.config} describes no model: {problems[0]}")
     there = parent.path.name
     wrong = _differing_meaning(config.model, trained.model, there)
     remedies: list[str] = []
@@ -65,7 +65,7 @@ def check_weights(
     if wrong:
         remedies += _remedies(config, trained.model, tensors, there)
         lines = "".join(f"  {line}\n" for line in wrong)
-        raise CheckpointError(
+        raise StartingPointError(
             f"{config.name} cannot start with the weights of {where}:\n{lines}"
             f"remedy: {'; '.join(remedies)}"
         )

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from modtrain.checkpoint.layout import MANIFEST
-from modtrain.checkpoint.recovery import find_checkpoint
+from modtrain.checkpoint.recovery import find_checkpoint, whole_checkpoints
 from modtrain.common.atomic_io import file_sha256, write_bytes
-from modtrain.common.errors import CheckpointError
+from modtrain.common.errors import CheckpointError, StartingPointError
 from modtrain.common.reading import MAX_LINE_BYTES, UnreadableError, read_bytes
 from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import open_run
@@ -69,24 +69,42 @@ def find_starting_point(
     config, plan: resolved. data_fingerprint: of the data that it will read.
 
     Raises:
-        CheckpointError: the other run or its checkpoint is not there, or does not fit: all that
+        StartingPointError: the other run or its checkpoint is not there, or does not fit: all that
             differs; or it is not the checkpoint of the first start.
+        CheckpointError: the checkpoint is damaged.
     """
     branch, init = config.branch, config.init
     if branch.run is not None:
-        parent_run = open_run(config.runs_dir, branch.run, "branch.run")
+        parent_run = _open_parent(config.runs_dir, branch.run, "branch.run")
         check_branch(config, plan, data_fingerprint, parent_run)
-        step, path = find_checkpoint(parent_run.checkpoints, branch.step)
+        step, path = _find_checkpoint(parent_run, branch.step)
         return StartingPoint(step, path, _parent("branch", config, parent_run, step, path))
     if init.run is None:
         return StartingPoint()
-    parent_run = open_run(init.runs_dir or config.runs_dir, init.run, "init.run")
+    parent_run = _open_parent(init.runs_dir or config.runs_dir, init.run, "init.run")
     recorded = recorded_parent(RunDirectory.of(config))
     wanted = init.step if recorded is None else int(recorded["step"])
-    step, path = find_checkpoint(parent_run.checkpoints, wanted)
+    step, path = _find_checkpoint(parent_run, wanted)
     parent = _parent("init", config, parent_run, step, path)
     tensors, notes = check_weights(config, parent_run, path, str(parent))
     return StartingPoint(0, path, parent, tensors, notes)
+
+
+def _open_parent(runs_dir: str, name: str, key: str) -> RunDirectory:
+    try:
+        return open_run(runs_dir, name, key)
+    except CheckpointError as error:
+        raise StartingPointError(str(error)) from None
+
+
+def _find_checkpoint(run: RunDirectory, step: int | None) -> tuple[int, Path]:
+    """Return what `find_checkpoint` does; one that is not there is no reason to try again."""
+    steps = [step for step, _ in whole_checkpoints(run.checkpoints)]
+    is_there = bool(steps) if step is None else step in steps
+    try:
+        return find_checkpoint(run.checkpoints, step)
+    except CheckpointError as error:
+        raise error if is_there else StartingPointError(str(error)) from None
 
 
 def inherit_prompt_format(parent: Parent | None, run: RunDirectory) -> None:
@@ -134,7 +152,7 @@ def _parent(how: str, config: TrainConfig, run: RunDirectory, step: int, path: P
     own = RunDirectory.of(config)
     recorded = recorded_parent(own)
     if recorded is not None and recorded["digest"] != parent.digest:
-        raise CheckpointError(
+        raise StartingPointError(
             f"{path} is another checkpoint than the one that {own.path} started from\n"
             "remedy: restore that one, or give another name= for a new run"
         )

@@ -9,7 +9,7 @@ from tests.cluster.slurm.test_submit import submit, submit_by_hand
 
 
 def python_that_fails(folder: Path, how: str) -> str:
-    """An interpreter that node2 does not have, or has without a package.
+    """An interpreter that node2 does not have, or has without a package, or with an older one.
 
     The first job takes the first two nodes: node2 has rank 1.
     """
@@ -18,6 +18,12 @@ def python_that_fails(folder: Path, how: str) -> str:
         (folder / "lacking/hydra").mkdir(parents=True)
         (folder / "lacking/hydra/__init__.py").write_text("raise ImportError('no hydra here')\n")
         instead = f"export PYTHONPATH={folder}/lacking:$PYTHONPATH"
+    if how == "version":
+        (folder / "older/hydra_core-0.9.dist-info").mkdir(parents=True)
+        (folder / "older/hydra_core-0.9.dist-info/METADATA").write_text(
+            "Metadata-Version: 2.1\nName: hydra-core\nVersion: 0.9\n"
+        )
+        instead = f"export PYTHONPATH={folder}/older:$PYTHONPATH"
     python.write_text(
         f'#!/bin/bash\n[[ $SLURMD_NODENAME != node2 ]] || {instead}\nexec {sys.executable} "$@"\n'
     )
@@ -26,15 +32,39 @@ def python_that_fails(folder: Path, how: str) -> str:
 
 
 @pytest.mark.on_commit("missing")
-@pytest.mark.parametrize("how", ["missing", "ImportError"])
+@pytest.mark.parametrize("how", ["missing", "ImportError", "version"])
 def test_a_node_without_what_the_others_have_is_left_out(cluster, tmp_path, words, how):
     (job,) = submit(cluster, tmp_path, *words, python_that_fails(tmp_path, how))
     cluster.wait(job, "COMPLETED")
     (line,) = (tmp_path / "runs/x/failures.tsv").read_text().splitlines()
     *_, cause, node = line.split("\t")
     assert node == "node2"
+    if how == "version":
+        # Before the first step, which every rank reports alike.
+        assert cause.startswith("StartCheckError: ")
+        assert "node2: hydra-core 0.9, which is" in cause
+        return
     assert cause.startswith("rank 1 on node2: ")
     assert ("no hydra here" if how == "ImportError" else "/nowhere/python") in cause
+
+
+@pytest.mark.nightly
+def test_each_node_has_temporary_files_of_the_job_which_are_removed(cluster, tmp_path, words):
+    """The program's temporary files go there on both nodes."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    python = tmp_path / "python"
+    # After training; what the two have printed is in the job's log.
+    python.write_text(
+        f'#!/bin/bash\n{sys.executable} "$@"; code=$?\nls -d {scratch}/*; exit $code\n'
+    )
+    python.chmod(0o755)
+    (job,) = submit(
+        cluster, tmp_path, *words, f"cluster.scratch={scratch}", f"cluster.python={python}"
+    )
+    cluster.wait(job, "COMPLETED")
+    assert cluster.output(job).count(f"{scratch}/modtrain-{job}") == 2
+    assert list(scratch.iterdir()) == []
     assert "the next start is without node2" in cluster.output(job)
     details = cluster.details(job)
     assert (details["ExcNodeList"], details["Restarts"]) == ("node2", "1")

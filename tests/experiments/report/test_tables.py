@@ -130,3 +130,24 @@ def test_latex_shows_every_letter():
     assert latex("a_b & 100% #1 $x$ {~^\\}\n") == (
         r"a\_b \& 100\% \#1 \$x\$ \{\textasciitilde{}\textasciicircum{}\textbackslash{}\} "
     )
+
+
+def test_what_a_run_took_is_reported(root):
+    assert "costs" not in tables_of_run(root, "a")
+    usage = {
+        "begun": 100.0,
+        "until": 3700.0,
+        "gpus": 4,
+        "training_seconds": 1800.0,
+        "end": "complete",
+    }
+    (root / "a/usage.json").write_text(json.dumps({"starts": [usage]}))
+    (row,) = tables_of(root)["costs"].rows
+    assert (row["run"], row["device"], row["hours"], row["training_hours"]) == ("a", "GPU", 4, 2)
+    assert row["mfu"] is None
+    assert "peak FLOP/s" in row["unknown"]
+
+
+def tables_of_run(root, name):
+    write_run(root, name)
+    return tables_of(root)

@@ -80,6 +80,7 @@ def test_what_is_not_the_first_part_of_a_run_is_no_trunk(lines, tmp_path):
         branch = ("branch.run=trunk", f"branch.step={start}")
         with pytest.raises(CheckpointError) as error:
             run(lines("branch", steps, *branch, *more))
+        assert error.value.exit_code == 2
         return str(error.value)
 
     assert "optimizer.lr: 0.001 in the trunk, 0.002 now" in message("optimizer.lr=0.002")

@@ -12,7 +12,7 @@ from modtrain.checkpoint.recovery import latest
 from modtrain.checkpoint.state import OPTIMIZER
 from modtrain.cli.compose import compose
 from modtrain.common.atomic_io import file_sha256
-from modtrain.common.errors import CheckpointError
+from modtrain.common.errors import StartingPointError
 from modtrain.training.plan import resolve
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.starting_point.find import find_starting_point
@@ -136,7 +136,7 @@ def test_a_first_start_that_saved_nothing_decides_on_the_checkpoint(lines, runs,
     assert find_starting_point(own_config, plan, fingerprint).path == path
     shutil.rmtree(path)
     write_copy_of_step(checkpoint_path(checkpoints, 3), path, 2, world_size=2)
-    with pytest.raises(CheckpointError, match="is another checkpoint than the one that"):
+    with pytest.raises(StartingPointError, match="is another checkpoint than the one that"):
         run(own)
 
 
@@ -183,9 +183,11 @@ def test_a_finished_run_is_continued_with_the_bits_of_a_longer_one(lines, runs, 
 
 def test_what_does_not_fit_is_listed_whole(lines, runs, dense):
     def message(*more):
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(StartingPointError) as error:
             run(lines("refused", dense, *more))
         assert not (runs / "refused" / "config.yaml").exists()
+        # A job would try it again otherwise.
+        assert error.value.exit_code == 2
         return str(error.value)
 
     text = message(DENSE, "model.d_ff=32", "model.vocab_size=301", "model.num_heads=1")
@@ -208,9 +210,9 @@ def test_what_does_not_fit_is_listed_whole(lines, runs, dense):
     # ZeRO counts steps once for all tensors.
     zero, plan = resolve(compose("train", lines("refused", dense, *CONVERTED)))
     strategy, init = replace(zero.strategy, name="deepspeed_2"), replace(zero.init, optimizer=True)
-    with pytest.raises(CheckpointError, match="counts steps once for all tensors"):
+    with pytest.raises(StartingPointError, match="counts steps once for all tensors"):
         find_starting_point(replace(zero, strategy=strategy, init=init), plan, "")
-    with pytest.raises(CheckpointError, match="there is no run"):
+    with pytest.raises(StartingPointError, match="there is no run"):
         run(lines("refused", "init.run=absent", DENSE))
 
 
@@ -223,7 +225,7 @@ def test_weights_of_another_tokenizer_are_refused(lines, prepared, runs, dense, 
     (other / "manifest.json").write_text(json.dumps(manifest | {"data_fingerprint": "0" * 64}))
 
     def message(*more):
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(StartingPointError) as error:
             run(lines("refused", "init.run=foreign", DENSE, *more))
         return str(error.value)
 
