@@ -16,10 +16,10 @@ from rich.table import Column, Table
 
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.terminal import plain_console
+from modtrain.data.prepare.tokenizer import parse_tokenizer
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import ONE_PROCESS
 from modtrain.inference.config import StepSamplesConfig
-from modtrain.inference.token_text import Vocabulary
 from modtrain.training.named_runs import open_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
@@ -64,7 +64,7 @@ def show_samples(config: StepSamplesConfig, console: Console | None = None) -> N
             print(json.dumps(values))  # noqa: T201
         return
     tokenizer = trained.data.tokenizer_path
-    decoder = Vocabulary(tokenizer.read_bytes(), str(tokenizer)).tokenizer
+    decoder = parse_tokenizer(tokenizer.read_bytes(), str(tokenizer))
     headings = ("position", "sample", "byte")
     columns = [Column(heading, justify="right") for heading in headings]
     sources = ["source"] if trained.data.sources else []

@@ -33,6 +33,7 @@ from modtrain.data.prepare.encode import (
     encode_unit,
     finished_record,
 )
+from modtrain.data.prepare.end_token import chosen_end_token
 from modtrain.data.prepare.pack import (
     PackLayout,
     TokenFile,
@@ -47,11 +48,13 @@ from modtrain.data.prepare.request import (
     differing_keys,
     later_options,
     request_of,
+    tokenizer_options,
 )
 from modtrain.data.prepare.sources import SourceFile, expand_sources
 from modtrain.data.prepare.tokenizer import (
     SplitChooser,
     check_tokenizer,
+    end_id_of,
     train_tokenizer,
     training_texts,
 )
@@ -133,12 +136,13 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     output = Path(config.output)
     files = expand_sources(config.sources)
     _refuse_unused_separator(config, files)
-    request = request_of(config, files)
+    end_token = chosen_end_token(config.tokenizer)
+    request = request_of(config, files, end_token)
     if (output / INDEX_NAME).exists():
         return _report_of_finished(output, request)
     with _work_directory(output) as work:
         units = plan_units(files, config.text_column)
-        tokenizer = _ensure_tokenizer(config, units, output, work)
+        tokenizer = _ensure_tokenizer(config, units, output, work, end_token)
         layout = PackLayout(
             config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
         )
@@ -157,6 +161,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             num_files=len(files),
             flaws=flaws,
             splits=splits,
+            end_token=end_token,
         )
         write_json(output / REQUEST_NAME, request, work / "staging")
         finish(output, summary, shards, work / "staging")
@@ -242,11 +247,16 @@ class _StoredTokenizer:
 
 
 def _ensure_tokenizer(
-    config: PrepareConfig, units: Sequence[Unit], output: Path, work: Path
+    config: PrepareConfig,
+    units: Sequence[Unit],
+    output: Path,
+    work: Path,
+    end_token: str | None,
 ) -> _StoredTokenizer:
     path = output / TOKENIZER_NAME
     content = _tokenizer_content(config, units, work)
-    vocab_size, eos_id = check_tokenizer(content, config.tokenizer.path or str(path))
+    name = config.tokenizer.path or str(path)
+    vocab_size, eos_id = check_tokenizer(content, name, end_id_of(content, name, end_token))
     write_bytes(path, content, work / "staging")
     return _StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
 
@@ -254,7 +264,7 @@ def _ensure_tokenizer(
 def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path) -> bytes:
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path).read_bytes()
-    key_parts = [asdict(config.tokenizer), config.text_column, config.valid_fraction, config.seed]
+    key_parts = [tokenizer_options(config), config.text_column, config.valid_fraction, config.seed]
     later = later_options(config)
     key_parts += [later] if later else []
     key = digest([key_parts, [asdict(unit) for unit in units]])
