@@ -165,15 +165,26 @@ class TokenizerConfig:
     path: a ``tokenizer.json`` to use; null trains a byte-level BPE on the corpus.
     vocab_size: tokens of the trained vocabulary, the end-of-document token included.
     train_bytes: bytes of text that it is trained on at most, spread over the whole corpus.
+    end_token: the token of ``path`` that ends a document; null: one with a usual name, such as
+        ``<|endoftext|>``, else the one that ``tokenizer_config.json`` and the like beside it name.
     """
 
     path: str | None = None
     vocab_size: int = 4096
     train_bytes: int = 50_000_000
+    end_token: str | None = None
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with this configuration, with keys below ``prefix``."""
+        problems = []
+        if self.end_token is not None and self.path is None:
+            reason, remedy = (
+                "is for a tokenizer that you have",
+                f"add {prefix}.path, or leave it out",
+            )
+            problems.append(Problem(f"{prefix}.end_token", self.end_token, reason, remedy))
         return [
+            *problems,
             *no_addresses(self, prefix, "path"),
             *at_least(self, prefix, SMALLEST_VOCAB, "vocab_size"),
             *at_least(self, prefix, 1, "train_bytes"),

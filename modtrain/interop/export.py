@@ -14,10 +14,12 @@ from modtrain.checkpoint.recovery import with_checkpoint
 from modtrain.common.atomic_io import sync
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.common.reading import read_bytes
-from modtrain.data.stream.index import IndexSummary
+from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary
 from modtrain.interop.architectures import OWN, architecture, architecture_config, export_problems
 from modtrain.interop.config import ExportConfig
 from modtrain.interop.model_card import model_card
+from modtrain.interop.original_files import TOKENIZER_CONFIG, write_files
+from modtrain.interop.prompt_format import PromptFormat
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import open_run
@@ -83,8 +85,15 @@ def write_folder(run: ExportedRun, folder: Path, max_shard_size: str) -> None:
 
     capacities = derive(run.trained).capacities_at(max(0, run.step - 1))
     values = architecture_config(run.trained.model, run.max_positions, run.data.eos_id, capacities)
+    prompt_format = PromptFormat.read(run.directory.path)
+    values |= prompt_format.config_ids
     write_model(hugging_face_model(run.model, values), folder, max_shard_size)
-    write_tokenizer(_tokenizer(run), run.data.eos_id, run.max_positions, folder)
+    if TOKENIZER_CONFIG in prompt_format.files:
+        (folder / TOKENIZER_NAME).write_bytes(_tokenizer(run))
+    else:
+        write_tokenizer(_tokenizer(run), run.data.eos_id, run.max_positions, folder, prompt_format)
+    # Last: what the model came with replaces what transformers would write.
+    write_files(prompt_format.files_for(architecture(run.trained.model)), folder)
     card = folder / "README.md"
     text = model_card(run.directory, run.trained, run.step, run.data)
     card.write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, processors
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -27,6 +28,7 @@ from transformers import (
 from modtrain.data.prepare.tokenizer import parse_tokenizer
 from modtrain.interop.architectures import LLAMA, MISTRAL, OWN, QWEN2, QWEN3, architecture
 from modtrain.interop.names import to_hugging_face
+from modtrain.interop.prompt_format import PromptFormat
 from modtrain.interop.remote_code.configuration_modtrain import ModtrainConfig
 from modtrain.interop.remote_code.modeling_modtrain import ModtrainForCausalLM, ModtrainModel
 from modtrain.models.transformer import Transformer
@@ -56,9 +58,13 @@ def hugging_face_model(model: Transformer, values: dict[str, Any]) -> PreTrained
     if wrong := {kind: names for kind, names in info.items() if names}:
         raise ValueError(f"the weights do not fit the Hugging Face model: {wrong}")
     exported: PreTrainedModel = loaded
-    end_id = values["eos_token_id"]
+    end = values["eos_token_id"]
+    first = end[0] if isinstance(end, list) else end
+    pad_id = values.get("pad_token_id")
     exported.generation_config = GenerationConfig(
-        bos_token_id=end_id, eos_token_id=end_id, pad_token_id=end_id
+        bos_token_id=values["bos_token_id"],
+        eos_token_id=end,
+        pad_token_id=first if pad_id is None else pad_id,
     )
     return exported.eval()
 
@@ -75,25 +81,49 @@ def write_model(exported: PreTrainedModel, folder: Path, max_shard_size: str) ->
     exported.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
-def write_tokenizer(content: bytes, end_id: int, max_length: int, folder: Path) -> None:
+def write_tokenizer(
+    content: bytes,
+    end_id: int,
+    max_length: int,
+    folder: Path,
+    prompt_format: PromptFormat | None = None,
+) -> None:
     """Write the tokenizer's files: those of a `PreTrainedTokenizerFast`.
 
     content: of a ``tokenizer.json``. end_id: the end-of-document token, which begins a text and
-    pads it, too. max_length: tokens of a training sequence.
+    pads it, too, where ``prompt_format`` does not say otherwise. max_length: tokens of a training
+    sequence. prompt_format: of an imported model.
     """
     tokenizer = parse_tokenizer(content, str(folder))
-    if len(tokenizer.encode("a").ids) != len(tokenizer.encode("a", add_special_tokens=False).ids):
+    prompt_format = prompt_format or PromptFormat()
+    begin_ids = [*prompt_format.begin_ids]
+    added = len(tokenizer.encode("a").ids) - len(
+        tokenizer.encode("a", add_special_tokens=False).ids
+    )
+    if added and not begin_ids:
         # The model has not seen the special tokens that it would add to each text.
         without = json.dumps(json.loads(content) | {"post_processor": None})
         tokenizer = parse_tokenizer(without.encode(), str(folder))
+    elif begin_ids and not added:
+        tokenizer.post_processor = _adding(tokenizer, begin_ids)
     end = tokenizer.id_to_token(end_id)
-    PreTrainedTokenizerFast(
+    special = {"bos_token": end, "eos_token": end, "pad_token": end}
+    written = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=end,
-        eos_token=end,
-        pad_token=end,
+        **(special | dict(prompt_format.special_tokens)),
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
-    ).save_pretrained(folder)
+    )
+    written.chat_template = prompt_format.chat_template
+    written.save_pretrained(folder)
+
+
+def _adding(tokenizer: Tokenizer, ids: list[int]) -> processors.TemplateProcessing:
+    """Return what puts the tokens ``ids`` before each text."""
+    texts = [tokenizer.id_to_token(number) for number in ids]
+    tokens = dict(zip(texts, ids, strict=True))
+    return processors.TemplateProcessing(
+        single=[*texts, "$A"], pair=[*texts, "$A", "$B"], special_tokens=[*tokens.items()]
+    )

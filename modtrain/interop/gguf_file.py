@@ -23,6 +23,7 @@ from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, open_regular
 from modtrain.interop.architectures import LLAMA, QWEN2, QWEN3
 from modtrain.interop.imported_config import MAX_SIZE, is_size
+from modtrain.interop.original_files import token_ids
 from modtrain.interop.prompt_format import PromptFormat, checked_template
 from modtrain.interop.source import Source
 from modtrain.models.config import MAX_LAYERS
@@ -250,8 +251,11 @@ def _config(header: _Header, family: str) -> dict[str, Any]:
     rotated = header.size(f"{family}.rope.dimension_count")
     if rotated not in (None, width):
         rope["partial_rotary_factor"] = rotated / max(1, width)
-    eos = header.fields.get("tokenizer.ggml.eos_token_id")
-    return config | {"model_type": family, "rope_parameters": rope, "eos_token_id": eos}
+    ids = {}
+    for name, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        known = token_ids(header.fields.get(f"tokenizer.ggml.{stored}_token_id"))
+        ids[f"{name}_token_id"] = known[0] if known else None
+    return config | {"model_type": family, "rope_parameters": rope, **ids}
 
 
 def _rope(header: _Header, prefix: str) -> dict[str, Any]:

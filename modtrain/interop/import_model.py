@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ from modtrain.distributed.process_group import ONE_PROCESS
 from modtrain.interop.config import ImportConfig
 from modtrain.interop.export import new_folder
 from modtrain.interop.names import tensor_shapes, weight_names
-from modtrain.interop.source import Source, open_folder, token_ids
+from modtrain.interop.original_files import CONFIG_NAME, config_ids, token_ids
+from modtrain.interop.prompt_format import PromptFormat
+from modtrain.interop.source import Source, open_folder
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
 from modtrain.training.config import BatchConfig, BudgetConfig, TrainConfig
@@ -86,10 +89,19 @@ def import_model(config: ImportConfig) -> str:
         }
         with new_folder(RunDirectory.of(trained).path, "name") as folder:
             _write_data(RunDirectory(folder).own_data, tokenizer, (vocab_size, eos_id), seq_len)
-            source.prompt_format(tokenizer).write(folder)
+            _with_origin(source.prompt_format(tokenizer), parsed, origin).write(folder)
             _write_run(folder, trained, transformer, origin)
     count = sum(p.numel() for p in transformer.parameters())
     return f"wrote {RunDirectory.of(trained).path}: {parsed.model_type}, {count:,} parameters"
+
+
+def _with_origin(
+    prompt_format: PromptFormat, parsed: Any, origin: Mapping[str, Any]
+) -> PromptFormat:
+    """Return the format with what an export needs. parsed: transformers' configuration."""
+    files = {**prompt_format.files, CONFIG_NAME: config_ids(parsed)}
+    known = {key: origin[key] for key in ("source", "model_type", "files")}
+    return replace(prompt_format, files=files, origin=known)
 
 
 def _run_config(config: ImportConfig, model: ModelConfig, seq_len: int) -> TrainConfig:

@@ -14,6 +14,7 @@ import modtrain
 from modtrain.common.reading import read_json, read_or_set_aside
 from modtrain.data.stream.index import IndexSummary
 from modtrain.interop.architectures import OWN, architecture
+from modtrain.interop.prompt_format import PromptFormat
 from modtrain.models.config import ModelConfig
 from modtrain.models.flops import dense_equivalent_flops, forward_flops, parameters
 from modtrain.training.config import MUTABLE_KEYS, TrainConfig
@@ -38,15 +39,24 @@ def model_card(run: RunDirectory, trained: TrainConfig, step: int, data: IndexSu
 
     step: of the checkpoint. data: what the run was trained on.
     """
+    prompt_format = PromptFormat.read(run.path)
+    # Runs of earlier versions have it in their manifest alone.
+    imported = run.read_manifest().get("imported")
+    origin = prompt_format.origin or imported or {}
     sections = [
         _front_matter(trained.model),
-        f"# {trained.name}\n\n{_introduction(trained.model)}",
-        f"## Use\n\n{_usage(trained.model)}",
+        f"# {trained.name}\n\n{_introduction(trained.model, origin, imported is not None)}",
+        f"## Use\n\n{_usage(trained.model, prompt_format)}",
         f"## Shape\n\n{_shape(trained.model)}",
         f"## Compute\n\n{_compute(run, trained, step, data)}",
-        f"## Training\n\n{_training(trained, step, data)}",
-        f"## Repeat it\n\n{_repetition(run, trained)}",
     ]
+    if origin:
+        sections.append(f"## Origin\n\n{_origin(origin)}")
+    if imported is None:
+        sections += [
+            f"## Training\n\n{_training(trained, step, data)}",
+            f"## Repeat it\n\n{_repetition(run, trained)}",
+        ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -76,16 +86,34 @@ def _front_matter(model: ModelConfig) -> str:
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---"
 
 
-def _introduction(model: ModelConfig) -> str:
+def _introduction(model: ModelConfig, origin: Mapping[str, Any], is_imported: bool) -> str:
     kind = "A dense language model"
     if model.is_routed:
         kind = f"A {_METHOD} language model: a token that a router does not choose passes by"
     elif model.expert_labels:
         kind = "A language model with mixtures of experts"
-    return f"{kind}, trained by modtrain {modtrain.__version__}."
+    if not origin:
+        return f"{kind}, trained by modtrain {modtrain.__version__}."
+    source = Path(origin["source"]).name
+    how = "its weights unchanged" if is_imported else "trained on"
+    return f"{kind}, made of `{source}` by modtrain {modtrain.__version__}, {how}."
 
 
-def _usage(model: ModelConfig) -> str:
+def _origin(origin: Mapping[str, Any]) -> str:
+    """Describe what was imported; its path on the machine is nobody else's business."""
+    rows = {"model": f"`{Path(origin['source']).name}`", "family": origin["model_type"]}
+    files = _table(("file", "SHA-256"), ((f"`{n}`", f"`{d}`") for n, d in origin["files"].items()))
+    return "\n\n".join(
+        [
+            "The weights that it started with were imported. The licence of the original holds for"
+            " them.",
+            _table(("", ""), rows.items()),
+            files,
+        ]
+    )
+
+
+def _usage(model: ModelConfig, prompt_format: PromptFormat) -> str:
     is_own = architecture(model) == OWN
     trust = ", trust_remote_code=True" if is_own else ""
     lines = [
@@ -99,8 +127,15 @@ def _usage(model: ModelConfig) -> str:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
         "```",
         "",
-        "The end-of-text token also begins a text, for a prompt that is empty, and pads it.",
     ]
+    if prompt_format == PromptFormat():
+        lines.append(
+            "The end-of-text token also begins a text, for a prompt that is empty, and pads it."
+        )
+    else:
+        lines.append("Tokenizer and special tokens are those of the original.")
+    if prompt_format.chat_template is not None:
+        lines.append("Its chat template, too: `tokenizer.apply_chat_template(messages)`.")
     if is_own:
         lines.append(
             "The code beside the weights needs transformers 5 and torch alone. It decides token by"
@@ -202,8 +237,11 @@ def _training(trained: TrainConfig, step: int, data: IndexSummary) -> str:
     text = _table(("", ""), rows.items())
     if trained.data.eos_id is not None:
         text += (
-            "\n\nDocuments of one sequence did not attend to each other in training. Here a text is"
-            " one document: give each one alone."
+            "\n\nIn training no token looked beyond its own document: attention and routing were"
+            " masked between the documents of a sequence. This folder has no such mask. For one"
+            " document in a text it computes what training did. Of several documents in one text,"
+            " a later one attends to those before it, which training never did: give each document"
+            " alone, padded to a batch."
         )
     return text
 

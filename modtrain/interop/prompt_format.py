@@ -1,6 +1,8 @@
 """How an imported model wants its prompts: what begins and ends a text, and its chat template.
 
-It lies beside the run's configuration, as data; a run without it has plain prompts.
+It lies beside the run's configuration, as data; a run without it has plain prompts. What its folder
+said of texts is kept with it for an export, and so is where the model came from: runs that start
+with its weights have both.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from tokenizers import Tokenizer
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import CheckpointError, DataError
 from modtrain.common.reading import UnreadableError, read_json
+from modtrain.interop.original_files import CONFIG_NAME, TOKENIZER_CONFIG, check_files
 from modtrain.training.run_directory import RunDirectory
 
-_MAX_BYTES = 2**20
+_MAX_BYTES = 2**22
 _MAX_TEMPLATE_BYTES = 2**19
+_ANY_TOKENIZER = "PreTrainedTokenizerFast"
 
 
 def checked_template(template: object, where: str) -> str | None:
@@ -45,13 +49,17 @@ class PromptFormat:
 
     begin_ids: tokens before a prompt without a template. end_ids: tokens that end an answer, beside
     the end-of-document token. chat_template: in Jinja; None: there is none. special_tokens: names
-    that the template knows, such as ``bos_token``, and their texts.
+    that the template knows, such as ``bos_token``, and their texts. files: of the imported folder,
+    by name, see `modtrain.interop.original_files`. origin: what was imported: ``source``,
+    ``model_type`` and ``files`` with their SHA-256; empty in runs of earlier versions.
     """
 
     begin_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
     chat_template: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, run: Path) -> PromptFormat:
@@ -77,7 +85,24 @@ class PromptFormat:
             raise ValueError("a token's number is none")
         if not all(isinstance(text, str) for text in (template or "", *special, *special.values())):
             raise ValueError("a text is none")
-        return cls(tuple(begin), tuple(end), template, special)
+        files, origin = check_files(content.get("files", {})), dict(content.get("origin", {}))
+        return cls(tuple(begin), tuple(end), template, special, files, origin)
+
+    @property
+    def config_ids(self) -> Mapping[str, Any]:
+        """The numbers of special tokens of the model's ``config.json``; empty: none of its own."""
+        # Runs that an earlier version imported know the end tokens alone.
+        known = {"eos_token_id": [*self.end_ids]} if self.end_ids else {}
+        return self.files.get(CONFIG_NAME, known)
+
+    def files_for(self, kind: str) -> dict[str, Any]:
+        """Return the files of a folder whose architecture is ``kind``."""
+        files = dict(self.files)
+        own = files.get(TOKENIZER_CONFIG)
+        if own is not None and kind != self.origin.get("model_type"):
+            # Without a class transformers would take one by the name of the architecture.
+            files[TOKENIZER_CONFIG] = {"tokenizer_class": _ANY_TOKENIZER, **own}
+        return files
 
     def write(self, run: Path) -> None:
         """Write the format into the run's directory.

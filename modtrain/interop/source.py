@@ -19,9 +19,18 @@ from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, open_regular, read_bytes, read_json
 from modtrain.data.prepare.tokenizer import parse_tokenizer
 from modtrain.data.stream.index import TOKENIZER_NAME
+from modtrain.interop.original_files import (
+    CHAT_TEMPLATE,
+    CONFIG_NAME,
+    GENERATION,
+    TOKENIZER_CONFIG,
+    named_templates,
+    read_tables,
+    read_template,
+    token_ids,
+)
 from modtrain.interop.prompt_format import PromptFormat, checked_template
 
-CONFIG_NAME = "config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_CONFIG_BYTES, _MAX_INDEX_BYTES, _MAX_TOKENIZER_BYTES = 2**20, 2**26, 2**28
 _DTYPES = ("F32", "F16", "BF16", "F64")
@@ -117,27 +126,31 @@ def _open_shard(path: Path, stack: ExitStack) -> Any:
 
 def _prompt_format(folder: Path, config: dict[str, Any], tokenizer: bytes) -> PromptFormat:
     parsed = parse_tokenizer(tokenizer, str(folder))
-    own = _optional_json(folder / "tokenizer_config.json")
-    generation = _optional_json(folder / "generation_config.json")
+    files: dict[str, Any] = read_tables(folder)
+    own, generation = files.get(TOKENIZER_CONFIG, {}), files.get(GENERATION, {})
     special = {key: _text(own.get(key)) for key in ("bos_token", "eos_token", "unk_token")}
     for key, number in (("bos_token", "bos_token_id"), ("eos_token", "eos_token_id")):
-        if not special[key] and type(config.get(number)) is int:
-            special[key] = parsed.id_to_token(max(0, config[number]))
+        first = token_ids(config.get(number))
+        if not special[key] and first:
+            special[key] = parsed.id_to_token(first[0])
     with_added, plain = (
         parsed.encode("a", add_special_tokens=added).ids for added in (True, False)
     )
+    template = _template(folder, own)
+    if named := named_templates(folder):
+        # transformers reads these as one list, too, which needs no further files.
+        named |= {"default": template} if template is not None else {}
+        listed = [{"name": name, "template": text} for name, text in named.items()]
+        files[TOKENIZER_CONFIG] = {**own, "chat_template": listed}
+    elif template is not None and (folder / CHAT_TEMPLATE).exists():
+        files[CHAT_TEMPLATE] = template
     return PromptFormat(
         tuple(with_added[: max(0, _find(plain, with_added))]),
         token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
-        _template(folder, own),
+        template,
         {key: text for key, text in special.items() if text},
+        files,
     )
-
-
-def token_ids(value: object) -> tuple[int, ...]:
-    """Return a token's number, or a list of them, as a tuple; what is none is left out."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(number for number in values if type(number) is int and number >= 0)
 
 
 def _find(part: list[int], whole: list[int]) -> int:
@@ -146,24 +159,13 @@ def _find(part: list[int], whole: list[int]) -> int:
 
 
 def _template(folder: Path, own: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        try:
-            return checked_template(read_bytes(path, _MAX_CONFIG_BYTES).decode(), str(path))
-        except (UnreadableError, UnicodeDecodeError) as error:
-            raise DataError(f"{folder}/{error}") from None
+    if (template := read_template(folder)) is not None:
+        return checked_template(template, str(folder / CHAT_TEMPLATE))
     template = own.get("chat_template")
     if isinstance(template, list):
         named = [item for item in template if isinstance(item, dict)]
         template = next((t.get("template") for t in named if t.get("name") == "default"), None)
-    return checked_template(template, f"{folder / 'tokenizer_config.json'}: chat_template")
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path, 2**24) if path.exists() else {}
-    except UnreadableError as error:
-        raise DataError(f"{path.parent}/{error}") from None
+    return checked_template(template, f"{folder / TOKENIZER_CONFIG}: chat_template")
 
 
 def _text(value: object) -> str | None:

@@ -19,7 +19,7 @@ def combined_summary(summaries: Mapping[str, IndexSummary]) -> IndexSummary:
     fingerprint covers the names and the fingerprint of each source.
 
     Raises:
-        DataError: the sources were made with different tokenizers.
+        DataError: the sources were made with different tokenizers, or end documents differently.
     """
     by_tokenizer: dict[str, list[str]] = {}
     for name in sorted(summaries):
@@ -33,6 +33,13 @@ def combined_summary(summaries: Mapping[str, IndexSummary]) -> IndexSummary:
             " tokenizer.path=…/tokenizer.json"
         )
     members = list(summaries.values())
+    ends = {name: summaries[name].eos_id for name in sorted(summaries)}
+    if len(set(ends.values())) > 1:
+        listed = ", ".join(f"{name} by {number}" for name, number in ends.items())
+        raise DataError(
+            f"the sources of a mixture need one end-of-document token: {listed}. Prepare all of"
+            " them with one tokenizer.end_token"
+        )
     return IndexSummary(
         seq_len=math.gcd(*(member.seq_len for member in members)),
         vocab_size=members[0].vocab_size,
@@ -43,6 +50,7 @@ def combined_summary(summaries: Mapping[str, IndexSummary]) -> IndexSummary:
         num_files=sum(member.num_files for member in members),
         flaws=dict(sum((Counter(member.flaws) for member in members), Counter())),
         splits={split: _sum([member.splits[split] for member in members]) for split in SPLITS},
+        end_token=members[0].end_token,
     )
 
 

@@ -35,6 +35,7 @@ from modtrain.data.prepare.encode import (
     encode_unit,
     finished_record,
 )
+from modtrain.data.prepare.end_token import chosen_end_token
 from modtrain.data.prepare.pack import (
     PackLayout,
     TokenFile,
@@ -49,11 +50,13 @@ from modtrain.data.prepare.request import (
     differing_keys,
     later_options,
     request_of,
+    tokenizer_options,
 )
 from modtrain.data.prepare.sources import SourceFile, expand_sources
 from modtrain.data.prepare.tokenizer import (
     SplitChooser,
     check_tokenizer,
+    end_id_of,
     train_tokenizer,
     training_texts,
 )
@@ -139,12 +142,13 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     output = Path(config.output)
     files = expand_sources(config.sources)
     refuse_unused_separator(config, files)
-    request = request_of(config, files)
+    end_token = chosen_end_token(config.tokenizer)
+    request = request_of(config, files, end_token)
     if (output / INDEX_NAME).exists():
         return report_of_finished(output, request)
     with _work_directory(output) as work:
         units = plan_units(files, config.text_column)
-        tokenizer = ensure_tokenizer(config, units, output, work, work / "staging")
+        tokenizer = ensure_tokenizer(config, units, output, work, work / "staging", end_token)
         layout = PackLayout(
             config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
         )
@@ -168,6 +172,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             num_files=len(files),
             flaws=flaws,
             splits=splits,
+            end_token=end_token,
         )
         sides = write_side_files(output, files, encoded.documents, work / "staging")
         write_json(output / REQUEST_NAME, request, work / "staging")
@@ -274,7 +279,12 @@ class StoredTokenizer:
 
 
 def ensure_tokenizer(
-    config: PrepareConfig, units: Sequence[Unit], output: Path, work: Path, staging: Path
+    config: PrepareConfig,
+    units: Sequence[Unit],
+    output: Path,
+    work: Path,
+    staging: Path,
+    end_token: str | None,
 ) -> StoredTokenizer:
     """Train the tokenizer, or take the given or an earlier run's one, and store it.
 
@@ -282,7 +292,8 @@ def ensure_tokenizer(
     """
     path = output / TOKENIZER_NAME
     content = _tokenizer_content(config, units, work, staging)
-    vocab_size, eos_id = check_tokenizer(content, config.tokenizer.path or str(path))
+    name = config.tokenizer.path or str(path)
+    vocab_size, eos_id = check_tokenizer(content, name, end_id_of(content, name, end_token))
     write_bytes(path, content, staging)
     return StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
 
@@ -292,7 +303,7 @@ def _tokenizer_content(
 ) -> bytes:
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path).read_bytes()
-    key_parts = [asdict(config.tokenizer), config.text_column, config.valid_fraction, config.seed]
+    key_parts = [tokenizer_options(config), config.text_column, config.valid_fraction, config.seed]
     later = later_options(config)
     key_parts += [later] if later else []
     key = digest([key_parts, [asdict(unit) for unit in units]])

@@ -18,18 +18,34 @@ TIMES = "times of change"
 _LATER = ("separator", "split_at", "max_document_bytes", "deduplicate")
 
 
-def request_of(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
-    """All that the output depends on, free of paths, so that the folders can be moved."""
+def request_of(
+    config: PrepareConfig, files: Sequence[SourceFile], end_token: str | None
+) -> dict[str, Any]:
+    """All that the output depends on, free of paths, so that the folders can be moved.
+
+    end_token: what ends a document, where the tokenizer does not tell by a usual name.
+    """
     options = asdict(config)
     for name in ("sources", "output", "num_workers", "task"):
         del options[name]
     path = config.tokenizer.path
+    options["tokenizer"] = tokenizer_options(config)
     if path is not None:
         options["tokenizer"] = {"sha256": file_sha256(Path(path))}
+    if end_token is not None:
+        options["tokenizer"]["end_token"] = end_token
     options = without_later_options(options)
     names, sizes = [Path(file.path).name for file in files], [file.size for file in files]
     times = digest([file.mtime_ns for file in files])
     return {**options, "files": len(files), "contents": digest([names, sizes]), TIMES: times}
+
+
+def tokenizer_options(config: PrepareConfig) -> dict[str, Any]:
+    """Return what the training of a tokenizer depends on."""
+    options = asdict(config.tokenizer)
+    # Earlier versions did not have it, and it is for a tokenizer that is not trained.
+    del options["end_token"]
+    return options
 
 
 def differing_keys(output: Path, request: dict[str, Any]) -> list[str]:

@@ -33,6 +33,8 @@ _WORD_CHARS = 1000
 _WORD = re.compile(rf"\S{{{_WORD_CHARS}}}|\s{{{_WORD_CHARS}}}")
 # Seconds between two looks for an interrupt.
 _POLL_SECONDS = 0.1
+# Special tokens that a message names.
+_SHOWN = 12
 # Seconds that an interrupted training may take to notice.
 _STOP_SECONDS = 10.0
 
@@ -141,18 +143,46 @@ def check_tokenizer(content: bytes, name: str, end_id: int | None = None) -> tup
     Raises DataError where it is none or has no end-of-document token.
     """
     tokenizer = parse_tokenizer(content, name)
+    known = known_end_ids(tokenizer)
+    if known or end_id is not None:
+        # Numbers may have gaps: what counts for an embedding is the largest.
+        vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return vocab_size, known[0] if end_id is None else end_id
+    raise DataError(
+        f"{name}: has no end-of-document token: none of {', '.join(KNOWN_END_TOKENS)}, and no file "
+        f"beside it declares one. Name it with tokenizer.end_token: its special tokens are "
+        f"{special_tokens(tokenizer)}. Or train a tokenizer with tokenizer.path=null."
+    )
+
+
+def end_id_of(content: bytes, name: str, end_token: str | None) -> int | None:
+    """Return the number of ``end_token`` in a ``tokenizer.json``; None without one.
+
+    Raises DataError where the file is none, or has no such token.
+    """
+    if end_token is None:
+        return None
+    number: int | None = parse_tokenizer(content, name).token_to_id(end_token)
+    if number is None:
+        raise DataError(f"{name}: has no token {end_token!r}, which is to end a document.")
+    return number
+
+
+def known_end_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the numbers of the tokens with a usual name for the end, special ones first."""
     numbers = [tokenizer.token_to_id(token) for token in KNOWN_END_TOKENS]
     known = [number for number in numbers if number is not None]
     added = tokenizer.get_added_tokens_decoder()
     special = [number for number in known if number in added and added[number].special]
-    if known or end_id is not None:
-        # Numbers may have gaps: what counts for an embedding is the largest.
-        vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        return vocab_size, (special or known)[0] if end_id is None else end_id
-    raise DataError(
-        f"{name}: has no end-of-document token. Add one of {', '.join(KNOWN_END_TOKENS)} to its "
-        "added_tokens, or train a tokenizer with tokenizer.path=null."
-    )
+    return special + [number for number in known if number not in special]
+
+
+def special_tokens(tokenizer: Tokenizer) -> str:
+    """Return the first special tokens, for a message."""
+    added = tokenizer.get_added_tokens_decoder()
+    texts = [token.content for _, token in sorted(added.items()) if token.special]
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return (", ".join(texts[:_SHOWN]) or "none") + more
 
 
 def parse_tokenizer(content: bytes, name: str) -> Tokenizer:

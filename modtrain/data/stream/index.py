@@ -57,6 +57,7 @@ class IndexSummary:
 
     flaws: kind of damage found in the corpus → how many documents or files were left out for it.
     fingerprint: SHA-256 over the shards' checksums, the tokenizer's and seq_len.
+    end_token: the text of ``eos_id``, where it is not the first with a usual name.
     """
 
     seq_len: int
@@ -68,6 +69,7 @@ class IndexSummary:
     num_files: int
     flaws: dict[str, int]
     splits: dict[str, SplitSummary]
+    end_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,14 @@ class ShardIndex:
     def _check_vocabulary(self, tokenizer: Path) -> None:
         """Compare with the tokenizer: the fingerprint covers it, and not what the index says."""
         # The library takes a moment to import: by those alone who read shards.
-        from modtrain.data.prepare.tokenizer import check_tokenizer  # noqa: PLC0415
+        from modtrain.data.prepare.tokenizer import (  # noqa: PLC0415
+            check_tokenizer,
+            end_id_of,
+        )
 
-        there = check_tokenizer(tokenizer.read_bytes(), str(tokenizer))
+        content, name = tokenizer.read_bytes(), str(tokenizer)
+        end_id = end_id_of(content, name, self.summary.end_token)
+        there = check_tokenizer(content, name, end_id)
         for key, actual in zip(("vocab_size", "eos_id"), there, strict=True):
             if (recorded := getattr(self.summary, key)) != actual:
                 raise DataError(
@@ -208,6 +215,8 @@ def index_content(
 ) -> dict[str, Any]:
     """What ``index.json`` says; the fingerprint is worked out here."""
     content = dict(vars(summary))
+    if summary.end_token is None:
+        del content["end_token"]
     sides = {
         name: {"bytes": side.num_bytes, "sha256": side.sha256}
         for name, side in (side_files or {}).items()
@@ -273,6 +282,9 @@ class _Object:
             self.fail(f"{self.where}{key} is {value!r}, which it must not be")
         return value
 
+    def optional_text(self, key: str) -> str | None:
+        return None if self.content.get(key) is None else self.text(key, re.compile(r"(?s).+"))
+
     def object(self, key: str) -> _Object:
         return _Object(self.file, self.content.get(key), f"{self.where}{key}.")
 
@@ -324,6 +336,7 @@ def _summary(content: _Object) -> IndexSummary:
             name: SplitSummary(**{key: split.integer(key) for key in SplitSummary.__annotations__})
             for name, split in content.splits().items()
         },
+        end_token=content.optional_text("end_token"),
     )
     most = 2 ** (8 * ITEM_SIZES[summary.dtype])
     if summary.vocab_size > most:

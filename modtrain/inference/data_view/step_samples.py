@@ -19,11 +19,11 @@ from tokenizers import Tokenizer
 from modtrain.common.errors import ConfigError, Problem
 from modtrain.common.terminal import WIDE, Column, fitted_table, plain_console
 from modtrain.data.documents.table import DocumentTable
+from modtrain.data.prepare.tokenizer import parse_tokenizer
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import ONE_PROCESS
 from modtrain.inference.data_view.config import DataViewConfig
 from modtrain.inference.data_view.sample_documents import SampleDocument, sample_documents
-from modtrain.inference.token_text import Vocabulary
 from modtrain.training.named_runs import open_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
@@ -163,4 +163,4 @@ def samples_of(run: RunDirectory, step: int, data_path: str | None = None) -> It
 
 def decoder_of(path: Path) -> Tokenizer:
     """The tokenizer of a prepared directory."""
-    return Vocabulary(path.read_bytes(), str(path)).tokenizer
+    return parse_tokenizer(path.read_bytes(), str(path))

@@ -1,9 +1,16 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer
 
 from modtrain.common.errors import DataError
 from modtrain.data.config import TokenizerConfig
+from modtrain.data.mixture.summary import combined_summary
 from modtrain.data.prepare import tokenizer as tokenizer_module
+from modtrain.data.prepare.end_token import chosen_end_token
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.tokenizer import (
@@ -16,7 +23,9 @@ from modtrain.data.prepare.tokenizer import (
     training_texts,
 )
 from modtrain.data.prepare.units import plan_units
+from modtrain.data.stream.index import ShardIndex
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
+from tests.helpers.problems import problems_of
 
 NO_ONE = SplitChooser(0, 0.0)
 READING = {"text_column": "text", "max_document_bytes": 1 << 20}
@@ -126,3 +135,81 @@ def test_the_choice_depends_on_the_seed_and_the_text_alone():
     # A larger share contains the held-out documents of a smaller one.
     more = [SplitChooser(0, 0.2).is_valid(content) for content in contents]
     assert all(later for earlier, later in zip(chosen, more, strict=True) if earlier)
+
+
+def other_tokenizer(folder: Path) -> Path:
+    """A tokenizer whose end token has no usual name, in ``folder``."""
+    content = train_tokenizer(make_documents(5), 270)
+    parsed = Tokenizer.from_str(content.replace(END_OF_DOCUMENT.encode(), b"<|start|>").decode())
+    parsed.add_special_tokens(["<|stop|>"])
+    path = folder / "tokenizer.json"
+    path.write_text(parsed.to_str())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<|stop|>"}),
+        ("special_tokens_map.json", {"eos_token": {"content": "<|stop|>"}}),
+        ("generation_config.json", {"eos_token_id": [10**30, -1, 270, 0]}),
+        ("config.json", {"eos_token_id": 270}),
+        ("index.json", {"eos_id": 270}),
+    ],
+)
+def test_the_end_token_is_the_one_that_a_file_beside_the_tokenizer_declares(
+    name, content, tmp_path
+):
+    path = other_tokenizer(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    assert chosen_end_token(TokenizerConfig(path=str(path))) == "<|stop|>"
+    assert chosen_end_token(TokenizerConfig(path=str(path), end_token="<|start|>")) == "<|start|>"
+    (tmp_path / name).write_text("{")
+    with pytest.raises(DataError, match=name):
+        chosen_end_token(TokenizerConfig(path=str(path)))
+
+
+def test_a_usual_name_comes_before_what_files_declare(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(train_tokenizer(make_documents(5), 300))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    assert chosen_end_token(TokenizerConfig(path=str(path))) is None
+    named = TokenizerConfig(path=str(path), end_token="<|nothing|>")
+    problem = problems_of(chosen_end_token, named)["tokenizer.end_token"]
+    assert END_OF_DOCUMENT in problem.remedy
+    assert [p.key for p in TokenizerConfig(end_token="a").problems("tokenizer")] == [
+        "tokenizer.end_token"
+    ]
+
+
+def test_a_mixture_needs_one_end_token(tmp_path):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(60))
+    summaries = {}
+    for token in ("<|start|>", "<|stop|>"):
+        tokenizer = TokenizerConfig(path=str(other_tokenizer(tmp_path)), end_token=token)
+        config = tiny_config([corpus], tmp_path / token, tokenizer=tokenizer)
+        summaries[token] = prepare(config, progress=False).summary
+    with pytest.raises(DataError, match=r"need one end-of-document token: .*tokenizer\.end_token"):
+        combined_summary(summaries)
+    same = combined_summary({"a": summaries["<|stop|>"], "b": summaries["<|stop|>"]})
+    assert same.end_token == "<|stop|>"
+
+
+def test_data_with_a_declared_end_token(tmp_path):
+    path = other_tokenizer(tmp_path)
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(60))
+    config = tiny_config([corpus], tmp_path / "out", tokenizer=TokenizerConfig(path=str(path)))
+    with pytest.raises(DataError, match=r"special tokens are <\|start\|>, <\|stop\|>"):
+        prepare(config, progress=False)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert prepare(config, progress=False).summary.eos_id == 270
+    assert prepare(config, progress=False).was_complete
+    index = tmp_path / "out" / "index.json"
+    assert ShardIndex.load(tmp_path / "out").summary.end_token == "<|stop|>"
+    other = replace(config, tokenizer=replace(config.tokenizer, end_token="<|start|>"))
+    with pytest.raises(DataError, match="other options: tokenizer differ"):
+        prepare(other, progress=False)
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"eos_id": 269}))
+    with pytest.raises(DataError, match="eos_id is 269; its tokenizer has 270"):
+        ShardIndex.load(tmp_path / "out")
