@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 from datasets import Dataset, DatasetDict
 from jinja2 import BaseLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -28,6 +29,8 @@ from modtrain.inference.tasks.task_folder import DATA_READERS, read_task_file
 # Tokens to generate for a free answer, however long the right ones are.
 _MAX_ANSWER_TOKENS = 256
 _FEWSHOT_EXAMPLES = 32
+# The code of these is lm-eval's own.
+_LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 
 _log = logging.getLogger(__name__)
 
@@ -79,17 +82,15 @@ class _Catalog:
             return _alone(make_task(shown, read_examples(Path(name))))
         own = self._own
         if own is not None and name in own.all_tasks:
-            members = self._check(own, name)
-            manager = own if members <= set(own.all_tasks) else self._everything()
-            return _load(manager, name)
-        if name in synthetic.KINDS:
+            # A group may name tasks of lm-eval.
+            if self._check(own, name) <= set(own.all_tasks):
+                return _load(own, name)
+        elif name in synthetic.KINDS:
             return _alone(self._made_task(name))
         manager = self._everything()
         if name not in manager.all_tasks:
-            raise ConfigError([self._unknown(name, manager)])
-        if manager.task_index[name].yaml_path is None:  # a tag, which names tasks
-            for member in manager.task_index[name].tags & set(own.all_tasks if own else ()):
-                self._check(own, member)
+            raise ConfigError([_unknown(name, manager)])
+        self._check(manager, name)
         return _load(manager, name)
 
     def _everything(self) -> TaskManager:
@@ -108,20 +109,21 @@ class _Catalog:
         # The choices of these have one length.
         return make_task(name, made, solved, skipped_metrics=["acc_norm"])
 
-    def _check(self, own: Any, name: str) -> set[str]:
-        """Return the tasks of ``name`` in the user's folder. Raises ConfigError for their code."""
-        members, waiting = set(), [name]
+    def _check(self, manager: TaskManager, name: str) -> set[str]:
+        """Return a task and all that it names. Raises ConfigError for code of the user's folder."""
+        members: set[str] = set()
+        waiting = [name]
         while waiting:
             member = waiting.pop()
-            entry = own.task_index.get(member)
-            if member in members:
-                continue
+            entry = manager.task_index.get(member)
+            if member not in members and entry is not None:
+                if entry.yaml_path is None:  # a tag
+                    waiting += entry.tags
+                elif entry.yaml_path.is_relative_to(_LM_EVAL_TASKS):
+                    waiting += _named_tasks((entry.cfg or {}).get("task"))
+                else:
+                    waiting += self._check_file(member, entry.yaml_path)
             members.add(member)
-            if entry is None:
-                continue
-            waiting += entry.tags
-            if entry.yaml_path is not None:
-                waiting += self._check_file(member, entry.yaml_path)
         return members
 
     def _check_file(self, name: str, path: Path) -> list[str]:
@@ -148,13 +150,26 @@ class _Catalog:
             raise ConfigError(problems)
         return named.members
 
-    def _unknown(self, name: str, manager: TaskManager) -> Problem:
-        known = [*synthetic.KINDS, *manager.all_tasks]
-        near = difflib.get_close_matches(name, known, 3)
-        remedy = f"did you mean {' or '.join(near)}?" if near else "see modtrain's tasks:"
-        remedy += f" modtrain makes {', '.join(synthetic.KINDS)};"
-        remedy += " or name a .jsonl or .txt file, or the folder of your own as task.path"
-        return Problem("tasks", name, "is no task that is known", remedy)
+
+def _named_tasks(value: object) -> list[str]:
+    """Return the names of tasks and groups in what a group of lm-eval has under ``task``."""
+    if isinstance(value, list):
+        return [name for item in value for name in _named_tasks(item)]
+    if isinstance(value, dict):
+        return [n for key in ("task", "group") for n in _named_tasks(value.get(key))]
+    return [value] if isinstance(value, str) else []
+
+
+def _unknown(name: str, manager: TaskManager) -> Problem:
+    near = difflib.get_close_matches(name, [*synthetic.KINDS, *manager.all_tasks], 3)
+    if near:
+        remedy = f"did you mean {' or '.join(near)}?"
+    elif name.lower().endswith((".yaml", ".yml")):
+        remedy = "give the folder as task.path, and the task by its name"
+    else:
+        made = ", ".join(synthetic.KINDS)
+        remedy = f"use {made}, a .jsonl or .txt file, a task of task.path, or one of lm-eval"
+    return Problem("tasks", name, "is no task that is known", remedy)
 
 
 def _known_metrics() -> set[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -160,7 +159,7 @@ class ModtrainLM(TemplateLM):
         }
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: object
+        self, string: str, add_special_tokens: bool | None = None, **_unused: object
     ) -> list[int]:
         """Return the tokens of a text, after those that begin a text of this model.
 
@@ -205,7 +204,7 @@ class ModtrainLM(TemplateLM):
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
-        **_: object,
+        **_unused: object,
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         scores = self._score(pairs, "scoring", self._is_silent)
@@ -319,8 +318,8 @@ class ModtrainLM(TemplateLM):
         tokens: list[list[int]] = [[] for _ in prompts]
         handles = self.cost.watch_experts(self.loaded.model)
         try:
-            with self.loaded.autocast(), closing(decoder.run()) as events:
-                for event in events:
+            with self.loaded.autocast():
+                for event in decoder.run():
                     if isinstance(event, Token):
                         tokens[event.number].append(event.id)
                     if continuations[event.number].push(event):

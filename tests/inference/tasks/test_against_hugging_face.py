@@ -52,7 +52,8 @@ def results_of(model, tasks, settings):
             task.set_fewshot_seed(seed=settings.seed)
         evaluated = evaluate(model, loaded, bootstrap_iters=0)
         for name, values in evaluated["results"].items():
-            numbers = {key: value for key, value in values.items() if "," in key}
+            numbers = {key: value for key, value in values.items() if isinstance(value, float)}
+            assert numbers
             responses = [sample["resps"] for sample in evaluated["samples"][name]]
             results[name] = numbers, responses
     return results

@@ -64,6 +64,7 @@ def assert_scores(model, config):
         assert actual.is_greedy == is_greedy
 
 
+@pytest.mark.on_commit("mod", "separately routed parts")
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_whole_texts(name):
     model = make(name)
@@ -88,6 +89,7 @@ def test_what_cannot_be_scored_is_refused(request_):
         score(make("dense"), [request_], ScoringConfig("causal", MAX_LENGTH))
 
 
+@pytest.mark.on_commit("separately routed parts")
 @pytest.mark.parametrize("name", ["mod", "separately routed parts", "staged", "integrated"])
 def test_flops_are_those_of_an_evaluation(name):
     model = make(name)

@@ -1,6 +1,8 @@
 """A user's files become examples, or errors that name the line."""
 
 import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -127,3 +129,25 @@ def test_a_missing_file_and_one_that_is_no_text_are_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"a\.txt: is not UTF-8"):
         read_examples(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "choices"),
+    [
+        ("theory_of_mind/socialiqa/test", "choice", ["A", "B", "C"]),
+        ("test_comp_sci/questions", "choice", ["a", "b", "c", "d"]),
+        ("corr2cause/corr2cause", "choice", None),
+        ("coqa/samples", "answer", None),
+    ],
+)
+def test_public_samples_are_read(name, kind, choices):
+    """Question answering and natural-language inference of the package ``evals``."""
+    spec = find_spec("evals")
+    if spec is None:
+        pytest.skip("needs the samples of the package evals: pip install --no-deps evals")
+    path = Path(spec.submodule_search_locations[0], "registry/data", f"{name}.jsonl")
+    examples = read_examples(path)
+    assert examples.kind == kind
+    assert len(examples.documents) == len(path.read_text().splitlines())
+    if choices is not None:
+        assert examples.documents[0]["choices"] == choices
