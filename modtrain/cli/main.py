@@ -173,6 +173,12 @@ def _eval(overrides: list[str], config_dir: str | None) -> int:
     from modtrain.cli.compose import compose
 
     config = compose("eval", overrides, config_dir)
+    if config.tasks is not None:
+        from modtrain.inference.tasks.evaluate_tasks import evaluate_tasks
+        from modtrain.inference.tasks.report import show_tasks
+
+        show_tasks(evaluate_tasks(config))
+        return 0
     from modtrain.inference.evaluate.evaluate import evaluate_run
     from modtrain.inference.evaluate.reporting import show
 
@@ -252,7 +258,7 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
         "modtrain.experiments.isoflop.isoflop:isoflop",
         "train a grid of models of several families at equal training FLOPs",
     ),
-    "eval": (_eval, "held-out losses of a run, causal and not"),
+    "eval": (_eval, "held-out losses of a run, causal and not; or its scores on tasks"),
     "search": (
         "modtrain.experiments.search.search:search",
         "search the best values of some keys, with Optuna",

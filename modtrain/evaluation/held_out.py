@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modtrain.data.stream.batch import Batch
+from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import ComputeBudget, RouterSwap, Selection
 from modtrain.models.flops import Load, forward_flops, realised_flops
 from modtrain.models.sequence import RoutingRecord
@@ -283,17 +284,31 @@ class _Accumulator:
     def _loads(self) -> list[Load]:
         """The mean load of each layer per sequence."""
         count_R2 = torch.stack([self.chosen_R, self.squares_R], dim=1) / self.sequences
-        counts = dict(zip(self.config.routed_parts, count_R2.tolist(), strict=True))
         slots_M = (self.executed_M / self.sequences).tolist()
-        slots = dict(zip(self.config.expert_labels, slots_M, strict=True))
-        loads = []
-        for layer in range(self.config.num_layers):
-            all_tokens = [float(self.seq_len), float(self.seq_len**2)]
-            block = counts.get((layer, "block"), all_tokens)
-            mixer = counts.get((layer, "attention"), block)
-            mlp = counts.get((layer, "mlp"), block)
-            loads.append(Load(mixer[0], mixer[1], mlp[0], slots.get(f"layer_{layer:02d}", 0.0)))
-        return loads
+        return mean_loads(self.config, self.seq_len, count_R2.tolist(), slots_M)
+
+
+def mean_loads(
+    config: ModelConfig,
+    seq_len: int,
+    count_R2: Sequence[Sequence[float]],
+    slots_M: Sequence[float],
+) -> list[Load]:
+    """Return the load of each layer per sequence of ``seq_len`` tokens.
+
+    count_R2: mean and mean square of the tokens that each router took of a sequence. slots_M: mean
+    of the computed pairs of token and expert, by mixture of experts.
+    """
+    counts = dict(zip(config.routed_parts, count_R2, strict=True))
+    slots = dict(zip(config.expert_labels, slots_M, strict=True))
+    all_tokens = [float(seq_len), float(seq_len**2)]
+    loads = []
+    for layer in range(config.num_layers):
+        block = counts.get((layer, "block"), all_tokens)
+        mixer = counts.get((layer, "attention"), block)
+        mlp = counts.get((layer, "mlp"), block)
+        loads.append(Load(mixer[0], mixer[1], mlp[0], slots.get(f"layer_{layer:02d}", 0.0)))
+    return loads
 
 
 def _zeros(*shape: int) -> Tensor:

@@ -6,7 +6,16 @@ import math
 from dataclasses import dataclass, field
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, at_least, key_of, not_empty, one_of, shares
+from modtrain.common.validation import (
+    above_zero,
+    at_least,
+    key_of,
+    no_addresses,
+    not_empty,
+    one_of,
+    shares,
+)
+from modtrain.inference.tasks.config import TaskConfig
 from modtrain.inference.text_io import file_problems, output_problems, text_problems
 from modtrain.parallel.config import ACCELERATORS
 from modtrain.training.config import PRECISIONS
@@ -111,11 +120,16 @@ class EvalRunConfig(TrainedRunConfig):
         FLOPs instead of an evaluation.
     swap: measure what the routers are worth as well: the loss under other choices of tokens at
         equal capacity, and with the routed updates zeroed.
+    tasks: tasks of lm-eval to score the run on, in place of held-out losses; each the name of a
+        task, or a .jsonl or .txt file of your own.
+    task: how the tasks are run.
     output: directory for the results; null is the run's.
     """
 
     sequences: int | None = None
     batch_size: int = 16
+    tasks: list[str] | None = None
+    task: TaskConfig = field(default_factory=TaskConfig)
     inference: ComputeBudgetConfig = field(default_factory=ComputeBudgetConfig)
     sweep: list[float] | None = None
     swap: bool = False
@@ -129,6 +143,28 @@ class EvalRunConfig(TrainedRunConfig):
             *self.inference.problems(),
             *([] if self.sweep is None else self._sweep_problems(self.sweep)),
             *(self._swap_problems() if self.swap else []),
+            *self._task_problems(),
+        ]
+
+    def _task_problems(self) -> list[Problem]:
+        if self.tasks is None:
+            default, reason = vars(TaskConfig()), "has no effect without tasks"
+            return [
+                Problem(f"task.{name}", value, reason, "set tasks=[...]")
+                for name, value in vars(self.task).items()
+                if value != default[name]
+            ]
+        reason, remedy = "is for held-out text", "leave it out; task.limit bounds the examples"
+        problems = [
+            Problem(name, value, reason, remedy)
+            for name, value in (("sequences", self.sequences), ("swap", self.swap or None))
+            if value is not None
+        ]
+        return [
+            *not_empty(self, "", "tasks", "name some: tasks=[copy,lookup], or leave it out"),
+            *no_addresses(self, "", "tasks"),
+            *problems,
+            *self.task.problems(),
         ]
 
     def _swap_problems(self) -> list[Problem]:

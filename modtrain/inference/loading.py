@@ -53,6 +53,12 @@ class LoadedRun:
         return self.trained.data.seq_len or self.trained.data.summary().seq_len
 
     @property
+    def max_length(self) -> int:
+        """Tokens that the model reads at most: those of training, or what an import came with."""
+        imported = self.directory.read_manifest().get("imported", {})
+        return int(imported.get("max_positions") or self.seq_len)
+
+    @property
     def tokenizer(self) -> Path:
         """The run's ``tokenizer.json``."""
         return self.trained.data.tokenizer_path

@@ -8,7 +8,7 @@ with its weights have both.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,17 +124,35 @@ class PromptFormat:
         Raises:
             DataError: the template does not take it.
         """
+        text = self.chat_text(tokenizer, [{"role": "user", "content": prompt}])
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def chat_text(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Return a conversation as the template writes it.
+
+        messages: what was said, each with ``role`` and ``content``. add_generation_prompt: end with
+        what begins an answer; False: the last message goes on.
+
+        Raises:
+            DataError: the template does not take it.
+        """
         # transformers runs the template without access to Python, and takes seconds to import.
         from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
         template = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **self.special_tokens)
         try:
-            text = template.apply_chat_template(
-                [{"role": "user", "content": prompt}],
+            text: str = template.apply_chat_template(
+                list(messages),
                 chat_template=self.chat_template,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
                 tokenize=False,
             )
         except Exception as error:  # of Jinja, or raised by the template
             raise DataError(f"the model's chat template fails: {error}") from error
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return text

@@ -73,13 +73,21 @@ class DecoderConfig:
 
 
 @dataclass
+class SequenceCount:
+    """Tokens of one sequence that passes of the whole model ran, and by router the chosen ones."""
+
+    tokens: int
+    chosen_R: list[int]
+
+
+@dataclass
 class Statistics:
     """Counts of a decoder's work.
 
     prompt_tokens, generated_tokens: of all sequences. steps: passes of the whole model, counted per
     sequence. drafted, accepted: tokens of self-speculation, and those of them that were kept.
     chosen_R: routed tokens of these passes by router, of ``stepped_tokens``, rejected drafts
-    included. cache_bytes: peak memory of the caches.
+    included. by_sequence: the same of each sequence. cache_bytes: peak memory of the caches.
     """
 
     prompt_tokens: int = 0
@@ -89,6 +97,7 @@ class Statistics:
     drafted: int = 0
     accepted: int = 0
     chosen_R: list[int] = field(default_factory=list)
+    by_sequence: list[SequenceCount] = field(default_factory=list)
     cache_bytes: int = 0
 
 
@@ -135,7 +144,10 @@ class Decoder:
             shape = (batch, model.config.vocabulary)
             self._seen_RV = torch.zeros(shape, dtype=torch.bool, device=self._device)
         self._stopped: set[int] = set()
-        self.statistics = Statistics(chosen_R=[0] * len(model.routers))
+        zeros = [0] * len(model.routers)
+        self.statistics = Statistics(
+            chosen_R=[*zeros], by_sequence=[SequenceCount(0, [*zeros]) for _ in prompts]
+        )
 
     def run(self) -> Iterator[Token | End]:
         """Yield the tokens of all sequences as they are generated, each sequence's in order."""
@@ -255,7 +267,7 @@ class Decoder:
             next_N = probability_NTV[:, 0].argmax(dim=-1)
         else:
             next_N = draw(probability_NTV[:, 0], self._rng.uniform(numbers))
-        self._update_statistics(output, tokens_NT, valid_NT)
+        self._update_statistics(output, tokens_NT, valid_NT, numbers)
         depths = self._depths(output, tokens_NT) if self._config.with_depth else [None] * len(rows)
         events = [
             event
@@ -352,14 +364,26 @@ class Decoder:
         return depths
 
     def _update_statistics(
-        self, output: ModelOutput, tokens_NT: Tensor, valid_NT: Tensor | None
+        self,
+        output: ModelOutput,
+        tokens_NT: Tensor,
+        valid_NT: Tensor | None,
+        numbers: list[int],
     ) -> None:
         counts = self.statistics
         allocated = sum(cache.allocated_bytes() for cache in self._caches)
         counts.cache_bytes = max(counts.cache_bytes, allocated)
-        counts.stepped_tokens += tokens_NT.numel() if valid_NT is None else int(valid_NT.sum())
+        whole = [tokens_NT.shape[1]] * len(numbers)
+        lengths = whole if valid_NT is None else valid_NT.sum(dim=1).tolist()
+        counts.stepped_tokens += sum(lengths)
+        by_sequence = [counts.by_sequence[number] for number in numbers]
+        for sequence, count in zip(by_sequence, lengths, strict=True):
+            sequence.tokens += count
         for index, record in enumerate(output.routing):
-            counts.chosen_R[index] += int(record.chosen_BS.sum())
+            chosen_N = record.chosen_BS.sum(dim=1).tolist()
+            counts.chosen_R[index] += sum(chosen_N)
+            for sequence, count in zip(by_sequence, chosen_N, strict=True):
+                sequence.chosen_R[index] += count
 
     def _release(self, row: int) -> None:
         self._active.pop(row)

@@ -156,6 +156,22 @@ def test_greedy_self_speculation_changes_nothing(name, choices, drafts, prompts)
     assert 0 <= counts.accepted <= counts.drafted
 
 
+def test_each_sequence_is_counted_as_one_pass_over_it():
+    model = ready("mod")
+    prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9]]
+    config = DecoderConfig("predictor", 5, SamplingConfig(greedy=True), batch_size=2)
+    decoder = Decoder(model, config, prompts)
+    texts = [[*prompt] for prompt in prompts]
+    for event in decoder.run():
+        if isinstance(event, Token):
+            texts[event.number].append(event.id)
+    for text, count in zip(texts, decoder.statistics.by_sequence, strict=True):
+        # The last token is not read.
+        output = model(torch.tensor([text[:-1]]), selection="predictor")
+        chosen_R = [int(record.chosen_BS.sum()) for record in output.routing]
+        assert (count.tokens, count.chosen_R) == (len(text) - 1, chosen_R)
+
+
 def test_drafts_of_the_same_model_are_all_taken():
     model = ready("mod")
     config = DecoderConfig("predictor", 12, SamplingConfig(seed=1), drafts=3)
