@@ -18,6 +18,7 @@ from rich.console import Console
 from modtrain.cluster import slurm
 from modtrain.cluster.config import SITE_OPTIONS, SubmitConfig
 from modtrain.cluster.freeze import freeze
+from modtrain.cluster.image import freeze_image
 from modtrain.cluster.runs import CANCELLED, read_job_ids
 from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, check, render
 from modtrain.common.atomic_io import open_to_append, write_text
@@ -59,6 +60,7 @@ def submit(submission: Submission) -> None:
     """
     console = plain_console(soft_wrap=True)
     raise_if_any(_problems(submission))
+    submission = _with_frozen_image(submission, console)
     job = _prepare(submission)
     text = render(job)
     check(text, job.script.name)
@@ -78,6 +80,16 @@ def submit(submission: Submission) -> None:
         console.print(f"submitted job {number}")
     _check_will_start(job, ids, console)
     _print_next_commands(submission, ids, console)
+
+
+def _with_frozen_image(submission: Submission, console: Console) -> Submission:
+    site = submission.config.cluster
+    image, text = freeze_image(site)
+    if text:
+        console.print(text, highlight=False)
+    return replace(
+        submission, config=replace(submission.config, cluster=replace(site, image=image))
+    )
 
 
 def _test_submission(job: JobScript) -> str:
