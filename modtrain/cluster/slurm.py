@@ -64,14 +64,17 @@ class DeniedError(SlurmError):
 _OTHER_ACCOUNT = (
     "set cluster.account to one that `scontrol show partition` allows, or another cluster.partition"
 )
+_OTHER_QOS = "set cluster.qos to one that `scontrol show partition` allows"
 # Why a job waits that nothing but a change of it, or of the site, lets start, with the remedy.
 _NEVER_STARTS = {
     "PartitionTimeLimit": "lower time=, or choose another cluster.partition: `sinfo -o '%P %l'`",
     "PartitionNodeLimit": "take fewer nodes=, or another cluster.partition: `sinfo -o '%P %D %s'`",
-    # In Slurm's words, which depend on its version.
+    # In Slurm's words, which depend on its version, and on whether it has accounting.
     "AccountNotAllowed": _OTHER_ACCOUNT,
     "can't use this partition": _OTHER_ACCOUNT,
-    "QOSNotAllowed": "set cluster.qos to one that `scontrol show partition` allows",
+    "account not permitted to use this partition": _OTHER_ACCOUNT,
+    "QOSNotAllowed": _OTHER_QOS,
+    "QOS not permitted to use this partition": _OTHER_QOS,
     "InvalidAccount": "set cluster.account to one of `sacctmgr show associations user=$USER`",
     "InvalidQOS": "set cluster.qos to one of `sacctmgr show associations user=$USER`",
     "BadConstraints": "compare cluster.constraint, nodes, GPUs and memory with `sinfo -Nl`",
@@ -313,6 +316,7 @@ def _remedy(message: str) -> str:
         "Invalid job id": "list your jobs with `squeue --me`",
         _DENIED: "the job is another user's: ask them, or an operator",
         "Invalid account": "set cluster.account to one of `sacctmgr show associations user=$USER`",
+        "Invalid qos": "set cluster.qos to one of `sacctmgr show associations user=$USER`",
         "invalid partition": "set cluster.partition to one of `sinfo`",
         "Requested node configuration": "compare nodes, GPUs and memory with `sinfo -Nl`",
         "Socket timed out": "the controller is busy: try again",

@@ -18,6 +18,7 @@ from rich.console import Console
 from modtrain.cluster import slurm
 from modtrain.cluster.config import SubmitConfig, is_job_id
 from modtrain.cluster.freeze import freeze
+from modtrain.cluster.image import freeze_image
 from modtrain.cluster.run_checks import awaits_data, run_problems
 from modtrain.cluster.runs import CANCELLED, read_job_ids
 from modtrain.cluster.script import SERIAL, JobScript, ScriptError, ScriptTask, check, render
@@ -68,6 +69,7 @@ def submit(submission: Submission) -> None:
                 f" when the job starts, after job {submission.config.after}",
                 highlight=False,
             )
+    submission = _with_frozen_image(submission, console)
     job = _prepare(submission)
     text = render(job)
     check(text, job.script.name)
@@ -108,6 +110,16 @@ def _with_awaited_job(submission: Submission, console: Console) -> Submission:
     reason = "is no job's number, and no run or preparation that has a job"
     remedy = "give the number that sbatch printed, or submit that job first"
     raise ConfigError([Problem("after", name, reason, remedy)])
+
+
+def _with_frozen_image(submission: Submission, console: Console) -> Submission:
+    site = submission.config.cluster
+    image, text = freeze_image(site)
+    if text:
+        console.print(text, highlight=False)
+    return replace(
+        submission, config=replace(submission.config, cluster=replace(site, image=image))
+    )
 
 
 def _test_submission(job: JobScript) -> str:

@@ -62,6 +62,23 @@ def is_installed() -> bool:
     return shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is not None
 
 
+def missing_accounting() -> str | None:
+    """Return why no cluster with accounting and several users can be had; None where it can."""
+    if (reason := missing()) is not None:
+        return reason
+    if shutil.which("apt-get") is None:
+        path = f"{os.environ['PATH']}:/usr/sbin"
+        tools = [tool for tool in ("slurmdbd", "mariadbd") if shutil.which(tool, path=path) is None]
+        if tools:
+            return f"{', '.join(tools)} missing, and there is no apt-get to fetch them"
+    return None
+
+
+def process_tracking() -> str:
+    """Return what tracks a step's processes: cgroups, as on real clusters, where there are some."""
+    return "cgroup" if os.access("/sys/fs/cgroup/freezer", os.W_OK) else "linuxproc"
+
+
 class Cluster:
     """Nodes ``node1`` to ``nodeN`` with fake GPUs; commands run on the login node.
 
@@ -70,12 +87,19 @@ class Cluster:
     """
 
     def __init__(
-        self, directory: Path, num_nodes: int = NUM_NODES, share_mb: int = 0, conf: str = ""
+        self,
+        directory: Path,
+        num_nodes: int = NUM_NODES,
+        share_mb: int = 0,
+        conf: str = "",
+        users: Sequence[str] = (),
     ) -> None:
         """Start it; `down` is to be called, and happens by itself when this process ends.
 
         share_mb: size of `share`, a file system of its own, which all nodes have mounted.
         conf: more lines of slurm.conf; of a setting's several lines the last one counts.
+        users: beside root, in the account ``lab``; with some the cluster has accounting, and
+            tracks processes by cgroups where it can.
 
         Raises:
             RuntimeError: it did not start; with the reason.
@@ -94,7 +118,12 @@ class Cluster:
             "MINISLURM_CONF": str(lines),
             "MINISLURM_SHARE_MB": str(share_mb),
             "MINISLURM_LIFELINE": str(watched),
-            "MINISLURM_PROCTRACK": "linuxproc",
+            "MINISLURM_PROCTRACK": process_tracking() if users else "linuxproc",
+            "MINISLURM_ACCOUNTING": "1" if users else "0",
+            "MINISLURM_USERS": " ".join(users),
+            # Of the interpreter and the code, which may lie in the home of root.
+            "MINISLURM_OPEN": f"{sys.base_prefix}:{sys.prefix}:{ROOT}" if users else "",
+            "MINISLURM_WAIT": "300" if users else "60",
         }
         try:
             started = self._minislurm("up", timeout=600, pass_fds=(watched,))
@@ -123,17 +152,28 @@ class Cluster:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         timeout: float = 120,
+        user: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the login node, and return what it printed.
 
-        env: variables on top of this process's.
+        env: variables on top of this process's. user: one of the cluster's; None: root.
 
         Raises:
             AssertionError: it failed, and ``check``.
         """
+        if user is not None:
+            env = {**(env or {}), "HOME": str(self.home(user)), "USER": user, "LOGNAME": user}
+            command = (
+                *("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"),
+                *command,
+            )
         done = self._minislurm("exec", *map(str, command), env=env, cwd=cwd, timeout=timeout)
         assert not (check and done.returncode), f"{command}: {done.stdout}{done.stderr}"
         return done
+
+    def home(self, user: str) -> Path:
+        """Return a user's home, which all nodes see."""
+        return self.directory / "home" / user
 
     def modtrain(self, cwd: Path, *words: str, **options: Any) -> str:
         """Run a command of modtrain on the login node, and return what it printed."""
@@ -196,7 +236,9 @@ class Cluster:
 
     def cancel_all(self) -> None:
         """Cancel every job and wait until the nodes are free of them."""
-        self.run("scancel", "--user=root")
+        ids = self.run("squeue", "--noheader", "--format=%A").stdout.split()
+        if ids:
+            self.run("scancel", *ids, check=False)
         deadline = time.monotonic() + PATIENCE
         while self.run("squeue", "--noheader").stdout and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -330,12 +372,14 @@ class Cluster:
 
 
 @contextmanager
-def cluster_of(num_nodes: int = NUM_NODES, share_mb: int = 0, conf: str = "") -> Iterator[Cluster]:
+def cluster_of(
+    num_nodes: int = NUM_NODES, share_mb: int = 0, conf: str = "", users: Sequence[str] = ()
+) -> Iterator[Cluster]:
     """A cluster for the length of the block, in a directory of its own."""
     # Unix sockets want short paths, which pytest's are not.
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     directory = Path(tempfile.mkdtemp(prefix=f"minislurm-{worker}-", dir="/tmp"))
-    cluster = Cluster(directory, num_nodes, share_mb, conf)
+    cluster = Cluster(directory, num_nodes, share_mb, conf, users)
     try:
         yield cluster
     finally:
