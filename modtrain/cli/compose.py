@@ -288,7 +288,9 @@ def _combined_error(verb: str, overrides: list[Override], error: Exception) -> C
 def _config_problems(verb: str, config: Any, reported: set[str]) -> list[Problem]:
     """Return what the configuration itself finds wrong, without the keys ``reported`` already."""
     problems: list[Problem]
-    if verb == "plan" or getattr(config, "plan_only", False):
+    if verb == "train":
+        problems = config.problems(needs_name=False) + config.data.shard_problems("data")
+    elif verb == "plan" or getattr(config, "plan_only", False):
         # A plan needs no name, and need not fit the data at data.path.
         problems = config.problems(needs_name=False)
     else:

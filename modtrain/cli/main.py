@@ -52,7 +52,8 @@ def _report(error: BaseException, arguments: Arguments) -> int:
         is_everywhere = isinstance(error, ConfigError | RankError)
         is_here = not is_everywhere or getattr(error, "is_reported_here", False)
         if is_here or launched_rank(has_ranks) == 0:
-            print(f"{program}: {error}", file=sys.stderr)
+            lines = [f"{program}: {error}", *getattr(error, "__notes__", ())]
+            print("\n".join(lines), file=sys.stderr)
         return error.exit_code
     if isinstance(error, BrokenPipeError):
         stop_printing()
@@ -120,7 +121,12 @@ def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) 
         "submit": compose_verbs.compose_submission,
     }
     config = composers.get(verb, partial(compose.compose, verb))(overrides, config_dir)
-    result = pkgutil.resolve_name(target)(config)
+    from modtrain.training.stop_signal import STOP
+
+    # Of what trains: the configuration itself, or a part of it.
+    training = getattr(config, "config", config) if verb in _TRAINING else None
+    with STOP.time_limit(getattr(training, "max_seconds", None)):
+        result = pkgutil.resolve_name(target)(config)
     if isinstance(result, int):
         return result
     if result is not None:

@@ -22,6 +22,7 @@ from modtrain.training.run_directory import RunDirectory, read_manifest
 _RECORDS = (
     *("config.yaml", "command.txt", "manifest.json", "metrics.jsonl", "events.jsonl"),
     *(
+        "metrics.csv",
         "left_out.json",
         "mixture.jsonl",
         "result.json",
