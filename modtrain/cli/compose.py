@@ -22,15 +22,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from modtrain.checkpoint.config import CheckpointsConfig
 from modtrain.cli.home_paths import expand_config
+from modtrain.cli.schemas import VERBS, schema_of
 from modtrain.cli.stray_words import advised_keys, is_word, word_problems
-from modtrain.cluster.config import (
-    CancelConfig,
-    LogsConfig,
-    StatusConfig,
-    SubmitConfig,
-)
 from modtrain.common.config_keys import added_keys
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.other_tools import value_here
@@ -49,44 +43,10 @@ from modtrain.common.shipped import conf_dir
 from modtrain.common.spelling import quoted
 from modtrain.common.yaml_texts import misread_in_folder
 from modtrain.data.config import PrepareConfig
-from modtrain.experiments.compare.config import CompareConfig
-from modtrain.experiments.fit.config import FitConfig
-from modtrain.experiments.isoflop.config import IsoflopConfig
-from modtrain.experiments.pattern_search.config import PatternSearchConfig
-from modtrain.experiments.report.config import ReportConfig
-from modtrain.experiments.search.config import SearchConfig
-from modtrain.inference.config import (
-    EvalRunConfig,
-    GenerateConfig,
-    InspectConfig,
-    StepSamplesConfig,
-)
-from modtrain.interop.config import ExportConfig, ImportConfig
-from modtrain.training.config import PlanConfig, TrainConfig
+from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import name_of
 
-SCHEMAS: dict[str, type] = {
-    "train": TrainConfig,
-    "plan": PlanConfig,
-    "compare": CompareConfig,
-    "isoflop": IsoflopConfig,
-    "prepare": PrepareConfig,
-    "eval": EvalRunConfig,
-    "generate": GenerateConfig,
-    "inspect": InspectConfig,
-    "export": ExportConfig,
-    "import": ImportConfig,
-    "checkpoints": CheckpointsConfig,
-    "data": StepSamplesConfig,
-    "submit": SubmitConfig,
-    "search": SearchConfig,
-    "search-patterns": PatternSearchConfig,
-    "fit": FitConfig,
-    "report": ReportConfig,
-    "status": StatusConfig,
-    "logs": LogsConfig,
-    "cancel": CancelConfig,
-}
+SCHEMAS: dict[str, type] = {verb: schema_of(verb) for verb in VERBS}
 
 
 def compose(

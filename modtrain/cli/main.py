@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,10 @@ Verb = Callable[[list[str], str | None], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 2 for a wrong configuration or command."""
     verbs = {name: description for name, (_, description) in _VERBS.items()}
+    if argv is None and "_ARGCOMPLETE" in os.environ:
+        from modtrain.cli.completion import complete
+
+        complete(verbs)
     arguments = Arguments()
     print_all_characters()
     try:
@@ -211,6 +216,14 @@ def _config(words: list[str], config_dir: str | None) -> int:
     return 0
 
 
+def _completion(words: list[str], config_dir: str | None) -> int:
+    del config_dir
+    from modtrain.cli.completion import shell_code
+
+    print(shell_code(words))
+    return 0
+
+
 def _doctor(overrides: list[str], config_dir: str | None) -> int:
     del config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -237,7 +250,7 @@ _TRAINING = ("train", "compare", "isoflop", "search", "search-patterns")
 # Those, and others that keep what is finished.
 _RESUMABLE = (*_TRAINING, "prepare")
 # What they print is all that they do.
-_SHOWING = ("", "config", "data", "doctor", "generate", "logs", "plan", "status")
+_SHOWING = ("", "completion", "config", "data", "doctor", "generate", "logs", "plan", "status")
 # What a verb calls, ``module:function`` with the verb's configuration, and a line of help.
 _VERBS: dict[str, tuple[str | Verb, str]] = {
     "prepare": ("modtrain.data.prepare.pipeline:prepare", "text to tokenizer and shards"),
@@ -291,5 +304,6 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
         "parameters, FLOPs, steps and memory of a run, without starting it",
     ),
     "config": (_config, "the configuration that train, eval, ... would have, as YAML"),
+    "completion": (_completion, "what bash, zsh or fish needs to complete modtrain's commands"),
     "doctor": (_doctor, "versions, devices, and what is missing on this machine"),
 }
