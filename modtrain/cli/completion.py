@@ -19,6 +19,7 @@ from argcomplete.lexers import split_line
 
 from modtrain.cli.arguments import make_parser
 from modtrain.cli.groups import groups_of
+from modtrain.cli.local_ranks import VERBS as LAUNCHED
 from modtrain.cli.schemas import VERBS, schema_of
 from modtrain.common.errors import ConfigError, Problem
 from modtrain.training.run_listing import run_names
@@ -109,7 +110,7 @@ def _overrides(verb: str, current: str, words: Sequence[str], user_dir: Path | N
     keys = dict(_keys(schema, ""))
     offered = [f"{group}=" for group in groups]
     offered += ["from="] if verb in _TRAINING else []
-    offered += ["launch=local", "num_processes="] if verb in _TRAINING and verb != "plan" else []
+    offered += ["launch=local", "num_processes="] if verb in LAUNCHED else []
     # The names up to the next point alone: there are hundreds of keys.
     depth = current.count(".") + 1
     for name in keys:

@@ -95,6 +95,12 @@ def _run(arguments: Arguments) -> int:
         from modtrain.cli.base_config import expand_base
 
         words = expand_base(name, words, config_dir)
+    from modtrain.cli.local_ranks import local_ranks
+
+    if (ranks := local_ranks("train -m" if arguments.is_multirun else name, words)) is not None:
+        from modtrain.cli.start_ranks import start_ranks
+
+        return start_ranks(name, ranks, config_dir)
     verb = _sweep if arguments.is_multirun else _VERBS[name][0]
     if isinstance(verb, str):
         verb = partial(_call, name, verb)

@@ -100,7 +100,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """A group here, and the names that others give to the choice."""
 
-_LAUNCH = "start the processes with torchrun --nproc-per-node {value} -m modtrain train …"
+_LAUNCH = (
+    "add launch=local num_processes={value}, or start the processes with torchrun"
+    " --nproc-per-node {value} -m modtrain train …"
+)
 SENTENCES: dict[str, str] = {
     **dict.fromkeys(("devices", "gpus", "num_gpus", "nproc_per_node", "num_processes"), _LAUNCH),
     **dict.fromkeys(
