@@ -36,20 +36,44 @@ def run(example):
     return names, output.getvalue()
 
 
+def test_a_bare_layer_computes_its_share():
+    _, output = run(EXAMPLES[0])
+    assert output == "25% of the tokens were computed\n"
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_a_bare_layer_begins_with_what_it_wraps(scale):
+    """Whatever the scale of its input: gates are near 1, and the router gets a gradient."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    layer = modtrain.MixtureOfDepths(block, 32, 0.5)
+    x_BSD = scale * torch.randn(4, 16, 32)
+    output = layer(x_BSD)
+    index_BK = output.routing[0].chosen_BS.nonzero()[:, 1].view(4, 8)
+    chosen_BKD = x_BSD.gather(1, index_BK.unsqueeze(2).expand(-1, -1, 32))
+    update_BKD = block(chosen_BKD) - chosen_BKD
+    routed_BKD = (output.value_BSD - x_BSD)[output.routing[0].chosen_BS].view(4, 8, 32)
+    gate_BK = (routed_BKD * update_BKD).sum(-1) / update_BKD.square().sum(-1)
+    assert gate_BK.min() > 0.9
+    assert gate_BK.max() < 1.5
+    output.value_BSD.square().mean().backward()
+    assert layer.router.weight.grad.norm() > 0
+
+
 def test_the_layer_example_learns():
-    names, output = run(EXAMPLES[0])
+    names, output = run(EXAMPLES[1])
     losses = torch.stack(names["losses"])
     assert losses[-10:].mean() < losses[:10].mean() / 2
     assert "routed 0.25" in output
 
 
 def test_the_model_example_runs():
-    _, output = run(EXAMPLES[1])
+    _, output = run(EXAMPLES[2])
     assert re.fullmatch(r"loss \d\.\d\d nats per token, \d\d% of the dense model's FLOPs\n", output)
 
 
 def test_the_run_example_generates(workplace):
-    names, output = run(EXAMPLES[3])
+    names, output = run(EXAMPLES[4])
     assert output.strip()
     model, tokenizer = names["model"], names["tokenizer"]
     one, two = (modtrain.generate(model, tokenizer, "a", max_tokens=5) for _ in range(2))
@@ -62,7 +86,7 @@ def test_the_run_example_generates(workplace):
 
 
 def test_every_name_is_importable_and_documented():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     for name in modtrain.__all__:
         assert getattr(modtrain, name).__doc__
         assert f"`{name}`" in PAGE.read_text()

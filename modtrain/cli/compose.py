@@ -22,16 +22,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from modtrain.checkpoint.config import CheckpointsConfig
 from modtrain.cli.home_paths import expand_config
+from modtrain.cli.schemas import VERBS, schema_of
 from modtrain.cli.stray_words import advised_keys, is_word, word_problems
-from modtrain.cluster.config import (
-    CancelConfig,
-    LogsConfig,
-    StatusConfig,
-    SubmitConfig,
-    WaitConfig,
-)
 from modtrain.common.config_keys import added_keys
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.other_tools import value_here
@@ -50,45 +43,10 @@ from modtrain.common.shipped import conf_dir
 from modtrain.common.spelling import quoted
 from modtrain.common.yaml_texts import misread_in_folder
 from modtrain.data.config import PrepareConfig
-from modtrain.experiments.compare.config import CompareConfig
-from modtrain.experiments.fit.config import FitConfig
-from modtrain.experiments.isoflop.config import IsoflopConfig
-from modtrain.experiments.pattern_search.config import PatternSearchConfig
-from modtrain.experiments.report.config import ReportConfig
-from modtrain.experiments.search.config import SearchConfig
-from modtrain.inference.config import (
-    EvalRunConfig,
-    GenerateConfig,
-    InspectConfig,
-)
-from modtrain.inference.data_view.config import DataViewConfig
-from modtrain.interop.config import ExportConfig, ImportConfig
-from modtrain.training.config import PlanConfig, TrainConfig
+from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import name_of
 
-SCHEMAS: dict[str, type] = {
-    "train": TrainConfig,
-    "plan": PlanConfig,
-    "compare": CompareConfig,
-    "isoflop": IsoflopConfig,
-    "prepare": PrepareConfig,
-    "eval": EvalRunConfig,
-    "generate": GenerateConfig,
-    "inspect": InspectConfig,
-    "export": ExportConfig,
-    "import": ImportConfig,
-    "checkpoints": CheckpointsConfig,
-    "data": DataViewConfig,
-    "submit": SubmitConfig,
-    "search": SearchConfig,
-    "search-patterns": PatternSearchConfig,
-    "fit": FitConfig,
-    "report": ReportConfig,
-    "status": StatusConfig,
-    "logs": LogsConfig,
-    "cancel": CancelConfig,
-    "wait": WaitConfig,
-}
+SCHEMAS: dict[str, type] = {verb: schema_of(verb) for verb in VERBS}
 
 
 def compose(
@@ -290,7 +248,9 @@ def _combined_error(verb: str, overrides: list[Override], error: Exception) -> C
 def _config_problems(verb: str, config: Any, reported: set[str]) -> list[Problem]:
     """Return what the configuration itself finds wrong, without the keys ``reported`` already."""
     problems: list[Problem]
-    if verb == "plan" or getattr(config, "plan_only", False):
+    if verb == "train":
+        problems = config.problems(needs_name=False) + config.data.shard_problems("data")
+    elif verb == "plan" or getattr(config, "plan_only", False):
         # A plan needs no name, and need not fit the data at data.path.
         problems = config.problems(needs_name=False)
     else:

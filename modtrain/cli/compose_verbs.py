@@ -20,6 +20,8 @@ from modtrain.experiments.compare.config import CompareConfig, Comparison, add_c
 from modtrain.experiments.search.config import Search, SearchConfig, join_space
 from modtrain.experiments.sweep.launch_overrides import LaunchOverrides
 from modtrain.training.config import TrainConfig
+from modtrain.training.plan import resolve
+from modtrain.training.run_names import claim_name
 
 if TYPE_CHECKING:
     from modtrain.experiments.isoflop.isoflop import Isoflop
@@ -245,11 +247,18 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
             composed = compose(verb, joined, config_dir, job_keys())
         if verb == "compare":
             compose_arms(verb_overrides, config_dir)
-        problems += composed.problems()
+        if verb == "train" and composed.max_time is not None:
+            remedy = "write time=…, the limit of the job"
+            reason = "would stop and requeue a job again and again"
+            problems.append(Problem("max_time", composed.max_time, reason, remedy))
+        has_own_name = verb == "train" and not config.array
+        problems += composed.problems(needs_name=False) if has_own_name else composed.problems()
     except ConfigError as error:
         problems += [problem for problem in error.problems if problem not in problems]
         raise ConfigError(problems) from None
     raise_if_any(problems)
+    if has_own_name and composed.name is None:
+        composed, verb_overrides = _with_name(composed, verb_overrides, config)
     directory = _directory_of(verb, composed)
     runs_dir = str(getattr(composed, "runs_dir", "runs"))
     if not config.array:
@@ -263,6 +272,20 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     runs = _compose_each(verb, task_overrides, config_dir)
     tasks = [ScriptTask(verb, task_overrides[name], directory / name, runs[name]) for name in runs]
     return Submission(config, tasks, directory, user_dir, runs_dir)
+
+
+def _with_name(
+    run: TrainConfig, overrides: Sequence[str], job: SubmitConfig
+) -> tuple[TrainConfig, list[str]]:
+    """Return a run and its overrides with a name, which each start of its job then has.
+
+    Raises:
+        ConfigError: everything wrong with the run.
+    """
+    resolved, _ = resolve(run, launch=job.launch)
+    # The environment may be that of another job, in which this one is submitted.
+    name = claim_name(resolved, environment={})
+    return replace(run, name=name), [*overrides, f"name={quoted(name)}"]
 
 
 def compose_job(overrides: Sequence[str], config_dir: str | None = None) -> SubmitConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,10 @@ Verb = Callable[[list[str], str | None], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 2 for a wrong configuration or command."""
     verbs = {name: description for name, (_, description) in _VERBS.items()}
+    if argv is None and "_ARGCOMPLETE" in os.environ:
+        from modtrain.cli.completion import complete
+
+        complete(verbs)
     arguments = Arguments()
     print_all_characters()
     try:
@@ -60,7 +65,8 @@ def _report(error: BaseException, arguments: Arguments) -> int:
         is_everywhere = isinstance(error, ConfigError | RankError)
         is_here = not is_everywhere or getattr(error, "is_reported_here", False)
         if is_here or launched_rank(has_ranks) == 0:
-            print(f"{program}: {error}", file=sys.stderr)
+            lines = [f"{program}: {error}", *getattr(error, "__notes__", ())]
+            print("\n".join(lines), file=sys.stderr)
         return error.exit_code
     if isinstance(error, BrokenPipeError):
         stop_printing()
@@ -97,6 +103,12 @@ def _run(arguments: Arguments) -> int:
         from modtrain.cli.base_config import expand_base
 
         words = expand_base(name, words, config_dir)
+    from modtrain.cli.local_ranks import local_ranks
+
+    if (ranks := local_ranks("train -m" if arguments.is_multirun else name, words)) is not None:
+        from modtrain.cli.start_ranks import start_ranks
+
+        return start_ranks(name, ranks, config_dir)
     verb = _sweep if arguments.is_multirun else _VERBS[name][0]
     if isinstance(verb, str):
         verb = partial(_call, name, verb)
@@ -128,7 +140,12 @@ def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) 
         "submit": compose_verbs.compose_submission,
     }
     config = composers.get(verb, partial(compose.compose, verb))(overrides, config_dir)
-    result = pkgutil.resolve_name(target)(config)
+    from modtrain.training.stop_signal import STOP
+
+    # Of what trains: the configuration itself, or a part of it.
+    training = getattr(config, "config", config) if verb in _TRAINING else None
+    with STOP.time_limit(getattr(training, "max_seconds", None)):
+        result = pkgutil.resolve_name(target)(config)
     if isinstance(result, int):
         return result
     if result is not None:
@@ -219,6 +236,14 @@ def _config(words: list[str], config_dir: str | None) -> int:
     return 0
 
 
+def _completion(words: list[str], config_dir: str | None) -> int:
+    del config_dir
+    from modtrain.cli.completion import shell_code
+
+    print(shell_code(words))
+    return 0
+
+
 def _doctor(overrides: list[str], config_dir: str | None) -> int:
     del config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -245,7 +270,9 @@ _TRAINING = ("train", "compare", "isoflop", "search", "search-patterns")
 # Those, and others that keep what is finished.
 _RESUMABLE = (*_TRAINING, "prepare")
 # What they print is all that they do.
-_SHOWING = ("", "config", "data", "doctor", "generate", "logs", "plan", "status", "wait")
+_SHOWING = (
+    *("", "completion", "config", "data", "doctor", "generate", "logs", "plan", "status", "wait"),
+)
 # What a verb calls, ``module:function`` with the verb's configuration, and a line of help.
 _VERBS: dict[str, tuple[str | Verb, str]] = {
     "prepare": ("modtrain.data.prepare.shared:prepare_task", "text to tokenizer and shards"),
@@ -300,5 +327,6 @@ _VERBS: dict[str, tuple[str | Verb, str]] = {
         "parameters, FLOPs, steps and memory of a run, without starting it",
     ),
     "config": (_config, "the configuration that train, eval, ... would have, as YAML"),
+    "completion": (_completion, "what bash, zsh or fish needs to complete modtrain's commands"),
     "doctor": (_doctor, "versions, devices, and what is missing on this machine"),
 }

@@ -5,15 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-import yaml
 
 from modtrain.cli.compose import SCHEMAS
+from modtrain.cli.groups import groups_of
 from modtrain.cli.key_reference import Key, sections
-from modtrain.common.shipped import conf_dir
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "prepare": (
@@ -53,6 +48,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "wait": ("run=first", "run=first timeout=3600"),
     "cancel": ("run=first",),
     "config": ("train model=tiny budget.steps=10", "eval run=first"),
+    "completion": ("bash", "zsh", "fish"),
     "doctor": ("", "'require=[packages,cuda]'"),
 }
 """Overrides of each verb that a user may begin with."""
@@ -79,27 +75,6 @@ def verb_help(verb: str, description: str) -> str:
     if verb != "train" and issubclass(SCHEMAS[verb], SCHEMAS["train"]):
         lines += ["", f"all other keys: {_EXTENDS}"]
     return "\n".join(lines)
-
-
-def groups_of(verb: str) -> dict[str, list[str]]:
-    """Return the groups of a verb with their choices, the default first where there is one."""
-    groups: dict[str, list[str]] = {}
-    for group, default in _defaults(conf_dir() / f"{verb}.yaml"):
-        names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-        chosen = [default] if default in names else []
-        groups[group] = [*chosen, *(name for name in names if name not in chosen)]
-    return groups
-
-
-def _defaults(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        return
-    for entry in yaml.safe_load(path.read_text()).get("defaults", []):
-        if isinstance(entry, dict):
-            for group, default in entry.items():
-                yield group.removeprefix("optional ").strip(), default
-        elif not entry.startswith("_") and not entry.endswith("_schema"):
-            yield from _defaults(path.with_name(f"{entry}.yaml"))
 
 
 def _key_lines(key: Key) -> list[str]:

@@ -29,9 +29,10 @@ from modtrain.common.reading import (
 )
 from modtrain.common.renamed_keys import translate
 from modtrain.training.config import TrainConfig
-from modtrain.training.named_runs import has_runs_below, missing_run
+from modtrain.training.named_runs import missing_run
 from modtrain.training.plan import derive
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.run_listing import has_runs_below
 from modtrain.training.step_times import SLOW_NODES, SlowRank, read_slow_nodes
 
 T = TypeVar("T")

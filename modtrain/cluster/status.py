@@ -33,7 +33,7 @@ from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.common.errors import raise_if_any
 from modtrain.common.spelling import spelled
 from modtrain.common.terminal import WIDE, Column, fitted_table, plain_console
-from modtrain.training.named_runs import find_runs, has_runs_below
+from modtrain.training.run_listing import find_runs, has_runs_below
 
 STATES = ("running", "pending", "failed", "stopped", "never started", "complete", "over")
 _STYLES = {"running": "green", "pending": "yellow", "failed": "red", "complete": "dim"}

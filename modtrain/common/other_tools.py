@@ -30,6 +30,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "budget.steps": ("max_steps", "train_steps", "num_train_steps", "total_steps", "max_iters"),
     "budget.tokens": ("train_tokens", "num_tokens", "total_tokens"),
     "budget.flops": ("max_flops", "compute_budget"),
+    "budget.epochs": ("epochs", "max_epochs", "num_train_epochs", "num_epochs", "n_epochs"),
+    "max_time": ("max_time", "max_train_time", "time_limit", "train_time_limit", "walltime"),
     "batch.micro_batch_size": (
         *("batch_size", "train_batch_size", "per_device_train_batch_size", "local_batch_size"),
         *("micro_batch", "per_device_batch_size", "bs"),
@@ -98,17 +100,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """A group here, and the names that others give to the choice."""
 
-_LAUNCH = "start the processes with torchrun --nproc-per-node {value} -m modtrain train …"
+_LAUNCH = (
+    "add launch=local num_processes={value}, or start the processes with torchrun"
+    " --nproc-per-node {value} -m modtrain train …"
+)
 SENTENCES: dict[str, str] = {
     **dict.fromkeys(("devices", "gpus", "num_gpus", "nproc_per_node", "num_processes"), _LAUNCH),
     **dict.fromkeys(
         ("num_nodes", "nnodes"),
         "start the processes with torchrun --nnodes {value} …, or modtrain submit … nodes={value}",
-    ),
-    **dict.fromkeys(
-        ("epochs", "max_epochs", "num_train_epochs", "num_epochs", "n_epochs"),
-        "a run has a budget: write budget.tokens=N, the training tokens that modtrain prepare"
-        " printed times {value}",
     ),
     **dict.fromkeys(
         ("accumulate_grad_batches", "gradient_accumulation_steps", "gradient_accumulation_iters"),
@@ -139,7 +139,7 @@ VALUES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("16", "16-mixed", "16-true", "fp16", "float16", "half"), "bf16"),
         **dict.fromkeys(("32", "32-true", "float32", "float", "full"), "fp32"),
     },
-    "log": {"csv": "jsonl", "json": "jsonl", "none": "jsonl", "tb": "tensorboard"},
+    "log": {"json": "jsonl", "none": "jsonl", "tb": "tensorboard"},
     "optimizer": {"adam": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
     "strategy": {
         **dict.fromkeys(("ddp_find_unused_parameters_true", "dp", "ddp_spawn"), "ddp"),

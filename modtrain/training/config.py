@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
+from modtrain.common.durations import duration_problems, seconds_of
 from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, at_least, one_of, shares
 from modtrain.data.config import DataConfig
@@ -41,6 +42,7 @@ MUTABLE_KEYS = (
     "data.prefetch_factor",
     "data.verify",
     "resume",
+    "max_time",
 )
 """Keys that may differ when a run is resumed: they change its weights by rounding only.
 
@@ -55,15 +57,17 @@ micro-batch size may not differ if the model's layers depend on the whole micro-
 
 @dataclass
 class BudgetConfig:
-    """How long to train: exactly one of the three; the others follow from the model.
+    """How long to train: exactly one of the four; the others follow from model and data.
 
     flops: executed training FLOPs, forward and backward. tokens: tokens seen. steps: optimizer
-    steps. A budget of FLOPs or tokens is rounded to the nearest number of steps.
+    steps. epochs: passes over the prepared training data; the run records them as tokens. A budget
+    of FLOPs, tokens or epochs is rounded to the nearest number of steps.
     """
 
     flops: float | None = None
     tokens: float | None = None
     steps: int | None = None
+    epochs: float | None = None
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the budget."""
@@ -72,7 +76,8 @@ class BudgetConfig:
             return above_zero(self, prefix, *given)
         count = "none is given" if not given else f"{len(given)} are given"
         remedy = (
-            f"set one of {prefix}.flops, {prefix}.tokens, {prefix}.steps and leave the others null"
+            f"set one of {prefix}.flops, {prefix}.tokens, {prefix}.steps, {prefix}.epochs and leave"
+            " the others null"
         )
         reason = f"{count}; a run has exactly one budget"
         return [Problem(prefix, given or "null", reason, remedy)]
@@ -257,6 +262,7 @@ class LogConfig:
 
     every: steps between two records.
     tensorboard: event files beside ``metrics.jsonl``.
+    csv: ``metrics.csv`` beside it, a row a record, for spreadsheets and pandas.
     wandb: Weights & Biases as well, of the extra ``modtrain[wandb]``; WANDB_MODE=offline keeps the
         records in the run's directory, for ``wandb sync``.
     wandb_project: the project there.
@@ -265,6 +271,7 @@ class LogConfig:
 
     every: int = 10
     tensorboard: bool = True
+    csv: bool = False
     wandb: bool = False
     wandb_project: str = "modtrain"
     progress: bool = True
@@ -283,7 +290,8 @@ class LogConfig:
 class TrainConfig:
     """One training run.
 
-    name: its directory under ``runs_dir``; the same name resumes the same run.
+    name: its directory under ``runs_dir``; the same name resumes the same run. null: one is made
+        of the model and a number, and printed.
     runs_dir: where runs live.
     seed: of the initial weights; the order of the data has ``data.seed``.
     precision: ``auto`` takes bf16 mixed precision where CUDA has it, and fp32 elsewhere.
@@ -292,6 +300,9 @@ class TrainConfig:
     resume: ``auto`` stops where all checkpoints of a run are gone; ``fresh`` starts such a run
         from its first step, with its old records in ``before-<n>/``. Where a checkpoint is left,
         both resume from it.
+    max_time: stop after this time with a checkpoint, to be resumed by another start: ``30m``,
+        ``1h30m`` or ``00:30:00``, from the start of the command; of a sweep, of each run. null: at
+        the end of the budget alone.
     """
 
     name: str | None = None
@@ -301,6 +312,7 @@ class TrainConfig:
     compile: bool = False
     deterministic: bool = False
     resume: str = "auto"
+    max_time: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -317,6 +329,11 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     start_check: StartCheckConfig = field(default_factory=StartCheckConfig)
 
+    @property
+    def max_seconds(self) -> float | None:
+        """The limit of time in seconds; None: there is none."""
+        return None if self.max_time is None else seconds_of(self.max_time)
+
     def problems(self, needs_name: bool = True) -> list[Problem]:
         """Everything wrong with the run that can be checked without its data."""
         return list(chain.from_iterable(self.problems_by_part(needs_name).values()))
@@ -326,7 +343,8 @@ class TrainConfig:
         own = one_of(self, "", "precision", PRECISIONS) + one_of(self, "", "resume", RESUMES)
         if not 0 <= self.seed < 2**32:
             own.append(Problem("seed", self.seed, "is not in [0, 2^32)", "give one that is"))
-        own += self._name_problems() if needs_name or self.name is not None else []
+        own += [] if self.max_time is None else duration_problems("max_time", self.max_time)
+        own += self.name_problems() if needs_name or self.name is not None else []
         by_part = {
             name: part.problems(name)
             for name, part in vars(self).items()
@@ -379,7 +397,8 @@ class TrainConfig:
         remedy = "use constant, or a pattern such as every_other"
         return [Problem("capacity_schedule.name", name, reason, remedy)]
 
-    def _name_problems(self) -> list[Problem]:
+    def name_problems(self) -> list[Problem]:
+        """Everything wrong with the name, also that there is none."""
         if not self.name:
             reason = "a run needs a name: a second start of the same name resumes it"
             return [Problem("name", "null", reason, "add name=my_run")]

@@ -23,6 +23,7 @@ _RECORDS = (
     *("config.yaml", "command.txt", "manifest.json", "metrics.jsonl", "events.jsonl"),
     *("step_times.jsonl", "slow_nodes.json"),
     *(
+        "metrics.csv",
         "left_out.json",
         "mixture.jsonl",
         "result.json",

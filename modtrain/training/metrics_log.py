@@ -1,4 +1,4 @@
-"""Metrics as one line of JSON a record, and on TensorBoard or Weights & Biases."""
+"""Metrics as one line of JSON a record; by choice as CSV, on TensorBoard, on Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -26,6 +27,7 @@ from modtrain.common.reading import (
 )
 from modtrain.models.sequence import RoutingRecord
 from modtrain.training.config import TrainConfig
+from modtrain.training.csv_writer import CsvWriter
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.tensorboard.writer import TensorBoardWriter
@@ -81,6 +83,8 @@ class MetricsLog:
         if config.log.tensorboard:
             records = read_metrics(run.metrics)
             self._writers.append(TensorBoardWriter(run, config, plan, start_step, records))
+        if config.log.csv:
+            self._writers.append(CsvWriter(run, plan, partial(read_metrics, run.metrics)))
         if config.log.wandb:
             # An extra, which need not be installed.
             from modtrain.training.wandb_writer import WandbWriter  # noqa: PLC0415

@@ -29,6 +29,8 @@ def one_process_note(
     words = [word for word in overrides if not word.startswith(("strategy=", "strategy.name="))]
     command = f"{torchrun_command(max(2, num_devices))} {shlex.join(words)}".rstrip()
     command += f" strategy={'ddp' if name == 'single' else name}"
+    command += "\n    or let this command start them: add launch=local"
+    command += "" if num_devices > 1 else " num_processes=2"
     if "SLURM_JOB_ID" in environment:
         command += "\n    as a job of Slurm: modtrain submit train …"
     if num_devices > 1:

@@ -21,7 +21,7 @@ from modtrain.optimizers.parameter_groups import pattern_problems
 from modtrain.parallel.config import LayerOptions, StrategyOptions, dims_of, expected_launch
 from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.validation import dims_problems
-from modtrain.training.config import TrainConfig
+from modtrain.training.config import BudgetConfig, TrainConfig
 from modtrain.training.schedules import CapacityStage, capacity_stages
 
 _ONE_PROCESS = ParallelDims()
@@ -100,7 +100,7 @@ def resolve(
     """Resolve what depends on the data and the processes, and derive the plan.
 
     Returns the configuration with ``model.vocab_size`` and ``data.seq_len`` set, with
-    ``data.document_mask`` also ``data.eos_id``, and its plan.
+    ``data.document_mask`` also ``data.eos_id``, a budget of epochs as one of tokens; and its plan.
     ``needs_data=False`` needs no prepared data if the configuration suffices, and ignores what does
     not fit the prepared data: `data_mismatches` finds it.
     launch: the processes; None: as many as the configuration plans for.
@@ -108,14 +108,15 @@ def resolve(
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    by_part = config.problems_by_part(needs_name=needs_data)
+    by_part = config.problems_by_part(needs_name=False)
     problems = [problem for part in by_part.values() for problem in part]
-    summary = _summary(config.data)
+    summary = prepared_summary(config.data)
     if needs_data:
         problems += data_mismatches(config)
         if summary is None:
             raise_if_any(problems)
     problems += [] if summary is not None else _unprepared(config)
+    problems += _epochs_problems(config)
     seq_len = _sequence_length(config, summary, needs_data)
     launch = expected_launch(config.strategy, Launch()) if launch is None else launch
     dims = _ONE_PROCESS
@@ -138,6 +139,8 @@ def resolve(
         data=replace(config.data, seq_len=seq_len, eos_id=eos_id),
     )
     raise_if_any(pattern_problems(resolved.model, resolved.optimizer, "optimizer"))
+    if config.budget.epochs is not None and summary is not None:
+        resolved = replace(resolved, budget=_in_tokens(resolved, summary.num_samples(seq_len)))
     plan = derive(resolved, dims)
     late = [g.start_step for g in config.optimizer.groups if g.start_step >= plan.steps]
     if late:
@@ -185,6 +188,33 @@ def derive(config: TrainConfig, dims: ParallelDims = _ONE_PROCESS) -> TrainingPl
     return TrainingPlan(seq_len, sequences, accumulate, stages, dims)
 
 
+def _in_tokens(config: TrainConfig, num_samples: int) -> BudgetConfig:
+    """Return a budget of epochs as the tokens of the nearest number of steps.
+
+    config: resolved. num_samples: of an epoch.
+
+    Raises:
+        ConfigError: that is less than one step.
+    """
+    seq_len, epochs = config.data.seq_len or 1, config.budget.epochs or 0.0
+    sequences = config.batch.tokens // seq_len
+    steps = round(epochs * num_samples / sequences)
+    if steps < 1:
+        reason = f"is less than one step, which takes {sequences / max(1, num_samples):.3g}"
+        remedy = "give more, or lower batch.tokens"
+        raise ConfigError([Problem("budget.epochs", epochs, reason, remedy)])
+    return BudgetConfig(tokens=float(steps * sequences * seq_len))
+
+
+def _epochs_problems(config: TrainConfig) -> list[Problem]:
+    """Find a budget of epochs of a mixture, each source of which has its own."""
+    if config.budget.epochs is None or not config.data.sources:
+        return []
+    reason = "has no meaning for a mixture: each source has epochs of its own"
+    remedy = "write budget.tokens=N, and data.sources.NAME.max_epochs to bound a source"
+    return [Problem("budget.epochs", config.budget.epochs, reason, remedy)]
+
+
 class _Costs:
     """The cost of runs of any length, in FLOPs for each token of a step."""
 
@@ -215,7 +245,8 @@ class _Costs:
         return fewer if budget - self.total(fewer) <= self.total(more) - budget else more
 
 
-def _summary(data: DataConfig) -> IndexSummary | None:
+def prepared_summary(data: DataConfig) -> IndexSummary | None:
+    """Return the summary of the prepared data; None where they are missing or damaged."""
     try:
         return data.summary()
     except DataError:
@@ -225,7 +256,7 @@ def _summary(data: DataConfig) -> IndexSummary | None:
 def data_mismatches(config: TrainConfig) -> list[Problem]:
     """Find why a run could not read the prepared data, which may be missing."""
     problems = config.data.shard_problems("data")
-    summary, size = _summary(config.data), config.model.vocab_size
+    summary, size = prepared_summary(config.data), config.model.vocab_size
     if summary is not None and size is not None and size < summary.vocab_size:
         reason = f"is smaller than the tokenizer's {summary.vocab_size}"
         remedy = f"set it to {summary.vocab_size} or more, or to null"
@@ -242,15 +273,20 @@ def _mixture_problems(data: DataConfig, plan: TrainingPlan) -> list[Problem]:
 def _unprepared(config: TrainConfig) -> list[Problem]:
     """Find the values that come with prepared data, of which there is none."""
     data, shards = config.data, "comes from the shards, which do not exist yet"
-    reasons = {}
+    reasons: dict[str, str] = {}
+    extra: list[Problem] = []
     if config.model.vocab_size is None:
         reason = f"comes from the tokenizer, but there is no prepared data in {data.location}"
         reasons["model.vocab_size"] = reason
     if data.seq_len is None:
         reasons["data.seq_len"] = shards
+    if config.budget.epochs is not None:
+        reason = f"counts the prepared data, and there is none in {data.location}"
+        remedy = "run modtrain prepare first, or give budget.tokens"
+        extra = [Problem("budget.epochs", config.budget.epochs, reason, remedy)]
     if data.document_mask and data.eos_id is None:
         reasons["data.eos_id"] = f"{shards}, and data.document_mask needs it"
-    return [
+    return extra + [
         Problem(key, "null", reason, f"run modtrain prepare first, or set {key}")
         for key, reason in reasons.items()
     ]

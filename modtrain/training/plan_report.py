@@ -21,7 +21,7 @@ from modtrain.optimizers.parameter_groups import num_trained
 from modtrain.optimizers.registry import OPTIMIZERS
 from modtrain.parallel.dims import ParallelDims
 from modtrain.training.config import PlanConfig, TrainConfig
-from modtrain.training.plan import TrainingPlan, data_mismatches, resolve
+from modtrain.training.plan import TrainingPlan, data_mismatches, prepared_summary, resolve
 from modtrain.training.schedules import lr_factor, num_warmup_steps
 
 # In fp32, under bf16 mixed precision too.
@@ -122,7 +122,7 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
         "tokens a step": f"{plan.tokens_per_step:,} = {plan.sequences_per_step} sequences,"
         f" {plan.accumulate} micro-batches{each}",
         "steps": f"{plan.steps:,}",
-        "tokens": f"{plan.tokens:,}",
+        "tokens": f"{plan.tokens:,}{_epochs(config, plan)}",
         "training FLOPs": f"{plan.flops:.4e}",
         "schedule": f"{config.schedule.name}, {warmup:,} steps of warm-up to {peak:g},"
         f" {last:g} at the end",
@@ -148,6 +148,16 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _epochs(config: TrainConfig, plan: TrainingPlan) -> str:
+    """Return how often the run reads the data, if there are prepared data that it can read."""
+    summary = prepared_summary(config.data)
+    # A mixture has a table of its own.
+    if summary is None or config.data.sources or data_mismatches(config):
+        return ""
+    available = summary.num_samples(plan.seq_len) * plan.seq_len
+    return f", {plan.tokens / max(1, available):.4g} epochs of {available:,}"
 
 
 def _optimizer(config: TrainConfig, plan: TrainingPlan) -> str:

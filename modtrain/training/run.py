@@ -6,8 +6,8 @@ import gc
 import math
 import platform
 import socket
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -19,8 +19,9 @@ import torch
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.recovery import recover, whole_checkpoints
 from modtrain.common.atomic_io import digest
-from modtrain.common.errors import RankError, TrainingError
-from modtrain.common.terminal import plain_console
+from modtrain.common.errors import ModtrainError, RankError, TrainingError
+from modtrain.common.spelling import spelled
+from modtrain.common.terminal import plain_console, print_line
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks, init_ranks
@@ -51,6 +52,7 @@ from modtrain.training.run_directory import (
     dotted_values,
     package_versions,
 )
+from modtrain.training.run_names import claim_name
 from modtrain.training.spikes.journal import RollBackError, SpikeJournal
 from modtrain.training.start_check.check import check_all_reduce, check_nodes
 from modtrain.training.starting_point.find import (
@@ -95,19 +97,40 @@ def train(
     # Resolved once: on another device ``auto`` could mean another precision after a resume.
     accelerator = resolve_accelerator(config.strategy.accelerator)
     config = replace(config, precision=resolve_precision(config.precision, accelerator))
+    has_made_name = config.name is None
     timeout = timedelta(seconds=config.strategy.timeout)
     needs_group = config.strategy.name != "single"
-    logs = RunDirectory.of(config).logs
     is_checked = config.start_check.enabled
     check = partial(check_nodes, config, launch, accelerator) if is_checked else None
     with (
+        STOP.time_limit(config.max_seconds),
         init_ranks(launch, accelerator, timeout, needs_group, check) as ranks,
-        run_watchdog(ranks, config.strategy.timeout, logs) as watchdog,
+        _named(config, ranks, launch) as named,
+        run_watchdog(ranks, config.strategy.timeout, RunDirectory.of(named).logs) as watchdog,
     ):
+        resolved = named
         if plan is None:
             with ranks.raise_on_all_ranks():
-                config, plan = resolve(config, launch=launch)
-        return _Run(config, plan, launch, accelerator, ranks, watchdog, callbacks).train()
+                resolved, plan = resolve(named, launch=launch)
+        run = _Run(resolved, plan, launch, accelerator, ranks, watchdog, callbacks, has_made_name)
+        return run.train()
+
+
+@contextmanager
+def _named(config: TrainConfig, ranks: Ranks, launch: Launch) -> Iterator[TrainConfig]:
+    """Give a run without a name one, and say so again where it ends by an error; collective."""
+    if config.name is not None:
+        yield config
+        return
+    name = ranks.run_on_rank0(lambda: claim_name(resolve(config, launch=launch)[0]))
+    path = RunDirectory.of(replace(config, name=name)).path
+    if ranks.is_rank0:
+        print_line(f"{path} is a new run; to resume it, add {spelled('name', name)}")
+    try:
+        yield replace(config, name=name)
+    except ModtrainError as error:
+        error.add_note(f"the run is {path}: add {spelled('name', name)} to the command")
+        raise
 
 
 @dataclass
@@ -121,6 +144,7 @@ class _Run:
     ranks: Ranks
     watchdog: Watchdog | None
     more_callbacks: Sequence[L.Callback]
+    has_made_name: bool = False
 
     def __post_init__(self) -> None:
         config, plan = self.config, self.plan
@@ -317,7 +341,10 @@ class _Run:
             # Another rank received it.
             STOP.signum = next((signum for signum in signums if signum is not None), None)
         saved = f"step {newest[0][0]} is saved" if newest else "nothing is saved yet"
-        self.console.print(f"stopped by {STOP.name}: {saved}; rerun the same command to resume")
+        how = "rerun the same command"
+        if self.has_made_name:
+            how = f"add {spelled('name', str(self.config.name))} to the command"
+        self.console.print(f"stopped by {STOP.name}: {saved}; {how} to resume")
         return TrainResult("stopped", run, STOP.exit_code)
 
 

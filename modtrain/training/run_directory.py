@@ -47,6 +47,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.metrics = path / "metrics.jsonl"
+        self.metrics_csv = path / "metrics.csv"
         self.logs = path / "logs"
         self.config = path / "config.yaml"
         self.manifest = path / "manifest.json"

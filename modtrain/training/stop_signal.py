@@ -1,4 +1,6 @@
-"""Signals that ask a run to stop. A handler only sets a flag, which the run reads between steps.
+"""What asks a run to stop: signals, and a limit of time. A run looks between two steps.
+
+A signal's handler only sets a flag.
 
 Imported before torch and Lightning, so that a signal during their slow imports is not lost.
 """
@@ -8,7 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -24,6 +27,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._since = 0.0
+        self._deadline: float | None = None
 
     def install(self) -> None:
         """Install the handlers. May be called again after others have been installed."""
@@ -50,7 +54,24 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether a stop was requested."""
-        return self.signum is not None
+        return self.signum is not None or self.is_out_of_time
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether the limit of time has passed."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    @contextmanager
+    def time_limit(self, seconds: float | None) -> Iterator[None]:
+        """Ask for a stop once the block has taken ``seconds``; the outermost limit holds."""
+        if seconds is None or self._deadline is not None:
+            yield
+            return
+        self._deadline = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._deadline = None
 
     def pause(self, seconds: float) -> None:
         """Sleep for ``seconds``, or until a stop is requested."""
@@ -65,8 +86,10 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """The signal's name."""
-        return signal.Signals(self.signum).name if self.signum is not None else "none"
+        """The signal's name, or that of the limit."""
+        if self.signum is not None:
+            return signal.Signals(self.signum).name
+        return "max_time" if self.is_out_of_time else "none"
 
 
 def _show_cursor() -> None:

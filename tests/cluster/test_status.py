@@ -20,7 +20,7 @@ from modtrain.cluster.runs import RunNotFoundError, lines_from_end, read_job_ids
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs, state_of
 from modtrain.common.spelling import spelled
-from modtrain.training.named_runs import find_runs
+from modtrain.training.run_listing import find_runs
 from tests.cluster.fake_runs import FakeRun, Group, iso, line, locked, play, shown
 
 

@@ -352,6 +352,20 @@ def test_the_plan_is_compared_with_the_nodes(tiny, tmp_path, monkeypatch):
     assert _problems(submission) == []
 
 
+def test_a_run_without_a_name_has_one_before_its_job_begins(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words = ["train", *tiny, "gpus_per_node=1", f"runs_dir={tmp_path}"]
+    names = []
+    for _ in range(2):
+        (task,) = compose_submission(words).tasks
+        assert task.overrides[-1] == f'name="{task.config.name}"'
+        assert task.directory == tmp_path / task.config.name
+        names.append(task.config.name)
+    assert [name.rpartition("-")[2] for name in names] == ["1", "2"]
+    problems = problems_of(compose_submission, [*words, "max_time=30m"])
+    assert problems["max_time"].remedy == "write time=…, the limit of the job"
+
+
 def test_a_dry_run_writes_the_script_and_the_code(tiny, tmp_path):
     words = ["name=x", *tiny, "strategy=ddp", "cluster=cpu", "nodes=2", "batch.tokens=512"]
     done = run_modtrain("submit", "train", "--dry-run", *words, cwd=tmp_path)

@@ -1,3 +1,6 @@
+import csv
+import io
+import math
 import shutil
 import time
 from pathlib import Path
@@ -71,3 +74,24 @@ def test_writing_to_a_full_disk_names_the_file():
     full = FULL.open("wb", buffering=0)
     with full, pytest.raises(OSError, match=f"No space.*{path}"), name_file(path):
         full.write(b"a")
+
+
+def test_a_table_has_each_record_once_after_a_resume(tmp_path):
+    """As `metrics.jsonl` has them, whatever a kill left, and with metrics that come later."""
+    run, config = RunDirectory(tmp_path), TrainConfig(log=LogConfig(tensorboard=False, csv=True))
+    log = MetricsLog(run, config, PLAN, 0)
+    for step in range(1, 6):
+        log.write(step, {"loss": 1 / step})
+    log.close()
+    with run.metrics_csv.open("a") as file:
+        file.write("6,24")
+    log = MetricsLog(run, config, PLAN, 3)
+    log.write(4, {"loss": math.nan})
+    log.write(4, {'held_out/"odd", loss': 0.5})
+    log.write(5, {"loss": 0.2})
+    log.close()
+    rows = list(csv.DictReader(io.StringIO(run.metrics_csv.read_text())))
+    kept = [{k: float(v) for k, v in row.items() if v} for row in rows]
+    assert kept == read_metrics(run.metrics)
+    assert [row["step"] for row in kept] == [1, 2, 3, 4, 4, 5]
+    assert kept[0] == {"step": 1, "tokens": 40, "flops": 1e9, "loss": 1}

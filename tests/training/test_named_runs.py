@@ -6,7 +6,8 @@ from modtrain.cli import main as cli
 from modtrain.cli.base_config import expand_base
 from modtrain.cli.compose import compose
 from modtrain.common.errors import CheckpointError, ModtrainError
-from modtrain.training.named_runs import name_of, open_run, run_names
+from modtrain.training.named_runs import name_of, open_run
+from modtrain.training.run_listing import run_names
 from tests.helpers.problems import problems_of
 
 

@@ -21,7 +21,8 @@ def note(name="fsdp", device="cpu", devices=1, overrides=(), launch=None, enviro
 @pytest.mark.parametrize(("device", "devices"), [("cpu", 1), ("cuda", 1), ("cuda", 8)])
 def test_the_note_has_the_command_that_starts_all(name, device, devices):
     given = [f"strategy={name}", "name=a b", "model=tiny", "budget.steps=2"]
-    head, command = note(name, device, devices, given).split("\n")
+    head, command, local = note(name, device, devices, given).split("\n")
+    assert ("launch=local num_processes=2" in local) is (devices == 1)
     assert head.startswith("warning: ") is (devices > 1)
     assert "1 of 8 GPUs" in head or devices == 1
     *torchrun, verb, one, two, three, last = shlex.split(command)
@@ -33,7 +34,7 @@ def test_the_note_has_the_command_that_starts_all(name, device, devices):
 
 def test_idle_devices_are_named_for_a_strategy_for_one_process_too():
     assert "1 of 4 GPUs" in note("single", "cuda", 4)
-    assert note("single", "cuda", 4).endswith("strategy=ddp")
+    assert note("single", "cuda", 4).split("\n")[1].endswith("strategy=ddp")
     assert note("single", "cuda", 1) == note("single") == ""
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from modtrain.common.errors import Problem
 from modtrain.data.config import DataConfig
 from modtrain.data.mixture.schedule import MixtureSchedule, epoch_limit
-from modtrain.data.stream.index import IndexSummary, read_summary
+from modtrain.data.stream.index import read_summary
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def planned_schedule(
 ) -> tuple[dict[str, int], MixtureSchedule]:
     """Return each source's samples in an epoch, and the segments; errors as `mixture_usage`."""
     summaries = {name: read_summary(path) for name, path in config.paths.items()}
-    available = {name: _num_samples(summary, seq_len) for name, summary in summaries.items()}
+    available = {name: summary.num_samples(seq_len) for name, summary in summaries.items()}
     return available, config.schedule(available, run_samples, seq_len)
 
 
@@ -110,7 +110,3 @@ def _beyond(
         for name, limit in limits.items()
         if limit is not None and total[name] > limit
     }
-
-
-def _num_samples(summary: IndexSummary, seq_len: int) -> int:
-    return summary.splits["train"].num_sequences * (summary.seq_len // seq_len)

@@ -71,6 +71,10 @@ class IndexSummary:
     splits: dict[str, SplitSummary]
     end_token: str | None = None
 
+    def num_samples(self, seq_len: int) -> int:
+        """Return the training samples of ``seq_len`` tokens that an epoch has."""
+        return self.splits["train"].num_sequences * (self.seq_len // seq_len)
+
 
 @dataclass(frozen=True)
 class Shard:

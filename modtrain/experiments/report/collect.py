@@ -15,7 +15,7 @@ from modtrain.experiments.report.data_groups import DataGroup, group_by_data
 from modtrain.experiments.report.files import printable
 from modtrain.experiments.report.grids import Grid, GridFile, fit_grid, read_grids
 from modtrain.experiments.report.runs import LeftOutError, Run, read_run
-from modtrain.training.named_runs import find_runs
+from modtrain.training.run_listing import find_runs
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,8 @@ def _checked(
             for problem in error.problems:
                 wrong.setdefault(problem, []).append(job.name)
     problems += shared_problems(wrong, len(jobs))
+    if base is not None and base.name is None:
+        problems += base.name_problems()
     raise_if_any(problems + runner.multirun.problems())
     assert base is not None  # noqa: S101  (every job had an error, or one is composed)
     return RunDirectory.of(base).path, checked

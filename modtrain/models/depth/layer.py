@@ -43,6 +43,14 @@ from modtrain.models.sequence import (
     sequence_context,
 )
 
+BARE_ROUTER = RouterConfig(input_norm=True, gate_multiplier=0.1, gate_offset=1.0)
+"""The router of a layer that is wrapped without a configuration: linear, with a causal predictor.
+
+The gate is 1 plus a tenth of the score. A raw score as the gate, as in arXiv 2404.02258, has the
+scale of the features: on small ones it lets next to nothing pass, until the router has learned.
+"""
+_WITH_RESIDUAL = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
 
 class MixtureOfDepths(nn.Module):
     """x_i + g_i f(X)_i for the chosen tokens X, x_i unchanged for the rest (arXiv 2404.02258).
@@ -52,7 +60,7 @@ class MixtureOfDepths(nn.Module):
     with records; else it is called with their features alone::
 
         layer = MixtureOfDepths(nn.TransformerEncoderLayer(64, 4, batch_first=True), 64,
-                                capacity=0.25, includes_residual=True)
+                                capacity=0.25)
         output = layer(x_BSD)  # output.value_BSD: the residual stream; output.routing: the record
         loss = task_loss(output.value_BSD) + predictor_loss(output.routing)
 
@@ -73,14 +81,15 @@ class MixtureOfDepths(nn.Module):
         *,
         eps: float = 1e-5,
         number: int = 0,
-        includes_residual: bool = False,
+        includes_residual: bool | None = None,
     ) -> None:
         """Wrap ``module``.
 
         d_model: width D of its input and output. capacity: share of the tokens to route, in (0, 1].
-        config: None: a linear router with a causal predictor. eps: of the norms in routers.
-        number: index among the routers of the model. includes_residual: the module returns
-        x + f(x) instead of the update f(x).
+        config: None: `BARE_ROUTER`, whose gates begin near 1 whatever the scale of ``x_BSD``. eps:
+        of the norms in routers. number: index among the routers of the model. includes_residual:
+        the module returns x + f(x) instead of the update f(x); None: torch's own transformer
+        layers do, others do not.
 
         Raises:
             ValueError: ``capacity`` is not in (0, 1], or the module has no ``keys_values`` to keep.
@@ -88,7 +97,9 @@ class MixtureOfDepths(nn.Module):
         super().__init__()
         if not 0 < capacity <= 1:
             raise ValueError(f"capacity={capacity} is not a share of the tokens in (0, 1]")
-        config = RouterConfig() if config is None else config
+        config = BARE_ROUTER if config is None else config
+        if includes_residual is None:
+            includes_residual = isinstance(module, _WITH_RESIDUAL)
         if config.keep_kv and not hasattr(module, "keys_values"):
             raise ValueError(f"router.keep_kv: {type(module).__name__} has no method keys_values")
         self.module, self.config, self.capacity = module, config, capacity

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,8 @@ from modtrain.training.start_check import node
 # Problems that are not of a node where all have them: what needs the directory reports them.
 _SHARED = ("run", "data")
 _KEY = "start check"
+# The directory that stands in for that of a run without a name, while the nodes are checked.
+_UNNAMED = ".start_check"
 
 
 @dataclass
@@ -52,7 +56,7 @@ def check_nodes(config: TrainConfig, launch: Launch, device_type: str, store: St
     Raises:
         StartCheckError: on all ranks, with the nodes that failed, and why.
     """
-    run = RunDirectory.of(config)
+    run = RunDirectory(Path(config.runs_dir) / (config.name or _UNNAMED))
     with _shared_mark(run, launch, store) as token:
         if not token:
             return
@@ -95,6 +99,8 @@ def _shared_mark(run: RunDirectory, launch: Launch, store: Store) -> Iterator[st
         if token:
             with suppress(OSError):
                 mark.unlink()
+        if run.path.name == _UNNAMED:
+            shutil.rmtree(run.path, ignore_errors=True)
 
 
 def _report(
