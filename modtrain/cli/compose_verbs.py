@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from modtrain.cli.compose import compose
 from modtrain.cluster.config import SubmitConfig, is_of_job, job_keys
+from modtrain.cluster.run_checks import awaits_data
 from modtrain.cluster.script import ScriptTask
 from modtrain.cluster.submit import Submission
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
@@ -236,17 +237,8 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     if config.workers and verb != "search":
         reason, remedy = f"and {verb} has one worker", "leave it out: a search alone has several"
         problems.append(Problem("workers", config.workers, reason, remedy))
-    composed: Any
     try:
-        joined = join_space(verb_overrides) if verb == "search" else verb_overrides
-        if verb == "isoflop":
-            composed = compose_isoflop(verb_overrides, config_dir).config
-        elif verb == "search-patterns":
-            composed = compose_pattern_search(verb_overrides, config_dir).config
-        else:
-            composed = compose(verb, joined, config_dir, job_keys())
-        if verb == "compare":
-            compose_arms(verb_overrides, config_dir)
+        composed = _compose_submitted(verb, verb_overrides, config_dir)
         if verb == "train" and composed.max_time is not None:
             remedy = "write time=…, the limit of the job"
             reason = "would stop and requeue a job again and again"
@@ -274,6 +266,19 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
     return Submission(config, tasks, directory, user_dir, runs_dir)
 
 
+def _compose_submitted(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
+    """Return the configuration of what a job runs; raises ConfigError."""
+    if verb == "isoflop":
+        return compose_isoflop(overrides, config_dir).config
+    if verb == "search-patterns":
+        return compose_pattern_search(overrides, config_dir).config
+    joined = join_space(overrides) if verb == "search" else overrides
+    composed = compose(verb, joined, config_dir, job_keys())
+    if verb == "compare":
+        compose_arms(overrides, config_dir)
+    return composed
+
+
 def _with_name(
     run: TrainConfig, overrides: Sequence[str], job: SubmitConfig
 ) -> tuple[TrainConfig, list[str]]:
@@ -282,7 +287,7 @@ def _with_name(
     Raises:
         ConfigError: everything wrong with the run.
     """
-    resolved, _ = resolve(run, launch=job.launch)
+    resolved = run if awaits_data(run, job) else resolve(run, launch=job.launch)[0]
     # The environment may be that of another job, in which this one is submitted.
     name = claim_name(resolved, environment={})
     return replace(run, name=name), [*overrides, f"name={quoted(name)}"]
