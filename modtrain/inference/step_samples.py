@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -34,14 +34,14 @@ class Sample:
     """One sample of a step.
 
     position: in the run's stream, from 0. source: name of it in a mixture, else empty. number: in
-    the source. shard, byte: where its tokens begin. tokens: S + 1 of them: inputs and the last
-    target.
+    the source. shard, byte: path or URL of the file, and where its tokens begin there. tokens:
+    S + 1 of them: inputs and the last target.
     """
 
     position: int
     source: str
     number: int
-    shard: Path
+    shard: Path | str
     byte: int
     tokens: list[int]
 
@@ -73,7 +73,7 @@ def show_samples(config: StepSamplesConfig, console: Console | None = None) -> N
     for sample in samples:
         text = decoder.decode(sample.tokens[:_SHOWN_TOKENS], skip_special_tokens=False)
         source = [sample.source] if sources else []
-        place = (f"{sample.number:,}", sample.shard.name, f"{sample.byte:,}")
+        place = (f"{sample.number:,}", PurePosixPath(sample.shard).name, f"{sample.byte:,}")
         table.add_row(f"{sample.position:,}", *source, *place, " ".join(text.split()))
     (console or plain_console(soft_wrap=True)).print(table)
 

@@ -38,6 +38,9 @@ MUTABLE_KEYS = (
     "data.num_workers",
     "data.prefetch_factor",
     "data.verify",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.fetch_timeout",
     "resume",
 )
 """Keys that may differ when a run is resumed: they change its weights by rounding only.
