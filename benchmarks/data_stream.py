@@ -1,11 +1,16 @@
 """Tokens a second from the shuffled shards, against a flat memmap of the same tokens.
 
     python -m benchmarks.data_stream
+    python -m benchmarks.data_stream remote
 
 The stream is what training reads, ``TokenDataModule.train_dataloader()`` without workers. The
 memmap is the fastest plain loop: random rows of one uncompressed array (N, S + 1) on disk, as int64
 tensors. "unchecked" is the stream without its check of each token against the vocabulary. All give
 batches int64 (B, S + 1). They run interleaved; medians are compared.
+
+``remote`` measures the share of time that steps wait for data behind a URL, of a server with the
+bandwidth that they read and a tenth, after the first minute; and the memory of an index of 100,000
+shards.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks._remote_stream import measure_memory, measure_waiting, write_large_index
 from modtrain.data.config import DataConfig
 from modtrain.data.prepare.pack import PackLayout, TokenFile, plan_shards, write_shard
 from modtrain.data.prepare.pipeline import finish
@@ -39,6 +45,9 @@ def main() -> None:
     """Measure, print a table, and the result as JSON on the last line."""
     options = _options()
     torch.set_num_threads(1)
+    if options.where == "remote":
+        measure_remote(options)
+        return
     with tempfile.TemporaryDirectory() as folder:
         prepared, flat = Path(folder) / "prepared", Path(folder) / "flat.bin"
         make_prepared(prepared, options.tokens, options.seq_len)
@@ -61,12 +70,35 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("where", nargs="?", default="disk", choices=("disk", "remote"))
     parser.add_argument("--tokens", type=int, default=40_000_000, help="tokens in the data set")
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens a sample is trained on")
     parser.add_argument("--batch-size", type=int, default=16, help="samples in a batch")
     parser.add_argument("--batches", type=int, default=500, help="batches in a round")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each")
+    remote = parser.add_argument_group("remote")
+    remote.add_argument("--step-seconds", type=float, default=0.2, help="time of a step")
+    remote.add_argument("--warm-up", type=float, default=60, help="seconds that do not count")
+    remote.add_argument("--seconds", type=float, default=120, help="seconds that count")
+    remote.add_argument("--shards", type=int, default=100_000, help="in the large index")
     return parser.parse_args()
+
+
+def measure_remote(options: argparse.Namespace) -> None:
+    """Measure waiting and memory, print them, and as JSON on the last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, large = Path(folder) / "prepared", Path(folder) / "large"
+        make_prepared(prepared, options.tokens, options.seq_len)
+        large.mkdir()
+        write_large_index(prepared, large, options.shards)
+        memory = measure_memory(large)
+        waiting = measure_waiting(prepared, options)
+    print(f"steps of {options.batch_size} x {options.seq_len + 1} tokens, {options.step_seconds} s")
+    print(f"waiting for data: {waiting['waiting']:.2%} of the time after {options.warm_up:.0f} s")
+    grown = memory["with_index_mib"] - memory["before_mib"]
+    print(f"index of {options.shards:,} shards: {grown:.0f} MiB, {memory['index_s']:.1f} s to read")
+    values = {name: round(value, 4) for name, value in {**waiting, **memory}.items()}
+    print(json.dumps({"benchmark": "data_stream remote", **values}))
 
 
 def _tokens(num_tokens: int) -> np.ndarray:

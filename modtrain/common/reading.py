@@ -76,22 +76,30 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     return read_bytes(path, max_bytes).decode(errors="replace")
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(
+    path: Path,
+    max_bytes: int = MAX_JSON_BYTES,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
     """Return the object in a JSON file.
+
+    object_hook: what each object is replaced by as soon as it is read, as of `json.loads`.
 
     Raises:
         UnreadableError: the file cannot be read, or has something else in it.
     """
-    content = parse_object(read_bytes(path, max_bytes))
+    content = parse_object(read_bytes(path, max_bytes), object_hook)
     if content is None:
         raise UnreadableError(f"{path.name} is not a JSON object")
     return content
 
 
-def parse_object(content: bytes) -> dict[str, Any] | None:
+def parse_object(
+    content: bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> dict[str, Any] | None:
     """Return the object that ``content`` is in JSON; None if it is none."""
     try:
-        value = json.loads(content)
+        value = json.loads(content, object_hook=object_hook)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modtrain.common.errors import DataError, Problem
-from modtrain.common.validation import at_least, key_of, no_addresses, not_empty, one_of
+from modtrain.common.validation import (
+    above_zero,
+    at_least,
+    key_of,
+    no_addresses,
+    not_empty,
+    one_of,
+)
 from modtrain.data.mixture.config import (
     WHEN_EXHAUSTED,
     MixtureStageConfig,
@@ -17,7 +24,8 @@ from modtrain.data.mixture.config import (
 )
 from modtrain.data.mixture.schedule import MixtureSchedule, make_schedule
 from modtrain.data.mixture.summary import combined_summary
-from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summary
+from modtrain.data.remote.files import DEFAULT_TIMEOUT, is_url, url_problems
+from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summary, tokenizer_file
 
 VERIFY_LEVELS = ("size", "sha256", "none")
 ERROR_POLICIES = ("skip", "stop")
@@ -31,13 +39,20 @@ SMALLEST_VOCAB = 257
 class DataConfig:
     """Which prepared directory is read, or which mixture of several, and how.
 
-    path: directory that ``modtrain prepare`` wrote; empty where ``sources`` are given.
+    path: directory that ``modtrain prepare`` wrote, or its URL, such as ``s3://bucket/data``; empty
+        where ``sources`` are given.
     seq_len: tokens a sample is trained on; null takes that of the shards, else it must divide it.
     seed: seed of the order of the samples.
     shuffle: whether the samples come in a pseudo-random order, a new one each epoch.
     num_workers: processes that read ahead; 0 reads in the training process.
     prefetch_factor: batches that each worker reads ahead.
-    verify: what is checked of the shards before training: ``size``, ``sha256`` or ``none``.
+    verify: what is checked of the shards before training: ``size``, ``sha256`` or ``none``. Behind
+        a URL ``size`` looks at each shard when it is first read, and what comes whole is compared
+        with its SHA-256; ``sha256`` fetches all shards first.
+    cache_dir: directory on the node's disk for shards from a URL; null: in ``SLURM_TMPDIR``, or
+        where TMPDIR says.
+    cache_bytes: bytes of shards kept there at most; null: half of what the disk has free; 0: none.
+    fetch_timeout: seconds for a request to a server, after which it is made again.
     document_mask: neither attention nor the choice of tokens crosses documents.
     eos_id: the token that ends a document, for ``document_mask``; null takes that of the shards.
     sources: several of them by name, each with ``path``, ``weight`` (1: as any other) and
@@ -56,6 +71,9 @@ class DataConfig:
     num_workers: int = 0
     prefetch_factor: int = 4
     verify: str = "size"
+    cache_dir: str | None = None
+    cache_bytes: float | None = None
+    fetch_timeout: float = DEFAULT_TIMEOUT
     document_mask: bool = False
     eos_id: int | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -68,7 +86,10 @@ class DataConfig:
             *at_least(self, prefix, 0, "seed", "num_workers", "eos_id"),
             *at_least(self, prefix, 1, "prefetch_factor", "seq_len"),
             *one_of(self, prefix, "verify", VERIFY_LEVELS),
-            *no_addresses(self, prefix, "path"),
+            *url_problems(self, prefix, "path"),
+            *above_zero(self, prefix, "fetch_timeout"),
+            *at_least(self, prefix, 0, "cache_bytes"),
+            *no_addresses(self, prefix, "cache_dir"),
             *one_of(self, prefix, "when_exhausted", WHEN_EXHAUSTED),
             *mixture_problems(prefix, self.sources, self.stages),
         ]
@@ -94,6 +115,8 @@ class DataConfig:
                 summaries[name] = read_summary(path)
             except DataError as error:
                 remedy = "modtrain prepare writes such a directory"
+                if is_url(path):
+                    remedy += "; look at the address, and at the server's credentials"
                 key = key_of(prefix, f"sources.{name}.path" if name else "path")
                 problems.append(Problem(key, path, str(error), remedy))
         if problems:
@@ -125,8 +148,20 @@ class DataConfig:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer of the data, which all sources share."""
-        return Path(next(iter(self.paths.values())), TOKENIZER_NAME)
+        """The tokenizer of the data, which all sources share; one behind a URL is fetched.
+
+        Raises DataError where it does not come.
+        """
+        return tokenizer_file(self._first_path)
+
+    @property
+    def tokenizer_location(self) -> str:
+        """The path or the URL of the tokenizer, for a message."""
+        return f"{self._first_path.rstrip('/')}/{TOKENIZER_NAME}"
+
+    @property
+    def _first_path(self) -> str:
+        return next(iter(self.paths.values()))
 
     def summary(self) -> IndexSummary:
         """Read the summary of everything that is read, of all sources together.

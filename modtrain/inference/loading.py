@@ -88,7 +88,7 @@ class LoadedRun:
             reason = f"is missing: {self.data.location}, of an imported run, has no text"
             remedy = (
                 "give text as data_path=..., that was prepared with"
-                f" tokenizer.path={self.tokenizer}"
+                f" tokenizer.path={self.trained.data.tokenizer_location}"
             )
             raise ConfigError([Problem("data_path", "null", reason, remedy)])
         return TokenDataModule(
@@ -128,5 +128,5 @@ def _check_tokenizer(trained: TrainConfig, data: DataConfig) -> None:
     if own.tokenizer_sha256 != other.tokenizer_sha256:
         raise DataError(
             f"{data.location} was made with another tokenizer than {trained.data.location}: prepare"
-            f" it with tokenizer.path={trained.data.tokenizer_path}"
+            f" it with tokenizer.path={trained.data.tokenizer_location}"
         )

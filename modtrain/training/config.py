@@ -41,6 +41,9 @@ MUTABLE_KEYS = (
     "data.num_workers",
     "data.prefetch_factor",
     "data.verify",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.fetch_timeout",
     "resume",
     "max_time",
 )

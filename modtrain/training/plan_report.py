@@ -8,6 +8,7 @@ from rich.table import Table
 
 from modtrain.common.terminal import plain_console
 from modtrain.data.mixture.usage import StageUsage, mixture_usage
+from modtrain.data.remote.files import is_url
 from modtrain.data.stream.index import INDEX_NAME
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.flops import (
@@ -57,7 +58,7 @@ def show(asked: PlanConfig) -> None:
 
 def _warn_of_mismatches(config: TrainConfig) -> None:
     paths = config.data.paths.values()
-    is_there = any((Path(path) / INDEX_NAME).exists() for path in paths)
+    is_there = any(is_url(path) or (Path(path) / INDEX_NAME).exists() for path in paths)
     if is_there and (problems := data_mismatches(config)):
         where = f"the prepared data in {config.data.location}"
         head = f"warning: {where} does not fit this plan; train would refuse it"

@@ -28,6 +28,7 @@ from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import CheckpointError, InUseError, OtherRunError
 from modtrain.common.reading import UnreadableError, read_json, read_yaml
 from modtrain.common.renamed_keys import flatten, translate
+from modtrain.data.remote.files import is_url
 from modtrain.training.config import MUTABLE_KEYS, CheckpointConfig, TrainConfig
 
 VERSION_FILE = "VERSION.json"
@@ -107,7 +108,7 @@ class RunDirectory:
             "device": device,
             "cpus": os.cpu_count(),
             "data_fingerprint": data_fingerprint,
-            "data_path": None if config.data.sources else str(Path(config.data.path).absolute()),
+            "data_path": None if config.data.sources else _absolute(config.data.path),
             "command": sys.argv,
             "checkpoint": asdict(config.checkpoint),
         }
@@ -212,6 +213,10 @@ def _read_strictly(
         return read(path)
     except UnreadableError as error:
         raise CheckpointError(f"{path.parent}/{error}\nremedy: {remedy}") from None
+
+
+def _absolute(path: str) -> str:
+    return path if is_url(path) else str(Path(path).absolute())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

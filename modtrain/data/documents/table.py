@@ -57,7 +57,7 @@ class DocumentTable:
         """
         if not index.side_files:
             return None
-        path = index.directory / split / DOCUMENTS_NAME
+        path = index.side_file(f"{split}/{DOCUMENTS_NAME}")
         expected = index.side_files[f"{split}/{DOCUMENTS_NAME}"]
         summary = index.summary.splits[split]
         try:
@@ -116,12 +116,12 @@ class DocumentTable:
 
 
 def _source_files(index: ShardIndex) -> list[str]:
-    path = index.directory / SOURCE_FILES_NAME
+    path = index.side_file(SOURCE_FILES_NAME)
     expected = index.side_files[SOURCE_FILES_NAME]
     try:
         content = read_json(path, expected.num_bytes).get("files")
     except UnreadableError as error:
-        raise DataError(f"{index.directory}/{error}. {DAMAGED}") from None
+        raise DataError(f"{index.location}/{error}. {DAMAGED}") from None
     if file_sha256(path) != expected.sha256 or not isinstance(content, list):
         raise DataError(f"{path}: is not that of the index. {DAMAGED}")
     return [str(name) for name in content]

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, key_of, no_addresses, not_empty
+from modtrain.common.validation import above_zero, key_of, not_empty
 from modtrain.data.mixture.shares import SMALLEST_SHARE, units_of
+from modtrain.data.remote.files import url_problems
 
 WHEN_EXHAUSTED = ("error", "redistribute")
 # It becomes part of the names of metrics and overrides.
@@ -20,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 class SourceConfig:
     """One source of a mixture.
 
-    path: directory that ``modtrain prepare`` wrote.
+    path: directory that ``modtrain prepare`` wrote, or its URL.
     weight: its part of the samples, over the sum of all weights; 0 until a stage gives it more.
     max_epochs: how often all of it may be read over the run; null: without limit.
     """
@@ -33,7 +34,7 @@ class SourceConfig:
         """Everything wrong with this source that can be seen without its shards."""
         return [
             *not_empty(self, prefix, "path", "name a directory that modtrain prepare wrote"),
-            *no_addresses(self, prefix, "path"),
+            *url_problems(self, prefix, "path"),
             *above_zero(self, prefix, "max_epochs"),
         ]
 

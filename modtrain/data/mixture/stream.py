@@ -18,6 +18,9 @@ from torch.utils.data import Dataset
 from modtrain.common.errors import raise_if_any
 from modtrain.data.config import DataConfig, seq_len_problems
 from modtrain.data.mixture.order import MixtureOrder
+from modtrain.data.remote.cache import ShardCache
+from modtrain.data.remote.dataset import RemoteTokenDataset
+from modtrain.data.remote.shards import RemoteShards, fetch_all, shard_checksums
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import ShardIndex
 from modtrain.data.stream.order import SampleOrder
@@ -55,8 +58,8 @@ class MixtureDataset(Dataset[Tensor]):
             tokens_BT[rows] = self.sources[source].__getitems__(own)
         return tokens_BT
 
-    def locate(self, number: int) -> tuple[Path, int]:
-        """Return the shard of a sample, and the byte of it at which the sample's tokens begin."""
+    def locate(self, number: int) -> tuple[Path | str, int]:
+        """Return the path or the URL of a sample's shard, and the byte of its first token there."""
         source, own = self._place(number)
         return self.sources[source].locate(own)
 
@@ -77,7 +80,11 @@ def load_indexes(config: DataConfig) -> dict[str, ShardIndex]:
 
     Raises DataError that names the file and the remedy.
     """
-    return {name: ShardIndex.load(path, config.verify) for name, path in config.paths.items()}
+    indexes = {name: ShardIndex.load(path, config.verify) for name, path in config.paths.items()}
+    if config.verify == "sha256":
+        remote = [index for index in indexes.values() if index.is_remote]
+        fetch_all(remote, ShardCache(config.cache_dir, config.cache_bytes), config.fetch_timeout)
+    return indexes
 
 
 def open_split(
@@ -85,13 +92,35 @@ def open_split(
 ) -> TokenDataset | MixtureDataset:
     """Return the samples of one split of everything that ``config`` reads."""
     if not config.sources:
-        return TokenDataset(indexes[""], split, config.seq_len)
+        return _open_sources(config, indexes, split, config.seq_len)[""]
     stored = config.summary_of({name: index.summary for name, index in indexes.items()}).seq_len
     seq_len = config.seq_len or stored
     raise_if_any(seq_len_problems("data.seq_len", seq_len, stored))
-    return MixtureDataset(
-        {name: TokenDataset(index, split, seq_len) for name, index in indexes.items()}
-    )
+    return MixtureDataset(_open_sources(config, indexes, split, seq_len))
+
+
+def _open_sources(
+    config: DataConfig, indexes: Mapping[str, ShardIndex], split: str, seq_len: int | None
+) -> dict[str, TokenDataset]:
+    # What is held out is read at each evaluation, so that it comes whole and stays.
+    remote = [index for index in indexes.values() if index.is_remote]
+    own = shard_checksums(remote) if split == "valid" else None
+    cache = ShardCache(config.cache_dir, config.cache_bytes)
+    sources: dict[str, TokenDataset] = {}
+    for name, index in indexes.items():
+        if index.is_remote:
+            shards = RemoteShards(index, split, cache, config.fetch_timeout)
+            sources[name] = RemoteTokenDataset(index, shards, seq_len, own)
+        else:
+            sources[name] = TokenDataset(index, split, seq_len)
+    return sources
+
+
+def sources_of(data: Dataset[Tensor]) -> list[tuple[int, TokenDataset]]:
+    """Return the data sets of the sources of ``data``, each with the number of its first sample."""
+    if isinstance(data, MixtureDataset):
+        return list(zip(data.first_numbers, data.sources, strict=False))
+    return [(0, data)] if isinstance(data, TokenDataset) else []
 
 
 def order_of(

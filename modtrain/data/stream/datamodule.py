@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
@@ -23,7 +24,11 @@ from modtrain.data.mixture.stream import (
     load_indexes,
     open_split,
     order_of,
+    sources_of,
 )
+from modtrain.data.remote.dataset import RemoteTokenDataset
+from modtrain.data.remote.fill import ShardFiller, Upcoming, open_filler
+from modtrain.data.remote.read_ahead import read_ahead
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import IndexSummary, ShardIndex
@@ -42,6 +47,9 @@ _TOKEN_BYTES = 8
 # Seconds for a batch. torch has no limit, and waits for ever for a batch that it loses where shared
 # memory is full.
 _WORKER_TIMEOUT = 600
+# From behind a URL: optimizer steps whose batches are read ahead, and their bytes at most.
+_STEPS_AHEAD = 8
+_AHEAD_BYTES = 1 << 28
 # For semaphores and whole pages.
 _SPARE_BYTES = 1 << 16
 _SHARED_REMEDY = (
@@ -157,10 +165,35 @@ class TokenDataModule(lightning.LightningDataModule):
 
         Raises DataError where the shards are missing or damaged.
         """
-        return self._loader(
+        plan = self.plan()
+        loader = self._loader(
             self.train_data,
-            RankBatchSampler(self.order, self.plan(), self.start_step, self.skipped_samples),
+            RankBatchSampler(self.order, plan, self.start_step, self.skipped_samples),
         )
+        batch_bytes = plan.micro_batch_size * (self.train_data.seq_len + 1) * _TOKEN_BYTES
+        most = max(1, _AHEAD_BYTES // batch_bytes)
+        loader.num_ahead = min(max(loader.num_ahead, _STEPS_AHEAD * plan.accumulate), most)
+        loader.filler = self._filler(plan)
+        samples = plan.samples_per_step
+        loader.consumed = (self.start_step * samples, samples / plan.accumulate)
+        return loader
+
+    def _filler(self, plan: BatchPlan) -> ShardFiller | None:
+        """What fetches whole shards for this node; None where nothing is behind a URL."""
+        sources = sources_of(self.train_data)
+        if not any(isinstance(source, RemoteTokenDataset) for _, source in sources):
+            return None
+        num_nodes = 1 if self.trainer is None else self.trainer.num_nodes
+        order, skipped = self.order, self.skipped_samples
+
+        def lookup(first: int, count: int) -> NDArray[np.int64]:
+            consumed = np.arange(first, first + count, dtype=np.int64)
+            return order.lookup(stream_positions(consumed, skipped))
+
+        num_samples = plan.num_steps * plan.samples_per_step
+        ahead = 2 * _STEPS_AHEAD * plan.samples_per_step
+        upcoming = Upcoming(num_samples, lookup, max(1, num_nodes), ahead)
+        return open_filler(sources, self.indexes.values(), upcoming)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The batches of `valid_parts`, one source after another.
@@ -238,9 +271,9 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def _loader(
         self, data: TokenDataset | MixtureDataset, batches: Sampler[list[int]]
-    ) -> DataLoader[Batch]:
+    ) -> _TokenLoader:
         workers = self.config.num_workers
-        return _TokenLoader(
+        loader = _TokenLoader(
             data,  # type: ignore[arg-type]  # of tensors, which collate_fn makes batches of
             batch_sampler=batches,
             num_workers=workers,
@@ -254,12 +287,37 @@ class TokenDataModule(lightning.LightningDataModule):
             # makes its loaders at another point, would continue with other random numbers.
             generator=torch.Generator().manual_seed(self.config.seed),
         )
+        loader.num_ahead = self.config.prefetch_factor
+        return loader
 
 
 class _TokenLoader(DataLoader[Batch]):
-    """A DataLoader whose workers' errors are the run's own."""
+    """A DataLoader whose workers' errors are the run's own.
+
+    Without workers, batches from behind a URL are read by threads: the server is waited for.
+
+    num_ahead: batches that these have read. filler: fetches whole shards meanwhile. consumed:
+    samples of all ranks before the first batch, and in each.
+    """
+
+    num_ahead = 1
+    filler: ShardFiller | None = None
+    consumed = (0, 0.0)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if self.filler is None:
+            yield from self._batches()
+            return
+        with self.filler as filler:
+            yield from filler.watched(self._batches(), *self.consumed)
+
+    def _batches(self) -> Iterator[Batch]:
+        data, numbers = self.dataset, self.batch_sampler
+        if self.num_workers == 0 and any(
+            isinstance(source, RemoteTokenDataset) for _, source in sources_of(data)
+        ):
+            yield from read_ahead(self._read, iter(numbers), self.num_ahead)
+            return
         try:
             yield from super().__iter__()
         except DataError as error:
@@ -273,6 +331,12 @@ class _TokenLoader(DataLoader[Batch]):
                 f"the workers of data.num_workers={self.num_workers} gave no batch for"
                 f" {self.timeout:.0f} s; {SHARED_MEMORY} has {free} bytes free. {_SHARED_REMEDY}"
             ) from error
+
+    def _read(self, numbers: list[int]) -> Batch:
+        batch: Batch = self.collate_fn(self.dataset.__getitems__(numbers))
+        if not self.pin_memory:
+            return batch
+        return Batch(*(None if part is None else part.pin_memory() for part in batch))
 
 
 def _collate(tokens_BT: Tensor, eos_id: int | None) -> Batch:

@@ -41,6 +41,10 @@ class TokenDataset(Dataset[Tensor]):
         self._dtype = np.dtype(index.summary.dtype).newbyteorder("<")
         self._item_size = ITEM_SIZES[index.summary.dtype]
         self._vocab_size = index.summary.vocab_size
+        self._open(index, split)
+
+    def _open(self, index: ShardIndex, split: str) -> None:
+        """Make the tables by which samples are found, and read."""
         shards = index.shards[split]
         self._paths = [index.shard_path(split, shard) for shard in shards]
         self._sizes = [shard.num_bytes for shard in shards]
@@ -80,16 +84,20 @@ class TokenDataset(Dataset[Tensor]):
         """
         if numbers and not 0 <= min(numbers) <= max(numbers) < self._num_samples:
             raise IndexError(f"samples {numbers} of {self._num_samples}")
+        # Two passes beat one that converts as it copies: the first waits for memory alone.
+        stored = np.concatenate(self._rows(numbers))
+        self._check_tokens(numbers, stored)
+        return torch.from_numpy(stored.astype(np.int64).reshape(-1, self.seq_len + 1))
+
+    def _rows(self, numbers: list[int]) -> list[NDArray[Any]]:
+        """Return the stored tokens of each sample."""
         length = self.seq_len + 1
         rows = []
         # One row after the other: numpy's overhead on arrays of a batch's size costs more.
         for number in numbers:
             shard, start = self._locate(number)
             rows.append(self._maps[shard][start : start + length])
-        # Two passes beat one that converts as it copies: the first waits for memory alone.
-        stored = np.concatenate(rows)
-        self._check_tokens(numbers, stored)
-        return torch.from_numpy(stored.astype(np.int64).reshape(-1, length))
+        return rows
 
     def _check_tokens(self, numbers: list[int], stored: NDArray[Any]) -> None:
         if not stored.size or stored.max() < self._vocab_size:
@@ -104,8 +112,8 @@ class TokenDataset(Dataset[Tensor]):
             " copy it again."
         )
 
-    def locate(self, number: int) -> tuple[Path, int]:
-        """Return the shard of a sample, and the byte of it at which the sample's tokens begin."""
+    def locate(self, number: int) -> tuple[Path | str, int]:
+        """Return the path or the URL of a sample's shard, and the byte of its first token there."""
         shard, start = self._locate(number)
         return self._paths[shard], start * self._item_size
 

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from modtrain.common.atomic_io import digest, file_sha256
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
+from modtrain.data.remote.fetched import fetched, fetched_checked
+from modtrain.data.remote.files import is_url
 
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"
@@ -107,10 +109,10 @@ class SideFile:
 class ShardIndex:
     """A prepared directory: its summary and every shard.
 
-    side_files: by the names of `SIDE_FILES`; empty: an earlier version prepared it.
+    location: its path, or its URL.
     """
 
-    directory: Path
+    location: str
     summary: IndexSummary
     shards: dict[str, tuple[Shard, ...]]
     side_files: dict[str, SideFile] = field(default_factory=dict)
@@ -120,25 +122,37 @@ class ShardIndex:
         """Read and check the index of the prepared directory ``path``.
 
         verify: ``size`` compares the size of each shard, ``sha256`` its content too, ``none``
-            trusts the directory.
+            trusts the directory. Behind a URL no shard is looked at yet.
         Raises DataError that names the file and the remedy.
         """
-        directory = Path(path)
-        content = _read(directory)
+        content = _read(path)
         summary = _summary(content)
         shards = {
             name: tuple(_shard(item, summary) for item in split.list_of("shards"))
             for name, split in content.splits().items()
         }
-        index = cls(directory, summary, shards, _side_files(content))
+        index = cls(str(path), summary, shards, _side_files(content))
         index._check_sums(content)
         if verify != "none":
-            index._check_files(with_checksums=verify == "sha256")
+            if not index.is_remote:
+                index._check_shards(with_checksums=verify == "sha256")
+                if verify == "sha256":
+                    index._check_side_files()
+            index._check_vocabulary(checked_tokenizer(path, summary.tokenizer_sha256))
         return index
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the directory is behind a URL."""
+        return is_url(self.location)
+
     def shard_path(self, split: str, shard: Shard) -> Path:
-        """Where a shard lies."""
-        return self.directory / split / shard.name
+        """Where a shard of a local directory lies."""
+        return Path(self.location, split, shard.name)
+
+    def shard_location(self, split: str, shard: Shard) -> str:
+        """The path or the URL of a shard, for a message."""
+        return f"{self.location.rstrip('/')}/{split}/{shard.name}"
 
     def _check_sums(self, content: _Object) -> None:
         for name, shards in self.shards.items():
@@ -154,22 +168,21 @@ class ShardIndex:
         if fingerprint(self.shards, self.summary) != self.summary.fingerprint:
             content.fail("the fingerprint does not fit the content")
 
-    def _check_files(self, *, with_checksums: bool) -> None:
+    def _check_shards(self, *, with_checksums: bool) -> None:
         for split, shards in self.shards.items():
             for shard in shards:
                 _check_shard(self.shard_path(split, shard), shard, with_checksums=with_checksums)
-        if with_checksums:
-            self._check_side_files()
-        tokenizer = self.directory / TOKENIZER_NAME
-        if not tokenizer.is_file():
-            raise DataError(f"{tokenizer}: missing. {DAMAGED}")
-        if file_sha256(tokenizer) != self.summary.tokenizer_sha256:
-            raise DataError(f"{tokenizer}: is not the tokenizer of these shards. {DAMAGED}")
-        self._check_vocabulary(tokenizer)
+
+    def side_file(self, name: str) -> Path:
+        """Where one of `SIDE_FILES` lies; one behind a URL is fetched, and raises DataError."""
+        if not self.is_remote:
+            return Path(self.location, name)
+        side = self.side_files[name]
+        return fetched_checked(self.location, name, side.num_bytes, side.sha256)
 
     def _check_side_files(self) -> None:
         for name, expected in self.side_files.items():
-            path = self.directory / name
+            path = Path(self.location, name)
             if not path.is_file() or file_sha256(path) != expected.sha256:
                 raise DataError(f"{path}: is not that of the index. {DAMAGED}")
 
@@ -187,12 +200,13 @@ class ShardIndex:
         for key, actual in zip(("vocab_size", "eos_id"), there, strict=True):
             if (recorded := getattr(self.summary, key)) != actual:
                 raise DataError(
-                    f"{self.directory / INDEX_NAME}: {key} is {recorded}; its tokenizer has"
+                    f"{self.location}/{INDEX_NAME}: {key} is {recorded}; its tokenizer has"
                     f" {actual}. {DAMAGED}"
                 )
 
 
 _MAX_INDEX_BYTES = 1 << 32
+_MAX_TOKENIZER_BYTES = 1 << 28
 DAMAGED = (
     "Copy the prepared directory again, or remove it and run modtrain prepare with its sources."
 )
@@ -203,7 +217,29 @@ def read_summary(path: str | Path) -> IndexSummary:
 
     Raises DataError where there is no index or a damaged one.
     """
-    return _summary(_read(Path(path)))
+    return _summary(_read(path))
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """Return the tokenizer of the prepared directory ``path``; one behind a URL is fetched.
+
+    Raises DataError where it does not come, or is another one than the index says.
+    """
+    if not is_url(path):
+        return Path(path, TOKENIZER_NAME)
+    return checked_tokenizer(path, read_summary(path).tokenizer_sha256)
+
+
+def checked_tokenizer(path: str | Path, sha256: str) -> Path:
+    """The same for a checksum that is known; a local file is compared with it as well."""
+    if is_url(path):
+        return fetched_checked(str(path), TOKENIZER_NAME, _MAX_TOKENIZER_BYTES, sha256)
+    tokenizer = Path(path, TOKENIZER_NAME)
+    if not tokenizer.is_file():
+        raise DataError(f"{tokenizer}: missing. {DAMAGED}")
+    if file_sha256(tokenizer) != sha256:
+        raise DataError(f"{tokenizer}: is not the tokenizer of these shards. {DAMAGED}")
+    return tokenizer
 
 
 def fingerprint(shards: Mapping[str, Sequence[Shard]], summary: IndexSummary) -> str:
@@ -263,7 +299,7 @@ def _check_shard(path: Path, shard: Shard, *, with_checksums: bool) -> None:
 class _Object:
     """A JSON object of the index whose values are read with their types checked."""
 
-    def __init__(self, file: Path, content: object, where: str = "") -> None:
+    def __init__(self, file: str | Path, content: object, where: str = "") -> None:
         self.file = file
         self.where = where
         if not isinstance(content, dict):
@@ -303,17 +339,22 @@ class _Object:
         return {name: splits.object(name) for name in SPLITS}
 
 
-def _read(directory: Path) -> _Object:
-    file = directory / INDEX_NAME
-    if not os.path.lexists(file):
+def _read(path: str | Path) -> _Object:
+    file = f"{str(path).rstrip('/')}/{INDEX_NAME}"
+    if is_url(path):
+        place = fetched(str(path), INDEX_NAME, _MAX_INDEX_BYTES)
+    else:
+        place = Path(path, INDEX_NAME)
+        file = str(place)
+    if not os.path.lexists(place):
         raise DataError(
-            f"{file}: missing, so {directory} holds no finished data. "
+            f"{file}: missing, so {path} holds no finished data. "
             f"Run modtrain prepare; an interrupted one is resumed."
         )
     try:
-        content = read_json(file, _MAX_INDEX_BYTES)
+        content = read_json(place, _MAX_INDEX_BYTES, _Patterns().replace)
     except UnreadableError as error:
-        raise DataError(f"{directory}/{error}. {DAMAGED}") from None
+        raise DataError(f"{path}/{error}. {DAMAGED}") from None
     checked = _Object(file, content)
     version = checked.integer("version")
     if version != INDEX_VERSION:
@@ -352,12 +393,31 @@ def _summary(content: _Object) -> IndexSummary:
     return summary
 
 
+class _Patterns:
+    """Lists of members that were read: equal ones are one object, as of nearly all shards.
+
+    Without this, an index of 100,000 shards takes a gigabyte.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]] = {}
+
+    def replace(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Put tuples in the place of a shard's members, if they are what they must be."""
+        members = content.get("members")
+        if isinstance(members, list) and all(map(_is_member, members)):
+            pattern = tuple(map(tuple, members))
+            content["members"] = self._seen.setdefault(pattern, pattern)
+        return content
+
+
 def _shard(content: _Object, summary: IndexSummary) -> Shard:
     num_bytes = content.integer("bytes")
     if num_bytes % _TAR_BLOCK:
         content.fail(f"{content.where}bytes is {num_bytes}, which no tar file has")
     members = content.content.get("members")
-    if not isinstance(members, list) or not all(map(_is_member, members)):
+    # JSON has no tuples: it is one that was checked.
+    if not isinstance(members, tuple):
         content.fail(f"{content.where}members is not a list of [offset, sequences]")
     sequence_bytes = (summary.seq_len + 1) * ITEM_SIZES[summary.dtype]
     end = 0
@@ -367,7 +427,7 @@ def _shard(content: _Object, summary: IndexSummary) -> Shard:
         end = offset + count * sequence_bytes
     # A name with a separator could lead out of the directory.
     name = content.text("name", _SHARD_NAME)
-    return Shard(name, num_bytes, content.text("sha256", _SHA256), tuple(map(tuple, members)))
+    return Shard(name, num_bytes, content.text("sha256", _SHA256), members)
 
 
 def _side_files(content: _Object) -> dict[str, SideFile]:

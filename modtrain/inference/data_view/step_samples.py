@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rich.console import Console
 from rich.table import Table
@@ -39,14 +39,14 @@ class Sample:
     """One sample of a step.
 
     position: in the run's stream, from 0. source: name of it in a mixture, else empty. number: in
-    the source. shard, byte: where its tokens begin. tokens: S + 1 of them: inputs and the last
-    target. documents: that they are of, in order.
+    the source. shard, byte: path or URL of the file, and where its tokens begin there. tokens:
+    S + 1 of them: inputs and the last target. documents: that they are of, in order.
     """
 
     position: int
     source: str
     number: int
-    shard: Path
+    shard: Path | str
     byte: int
     tokens: list[int]
     documents: list[SampleDocument]
@@ -89,7 +89,7 @@ def _plain(sample: Sample) -> dict[str, object]:
 
 def _text_lines(sample: Sample, max_chars: int) -> Iterator[str]:
     source = f"{sample.source}, " if sample.source else ""
-    place = f"{sample.shard.name}, byte {sample.byte:,}"
+    place = f"{PurePosixPath(sample.shard).name}, byte {sample.byte:,}"
     yield f"═══ position {sample.position:,}: {source}sample {sample.number:,}, {place}"
     for document in sample.documents:
         yield f"─── {document.origin}, {document.extent}"
@@ -119,7 +119,7 @@ def _table(samples: list[Sample], config: DataViewConfig, width: int) -> Table:
 
 
 def _rows(sample: Sample, max_chars: int) -> Iterator[list[str]]:
-    place = [f"{sample.number:,}", sample.shard.name, f"{sample.byte:,}"]
+    place = [f"{sample.number:,}", PurePosixPath(sample.shard).name, f"{sample.byte:,}"]
     first = [f"{sample.position:,}", sample.source, *place]
     for document in sample.documents:
         text = document.shown_text(min(_LINE_CHARS, max_chars))

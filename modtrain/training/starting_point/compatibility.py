@@ -9,6 +9,7 @@ from modtrain.checkpoint.reading import TensorReader, format_names
 from modtrain.checkpoint.state import MODEL
 from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import CheckpointError, DataError, StartingPointError
+from modtrain.data.remote.files import is_url
 from modtrain.data.stream.index import INDEX_NAME
 from modtrain.models.config import ModelConfig
 from modtrain.training.config import TrainConfig
@@ -61,7 +62,7 @@ def check_weights(
     wrong += _function_changes(config, trained)
     if text := _tokenizer_mismatch(config, parent, trained):
         wrong.append(text)
-        remedies.append(_TOKENIZER_REMEDY.format(path=trained.data.tokenizer_path))
+        remedies.append(_TOKENIZER_REMEDY.format(path=trained.data.tokenizer_location))
     if wrong:
         remedies += _remedies(config, trained.model, tensors, there)
         lines = "".join(f"  {line}\n" for line in wrong)
@@ -154,19 +155,20 @@ def _tokenizer_mismatch(config: TrainConfig, parent: RunDirectory, trained: Trai
     """Return how the data's tokens differ from those of the weights; empty if they do not."""
     if not config.init.check_tokenizer:
         return ""
-    data, file = config.data.summary(), trained.data.tokenizer_path
+    data, there = config.data.summary(), trained.data.tokenizer_location
     if data.fingerprint == parent.read_manifest()["data_fingerprint"]:
         return ""
     try:
         expected = with_found_data(parent, trained).data.summary().tokenizer_sha256
     except DataError:
-        if not file.is_file() or (file.parent / INDEX_NAME).exists():
+        file = Path(there)
+        if is_url(there) or not file.is_file() or (file.parent / INDEX_NAME).exists():
             where = trained.data.location
             return f"tokenizer: unknown, for {where} has not the data of {parent.path}"
         # The data were removed, and the tokenizer was kept.
         expected = file_sha256(file)
     is_same = data.tokenizer_sha256 == expected
-    return "" if is_same else f"tokenizer: {config.data.location} has another one than {file}"
+    return "" if is_same else f"tokenizer: {config.data.location} has another one than {there}"
 
 
 def _remedies(

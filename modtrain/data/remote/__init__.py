@@ -1,0 +1,11 @@
+"""Prepared directories behind a URL: only where the bytes come from differs, not their order.
+
+``files``    read files below a URL by fsspec: in parallel, with time limits, and again
+``fetched``  small files of a URL, such as its index, as files of this process
+``cache``    whole shards on the node's disk, shared by its processes
+``shards``   the shards of one index, from the cache or by ranges
+``dataset``  the samples of a split from there
+``fill``     which shards the node fetches ahead, by the order of the samples
+
+``files``, ``fetched`` and ``cache`` import neither torch nor numpy. Nothing is imported here.
+"""

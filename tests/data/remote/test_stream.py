@@ -1,0 +1,316 @@
+"""Batches from behind a URL are those of the directory on disk; what goes wrong is named."""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from modtrain.common.errors import ConfigError, DataError, raise_if_any
+from modtrain.data.config import DataConfig
+from modtrain.data.mixture.config import SourceConfig
+from modtrain.data.remote import files
+from modtrain.data.remote.cache import ShardCache
+from modtrain.data.remote.fill import Upcoming, open_filler
+from modtrain.data.remote.shards import RemoteShards
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.data.stream.index import ShardIndex, read_summary
+from tests.data.remote.servers import FaultyServer
+
+
+@pytest.fixture(autouse=True)
+def _no_long_waits(monkeypatch):
+    monkeypatch.setattr(files, "_FIRST_WAIT", 0.01)
+
+
+@pytest.fixture
+def server(prepared):
+    with FaultyServer(prepared).serving() as server:
+        yield server
+
+
+def module(path, cache, world_size=1, rank=0, num_steps=6, **changes):
+    """Batches of 12 samples a step, of all ranks."""
+    sources = {} if isinstance(path, str | os.PathLike) else path
+    own = {"path": "" if sources else str(path), "sources": sources, "cache_dir": str(cache)}
+    data = TokenDataModule(
+        DataConfig(**{**own, **changes}),
+        micro_batch_size=3,
+        accumulate=4 // world_size,
+        num_steps=num_steps,
+        eval_batch_size=4,
+    )
+    share = {"num_replicas": world_size, "rank": rank}
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=share, num_nodes=1)  # type: ignore
+    return data
+
+
+def tokens(data):
+    return [torch.cat([b.inputs_BS, b.targets_BS[:, -1:]], 1) for b in data.train_dataloader()]
+
+
+def step_rows(path, cache, world_size, **changes):
+    """All batches of all ranks in the order of the stream."""
+    ranks = [tokens(module(path, cache, world_size, r, **changes)) for r in range(world_size)]
+    return torch.cat([torch.cat(batches) for batches in zip(*ranks, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "cache_bytes"),
+    [
+        (1, 0),
+        pytest.param(2, 100_000, marks=pytest.mark.slow),
+        pytest.param(4, None, marks=pytest.mark.slow),
+    ],
+)
+def test_the_order_is_that_of_the_directory(prepared, server, tmp_path, world_size, cache_bytes):
+    expected = step_rows(prepared, tmp_path, 1)
+    rows = step_rows(server.url, tmp_path, world_size, cache_bytes=cache_bytes)
+    assert rows.equal(expected)
+
+
+def test_seeds_positions_and_fingerprints_are_those_of_the_directory(prepared, server, tmp_path):
+    local, remote = module(prepared, tmp_path), module(server.url, tmp_path)
+    assert remote.fingerprint == local.fingerprint
+    assert remote.sample_numbers(3) == local.sample_numbers(3)
+    for data in (local, remote):
+        data.start_step, data.skipped_samples = 2, [(30, 40)]
+    expected = tokens(local)
+    assert [rows.tolist() for rows in tokens(remote)] == [rows.tolist() for rows in expected]
+    held_out = [torch.cat([b.inputs_BS for b in d.val_dataloader()]) for d in (local, remote)]
+    assert held_out[0].equal(held_out[1])
+    number = local.sample_numbers(2)[0]
+    (shard, byte), (url, remote_byte) = (d.train_data.locate(number) for d in (local, remote))
+    assert (url, remote_byte) == (f"{server.url}/train/{shard.name}", byte)
+
+
+@pytest.mark.slow
+def test_a_mixture_may_have_both(prepared, server, tmp_path):
+    def mixture(web):
+        return {"web": SourceConfig(str(web), 3.0), "code": SourceConfig(str(prepared), 1.0)}
+
+    expected = step_rows(mixture(prepared), tmp_path, 1)
+    assert step_rows(mixture(server.url), tmp_path, 2).equal(expected)
+
+
+@pytest.mark.slow
+def test_a_shard_that_comes_whole_is_read_from_the_disk(prepared, server, tmp_path):
+    data = module(server.url, tmp_path, verify="sha256")
+    expected = tokens(module(prepared, tmp_path))
+    whole = sum(s.num_bytes for part in data.indexes[""].shards.values() for s in part)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) == whole
+    before = server.num_requests
+    assert [rows.tolist() for rows in tokens(data)] == [rows.tolist() for rows in expected]
+    assert server.num_requests == before
+    # Another run finds them there.
+    tokens(module(server.url, tmp_path, verify="sha256"))
+    assert server.num_requests - before < 10
+    with pytest.raises(DataError, match=r"data\.verify=sha256 needs all .* raise data.cache_bytes"):
+        tokens(module(server.url, tmp_path, verify="sha256", cache_bytes=1000))
+
+
+def shards_of(url, cache, split="train", cache_bytes=None, timeout=5.0):
+    index = ShardIndex.load(url, "none")
+    return RemoteShards(index, split, ShardCache(cache, cache_bytes), timeout)
+
+
+def test_one_process_fetches_and_the_others_wait(server, tmp_path):
+    shards = [shards_of(server.url, tmp_path / "cache") for _ in range(4)]
+    server.kind, server.every = "slow", 1
+    before, found = server.num_requests, []
+    threads = [threading.Thread(target=lambda s=s: found.append(s.fetch(0))) for s in shards]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 4
+    # Its size, and its content.
+    assert server.num_requests - before == 2
+
+
+def test_a_damaged_file_of_the_cache_is_fetched_again(server, tmp_path):
+    shards = shards_of(server.url, tmp_path)
+    assert shards.fetch(0)
+    (path,) = tmp_path.glob("*.tar")
+    content = path.read_bytes()
+    path.write_bytes(content[:-512])
+    assert shards.read([(0, 100, 200)]) == [content[100:200]]
+    assert not path.exists()
+    assert shards.fetch(0)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_full_or_gone_loses_nothing_and_says_so_once(
+    prepared, server, tmp_path, monkeypatch, caplog
+):
+    expected = torch.cat(tokens(module(prepared, tmp_path)))
+    monkeypatch.setattr(ShardCache, "_free_bytes", lambda self: 10)
+    data = module(server.url, tmp_path / "full", cache_bytes=1e9)
+    assert torch.cat(tokens(data)).equal(expected)
+    assert len(list(data.val_dataloader())) > 1
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    gone = module(server.url, tmp_path / "file/cache", cache_bytes=1e9)
+    assert len(list(gone.val_dataloader())) > 1
+    assert torch.cat(tokens(gone)).equal(expected)
+    warnings = [r.message for r in caplog.records if "data.cache_dir" in r.getMessage()]
+    assert len(warnings) <= 4
+    assert any("a disk that is full" in text for text in map(str, caplog.messages))
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_not_what_the_index_says_is_named(copy_server, tmp_path):
+    root, server = copy_server
+    shard = root / "train/shard-000001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + b"x")
+    shards = shards_of(server.url, tmp_path)
+    with pytest.raises(DataError, match=r"http://.*train/shard-000001.tar: has not the checksum"):
+        shards.fetch(1)
+    assert not list(tmp_path.glob("*.tar")) + list(tmp_path.glob(".*"))
+    shard.write_bytes(content[:-512])
+    with pytest.raises(DataError, match=r"shard-000001.tar: has .* bytes on the server, not"):
+        shards.read([(1, 600, 700)])
+    shard.write_bytes(b"x" * len(content))
+    with pytest.raises(DataError, match=r"shard-000001.tar: no tokens where the index has them"):
+        shards.read([(1, 600, 700)])
+    # It may be changed once it was looked at.
+    assert shards.read([(0, 600, 700)])
+    first = root / "train/shard-000000.tar"
+    first.write_bytes(first.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"shard-000000.tar: was changed on the server"):
+        shards.read([(0, 600, 700)])
+    first.unlink()
+    with pytest.raises(DataError, match=r"shard-000000.tar: there is no such file"):
+        shards_of(server.url, tmp_path).read([(0, 600, 700)])
+
+
+@pytest.fixture
+def copy_server(prepared, tmp_path_factory):
+    root = tmp_path_factory.mktemp("copy") / "data"
+    shutil.copytree(prepared, root)
+    with FaultyServer(root).serving() as server:
+        yield root, server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["throttle", "drop", "slow"])
+def test_what_fails_now_and_then_is_asked_for_again(prepared, server, tmp_path, kind):
+    expected = torch.cat(tokens(module(prepared, tmp_path)))
+    server.kind, server.every = kind, 7
+    assert torch.cat(tokens(module(server.url, tmp_path, cache_bytes=0))).equal(expected)
+    assert server.num_faults > 1
+
+
+@pytest.mark.slow
+def test_what_always_fails_is_named(server, tmp_path, monkeypatch):
+    shards = shards_of(server.url, tmp_path, timeout=0.2)
+    monkeypatch.setattr(files, "_LONGEST_WAIT", 0.01)
+    server.every, server.stall_seconds = 1, 1.0
+    for kind, words in (
+        ("forbid", "403"),
+        ("throttle", "503"),
+        ("stall", r"gave no answer in 0.2 s, 7 times.*fetch_timeout"),
+    ):
+        server.kind = kind
+        with pytest.raises(DataError, match=rf"train/shard-000000.tar: .*{words}"):
+            shards.read([(0, 600, 700)])
+
+
+def test_a_url_that_cannot_be_read_is_a_problem_of_the_configuration():
+    def message(url):
+        with pytest.raises(ConfigError) as caught:
+            raise_if_any(DataConfig(path=url).problems("data"))
+        return str(caught.value)
+
+    assert "data.path=nothing://x: has the protocol nothing" in message("nothing://x")
+    assert "remedy: pip install 'modtrain[gcs]'" in message("gs://bucket/data")
+    assert "has a query" in message("https://example.org/data?signature=5")
+    source = SourceConfig("nothing://x")
+    with pytest.raises(ConfigError, match=r"data.sources.web.path=nothing://x"):
+        raise_if_any(DataConfig(sources={"web": source}).problems("data"))
+
+
+def test_an_index_that_is_not_there_names_the_url(server):
+    problems = DataConfig(path=f"{server.url}/nowhere").shard_problems("data")
+    assert "/nowhere/index.json: there is no such file" in str(problems[0])
+
+
+def filler_of(data, num_nodes=1, num_samples=10**6, lookup=None):
+    data.trainer.num_nodes = num_nodes
+    order = data.order
+    upcoming = Upcoming(
+        num_samples,
+        lookup or (lambda first, count: order.lookup(torch.arange(first, first + count).numpy())),
+        num_nodes,
+        read_ahead=0,
+    )
+    return open_filler([(0, data.train_data)], data.indexes.values(), upcoming)
+
+
+def test_without_shuffling_the_next_shards_come_first_and_the_last_needed_go(server, tmp_path):
+    plain = module(server.url, tmp_path, shuffle=False)
+    shards = plain.train_data.shards.shards
+    size, valid = shards[0].num_bytes, plain.indexes[""].shards["valid"]
+    room = 3 * size + sum(shard.num_bytes for shard in valid) + 512
+    data = module(server.url, tmp_path, shuffle=False, cache_bytes=float(room))
+    names = {shard.sha256: number for number, shard in enumerate(shards)}
+    epoch = len(data.train_data)
+    filler = filler_of(data, num_samples=epoch)
+    for first in range(len(shards) - 3):
+        filler.position = data.train_data.first_numbers[first]
+        filler.fill()
+        there = sorted(names[path.stem] for path in tmp_path.glob("*.tar"))
+        assert there == [first, first + 1, first + 2]
+
+
+@pytest.mark.slow
+def test_a_shuffled_run_takes_whole_shards_where_it_reads_them_all(server, tmp_path):
+    one_epoch = len(module(server.url, tmp_path).train_data)
+    for num_nodes, epochs, comes in ((1, 1, True), (2, 1, False), (2, 2, True)):
+        data = module(server.url, tmp_path / f"{num_nodes}-{epochs}")
+        # A window of a part of the epoch, as of a corpus that is large.
+        order = data.order
+        part = lambda first, count, o=order: o.lookup(torch.arange(first, first + 64).numpy())  # noqa: E731
+        filler = filler_of(data, num_nodes, epochs * one_epoch, part)
+        filler.fill()
+        found = len(list((tmp_path / f"{num_nodes}-{epochs}").glob("*.tar")))
+        assert (found > 1) == comes
+
+
+def test_the_index_is_read_once_by_a_process(server, tmp_path):
+    config = DataConfig(path=server.url, cache_dir=str(tmp_path))
+    read_summary(server.url)
+    before = server.num_requests
+    config.summary()
+    assert config.shard_problems("data") == []
+    assert server.num_requests == before
+    assert config.tokenizer_path.read_bytes().startswith(b"{")
+
+
+def test_an_index_of_many_like_shards_is_small(copy_server):
+    root, _ = copy_server
+    index = ShardIndex.load(root, "none")
+    members = {id(shard.members) for shard in index.shards["train"][:-1]}
+    content = json.loads((root / "index.json").read_text())
+    assert len(members) == len(
+        {json.dumps(shard["members"]) for shard in content["splits"]["train"]["shards"][:-1]}
+    )
+
+
+@pytest.mark.slow
+def test_an_error_of_the_filler_reaches_the_run(copy_server, tmp_path, caplog):
+    root, server = copy_server
+    for shard in (root / "train").glob("*.tar"):
+        # Behind the header and the tokens: what ranges do not see.
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    caplog.set_level(logging.ERROR)
+    with pytest.raises(DataError, match="has not the checksum"):
+        for _ in module(server.url, tmp_path, num_steps=60, shuffle=False).train_dataloader():
+            time.sleep(0.2)
