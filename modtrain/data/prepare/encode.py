@@ -12,10 +12,13 @@ import numpy as np
 from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
+from modtrain.data.config import DEFAULT_MAX_FLAWS
+from modtrain.data.prepare.flaws import Flaw
 from modtrain.data.prepare.lost_text import LostText
-from modtrain.data.prepare.readers import Flaw, UnitReader
+from modtrain.data.prepare.readers import UnitReader
 from modtrain.data.prepare.request import without_later_options
 from modtrain.data.prepare.sources import SourceFile
+from modtrain.data.prepare.storage import open_source
 from modtrain.data.prepare.tokenizer import DocumentEncoder, SplitChooser
 from modtrain.data.prepare.units import Unit
 from modtrain.data.stream.index import SPLITS
@@ -46,6 +49,8 @@ class EncodeJob:
     max_document_bytes: int
     separator: str | None = None
     split_at: str = "document"
+    text_template: str | None = None
+    max_flaws: int = DEFAULT_MAX_FLAWS
 
     @property
     def key(self) -> str:
@@ -87,6 +92,11 @@ class UnitRecord:
     )
     flaws: dict[str, int] = field(default_factory=dict)
     examples: list[Flaw] = field(default_factory=list)
+
+    @property
+    def num_flaws(self) -> int:
+        """Flaws of all kinds."""
+        return sum(self.flaws.values())
 
     def count(self, flaw: Flaw) -> None:
         """Note one flaw."""
@@ -130,7 +140,9 @@ def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
     encoder = DocumentEncoder.of_file(job.tokenizer, job.tokenizer_sha256)
     chooser = SplitChooser(job.seed, job.valid_fraction, job.split_at)
     record = UnitRecord()
-    reader = UnitReader(job.unit, job.text_column, job.max_document_bytes, job.separator)
+    reader = UnitReader(
+        job.unit, job.text_column, job.max_document_bytes, job.separator, job.text_template
+    )
     for texts in _batches(reader, record, job, encoder.lost_text):
         parts = [part for text in texts for part in chooser.parts(text).items()]
         encoded = encoder.encode([text for _, text in parts])
@@ -163,6 +175,8 @@ def _batches(
             if job.on_error == "stop":
                 raise DataError(f"{in_file(document, job.unit)}. on_error=skip leaves it out.")
             record.count(document)
+            if job.on_error == "limit" and record.num_flaws > job.max_flaws:
+                raise DataError(too_many_flaws(in_file(document, job.unit), job.max_flaws))
             continue
         batch.append(document)
         size += len(document)
@@ -173,13 +187,21 @@ def _batches(
         yield batch
 
 
+def too_many_flaws(last: Flaw, max_flaws: int) -> str:
+    """Return the message of a corpus with more flaws than ``on_error=limit`` allows."""
+    return (
+        f"more than max_flaws={max_flaws:,} documents have flaws; one of them: {last}."
+        " Raise max_flaws, or on_error=skip leaves out whatever their number is."
+    )
+
+
 def in_file(flaw: Flaw, unit: Unit) -> Flaw:
     """A flaw with its line counted from the start of the file rather than of the unit."""
     before = 0
     if unit.kind == "jsonl" and unit.start:
         # The line that holds the byte before the range is not the unit's, but counts.
         before, left = 1, unit.start - 1
-        with Path(flaw.path).open("rb") as file:
+        with open_source(flaw.path) as file:
             while left and (part := file.read(min(left, _COUNTED_BYTES))):
                 before += part.count(b"\n")
                 left -= len(part)

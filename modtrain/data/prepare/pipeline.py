@@ -32,7 +32,9 @@ from modtrain.data.prepare.encode import (
     UnitRecord,
     encode_unit,
     finished_record,
+    too_many_flaws,
 )
+from modtrain.data.prepare.flaws import FLAW_KINDS, Flaw
 from modtrain.data.prepare.pack import (
     PackLayout,
     TokenFile,
@@ -40,7 +42,6 @@ from modtrain.data.prepare.pack import (
     plan_shards,
     write_shard,
 )
-from modtrain.data.prepare.readers import FLAW_KINDS, Flaw
 from modtrain.data.prepare.request import (
     REQUEST_NAME,
     TIMES,
@@ -137,7 +138,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     if (output / INDEX_NAME).exists():
         return _report_of_finished(output, request)
     with _work_directory(output) as work:
-        units = plan_units(files, config.text_column)
+        units = plan_units(files, config.text_column, config.text_template)
         tokenizer = _ensure_tokenizer(config, units, output, work)
         layout = PackLayout(
             config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
@@ -145,6 +146,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         records, tokens = _encode(config, units, tokenizer, work=work, progress=progress)
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
         flaws = _flaw_counts(records)
+        _refuse_many_flaws(config, units, records)
         _refuse_empty_split(splits, _examples(units, records), flaws, config)
         shards = _pack(config, tokens, layout, output=output, work=work, progress=progress)
         summary = IndexSummary(
@@ -167,7 +169,9 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
 
 
 def _refuse_unused_separator(config: PrepareConfig, files: Sequence[SourceFile]) -> None:
-    if config.separator is not None and all(file.kind != "text" for file in files):
+    if config.separator is not None and all(
+        file.kind.partition(".")[0] != "text" for file in files
+    ):
         reason, remedy = "is for .txt files, and the sources have none", "leave it out"
         raise ConfigError([Problem("separator", config.separator, reason, remedy)])
 
@@ -268,6 +272,7 @@ def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path)
             text_column=config.text_column,
             max_document_bytes=config.max_document_bytes,
             separator=config.separator_text,
+            text_template=config.text_template,
         )
         content = train_tokenizer(texts, config.tokenizer.vocab_size)
         write_bytes(trained, content, work / "staging")
@@ -297,6 +302,8 @@ def _encode(
             max_document_bytes=config.max_document_bytes,
             separator=config.separator_text,
             split_at=config.split_at,
+            text_template=config.text_template,
+            max_flaws=config.max_flaws,
         )
         for unit in units
     ]
@@ -386,6 +393,14 @@ def _remedy_for_empty_split(splits: dict[str, SplitSummary], config: PrepareConf
 def _flaw_counts(records: Sequence[UnitRecord]) -> dict[str, int]:
     kinds = sorted({kind for record in records for kind in record.flaws})
     return {kind: sum(record.flaws.get(kind, 0) for record in records) for kind in kinds}
+
+
+def _refuse_many_flaws(
+    config: PrepareConfig, units: Sequence[Unit], records: Sequence[UnitRecord]
+) -> None:
+    count = sum(record.num_flaws for record in records)
+    if config.on_error == "limit" and count > config.max_flaws:
+        raise DataError(too_many_flaws(_examples(units, records)[-1], config.max_flaws))
 
 
 def _examples(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[Flaw]:

@@ -15,7 +15,7 @@ from modtrain.data.prepare.sources import SourceFile
 REQUEST_NAME = ".prepared.json"
 TIMES = "times of change"
 # Options that earlier versions did not have.
-_LATER = ("separator", "split_at", "max_document_bytes")
+_LATER = ("separator", "split_at", "max_document_bytes", "text_template", "max_flaws")
 
 
 def request_of(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def request_of(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, 
     if path is not None:
         options["tokenizer"] = {"sha256": file_sha256(Path(path))}
     options = without_later_options(options)
-    names, sizes = [Path(file.path).name for file in files], [file.size for file in files]
+    names, sizes = [file.name for file in files], [file.size for file in files]
     times = digest([file.mtime_ns for file in files])
     return {**options, "files": len(files), "contents": digest([names, sizes]), TIMES: times}
 

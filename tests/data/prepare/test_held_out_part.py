@@ -139,12 +139,12 @@ def test_a_line_end_is_written_with_a_backslash(written):
 
 
 @pytest.mark.parametrize("address", ["https://x.org/a/input.txt", "s3://bucket/x", "hf://a/b"])
-def test_an_address_is_no_file(address):
-    config = PrepareConfig(sources=[address], output="out")
+def test_an_address_is_a_source_and_no_file(address):
+    config = PrepareConfig(sources=[address], output=address)
     config.tokenizer.path = address
     problems = {problem.key: problem for problem in config.problems()}
-    assert set(problems) == {"sources", "tokenizer.path"}
-    assert "first" in problems["sources"].remedy
+    assert set(problems) == {"output", "tokenizer.path"}
+    assert "first" in problems["output"].remedy
     assert [p.key for p in DataConfig(path=address).problems("data")] == ["data.path"]
 
 
