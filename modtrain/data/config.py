@@ -22,6 +22,8 @@ from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summar
 VERIFY_LEVELS = ("size", "sha256", "none")
 ERROR_POLICIES = ("skip", "stop", "limit")
 DEFAULT_MAX_FLAWS = 100
+TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
+DEFAULT_TOKEN_COLUMN = "tokens"  # noqa: S105
 SPLIT_AT = ("document", "line")
 # The 256 bytes and the end-of-document token: a byte-level vocabulary cannot be smaller.
 SMALLEST_VOCAB = 257
@@ -205,12 +207,17 @@ class PrepareConfig:
         ``pipe:COMMAND``, which runs a command that prints a tar archive.
         Known are .txt (one file, one document), .jsonl, .csv and .tsv, WebDataset .tar (a sample,
         a document), each also with .gz, .zst, .bz2 or .xz, .parquet, .arrow and .feather, and
-        folders that ``datasets`` saved.
+        folders that ``datasets`` saved. Token numbers: .bin with .idx (Megatron), .bin and .npy
+        (nanoGPT, llm.c, OLMo), and the folders of MosaicML and LitData, all with
+        ``tokenizer.path``.
     output: directory to write.
     text_column: key or column that holds a document's text, or a path to it, such as
         ``messages.0.content``.
     text_template: a document's text out of several fields, such as ``{title}\n{body}``, in place of
         ``text_column``; a brace itself is written twice.
+    token_dtype: of token numbers in files that do not tell it; null takes the smallest that the
+        vocabulary fits in, and 64 bits for bytes in MosaicML's shards.
+    token_column: column that holds the token numbers in MosaicML's shards.
     tokenizer: which tokenizer.
     seq_len: tokens a stored sequence is trained on; it holds one more, the last target.
     sequences_per_sample: sequences packed in one sample of a tar shard.
@@ -233,6 +240,8 @@ class PrepareConfig:
     output: str = ""
     text_column: str = "text"
     text_template: str | None = None
+    token_dtype: str | None = None
+    token_column: str = DEFAULT_TOKEN_COLUMN
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     seq_len: int = 256
     sequences_per_sample: int = 64
@@ -265,6 +274,7 @@ class PrepareConfig:
             *at_least(self, "", 1, "seq_len", "sequences_per_sample", "samples_per_shard"),
             *at_least(self, "", 1 << 10, "max_document_bytes"),
             *at_least(self, "", 0, "num_workers", "seed", "max_flaws"),
+            *([] if self.token_dtype is None else one_of(self, "", "token_dtype", TOKEN_DTYPES)),
             *template_problems(self.text_template, self.text_column),
         ]
         if self.separator == "":

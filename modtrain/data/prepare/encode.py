@@ -12,13 +12,14 @@ import numpy as np
 from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
-from modtrain.data.config import DEFAULT_MAX_FLAWS
+from modtrain.data.config import DEFAULT_MAX_FLAWS, DEFAULT_TOKEN_COLUMN
 from modtrain.data.prepare.flaws import Flaw
 from modtrain.data.prepare.lost_text import LostText
 from modtrain.data.prepare.readers import UnitReader
 from modtrain.data.prepare.request import without_later_options
 from modtrain.data.prepare.sources import SourceFile
 from modtrain.data.prepare.storage import open_source
+from modtrain.data.prepare.tokenized.documents import TokenReader, Vocabulary
 from modtrain.data.prepare.tokenizer import DocumentEncoder, SplitChooser
 from modtrain.data.prepare.units import Unit
 from modtrain.data.stream.index import SPLITS
@@ -51,6 +52,8 @@ class EncodeJob:
     split_at: str = "document"
     text_template: str | None = None
     max_flaws: int = DEFAULT_MAX_FLAWS
+    token_dtype: str | None = None
+    token_column: str = DEFAULT_TOKEN_COLUMN
 
     @property
     def key(self) -> str:
@@ -83,7 +86,8 @@ class UnitRecord:
     """What came of a unit.
 
     num_lines: lines read, with which the next unit of the same file numbers its own.
-    flaws: kind → count. examples: the first few of each kind.
+    flaws: kind → count. examples: the first few of each kind. num_open_ends: blocks of tokens of
+    which it is not known where their document ends.
     """
 
     num_lines: int = 0
@@ -92,6 +96,7 @@ class UnitRecord:
     )
     flaws: dict[str, int] = field(default_factory=dict)
     examples: list[Flaw] = field(default_factory=list)
+    num_open_ends: int = 0
 
     @property
     def num_flaws(self) -> int:
@@ -114,7 +119,8 @@ def finished_record(job: EncodeJob) -> UnitRecord | None:
         content = read_json(job.record_file)
         splits = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
         examples = [Flaw(**flaw) for flaw in content["examples"]]
-        return UnitRecord(content["num_lines"], splits, content["flaws"], examples)
+        open_ends = content.get("num_open_ends", 0)
+        return UnitRecord(content["num_lines"], splits, content["flaws"], examples, open_ends)
     except (UnreadableError, KeyError, TypeError, AttributeError):
         # Damaged: the unit is encoded again.
         return None
@@ -128,12 +134,51 @@ def encode_unit(job: EncodeJob) -> UnitRecord:
     staging = Path(job.work) / "staging"
     train, valid = (job.token_file(split) for split in SPLITS)
     with atomic_writer(train, staging) as train_file, atomic_writer(valid, staging) as valid_file:
-        record = _encode(job, {"train": train_file, "valid": valid_file})
+        write = _copy_tokens if job.unit.files[0].has_tokens else _encode
+        record = write(job, {"train": train_file, "valid": valid_file})
     for file in job.unit.files:
         if SourceFile.of(file.path) != file:
             raise DataError(f"{file.path}: changed while it was read. Run prepare again.")
     write_json(job.record_file, asdict(record), staging)
     return record
+
+
+def _copy_tokens(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
+    """Write the documents of a file that has tokens already."""
+    chooser, record = SplitChooser(job.seed, job.valid_fraction), UnitRecord()
+    (file,) = job.unit.files
+    reader = TokenReader(
+        file,
+        Vocabulary.of_file(job.tokenizer, job.tokenizer_sha256),
+        default_dtype=job.dtype,
+        dtype=job.token_dtype,
+        column=job.token_column,
+        max_bytes=job.max_document_bytes,
+    )
+    dtype = np.dtype(job.dtype).newbyteorder("<")
+    for document in reader:
+        if isinstance(document, Flaw):
+            _count(document, record, job)
+            continue
+        split = "valid" if chooser.is_valid(document.tokens.astype("<u4").tobytes()) else "train"
+        outputs[split].write(document.tokens.astype(dtype).tobytes())
+        if document.is_ended:
+            outputs[split].write(np.array([job.eos_id], dtype).tobytes())
+        counts = record.splits[split]
+        counts.num_tokens += len(document.tokens) + document.is_ended
+        counts.num_documents += 1
+        counts.num_bytes += document.num_bytes
+        record.num_open_ends += not document.is_ended
+    return record
+
+
+def _count(flaw: Flaw, record: UnitRecord, job: EncodeJob) -> None:
+    """Note a flaw, or raise the DataError that ``on_error`` asks for."""
+    if job.on_error == "stop":
+        raise DataError(f"{in_file(flaw, job.unit)}. on_error=skip leaves it out.")
+    record.count(flaw)
+    if job.on_error == "limit" and record.num_flaws > job.max_flaws:
+        raise DataError(too_many_flaws(in_file(flaw, job.unit), job.max_flaws))
 
 
 def _encode(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
@@ -172,11 +217,7 @@ def _batches(
         lost = "" if isinstance(read, Flaw) else lost_text.of(read)
         document = Flaw("lost_text", *reader.place, lost) if lost else read
         if isinstance(document, Flaw):
-            if job.on_error == "stop":
-                raise DataError(f"{in_file(document, job.unit)}. on_error=skip leaves it out.")
-            record.count(document)
-            if job.on_error == "limit" and record.num_flaws > job.max_flaws:
-                raise DataError(too_many_flaws(in_file(document, job.unit), job.max_flaws))
+            _count(document, record, job)
             continue
         batch.append(document)
         size += len(document)

@@ -13,6 +13,7 @@ FLAW_KINDS = {
     "damaged": "files that are cut short or corrupt, in whole or in part",
     "too_large": "documents, or what holds them, of more than max_document_bytes",
     "lost_text": "documents with text that the tokenizer cannot spell",
+    "bad_token": "documents with token numbers that the tokenizer does not have",
     "not_a_file": "members of archives that are links, devices or sparse",
 }
 

@@ -134,6 +134,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     output = Path(config.output)
     files = expand_sources(config.sources)
     _refuse_unused_separator(config, files)
+    _refuse_tokens_without_tokenizer(config, files)
     request = request_of(config, files)
     if (output / INDEX_NAME).exists():
         return _report_of_finished(output, request)
@@ -147,6 +148,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
         flaws = _flaw_counts(records)
         _refuse_many_flaws(config, units, records)
+        _tell_unknown_ends(records)
         _refuse_empty_split(splits, _examples(units, records), flaws, config)
         shards = _pack(config, tokens, layout, output=output, work=work, progress=progress)
         summary = IndexSummary(
@@ -174,6 +176,19 @@ def _refuse_unused_separator(config: PrepareConfig, files: Sequence[SourceFile])
     ):
         reason, remedy = "is for .txt files, and the sources have none", "leave it out"
         raise ConfigError([Problem("separator", config.separator, reason, remedy)])
+
+
+def _refuse_tokens_without_tokenizer(config: PrepareConfig, files: Sequence[SourceFile]) -> None:
+    named = [file.path for file in files if file.has_tokens]
+    problems = []
+    if named and config.tokenizer.path is None:
+        reason = f"is null, and {named[0]} holds token numbers"
+        remedy = "name the tokenizer that made them"
+        problems.append(Problem("tokenizer.path", "", reason, remedy))
+    if named and config.split_at == "line":
+        reason = f"cuts texts, and {named[0]} holds token numbers"
+        problems.append(Problem("split_at", "line", reason, "use split_at=document"))
+    raise_if_any(problems)
 
 
 def finish(
@@ -304,6 +319,8 @@ def _encode(
             split_at=config.split_at,
             text_template=config.text_template,
             max_flaws=config.max_flaws,
+            token_dtype=config.token_dtype,
+            token_column=config.token_column,
         )
         for unit in units
     ]
@@ -401,6 +418,15 @@ def _refuse_many_flaws(
     count = sum(record.num_flaws for record in records)
     if config.on_error == "limit" and count > config.max_flaws:
         raise DataError(too_many_flaws(_examples(units, records)[-1], config.max_flaws))
+
+
+def _tell_unknown_ends(records: Sequence[UnitRecord]) -> None:
+    if count := sum(record.num_open_ends for record in records):
+        _log.warning(
+            "%d blocks of token numbers have no end token in their file: where their documents end"
+            " is not known, and no end is marked",
+            count,
+        )
 
 
 def _examples(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[Flaw]:

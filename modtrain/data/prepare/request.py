@@ -15,7 +15,10 @@ from modtrain.data.prepare.sources import SourceFile
 REQUEST_NAME = ".prepared.json"
 TIMES = "times of change"
 # Options that earlier versions did not have.
-_LATER = ("separator", "split_at", "max_document_bytes", "text_template", "max_flaws")
+_LATER = (
+    *("separator", "split_at", "max_document_bytes", "text_template", "max_flaws"),
+    *("token_dtype", "token_column"),
+)
 
 
 def request_of(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, Any]:

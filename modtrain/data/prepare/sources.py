@@ -19,6 +19,8 @@ from modtrain.data.prepare.storage import (
     remote_matches,
     status_of,
 )
+from modtrain.data.prepare.tokenized.kinds import KINDS as TOKEN_KINDS
+from modtrain.data.prepare.tokenized.kinds import token_folder, token_kind
 
 PACKAGE_PREFIX = "package:"
 # What ``datasets`` writes beside the Arrow files of a data set, and of one with several splits.
@@ -40,7 +42,7 @@ KINDS = {
 }
 _KNOWN = (
     f"{', '.join(_STREAMS)}, each also with {', '.join('.' + c for c in COMPRESSIONS)},"
-    " .parquet, .arrow and .feather"
+    " .parquet, .arrow and .feather, and with token numbers .bin, .npy and .mds"
 )
 
 
@@ -48,7 +50,8 @@ _KNOWN = (
 class SourceFile:
     """One file of the corpus.
 
-    kind: one of the values of `KINDS`. size: in bytes; 0 for what a command prints.
+    kind: one of the values of `KINDS`, or of the kinds of token numbers.
+    size: in bytes; 0 for what a command prints.
     mtime_ns: time of its last change, in ns, or what stands for its version where it lies behind an
         address; with the size it tells a changed file.
     """
@@ -64,6 +67,11 @@ class SourceFile:
         return self.kind.partition(".")[2]
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether it holds token numbers in place of text."""
+        return self.kind in TOKEN_KINDS
+
+    @property
     def name(self) -> str:
         """What tells it from others, wherever its folder lies."""
         return file_name(self.path)
@@ -73,6 +81,8 @@ class SourceFile:
         """Look at a file. Raises DataError for a suffix that is not known."""
         if is_command(path):
             return cls(path, "tar", 0, 0)
+        if kind := token_kind(path):
+            return cls(path, kind, *status_of(path))
         name = file_name(path).lower()
         kinds = [kind for suffix, kind in KINDS.items() if name.endswith(suffix)]
         if not kinds:
@@ -122,8 +132,10 @@ def _matches(source: str) -> list[str]:
     pattern = str(Path(_inside_package(source)).expanduser())
     if Path(pattern).is_file():
         return [pattern]
-    if Path(pattern).is_dir() and (saved := _saved_dataset(Path(pattern), source)):
-        return saved
+    if Path(pattern).is_dir():
+        folder = Path(pattern)
+        if saved := _saved_dataset(folder, source) or token_folder(folder):
+            return saved
     # Hidden files and folders stay out, as in a shell.
     # Path.glob takes no absolute pattern.
     paths = glob.glob(pattern, recursive=True)  # noqa: PTH207

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import DataConfig, PrepareConfig, TokenizerConfig
-from modtrain.data.prepare import readers
+from modtrain.data.prepare import decompress
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.readers import UnitReader
 from modtrain.data.prepare.request import REQUEST_NAME
@@ -96,7 +96,7 @@ def test_documents_between_separators_are_read_piece_by_piece(tmp_path_factory, 
     path.write_bytes("".join(parts).encode())
     (unit,) = plan_units(expand_sources([str(path)]), "text")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_CHUNK_BYTES", size)
+        patch.setattr(decompress, "CHUNK_BYTES", size)
         read = list(UnitReader(unit, "text", limit, "--\n"))
     text = path.read_bytes().removeprefix("\ufeff".encode()).replace(b"\r\n", b"\n").decode()
     parts = text.split("--\n")
