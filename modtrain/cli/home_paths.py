@@ -15,10 +15,10 @@ _NAMES = (
     *("runs_dir", "output", "path", "data_path", "file", "input", "points", "run", "from"),
     "sources",
 )
-_HOME = r"~(?:/[^\s,\]'\"]*)?"
+_HOME = r"~(?:/[^\s,\]}'\"]*)?"
 _KEY = re.compile(rf"\+{{0,2}}(?:[\w.]+\.)?(?:{'|'.join(_NAMES)})")
 _WHOLE = re.compile(r"(?P<quote>['\"]?)(?P<path>~(?:/.*)?)(?P=quote)")
-_ITEM = re.compile(rf"(?<=[\[,])(\s*)(['\"]?)({_HOME})\2(?=\s*[,\]])")
+_ITEM = re.compile(rf"(?<=[\[,:])(\s*)(['\"]?)({_HOME})\2(?=\s*[,\]}}])")
 
 
 def expand_words(words: Sequence[str]) -> list[str]:
@@ -30,9 +30,10 @@ def expand_config(config: Any) -> Any:
     """Put the home directory in the place of ``~`` in the paths of ``config``, and return it."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if is_dataclass(value):
-            expand_config(value)
-        elif field.name in _NAMES and isinstance(value, str) and re.match("~(/|$)", value):
+        for part in value.values() if isinstance(value, dict) else [value]:
+            if is_dataclass(part):
+                expand_config(part)
+        if field.name in _NAMES and isinstance(value, str) and re.match("~(/|$)", value):
             setattr(config, field.name, str(Path(value).expanduser()))
     return config
 
@@ -43,7 +44,7 @@ def _expanded(word: str) -> str:
         return word
     if whole := _WHOLE.fullmatch(value.strip()):
         return f"{key}={_home(whole['path'])}"
-    if value.lstrip().startswith("["):
+    if value.lstrip().startswith(("[", "{")):
         value = _ITEM.sub(lambda match: match[1] + _home(match[3]), value)
     return f"{key}={value}"
 

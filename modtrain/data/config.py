@@ -24,11 +24,15 @@ from modtrain.data.mixture.config import (
 )
 from modtrain.data.mixture.schedule import MixtureSchedule, make_schedule
 from modtrain.data.mixture.summary import combined_summary
+from modtrain.data.prepare.text_field import TextField
 from modtrain.data.remote.files import DEFAULT_TIMEOUT, is_url, url_problems
 from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summary, tokenizer_file
 
 VERIFY_LEVELS = ("size", "sha256", "none")
-ERROR_POLICIES = ("skip", "stop")
+ERROR_POLICIES = ("skip", "stop", "limit")
+DEFAULT_MAX_FLAWS = 100
+TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
+DEFAULT_TOKEN_COLUMN = "tokens"  # noqa: S105
 SPLIT_AT = ("document", "line")
 _TASK = re.compile(r"slurm|\d{1,9}/\d{1,9}")
 # The 256 bytes and the end-of-document token: a byte-level vocabulary cannot be smaller.
@@ -226,15 +230,42 @@ class TokenizerConfig:
         ]
 
 
+def template_problems(template: str | None, column: str) -> list[Problem]:
+    """What is wrong with a template of several fields, beside the column that it replaces."""
+    if template is None:
+        return []
+    problems = []
+    try:
+        TextField(column, template)
+    except ValueError as error:
+        remedy = r"write names in braces: 'text_template=\"{title}\\n{body}\"'"
+        problems.append(Problem("text_template", template, str(error), remedy))
+    if column != PrepareConfig.text_column:
+        reason, remedy = "is given, and text_template too", "give one of the two"
+        problems.append(Problem("text_column", column, reason, remedy))
+    return problems
+
+
 @dataclass
 class PrepareConfig:
     r"""A corpus, and the shards to make of it.
 
     sources: files, globs (``**`` recurses) or ``package:NAME/glob`` for files inside an installed
-        Python package. Known are .txt (one file, one document), .jsonl, .jsonl.gz, .jsonl.zst and
-        .parquet.
+        Python package, addresses of any driver of fsspec, such as ``s3://bucket/*.parquet``, or
+        ``pipe:COMMAND``, which runs a command that prints a tar archive.
+        Known are .txt (one file, one document), .jsonl, .csv and .tsv, WebDataset .tar (a sample,
+        a document), each also with .gz, .zst, .bz2 or .xz, .parquet, .arrow and .feather, and
+        folders that ``datasets`` saved. Token numbers: .bin with .idx (Megatron), .bin and .npy
+        (nanoGPT, llm.c, OLMo), and the folders of MosaicML and LitData, all with
+        ``tokenizer.path``.
     output: directory to write.
-    text_column: key (jsonl) or column (parquet) that holds a document's text.
+    text_column: key or column that holds a document's text, or a path to it, such as
+        ``messages.0.content``.
+    text_template: a document's text out of several fields, such as ``{title}\n{body}``, in place of
+        ``text_column``; a brace itself is written twice.
+    token_dtype: of token numbers in files that do not tell it; null takes the smallest that the
+        vocabulary fits in, and 64 bits for bytes in MosaicML's shards.
+    token_column: column that holds the token numbers in MosaicML's shards.
     tokenizer: which tokenizer.
     seq_len: tokens a stored sequence is trained on; it holds one more, the last target.
     sequences_per_sample: sequences packed in one sample of a tar shard.
@@ -244,7 +275,9 @@ class PrepareConfig:
     valid_fraction: share of the text that is held out.
     split_at: ``document``: whole documents are held out, chosen by a hash of seed and text.
         ``line``: the end of each document, from a line on: for one file, or few documents.
-    on_error: ``skip`` counts and skips damaged input, ``stop`` raises at the first.
+    on_error: ``skip`` counts and skips damaged input, ``stop`` raises at the first, ``limit`` where
+        there are more than ``max_flaws``.
+    max_flaws: pieces of damaged input that ``on_error=limit`` leaves out.
     max_document_bytes: a larger document, or line that holds one, is damaged input. Bounds the
         memory that a process needs.
     deduplicate: documents whose whole text stands in an earlier one, of any file, are left out and
@@ -258,6 +291,9 @@ class PrepareConfig:
     sources: list[str] = field(default_factory=list)
     output: str = ""
     text_column: str = "text"
+    text_template: str | None = None
+    token_dtype: str | None = None
+    token_column: str = DEFAULT_TOKEN_COLUMN
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     seq_len: int = 256
     sequences_per_sample: int = 64
@@ -266,6 +302,7 @@ class PrepareConfig:
     valid_fraction: float = 0.05
     split_at: str = "document"
     on_error: str = "skip"
+    max_flaws: int = DEFAULT_MAX_FLAWS
     max_document_bytes: int = 1 << 28
     deduplicate: bool = False
     num_workers: int = 0
@@ -282,7 +319,7 @@ class PrepareConfig:
         """Everything wrong with this configuration."""
         problems = [
             *not_empty(self, "", "sources", "name files: 'sources=[corpus/*.jsonl]'"),
-            *no_addresses(self, "", "sources", "output"),
+            *no_addresses(self, "", "output"),
             *not_empty(self, "", "output", "name a directory: output=data/mine"),
             *not_empty(self, "", "text_column", "text_column=text is usual"),
             *self.tokenizer.problems("tokenizer"),
@@ -290,7 +327,9 @@ class PrepareConfig:
             *one_of(self, "", "split_at", SPLIT_AT),
             *at_least(self, "", 1, "seq_len", "sequences_per_sample", "samples_per_shard"),
             *at_least(self, "", 1 << 10, "max_document_bytes"),
-            *at_least(self, "", 0, "num_workers", "seed"),
+            *at_least(self, "", 0, "num_workers", "seed", "max_flaws"),
+            *([] if self.token_dtype is None else one_of(self, "", "token_dtype", TOKEN_DTYPES)),
+            *template_problems(self.text_template, self.text_column),
         ]
         if self.task is not None and not _TASK.fullmatch(self.task):
             reason, remedy = "is no task", "write task=slurm, or task=0/3, task=1/3 and task=2/3"

@@ -50,6 +50,17 @@ def test_a_tilde_in_a_list_and_in_a_file_is_the_home_directory(home, tmp_path):
     assert composed("train", *words, config_dir=str(tmp_path / "mine")).runs_dir == f"{home}/runs"
 
 
+def test_a_tilde_in_the_sources_of_a_mixture_is_the_home_directory(home, tmp_path):
+    sources = "data.sources={a: {path: ~/a, weight: 2}, b: {path: '~/b'}}"
+    given = composed("plan", "budget.steps=1", "data=mixture", sources)
+    assert given.data.paths == {"a": f"{home}/a", "b": f"{home}/b"}
+    (tmp_path / "mine/data").mkdir(parents=True)
+    file = tmp_path / "mine/data/two.yaml"
+    file.write_text("path: ''\nsources:\n  a: {path: ~/a}\n  b: {path: ~/b}\n")
+    options = {"config_dir": str(tmp_path / "mine")}
+    assert composed("plan", "budget.steps=1", "data=two", **options).data.paths == given.data.paths
+
+
 def test_the_command_line_expands_before_all_else(home, capsys):
     assert cli.main(["config", "train", "name=a", "budget.steps=1", "runs_dir=~/runs"]) == 0
     # YAML may break a line at a blank.

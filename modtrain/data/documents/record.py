@@ -34,6 +34,11 @@ def text_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES).digest()
 
 
+def token_hash(content: bytes) -> bytes:
+    """The hash of a document that came as token numbers."""
+    return hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
+
+
 def packed_record(start: int, line: int, file: int, hashed: bytes, num_bytes: int) -> bytes:
     """One `UNIT_RECORD` as it is stored."""
     return _PACKED.pack(start, line, file, hashed, num_bytes)

@@ -13,10 +13,14 @@ import numpy as np
 from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
-from modtrain.data.documents.record import packed_record, text_hash
-from modtrain.data.prepare.readers import Flaw, UnitReader
+from modtrain.data.config import DEFAULT_MAX_FLAWS, DEFAULT_TOKEN_COLUMN
+from modtrain.data.documents.record import packed_record, text_hash, token_hash
+from modtrain.data.prepare.flaws import Flaw
+from modtrain.data.prepare.readers import UnitReader
 from modtrain.data.prepare.request import without_later_options
 from modtrain.data.prepare.sources import SourceFile
+from modtrain.data.prepare.storage import open_source
+from modtrain.data.prepare.tokenized.documents import TokenReader, Vocabulary
 from modtrain.data.prepare.tokenizer import DocumentEncoder, SplitChooser
 from modtrain.data.prepare.units import Unit
 from modtrain.data.stream.index import SPLITS
@@ -48,6 +52,10 @@ class EncodeJob:
     max_document_bytes: int
     separator: str | None = None
     split_at: str = "document"
+    text_template: str | None = None
+    max_flaws: int = DEFAULT_MAX_FLAWS
+    token_dtype: str | None = None
+    token_column: str = DEFAULT_TOKEN_COLUMN
 
     @property
     def key(self) -> str:
@@ -84,7 +92,8 @@ class UnitRecord:
     """What came of a unit.
 
     num_lines: lines read, with which the next unit of the same file numbers its own.
-    flaws: kind → count. examples: the first few of each kind.
+    flaws: kind → count. examples: the first few of each kind. num_open_ends: blocks of tokens of
+    which it is not known where their document ends.
     """
 
     num_lines: int = 0
@@ -93,6 +102,12 @@ class UnitRecord:
     )
     flaws: dict[str, int] = field(default_factory=dict)
     examples: list[Flaw] = field(default_factory=list)
+    num_open_ends: int = 0
+
+    @property
+    def num_flaws(self) -> int:
+        """Flaws of all kinds."""
+        return sum(self.flaws.values())
 
     def count(self, flaw: Flaw) -> None:
         """Note one flaw."""
@@ -111,7 +126,8 @@ def finished_record(job: EncodeJob) -> UnitRecord | None:
         content = read_json(job.record_file)
         splits = {name: SplitCounts(**counts) for name, counts in content["splits"].items()}
         examples = [Flaw(**flaw) for flaw in content["examples"]]
-        return UnitRecord(content["num_lines"], splits, content["flaws"], examples)
+        open_ends = content.get("num_open_ends", 0)
+        return UnitRecord(content["num_lines"], splits, content["flaws"], examples, open_ends)
     except (UnreadableError, KeyError, TypeError, AttributeError):
         # Damaged: the unit is encoded again.
         return None
@@ -131,7 +147,8 @@ def encode_unit(job: EncodeJob) -> UnitRecord:
             )
             for split in SPLITS
         }
-        record = _encode(job, outputs)
+        write = _copy_tokens if job.unit.files[0].has_tokens else _encode
+        record = write(job, outputs)
     for file in job.unit.files:
         if SourceFile.of(file.path) != file:
             raise DataError(f"{file.path}: changed while it was read. Run prepare again.")
@@ -159,20 +176,54 @@ def _encode(job: EncodeJob, outputs: dict[str, _Output]) -> UnitRecord:
     encoder = DocumentEncoder.of_file(job.tokenizer, job.tokenizer_sha256)
     chooser = SplitChooser(job.seed, job.valid_fraction, job.split_at)
     record = UnitRecord()
-    reader = UnitReader(job.unit, job.text_column, job.max_document_bytes, job.separator)
+    reader = UnitReader(
+        job.unit, job.text_column, job.max_document_bytes, job.separator, job.text_template
+    )
     files = {file.path: number for number, file in enumerate(job.unit.files)}
     for documents in _batches(reader, record, job):
         parts = [chooser.parts(document.text) for document in documents]
         encoded = encoder.encode_documents([list(by_split.values()) for by_split in parts])
         for document, by_split, numbers in zip(documents, parts, encoded, strict=True):
             if isinstance(numbers, str):
-                _count_or_stop(Flaw("lost_text", *document.place, numbers), record, job)
+                _count(Flaw("lost_text", *document.place, numbers), record, job)
                 continue
             path, line = document.place
             place = (line, files[path], text_hash(document.text))
             for (split, text), own in zip(by_split.items(), numbers, strict=True):
                 _write(job, outputs[split], record.splits[split], (text, own), place)
     record.num_lines = reader.num_lines
+    return record
+
+
+def _copy_tokens(job: EncodeJob, outputs: dict[str, _Output]) -> UnitRecord:
+    """Write the documents of a file that has tokens already."""
+    chooser, record = SplitChooser(job.seed, job.valid_fraction), UnitRecord()
+    (file,) = job.unit.files
+    reader = TokenReader(
+        file,
+        Vocabulary.of_file(job.tokenizer, job.tokenizer_sha256, job.eos_id),
+        default_dtype=job.dtype,
+        dtype=job.token_dtype,
+        column=job.token_column,
+        max_bytes=job.max_document_bytes,
+    )
+    dtype = np.dtype(job.dtype).newbyteorder("<")
+    for document in reader:
+        if isinstance(document, Flaw):
+            _count(document, record, job)
+            continue
+        content = document.tokens.astype("<u4").tobytes()
+        split = "valid" if chooser.is_valid(content) else "train"
+        output, counts = outputs[split], record.splits[split]
+        output.tokens.write(document.tokens.astype(dtype).tobytes())
+        if document.is_ended:
+            output.tokens.write(np.array([job.eos_id], dtype).tobytes())
+        place = (reader.number, 0, token_hash(content))
+        output.documents.write(packed_record(counts.num_tokens, *place, document.num_bytes))
+        counts.num_tokens += len(document.tokens) + document.is_ended
+        counts.num_documents += 1
+        counts.num_bytes += document.num_bytes
+        record.num_open_ends += not document.is_ended
     return record
 
 
@@ -211,7 +262,7 @@ def _batches(reader: UnitReader, record: UnitRecord, job: EncodeJob) -> Iterator
             if job.on_error == "stop" and batch:
                 # A document before it may have the first flaw.
                 yield batch
-            _count_or_stop(content, record, job)
+            _count(content, record, job)
             continue
         batch.append(_Document(content, reader.place))
         size += len(content)
@@ -222,10 +273,21 @@ def _batches(reader: UnitReader, record: UnitRecord, job: EncodeJob) -> Iterator
         yield batch
 
 
-def _count_or_stop(flaw: Flaw, record: UnitRecord, job: EncodeJob) -> None:
+def _count(flaw: Flaw, record: UnitRecord, job: EncodeJob) -> None:
+    """Note a flaw, or raise the DataError that ``on_error`` asks for."""
     if job.on_error == "stop":
         raise DataError(f"{in_file(flaw, job.unit)}. on_error=skip leaves it out.")
     record.count(flaw)
+    if job.on_error == "limit" and record.num_flaws > job.max_flaws:
+        raise DataError(too_many_flaws(in_file(flaw, job.unit), job.max_flaws))
+
+
+def too_many_flaws(last: Flaw, max_flaws: int) -> str:
+    """Return the message of a corpus with more flaws than ``on_error=limit`` allows."""
+    return (
+        f"more than max_flaws={max_flaws:,} documents have flaws; one of them: {last}."
+        " Raise max_flaws, or on_error=skip leaves out whatever their number is."
+    )
 
 
 def in_file(flaw: Flaw, unit: Unit) -> Flaw:
@@ -234,7 +296,7 @@ def in_file(flaw: Flaw, unit: Unit) -> Flaw:
     if unit.kind == "jsonl" and unit.start:
         # The line that holds the byte before the range is not the unit's, but counts.
         before, left = 1, unit.start - 1
-        with Path(flaw.path).open("rb") as file:
+        with open_source(flaw.path) as file:
             while left and (part := file.read(min(left, _COUNTED_BYTES))):
                 before += part.count(b"\n")
                 left -= len(part)

@@ -24,7 +24,7 @@ from modtrain.common.atomic_io import (
     write_bytes,
     write_json,
 )
-from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
+from modtrain.common.errors import DataError, Problem, raise_if_any
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.deduplicate import EncodedUnits, without_repeats
 from modtrain.data.prepare.documents import UnitDocuments, lines_before, write_side_files
@@ -34,8 +34,10 @@ from modtrain.data.prepare.encode import (
     UnitRecord,
     encode_unit,
     finished_record,
+    too_many_flaws,
 )
 from modtrain.data.prepare.end_token import chosen_end_token
+from modtrain.data.prepare.flaws import FLAW_KINDS, Flaw
 from modtrain.data.prepare.pack import (
     PackLayout,
     TokenFile,
@@ -43,7 +45,6 @@ from modtrain.data.prepare.pack import (
     plan_shards,
     write_shard,
 )
-from modtrain.data.prepare.readers import FLAW_KINDS, Flaw
 from modtrain.data.prepare.request import (
     REQUEST_NAME,
     TIMES,
@@ -141,13 +142,13 @@ def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
 def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     output = Path(config.output)
     files = expand_sources(config.sources)
-    refuse_unused_separator(config, files)
+    refuse_misfits(config, files)
     end_token = chosen_end_token(config.tokenizer)
     request = request_of(config, files, end_token)
     if (output / INDEX_NAME).exists():
         return report_of_finished(output, request)
     with _work_directory(output) as work:
-        units = plan_units(files, config.text_column)
+        units = plan_units(files, config.text_column, config.text_template)
         tokenizer = ensure_tokenizer(config, units, output, work, work / "staging", end_token)
         layout = PackLayout(
             config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
@@ -160,6 +161,8 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         records = encoded.records
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
         flaws = _flaw_counts(records)
+        _refuse_many_flaws(config, units, records)
+        _tell_unknown_ends(records)
         _refuse_empty_split(splits, _examples(units, records), flaws, config)
         shards = _pack(config, encoded.tokens, layout, output=output, work=work, progress=progress)
         summary = IndexSummary(
@@ -183,11 +186,23 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     return PrepareReport(output, summary, False, _examples(units, records))
 
 
-def refuse_unused_separator(config: PrepareConfig, files: Sequence[SourceFile]) -> None:
-    """Raise ConfigError for a separator where there is no text file."""
-    if config.separator is not None and all(file.kind != "text" for file in files):
+def refuse_misfits(config: PrepareConfig, files: Sequence[SourceFile]) -> None:
+    """Raise ConfigError for options that do not go with the kinds of the files."""
+    problems = []
+    if config.separator is not None and all(
+        file.kind.partition(".")[0] != "text" for file in files
+    ):
         reason, remedy = "is for .txt files, and the sources have none", "leave it out"
-        raise ConfigError([Problem("separator", config.separator, reason, remedy)])
+        problems.append(Problem("separator", config.separator, reason, remedy))
+    named = [file.path for file in files if file.has_tokens]
+    if named and config.tokenizer.path is None:
+        reason = f"is null, and {named[0]} holds token numbers"
+        remedy = "name the tokenizer that made them"
+        problems.append(Problem("tokenizer.path", "", reason, remedy))
+    if named and config.split_at == "line":
+        reason = f"cuts texts, and {named[0]} holds token numbers"
+        problems.append(Problem("split_at", "line", reason, "use split_at=document"))
+    raise_if_any(problems)
 
 
 def finish(
@@ -317,6 +332,7 @@ def _tokenizer_content(
             text_column=config.text_column,
             max_document_bytes=config.max_document_bytes,
             separator=config.separator_text,
+            text_template=config.text_template,
         )
         content = train_tokenizer(texts, config.tokenizer.vocab_size)
         write_bytes(trained, content, staging)
@@ -347,6 +363,10 @@ def encode_jobs(
             max_document_bytes=config.max_document_bytes,
             separator=config.separator_text,
             split_at=config.split_at,
+            text_template=config.text_template,
+            max_flaws=config.max_flaws,
+            token_dtype=config.token_dtype,
+            token_column=config.token_column,
         )
         for unit in units
     ]
@@ -457,6 +477,23 @@ def _remedy_for_empty_split(splits: dict[str, SplitSummary], config: PrepareConf
 def _flaw_counts(records: Sequence[UnitRecord]) -> dict[str, int]:
     kinds = sorted({kind for record in records for kind in record.flaws})
     return {kind: sum(record.flaws.get(kind, 0) for record in records) for kind in kinds}
+
+
+def _refuse_many_flaws(
+    config: PrepareConfig, units: Sequence[Unit], records: Sequence[UnitRecord]
+) -> None:
+    count = sum(record.num_flaws for record in records)
+    if config.on_error == "limit" and count > config.max_flaws:
+        raise DataError(too_many_flaws(_examples(units, records)[-1], config.max_flaws))
+
+
+def _tell_unknown_ends(records: Sequence[UnitRecord]) -> None:
+    if count := sum(record.num_open_ends for record in records):
+        _log.warning(
+            "%d blocks of token numbers have no end token in their file: where their documents end"
+            " is not known, and no end is marked",
+            count,
+        )
 
 
 def _examples(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[Flaw]:

@@ -15,7 +15,10 @@ from modtrain.data.prepare.sources import SourceFile
 REQUEST_NAME = ".prepared.json"
 TIMES = "times of change"
 # Options that earlier versions did not have.
-_LATER = ("separator", "split_at", "max_document_bytes", "deduplicate")
+_LATER = (
+    *("separator", "split_at", "max_document_bytes", "text_template", "max_flaws"),
+    *("token_dtype", "token_column", "deduplicate"),
+)
 
 
 def request_of(
@@ -35,7 +38,7 @@ def request_of(
     if end_token is not None:
         options["tokenizer"]["end_token"] = end_token
     options = without_later_options(options)
-    names, sizes = [Path(file.path).name for file in files], [file.size for file in files]
+    names, sizes = [file.name for file in files], [file.size for file in files]
     times = digest([file.mtime_ns for file in files])
     return {**options, "files": len(files), "contents": digest([names, sizes]), TIMES: times}
 

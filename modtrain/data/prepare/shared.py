@@ -24,7 +24,7 @@ from modtrain.data.prepare.pipeline import (
     ensure_tokenizer,
     make_folders,
     prepare,
-    refuse_unused_separator,
+    refuse_misfits,
     report_of_finished,
 )
 from modtrain.data.prepare.request import request_of
@@ -70,7 +70,7 @@ def _encode_own(config: PrepareConfig, task: Task, progress: bool) -> PrepareRep
     """Encode the task's own units. An empty ``waiting`` says that the rest may be done."""
     output = Path(config.output)
     files = expand_sources(config.sources)
-    refuse_unused_separator(config, files)
+    refuse_misfits(config, files)
     end_token = chosen_end_token(config.tokenizer)
     request = request_of(config, files, end_token)
     if (output / INDEX_NAME).exists():
@@ -87,7 +87,7 @@ def _encode_own(config: PrepareConfig, task: Task, progress: bool) -> PrepareRep
         if (output / INDEX_NAME).exists():
             # Finished while this one waited.
             return report_of_finished(output, request)
-        units = plan_units(files, config.text_column)
+        units = plan_units(files, config.text_column, config.text_template)
         staging = locks.enter_context(own_staging(work))
         with ExitStack() as training:
             if has_locks:

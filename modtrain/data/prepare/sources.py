@@ -1,4 +1,4 @@
-"""Which files a corpus consists of: plain paths, globs and files inside installed packages."""
+"""Which files a corpus consists of: paths, globs, addresses and files of installed packages."""
 
 from __future__ import annotations
 
@@ -10,24 +10,50 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modtrain.common.errors import DataError
+from modtrain.common.reading import UnreadableError, read_json
+from modtrain.data.prepare.decompress import COMPRESSIONS
+from modtrain.data.prepare.storage import (
+    file_name,
+    is_command,
+    is_remote,
+    remote_matches,
+    status_of,
+)
+from modtrain.data.prepare.tokenized.kinds import KINDS as TOKEN_KINDS
+from modtrain.data.prepare.tokenized.kinds import token_folder, token_kind
 
 PACKAGE_PREFIX = "package:"
-# Suffix → kind.
+# What ``datasets`` writes beside the Arrow files of a data set, and of one with several splits.
+_STATE_NAME = "state.json"
+_SPLITS_NAME = "dataset_dict.json"
+# Suffix → kind. What is read from its beginning to its end may be compressed.
+_STREAMS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".tar": "tar"}
 KINDS = {
-    ".jsonl.gz": "jsonl.gz",
-    ".jsonl.zst": "jsonl.zst",
-    ".jsonl": "jsonl",
-    ".txt": "text",
+    **{
+        f"{suffix}.{compression}": f"{kind}.{compression}"
+        for suffix, kind in _STREAMS.items()
+        for compression in COMPRESSIONS
+    },
+    ".tgz": "tar.gz",
+    **_STREAMS,
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
+_KNOWN = (
+    f"{', '.join(_STREAMS)}, each also with {', '.join('.' + c for c in COMPRESSIONS)},"
+    " .parquet, .arrow and .feather, and with token numbers .bin, .npy and .mds"
+)
 
 
 @dataclass(frozen=True)
 class SourceFile:
     """One file of the corpus.
 
-    kind: one of the values of `KINDS`. size: in bytes.
-    mtime_ns: time of its last change, in ns; with the size it tells a changed file.
+    kind: one of the values of `KINDS`, or of the kinds of token numbers.
+    size: in bytes; 0 for what a command prints.
+    mtime_ns: time of its last change, in ns, or what stands for its version where it lies behind an
+        address; with the size it tells a changed file.
     """
 
     path: str
@@ -35,17 +61,36 @@ class SourceFile:
     size: int
     mtime_ns: int
 
+    @property
+    def compression(self) -> str:
+        """One of COMPRESSIONS, or empty."""
+        return self.kind.partition(".")[2]
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether it holds token numbers in place of text."""
+        return self.kind in TOKEN_KINDS
+
+    @property
+    def name(self) -> str:
+        """What tells it from others, wherever its folder lies."""
+        return file_name(self.path)
+
     @classmethod
     def of(cls, path: str) -> SourceFile:
         """Look at a file. Raises DataError for a suffix that is not known."""
-        kinds = [kind for suffix, kind in KINDS.items() if path.lower().endswith(suffix)]
+        if is_command(path):
+            return cls(path, "tar", 0, 0)
+        if kind := token_kind(path):
+            return cls(path, kind, *status_of(path))
+        name = file_name(path).lower()
+        kinds = [kind for suffix, kind in KINDS.items() if name.endswith(suffix)]
         if not kinds:
-            suffixes = ", ".join(KINDS)
             raise DataError(
-                f"{path}: its suffix is not known. Known are {suffixes}; narrow the source."
+                f"{path}: its suffix is not known. Known are {_KNOWN}; narrow the source."
             )
-        status = Path(path).stat()
-        return cls(path, kinds[0], status.st_size, status.st_mtime_ns)
+        size, version = status_of(path)
+        return cls(path, kinds[0], size, version)
 
 
 def expand_sources(sources: Sequence[str]) -> list[SourceFile]:
@@ -54,14 +99,14 @@ def expand_sources(sources: Sequence[str]) -> list[SourceFile]:
     Raises DataError for sources that match no file and for files of an unknown kind, all at once.
     """
     errors: list[str] = []
-    files: dict[tuple[int, int], SourceFile] = {}
+    files: dict[object, SourceFile] = {}
     for source in sources:
         try:
             for path in _matches(source):
-                status = Path(path).stat()
                 # A link, or another source, may name the same file.
-                if (status.st_dev, status.st_ino) not in files:
-                    files[status.st_dev, status.st_ino] = SourceFile.of(path)
+                key = _identity(path)
+                if key not in files:
+                    files[key] = SourceFile.of(path)
         except DataError as error:
             errors.append(str(error))
     if errors:
@@ -69,10 +114,28 @@ def expand_sources(sources: Sequence[str]) -> list[SourceFile]:
     return list(files.values())
 
 
+def _identity(path: str) -> object:
+    if is_command(path) or is_remote(path):
+        return path
+    status = Path(path).stat()
+    return status.st_dev, status.st_ino
+
+
 def _matches(source: str) -> list[str]:
+    if is_command(source):
+        return [source]
+    if is_remote(source):
+        found = remote_matches(source)
+        if not found:
+            raise DataError(f"{source}: matches no file.")
+        return found
     pattern = str(Path(_inside_package(source)).expanduser())
     if Path(pattern).is_file():
         return [pattern]
+    if Path(pattern).is_dir():
+        folder = Path(pattern)
+        if saved := _saved_dataset(folder, source) or token_folder(folder):
+            return saved
     # Hidden files and folders stay out, as in a shell.
     # Path.glob takes no absolute pattern.
     paths = glob.glob(pattern, recursive=True)  # noqa: PTH207
@@ -80,6 +143,37 @@ def _matches(source: str) -> list[str]:
     if not files:
         raise DataError(f"{source}: matches no file{_hint(source, pattern)}.")
     return files
+
+
+def _saved_dataset(folder: Path, source: str) -> list[str]:
+    """Return the files of a folder that ``Dataset.save_to_disk`` wrote, in their order.
+
+    None of another folder. Raises DataError for one whose files do not make up the data set.
+    """
+    try:
+        if (folder / _SPLITS_NAME).is_file():
+            splits = [str(name) for name in read_json(folder / _SPLITS_NAME).get("splits", [])]
+            folders = ", ".join(f"{source.rstrip('/')}/{name}" for name in splits)
+            raise DataError(f"{source}: is a data set of several splits; name one: {folders}")
+        if not (folder / _STATE_NAME).is_file():
+            return []
+        state = read_json(folder / _STATE_NAME)
+        if state.get("_indices_files") or state.get("_indices_data_files"):
+            raise DataError(
+                f"{source}: its rows are chosen by indices; save it anew:"
+                " dataset.flatten_indices().save_to_disk(...)"
+            )
+        names = [file["filename"] for file in state["_data_files"]]
+        if any(Path(name).name != name for name in names):
+            raise DataError(f"{source}: {_STATE_NAME} names files outside of its folder")
+    except UnreadableError as error:
+        raise DataError(f"{source}: {error}") from None
+    except (KeyError, TypeError):
+        raise DataError(f"{source}: {_STATE_NAME} does not list its files") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"{source}: {_STATE_NAME} names {missing[0]}, which is missing")
+    return [str(folder / name) for name in names]
 
 
 def _each_once(paths: Iterable[str]) -> list[str]:

@@ -14,15 +14,17 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 
 from modtrain.common.errors import DataError
 from modtrain.data.config import TokenizerConfig
+from modtrain.data.prepare.decompress import COMPRESSIONS
+from modtrain.data.prepare.flaws import Flaw
 from modtrain.data.prepare.lost_text import LostText, encoding_with
-from modtrain.data.prepare.readers import Flaw, UnitReader
+from modtrain.data.prepare.readers import UnitReader
 from modtrain.data.prepare.units import Unit
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # What published tokenizers call the end of a document, the first one found counts.
 KNOWN_END_TOKENS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
 # Text that a byte of a compressed or columnar file stands for, roughly.
-_EXPANSION = {"jsonl.gz": 4, "jsonl.zst": 4, "parquet": 4}
+_EXPANSION = {**dict.fromkeys(COMPRESSIONS, 4), "parquet": 4}
 # An encoding takes some hundred bytes a token: a longer document is encoded in pieces.
 PIECE_CHARS = 4_000_000
 # A newline before a character that is no white space ends a pre-token of a byte-level BPE, so
@@ -113,16 +115,18 @@ def training_texts(
     text_column: str,
     max_document_bytes: int,
     separator: str | None = None,
+    text_template: str | None = None,
 ) -> Iterator[str]:
     """Up to ``train_bytes`` of the training documents, each unit giving its share."""
-    estimates = [unit.num_bytes * _EXPANSION.get(unit.kind, 1) for unit in units]
+    estimates = [_text_bytes(unit, config.train_bytes) for unit in units]
     total = sum(estimates)
     left = config.train_bytes
     for unit, estimate in zip(units, estimates, strict=True):
         # Shares keep one source from being all that the tokenizer sees of a mixed corpus.
         share = left if total <= config.train_bytes else -(-config.train_bytes * estimate // total)
         share = min(share, left)
-        for document in UnitReader(unit, text_column, max_document_bytes, separator):
+        reader = UnitReader(unit, text_column, max_document_bytes, separator, text_template)
+        for document in reader:
             if share <= 0:
                 break
             text = None if isinstance(document, Flaw) else chooser.parts(document).get("train")
@@ -131,6 +135,13 @@ def training_texts(
                 share -= len(content)
                 left -= len(content)
                 yield content.decode(errors="ignore")
+
+
+def _text_bytes(unit: Unit, unknown: int) -> int:
+    """Return about how much text a unit has. unknown: what to take for that of a command."""
+    if not unit.num_bytes and unit.kind == "tar":
+        return unknown
+    return unit.num_bytes * _EXPANSION.get(unit.kind.rpartition(".")[2], 1)
 
 
 def check_tokenizer(content: bytes, name: str, end_id: int | None = None) -> tuple[int, int]:

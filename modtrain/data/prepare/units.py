@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import pyarrow as pa
-from pyarrow import parquet
-
-from modtrain.common.errors import DataError
+from modtrain.data.prepare.rows import row_groups
 from modtrain.data.prepare.sources import SourceFile
+from modtrain.data.prepare.storage import has_ranges
+from modtrain.data.prepare.text_field import TextField
 
 TEXT_UNIT_BYTES = 8_000_000
 LINES_UNIT_BYTES = 32_000_000
@@ -35,56 +34,54 @@ class Unit:
     first_row: int = 0
 
 
-def plan_units(files: Sequence[SourceFile], text_column: str) -> list[Unit]:
+def plan_units(
+    files: Sequence[SourceFile], text_column: str, text_template: str | None = None
+) -> list[Unit]:
     """Split the corpus into units, in the order of the files.
 
-    Raises DataError for a parquet file without the column ``text_column``.
+    Raises DataError for a parquet file without the columns of the text.
     """
     units: list[Unit] = []
     for kind, group in groupby(files, key=lambda file: file.kind):
-        if kind == "text":
-            units += _text_units(list(group))
+        if kind.partition(".")[0] == "text":
+            units += _text_units(kind, list(group))
             continue
         for file in group:
-            if kind == "jsonl":
+            if kind == "jsonl" and has_ranges(file.path):
                 for start in range(0, file.size, LINES_UNIT_BYTES):
                     end = min(start + LINES_UNIT_BYTES, file.size)
                     units.append(Unit("jsonl", (file,), end - start, start, end))
             elif kind == "parquet":
-                units += _parquet_units(file, text_column)
+                units += _parquet_units(file, TextField(text_column, text_template))
+            elif kind == "jsonl":
+                units.append(Unit(kind, (file,), file.size, 0, file.size))
             else:
                 units.append(Unit(kind, (file,), file.size))
     return units
 
 
-def _text_units(files: Sequence[SourceFile]) -> Iterator[Unit]:
+def _text_units(kind: str, files: Sequence[SourceFile]) -> Iterator[Unit]:
     batch: list[SourceFile] = []
     size = 0
     for file in files:
         if batch and size + file.size > TEXT_UNIT_BYTES:
-            yield Unit("text", tuple(batch), size)
+            yield Unit(kind, tuple(batch), size)
             batch, size = [], 0
         batch.append(file)
         size += file.size
-    yield Unit("text", tuple(batch), size)
+    yield Unit(kind, tuple(batch), size)
 
 
-def _parquet_units(file: SourceFile, text_column: str) -> Iterator[Unit]:
-    try:
-        footer = parquet.ParquetFile(file.path)
-    except (OSError, pa.ArrowException):
+def _parquet_units(file: SourceFile, field: TextField) -> Iterator[Unit]:
+    groups = row_groups(file, field)
+    if groups is None:
         # The reader meets the same damage and counts it, or stops at it, as configured.
         yield Unit("parquet", (file,), file.size)
         return
-    with footer:
-        columns = footer.schema_arrow.names
-        if text_column not in columns:
-            raise DataError(
-                f"{file.path}: has no column {text_column!r}, only {', '.join(columns)}. "
-                "Set text_column to the one that holds the text."
-            )
-        groups = [footer.metadata.row_group(i) for i in range(footer.num_row_groups)]
-    sizes = [group.total_byte_size for group in groups]
+    sizes = [group.num_bytes for group in groups]
+    if not has_ranges(file.path):
+        yield Unit("parquet", (file,), file.size, 0, len(groups))
+        return
     start = first_row = 0
     while start < len(groups):
         end = start + 1

@@ -31,7 +31,8 @@ _PARALLEL = 32
 # Of a whole file: large enough for the bandwidth, small enough to come within a request's time.
 _CHUNK_BYTES = 1 << 22
 _CHUNKS = 4
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
+"""Which extra of modtrain brings the driver of a protocol."""
 # No retry mends these: the file is not there, or not for us.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_NAMES = ("NoCredentialsError", "ProfileNotFound", "InvalidURL")
@@ -82,7 +83,7 @@ def _fault(url: str) -> tuple[str, str] | None:
     try:
         get_filesystem_class(protocol)
     except ImportError:
-        extra = _EXTRAS.get(protocol)
+        extra = EXTRAS.get(protocol)
         remedy = f"pip install 'modtrain[{extra}]'" if extra else "install its fsspec driver"
         return f"needs a driver for {protocol}://, which is not installed", remedy
     except ValueError:

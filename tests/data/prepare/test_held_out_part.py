@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import DataConfig, PrepareConfig, TokenizerConfig
-from modtrain.data.prepare import readers
+from modtrain.data.prepare import decompress
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.readers import UnitReader
 from modtrain.data.prepare.request import REQUEST_NAME
@@ -96,7 +96,7 @@ def test_documents_between_separators_are_read_piece_by_piece(tmp_path_factory, 
     path.write_bytes("".join(parts).encode())
     (unit,) = plan_units(expand_sources([str(path)]), "text")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_CHUNK_BYTES", size)
+        patch.setattr(decompress, "CHUNK_BYTES", size)
         read = list(UnitReader(unit, "text", limit, "--\n"))
     text = path.read_bytes().removeprefix("\ufeff".encode()).replace(b"\r\n", b"\n").decode()
     parts = text.split("--\n")
@@ -139,12 +139,12 @@ def test_a_line_end_is_written_with_a_backslash(written):
 
 
 @pytest.mark.parametrize("address", ["https://x.org/a/input.txt", "s3://bucket/x", "hf://a/b"])
-def test_an_address_is_no_file(address):
-    config = PrepareConfig(sources=[address], output="out")
+def test_an_address_is_a_source_and_no_file(address):
+    config = PrepareConfig(sources=[address], output=address)
     config.tokenizer.path = address
     problems = {problem.key: problem for problem in config.problems()}
-    assert set(problems) == {"sources", "tokenizer.path"}
-    assert "first" in problems["sources"].remedy
+    assert set(problems) == {"output", "tokenizer.path"}
+    assert "first" in problems["output"].remedy
     assert [p.key for p in DataConfig(path=address).problems("data")] == ["data.path"]
 
 

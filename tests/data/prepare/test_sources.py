@@ -13,8 +13,9 @@ import zstandard
 from pyarrow import parquet
 
 from modtrain.common.errors import DataError
+from modtrain.data.prepare.flaws import Flaw
 from modtrain.data.prepare.pipeline import prepare
-from modtrain.data.prepare.readers import Flaw, UnitReader
+from modtrain.data.prepare.readers import UnitReader
 from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.units import plan_units
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl

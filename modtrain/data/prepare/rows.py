@@ -1,0 +1,176 @@
+"""Documents of tables, a row each: Parquet, and Arrow as ``datasets`` writes it.
+
+A table is read a few rows at a time, and no page or batch that would take more memory than a
+document may, once decompressed, is read at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from mmap import ACCESS_READ, mmap
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from modtrain.common.errors import DataError
+from modtrain.data.prepare.arrow_messages import messages, stream_start
+from modtrain.data.prepare.check import DocumentCheck
+from modtrain.data.prepare.flaws import Flaw
+from modtrain.data.prepare.parquet_pages import check_footer, largest_page
+from modtrain.data.prepare.sources import SourceFile
+from modtrain.data.prepare.storage import local_copy, open_anywhere
+from modtrain.data.prepare.text_field import TextField
+
+_BATCH_ROWS = 256
+_BUFFER_BYTES = 1 << 20
+# Pages and batches hold many rows: they may have so many bytes, whatever a document may have.
+_MIN_LIMIT_BYTES = 1 << 26
+_ERRORS = (OSError, ValueError, OverflowError, MemoryError, pa.ArrowException)
+
+
+class RowGroup(NamedTuple):
+    """num_bytes: of all columns, decompressed."""
+
+    num_rows: int
+    num_bytes: int
+
+
+def row_groups(file: SourceFile, field: TextField) -> list[RowGroup] | None:
+    """Return the row groups of a Parquet file; None where it is damaged.
+
+    Raises DataError where it has no column that the text comes from.
+    """
+    try:
+        with open_anywhere(file.path) as source:
+            check_footer(source, file.size)
+            source.seek(0)
+            footer = parquet.ParquetFile(source)
+            columns_of(file.path, footer.schema_arrow.names, field)
+            groups = [footer.metadata.row_group(i) for i in range(footer.num_row_groups)]
+            return [RowGroup(group.num_rows, group.total_byte_size) for group in groups]
+    except _ERRORS:
+        return None
+
+
+def parquet_documents(
+    file: SourceFile, groups: range, row: int, check: DocumentCheck
+) -> Iterator[str | Flaw]:
+    """Yield the document of each row of some row groups. row: number of rows before them."""
+    path, limit = file.path, max(check.max_bytes, _MIN_LIMIT_BYTES)
+    try:
+        with open_anywhere(path) as source:
+            check_footer(source, file.size)
+            source.seek(0)
+            with parquet.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
+                columns = columns_of(path, table.schema_arrow.names, check.field)
+                for group in groups:
+                    page = largest_page(source, _chunks(table, group, columns))
+                    if page > limit:
+                        what = f"row group {group} is left out: a page has {page:,} bytes, more"
+                        yield check.too_large(path, row + 1, what, limit)
+                        row += table.metadata.row_group(group).num_rows
+                        continue
+                    # A row may lie on a page of its own, or stand for one of the dictionary;
+                    # decoding takes its bytes a few times.
+                    size = min(_BATCH_ROWS, max(1, limit // 4 // max(1, page)))
+                    for batch in table.iter_batches(size, [group], columns=columns):
+                        for document in _documents(batch, path, row, check):
+                            row += 1
+                            yield document
+    except _ERRORS as error:
+        yield Flaw("damaged", path, row + 1, f"not parquet, or cut short: {error}")
+
+
+def _chunks(table: Any, group: int, columns: list[str]) -> list[Any]:
+    metadata = table.metadata.row_group(group)
+    chunks = [metadata.column(number) for number in range(metadata.num_columns)]
+    return [
+        chunk
+        for chunk in chunks
+        if {chunk.path_in_schema, chunk.path_in_schema.partition(".")[0]} & {*columns}
+    ]
+
+
+def columns_of(path: str, names: list[str], field: TextField) -> list[str]:
+    """Return the columns that the text comes from. Raises DataError for one that is missing."""
+    try:
+        return field.roots(names)
+    except KeyError as error:
+        raise DataError(
+            f"{path}: has no column {error.args[0]!r}, only {', '.join(names)}. "
+            "Set text_column to the one that holds the text."
+        ) from None
+
+
+def arrow_documents(path: str, check: DocumentCheck) -> Iterator[str | Flaw]:
+    """Yield the document of each row of an Arrow stream or file, compressed or not."""
+    row, limit = 0, max(check.max_bytes, _MIN_LIMIT_BYTES)
+    try:
+        with local_copy(path) as local, local.open("rb") as file:
+            with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+                found, start = messages(data), stream_start(data)
+            with pa.memory_map(str(local)) as source:
+                source.seek(start)
+                # A dictionary is read with the first rows after it.
+                if any(not message.is_rows and message.size > limit for message in found):
+                    yield check.too_large(path, 1, "a dictionary is larger", limit)
+                    return
+                reader = pa.ipc.open_stream(source)
+                columns = columns_of(path, reader.schema.names, check.field)
+                for message in found:
+                    if not message.is_rows:
+                        continue
+                    if message.size > limit:
+                        what = (
+                            f"the rest is left out: its next rows take {message.size:,} bytes, more"
+                        )
+                        yield check.too_large(path, row + 1, what)
+                        return
+                    batch = reader.read_next_batch().select(columns)
+                    yield from _checked(batch, path, row, check)
+                    row += batch.num_rows
+                if next(iter(reader), None) is not None:
+                    raise ValueError("its messages are damaged")
+    except StopIteration:
+        yield Flaw("damaged", path, row + 1, "the Arrow file is cut short")
+    except _ERRORS as error:
+        yield Flaw("damaged", path, row + 1, f"not Arrow, or cut short: {error}")
+
+
+def _checked(batch: Any, path: str, row: int, check: DocumentCheck) -> Iterator[str | Flaw]:
+    try:
+        # Nothing else looks whether offsets lie inside the data.
+        batch.validate(full=True)
+    except pa.ArrowException as error:
+        detail = f"rows {row + 1} to {row + batch.num_rows} are left out: {error}"
+        yield Flaw("damaged", path, row + 1, detail)
+        return
+    yield from _documents(batch, path, row, check)
+
+
+def _documents(batch: Any, path: str, row: int, check: DocumentCheck) -> Iterator[str | Flaw]:
+    """Yield one document or flaw a row. row: number of rows before the batch."""
+    is_whole = check.field.template is None and batch.schema.names == [check.field.column]
+    for number in range(batch.num_rows):
+        row += 1
+        try:
+            if is_whole:
+                value = _value(batch.column(0)[number])
+                yield check.of_text(value, path, row)
+                continue
+            record = {name: _value(batch.column(name)[number]) for name in batch.schema.names}
+        except UnicodeDecodeError as error:
+            yield Flaw("invalid_utf8", path, row, f"not UTF-8: {error.reason}")
+            continue
+        yield check.of_record(record, path, row)
+
+
+def _value(scalar: Any) -> Any:
+    """Return a value of a table, with strings as their bytes where they stand alone."""
+    if isinstance(scalar, pa.DictionaryScalar):
+        scalar = scalar.value
+    if isinstance(scalar, pa.StringScalar | pa.LargeStringScalar):
+        buffer = scalar.as_buffer()
+        return None if buffer is None else buffer.to_pybytes()
+    return scalar.as_py()

@@ -1,0 +1,1 @@
+"""Corpora that others have tokenised: Megatron, nanoGPT, OLMo, MosaicML and LitData."""

@@ -1,0 +1,83 @@
+"""Which files hold token numbers, and which files make up a data set of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from modtrain.common.errors import DataError
+from modtrain.common.reading import UnreadableError, read_json
+from modtrain.data.prepare.storage import is_remote
+
+KINDS = ("flat", "megatron", "mds", "litdata")
+INDEX_NAME = "index.json"
+_SUFFIXES = (".bin", ".npy", ".mds", ".mds.zstd", ".mds.zst", ".mds.gz", ".mds.bz2")
+
+
+def token_kind(path: str) -> str | None:
+    """Return which of KINDS a file is, None where its name is none of them.
+
+    Raises DataError for one behind an address, and for an ``.idx`` without what it is the index of.
+    """
+    name = path.lower()
+    if name.endswith(".idx"):
+        raise DataError(f"{path}: is the index of a .bin file. Name that one.")
+    if not name.endswith(_SUFFIXES):
+        return None
+    if is_remote(path):
+        raise DataError(f"{path}: token numbers are read from local files. Fetch it first.")
+    if ".mds" in name:
+        return "mds"
+    if name.endswith(".bin") and Path(path).with_suffix(".idx").is_file():
+        return "megatron"
+    index = Path(path).with_name(INDEX_NAME)
+    if name.endswith(".bin") and index.is_file() and "chunks" in _index(index):
+        return "litdata"
+    return "flat"
+
+
+def token_folder(folder: Path) -> list[str]:
+    """Return the files of an MDS or LitData folder in the order of its index; else nothing."""
+    if not (folder / INDEX_NAME).is_file():
+        return []
+    index = _index(folder / INDEX_NAME)
+    try:
+        if "shards" in index:
+            names = [
+                (shard.get("zip_data") or shard["raw_data"])["basename"]
+                for shard in index["shards"]
+            ]
+        else:
+            names = [chunk["filename"] for chunk in index.get("chunks", [])]
+        outside = [name for name in names if Path(name).name != name]
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{folder}: {INDEX_NAME} does not list its files") from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if outside or missing:
+        raise DataError(
+            f"{folder}: {INDEX_NAME} names {[*outside, *missing][0]}, which is not in it"
+        )
+    return [str(folder / name) for name in names]
+
+
+def _index(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except UnreadableError as error:
+        raise DataError(f"{path.parent}: {error}") from None
+
+
+def entry_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the index beside a shard or chunk says: of all of them, and of this one.
+
+    Raises ValueError where it does not name the file.
+    """
+    try:
+        index = read_json(path.with_name(INDEX_NAME))
+        for entry in index.get("shards") or index["chunks"]:
+            files = [entry.get("raw_data"), entry.get("zip_data")]
+            if path.name in [entry.get("filename"), *(f["basename"] for f in files if f)]:
+                return index, entry
+    except (UnreadableError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its {INDEX_NAME} cannot be used: {error}") from None
+    raise ValueError(f"its {INDEX_NAME} does not name it")

@@ -1,0 +1,140 @@
+"""Corpora behind addresses: any driver of fsspec, and web servers that behave badly."""
+
+import gzip
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from modtrain.common.errors import DataError
+from modtrain.data.prepare import storage
+from modtrain.data.prepare.pipeline import prepare
+from modtrain.data.prepare.sources import expand_sources
+from tests.data.data_cases import make_documents, tiny_config, tree, write_jsonl
+from tests.data.prepare.test_formats import read, write_arrow
+
+DOCUMENTS = make_documents(60)
+
+
+def fill(folder: Path) -> Path:
+    """Some documents in files of several kinds."""
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", DOCUMENTS[:20])
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[20:30])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    table = pa.table({"text": DOCUMENTS[30:50]})
+    parquet.write_table(table, folder / "c.parquet", row_group_size=5)
+    write_arrow(folder / "d.arrow", pa.table({"text": DOCUMENTS[50:]}), None, False)
+    return folder
+
+
+@pytest.fixture
+def in_memory(tmp_path) -> Iterator[str]:
+    """The documents behind an address of this process."""
+    files = fsspec.filesystem("memory")
+    for path in fill(tmp_path / "local").iterdir():
+        files.pipe_file(f"/bucket/deep/{path.name}", path.read_bytes())
+    yield "memory://bucket"
+    files.rm("/bucket", recursive=True)
+
+
+class Server:
+    """A web server of a folder. broken: answers that are cut short before one is whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.broken = 0
+        self.asked: list[str] = []
+        outer = self
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__(*arguments, directory=str(folder))
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def copyfile(self, source: Any, outputfile: Any) -> None:
+                outer.asked.append(self.path)
+                content = source.read()
+                if outer.broken > 0 and len(content) > 1000:
+                    outer.broken -= 1
+                    outputfile.write(content[: len(content) // 2])
+                    self.close_connection = True
+                    return
+                outputfile.write(content)
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[Server]:
+    monkeypatch.setattr(storage, "_WAIT_SECONDS", 0.0)
+    server = Server(fill(tmp_path / "local"))
+    yield server
+    server.close()
+
+
+def test_addresses_give_what_local_files_give(tmp_path, in_memory, small_units):
+    small_units(1500)
+    local = tmp_path / "local"
+    assert read(f"{in_memory}/**/*.*") == read(f"{local}/*.*") == (DOCUMENTS, [])
+    prepare(tiny_config([f"{in_memory}/**/*.*"], tmp_path / "a"), progress=False)
+    prepare(tiny_config([f"{local}/*.*"], tmp_path / "b"), progress=False)
+    trees = [tree(tmp_path / name) for name in "ab"]
+    for files in trees:
+        del files[".prepared.json"]
+    assert trees[0] == trees[1]
+
+
+def test_an_address_that_is_not_there_and_one_without_a_driver(in_memory):
+    with pytest.raises(DataError, match="is not there"):
+        expand_sources([f"{in_memory}/none.jsonl"])
+    with pytest.raises(DataError, match="matches no file"):
+        expand_sources([f"{in_memory}/none-*.jsonl"])
+    with pytest.raises(DataError, match="no driver for nosuch://"):
+        expand_sources(["nosuch://x/a.jsonl"])
+
+
+def test_a_missing_driver_is_named_with_what_to_install(monkeypatch):
+    def missing(url: str, **_: Any) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(DataError, match=r"pip install 'modtrain\[s3\]'"):
+        expand_sources(["s3://bucket/a.jsonl"])
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(in_memory, tmp_path, monkeypatch):
+    (file,) = expand_sources([f"{in_memory}/deep/a.jsonl"])
+    content = fsspec.filesystem("memory").cat_file("/bucket/deep/a.jsonl")
+    assert file == expand_sources([file.path])[0]
+    fsspec.filesystem("memory").pipe_file("/bucket/deep/a.jsonl", content)
+    assert file != expand_sources([file.path])[0]
+
+
+def test_a_web_server_without_ranges(server):
+    names = "{a.jsonl,b.jsonl.gz,c.parquet,d.arrow}"
+    assert read(f"{server.url}/{names}") == (DOCUMENTS, [])
+    assert read(f"{server.url}/a.jsonl?token=x")[0] == DOCUMENTS[:20]
+    assert read(f"{server.url}/*.parquet")[0] == DOCUMENTS[30:50]
+
+
+def test_a_connection_that_breaks_is_no_end_of_a_file(server):
+    server.broken = 2
+    assert read(f"{server.url}/a.jsonl") == (DOCUMENTS[:20], [])
+    server.broken = 100
+    with pytest.raises(DataError, match=r"a\.jsonl: .*prepare continues"):
+        read(f"{server.url}/a.jsonl")
