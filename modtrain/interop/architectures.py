@@ -153,11 +153,11 @@ def _router_values(model: ModelConfig) -> dict[str, Any]:
         "keep_kv": router.keep_kv,
         "router_score": "none" if needs_whole_text else router.score,
         "router_hidden_size": router.hidden_dim,
-        "router_input_norm": router.input_norm,
+        "router_input_norm": router.norms_input,
         "decisions": list(router.causal_routers) if router.needs_causal else ["position"],
         "predictor_hidden_size": router.predictor_dim,
         "gate": router.gate_kind,
-        "gate_multiplier": router.gate_multiplier,
+        "gate_multiplier": router.gate_factor,
         "gate_offset": router.gate_offset,
         "gate_scale": router.gate_scale,
     }

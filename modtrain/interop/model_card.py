@@ -184,7 +184,7 @@ def _routing_rows(model: ModelConfig) -> dict[str, object]:
         "routed layers": ", ".join(f"{layer} at {share:g}" for layer, share in capacities.items()),
         "routed part": router.target + ("; all tokens' keys and values" if router.keep_kv else ""),
         "router's score": router.score,
-        "gate": router.gate_kind,
+        "gate": router.gate_formula,
         "choice in training": f"{router.choice} choice",
         "causal decisions": ", ".join(model.causal_selections),
     }

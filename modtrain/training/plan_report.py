@@ -140,7 +140,7 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
     if routed:
         router = config.model.router
         rows["routers"] = (
-            f"{router.target} by {router.score} score, gate {router.gate_kind}, {router.choice}"
+            f"{router.target} by {router.score} score, gate {router.gate_formula}, {router.choice}"
             f" choice; causal: {', '.join(router.causal_routers) or 'as it is'}"
             f"{'; keys and values of all tokens' if router.keep_kv else ''}"
         )

@@ -24,7 +24,7 @@ TARGETS = ("block", "attention", "mlp", "both")
 LEARNED_SCORES = ("linear", "mlp")
 CONTENT_FREE_SCORES = ("random", "fixed")
 SCORES = (*LEARNED_SCORES, "attention", *CONTENT_FREE_SCORES, "oracle_norm")
-GATES = ("raw", "sigmoid", "tanh", "none")
+GATES = ("raw", "sigmoid", "tanh", "none", "near_one")
 CHOICES = ("expert", "token")
 SWAPPED_CHOICES = ("zero", "random", "even", "shuffled", "lowest", "predictor", "update_norm")
 CAUSAL_ROUTERS = ("auxiliary", "predictor", "threshold")
@@ -50,9 +50,12 @@ class RouterConfig:
         ``mlp`` router always does.
     gate: factor on the update. ``raw``: the score (eq. 1). ``sigmoid``: its sigmoid. ``tanh``: its
         tanh; a linear score, which grows with the features, is first divided by their root mean
-        square. ``none``: 1. null: raw for learned scores, none for the others.
-    gate_multiplier, gate_offset: the gate is multiplied by the one and the other is added: with 2
-        and 0 a sigmoid starts near 1, with 1 and 1 a raw score does.
+        square. ``none``: 1. ``near_one``: for learned scores twice the sigmoid of the score of an
+        input of root mean square 1, so that the updates start unscaled; 1 for the others. It is
+        what training begins with (``conf/train_defaults.yaml``). null: raw for learned scores,
+        none for the others, as in arXiv 2404.02258.
+    gate_multiplier, gate_offset: the gate is multiplied by the one and the other is added: with 1
+        and 1 a raw score starts near 1. For the gates that are named by their function alone.
     gate_scale: a learned factor on the result, one per router, initially 1.
     choice: ``expert``: the k largest scores of a sequence are routed. ``token``: each token whose
         score exceeds a running quantile is routed, which keeps the mean share at the capacity.
@@ -88,10 +91,33 @@ class RouterConfig:
 
     @property
     def gate_kind(self) -> str:
-        """The gate, null resolved."""
-        if self.gate is not None:
+        """The gate's function, null and ``near_one`` resolved."""
+        if self.gate not in (None, "near_one"):
             return self.gate
-        return "raw" if self.score in LEARNED_SCORES else "none"
+        if self.score not in LEARNED_SCORES:
+            return "none"
+        return "sigmoid" if self.gate == "near_one" else "raw"
+
+    @property
+    def gate_factor(self) -> float:
+        """What the gate's function is multiplied by."""
+        return 2.0 if self._is_near_one else self.gate_multiplier
+
+    @property
+    def gate_formula(self) -> str:
+        """The gate for a reader: ``2 x sigmoid``, ``raw + 1``."""
+        factor = "" if self.gate_factor == 1 else f"{self.gate_factor:g} x "
+        offset = f" + {self.gate_offset:g}" if self.gate_offset else ""
+        return f"{factor}{self.gate_kind}{offset}"
+
+    @property
+    def norms_input(self) -> bool:
+        """Whether a ``linear`` router's input is scaled to root mean square 1."""
+        return self.input_norm or (self._is_near_one and self.score == "linear")
+
+    @property
+    def _is_near_one(self) -> bool:
+        return self.gate == "near_one" and self.score in LEARNED_SCORES
 
     @property
     def needs_causal(self) -> bool:
@@ -158,6 +184,12 @@ class RouterConfig:
                 "input_norm",
                 f"has no effect with {prefix}.score={self.score}",
                 "leave it out, or use linear scores",
+            ),
+            (
+                shifts_gate and self._is_near_one,
+                "gate_offset" if self.gate_offset else "gate_multiplier",
+                f"would shift {prefix}.gate=near_one, which is 2 x sigmoid",
+                f"leave it out, or set {prefix}.gate to raw, sigmoid or tanh",
             ),
             (
                 shifts_gate and self.gate_kind == "none",

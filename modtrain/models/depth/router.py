@@ -149,8 +149,8 @@ class Gate(nn.Module):
         super().__init__()
         self.kind, self.eps = config.gate_kind, eps
         # Only linear scores without a norm grow with the residual stream.
-        self.normalises = config.score == "linear" and not config.input_norm
-        self.multiplier, self.offset = config.gate_multiplier, config.gate_offset
+        self.normalises = config.score == "linear" and not config.norms_input
+        self.multiplier, self.offset = config.gate_factor, config.gate_offset
         self.scale = nn.Parameter(torch.ones(1)) if config.gate_scale else None
 
     def forward(self, scores_BK: Tensor, x_BKD: Tensor) -> Tensor | None:
@@ -192,7 +192,7 @@ def update_sums(
 def make_router(config: RouterConfig, d_model: int, eps: float) -> nn.Module | None:
     """Build the module that scores tokens; None for scores that need no module."""
     if config.score == "linear":
-        return LinearRouter(d_model, eps if config.input_norm else None)
+        return LinearRouter(d_model, eps if config.norms_input else None)
     if config.score == "mlp":
         return MLPRouter(d_model, config.hidden_dim, eps)
     return RandomRouter() if config.score == "random" else None

@@ -108,13 +108,13 @@ class InitConfig:
                 router.gate_kind == "none",
                 "keep_function",
                 "needs a gate, from which a router that scores every token 0 learns",
-                "set model.router.gate=tanh model.router.gate_offset=1",
+                "set model.router.gate=near_one",
             ),
             (
                 router.gate_kind != "none" and gate_at_zero(router) != 1,
                 "keep_function",
                 f"needs a gate that is 1 at the score 0; this one is {gate_at_zero(router):g}",
-                "set model.router.gate=tanh model.router.gate_offset=1",
+                "set model.router.gate=near_one",
             ),
             (
                 schedule.name == "constant" or schedule.start != 1,
@@ -128,4 +128,4 @@ class InitConfig:
 def gate_at_zero(router: RouterConfig) -> float:
     """Return the factor that a new router's gate puts on the update of a token of score 0."""
     factor = 0.5 if router.gate_kind == "sigmoid" else 0.0
-    return factor * router.gate_multiplier + router.gate_offset
+    return factor * router.gate_factor + router.gate_offset

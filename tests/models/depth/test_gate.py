@@ -42,6 +42,7 @@ def test_the_gate_is_multiplied_and_shifted_before_its_learned_scale(kind, input
 
 def test_a_gate_of_two_sigmoids_or_one_and_the_score_starts_near_one():
     for router in (
+        RouterConfig(gate="near_one"),
         RouterConfig(gate="sigmoid", gate_multiplier=2.0),
         RouterConfig(gate="raw", gate_offset=1.0),
     ):
@@ -51,8 +52,29 @@ def test_a_gate_of_two_sigmoids_or_one_and_the_score_starts_near_one():
 
 
 @pytest.mark.parametrize(
+    ("score", "spelled_out"),
+    [
+        ("linear", {"gate": "sigmoid", "gate_multiplier": 2.0, "input_norm": True}),
+        ("mlp", {"gate": "sigmoid", "gate_multiplier": 2.0}),
+        *((score, {"gate": "none"}) for score in ("fixed", "attention", "oracle_norm")),
+    ],
+)
+def test_near_one_is_two_sigmoids_of_a_normed_input_and_one_for_scores_not_learned(
+    score, spelled_out
+):
+    near_one = RouterConfig(score=score, gate="near_one")
+    assert not near_one.problems("router")
+    both = (near_one, RouterConfig(score=score, **spelled_out))
+    models = [lively(small(router=router)).eval() for router in both]
+    near_BSV, spelled_BSV = (model(random_tokens(2, 16)).require_logits() for model in models)
+    assert torch.equal(near_BSV, spelled_BSV)
+
+
+@pytest.mark.parametrize(
     ("changes", "key"),
     [
+        ({"gate": "near_one", "gate_multiplier": 2.0}, "gate_multiplier"),
+        ({"gate": "near_one", "gate_offset": 1.0}, "gate_offset"),
         ({"gate": "none", "gate_offset": 1.0}, "gate_offset"),
         ({"gate": "none", "gate_multiplier": 2.0}, "gate_multiplier"),
         ({"gate_multiplier": 0.0}, "gate_multiplier"),
