@@ -158,13 +158,17 @@ def _start(entry: Any) -> StartUsage:
         # Another version may not know the others.
         if value is None and known.name not in ("begun", "until"):
             continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not isinstance(value, kinds[name.partition(" ")[0]]) or (
-            not isinstance(value, str) and not (is_number and 0 <= value < math.inf)
-        ):
+        is_right = isinstance(value, kinds[name.partition(" ")[0]])
+        if not is_right or not (isinstance(value, str) or _is_amount(value)):
             raise UnreadableError(f"{USAGE} has a start without {known.name}")
         values[known.name] = value
     return StartUsage(**values)
+
+
+def _is_amount(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 <= value < math.inf
 
 
 def job_times(

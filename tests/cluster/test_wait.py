@@ -55,7 +55,7 @@ def test_it_waits_at_most_so_long(tmp_path):
 
 def test_a_failure_that_is_restarted_is_no_end(tmp_path, monkeypatch):
     FakeRun(tmp_path / "x").starts(90).failed(60, "a node was lost").jobs("12")
-    play(monkeypatch, tmp_path, line("12", "PENDING", "BeginTime"))
+    play(monkeypatch, tmp_path, line("12", "PENDING", "BeginTime", command=""))
     assert waited(tmp_path, timeout=0.1)[0] == 124
     play(monkeypatch, tmp_path)
     assert waited(tmp_path)[0] == 1
@@ -64,7 +64,7 @@ def test_a_failure_that_is_restarted_is_no_end(tmp_path, monkeypatch):
 def test_slurm_that_does_not_answer_is_asked_again(tmp_path, monkeypatch):
     FakeRun(tmp_path / "x").starts(90).jobs("12")
     folder = play(monkeypatch, tmp_path, code=1, error="Unable to contact slurm controller")
-    code, lines = waited(tmp_path, timeout=0.2)
+    code, lines = waited(tmp_path, timeout=0.7)
     assert (code, lines[0].rpartition(": ")[2]) == (124, "Slurm does not answer")
     assert (folder / "calls").read_text().count("squeue") > 1
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -108,7 +108,8 @@ class StepTimesCallback(StepCallback):
 
             self._end_span = end
             return
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        last = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         first.record()
 
         def end_on_device() -> None:
