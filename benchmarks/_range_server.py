@@ -1,8 +1,14 @@
-"""A server of files with HTTP ranges on this machine, whose bandwidth can be limited."""
+"""A server of files with HTTP ranges on this machine, whose bandwidth can be limited.
+
+    python -m benchmarks._range_server DIRECTORY BYTES_PER_SECOND
+
+prints its URL, answers until its input ends, and prints the bytes that it sent. 0: without limit.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -124,3 +130,10 @@ class RangeHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Print nothing."""
+
+
+if __name__ == "__main__":
+    with RangeServer(Path(sys.argv[1]), float(sys.argv[2]) or None).serving() as own:
+        print(own.url, flush=True)
+        sys.stdin.read()
+        print(own.num_bytes)

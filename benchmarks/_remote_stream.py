@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from benchmarks._range_server import RangeServer
 from modtrain.data.config import DataConfig
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import (
@@ -39,7 +34,8 @@ def measure_waiting(prepared: Path, options: argparse.Namespace) -> dict[str, fl
     step_bytes = options.batch_size * (seq_len + 1) * 2
     rate = _SPARE * step_bytes / options.step_seconds
     num_steps = int((options.warm_up + options.seconds) / options.step_seconds)
-    with _served(prepared, rate) as (url, fetched):
+    server = _Server(prepared, rate)
+    with server as url:
         module = TokenDataModule(
             # The tokens are random, and of no tokenizer.
             DataConfig(path=url, verify="none"),
@@ -57,7 +53,7 @@ def measure_waiting(prepared: Path, options: argparse.Namespace) -> dict[str, fl
         "waiting": sum(wait for _, wait in late) / passed,
         "longest_wait_s": max(wait for _, wait in late),
         "waiting_before": sum(waits[: len(waits) - len(late)]) / options.warm_up,
-        "bytes_over_read": fetched.value / (step_bytes * len(waits)),
+        "bytes_over_read": server.sent / (step_bytes * len(waits)),
     }
 
 
@@ -73,26 +69,21 @@ def _steps(module: TokenDataModule, step_seconds: float) -> tuple[list[float], l
         ends.append(time.monotonic())
 
 
-@contextmanager
-def _served(root: Path, bytes_per_s: float | None) -> Iterator[tuple[str, Any]]:
-    """A server in a process of its own: its URL, and the bytes that it has sent so far."""
-    context = multiprocessing.get_context("spawn")
-    url, sent = context.Queue(), context.Value("q", 0)
-    process = context.Process(target=_serve, args=(root, bytes_per_s, url, sent), daemon=True)
-    process.start()
-    try:
-        yield url.get(timeout=120), sent
-    finally:
-        process.terminate()
-        process.join()
+class _Server:
+    """A server in a process of its own. sent: bytes, once it has ended."""
 
+    def __init__(self, root: Path, bytes_per_s: float) -> None:
+        command = [sys.executable, "-m", "benchmarks._range_server", str(root), str(bytes_per_s)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
+        self.sent = 0
 
-def _serve(root: Path, bytes_per_s: float | None, url: Any, sent: Any) -> None:
-    with RangeServer(root, bytes_per_s).serving() as server:
-        url.put(server.url)
-        while True:
-            sent.value = server.num_bytes
-            time.sleep(0.1)
+    def __enter__(self) -> str:
+        return str(self._process.stdout.readline()).strip()
+
+    def __exit__(self, *_: object) -> None:
+        printed, _ = self._process.communicate()
+        self.sent = int(printed)
 
 
 def write_large_index(prepared: Path, output: Path, num_shards: int) -> None:
@@ -101,20 +92,22 @@ def write_large_index(prepared: Path, output: Path, num_shards: int) -> None:
     sequence_bytes = (summary.seq_len + 1) * 2
     # Header of tar, header of numpy, 64 sequences, whole blocks.
     stride = 512 + -(-(128 + 64 * sequence_bytes) // 512) * 512
-    members = tuple((512 + number * stride, 64) for number in range(_MEMBERS))
     shards = [
-        Shard(f"shard-{number:06d}.tar", _MEMBERS * stride + 10_240, f"{number:064x}", members)
+        Shard(f"shard-{number:06d}.tar", _MEMBERS * stride + 10_240, f"{number:064x}", ())
         for number in range(num_shards)
     ]
     content = index_content(summary, {"train": shards, "valid": []})
     content["splits"]["train"]["num_sequences"] = num_shards * _MEMBERS * 64
     content["splits"]["valid"]["num_sequences"] = 0
-    (output / INDEX_NAME).write_text(json.dumps(content))
+    # All shards have the same.
+    members = json.dumps([[512 + number * stride, 64] for number in range(_MEMBERS)])
+    text = json.dumps(content).replace('"members": []', f'"members": {members}')
+    (output / INDEX_NAME).write_text(text)
 
 
 def measure_memory(output: Path) -> dict[str, float]:
     """Return MiB of a process that reads a large index, and of one that does not."""
-    with _served(output, None) as (url, _):
+    with _Server(output, 0) as url:
         command = [sys.executable, "-m", "benchmarks._remote_stream", url]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(printed.splitlines()[-1])

@@ -25,7 +25,7 @@ from modtrain.data.mixture.config import (
 from modtrain.data.mixture.schedule import MixtureSchedule, make_schedule
 from modtrain.data.mixture.summary import combined_summary
 from modtrain.data.prepare.text_field import TextField
-from modtrain.data.remote.files import DEFAULT_TIMEOUT, is_url, url_problems
+from modtrain.data.remote.urls import DEFAULT_TIMEOUT, is_url, url_problems
 from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summary, tokenizer_file
 
 VERIFY_LEVELS = ("size", "sha256", "none")

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from modtrain.common.terminal import plain_console
 from modtrain.data.mixture.usage import StageUsage, mixture_usage
-from modtrain.data.remote.files import is_url
+from modtrain.data.remote.urls import is_url
 from modtrain.data.stream.index import INDEX_NAME
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.flops import (

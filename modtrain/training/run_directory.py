@@ -28,7 +28,7 @@ from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import CheckpointError, InUseError, OtherRunError
 from modtrain.common.reading import UnreadableError, read_json, read_yaml
 from modtrain.common.renamed_keys import flatten, translate
-from modtrain.data.remote.files import is_url
+from modtrain.data.remote.urls import is_url
 from modtrain.training.config import MUTABLE_KEYS, CheckpointConfig, TrainConfig
 
 VERSION_FILE = "VERSION.json"

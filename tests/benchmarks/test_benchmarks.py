@@ -78,3 +78,16 @@ def test_a_benchmark_ends_with_its_ratios(name):
         assert all(value >= 0 for value in result.values())
         return
     assert all(value > 0 for value in result.values())
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_the_benchmark_of_data_behind_a_url_ends_with_its_figures():
+    sizes = "--tokens 400000 --seq-len 64 --step-seconds 0.05 --warm-up 2 --seconds 4 --shards 500"
+    command = [sys.executable, "-m", "benchmarks.data_stream", "remote", *sizes.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert 0 <= result["waiting"] <= 1
+    assert result["bytes_over_read"] > 0.9
+    assert result["with_index_mib"] > result["before_mib"]

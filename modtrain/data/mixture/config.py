@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from modtrain.common.errors import Problem
 from modtrain.common.validation import above_zero, key_of, not_empty
 from modtrain.data.mixture.shares import SMALLEST_SHARE, units_of
-from modtrain.data.remote.files import url_problems
+from modtrain.data.remote.urls import url_problems
 
 WHEN_EXHAUSTED = ("error", "redistribute")
 # It becomes part of the names of metrics and overrides.

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from modtrain.common.errors import DataError
-from modtrain.data.remote.files import EXTRAS, is_url
+from modtrain.data.remote.urls import EXTRAS, is_url
 
 PIPE_PREFIX = "pipe:"
 _HTTP = re.compile(r"https?://", re.I)

@@ -101,15 +101,17 @@ class ShardCache:
         return dict(self._sizes)
 
     def _count(self) -> dict[str, int]:
-        found = []
+        aged_sizes = []
         with suppress(OSError), os.scandir(self.directory) as entries:
             for entry in entries:
-                if entry.name.endswith(_SUFFIX):
-                    with suppress(OSError):
-                        status = entry.stat(follow_symlinks=False)
+                with suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    if entry.name.endswith(_SUFFIX):
                         name = entry.name.removesuffix(_SUFFIX)
-                        found.append((status.st_mtime_ns, name, status.st_size))
-        return {name: size for _, name, size in sorted(found)}
+                        aged_sizes.append((status.st_mtime_ns, name, status.st_size))
+                    elif entry.name.startswith(".") and time.time() - status.st_mtime > _STALE:
+                        Path(entry.path).unlink()
+        return {name: size for _, name, size in sorted(aged_sizes)}
 
     def evict(self, sha256: str) -> None:
         """Remove a shard; who reads it at this moment goes on."""
@@ -187,10 +189,6 @@ class ShardCache:
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise OSError(f"{folder} belongs to somebody else")
-        for path in folder.glob(".*"):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE:
-                    path.unlink()
 
     def _free_bytes(self) -> int:
         folder = self.directory

@@ -13,7 +13,6 @@ import threading
 from pathlib import Path, PurePosixPath
 
 from modtrain.common.errors import DataError
-from modtrain.data.remote.files import RemoteFiles
 
 _lock = threading.Lock()
 _files: dict[tuple[int, str, str], Path] = {}
@@ -25,7 +24,10 @@ def fetched(url: str, name: str, max_bytes: int) -> Path:
 
     Raises DataError where it is not there, is larger than ``max_bytes``, or does not come.
     """
-    # A forked process reads what its parent fetched, which outlives it.
+    # It imports asyncio, for those who read from a URL.
+    from modtrain.data.remote.files import RemoteFiles  # noqa: PLC0415
+
+    # The parent of a fork may end first, and its files with it.
     key = (os.getpid(), url, name)
     with _lock:
         if key not in _files or not _files[key].is_file():

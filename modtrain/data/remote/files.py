@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from modtrain.common.errors import DataError, Problem
-from modtrain.common.validation import key_of
+from modtrain.common.errors import DataError
+from modtrain.data.remote.urls import DEFAULT_TIMEOUT
 
 if TYPE_CHECKING:
     from fsspec.asyn import AsyncFileSystem
 
 T = TypeVar("T")
-DEFAULT_TIMEOUT = 60.0
-_URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.I)
 _ATTEMPTS = 7
 # Seconds: at most so long between two attempts, each twice as long as the one before.
 _FIRST_WAIT = 0.5
@@ -31,8 +28,6 @@ _PARALLEL = 32
 # Of a whole file: large enough for the bandwidth, small enough to come within a request's time.
 _CHUNK_BYTES = 1 << 22
 _CHUNKS = 4
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
-"""Which extra of modtrain brings the driver of a protocol."""
 # No retry mends these: the file is not there, or not for us.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_NAMES = ("NoCredentialsError", "ProfileNotFound", "InvalidURL")
@@ -57,40 +52,6 @@ class Range:
     start: int
     stop: int
     version: str | None = None
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a URL such as ``s3://bucket/data``."""
-    return bool(_URL.match(os.fspath(path)))
-
-
-def url_problems(config: object, prefix: str, *names: str) -> list[Problem]:
-    """Find fields with a URL that cannot be read, before anything is asked of the server."""
-    problems = []
-    for name in names:
-        value = getattr(config, name)
-        if is_url(value) and (fault := _fault(value)):
-            problems.append(Problem(key_of(prefix, name), value, *fault))
-    return problems
-
-
-def _fault(url: str) -> tuple[str, str] | None:
-    """What is wrong with a URL, and the remedy; None if its driver is there."""
-    # It takes a moment, for those who read from a URL.
-    from fsspec.registry import get_filesystem_class  # noqa: PLC0415
-
-    protocol = url.partition("://")[0].lower()
-    try:
-        get_filesystem_class(protocol)
-    except ImportError:
-        extra = EXTRAS.get(protocol)
-        remedy = f"pip install 'modtrain[{extra}]'" if extra else "install its fsspec driver"
-        return f"needs a driver for {protocol}://, which is not installed", remedy
-    except ValueError:
-        return f"has the protocol {protocol}, which fsspec does not know", "try s3:// or https://"
-    if "?" in url or "#" in url:
-        return "has a query, so that no name can follow it", "give the directory's plain address"
-    return None
 
 
 class RemoteFiles:

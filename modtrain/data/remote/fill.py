@@ -90,13 +90,13 @@ class ShardTable:
         """Return by shard its first place in ``samples_P``, `_NEVER` without one; and how many."""
         shards_P = np.searchsorted(self.starts_N, samples_P, side="right") - 1
         is_remote_P = (shards_P >= 0) & (samples_P < self.stops_N[shards_P])
-        found, first, counts = np.unique(
+        used_shards, first, counts = np.unique(
             shards_P[is_remote_P], return_index=True, return_counts=True
         )
         next_N = np.full(len(self.starts_N), _NEVER, dtype=np.int64)
         count_N = np.zeros(len(self.starts_N), dtype=np.int64)
-        next_N[found] = np.flatnonzero(is_remote_P)[first]
-        count_N[found] = counts
+        next_N[used_shards] = np.flatnonzero(is_remote_P)[first]
+        count_N[used_shards] = counts
         return next_N, count_N
 
 

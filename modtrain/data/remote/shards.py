@@ -51,17 +51,17 @@ class RemoteShards:
 
         Raises DataError where a shard is not what its index says, or does not come.
         """
-        found: list[bytes | None] = []
+        cached: list[bytes | None] = []
         for number, start, stop in wanted:
             part = self.cache.read(self.shards[number], [(start, stop)])
-            found.append(part[0] if part else None)
-        missing = [wanted[place] for place, part in enumerate(found) if part is None]
+            cached.append(part[0] if part else None)
+        missing = [wanted[place] for place, part in enumerate(cached) if part is None]
         if missing:
             self._look_at({number for number, _, _ in missing})
             ranges = [Range(self._name(n), *ends, self._versions[n]) for n, *ends in missing]
             came = iter(self.files.read_ranges(ranges))
-            return [next(came) if part is None else part for part in found]
-        return [part for part in found if part is not None]
+            return [next(came) if part is None else part for part in cached]
+        return [part for part in cached if part is not None]
 
     def fetch(
         self,

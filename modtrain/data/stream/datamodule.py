@@ -48,7 +48,7 @@ _TOKEN_BYTES = 8
 # memory is full.
 _WORKER_TIMEOUT = 600
 # From behind a URL: optimizer steps whose batches are read ahead, and their bytes at most.
-_STEPS_AHEAD = 8
+_STEPS_AHEAD = 16
 _AHEAD_BYTES = 1 << 28
 # For semaphores and whole pages.
 _SPARE_BYTES = 1 << 16

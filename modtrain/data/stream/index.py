@@ -17,7 +17,7 @@ from modtrain.common.atomic_io import digest, file_sha256
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.remote.fetched import fetched, fetched_checked
-from modtrain.data.remote.files import is_url
+from modtrain.data.remote.urls import is_url
 
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"

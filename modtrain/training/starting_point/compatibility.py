@@ -9,7 +9,7 @@ from modtrain.checkpoint.reading import TensorReader, format_names
 from modtrain.checkpoint.state import MODEL
 from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import CheckpointError, DataError, StartingPointError
-from modtrain.data.remote.files import is_url
+from modtrain.data.remote.urls import is_url
 from modtrain.data.stream.index import INDEX_NAME
 from modtrain.models.config import ModelConfig
 from modtrain.training.config import TrainConfig

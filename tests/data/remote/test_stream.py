@@ -122,13 +122,13 @@ def shards_of(url, cache, split="train", cache_bytes=None, timeout=5.0):
 def test_one_process_fetches_and_the_others_wait(server, tmp_path):
     shards = [shards_of(server.url, tmp_path / "cache") for _ in range(4)]
     server.kind, server.every = "slow", 1
-    before, found = server.num_requests, []
-    threads = [threading.Thread(target=lambda s=s: found.append(s.fetch(0))) for s in shards]
+    before, results = server.num_requests, []
+    threads = [threading.Thread(target=lambda s=s: results.append(s.fetch(0))) for s in shards]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 4
+    assert results == [True] * 4
     # Its size, and its content.
     assert server.num_requests - before == 2
 
@@ -146,7 +146,7 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cache_that_is_full_or_gone_loses_nothing_and_says_so_once(
+def test_a_cache_that_is_full_or_missing_loses_nothing_and_warns_once(
     prepared, server, tmp_path, monkeypatch, caplog
 ):
     expected = torch.cat(tokens(module(prepared, tmp_path)))
@@ -156,16 +156,16 @@ def test_a_cache_that_is_full_or_gone_loses_nothing_and_says_so_once(
     assert len(list(data.val_dataloader())) > 1
     monkeypatch.undo()
     (tmp_path / "file").write_text("")
-    gone = module(server.url, tmp_path / "file/cache", cache_bytes=1e9)
-    assert len(list(gone.val_dataloader())) > 1
-    assert torch.cat(tokens(gone)).equal(expected)
+    without_cache = module(server.url, tmp_path / "file/cache", cache_bytes=1e9)
+    assert len(list(without_cache.val_dataloader())) > 1
+    assert torch.cat(tokens(without_cache)).equal(expected)
     warnings = [r.message for r in caplog.records if "data.cache_dir" in r.getMessage()]
     assert len(warnings) <= 4
     assert any("a disk that is full" in text for text in map(str, caplog.messages))
 
 
 @pytest.mark.slow
-def test_a_shard_that_is_not_what_the_index_says_is_named(copy_server, tmp_path):
+def test_a_shard_that_is_not_what_the_index_has_is_named(copy_server, tmp_path):
     root, server = copy_server
     shard = root / "train/shard-000001.tar"
     content = shard.read_bytes()
@@ -258,8 +258,8 @@ def test_without_shuffling_the_next_shards_come_first_and_the_last_needed_go(ser
     plain = module(server.url, tmp_path, shuffle=False)
     shards = plain.train_data.shards.shards
     size, valid = shards[0].num_bytes, plain.indexes[""].shards["valid"]
-    room = 3 * size + sum(shard.num_bytes for shard in valid) + 512
-    data = module(server.url, tmp_path, shuffle=False, cache_bytes=float(room))
+    max_bytes = 3 * size + sum(shard.num_bytes for shard in valid) + 512
+    data = module(server.url, tmp_path, shuffle=False, cache_bytes=float(max_bytes))
     names = {shard.sha256: number for number, shard in enumerate(shards)}
     epoch = len(data.train_data)
     filler = filler_of(data, num_samples=epoch)
@@ -280,8 +280,8 @@ def test_a_shuffled_run_takes_whole_shards_where_it_reads_them_all(server, tmp_p
         part = lambda first, count, o=order: o.lookup(torch.arange(first, first + 64).numpy())  # noqa: E731
         filler = filler_of(data, num_nodes, epochs * one_epoch, part)
         filler.fill()
-        found = len(list((tmp_path / f"{num_nodes}-{epochs}").glob("*.tar")))
-        assert (found > 1) == comes
+        results = len(list((tmp_path / f"{num_nodes}-{epochs}").glob("*.tar")))
+        assert (results > 1) == comes
 
 
 def test_the_index_is_read_once_by_a_process(server, tmp_path):
