@@ -149,7 +149,7 @@ def _copy_tokens(job: EncodeJob, outputs: dict[str, BinaryIO]) -> UnitRecord:
     (file,) = job.unit.files
     reader = TokenReader(
         file,
-        Vocabulary.of_file(job.tokenizer, job.tokenizer_sha256),
+        Vocabulary.of_file(job.tokenizer, job.tokenizer_sha256, job.eos_id),
         default_dtype=job.dtype,
         dtype=job.token_dtype,
         column=job.token_column,

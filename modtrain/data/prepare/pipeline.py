@@ -53,9 +53,11 @@ from modtrain.data.prepare.sources import SourceFile, expand_sources
 from modtrain.data.prepare.tokenizer import (
     SplitChooser,
     check_tokenizer,
+    parse_tokenizer,
     train_tokenizer,
     training_texts,
 )
+from modtrain.data.prepare.tokenizer_path import end_token, tokenizer_file
 from modtrain.data.prepare.units import Unit, plan_units
 from modtrain.data.prepare.worker_pool import run_unfinished
 from modtrain.data.stream.index import (
@@ -265,14 +267,28 @@ def _ensure_tokenizer(
 ) -> _StoredTokenizer:
     path = output / TOKENIZER_NAME
     content = _tokenizer_content(config, units, work)
-    vocab_size, eos_id = check_tokenizer(content, config.tokenizer.path or str(path))
+    name = config.tokenizer.path or str(path)
+    vocab_size, eos_id = check_tokenizer(content, name)
+    _tell_other_end(content, name, eos_id)
     write_bytes(path, content, work / "staging")
     return _StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
 
 
+def _tell_other_end(content: bytes, path: str, eos_id: int) -> None:
+    """Warn where a folder declares another end token than the one that is taken by its name."""
+    declared = end_token(path)
+    tokenizer = parse_tokenizer(content, path)
+    if declared is not None and tokenizer.token_to_id(declared) != eos_id:
+        taken = tokenizer.id_to_token(eos_id)
+        _log.warning(
+            "%s declares the end token %s; documents end with %s, as everywhere in modtrain",
+            *(path, declared, taken),
+        )
+
+
 def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path) -> bytes:
     if config.tokenizer.path is not None:
-        return Path(config.tokenizer.path).read_bytes()
+        return tokenizer_file(config.tokenizer.path).read_bytes()
     key_parts = [asdict(config.tokenizer), config.text_column, config.valid_fraction, config.seed]
     later = later_options(config)
     key_parts += [later] if later else []

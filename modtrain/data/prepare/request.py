@@ -11,6 +11,7 @@ from modtrain.common.atomic_io import digest, file_sha256
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.sources import SourceFile
+from modtrain.data.prepare.tokenizer_path import tokenizer_file
 
 REQUEST_NAME = ".prepared.json"
 TIMES = "times of change"
@@ -28,7 +29,7 @@ def request_of(config: PrepareConfig, files: Sequence[SourceFile]) -> dict[str, 
         del options[name]
     path = config.tokenizer.path
     if path is not None:
-        options["tokenizer"] = {"sha256": file_sha256(Path(path))}
+        options["tokenizer"] = {"sha256": file_sha256(tokenizer_file(path))}
     options = without_later_options(options)
     names, sizes = [file.name for file in files], [file.size for file in files]
     times = digest([file.mtime_ns for file in files])

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from tokenizers import Tokenizer
 
@@ -15,6 +17,7 @@ from modtrain.data.prepare.tokenizer import (
     train_tokenizer,
     training_texts,
 )
+from modtrain.data.prepare.tokenizer_path import tokenizer_file
 from modtrain.data.prepare.units import plan_units
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 
@@ -126,3 +129,26 @@ def test_the_choice_depends_on_the_seed_and_the_text_alone():
     # A larger share contains the held-out documents of a smaller one.
     more = [SplitChooser(0, 0.2).is_valid(content) for content in contents]
     assert all(later for earlier, later in zip(chosen, more, strict=True) if earlier)
+
+
+def test_a_folder_has_a_tokenizer_and_another_end_token_is_told(tmp_path, caplog):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(train_tokenizer(make_documents(20), 300))
+    corpus = write_jsonl(tmp_path / "a.jsonl", make_documents(60))
+    config = tiny_config([corpus], tmp_path / "out", tokenizer=TokenizerConfig(path=str(folder)))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_DOCUMENT}))
+    assert prepare(config, progress=False).summary.eos_id == 0
+    assert "declares" not in caplog.text
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im|>"}}))
+    config.output = str(tmp_path / "out2")
+    assert prepare(config, progress=False).summary.eos_id == 0
+    assert "declares the end token <|im|>; documents end with <|endoftext|>" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "cl100k_base.tiktoken"])
+def test_files_of_other_tokenizers_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=f"{name}.*(SentencePiece|tiktoken).*save_pretrained"):
+            tokenizer_file(str(path))

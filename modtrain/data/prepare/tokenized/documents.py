@@ -51,12 +51,12 @@ class Vocabulary(NamedTuple):
 
     @classmethod
     @lru_cache(maxsize=1)
-    def of_file(cls, path: str, sha256: str) -> Vocabulary:
-        """Return that of a ``tokenizer.json`` whose checksum is known."""
+    def of_file(cls, path: str, sha256: str, eos_id: int) -> Vocabulary:
+        """Return that of a ``tokenizer.json`` whose checksum and end token are known."""
         content = Path(path).read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
             raise DataError(f"{path}: changed while the corpus was read. Run prepare again.")
-        size, eos_id = check_tokenizer(content, path)
+        size, _ = check_tokenizer(content, path, eos_id)
         tokenizer = parse_tokenizer(content, path)
         is_byte_level = "ByteLevel" in str(tokenizer.decoder)
         added = tokenizer.get_added_tokens_decoder()
