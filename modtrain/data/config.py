@@ -201,7 +201,8 @@ def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:
 class TokenizerConfig:
     """The tokenizer of a prepared directory.
 
-    path: a ``tokenizer.json`` to use; null trains a byte-level BPE on the corpus.
+    path: a ``tokenizer.json`` to use, or a Hugging Face folder with one; null trains a byte-level
+        BPE on the corpus.
     vocab_size: tokens of the trained vocabulary, the end-of-document token included.
     train_bytes: bytes of text that it is trained on at most, spread over the whole corpus.
     end_token: the token of ``path`` that ends a document; null: one with a usual name, such as

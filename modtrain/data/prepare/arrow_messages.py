@@ -32,7 +32,7 @@ def stream_start(data: mmap) -> int:
 
 def messages(data: mmap) -> list[Message]:
     """Return the messages of a stream up to its end mark, or up to where it is damaged."""
-    found: list[Message] = []
+    parsed: list[Message] = []
     at = stream_start(data)
     try:
         while at + 8 <= len(data):
@@ -47,10 +47,10 @@ def messages(data: mmap) -> list[Message]:
             at += length + body
             if at > len(data):
                 break
-            found.append(message)
+            parsed.append(message)
     except (struct.error, ValueError, IndexError):
         pass
-    return found
+    return parsed
 
 
 def _parsed(metadata: bytes, data: mmap, body_start: int) -> tuple[Message, int]:
@@ -73,7 +73,7 @@ def _parsed(metadata: bytes, data: mmap, body_start: int) -> tuple[Message, int]
 
 
 class _Table:
-    """A table of a flatbuffer, whose fields are found by number."""
+    """A table of a flatbuffer, whose fields are parsed by number."""
 
     def __init__(self, data: bytes, at: int) -> None:
         self._data, self._at = data, at

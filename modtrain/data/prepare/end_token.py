@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from modtrain.common.errors import ConfigError, DataError, Problem
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.config import TokenizerConfig
 from modtrain.data.prepare.tokenizer import known_end_ids, parse_tokenizer, special_tokens
+from modtrain.data.prepare.tokenizer_path import tokenizer_file
 from modtrain.data.stream.index import INDEX_NAME
+
+_log = logging.getLogger(__name__)
 
 # Hugging Face's files beside a tokenizer.json, with the key that names the end of a text. Their
 # texts come before their numbers, which may be those of another tokenizer.
@@ -37,7 +41,7 @@ def chosen_end_token(config: TokenizerConfig) -> str | None:
     """
     if config.path is None:
         return None
-    path = Path(config.path)
+    path = tokenizer_file(config.path)
     tokenizer = parse_tokenizer(path.read_bytes(), str(path))
     if config.end_token is not None:
         if tokenizer.token_to_id(config.end_token) is None:
@@ -45,9 +49,17 @@ def chosen_end_token(config: TokenizerConfig) -> str | None:
             remedy = f"its special tokens are {special_tokens(tokenizer)}"
             raise ConfigError([Problem("tokenizer.end_token", config.end_token, reason, remedy)])
         return config.end_token
-    if known_end_ids(tokenizer):
-        return None
-    return next(_declared(path.parent, tokenizer), None)
+    declared = next(_declared(path.parent, tokenizer), None)
+    known = known_end_ids(tokenizer)
+    if not known:
+        return declared
+    if declared is not None and tokenizer.token_to_id(declared) not in known:
+        _log.warning(
+            "%s declares the end token %s; documents end with %s, unless tokenizer.end_token says"
+            " otherwise",
+            *(path.parent, declared, tokenizer.id_to_token(known[0])),
+        )
+    return None
 
 
 def _declared(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:

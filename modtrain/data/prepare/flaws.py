@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FLAW_KINDS = {
-    "bad_json": "lines or members that are not JSON",
+    "bad_json": "lines that are not JSON",
     "bad_csv": "rows that are not CSV",
     "no_text": "lines or rows without text in the text column",
     "empty": "empty documents",

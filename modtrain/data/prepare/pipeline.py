@@ -61,6 +61,7 @@ from modtrain.data.prepare.tokenizer import (
     train_tokenizer,
     training_texts,
 )
+from modtrain.data.prepare.tokenizer_path import tokenizer_file
 from modtrain.data.prepare.units import Unit, plan_units
 from modtrain.data.prepare.worker_pool import run_unfinished
 from modtrain.data.stream.index import (
@@ -317,7 +318,7 @@ def _tokenizer_content(
     config: PrepareConfig, units: Sequence[Unit], work: Path, staging: Path
 ) -> bytes:
     if config.tokenizer.path is not None:
-        return Path(config.tokenizer.path).read_bytes()
+        return tokenizer_file(config.tokenizer.path).read_bytes()
     key_parts = [tokenizer_options(config), config.text_column, config.valid_fraction, config.seed]
     later = later_options(config)
     key_parts += [later] if later else []

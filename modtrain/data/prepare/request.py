@@ -11,6 +11,7 @@ from modtrain.common.atomic_io import digest, file_sha256
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.sources import SourceFile
+from modtrain.data.prepare.tokenizer_path import tokenizer_file
 
 REQUEST_NAME = ".prepared.json"
 TIMES = "times of change"
@@ -34,7 +35,7 @@ def request_of(
     path = config.tokenizer.path
     options["tokenizer"] = tokenizer_options(config)
     if path is not None:
-        options["tokenizer"] = {"sha256": file_sha256(Path(path))}
+        options["tokenizer"] = {"sha256": file_sha256(tokenizer_file(path))}
     if end_token is not None:
         options["tokenizer"]["end_token"] = end_token
     options = without_later_options(options)

@@ -109,16 +109,16 @@ def arrow_documents(path: str, check: DocumentCheck) -> Iterator[str | Flaw]:
     try:
         with local_copy(path) as local, local.open("rb") as file:
             with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-                found, start = messages(data), stream_start(data)
+                sizes, start = messages(data), stream_start(data)
             with pa.memory_map(str(local)) as source:
                 source.seek(start)
                 # A dictionary is read with the first rows after it.
-                if any(not message.is_rows and message.size > limit for message in found):
+                if any(not message.is_rows and message.size > limit for message in sizes):
                     yield check.too_large(path, 1, "a dictionary is larger", limit)
                     return
                 reader = pa.ipc.open_stream(source)
                 columns = columns_of(path, reader.schema.names, check.field)
-                for message in found:
+                for message in sizes:
                     if not message.is_rows:
                         continue
                     if message.size > limit:

@@ -125,10 +125,10 @@ def _matches(source: str) -> list[str]:
     if is_command(source):
         return [source]
     if is_remote(source):
-        found = remote_matches(source)
-        if not found:
+        urls = remote_matches(source)
+        if not urls:
             raise DataError(f"{source}: matches no file.")
-        return found
+        return urls
     pattern = str(Path(_inside_package(source)).expanduser())
     if Path(pattern).is_file():
         return [pattern]

@@ -74,18 +74,18 @@ def remote_matches(source: str) -> list[str]:
     # Needed for addresses alone.
     from braceexpand import braceexpand  # noqa: PLC0415
 
-    found: list[str] = []
+    urls: list[str] = []
     for url in braceexpand(source) if "{" in source else [source]:
         # In an address of the web a question mark begins a query.
         pattern = url.partition("?")[0] if _HTTP.match(url) else url
         files, inner = _file_system(url)
         if not any(character in pattern for character in "*?["):
-            found.append(url)
+            urls.append(url)
             continue
         paths = _asked(url, lambda files=files, inner=inner: files.glob(inner, detail=True))
         names = sorted(name for name, info in paths.items() if info["type"] == "file")
-        found += [files.unstrip_protocol(name) for name in names]
-    return found
+        urls += [files.unstrip_protocol(name) for name in names]
+    return urls
 
 
 @contextmanager

@@ -25,7 +25,7 @@ _HINT = "such a member holds one JSON object"
 class _Sample:
     """Members in sequence whose names differ in their extensions alone.
 
-    number: of its first member. flaw: what is wrong with the member that would give the text.
+    number: of its first member. texts: by extension, each its content or what is wrong with it.
     """
 
     key: str

@@ -39,13 +39,13 @@ class TextField:
 
         Raises KeyError with a name that none of them has.
         """
-        found = []
+        columns_used = []
         for name in self.names:
             root = name if name in columns else name.partition(".")[0]
             if root not in columns:
                 raise KeyError(name)
-            found.append(root)
-        return list(dict.fromkeys(found))
+            columns_used.append(root)
+        return list(dict.fromkeys(columns_used))
 
     def of(self, record: Any) -> Any:
         """Return the text of ``record``; without a template whatever stands in its place.

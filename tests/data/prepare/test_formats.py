@@ -152,9 +152,9 @@ def test_what_comes_before_the_damage_is_kept(tmp_path, kind):
         whole = COMPRESS[kind](content)
         path = tmp_path / f"{name}.{kind}"
         path.write_bytes(whole[: len(whole) * 9 // 10])
-        found, flaws = read(path)
-        assert found == documents[: len(found)]
-        assert len(found) > 300
+        documents_read, flaws = read(path)
+        assert documents_read == documents[: len(documents_read)]
+        assert len(documents_read) > 300
         assert [flaw.kind for flaw in flaws] == ["damaged"]
 
 
@@ -174,8 +174,8 @@ def test_bad_rows_of_csv_are_flaws_with_their_lines(tmp_path):
     path.write_bytes(
         b'id,text\n1,"two\nlines"\n2,a,b\n3,"x"y\n4,\n5,\xff\n6,fine\n\n7,"cut\nshort\n'
     )
-    found, flaws = read(path)
-    assert found == ["two\nlines", "fine"]
+    documents_read, flaws = read(path)
+    assert documents_read == ["two\nlines", "fine"]
     expected = [("bad_csv", 4), ("bad_csv", 5), ("empty", 6), ("invalid_utf8", 7), ("damaged", 10)]
     assert [(flaw.kind, flaw.line) for flaw in flaws] == expected
 
@@ -200,8 +200,8 @@ def test_samples_are_those_of_webdataset(tmp_path):
         for sample in samples[:2]:
             tar.write({k: v for k, v in sample.items() if k != "jpg"})
         tar.write({"__key__": "b", "1.page.txt": DOCUMENTS[2]})
-    found = [*webdataset.WebDataset(path, shardshuffle=False).decode()]
-    assert [s.get("txt") or s.get("json", s)["text"] for s in found[:2]] == DOCUMENTS[:2]
+    documents_read = [*webdataset.WebDataset(path, shardshuffle=False).decode()]
+    assert [s.get("txt") or s.get("json", s)["text"] for s in documents_read[:2]] == DOCUMENTS[:2]
     assert read(path) == (DOCUMENTS[:3], [])
 
 
@@ -222,8 +222,8 @@ def test_members_that_are_no_files_are_flaws_and_nothing_is_written(tmp_path):
             member.size = 4 if kind == tarfile.REGTYPE else 0
             tar.addfile(member, io.BytesIO(b"text"))
     before = tree(tmp_path)
-    found, flaws = read(folder / "a.tar")
-    assert found == ["text"] * 2
+    documents_read, flaws = read(folder / "a.tar")
+    assert documents_read == ["text"] * 2
     kinds = [("not_a_file", n) for n in (1, 2, 3)] + [("no_text", 6)]
     assert [(flaw.kind, flaw.line) for flaw in flaws] == kinds
     assert tree(tmp_path) == before
@@ -242,8 +242,8 @@ def test_damage_in_an_archive_is_no_end_of_it(tmp_path, how):
         content[2 * 1536 + 10] ^= 0xFF
     content = {"cut": content[:4000], "no end": content[: 5 * 1536]}.get(how, content)
     (tmp_path / "a.tar").write_bytes(b"no archive" * 100 if how == "no tar" else bytes(content))
-    found, flaws = read(tmp_path / "a.tar")
-    assert len(found) == {"header": 2, "cut": 2, "no end": 5, "no tar": 0}[how]
+    documents_read, flaws = read(tmp_path / "a.tar")
+    assert len(documents_read) == {"header": 2, "cut": 2, "no end": 5, "no tar": 0}[how]
     assert [flaw.kind for flaw in flaws] == ["damaged"]
 
 
@@ -277,12 +277,12 @@ def write_arrow(path: Path, table: pa.Table, compression: str | None, is_file: b
 def test_arrow_streams_and_files(tmp_path, is_file, compression):
     path = tmp_path / "a.arrow"
     write_arrow(path, TABLE, compression, is_file)
-    found, flaws = read(path)
-    assert found == DOCUMENTS
+    documents_read, flaws = read(path)
+    assert documents_read == DOCUMENTS
     assert [(flaw.kind, flaw.line) for flaw in flaws] == [("no_text", 5)]
     assert read(path, column="messages.0.content")[0] == DOCUMENTS
-    found, flaws = read(path, template="{kind} {messages.0.content}")
-    assert (found[:2], flaws) == (["a one\ntwo", 'b a "quoted", comma'], [])
+    documents_read, flaws = read(path, template="{kind} {messages.0.content}")
+    assert (documents_read[:2], flaws) == (["a one\ntwo", 'b a "quoted", comma'], [])
 
 
 @pytest.mark.parametrize("column", ["text", "messages.0.content"])
@@ -309,8 +309,8 @@ def test_a_damaged_arrow_file_gives_what_comes_before_the_damage(tmp_path):
     whole = path.read_bytes()
     for size in range(0, len(whole), 97):
         path.write_bytes(whole[:size])
-        found, flaws = read(path)
-        assert found == DOCUMENTS[: len(found)]
+        documents_read, flaws = read(path)
+        assert documents_read == DOCUMENTS[: len(documents_read)]
         assert [flaw.kind for flaw in flaws] in (["damaged"], ["no_text", "damaged"])
 
 
@@ -322,8 +322,8 @@ def test_offsets_outside_of_the_data_are_found(tmp_path):
     at = content.index(bytes([0, 0, 0, 0, 32, 0, 0, 0, 64, 0, 0, 0]))
     content[at + 4 : at + 8] = (1 << 30).to_bytes(4, "little")
     path.write_bytes(bytes(content))
-    found, flaws = read(path)
-    assert (found, [flaw.kind for flaw in flaws]) == ([], ["damaged"])
+    documents_read, flaws = read(path)
+    assert (documents_read, [flaw.kind for flaw in flaws]) == ([], ["damaged"])
 
 
 def save_to_disk(folder: Path, table: pa.Table, num_files: int, **state: object) -> None:

@@ -109,8 +109,8 @@ def test_memory_is_bounded_whatever_a_small_file_would_become(tmp_path):
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path.cwd())},
     )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
     names = [path.name for path in files]
-    assert dict(zip(names, found, strict=False)) == dict(zip(names, files.values(), strict=True)), (
-        done.stderr[-2000:]
-    )
+    assert dict(zip(names, results, strict=False)) == dict(
+        zip(names, files.values(), strict=True)
+    ), done.stderr[-2000:]

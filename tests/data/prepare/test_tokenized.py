@@ -41,8 +41,8 @@ def concatenated(lists):
 
 
 def read_all(source: Path, **options):
-    found = [read(file, **options) for file in expand_sources([str(source)])]
-    return [concatenated(parts) for parts in zip(*found, strict=True)]
+    results = [read(file, **options) for file in expand_sources([str(source)])]
+    return [concatenated(parts) for parts in zip(*results, strict=True)]
 
 
 def ended(documents: list[list[int]]) -> np.ndarray:

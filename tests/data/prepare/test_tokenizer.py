@@ -22,6 +22,7 @@ from modtrain.data.prepare.tokenizer import (
     train_tokenizer,
     training_texts,
 )
+from modtrain.data.prepare.tokenizer_path import tokenizer_file
 from modtrain.data.prepare.units import plan_units
 from modtrain.data.stream.index import ShardIndex
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
@@ -213,3 +214,26 @@ def test_data_with_a_declared_end_token(tmp_path):
     index.write_text(json.dumps(json.loads(index.read_text()) | {"eos_id": 269}))
     with pytest.raises(DataError, match="eos_id is 269; its tokenizer has 270"):
         ShardIndex.load(tmp_path / "out")
+
+
+def test_a_folder_has_a_tokenizer_and_another_end_token_is_told(tmp_path, caplog):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(train_tokenizer(make_documents(20), 300))
+    corpus = write_jsonl(tmp_path / "a.jsonl", make_documents(60))
+    config = tiny_config([corpus], tmp_path / "out", tokenizer=TokenizerConfig(path=str(folder)))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_DOCUMENT}))
+    assert prepare(config, progress=False).summary.eos_id == 0
+    assert "declares" not in caplog.text
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "a"}}))
+    config.output = str(tmp_path / "out2")
+    assert prepare(config, progress=False).summary.eos_id == 0
+    assert "declares the end token a; documents end with <|endoftext|>" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "cl100k_base.tiktoken"])
+def test_files_of_other_tokenizers_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=f"{name}.*(SentencePiece|tiktoken).*save_pretrained"):
+            tokenizer_file(str(path))

@@ -52,7 +52,7 @@ class Vocabulary(NamedTuple):
     @classmethod
     @lru_cache(maxsize=1)
     def of_file(cls, path: str, sha256: str, eos_id: int) -> Vocabulary:
-        """Return that of a ``tokenizer.json`` whose checksum is known."""
+        """Return that of a ``tokenizer.json`` whose checksum and end token are known."""
         content = Path(path).read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:
             raise DataError(f"{path}: changed while the corpus was read. Run prepare again.")

@@ -55,14 +55,14 @@ def flat_parts(path: Path, default_dtype: str, dtype: str | None) -> Iterator[Pa
         head = file.read(16)
         if head.startswith(_NPY_MAGIC):
             file.seek(0)
-            shape, found, offset = _npy_header(file)
+            shape, item_type, offset = _npy_header(file)
             size = int(np.prod(shape))
         else:
             (first,) = struct.unpack("<i", head[:4]) if len(head) >= 4 else (0,)
-            found = _LLMC_TYPES.get(first, dtype or f"<u{np.dtype(default_dtype).itemsize}")
+            item_type = _LLMC_TYPES.get(first, dtype or f"<u{np.dtype(default_dtype).itemsize}")
             offset = 4 * _HEADER_NUMBERS if first in _LLMC_TYPES else 0
             size = -1
-    tokens = _mapped(path, found, offset, size)
+    tokens = _mapped(path, item_type, offset, size)
     if offset == 0 and dtype is None and tokens.dtype.itemsize == 2:
         odd = tokens[1:_LOOKED_AT:2]
         if len(odd) > 8 and not odd.any():
@@ -203,18 +203,18 @@ def _numbers_of(field: memoryview, encoding: str, dtype: str | None) -> NDArray[
     if kind != "ndarray":
         raise ValueError(f"its tokens are encoded as {encoding}, and not as ndarray or bytes")
     if arguments:
-        found = np.dtype(arguments[0])
+        item_type = np.dtype(arguments[0])
     else:
         code, field = field[0], field[1:]
         # Eight times the bytes, and one more for signed.
-        found = np.dtype(f"<{'i' if code % 8 == 1 else 'u'}{code // 8}")
-    if found.kind not in "iu":
-        raise ValueError(f"its tokens are {found}")
+        item_type = np.dtype(f"<{'i' if code % 8 == 1 else 'u'}{code // 8}")
+    if item_type.kind not in "iu":
+        raise ValueError(f"its tokens are {item_type}")
     if len(arguments) < 2:
         # The number of dimensions, and in the lowest bits the type of their sizes.
         num_dims, width = field[0] >> 2, 1 << (field[0] & 3)
         field = field[1 + num_dims * width :]
-    return _numbers(field, found.newbyteorder("<").str)
+    return _numbers(field, item_type.newbyteorder("<").str)
 
 
 def _numbers(data: memoryview, dtype: str) -> NDArray[Any]:
