@@ -140,11 +140,11 @@ class _Catalog:
             Problem(
                 "tasks",
                 name,
-                f"{reason}: {', '.join(found)}",
+                f"{reason}: {', '.join(names)}",
                 f"read {path} and what it names; then task.allow_code=true",
             )
-            for found, reason in reasons
-            if found
+            for names, reason in reasons
+            if names
         ]
         if problems:
             raise ConfigError(problems)

@@ -88,16 +88,16 @@ def examples(kind: str, count: int, seed: int, *, held_out: bool) -> list[Exampl
     held_out: those to evaluate with; False: those to train on. Fewer where the kind has no more.
     """
     draw = random.Random(f"{kind} {seed} {held_out}")  # noqa: S311  (no secret)
-    found: dict[str, Example] = {}
+    by_prompt: dict[str, Example] = {}
     tries = 0
-    while len(found) < count and tries < _MAX_TRIES:
+    while len(by_prompt) < count and tries < _MAX_TRIES:
         example = KINDS[kind](draw)
-        if is_held_out(example.prompt) == held_out and example.prompt not in found:
-            found[example.prompt] = example
+        if is_held_out(example.prompt) == held_out and example.prompt not in by_prompt:
+            by_prompt[example.prompt] = example
             tries = 0
         else:
             tries += 1
-    return list(found.values())
+    return list(by_prompt.values())
 
 
 def training_texts(kinds: Sequence[str], count: int, seed: int) -> Iterator[str]:

@@ -147,8 +147,9 @@ def _answer(record: _Record) -> _Record:
 
 
 def _messages(record: _Record) -> _Record:
-    said = record["input"]
-    parts = [said] if isinstance(said, str) else [message["content"] for message in said]
+    messages = record["input"]
+    is_text = isinstance(messages, str)
+    parts = [messages] if is_text else [message["content"] for message in messages]
     prompt = "\n".join(_string(part) for part in parts)
     return _free(f"{prompt}\nAnswer:", record["ideal"])
 
