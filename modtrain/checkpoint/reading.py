@@ -7,6 +7,7 @@ checkpoint only.
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 import warnings
@@ -196,7 +197,16 @@ class _SafeUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+
+
+def _member(kind: Any, name: Any) -> enum.Enum:
+    """Return a member of an enumeration; Python 3.11.2, which Debian 12 has, pickles it so."""
+    if not (isinstance(kind, enum.EnumType) and name in kind.__members__):
+        raise pickle.UnpicklingError("refused to load builtins.getattr")
+    return kind.__members__[name]
 
 
 class _SafeReader(FileSystemReader):

@@ -3,6 +3,7 @@
 Who can plant a pickle can plant its checksum as well, so the manifests here fit.
 """
 
+import enum
 import io
 import os
 import pickle
@@ -15,7 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+)
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import Manifest, checkpoint_path, verify
@@ -131,6 +136,49 @@ def test_a_hostile_checkpoint_runs_nothing(path, tmp_path, plant):
         with pytest.raises(CheckpointError):
             load_whole(path)
     assert not mark.exists()
+
+
+class PicklesEnumsByGetattr(pickle._Pickler):
+    """As Python 3.11.0 to 3.11.3 do, of which Debian 12 has one."""
+
+    def reducer_override(self, value):
+        if isinstance(value, enum.Enum):
+            return getattr, (type(value), value.name)
+        return NotImplemented
+
+
+def pickled_by_getattr(value) -> bytes:
+    file = io.BytesIO()
+    PicklesEnumsByGetattr(file).dump(value)
+    return file.getvalue()
+
+
+def test_a_checkpoint_of_debians_python_is_read(path):
+    content = pickled_by_getattr(metadata(path))
+    assert b"getattr" in content
+    before = TensorReader(path)["state_dict.weight"]
+    planted(path, ".metadata", content)
+    assert torch.equal(TensorReader(path)["state_dict.weight"], before)
+
+
+class Attribute:
+    """Of a class that checkpoints may name, one that is no member."""
+
+    def __init__(self, kind, name):
+        self.kind, self.name = kind, name
+
+    def __reduce__(self):
+        return getattr, (self.kind, self.name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")]
+)
+def test_getattr_gives_members_of_enumerations_alone(path, kind, name):
+    changed = replace(metadata(path), planner_data=Attribute(kind, name))
+    planted(path, ".metadata", pickle.dumps(changed))
+    with pytest.raises(CheckpointError, match="more than plain data"):
+        TensorReader(path)
 
 
 class Large:
