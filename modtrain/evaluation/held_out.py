@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modtrain.data.stream.batch import Batch
+from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import ComputeBudget, RouterSwap, Selection
 from modtrain.models.flops import Load, forward_flops, realised_flops
 from modtrain.models.sequence import RoutingRecord
@@ -254,20 +255,24 @@ class _Accumulator:
 
     def decision(self, trained: _Accumulator | None) -> Decision:
         labels = self.config.routed_labels
-        cost = realised_flops(self.config, self.seq_len, self._loads(), self.selection)
+        counts = self.chosen_R, self.squares_R, self.executed_M
+        loads = mean_loads(self.config, self.seq_len, self.sequences, *counts)
+        cost = realised_flops(self.config, self.seq_len, loads, self.selection)
         flops = cost.total / self.seq_len
         agreement = {}
         if trained is not None and self.selection in trained.confusion:
             cells = trained.confusion[self.selection].tolist()
-            agreement = {name: _agreement(*four) for name, four in zip(labels, cells, strict=True)}
+            agreement = {
+                name: agreement_of(*four) for name, four in zip(labels, cells, strict=True)
+            }
         shares = (self.chosen_R / self.tokens).tolist()
-        loads = (self.choices_MR / self.choices_MR.sum(-1, keepdim=True).clamp(min=1)).tolist()
+        shares_MR = (self.choices_MR / self.choices_MR.sum(-1, keepdim=True).clamp(min=1)).tolist()
         return Decision(
             self.loss / self.tokens,
             flops,
             dict(zip(labels, shares, strict=True)),
             agreement,
-            dict(zip(self.config.expert_labels, loads, strict=True)),
+            dict(zip(self.config.expert_labels, shares_MR, strict=True)),
         )
 
     def _compare(self, records: tuple[RoutingRecord, ...]) -> None:
@@ -280,27 +285,37 @@ class _Accumulator:
                 cell_BS = (value_BS > threshold).long() * 2 + record.chosen_BS.long()
                 cells_R4[i] += torch.bincount(cell_BS.flatten(), minlength=4).cpu().double()
 
-    def _loads(self) -> list[Load]:
-        """The mean load of each layer per sequence."""
-        count_R2 = torch.stack([self.chosen_R, self.squares_R], dim=1) / self.sequences
-        counts = dict(zip(self.config.routed_parts, count_R2.tolist(), strict=True))
-        slots_M = (self.executed_M / self.sequences).tolist()
-        slots = dict(zip(self.config.expert_labels, slots_M, strict=True))
-        loads = []
-        for layer in range(self.config.num_layers):
-            all_tokens = [float(self.seq_len), float(self.seq_len**2)]
-            block = counts.get((layer, "block"), all_tokens)
-            mixer = counts.get((layer, "attention"), block)
-            mlp = counts.get((layer, "mlp"), block)
-            loads.append(Load(mixer[0], mixer[1], mlp[0], slots.get(f"layer_{layer:02d}", 0.0)))
-        return loads
+
+def mean_loads(
+    config: ModelConfig,
+    seq_len: int,
+    sequences: int,
+    chosen_R: Tensor,
+    squares_R: Tensor,
+    executed_M: Tensor,
+) -> list[Load]:
+    """Return the mean load of each layer per sequence, from sums over ``sequences``.
+
+    chosen_R, squares_R: each router's tokens in a sequence, and their square. executed_M: computed
+    pairs of token and expert of each mixture.
+    """
+    count_R2 = torch.stack([chosen_R, squares_R], dim=1) / sequences
+    counts = dict(zip(config.routed_parts, count_R2.tolist(), strict=True))
+    slots = dict(zip(config.expert_labels, (executed_M / sequences).tolist(), strict=True))
+    loads = []
+    for layer in range(config.num_layers):
+        block = counts.get((layer, "block"), [float(seq_len), float(seq_len**2)])
+        mixer = counts.get((layer, "attention"), block)
+        mlp = counts.get((layer, "mlp"), block)
+        loads.append(Load(mixer[0], mixer[1], mlp[0], slots.get(f"layer_{layer:02d}", 0.0)))
+    return loads
 
 
 def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
-def _agreement(tn: float, fn: float, fp: float, tp: float) -> Agreement:
+def agreement_of(tn: float, fn: float, fp: float, tp: float) -> Agreement:
     """Scores of true and false negatives and positives."""
     recall = tp / max(1.0, tp + fn)
     specificity = tn / max(1.0, tn + fp)
