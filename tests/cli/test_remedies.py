@@ -186,7 +186,7 @@ def test_nothing_is_suggested_where_nothing_is_meant(wrong):
 
 def test_a_run_is_resumed_by_its_name():
     problems = [problems_of("train", [f"resume={value}"]) for value in ("true", "first")]
-    remedies = [next(p.remedy for p in found if p.key == "resume") for found in problems]
+    remedies = [next(p.remedy for p in of_one if p.key == "resume") for of_one in problems]
     assert remedies[0] == "did you mean auto?"
     assert remedies[1].endswith("a run is resumed by its name: name=NAME")
 
