@@ -20,13 +20,13 @@ from argcomplete.lexers import split_line
 from modtrain.cli.arguments import make_parser
 from modtrain.cli.groups import groups_of
 from modtrain.cli.local_ranks import VERBS as LAUNCHED
-from modtrain.cli.schemas import VERBS, schema_of
+from modtrain.cli.schemas import SUBMITTED, VERBS, schema_of
 from modtrain.common.errors import ConfigError, Problem
 from modtrain.training.run_listing import run_names
 
 SHELLS = ("bash", "zsh", "fish")
 # The first word of these is a verb too.
-_WITH_VERB = {"config": VERBS, "help": VERBS, "submit": ("train", "prepare", "eval", "compare")}
+_WITH_VERB = {"config": VERBS, "help": VERBS, "submit": SUBMITTED}
 _TRAINING = ("train", "plan", "compare", "isoflop", "search", "search-patterns")
 # Keys whose values are names of runs, and those whose values are files or folders.
 _RUN_KEYS = ("run", "runs", "name", "from", "branch.run", "init.run")

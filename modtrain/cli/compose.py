@@ -248,13 +248,12 @@ def _combined_error(verb: str, overrides: list[Override], error: Exception) -> C
 def _config_problems(verb: str, config: Any, reported: set[str]) -> list[Problem]:
     """Return what the configuration itself finds wrong, without the keys ``reported`` already."""
     problems: list[Problem]
-    if verb == "train":
-        problems = config.problems(needs_name=False) + config.data.shard_problems("data")
-    elif verb == "plan" or getattr(config, "plan_only", False):
-        # A plan needs no name, and need not fit the data at data.path.
-        problems = config.problems(needs_name=False)
-    else:
-        problems = config.problems()
-        if isinstance(config, TrainConfig) and "data.path" not in reported:
-            problems += config.data.shard_problems("data")
+    # A plan need not fit the data at data.path.
+    is_plan = verb == "plan" or getattr(config, "plan_only", False)
+    # A run has a name made for it, and a plan needs none.
+    problems = (
+        config.problems(needs_name=False) if is_plan or verb == "train" else config.problems()
+    )
+    if isinstance(config, TrainConfig) and not is_plan and "data.path" not in reported:
+        problems += config.data.shard_problems("data")
     return [problem for problem in problems if problem.key not in reported]

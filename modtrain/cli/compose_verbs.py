@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modtrain.cli.compose import compose
+from modtrain.cli.schemas import SUBMITTED
 from modtrain.cluster.config import SubmitConfig, is_of_job, job_keys
 from modtrain.cluster.run_checks import awaits_data
 from modtrain.cluster.script import ScriptTask
@@ -193,19 +194,6 @@ def compose_pattern_search(
         partial(compose_job, config_dir=config_dir),
         config_dir,
     )
-
-
-SUBMITTED = (
-    "train",
-    "prepare",
-    "eval",
-    "compare",
-    "isoflop",
-    "search",
-    "search-patterns",
-    "debug",
-)
-"""The verbs that a job can run, and ``debug``, which keeps nodes for interactive use."""
 
 
 def compose_submission(words: Sequence[str], config_dir: str | None = None) -> Submission:

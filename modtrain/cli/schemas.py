@@ -30,6 +30,11 @@ _SCHEMAS = {
 }
 VERBS = tuple(_SCHEMAS)
 """The verbs that have a configuration."""
+SUBMITTED = (
+    *("train", "prepare", "eval", "compare", "isoflop", "search", "search-patterns"),
+    "debug",
+)
+"""The verbs that a job can run, and ``debug``, which keeps nodes for interactive use."""
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from modtrain.common.spelling import in_quotes, kind_of, spelling
 
 # The key that a verb's first word would be, where that is not ``run`` or ``name``.
 _MAIN_KEYS = {"prepare": "sources", "fit": "points", "report": "runs", "search": "study"}
+# The key of the next word, where the first one has its value.
+_SECOND_KEYS = {"generate": "prompt", "inspect": "text", "export": "output", "import": "name"}
 _SHOWN = 3
 _GENERIC = "write key=value or group=name"
 
@@ -54,7 +56,8 @@ def _problems(
         words = texts[at:end]
         before = texts[at - 1] if at else ""
         while words:
-            problem, used = _problem(verb, before, words, config, choices)
+            is_next = len(words) < end - at
+            problem, used = _problem(verb, before, words, config, choices, is_next)
             yield problem
             words, before = words[used:], ""
         at = end
@@ -66,8 +69,12 @@ def _problem(
     words: list[str],
     config: DictConfig,
     choices: Callable[[str], list[str]],
+    is_next: bool,
 ) -> tuple[Problem, int]:
-    """Return the problem of the first of ``words``, and of how many it is."""
+    """Return the problem of the first of ``words``, and of how many it is.
+
+    is_next: whether a word before it was the value of the verb's main key.
+    """
     word, reason = words[0], "has no value"
     key, _, text = before.lstrip("+").partition("=")
     if before and _takes_text(config, key, text):
@@ -81,6 +88,10 @@ def _problem(
         spelled = spelling(config, named, value) if not choices(word) and value != "…" else None
         return Problem(word, "", reason, f"write {spelled or f'{named}={value}'}"), len(words[:2])
     key = _MAIN_KEYS.get(verb, "run" if "run" in config else "name")
+    if is_next or (key in config and config[key] is not None):
+        key = _SECOND_KEYS.get(verb, key)
+        if key in ("prompt", "text"):
+            return Problem(word, "", reason, f"write {in_quotes(key, ' '.join(words))}"), len(words)
     if key in config and OmegaConf.is_list(config[key]) and not _choice_of(word, config, choices):
         remedy = f"write {spelling(config, key, _pattern(words, config))}"
         return Problem(" ".join(words[:3]), "", reason, remedy), len(words)

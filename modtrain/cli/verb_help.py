@@ -17,6 +17,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "train": (
         "name=first model=tiny budget.tokens=1e5 batch.tokens=2048",
+        "model=tiny budget.epochs=2 max_time=30m",
         "name=second from=first model.capacity=0.25",
         "-m name=swept budget.flops=1e12 model.capacity=0.125,0.25",
     ),

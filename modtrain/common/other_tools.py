@@ -140,6 +140,7 @@ VALUES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("32", "32-true", "float32", "float", "full"), "fp32"),
     },
     "log": {"json": "jsonl", "none": "jsonl", "tb": "tensorboard"},
+    "resume": dict.fromkeys(("true", "always", "latest", "last", "must", "allow"), "auto"),
     "optimizer": {"adam": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
     "strategy": {
         **dict.fromkeys(("ddp_find_unused_parameters_true", "dp", "ddp_spawn"), "ddp"),

@@ -96,7 +96,8 @@ def misread(override: Override) -> Problem | None:
         value = ", ".join(map(str, changed))
         remedy = f"write {shlex.quote(f'{key}=[' + ', '.join(map(quoted, items)) + ']')}"
     elif isinstance(value, int | float) and str(value) != text:
-        remedy = f"write {in_quotes(key, text)}"
+        here = value_here(key, text)
+        remedy = f"write {in_quotes(key, text)}" if here == text else f"did you mean {here}?"
     else:
         return None
     return Problem(override.key_or_group, text, f"would be read as {value}", remedy)
@@ -157,8 +158,9 @@ def explain(
     parent = key.rpartition(".")[0]
     is_new = key not in known_keys and parent in known_keys and not override.is_delete()
     is_entry = is_new and OmegaConf.get_type(OmegaConf.select(base, parent)) is dict
-    if key not in known_keys and not is_entry:
-        return not_a_key(override, base, extra_keys, groups)
+    of_source = _source_problem(override, key, value) if key.startswith(SOURCES) else None
+    if of_source is not None or (key not in known_keys and not is_entry):
+        return of_source or not_a_key(override, base, extra_keys, groups)
     if override.is_delete():
         reason, remedy = "cannot be removed", f"leave ~{key} out, or set {key} to another value"
         return Problem(key, value, reason, remedy)
@@ -177,6 +179,22 @@ def explain(
     return Problem(key, value, why, remedy)
 
 
+def _source_problem(override: Override, key: str, value: str) -> Problem | None:
+    """Return the problem of a source of a mixture that is not given in a dictionary of all."""
+    given, parts = override.value(), key.removeprefix(SOURCES).strip(".").split(".")
+    if parts == [""]:
+        paths = given if isinstance(given, dict) else {}
+    elif len(parts) == 1:
+        paths = {parts[0]: given.get("path") if isinstance(given, dict) else given}
+    else:
+        paths = {parts[0]: given} if parts[1:] == ["path"] else {}
+    if not paths or not all(isinstance(path, str) for path in paths.values()):
+        return None
+    entries = ", ".join(f"{name}: {{path: {quoted(str(path))}}}" for name, path in paths.items())
+    remedy = f"write {shlex.quote(f'{SOURCES}={{{entries}}}')}, with all sources in it"
+    return Problem(key, value, "is not how a source is given", remedy)
+
+
 def not_a_key(
     override: Override,
     config: DictConfig,
@@ -193,6 +211,8 @@ def not_a_key(
     known = [k for k in all_keys(config) if not f"{k}.".startswith(tuple(f"{w}." for w in wrong))]
     value = str(override.input_line).partition("=")[2]
     reason = "is not a key of this configuration"
+    if key.startswith(SOURCES) and (of_source := _source_problem(override, key, value)):
+        return of_source
     if target := key_here(key, known, groups):
         here = value_here(target, value)
         remedy = f"write {spelling(config, target, here) or f'{target}={here}'}"

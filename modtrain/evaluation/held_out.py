@@ -260,15 +260,17 @@ class _Accumulator:
         agreement = {}
         if trained is not None and self.selection in trained.confusion:
             cells = trained.confusion[self.selection].tolist()
-            agreement = {name: _agreement(*four) for name, four in zip(labels, cells, strict=True)}
+            agreement = {
+                name: agreement_of(*four) for name, four in zip(labels, cells, strict=True)
+            }
         shares = (self.chosen_R / self.tokens).tolist()
-        loads = (self.choices_MR / self.choices_MR.sum(-1, keepdim=True).clamp(min=1)).tolist()
+        shares_MR = (self.choices_MR / self.choices_MR.sum(-1, keepdim=True).clamp(min=1)).tolist()
         return Decision(
             self.loss / self.tokens,
             flops,
             dict(zip(labels, shares, strict=True)),
             agreement,
-            dict(zip(self.config.expert_labels, loads, strict=True)),
+            dict(zip(self.config.expert_labels, shares_MR, strict=True)),
         )
 
     def _compare(self, records: tuple[RoutingRecord, ...]) -> None:
@@ -315,7 +317,7 @@ def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
-def _agreement(tn: float, fn: float, fp: float, tp: float) -> Agreement:
+def agreement_of(tn: float, fn: float, fp: float, tp: float) -> Agreement:
     """Scores of true and false negatives and positives."""
     recall = tp / max(1.0, tp + fn)
     specificity = tn / max(1.0, tn + fp)

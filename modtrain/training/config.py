@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -343,7 +343,7 @@ class TrainConfig:
 
     def problems_by_part(self, needs_name: bool = True) -> dict[str, list[Problem]]:
         """The same for each part by itself; ``run`` and ``combination`` have what is left."""
-        own = one_of(self, "", "precision", PRECISIONS) + one_of(self, "", "resume", RESUMES)
+        own = one_of(self, "", "precision", PRECISIONS) + self._resume_problems()
         if not 0 <= self.seed < 2**32:
             own.append(Problem("seed", self.seed, "is not in [0, 2^32)", "give one that is"))
         own += [] if self.max_time is None else duration_problems("max_time", self.max_time)
@@ -362,6 +362,11 @@ class TrainConfig:
             *([] if by_part["model"] else self._routing_problems()),
         ]
         return {"run": own, **by_part, "combination": combination}
+
+    def _resume_problems(self) -> list[Problem]:
+        by_name = "a run is resumed by its name: name=NAME"
+        problems = one_of(self, "", "resume", RESUMES)
+        return [replace(problem, remedy=f"{problem.remedy}; {by_name}") for problem in problems]
 
     def _branch_problems(self) -> list[Problem]:
         """Find a branch that cannot start where its trunk is."""

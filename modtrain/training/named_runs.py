@@ -9,11 +9,13 @@ from pathlib import Path
 from modtrain.common.errors import CheckpointError
 from modtrain.common.spelling import spelled
 from modtrain.training.run_directory import RunDirectory
-from modtrain.training.run_listing import has_runs_below, run_names
+from modtrain.training.run_listing import has_runs_below, newest_run, run_names
 
 # Of runs that are listed in a message.
 _SHOWN = 12
 _ALIKE = 0.5
+# What other tools call the newest one.
+_NEWEST = ("last", "latest", "newest", "-1")
 
 
 def name_of(runs_dir: str, name: str) -> str:
@@ -59,6 +61,8 @@ def missing_run(runs_dir: str, name: str, key: str = "run") -> str:
         head = f"{path} is no run, but has runs: {_listed(below)}"
         return f"{head}\nremedy: name one: {spelled(key, below[0])}"
     head = f"there is no run {path}"
+    if name in _NEWEST and names:
+        return f"{head}\nremedy: the newest is {spelled(key, newest_run(root) or names[-1])}"
     ends = [other for other in names if Path(other).name == Path(name).name]
     near = ends or difflib.get_close_matches(name, names, 1, _ALIKE)
     if near:

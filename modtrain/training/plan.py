@@ -163,6 +163,8 @@ def derive(config: TrainConfig, dims: ParallelDims = _ONE_PROCESS) -> TrainingPl
     seq_len = config.data.seq_len
     if seq_len is None:
         raise ValueError("data.seq_len is not resolved")
+    if config.budget.epochs is not None:
+        raise ValueError("budget.epochs is not resolved")
     sequences = config.batch.tokens // seq_len
     tokens_per_step = sequences * seq_len
     costs = _Costs(config, seq_len)

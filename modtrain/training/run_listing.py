@@ -23,6 +23,15 @@ def run_names(root: Path) -> list[str]:
     return [str(p.relative_to(root)) for p in paths if os.path.lexists(p / "config.yaml")]
 
 
+def newest_run(root: Path) -> str | None:
+    """Return the name of the run below ``root`` that was started first most recently, if any."""
+    times = {}
+    for name in run_names(root):
+        with suppress(OSError):
+            times[name] = (root / name / "config.yaml").stat().st_mtime
+    return max(times, key=lambda name: times[name], default=None)
+
+
 def has_runs_below(path: Path) -> bool:
     """Whether there are directories of runs below ``path``."""
     return any(folder != path for folder in _walk(path, set()))

@@ -1,5 +1,6 @@
 """Wrong spellings, and that what is advised for each works."""
 
+import os
 import re
 import shlex
 
@@ -7,9 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from modtrain.cli.compose import SCHEMAS, compose, conf_dir
+from modtrain.cli.local_ranks import KEYS as LAUNCH_KEYS
 from modtrain.common.config_keys import all_keys
-from modtrain.common.errors import ConfigError
+from modtrain.common.errors import CheckpointError, ConfigError
 from modtrain.common.other_tools import CHOICES, KEYS, SENTENCES, VALUES, key_here
+from modtrain.training.named_runs import open_run
 from modtrain.training.plan import resolve
 
 pytestmark = pytest.mark.usefixtures("empty_cwd")
@@ -35,7 +38,7 @@ def problems_of(verb, overrides):
 
 def advised(remedy):
     """The overrides that a remedy says to write: the first of several."""
-    text = remedy.removeprefix("write ").partition("; ")[0]
+    text = remedy.removeprefix("write ").partition("; ")[0].partition(", with all")[0]
     if not remedy.startswith("write "):
         text = re.search(r"'[\w.]+=.*'", remedy)[0]
     return shlex.split(text)[0]
@@ -95,6 +98,7 @@ def test_what_is_advised_for_a_value_works(wrong, right):
         ("eval", ["runs=first"], "run=first"),
         ("logs", ["first"], "run=first"),
         ("generate", ["prompt=hello,", "world"], 'prompt="hello, world"'),
+        ("generate", ["hello", "there"], 'prompt="hello there"'),
         ("generate", ["text=hello", "there,", "world"], 'prompt="hello there, world"'),
         ("prepare", ["sources=/x/*.txt"], "sources=[/x/*.txt]"),
         ("prepare", ["/x/1.txt", "/x/2.txt", "/x/3.txt", "/x/4.txt"], "sources=[/x/*.txt]"),
@@ -154,6 +158,9 @@ def test_what_has_no_key_is_answered_with_a_way(name):
     (problem,) = [p for p in problems_of("plan", [*PLAN, f"trainer.{name}=4"]) if p.key != "budget"]
     assert problem.remedy == SENTENCES[name].format(value="4")
     for word in re.findall(r"[\w.]+=[\w]+", problem.remedy):
+        if word.partition("=")[0] in LAUNCH_KEYS:
+            # Of what starts the ranks, before anything is composed.
+            continue
         override = re.sub("=(N|NAME)$", "=65536", word)
         verb = "submit" if word.startswith("nodes") else "plan"
         wrong = {
@@ -175,3 +182,26 @@ def test_what_others_call_a_value_is_answered_with_it(key):
 def test_nothing_is_suggested_where_nothing_is_meant(wrong):
     (problem,) = [p for p in problems_of("plan", [*PLAN, wrong]) if p.key != "budget"]
     assert problem.remedy.startswith("top-level keys: ")
+
+
+def test_a_run_is_resumed_by_its_name():
+    problems = [problems_of("train", [f"resume={value}"]) for value in ("true", "first")]
+    remedies = [next(p.remedy for p in of_one if p.key == "resume") for of_one in problems]
+    assert remedies[0] == "did you mean auto?"
+    assert remedies[1].endswith("a run is resumed by its name: name=NAME")
+
+
+def test_the_newest_run_is_named(tmp_path):
+    for number, name in enumerate(("old", "newer", "middle")):
+        path = tmp_path / "runs" / name / "config.yaml"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (0, [1, 3, 2][number]))
+    with pytest.raises(CheckpointError, match="the newest is run=newer"):
+        open_run("runs", "last")
+
+
+@pytest.mark.parametrize("wrong", ["={a: data/mine}", ".a={path: data/mine}", ".a.path=data/mine"])
+def test_a_source_of_a_mixture_is_answered_with_the_dictionary(wrong):
+    right = check_advice("plan", [f"data.sources{wrong}"], (*PLAN, "data=mixture"))
+    assert right == 'data.sources={a: {path: "data/mine"}}'

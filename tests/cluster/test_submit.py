@@ -13,7 +13,8 @@ from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 
 from modtrain.cli.compose import compose, conf_dir
-from modtrain.cli.compose_verbs import SUBMITTED, compose_submission
+from modtrain.cli.compose_verbs import compose_submission
+from modtrain.cli.schemas import SUBMITTED
 from modtrain.cluster.config import ClusterConfig, SubmitConfig, seconds_of
 from modtrain.cluster.freeze import freeze
 from modtrain.cluster.script import JobScript, ScriptError, ScriptTask, check, render, slurm_dir

@@ -191,22 +191,24 @@ def strips_figures(
 
 def _strips(level_RN: Numbers, start: int, names: Sequence[str], both: Sequence[Theme]) -> Drawing:
     rows, count = level_RN.shape
+    # Strips of equal length, which a short text fills.
     num_strips = -(-count // _STRIP)
-    padded = np.zeros((rows, num_strips * _STRIP))
+    length = -(-count // num_strips)
+    padded = np.zeros((rows, num_strips * length))
     padded[:, :count] = level_RN
 
     def draw(figure: Figure, theme: Theme) -> None:
         colours = ListedColormap([theme.ground, *theme.levels])
         for strip, axes in enumerate(figure.subplots(num_strips, squeeze=False)[:, 0]):
-            first = start + strip * _STRIP + 1
+            first = start + strip * length + 1
             axes.imshow(
-                padded[:, strip * _STRIP : (strip + 1) * _STRIP],
+                padded[:, strip * length : (strip + 1) * length],
                 cmap=colours,
                 vmin=-0.5,
                 vmax=len(theme.levels) + 0.5,
                 aspect="auto",
                 interpolation="nearest",
-                extent=(first - 0.5, first + _STRIP - 0.5, rows - 0.5, -0.5),
+                extent=(first - 0.5, first + length - 0.5, rows - 0.5, -0.5),
             )
             axes.set_yticks(_some(rows), [names[row] for row in _some(rows)])
             axes.set_yticks(np.arange(rows - 1) + 0.5, minor=True)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
 from modtrain.common.atomic_io import write_text
@@ -74,6 +75,7 @@ def inspect_run(config: InspectConfig) -> Path:
         is_causal=selection in model.causal_selections,
         num_layers=model.num_layers,
         capacities=[loaded.capacities[layer] or 1.0 for layer, _ in model.routed_parts],
+        model=OmegaConf.to_yaml(OmegaConf.structured(model)).rstrip(),
     )
     name = f"inspect-{loaded.step:09d}{config.inference.suffix}.html"
     path = Path(config.output or loaded.directory.path / name)

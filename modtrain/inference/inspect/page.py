@@ -23,6 +23,9 @@ from modtrain.inference.token_text import Piece
 _TEMPLATE = "page.html.jinja"
 _EXPERT_LEVELS = 8
 _TOKENS_IN_STRIPS = 768
+# Below it a mean in a bin is one of a few tokens.
+_FEW_TOKENS = 200
+_KINDS_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Subject:
 
     budget: the compute budget's settings; empty: as trained.
     capacities: share of the tokens that each router was trained to take, in forward order.
+    model: its configuration as YAML.
     """
 
     run: str
@@ -42,6 +46,7 @@ class Subject:
     is_causal: bool
     num_layers: int
     capacities: list[float]
+    model: str = ""
 
 
 def render(subject: Subject, trace: Trace, pieces: Sequence[Piece], tokens_shown: int) -> str:
@@ -57,6 +62,9 @@ def render(subject: Subject, trace: Trace, pieces: Sequence[Piece], tokens_shown
         rows=token_rows(trace, pieces, names, tokens_shown),
         routers=list(zip(names, trace.routers, subject.capacities, strict=True)),
         depths=depth_shares(trace) if routed else [],
+        most_and_least=most_and_least_routed(trace, pieces) if routed else None,
+        has_agreement=any(router.agreement is not None for router in trace.routers),
+        is_short=len(trace.token_N) < _FEW_TOKENS,
         strips=strips_figures(trace, names, both, _TOKENS_IN_STRIPS) if routed else [],
         in_strips=min(_TOKENS_IN_STRIPS, len(trace.token_N)),
         depth_drawings=depth_figures(trace, both) if routed else [],
@@ -96,6 +104,39 @@ def token_rows(
             }
         )
     return rows
+
+
+def most_and_least_routed(
+    trace: Trace, pieces: Sequence[Piece]
+) -> tuple[int, list[dict[str, object]], list[dict[str, object]]]:
+    """Return the tokens of the vocabulary with the highest and the lowest mean depth in the text.
+
+    Before them, how often each has to occur: twice, where any does.
+    """
+    kinds, first, inverse_N, count = np.unique(
+        trace.token_N, return_index=True, return_inverse=True, return_counts=True
+    )
+    mean = np.bincount(inverse_N, weights=trace.depths) / count
+    least_count = min(2, int(count.max()))
+    frequent = np.flatnonzero(count >= least_count)
+    # No token is in both, and where means tie the more frequent ones come first.
+    shown = min(_KINDS_SHOWN, -(-len(frequent) // 2))
+    chosen_most = frequent[np.lexsort((-count[frequent], -mean[frequent]))][:shown]
+    left = np.setdiff1d(frequent, chosen_most)
+    chosen_least = left[np.lexsort((-count[left], mean[left]))][:shown]
+    most, least = (
+        [
+            {
+                "shown": pieces[first[kind]].shown,
+                "token": int(kinds[kind]),
+                "count": int(count[kind]),
+                "depth": float(mean[kind]),
+            }
+            for kind in chosen
+        ]
+        for chosen in (chosen_most, chosen_least)
+    )
+    return least_count, most, least
 
 
 def depth_shares(trace: Trace) -> list[tuple[int, float]]:

@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modtrain.data.stream.batch import Batch
-from modtrain.evaluation.held_out import evaluation_mode
+from modtrain.evaluation.held_out import Agreement, agreement_of, evaluation_mode, mean_loads
 from modtrain.evaluation.routing_metrics import update_metrics
 from modtrain.models.depth.config import TRAINING_SELECTIONS, ComputeBudget, RouterSwap, Selection
 from modtrain.models.depth.layer import MixtureOfDepths
+from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.depth.router import to_fp32_or_wider
+from modtrain.models.depth.selection import top_k_of_documents
+from modtrain.models.flops import dense_equivalent_flops, realised_flops
 from modtrain.models.loss import IGNORED
 from modtrain.models.sequence import RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer
@@ -37,6 +40,7 @@ class RouterTrace:
     threshold: above which a token is routed; None if the top k of a window are.
     gate_mean, update_ratio: see `update_metrics`; NaN without a routed token.
     worth: relative change of the text's loss without the router's updates; None: not known.
+    agreement: of the decision with the top k of its scores in each window; None: it has none.
     """
 
     label: str
@@ -47,6 +51,7 @@ class RouterTrace:
     gate_mean: float = math.nan
     update_ratio: float = math.nan
     worth: float | None = None
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class Trace:
     """A text of N tokens as the model computed it, in independent windows.
 
     position_N: in the window. loss_N, entropy_N: of the token's prediction of the next one, in
-    nats; the loss is NaN where there is no next token.
+    nats; the loss is NaN where there is no next token. flops, dense_flops: executed in forward
+    passes over the whole text, and if no token had skipped anything.
     """
 
     token_N: NDArray[np.int64]
@@ -75,6 +81,8 @@ class Trace:
     entropy_N: Floats
     routers: list[RouterTrace]
     experts: list[ExpertTrace]
+    flops: float = math.nan
+    dense_flops: float = math.nan
 
     @property
     def depths(self) -> NDArray[np.int64]:
@@ -120,6 +128,7 @@ def trace(
                 swap=swap,
             )
             recorder.add(inputs_BS, targets_BS, output)
+            recorder.compare(output.routing, documents_BS, capacities)
     return recorder.trace()
 
 
@@ -161,6 +170,9 @@ class _TraceRecorder:
         self.decisions: list[tuple[str, float | None]] = []
         self.choices: list[Tensor] = []
         self.update_sums_R4 = torch.zeros(len(model.routers), 4, dtype=torch.float64)
+        # Counts of (skip, route) by the decision against top-k.
+        self.cells_R4 = torch.zeros(len(model.routers), 4, dtype=torch.float64)
+        self.flops = self.dense_flops = 0.0
 
     def add(self, inputs_BS: Tensor, targets_BS: Tensor, output: ModelOutput) -> None:
         self._keep("token", inputs_BS)
@@ -183,6 +195,39 @@ class _TraceRecorder:
         if self.choices:
             counts = [a + b for a, b in zip(self.choices, counts, strict=True)]
         self.choices = counts
+        self._add_flops(output, *inputs_BS.shape)
+
+    def compare(
+        self,
+        records: Sequence[RoutingRecord],
+        documents_BS: Tensor | None,
+        capacities: Sequence[float | None] | None,
+    ) -> None:
+        """Count where a causal decision does what the top k of the scores would."""
+        config = self.model.config
+        router = config.router
+        has_top_k = router.choice == "expert" and router.needs_causal
+        if self.selection in TRAINING_SELECTIONS or not has_top_k:
+            return
+        if not router.needs_scores(self.selection):
+            return
+        shares = config.capacities if capacities is None else capacities
+        for i, record in enumerate(records):
+            layer, _ = config.routed_parts[i]
+            count = num_chosen(shares[layer] or 1.0, record.scores_BS.shape[1])
+            top_BS = top_k_of_documents(record.scores_BS, count, documents_BS, record.valid_BS)
+            cell_BS = record.chosen_BS.long() * 2 + top_BS.long()
+            self.cells_R4[i] += torch.bincount(cell_BS.flatten(), minlength=4).cpu().double()
+
+    def _add_flops(self, output: ModelOutput, sequences: int, seq_len: int) -> None:
+        config = self.model.config
+        count_RB = [record.chosen_BS.sum(dim=1).cpu().double() for record in output.routing]
+        count_R2 = [(float(count_B.mean()), float((count_B**2).mean())) for count_B in count_RB]
+        slots_M = [float(mixture.executed_E.sum()) / sequences for mixture in output.experts]
+        loads = mean_loads(config, seq_len, count_R2, slots_M)
+        spent = realised_flops(config, seq_len, loads, self.selection).total
+        self.flops += sequences * spent
+        self.dense_flops += sequences * dense_equivalent_flops(config, seq_len).total
 
     def trace(self) -> Trace:
         if not self.columns:
@@ -197,6 +242,7 @@ class _TraceRecorder:
                 column.get(f"value {i}"),
                 column[f"chosen {i}"],
                 *(update_metrics(sums) if (sums := self.update_sums_R4[i].tolist())[0] else ()),
+                agreement=agreement_of(*cells) if any(cells := self.cells_R4[i].tolist()) else None,
             )
             for i, (label, decision) in enumerate(decisions)
         ]
@@ -208,7 +254,13 @@ class _TraceRecorder:
         ]
         names = ("token", "position", "loss", "entropy")
         columns = {f"{name}_N": column[name] for name in names}
-        return Trace(**columns, routers=routers, experts=experts)
+        return Trace(
+            **columns,
+            routers=routers,
+            experts=experts,
+            flops=self.flops,
+            dense_flops=self.dense_flops,
+        )
 
     def _keep(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
         # To the host first: not every device has float64.

@@ -16,6 +16,7 @@ from modtrain.inference.config import ComputeBudgetConfig
 from modtrain.inference.inspect.inspect import choose_decision, text_windows
 from modtrain.inference.inspect.trace import trace
 from modtrain.models.depth.config import ComputeBudget
+from modtrain.models.flops import dense_equivalent_flops
 from tests.helpers.model_cases import quick, random_tokens, small
 from tests.inference.inspect.inspect_cases import EVERY, KINDS, SEQ_LEN, model_of, router, traced
 
@@ -77,6 +78,12 @@ def test_loss_capacity_and_load_are_those_of_an_evaluation(kind):
         rows = [Batch.from_tokens(row) for batch in batches for row in batch.split(1)]
         ours = trace(model, rows, selection, nullcontext())
         assert ours.mean_loss == pytest.approx(decision.loss)
+        assert ours.flops / len(ours.token_N) == pytest.approx(decision.flops)
+        dense = dense_equivalent_flops(model.config, SEQ_LEN).total / SEQ_LEN
+        assert ours.dense_flops / len(ours.token_N) == pytest.approx(dense)
+        for r in ours.routers[:1]:
+            # Later ones have another input than under top-k, with which an evaluation compares.
+            assert r.agreement == decision.agreement.get(r.label)
         for r in ours.routers:
             assert r.chosen_N.mean() == pytest.approx(decision.realised_capacity[r.label])
             assert math.isnan(r.gate_mean) == (not r.chosen_N.any())

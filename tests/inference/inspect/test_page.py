@@ -3,6 +3,7 @@
 import base64
 import math
 import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,8 +16,16 @@ from modtrain.inference.evaluate.evaluate import evaluate_run
 from modtrain.inference.inspect import figures as inspect_figures
 from modtrain.inference.inspect.figures import luminance, themes
 from modtrain.inference.inspect.inspect import inspect_run
+from modtrain.inference.inspect.page import most_and_least_routed, render
 from modtrain.training.run import train
-from tests.inference.inspect.inspect_cases import NASTY, Parsed, contrast, model_of, page_of
+from tests.inference.inspect.inspect_cases import (
+    NASTY,
+    Parsed,
+    contrast,
+    model_of,
+    page_of,
+    subject,
+)
 
 
 def assert_self_contained(page: Parsed) -> None:
@@ -50,7 +59,7 @@ def test_a_page_is_well_formed_escaped_and_needs_nothing_from_outside(nasty):
     assert "<script>source.txt" in page.text
     assert page.tokens == [piece.shown for piece in pieces]
     assert "<script>" in "".join(page.tokens)
-    assert page.sections == ["text", "strips", "depth", "routers", "experts"]
+    assert page.sections == ["text", "strips", "depth", "tokens", "routers", "experts"]
 
 
 def test_the_figures_have_the_colours_of_their_page_and_only_those(nasty):
@@ -118,7 +127,7 @@ def test_the_header_and_the_legend_have_the_figures(nasty):
         ("dense", ["text"]),
         ("integrated", ["text", "experts"]),
         ("expert choice", ["text", "experts"]),
-        ("fixed", ["text", "strips", "depth", "routers"]),
+        ("fixed", ["text", "strips", "depth", "tokens", "routers"]),
     ],
 )
 def test_a_page_lacks_what_does_not_apply_and_names_it(kind, sections, tokenizer, undrawn):
@@ -143,6 +152,36 @@ def test_a_page_lacks_what_does_not_apply_and_names_it(kind, sections, tokenizer
         assert "no-op 0" not in page.text
     if kind == "fixed":
         assert "ignore the tokens' content" in page.text
+
+
+def test_the_most_and_least_routed_tokens_are_those_of_a_slow_count(tokenizer, undrawn):
+    trace, pieces, _ = page_of("mod", "predictor", "the river under the tree " * 8, tokenizer)
+    least_count, most, least = most_and_least_routed(trace, pieces)
+    depths = {}
+    for token, depth in zip(trace.token_N.tolist(), trace.depths.tolist(), strict=True):
+        depths.setdefault(token, []).append(depth)
+    means = {token: sum(d) / len(d) for token, d in depths.items() if len(d) >= least_count}
+    for row in most + least:
+        assert row["depth"] == pytest.approx(means[row["token"]])
+        assert row["count"] == len(depths[row["token"]])
+        assert row["shown"] == pieces[trace.token_N.tolist().index(row["token"])].shown
+    tokens = [row["token"] for row in most + least]
+    assert len(set(tokens)) == len(tokens) == len(means)
+    assert [row["depth"] for row in most] == sorted(means.values(), reverse=True)[: len(most)]
+    assert [row["depth"] for row in least] == sorted(means.values())[: len(least)]
+
+
+def test_a_page_has_the_flops_the_agreement_and_the_models_configuration(tokenizer, undrawn):
+    trace, pieces, _ = page_of("mod", "predictor", "the river " * 8, tokenizer)
+    model = model_of("mod", vocab_size=tokenizer.get_vocab_size())
+    given = replace(subject(model, "predictor"), model="d_model: 8\nname: <b>")
+    page = Parsed(render(given, trace, pieces, 2000))
+    assert f"{100 * trace.flops / trace.dense_flops:.1f}% of dense" in page.text
+    assert "d_model: 8 name: <b>" in page.text
+    for r in trace.routers:
+        shares = (r.agreement.accuracy, r.agreement.balanced_accuracy)
+        assert " ".join(f"{share:.1%}" for share in shares) in page.text
+    assert f"{len(pieces)} tokens: a point is the mean of a few" in page.text
 
 
 def test_top_k_is_labelled_not_causal(tokenizer, undrawn):
@@ -282,12 +321,18 @@ def test_a_browser_shows_all_of_it_legibly(browser, kind, tokenizer, tmp_path):
     for width, scheme in product((400, 1400), ("light", "dark")):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
+        page.evaluate("document.activeElement.blur()")
         page.wait_for_function(SWITCHED, arg=scheme == "dark", timeout=10_000)
         seen = page.evaluate(READ)
         assert seen["overflow"] == 0
         assert len(seen["boxes"]) > 3
         assert all(0 < wide <= width and high > 20 for wide, high in seen["boxes"])
         assert (luminance(hexadecimal(seen["ground"])) < 0.1) == (scheme == "dark")
+        tip = "getComputedStyle(document.activeElement, '::after').content"
+        page.locator(".text span").nth(2).click()
+        assert "no. 3 of the text" in page.evaluate(tip)
+        is_narrow = width == 400
+        assert page.locator(".hint").first.is_visible() == is_narrow
         for letters, ground in seen["colours"]:
             assert contrast(hexadecimal(letters), hexadecimal(ground)) >= 4.5
     page.close()
