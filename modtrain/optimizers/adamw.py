@@ -9,6 +9,7 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.flops import parameters
 from modtrain.optimizers.base import OptimizerSpec
 from modtrain.optimizers.config import OptimizerConfig
+from modtrain.optimizers.parameter_groups import split_groups
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,7 +55,8 @@ class AdamWSpec(OptimizerSpec):
 def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig, model: nn.Module) -> AdamW:
     """AdamW over ``parameters`` of ``model``: matrices decay, vectors (gains, biases) do not.
 
-    Depth routers have groups of their own where `OptimizerConfig.router_lr` is set. A group's
+    Depth routers have groups of their own where `OptimizerConfig.router_lr` is set, and so have the
+    parameters that `OptimizerConfig.groups` names. A group's
     ``rate_name`` is the name of its rate in `OptimizerSpec.rates`.
     """
     from torch.optim import AdamW
@@ -73,7 +75,7 @@ def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig, model: nn
         for decays in (True, False)
     ]
     return AdamW(
-        [group for group in groups if group["params"]],
+        split_groups(groups, model, config),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, at_least, decays, one_of
+from modtrain.common.validation import above_zero, at_least, decays, not_empty, one_of
 
+ROUTERS = "routers"
+"""A pattern of parameters: all that depth routing adds."""
 ADJUST_LR = ("match_rms_adamw", "original")
 
 
@@ -48,6 +50,29 @@ class MuonConfig:
 
 
 @dataclass
+class ParameterGroupConfig:
+    """Parameters with a learning rate of their own.
+
+    parameters: patterns of names, such as ``layers.0-3.*``, or ``routers``.
+    lr_scale: what their rate is multiplied by.
+    start_step: steps before it leave them as they are; then they are trained, with a warm-up of the
+        schedule's length.
+    """
+
+    parameters: list[str] = field(default_factory=list)
+    lr_scale: float = 1.0
+    start_step: int = 0
+
+    def problems(self, prefix: str) -> list[Problem]:
+        """Everything wrong with the values."""
+        return [
+            *not_empty(self, prefix, "parameters", "name some: parameters=[routers]"),
+            *above_zero(self, prefix, "lr_scale"),
+            *at_least(self, prefix, 0, "start_step"),
+        ]
+
+
+@dataclass
 class OptimizerConfig:
     """AdamW with decoupled weight decay (arXiv 1711.05101), or Muon for the layers' matrices.
 
@@ -59,6 +84,9 @@ class OptimizerConfig:
     router_lr: the highest learning rate of depth routers and their gates; null takes ``lr``.
     grad_clip: largest global norm of the gradient, null for no clipping. Predictors are clipped
     by themselves, so that they cannot change the trunk's step.
+    train: patterns of the names of the parameters that are trained, such as ``[routers]`` or
+    ``["layers.0-3.*", head.weight]``; the others are frozen. null: all are trained.
+    groups: parameters with rates of their own; of those that a parameter is in, the first counts.
     """
 
     name: str = "adamw"
@@ -70,10 +98,18 @@ class OptimizerConfig:
     router_lr: float | None = None
     grad_clip: float | None = 1.0
     muon: MuonConfig = field(default_factory=MuonConfig)
+    train: list[str] | None = None
+    groups: list[ParameterGroupConfig] = field(default_factory=list)
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with the values; `registry.find_problems` knows the name."""
+        empty = []
+        if self.train == []:
+            reason, remedy = "is empty: nothing would be trained", "name some, or null for all"
+            empty.append(Problem(f"{prefix}.train", self.train, reason, remedy))
         return [
+            *empty,
+            *(p for n, g in enumerate(self.groups) for p in g.problems(f"{prefix}.groups[{n}]")),
             *above_zero(self, prefix, "lr", "eps", "router_lr", "grad_clip"),
             *decays(self, prefix, "beta1", "beta2"),
             *at_least(self, prefix, 0, "weight_decay"),

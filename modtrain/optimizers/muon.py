@@ -14,6 +14,7 @@ from modtrain.models.flops import hidden_matrix_shapes, parameters
 from modtrain.optimizers import adamw
 from modtrain.optimizers.base import OptimizerSpec
 from modtrain.optimizers.config import OptimizerConfig
+from modtrain.optimizers.parameter_groups import split_groups
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,16 +45,16 @@ class MuonSpec(OptimizerSpec):
         rest = [p for p in model.parameters() if p.requires_grad and p not in hidden]
         parts: list[Optimizer] = []
         if matrices:
+            whole = {"params": matrices, "lr": self._rate(config), "rate_name": "lr_muon"}
             muon = DistributedMuon(
-                matrices,
-                lr=self.rates(config)["lr_muon"],
+                split_groups([whole], model, config),
+                lr=self._rate(config),
                 weight_decay=config.weight_decay if own.weight_decay is None else own.weight_decay,
                 momentum=own.momentum,
                 nesterov=own.nesterov,
                 ns_steps=own.ns_steps,
                 adjust_lr_fn=own.adjust_lr,
             )
-            muon.param_groups[0]["rate_name"] = "lr_muon"
             parts.append(muon)
         if rest:
             parts.append(adamw.adamw(rest, config, model))
@@ -81,8 +82,11 @@ class MuonSpec(OptimizerSpec):
 
     def rates(self, config: OptimizerConfig) -> dict[str, float]:
         """See `OptimizerSpec.rates`."""
+        return super().rates(config) | {"lr_muon": self._rate(config)}
+
+    def _rate(self, config: OptimizerConfig) -> float:
         own = config.muon.lr
-        return super().rates(config) | {"lr_muon": config.lr if own is None else own}
+        return config.lr if own is None else own
 
     def step_flops(self, model: ModelConfig, config: OptimizerConfig) -> int:
         """See `OptimizerSpec.step_flops`."""

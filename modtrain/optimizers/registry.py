@@ -23,12 +23,24 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     return OPTIMIZERS[config.name].build(model, config)
 
 
+def _uneven_starts(config: OptimizerConfig, prefix: str) -> list[Problem]:
+    """Find groups that start later than others, which one count of steps cannot tell apart."""
+    reason = "is not for DeepSpeed, which counts steps once for all parameters"
+    remedy = "use strategy=ddp or strategy=fsdp; or two runs: optimizer.train, then init.run"
+    return [
+        Problem(f"{prefix}.groups[{number}].start_step", group.start_step, reason, remedy)
+        for number, group in enumerate(config.groups)
+        if group.start_step
+    ]
+
+
 def find_problems(config: OptimizerConfig, prefix: str, uses_zero: bool = False) -> list[Problem]:
     """Everything wrong with the choice of the optimizer.
 
     uses_zero: the run is DeepSpeed's.
     """
     problems = one_of(config, prefix, "name", tuple(OPTIMIZERS))
+    problems += _uneven_starts(config, prefix) if uses_zero else []
     for name, spec in OPTIMIZERS.items():
         own = None if spec.section is None else getattr(config, spec.section)
         if not problems and name != config.name and own is not None and own != type(own)():

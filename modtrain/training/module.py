@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -16,6 +16,7 @@ from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.samplers import stream_positions
 from modtrain.models.transformer import ModelOutput, Transformer, is_predictor
+from modtrain.optimizers.parameter_groups import freeze, hold_gradients
 from modtrain.optimizers.registry import build_optimizer
 from modtrain.parallel.lightning_overrides import set_loop_position
 from modtrain.parallel.strategies.base import Forward, TrainingStrategy
@@ -29,7 +30,7 @@ from modtrain.training.run_directory import (
     to_train_config,
     with_stages_of,
 )
-from modtrain.training.schedules import is_due, lr_factor
+from modtrain.training.schedules import group_lr_factor, is_due
 from modtrain.training.spikes.detector import SpikeSkipper
 from modtrain.training.spikes.journal import check_left_out
 from modtrain.training.step_statistics import RunningStats, StepStatistics
@@ -49,6 +50,7 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         self.config, self.plan, self.parent = config, plan, parent
         self.model = Transformer(config.model, seed=config.seed)
+        freeze(self.model, config.optimizer)
         self.statistics = StepStatistics.zero(torch.device("cpu"))
         self.running_stats = RunningStats()
         self.learning_rates: dict[str, float] = {}
@@ -129,19 +131,25 @@ class LanguageModule(L.LightningModule):
         """Return the optimizer and the learning-rate schedule by step."""
         config = self.config
         optimizer = build_optimizer(self.model, config.optimizer)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(config.schedule, step, self.plan.steps)
-        )
+        factors = [
+            self._lr_factor_from(group.get("start_step", 0)) for group in optimizer.param_groups
+        ]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def _lr_factor_from(self, start: int) -> Callable[[int], float]:
+        schedule, num_steps = self.config.schedule, self.plan.steps
+        # A function: of other callables a scheduler's state would hold a copy.
+        return lambda step: group_lr_factor(schedule, step, num_steps, start)
 
     def _set_learning_rate(self) -> None:
         """Set the next step's rate: the trunk's checkpoint has the one that the trunk came to."""
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            factor = lr_factor(self.config.schedule, self.trainer.global_step, self.plan.steps)
             groups = scheduler.optimizer.param_groups
             for group, highest in zip(groups, scheduler.base_lrs, strict=True):
-                group["lr"] = highest * factor
+                factor = self._lr_factor_from(group.get("start_step", 0))
+                group["lr"] = highest * factor(self.trainer.global_step)
 
     def configure_gradient_clipping(self, *_args: Any, **_kwargs: Any) -> None:
         """Clip trunk and predictors each by its own norm; skip the step if it is a spike.
@@ -149,6 +157,7 @@ class LanguageModule(L.LightningModule):
         A common norm would let a predictor's gradient shrink the trunk's step, and it must have no
         effect on the language model (arXiv 2404.02258, section 3.5).
         """
+        hold_gradients(self._strategy.optimizers[0].param_groups, self.trainer.global_step)
         trunk: list[nn.Parameter] = []
         predictors: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():

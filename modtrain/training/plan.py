@@ -17,6 +17,7 @@ from modtrain.data.stream.index import IndexSummary
 from modtrain.distributed.launch import Launch
 from modtrain.models.depth.pattern import PATTERNS
 from modtrain.models.flops import forward_flops, training_flops_per_token
+from modtrain.optimizers.parameter_groups import pattern_problems
 from modtrain.parallel.config import LayerOptions, StrategyOptions, dims_of, expected_launch
 from modtrain.parallel.dims import ParallelDims
 from modtrain.parallel.validation import dims_problems
@@ -136,7 +137,13 @@ def resolve(
         model=replace(config.model, vocab_size=vocab_size),
         data=replace(config.data, seq_len=seq_len, eos_id=eos_id),
     )
+    raise_if_any(pattern_problems(resolved.model, resolved.optimizer, "optimizer"))
     plan = derive(resolved, dims)
+    late = [g.start_step for g in config.optimizer.groups if g.start_step >= plan.steps]
+    if late:
+        reason = f"is not before the run's end, after {plan.steps} steps"
+        remedy = "lower it, or freeze these parameters with optimizer.train"
+        raise ConfigError([Problem("optimizer.groups", f"start_step={late[0]}", reason, remedy)])
     is_mixture = resolved.data.sources and summary is not None
     # With data that do not fit, `plan` warns and goes on.
     if is_mixture and (needs_data or not data_mismatches(config)):

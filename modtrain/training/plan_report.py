@@ -17,6 +17,7 @@ from modtrain.models.flops import (
     forward_flops,
     parameters,
 )
+from modtrain.optimizers.parameter_groups import num_trained
 from modtrain.optimizers.registry import OPTIMIZERS
 from modtrain.parallel.dims import ParallelDims
 from modtrain.training.config import PlanConfig, TrainConfig
@@ -127,6 +128,8 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
         f" {last:g} at the end",
         "optimizer": _optimizer(config, plan),
     }
+    if trained := _trained(config):
+        rows["trained"] = trained
     experts = config.model.experts
     if experts.count is not None:
         rows["experts"] = (
@@ -159,6 +162,20 @@ def _optimizer(config: TrainConfig, plan: TrainingPlan) -> str:
     share = flops * plan.steps / plan.flops
     costs = f"products of {flops:.3e} FLOPs a step, {flops * plan.steps:.4e} in all"
     parts.append(f"{costs}: {share:.2%} on top of the training FLOPs" if flops else "no products")
+    return "; ".join(parts)
+
+
+def _trained(config: TrainConfig) -> str:
+    """Describe which parameters are trained, and which at their own rates; empty: all alike."""
+    parts = []
+    if (count := num_trained(config.model, config.optimizer)) is not None:
+        parts.append(
+            f"{count:,} parameters, the others are frozen; FLOPs are counted as if all were trained"
+        )
+    for number, group in enumerate(config.optimizer.groups, 1):
+        start = f" from step {group.start_step}" if group.start_step else ""
+        names = ", ".join(group.parameters)
+        parts.append(f"group {number}: {names} at {group.lr_scale:g} x the rate{start}")
     return "; ".join(parts)
 
 
@@ -203,13 +220,16 @@ def state_bytes(config: TrainConfig, dims: ParallelDims) -> dict[str, tuple[int,
     Activations are not in it. What ``strategy.offload`` moves lies in the host's memory.
     """
     optimizer, stage = OPTIMIZERS[config.optimizer.name], config.strategy.stage
-    each = _BYTES_PER_PARAMETER * parameters(config.model).total
+    total = parameters(config.model).total
+    each = _BYTES_PER_PARAMETER * total
+    trained = num_trained(config.model, config.optimizer)
+    share = 1.0 if trained is None else trained / total
     pieces = dims.world_size if stage else dims.copy
     # Of each: its size, and from which of ZeRO's stages on it is shared out.
     kinds = {
         "weights": (each, 3),
-        "gradients": (each, 2),
-        optimizer.state_label: (optimizer.state_bytes(config.model), 1),
+        "gradients": (round(each * share), 2),
+        optimizer.state_label: (round(optimizer.state_bytes(config.model) * share), 1),
     }
     return {
         name: (size // pieces, pieces) if stage is None or stage >= least else (size, 1)

@@ -48,6 +48,17 @@ def lr_factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
     return 1.0 - (1.0 - config.final) * progress
 
 
+def group_lr_factor(config: ScheduleConfig, step: int, num_steps: int, start: int) -> float:
+    """Return `lr_factor` of parameters that are trained from step ``start`` on.
+
+    Their own warm-up, as long as the schedule's, bounds it from there.
+    """
+    if step < start:
+        return 0.0
+    own = (step - start + 1) / max(1, num_warmup_steps(config, num_steps)) if start else 1.0
+    return lr_factor(config, step, num_steps) * min(1.0, own)
+
+
 @dataclass(frozen=True)
 class CapacityStage:
     """The steps from ``first``, counted from 0, to before ``stop``, with equal capacities.

@@ -135,6 +135,12 @@ def _optimizer_mismatches(
         return [f"init.optimizer: the state is of optimizer={then}, and this run has {now}"]
     if not any(key.startswith("optimizer.") for key in TensorReader(path)):
         return [f"init.optimizer: {path} has no state of an optimizer; set init.optimizer=false"]
+    if config.strategy.stage is not None and config.optimizer.train != trained.optimizer.train:
+        return [
+            f"init.optimizer: strategy={config.strategy.name} counts steps once for all tensors,"
+            " and optimizer.train differs, so that some have no state: use fsdp, or"
+            " init.optimizer=false"
+        ]
     if config.strategy.stage is not None and tensors.new:
         return [
             f"init.optimizer: strategy={config.strategy.name} counts steps once for all tensors,"
