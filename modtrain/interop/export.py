@@ -85,7 +85,7 @@ def write_folder(run: ExportedRun, folder: Path, max_shard_size: str) -> None:
 
     capacities = derive(run.trained).capacities_at(max(0, run.step - 1))
     values = architecture_config(run.trained.model, run.max_positions, run.data.eos_id, capacities)
-    prompt_format = PromptFormat.read(run.directory.path)
+    prompt_format = PromptFormat.read(run.directory.path).of_tokenizer(run.data.tokenizer_sha256)
     values |= prompt_format.config_ids
     write_model(hugging_face_model(run.model, values), folder, max_shard_size)
     if TOKENIZER_CONFIG in prompt_format.files:

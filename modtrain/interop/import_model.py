@@ -39,7 +39,7 @@ from modtrain.interop.config import ImportConfig
 from modtrain.interop.export import new_folder
 from modtrain.interop.names import tensor_shapes, weight_names
 from modtrain.interop.original_files import CONFIG_NAME, config_ids, token_ids
-from modtrain.interop.prompt_format import PromptFormat
+from modtrain.interop.prompt_format import ORIGIN, PromptFormat
 from modtrain.interop.source import Source, open_folder
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
@@ -86,6 +86,7 @@ def import_model(config: ImportConfig) -> str:
             "model_type": parsed.model_type,
             "max_positions": positions,
             "files": source.files,
+            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
         }
         with new_folder(RunDirectory.of(trained).path, "name") as folder:
             _write_data(RunDirectory(folder).own_data, tokenizer, (vocab_size, eos_id), seq_len)
@@ -100,7 +101,7 @@ def _with_origin(
 ) -> PromptFormat:
     """Return the format with what an export needs. parsed: transformers' configuration."""
     files = {**prompt_format.files, CONFIG_NAME: config_ids(parsed)}
-    known = {key: origin[key] for key in ("source", "model_type", "files")}
+    known = {key: origin[key] for key in ORIGIN}
     return replace(prompt_format, files=files, origin=known)
 
 

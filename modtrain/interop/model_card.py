@@ -39,7 +39,7 @@ def model_card(run: RunDirectory, trained: TrainConfig, step: int, data: IndexSu
 
     step: of the checkpoint. data: what the run was trained on.
     """
-    prompt_format = PromptFormat.read(run.path)
+    prompt_format = PromptFormat.read(run.path).of_tokenizer(data.tokenizer_sha256)
     # Runs of earlier versions have it in their manifest alone.
     imported = run.read_manifest().get("imported")
     origin = prompt_format.origin or imported or {}
@@ -128,7 +128,7 @@ def _usage(model: ModelConfig, prompt_format: PromptFormat) -> str:
         "```",
         "",
     ]
-    if prompt_format == PromptFormat():
+    if prompt_format == PromptFormat(origin=prompt_format.origin):
         lines.append(
             "The end-of-text token also begins a text, for a prompt that is empty, and pads it."
         )

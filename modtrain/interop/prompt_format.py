@@ -23,6 +23,8 @@ from modtrain.training.run_directory import RunDirectory
 
 _MAX_BYTES = 2**22
 _MAX_TEMPLATE_BYTES = 2**19
+ORIGIN = ("source", "model_type", "files", "tokenizer_sha256")
+"""What is kept of the record of an import."""
 _ANY_TOKENIZER = "PreTrainedTokenizerFast"
 
 
@@ -50,8 +52,8 @@ class PromptFormat:
     begin_ids: tokens before a prompt without a template. end_ids: tokens that end an answer, beside
     the end-of-document token. chat_template: in Jinja; None: there is none. special_tokens: names
     that the template knows, such as ``bos_token``, and their texts. files: of the imported folder,
-    by name, see `modtrain.interop.original_files`. origin: what was imported: ``source``,
-    ``model_type`` and ``files`` with their SHA-256; empty in runs of earlier versions.
+    by name, see `modtrain.interop.original_files`. origin: what was imported, with the keys
+    `ORIGIN`; empty in runs of earlier versions.
     """
 
     begin_ids: tuple[int, ...] = ()
@@ -94,6 +96,11 @@ class PromptFormat:
         # Runs that an earlier version imported know the end tokens alone.
         known = {"eos_token_id": [*self.end_ids]} if self.end_ids else {}
         return self.files.get(CONFIG_NAME, known)
+
+    def of_tokenizer(self, sha256: str) -> PromptFormat:
+        """Return the format of a run with this ``tokenizer.json``: plain if it is another one."""
+        own = self.origin.get("tokenizer_sha256", sha256)
+        return self if own == sha256 else PromptFormat(origin=self.origin)
 
     def files_for(self, kind: str) -> dict[str, Any]:
         """Return the files of a folder whose architecture is ``kind``."""

@@ -128,13 +128,13 @@ def pattern_problems(model: ModelConfig, config: OptimizerConfig, prefix: str) -
     if problems:
         return problems
     freeze(built, config)
-    held: set[str] = set()
+    later: set[str] = set()
     named: set[str] = set()
     for own in config.groups:
         fresh = _chosen(own.parameters, meanings) - named
         named |= fresh
-        held |= fresh if own.start_step else set()
-    if all(name in held or not p.requires_grad for name, p in built.named_parameters()):
+        later |= fresh if own.start_step else set()
+    if all(name in later or not p.requires_grad for name, p in built.named_parameters()):
         reason, remedy = "leave nothing to train in the first step", "let a group start at step 0"
         problems.append(Problem(f"{prefix}.groups", "start_step", reason, remedy))
     return problems

@@ -13,6 +13,8 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -100,7 +102,7 @@ def test_the_tokenizer_is_the_one_that_transformers_reads(gguf_file, runs):
         assert own.decode(own(text)["input_ids"]) == text
 
 
-def test_an_export_returns_the_weights(runs, tmp_path):
+def test_an_export_returns_the_weights_and_the_tokenizer(gguf_file, runs, tmp_path):
     output = tmp_path / "exported"
     assert main(["export", "run=smollm2", f"runs_dir={runs}", f"output={output}"]) == 0
     again = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).state_dict()
@@ -109,3 +111,10 @@ def test_an_export_returns_the_weights(runs, tmp_path):
     layer = ours.layers[7].module.attention.q.weight
     assert torch.equal(again["model.layers.7.self_attn.q_proj.weight"], layer)
     assert json.loads((output / "config.json").read_text())["max_position_embeddings"] == 8192
+    theirs = PreTrainedTokenizerFast.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    talk = [{"role": "user", "content": QUESTION}]
+    assert tokenizer.apply_chat_template(talk) == theirs.apply_chat_template(talk)
+    assert tokenizer(QUESTION)["input_ids"] == theirs(QUESTION)["input_ids"]
+    end_ids = PromptFormat.read(run.path).end_ids
+    assert GenerationConfig.from_pretrained(output).eos_token_id in (end_ids[0], [*end_ids])

@@ -137,6 +137,20 @@ def test_a_run_of_an_earlier_version_keeps_its_tokens(exported, tmp_path):
     assert "`model`" in (output / "README.md").read_text()
 
 
+def test_files_of_another_tokenizer_are_left_out(exported, tmp_path):
+    """A run may start with an imported model's weights, and have data of another tokenizer."""
+    run = tmp_path / "runs" / "imported"
+    shutil.copytree(exported[1].parent / "runs" / "imported", run)
+    whole = PromptFormat.read(run)
+    replace(whole, origin={**whole.origin, "tokenizer_sha256": "0" * 64}).write(run)
+    output, moved = tmp_path / "out", str(run / "data")
+    export(ExportConfig("imported", str(run.parent), data_path=moved, output=str(output)))
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.chat_template is None and tokenizer.eos_token == "<|endoftext|>"
+    assert GenerationConfig.from_pretrained(output).eos_token_id == 0
+    assert "`model`" in (output / "README.md").read_text()
+
+
 def test_tokens_before_a_text_are_added_where_the_tokenizer_file_does_not(tmp_path):
     parsed = Tokenizer.from_str(chat_tokenizer().decode())
     parsed.post_processor = processors.ByteLevel()

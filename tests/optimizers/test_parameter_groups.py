@@ -78,10 +78,10 @@ def test_a_parameter_is_in_the_first_group_that_names_it(name):
     for parameter in seen:
         parameter.grad = torch.ones_like(parameter)
     hold_gradients(optimizer.param_groups, 2)
-    held = {p for g in optimizer.param_groups if g.get("start_step") for p in g["params"]}
-    assert held and {p for p in seen if p.grad is None} == held
+    later = {p for g in optimizer.param_groups if g.get("start_step") for p in g["params"]}
+    assert later and {p for p in seen if p.grad is None} == later
     optimizer.step()
-    assert not held & set(optimizer.state)
+    assert not later & set(optimizer.state)
 
 
 def test_later_parameters_have_a_warm_up_of_their_own():
@@ -104,8 +104,8 @@ def test_a_pattern_of_nothing_is_named():
     assert "layers.*.attention.q.weight" in problem.remedy
     group = ParameterGroupConfig(["head.bias"])
     assert keys_of(OptimizerConfig(groups=[group])) == ["optimizer.groups[0].parameters"]
-    held = [ParameterGroupConfig(["*"], start_step=2)]
-    assert keys_of(OptimizerConfig(groups=held)) == ["optimizer.groups"]
+    later = [ParameterGroupConfig(["*"], start_step=2)]
+    assert keys_of(OptimizerConfig(groups=later)) == ["optimizer.groups"]
     both = [ParameterGroupConfig(["routers"]), ParameterGroupConfig(["*"], start_step=2)]
     assert keys_of(OptimizerConfig(groups=both)) == []
     frozen = OptimizerConfig(train=["layers.1.*"], groups=both[1:])

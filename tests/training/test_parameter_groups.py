@@ -46,6 +46,7 @@ def changed(before: dict, after: dict) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "deepspeed_2", "deepspeed_3"])
 @pytest.mark.on_commit("single")
+@pytest.mark.timeout(900)
 def test_frozen_parameters_stay_and_have_no_state(prepared, tmp_path, strategy):
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
