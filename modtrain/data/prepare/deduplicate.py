@@ -90,7 +90,8 @@ def drop_jobs(
 ) -> list[DropJob | None]:
     """For each unit of a split, in their order, what it loses; None: nothing."""
     jobs: list[DropJob | None] = []
-    repeats = find_repeats([unit.records() for unit in documents])
+    counts = [unit.num_documents for unit in documents]
+    repeats = find_repeats(counts, lambda number: documents[number].records()["hash"])
     for file, unit, dropped in zip(tokens, documents, repeats, strict=True):
         packed = np.packbits(dropped).tobytes()
         jobs.append(DropJob(file, unit, packed, dtype, str(work)) if dropped.any() else None)

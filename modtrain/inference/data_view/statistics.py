@@ -86,7 +86,9 @@ def statistics_of(
     for split in SPLITS:
         # With split_at=line a document has a part in either split.
         own = [place for place in known if place[1] == split]
-        repeats |= zip(own, find_repeats([known[place].records for place in own]), strict=True)
+        records = [known[place].records for place in own]
+        marks = find_repeats([len(r) for r in records], [r["hash"] for r in records].__getitem__)
+        repeats |= zip(own, marks, strict=True)
     splits = []
     for (source, split), table in tables.items():
         index, samples = indexes[source], data[source][split]
