@@ -113,7 +113,8 @@ def drop_documents(job: DropJob) -> SplitCounts:
     """Write tokens and documents of what is left of a unit, and then its counts."""
     records = job.documents.records()
     is_kept = ~_dropped(job, records)
-    lengths = np.diff(records["start"].astype(np.int64), append=job.tokens.num_tokens)
+    edges = np.append(records["start"].astype(np.int64), job.tokens.num_tokens)
+    lengths = edges[1:] - edges[:-1]
     staging, dtype = Path(job.work) / "staging", np.dtype(job.dtype).newbyteorder("<")
     kept = np.array(records[is_kept], dtype=UNIT_RECORD)
     kept["start"] = np.cumsum(lengths[is_kept]) - lengths[is_kept]

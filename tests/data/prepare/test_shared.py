@@ -158,11 +158,11 @@ def test_progress_counts_the_units_of_all_tasks(tmp_path, small_units, caplog):
         prepare_task(tiny_config([corpus], tmp_path / "out", task="1/2"))
     lines = [line for line in caplog.messages if line.startswith("encoding")]
     # Then the last task finds that all is encoded.
-    first, *_, last, found = lines
+    first, *_, last, merging = lines
     size = f"{corpus.stat().st_size / 1e6:.1f}"
     assert re.match(r"encoding: [4-9]\d% of ", first)
     assert re.fullmatch(rf"encoding: 100% of {size} MB, \d+\.\d MB/s, 0:00:00 left", last)
-    assert found == f"encoding: 100% of {size} MB"
+    assert merging == f"encoding: 100% of {size} MB"
 
 
 @pytest.mark.parametrize(
