@@ -101,7 +101,8 @@ def _results(costs: dict[tuple[str, float], list[Cost]], sizes: list[float]) -> 
 
 
 def _median(costs: list[Cost], key: str) -> float:
-    return statistics.median(getattr(cost, key) for cost in costs)
+    values: list[float] = [getattr(cost, key) for cost in costs]
+    return statistics.median(values)
 
 
 def _in_process(function: Callable[..., Any], *arguments: object) -> Any:

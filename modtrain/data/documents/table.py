@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,34 +127,41 @@ def _source_files(index: ShardIndex) -> list[str]:
     return [str(name) for name in content]
 
 
-def find_repeats(tables: Sequence[Records]) -> list[NDArray[np.bool_]]:
+def find_repeats(
+    counts: Sequence[int], hashes_of: Callable[[int], NDArray[Any]]
+) -> list[NDArray[np.bool_]]:
     """Find the documents whose text stands in a record before, over all tables in their order.
 
-    Returns a bool a record. Memory: that, and about 1 GB however many records there are; more than
-    16 million are read several times.
+    counts: records of each table. hashes_of: its number → its hashes (N, 2), read when asked for,
+    since there may be more tables than files can be mapped at once.
+
+    Returns a bool a record. Memory: that, and about 1 GB however many records there are, as long as
+    no text stands there more than 16 million times; more records than that are read several times.
     """
-    total = sum(map(len, tables))
-    repeats = [np.zeros(len(table), dtype=np.bool_) for table in tables]
+    total = sum(counts)
+    repeats = [np.zeros(count, dtype=np.bool_) for count in counts]
     bits = max(0, (total - 1).bit_length() - (_SORTED.bit_length() - 1)) if total else 0
     for part in range(1 << bits):
         hashes, places = [], []
-        for number, table in enumerate(tables):
-            for own_hashes, own in _of_part(table, part, bits):
+        for number in range(len(counts)):
+            for own_hashes, own in _of_part(hashes_of(number), part, bits):
                 hashes.append(own_hashes)
                 places.append((number, own))
-        _mark(np.concatenate(hashes) if hashes else np.empty((0, 2)), places, repeats)
+        if hashes:
+            _mark(np.concatenate(hashes), places, repeats)
     return repeats
 
 
-def _of_part(table: Records, part: int, bits: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+def _of_part(
+    hashes: NDArray[Any], part: int, bits: int
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """The hashes that begin with the bits ``part``, with the numbers of their records."""
-    for first in range(0, len(table), _CHUNK):
-        hashes_N2 = table["hash"][first : first + _CHUNK]
+    for first in range(0, len(hashes), _CHUNK):
+        hashes_N2 = np.array(hashes[first : first + _CHUNK])
+        own = np.arange(len(hashes_N2))
         if bits:
             own = np.flatnonzero(hashes_N2[:, 0] >> np.uint64(64 - bits) == np.uint64(part))
-            yield hashes_N2[own], own + first
-        else:
-            yield np.asarray(hashes_N2), np.arange(first, first + len(hashes_N2))
+        yield hashes_N2[own], own + first
 
 
 def _mark(

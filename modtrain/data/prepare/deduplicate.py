@@ -90,7 +90,8 @@ def drop_jobs(
 ) -> list[DropJob | None]:
     """For each unit of a split, in their order, what it loses; None: nothing."""
     jobs: list[DropJob | None] = []
-    repeats = find_repeats([unit.records() for unit in documents])
+    counts = [unit.num_documents for unit in documents]
+    repeats = find_repeats(counts, lambda number: documents[number].records()["hash"])
     for file, unit, dropped in zip(tokens, documents, repeats, strict=True):
         packed = np.packbits(dropped).tobytes()
         jobs.append(DropJob(file, unit, packed, dtype, str(work)) if dropped.any() else None)
@@ -112,7 +113,8 @@ def drop_documents(job: DropJob) -> SplitCounts:
     """Write tokens and documents of what is left of a unit, and then its counts."""
     records = job.documents.records()
     is_kept = ~_dropped(job, records)
-    lengths = np.diff(records["start"].astype(np.int64), append=job.tokens.num_tokens)
+    edges = np.append(records["start"].astype(np.int64), job.tokens.num_tokens)
+    lengths = edges[1:] - edges[:-1]
     staging, dtype = Path(job.work) / "staging", np.dtype(job.dtype).newbyteorder("<")
     kept = np.array(records[is_kept], dtype=UNIT_RECORD)
     kept["start"] = np.cumsum(lengths[is_kept]) - lengths[is_kept]

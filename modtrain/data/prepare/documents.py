@@ -35,9 +35,14 @@ class UnitDocuments:
     files: tuple[SourceFile, ...]
     lines_before: int
 
+    @property
+    def num_documents(self) -> int:
+        """How many records there are."""
+        return Path(self.path).stat().st_size // UNIT_RECORD.itemsize
+
     def records(self) -> Records:
         """Map the records, of type `UNIT_RECORD`."""
-        if not Path(self.path).stat().st_size:
+        if not self.num_documents:
             return np.empty(0, UNIT_RECORD)
         return np.memmap(self.path, UNIT_RECORD, mode="r")
 
@@ -70,7 +75,7 @@ def write_side_files(
     side_files = {SOURCE_FILES_NAME: SideFile(names.stat().st_size, file_sha256(names))}
     for split, units in documents.items():
         name = f"{split}/{DOCUMENTS_NAME}"
-        count = sum(len(unit.records()) for unit in units)
+        count = sum(unit.num_documents for unit in units)
         merged = _merged(units, numbers)
         side_files[name] = write_records(output / name, count, merged, staging)
     return side_files

@@ -147,8 +147,11 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     end_token = chosen_end_token(config.tokenizer)
     request = request_of(config, files, end_token)
     if (output / INDEX_NAME).exists():
-        return report_of_finished(output, request)
+        return _report_of_finished(output, request)
     with _work_directory(output) as work:
+        if (output / INDEX_NAME).exists():
+            # By another process, between the two looks.
+            return _report_of_finished(output, request)
         units = plan_units(files, config.text_column, config.text_template)
         tokenizer = ensure_tokenizer(config, units, output, work, work / "staging", end_token)
         layout = PackLayout(
@@ -182,7 +185,8 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         write_json(output / REQUEST_NAME, request, work / "staging")
         finish(output, summary, shards, work / "staging", sides)
     # Only now that the lock in it is closed: on NFS an open file would keep the folder.
-    shutil.rmtree(work)
+    # What a process that starts now makes in it may be left, and is removed by the next one.
+    shutil.rmtree(work, ignore_errors=True)
     summary = ShardIndex.load(output).summary
     return PrepareReport(output, summary, False, _examples(units, records))
 
@@ -225,8 +229,7 @@ def finish(
     write_json(output / INDEX_NAME, index_content(summary, shards, side_files), staging)
 
 
-def report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
-    """Report a complete output; raise DataError where it is of another ``request``."""
+def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
     keys = differing_keys(output, request)
     if keys == [TIMES]:
         # A corpus copied or installed anew has new times and the same text.
@@ -255,7 +258,8 @@ def make_folders(output: Path) -> Path:
     Raises DataError for a directory of something else.
     """
     work = output / WORK_NAME
-    if output.exists() and not work.exists() and any(output.iterdir()):
+    is_foreign = not work.exists() and not (output / INDEX_NAME).exists()
+    if output.exists() and is_foreign and any(output.iterdir()):
         raise DataError(
             f"{output} is not empty and was not made by prepare. Choose another output."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modtrain.common.atomic_io import NoLocksError, acquire_lock
@@ -25,9 +25,7 @@ from modtrain.data.prepare.pipeline import (
     make_folders,
     prepare,
     refuse_misfits,
-    report_of_finished,
 )
-from modtrain.data.prepare.request import request_of
 from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.task import (
     Task,
@@ -44,6 +42,18 @@ from modtrain.data.stream.index import INDEX_NAME
 _PATIENCE = 60.0
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """What a task has encoded: how many units; files that show that the other ones are finished.
+
+    has_locks: whether the file system has.
+    """
+
+    num_units: int
+    other_records: list[Path]
+    has_locks: bool
+
+
 def prepare_task(config: PrepareConfig, progress: bool = True) -> PrepareReport | TaskReport:
     """Do the part of ``config.task``, and the rest where it is the last; without a task, all of it.
 
@@ -55,26 +65,46 @@ def prepare_task(config: PrepareConfig, progress: bool = True) -> PrepareReport 
         return prepare(config, progress)
     task = Task.of(config.task)
     try:
-        report = _encode_own(config, task, progress)
+        encoded = _encode_own(config, task, progress)
+        report = None if encoded is None else _report_of(encoded, task, Path(config.output))
+    except FileNotFoundError as error:
+        if not (Path(config.output) / INDEX_NAME).exists():
+            raise DataError(f"{error.filename}: {error.strerror}") from error
+        # Another task was faster with all the rest, and has removed the working directory.
+        report = None
     except OSError as error:
         raise DataError(f"{error.filename or config.output}: {error.strerror or error}") from error
-    if not isinstance(report, TaskReport) or report.num_open or report.waiting:
+    if report is not None and report.waiting:
         return report
     try:
         return prepare(replace(config, task=None), progress)
     except InUseError:
+        if report is None:
+            raise
         return replace(report, waiting="Another task ends later, and does the rest.")
 
 
-def _encode_own(config: PrepareConfig, task: Task, progress: bool) -> PrepareReport | TaskReport:
-    """Encode the task's own units. An empty ``waiting`` says that the rest may be done."""
+def _report_of(encoded: _Encoded, task: Task, output: Path) -> TaskReport:
+    """Report what is still open. An empty ``waiting`` says that the rest may be done."""
+    num_open, waiting = num_unfinished(encoded.other_records), ""
+    if num_open:
+        waiting = "The task that ends last does the rest; if none is to come, start one again."
+    elif not encoded.has_locks:
+        waiting = (
+            "This file system has no locks, so no task knows that it is the last: once all have"
+            " ended, run the command once without task."
+        )
+    return TaskReport(task, output, encoded.num_units, num_open, waiting)
+
+
+def _encode_own(config: PrepareConfig, task: Task, progress: bool) -> _Encoded | None:
+    """Encode the task's own units; None: another process has finished everything."""
     output = Path(config.output)
     files = expand_sources(config.sources)
     refuse_misfits(config, files)
     end_token = chosen_end_token(config.tokenizer)
-    request = request_of(config, files, end_token)
     if (output / INDEX_NAME).exists():
-        return report_of_finished(output, request)
+        return None
     work = make_folders(output)
     in_use = InUseError(f"another prepare is writing {output}. Wait for it.")
     has_locks = True
@@ -86,7 +116,7 @@ def _encode_own(config: PrepareConfig, task: Task, progress: bool) -> PrepareRep
             has_locks = False
         if (output / INDEX_NAME).exists():
             # Finished while this one waited.
-            return report_of_finished(output, request)
+            return None
         units = plan_units(files, config.text_column, config.text_template)
         staging = locks.enter_context(own_staging(work))
         with ExitStack() as training:
@@ -98,16 +128,7 @@ def _encode_own(config: PrepareConfig, task: Task, progress: bool) -> PrepareRep
         own = [job for number, job in enumerate(jobs) if task.owns(number)]
         others = [job for number, job in enumerate(jobs) if not task.owns(number)]
         _encode(own, others, config.num_workers, progress)
-    num_open = num_unfinished([job.record_file for job in others])
-    waiting = ""
-    if num_open:
-        waiting = "The task that ends last does the rest; if none is to come, start one again."
-    elif not has_locks:
-        waiting = (
-            "This file system has no locks, so no task knows that it is the last: once all have"
-            " ended, run the command once without task."
-        )
-    return TaskReport(task, output, len(own), num_open, waiting)
+    return _Encoded(len(own), [job.record_file for job in others], has_locks)
 
 
 def _encode(

@@ -82,11 +82,13 @@ def statistics_of(
         for split in SPLITS
     }
     known = {place: table for place, table in tables.items() if table is not None}
-    repeats = {}
+    repeats: dict[tuple[str, str], NDArray[np.bool_]] = {}
     for split in SPLITS:
         # With split_at=line a document has a part in either split.
         own = [place for place in known if place[1] == split]
-        repeats |= zip(own, find_repeats([known[place].records for place in own]), strict=True)
+        records = [known[place].records for place in own]
+        marks = find_repeats([len(r) for r in records], [r["hash"] for r in records].__getitem__)
+        repeats |= zip(own, marks, strict=True)
     splits = []
     for (source, split), table in tables.items():
         index, samples = indexes[source], data[source][split]
@@ -112,16 +114,17 @@ def _scan(
     total, seq_len = len(samples), samples.seq_len
     wanted = min(total, max(1, most // seq_len))
     numbers = np.arange(wanted) * total // max(1, wanted)
-    ends: list[NDArray[np.int64]] = [np.array([-1])]
+    pieces: list[NDArray[np.int64]] = [np.array([-1])]
     for first in range(0, wanted, _READ):
         own = numbers[first : first + _READ].tolist()
         tokens = samples.__getitems__(own)[:, :-1].numpy().ravel()
         counts_V += np.bincount(tokens, minlength=len(counts_V))
-        ends.append(np.flatnonzero(tokens == index.summary.eos_id) + first * seq_len)
+        pieces.append(np.flatnonzero(tokens == index.summary.eos_id) + first * seq_len)
     if wanted:
         # The last target is the first token of no sample.
         counts_V[int(samples[total - 1][-1])] += 1
-    return counts_V, wanted * seq_len, np.diff(np.concatenate(ends))
+    ends = np.concatenate(pieces)
+    return counts_V, wanted * seq_len, ends[1:] - ends[:-1]
 
 
 def _distinct(pieces: Iterable[NDArray[np.int64]]) -> Lengths | None:

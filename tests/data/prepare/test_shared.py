@@ -136,6 +136,20 @@ def test_a_task_leaves_the_rest_to_one_that_is_at_work(tmp_path, monkeypatch):
     assert isinstance(prepare_task(config, progress=False), PrepareReport)
 
 
+def test_another_task_may_finish_everything_meanwhile(tmp_path, monkeypatch):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(60))
+    config = tiny_config([corpus], tmp_path / "out", task="0/2")
+    real = shared.num_unfinished
+
+    def finish_before(files):
+        prepare(config, progress=False)
+        return real(files)
+
+    monkeypatch.setattr(shared, "num_unfinished", finish_before)
+    assert prepare_task(config, progress=False).was_complete
+    assert not (tmp_path / "out" / ".work").exists()
+
+
 def test_progress_counts_the_units_of_all_tasks(tmp_path, small_units, caplog):
     small_units(5_000)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
@@ -144,11 +158,11 @@ def test_progress_counts_the_units_of_all_tasks(tmp_path, small_units, caplog):
         prepare_task(tiny_config([corpus], tmp_path / "out", task="1/2"))
     lines = [line for line in caplog.messages if line.startswith("encoding")]
     # Then the last task finds that all is encoded.
-    first, *_, last, found = lines
+    first, *_, last, merging = lines
     size = f"{corpus.stat().st_size / 1e6:.1f}"
     assert re.match(r"encoding: [4-9]\d% of ", first)
     assert re.fullmatch(rf"encoding: 100% of {size} MB, \d+\.\d MB/s, 0:00:00 left", last)
-    assert found == f"encoding: 100% of {size} MB"
+    assert merging == f"encoding: 100% of {size} MB"
 
 
 @pytest.mark.parametrize(
