@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from modtrain.cluster.config import ClusterConfig
+from modtrain.cluster.site import ClusterConfig
 from modtrain.common.reading import UnreadableError, read_json
 
 # What prints the digest of the reference that comes in the place of REFERENCE.

@@ -13,7 +13,7 @@ from modtrain.cluster.runs import RunNotFoundError, RunRecord, existing_run, rea
 from modtrain.cluster.slurm import SlurmError
 from modtrain.cluster.status import RunState, ask_slurm, state_of
 from modtrain.common.errors import raise_if_any
-from modtrain.training.named_runs import find_runs
+from modtrain.training.run_listing import find_runs
 
 COMPLETE, FAILED, STOPPED, TIMED_OUT = 0, 1, 75, 124
 """Exit codes. The last one is that of the command ``timeout``."""
