@@ -13,9 +13,10 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import argcomplete
 from argcomplete.completers import FilesCompleter
+from argcomplete.finders import CompletionFinder
 from argcomplete.lexers import split_line
+from argcomplete.shell_integration import shellcode
 
 from modtrain.cli.arguments import make_parser
 from modtrain.cli.groups import groups_of
@@ -47,8 +48,7 @@ def shell_code(words: Sequence[str]) -> str:
     if len(words) != 1 or words[0] not in SHELLS:
         remedy = f"write modtrain completion {'|'.join(SHELLS)}"
         raise ConfigError([Problem("completion", " ".join(words), "is no shell", remedy)])
-    code: str = argcomplete.shellcode(["modtrain"], shell=words[0])
-    return code
+    return shellcode(["modtrain"], shell=words[0])
 
 
 def complete(verbs: Collection[str]) -> None:
@@ -58,7 +58,7 @@ def complete(verbs: Collection[str]) -> None:
     finder(argparse.ArgumentParser(add_help=False))
 
 
-class _Finder(argcomplete.CompletionFinder):
+class _Finder(CompletionFinder):
     """Offers what modtrain takes, whatever an argparse parser would."""
 
     # Not of the constructor, which argcomplete calls again.
@@ -148,8 +148,7 @@ def _keys(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _paths(value: str) -> list[str]:
-    paths: list[str] = FilesCompleter()(prefix=value)
-    return paths
+    return FilesCompleter()(prefix=value)
 
 
 def _value_of(key: str, words: Sequence[str]) -> str | None:

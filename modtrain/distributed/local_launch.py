@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from uuid import uuid4
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -52,7 +53,8 @@ def launch_local(arguments: Sequence[str], num_processes: int, num_threads: int)
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=redirects),
         )
         try:
-            elastic_launch(config, sys.executable)(*arguments)
+            launch: Any = elastic_launch(config, sys.executable)
+            launch(*arguments)
         except ChildFailedError as error:
             first, failure = error.get_first_failure()
             code = _exit_code(failure)
