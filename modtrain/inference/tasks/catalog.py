@@ -161,7 +161,7 @@ def _named_tasks(value: object) -> list[str]:
 
 
 def _unknown(name: str, manager: TaskManager) -> Problem:
-    near = difflib.get_close_matches(name, [*synthetic.KINDS, *manager.all_tasks], 3)
+    near = difflib.get_close_matches(name, sorted({*synthetic.KINDS, *manager.all_tasks}), 3)
     if near:
         remedy = f"did you mean {' or '.join(near)}?"
     elif name.lower().endswith((".yaml", ".yml")):

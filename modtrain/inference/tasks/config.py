@@ -18,7 +18,7 @@ class TaskConfig:
     num_fewshot: solved examples before each question; null: as the task says, or none.
     chat: put each question into the model's chat template, as what a user says; of an imported
         model.
-    num_examples: examples of a task that modtrain makes: copy, lookup, arithmetic, parity.
+    num_examples: examples of a task that modtrain makes: copy, lookup, addition, parity.
     seed: of these examples, and of the choice of solved ones, which is that of lm-eval's command.
     allow_code: run Python that the tasks of ``path`` name by ``!function``, load their metrics and
         data by whatever module they name, and run what they generate where they say so. Only for a

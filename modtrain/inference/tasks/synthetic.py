@@ -54,7 +54,7 @@ def _lookup(draw: random.Random) -> Example:
     return Example(f"lookup: {pairs} , {letters[asked]} ->", digits[asked], tuple(digits))
 
 
-def _arithmetic(draw: random.Random) -> Example:
+def _addition(draw: random.Random) -> Example:
     first, second = draw.randrange(_LARGEST), draw.randrange(_LARGEST)
     total = first + second
     near = [total + step for step in range(-5, 6) if step and total + step >= 0]
@@ -72,7 +72,7 @@ def _parity(draw: random.Random) -> Example:
 KINDS: dict[str, Callable[[random.Random], Example]] = {
     "copy": _copy,
     "lookup": _lookup,
-    "arithmetic": _arithmetic,
+    "addition": _addition,
     "parity": _parity,
 }
 

@@ -164,8 +164,8 @@ def test_a_template_cannot_reach_python(score, folder):
 def test_an_unknown_task_is_answered_with_near_names(score, monkeypatch):
     few = TaskManager(include_defaults=False)
     monkeypatch.setattr("modtrain.inference.tasks.catalog.TaskManager", lambda **_: few)
-    with pytest.raises(ConfigError, match=r"tasks=arithmetik: .*\n.*did you mean arithmetic\?"):
-        score("arithmetik")
+    with pytest.raises(ConfigError, match=r"tasks=additon: .*\n.*did you mean addition\?"):
+        score("additon")
 
 
 def test_a_task_whose_data_are_not_to_be_had_names_the_network(score, folder, monkeypatch):

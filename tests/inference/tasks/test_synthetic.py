@@ -18,7 +18,7 @@ def solve(kind, prompt):
     asked = prompt.partition(": ")[2].removesuffix(" ->")
     if kind == "copy":
         return asked
-    if kind == "arithmetic":
+    if kind == "addition":
         return str(sum(map(int, asked.split(" + "))))
     if kind == "parity":
         return "odd" if asked.count("1") % 2 else "even"
