@@ -95,8 +95,8 @@ class PromptFormat:
         """The numbers of special tokens of the model's ``config.json``; empty: none of its own."""
         # Runs that an earlier version imported know the end tokens alone.
         known = {"eos_token_id": [*self.end_ids]} if self.end_ids else {}
-        numbers: Mapping[str, Any] = self.files.get(CONFIG_NAME, known)
-        return numbers
+        ids: Mapping[str, Any] = self.files.get(CONFIG_NAME, known)
+        return ids
 
     def of_tokenizer(self, sha256: str) -> PromptFormat:
         """Return the format of a run with this ``tokenizer.json``: plain if it is another one."""
