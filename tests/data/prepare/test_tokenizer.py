@@ -131,7 +131,7 @@ def test_the_choice_depends_on_the_seed_and_the_text_alone():
     assert all(later for earlier, later in zip(chosen, more, strict=True) if earlier)
 
 
-def test_a_folder_has_a_tokenizer_and_another_end_token_is_told(tmp_path, caplog):
+def test_a_folder_has_a_tokenizer_and_another_end_token_is_reported(tmp_path, caplog):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(train_tokenizer(make_documents(20), 300))
