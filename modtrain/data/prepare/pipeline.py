@@ -24,7 +24,7 @@ from modtrain.common.atomic_io import (
     write_bytes,
     write_json,
 )
-from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
+from modtrain.common.errors import DataError, raise_if_any
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.encode import (
     EXAMPLES_OF_A_KIND,
@@ -49,15 +49,20 @@ from modtrain.data.prepare.request import (
     later_options,
     request_of,
 )
-from modtrain.data.prepare.sources import SourceFile, expand_sources
+from modtrain.data.prepare.source_checks import (
+    refuse_tokens_without_tokenizer,
+    refuse_unused_separator,
+    tell_other_end,
+    tell_unknown_ends,
+)
+from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.tokenizer import (
     SplitChooser,
     check_tokenizer,
-    parse_tokenizer,
     train_tokenizer,
     training_texts,
 )
-from modtrain.data.prepare.tokenizer_path import end_token, tokenizer_file
+from modtrain.data.prepare.tokenizer_path import tokenizer_file
 from modtrain.data.prepare.units import Unit, plan_units
 from modtrain.data.prepare.worker_pool import run_unfinished
 from modtrain.data.stream.index import (
@@ -135,8 +140,8 @@ def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
 def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     output = Path(config.output)
     files = expand_sources(config.sources)
-    _refuse_unused_separator(config, files)
-    _refuse_tokens_without_tokenizer(config, files)
+    refuse_unused_separator(config, files)
+    refuse_tokens_without_tokenizer(config, files)
     request = request_of(config, files)
     if (output / INDEX_NAME).exists():
         return _report_of_finished(output, request)
@@ -150,7 +155,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
         flaws = _flaw_counts(records)
         _refuse_many_flaws(config, units, records)
-        _tell_unknown_ends(records)
+        tell_unknown_ends(records)
         _refuse_empty_split(splits, _examples(units, records), flaws, config)
         shards = _pack(config, tokens, layout, output=output, work=work, progress=progress)
         summary = IndexSummary(
@@ -170,27 +175,6 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     shutil.rmtree(work)
     summary = ShardIndex.load(output).summary
     return PrepareReport(output, summary, False, _examples(units, records))
-
-
-def _refuse_unused_separator(config: PrepareConfig, files: Sequence[SourceFile]) -> None:
-    if config.separator is not None and all(
-        file.kind.partition(".")[0] != "text" for file in files
-    ):
-        reason, remedy = "is for .txt files, and the sources have none", "leave it out"
-        raise ConfigError([Problem("separator", config.separator, reason, remedy)])
-
-
-def _refuse_tokens_without_tokenizer(config: PrepareConfig, files: Sequence[SourceFile]) -> None:
-    named = [file.path for file in files if file.has_tokens]
-    problems = []
-    if named and config.tokenizer.path is None:
-        reason = f"is null, and {named[0]} holds token numbers"
-        remedy = "name the tokenizer that made them"
-        problems.append(Problem("tokenizer.path", "", reason, remedy))
-    if named and config.split_at == "line":
-        reason = f"cuts texts, and {named[0]} holds token numbers"
-        problems.append(Problem("split_at", "line", reason, "use split_at=document"))
-    raise_if_any(problems)
 
 
 def finish(
@@ -269,21 +253,9 @@ def _ensure_tokenizer(
     content = _tokenizer_content(config, units, work)
     name = config.tokenizer.path or str(path)
     vocab_size, eos_id = check_tokenizer(content, name)
-    _tell_other_end(content, name, eos_id)
+    tell_other_end(content, name, eos_id)
     write_bytes(path, content, work / "staging")
     return _StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
-
-
-def _tell_other_end(content: bytes, path: str, eos_id: int) -> None:
-    """Warn where a folder declares another end token than the one that is taken by its name."""
-    declared = end_token(path)
-    tokenizer = parse_tokenizer(content, path)
-    if declared is not None and tokenizer.token_to_id(declared) != eos_id:
-        taken = tokenizer.id_to_token(eos_id)
-        _log.warning(
-            "%s declares the end token %s; documents end with %s, as everywhere in modtrain",
-            *(path, declared, taken),
-        )
 
 
 def _tokenizer_content(config: PrepareConfig, units: Sequence[Unit], work: Path) -> bytes:
@@ -434,15 +406,6 @@ def _refuse_many_flaws(
     count = sum(record.num_flaws for record in records)
     if config.on_error == "limit" and count > config.max_flaws:
         raise DataError(too_many_flaws(_examples(units, records)[-1], config.max_flaws))
-
-
-def _tell_unknown_ends(records: Sequence[UnitRecord]) -> None:
-    if count := sum(record.num_open_ends for record in records):
-        _log.warning(
-            "%d blocks of token numbers have no end token in their file: where their documents end"
-            " is not known, and no end is marked",
-            count,
-        )
 
 
 def _examples(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[Flaw]:
