@@ -32,10 +32,11 @@ class DocumentCheck:
         if isinstance(content, bytes) and len(content) > self.max_bytes:
             return self.too_large(path, line)
         text = decoded(content, path, line) if isinstance(content, bytes) else content
+        if isinstance(text, Flaw):
+            return text
         if not isinstance(text, str):
             what = "no" if text is None else type(text).__name__
-            is_flaw = isinstance(text, Flaw)
-            return text if is_flaw else Flaw("no_text", path, line, f"{what} text in {self.field}")
+            return Flaw("no_text", path, line, f"{what} text in {self.field}")
         flaw = self._flaw_of(text, path, line)
         if flaw is None:
             self.place = (path, line)

@@ -24,7 +24,7 @@ from modtrain.common.atomic_io import (
     write_bytes,
     write_json,
 )
-from modtrain.common.errors import DataError, Problem, raise_if_any
+from modtrain.common.errors import DataError, raise_if_any
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.deduplicate import EncodedUnits, without_repeats
 from modtrain.data.prepare.documents import UnitDocuments, lines_before, write_side_files
@@ -53,7 +53,11 @@ from modtrain.data.prepare.request import (
     request_of,
     tokenizer_options,
 )
-from modtrain.data.prepare.sources import SourceFile, expand_sources
+from modtrain.data.prepare.source_checks import (
+    refuse_misfits,
+    tell_unknown_ends,
+)
+from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.tokenizer import (
     SplitChooser,
     check_tokenizer,
@@ -166,7 +170,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
         flaws = _flaw_counts(records)
         _refuse_many_flaws(config, units, records)
-        _tell_unknown_ends(records)
+        tell_unknown_ends(records)
         _refuse_empty_split(splits, _examples(units, records), flaws, config)
         shards = _pack(config, encoded.tokens, layout, output=output, work=work, progress=progress)
         summary = IndexSummary(
@@ -189,25 +193,6 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     shutil.rmtree(work, ignore_errors=True)
     summary = ShardIndex.load(output).summary
     return PrepareReport(output, summary, False, _examples(units, records))
-
-
-def refuse_misfits(config: PrepareConfig, files: Sequence[SourceFile]) -> None:
-    """Raise ConfigError for options that do not go with the kinds of the files."""
-    problems = []
-    if config.separator is not None and all(
-        file.kind.partition(".")[0] != "text" for file in files
-    ):
-        reason, remedy = "is for .txt files, and the sources have none", "leave it out"
-        problems.append(Problem("separator", config.separator, reason, remedy))
-    named = [file.path for file in files if file.has_tokens]
-    if named and config.tokenizer.path is None:
-        reason = f"is null, and {named[0]} holds token numbers"
-        remedy = "name the tokenizer that made them"
-        problems.append(Problem("tokenizer.path", "", reason, remedy))
-    if named and config.split_at == "line":
-        reason = f"cuts texts, and {named[0]} holds token numbers"
-        problems.append(Problem("split_at", "line", reason, "use split_at=document"))
-    raise_if_any(problems)
 
 
 def finish(
@@ -490,15 +475,6 @@ def _refuse_many_flaws(
     count = sum(record.num_flaws for record in records)
     if config.on_error == "limit" and count > config.max_flaws:
         raise DataError(too_many_flaws(_examples(units, records)[-1], config.max_flaws))
-
-
-def _tell_unknown_ends(records: Sequence[UnitRecord]) -> None:
-    if count := sum(record.num_open_ends for record in records):
-        _log.warning(
-            "%d blocks of token numbers have no end token in their file: where their documents end"
-            " is not known, and no end is marked",
-            count,
-        )
 
 
 def _examples(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[Flaw]:

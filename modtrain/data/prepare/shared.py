@@ -24,8 +24,8 @@ from modtrain.data.prepare.pipeline import (
     ensure_tokenizer,
     make_folders,
     prepare,
-    refuse_misfits,
 )
+from modtrain.data.prepare.source_checks import refuse_misfits
 from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.task import (
     Task,

@@ -9,7 +9,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Self
 
 from modtrain.data.prepare.check import DocumentCheck, decoded
 from modtrain.data.prepare.flaws import DamagedError, Flaw
@@ -177,7 +177,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     """A member whose header is whole: tarfile takes a damaged one for the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
             member = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]

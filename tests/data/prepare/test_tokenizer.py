@@ -216,7 +216,7 @@ def test_data_with_a_declared_end_token(tmp_path):
         ShardIndex.load(tmp_path / "out")
 
 
-def test_a_folder_has_a_tokenizer_and_another_end_token_is_told(tmp_path, caplog):
+def test_a_folder_has_a_tokenizer_and_another_end_token_is_reported(tmp_path, caplog):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(train_tokenizer(make_documents(20), 300))
