@@ -58,7 +58,8 @@ def measure_waiting(prepared: Path, options: argparse.Namespace) -> dict[str, fl
 
 
 def _steps(module: TokenDataModule, step_seconds: float) -> tuple[list[float], list[float]]:
-    waits, ends = [], []
+    waits: list[float] = []
+    ends: list[float] = []
     batches = iter(module.train_dataloader())
     while True:
         began = time.monotonic()

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ def _open_sources(
     return sources
 
 
-def sources_of(data: Dataset[Tensor]) -> list[tuple[int, TokenDataset]]:
+def sources_of(data: Dataset[Any]) -> list[tuple[int, TokenDataset]]:
     """Return the data sets of the sources of ``data``, each with the number of its first sample."""
     if isinstance(data, MixtureDataset):
         return list(zip(data.first_numbers, data.sources, strict=False))

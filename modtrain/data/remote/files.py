@@ -143,7 +143,8 @@ class RemoteFiles:
         async def read(system: AsyncFileSystem, path: str) -> bytes:
             return await _read_range(system, path, part)
 
-        return await self._attempts(part.name, read)
+        content: bytes = await self._attempts(part.name, read)
+        return content
 
     async def _attempts(self, name: str, work: Any) -> Any:
         """Return ``await work(file system, path)``, tried again after what may pass."""

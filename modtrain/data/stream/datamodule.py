@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import DataError
@@ -312,7 +313,8 @@ class _TokenLoader(DataLoader[Batch]):
             yield from filler.watched(self._batches(), *self.consumed)
 
     def _batches(self) -> Iterator[Batch]:
-        data, numbers = self.dataset, self.batch_sampler
+        data: Dataset[Any] = self.dataset
+        numbers: Any = self.batch_sampler
         if self.num_workers == 0 and any(
             isinstance(source, RemoteTokenDataset) for _, source in sources_of(data)
         ):
@@ -333,10 +335,14 @@ class _TokenLoader(DataLoader[Batch]):
             ) from error
 
     def _read(self, numbers: list[int]) -> Batch:
-        batch: Batch = self.collate_fn(self.dataset.__getitems__(numbers))
+        data: Any = self.dataset
+        batch: Batch = self.collate_fn(data.__getitems__(numbers))
         if not self.pin_memory:
             return batch
-        return Batch(*(None if part is None else part.pin_memory() for part in batch))
+        inputs_BS, targets_BS, documents_BS = batch
+        if documents_BS is not None:
+            documents_BS = documents_BS.pin_memory()
+        return Batch(inputs_BS.pin_memory(), targets_BS.pin_memory(), documents_BS)
 
 
 def _collate(tokens_BT: Tensor, eos_id: int | None) -> Batch:

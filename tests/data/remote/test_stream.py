@@ -90,6 +90,12 @@ def test_seeds_positions_and_fingerprints_are_those_of_the_directory(prepared, s
 
 
 @pytest.mark.slow
+def test_workers_read_what_the_training_process_does(prepared, server, tmp_path):
+    expected = step_rows(prepared, tmp_path, 1)
+    assert step_rows(server.url, tmp_path, 1, num_workers=2).equal(expected)
+
+
+@pytest.mark.slow
 def test_a_mixture_may_have_both(prepared, server, tmp_path):
     def mixture(web):
         return {"web": SourceConfig(str(web), 3.0), "code": SourceConfig(str(prepared), 1.0)}
