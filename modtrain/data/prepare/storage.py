@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -82,7 +83,7 @@ def remote_matches(source: str) -> list[str]:
         if not any(character in pattern for character in "*?["):
             urls.append(url)
             continue
-        paths = _asked(url, lambda files=files, inner=inner: files.glob(inner, detail=True))
+        paths = _asked(url, partial(files.glob, inner, detail=True))
         names = sorted(name for name, info in paths.items() if info["type"] == "file")
         urls += [files.unstrip_protocol(name) for name in names]
     return urls

@@ -235,17 +235,20 @@ class _TraceRecorder:
         column = {name: torch.cat(parts).numpy() for name, parts in self.columns.items()}
         config = self.model.config
         decisions = zip(config.routed_labels, self.decisions, strict=True)
-        routers = [
-            RouterTrace(
+        routers = []
+        for i, (label, decision) in enumerate(decisions):
+            sums, cells = self.update_sums_R4[i].tolist(), self.cells_R4[i].tolist()
+            gate, update = update_metrics(sums) if sums[0] else (math.nan, math.nan)
+            router = RouterTrace(
                 label,
                 *decision,
                 column.get(f"value {i}"),
                 column[f"chosen {i}"],
-                *(update_metrics(sums) if (sums := self.update_sums_R4[i].tolist())[0] else ()),
-                agreement=agreement_of(*cells) if any(cells := self.cells_R4[i].tolist()) else None,
+                gate_mean=gate,
+                update_ratio=update,
+                agreement=agreement_of(*cells) if any(cells) else None,
             )
-            for i, (label, decision) in enumerate(decisions)
-        ]
+            routers.append(router)
         # Under expert choice no-op experts are only part of the softmax and get no tokens.
         noop = config.experts.noop if config.experts.choice == "token" else 0
         experts = [

@@ -144,7 +144,7 @@ def _items(path: Path) -> Iterator[memoryview]:
     if offsets[0] < 8 + 4 * count or (np.diff(offsets) < 0).any() or offsets[-1] > size:
         raise ValueError("its offsets lie outside of it")
     for begin, end in pairwise(offsets):
-        yield memoryview(content[begin:end])
+        yield content[begin:end].data
 
 
 def litdata_parts(path: Path) -> Iterator[Part]:
