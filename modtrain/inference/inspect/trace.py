@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -248,9 +248,12 @@ class _TraceRecorder:
                 column.get(f"value {i}"),
                 column[f"chosen {i}"],
                 *(update_metrics(sums) if (sums := self.update_sums_R4[i].tolist())[0] else ()),
-                agreement=agreement_of(*cells) if any(cells := self.cells_R4[i].tolist()) else None,
             )
             for i, (label, decision) in enumerate(decisions)
+        ]
+        routers = [
+            replace(router, agreement=agreement_of(*cells) if any(cells) else None)
+            for router, cells in zip(routers, self.cells_R4.tolist(), strict=True)
         ]
         # Under expert choice no-op experts are only part of the softmax and get no tokens.
         noop = config.experts.noop if config.experts.choice == "token" else 0
