@@ -283,3 +283,23 @@ def test_greedy_text_of_a_run(folder, runs):
     text = model.generate(tokens_BS, max_new_tokens=16, do_sample=False, **options)
     expected = greedy(trained_model(runs, "routed"), tokens_BS.tolist(), 16)
     assert text[:, 12:].tolist() == expected
+
+
+def test_documents_were_masked_in_training_and_are_not_here(runs, prepared):
+    """One document in a text is computed as in training, a later one is not; the card says so."""
+    run = RunDirectory(runs / "dense")
+    trained = run.read_config()
+    masked = replace(trained, data=replace(trained.data, document_mask=True, eos_id=0))
+    summary = read_summary(prepared)
+    assert "has no such mask" in model_card(run, masked, 12, summary)
+    assert "has no such mask" not in model_card(run, trained, 12, summary)
+    ours, theirs = exported("llama")
+    tokens_BS = random_tokens(1, 16)
+    documents_BS = (torch.arange(16) >= 8).long()[None]
+    with torch.no_grad():
+        expected = ours(tokens_BS, documents_BS=documents_BS).logits_BSV
+        actual = theirs(tokens_BS).logits
+        alone = theirs(tokens_BS[:, 8:]).logits
+    torch.testing.assert_close(actual[:, :8], expected[:, :8], rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, expected[:, 8:], rtol=0, atol=1e-5)
+    assert not torch.allclose(actual[:, 8:], expected[:, 8:], rtol=0, atol=1e-3)
