@@ -58,7 +58,10 @@ class RemoteShards:
         missing = [wanted[place] for place, part in enumerate(cached) if part is None]
         if missing:
             self._look_at({number for number, _, _ in missing})
-            ranges = [Range(self._name(n), *ends, self._versions[n]) for n, *ends in missing]
+            ranges = [
+                Range(self._name(number), start, stop, self._versions[number])
+                for number, start, stop in missing
+            ]
             came = iter(self.files.read_ranges(ranges))
             return [next(came) if part is None else part for part in cached]
         return [part for part in cached if part is not None]
