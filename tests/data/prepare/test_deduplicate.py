@@ -41,6 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TokenizerConfig:
     return TokenizerConfig(path=str(folder / "out" / "tokenizer.json"))
 
 
+@pytest.mark.on_commit("line")
 @pytest.mark.parametrize("split_at", ["document", "line"])
 def test_what_is_left_is_the_corpus_without_repeats(tmp_path, small_units, tokenizer, split_at):
     small_units(2000)
