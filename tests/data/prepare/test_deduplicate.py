@@ -41,6 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TokenizerConfig:
     return TokenizerConfig(path=str(folder / "out" / "tokenizer.json"))
 
 
+@pytest.mark.on_commit("line")
 @pytest.mark.parametrize("split_at", ["document", "line"])
 def test_what_is_left_is_the_corpus_without_repeats(tmp_path, small_units, tokenizer, split_at):
     small_units(2000)
@@ -75,14 +76,11 @@ def test_what_is_left_is_the_corpus_without_repeats(tmp_path, small_units, token
 
 
 @pytest.mark.slow
-def test_the_output_is_the_same_for_any_workers_and_interruption(
-    tmp_path, small_units, tokenizer, monkeypatch
-):
+def test_an_interrupted_one_resumes_where_it_stopped(tmp_path, small_units, tokenizer, monkeypatch):
     every, _ = corpora(tmp_path / "corpus")
     changes = {"tokenizer": tokenizer, "deduplicate": True}
     prepare(tiny_config(every, tmp_path / "whole", **changes), progress=False)
-    small_units(1500)
-    prepare(tiny_config(every, tmp_path / "two", num_workers=2, **changes), progress=False)
+    small_units(4000)
     done: list[object] = []
     real = deduplicate.write_json
 
@@ -102,6 +100,16 @@ def test_the_output_is_the_same_for_any_workers_and_interruption(
         prepare(config, progress=False)
     assert len(done) == len(set(done)) + 1
     assert tree(tmp_path / "whole") == tree(tmp_path / "cut")
+
+
+@pytest.mark.nightly
+def test_the_output_is_the_same_for_any_workers(tmp_path, small_units, tokenizer):
+    every, _ = corpora(tmp_path / "corpus")
+    changes = {"tokenizer": tokenizer, "deduplicate": True}
+    prepare(tiny_config(every, tmp_path / "whole", **changes), progress=False)
+    small_units(1500)
+    prepare(tiny_config(every, tmp_path / "two", num_workers=2, **changes), progress=False)
+    assert tree(tmp_path / "whole") == tree(tmp_path / "two")
 
 
 def test_data_of_before_the_option_are_those_of_its_default(tmp_path):
