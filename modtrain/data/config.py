@@ -323,6 +323,7 @@ class PrepareConfig:
             *no_addresses(self, "", "output"),
             *not_empty(self, "", "output", "name a directory: output=data/mine"),
             *not_empty(self, "", "text_column", "text_column=text is usual"),
+            *not_empty(self, "", "token_column", "token_column=tokens is usual"),
             *self.tokenizer.problems("tokenizer"),
             *one_of(self, "", "on_error", ERROR_POLICIES),
             *one_of(self, "", "split_at", SPLIT_AT),

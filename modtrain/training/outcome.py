@@ -22,7 +22,8 @@ commas; the reason."""
 REQUIRED = (
     *("torch", "lightning", "hydra", "omegaconf", "yaml", "webdataset", "tensorboard"),
     *("tokenizers", "pyarrow", "zstandard", "numpy", "rich", "matplotlib", "scipy", "jinja2"),
-    *("deepspeed", "hydra_plugins", "optuna", "plotly"),
+    *("deepspeed", "hydra_plugins", "optuna", "plotly", "argcomplete", "braceexpand", "filelock"),
+    *("fsspec", "tenacity"),
 )
 """What modtrain's dependencies without extras are imported as. A container with modtrain's packages
 need not have its metadata."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modtrain.data.config import PrepareConfig, TokenizerConfig
+from modtrain.data.stream.index import INDEX_NAME, SIDE_FILES
 
 WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "was", "on", "with", "as"]
 
@@ -36,6 +37,16 @@ def tiny_config(sources: list[Path] | list[str], output: Path, **changes: Any) -
     }
     names = [str(source) for source in sources]
     return PrepareConfig(sources=names, output=str(output), **{**defaults, **changes})
+
+
+def trained_on(output: Path) -> dict[str, object]:
+    """What training reads of prepared data: all but the records of where documents came from."""
+    files: dict[str, object] = {k: v for k, v in tree(output).items() if not k.startswith(".")}
+    for name in SIDE_FILES:
+        del files[name]
+    index = json.loads((output / INDEX_NAME).read_text())
+    del index["side_files"]
+    return files | {INDEX_NAME: index}
 
 
 def tree(directory: Path) -> dict[str, bytes]:

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from modtrain.inference.step_samples import samples_of
 
 from modtrain.cli.main import main
+from modtrain.inference.data_view.step_samples import samples_of
 from modtrain.training.run_directory import RunDirectory
 from tests.data.remote.servers import FaultyServer
 from tests.helpers.runs import assert_same_records, run, run_lines, stopping

@@ -112,7 +112,7 @@ def test_metrics_are_recorded_once_a_step_with_tokens_and_flops(complete):
         assert math.isfinite(record["loss"])
         for layer in ("01", "03"):
             assert 0 <= record[f"router/layer_{layer}/position_entropy"] <= 1
-            assert 0 < record[f"router/layer_{layer}/update_ratio"] < 1
+            assert 0 < record[f"router/layer_{layer}/update_ratio"] < 10
             assert math.isfinite(record[f"router/layer_{layer}/gate_mean"])
         assert 0 <= record["router/layer_03/chosen_again"] <= 1
     held_out = [r for r in records if "held_out/causal_loss" in r]

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError, DataError
-from modtrain.data.config import DataConfig, PrepareConfig, TokenizerConfig
+from modtrain.data.config import PrepareConfig, TokenizerConfig
 from modtrain.data.prepare import decompress
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.readers import UnitReader
@@ -145,7 +145,6 @@ def test_an_address_is_a_source_and_no_file(address):
     problems = {problem.key: problem for problem in config.problems()}
     assert set(problems) == {"output", "tokenizer.path"}
     assert "first" in problems["output"].remedy
-    assert [p.key for p in DataConfig(path=address).problems("data")] == ["data.path"]
 
 
 def test_a_size_of_a_vocabulary_beside_a_tokenizer_is_refused():
