@@ -246,6 +246,8 @@ begin() {
   say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"
   # A requeued job may start before scancel takes it out of the queue.
   exit_if_cancelled
+  # A name of the run's own would be another one in the job that takes this one's place.
+  [[ $1 != train || -n $run_directory ]] || fail 2 'a job needs the name of its run: add name=my_run'
   record_job || true
   clear_failure || true
   [[ $again != resubmit ]] || queue_next

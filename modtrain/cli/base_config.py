@@ -23,7 +23,7 @@ from modtrain.training.named_runs import missing_run
 
 _KEY = "from"
 # What is a new run's own.
-_NOT_TAKEN = ("name", "resume")
+_NOT_TAKEN = ("name", "resume", "max_time")
 # What a run starts from is one choice: a new one keeps nothing of the base's.
 _STARTING_POINT = ("branch", "init")
 

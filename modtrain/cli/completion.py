@@ -32,7 +32,17 @@ _TRAINING = ("train", "plan", "compare", "isoflop", "search", "search-patterns")
 # Keys whose values are names of runs, and those whose values are files or folders.
 _RUN_KEYS = ("run", "runs", "name", "from", "branch.run", "init.run")
 _PATH_KEYS = (
-    *("path", "data_path", "output", "file", "points", "source", "sources", "runs_dir"),
+    *(
+        "path",
+        "data_path",
+        "output",
+        "file",
+        "points",
+        "source",
+        "sources",
+        "runs_dir",
+        "cache_dir",
+    ),
     *("--config-dir",),
 )
 

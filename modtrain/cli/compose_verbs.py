@@ -227,7 +227,7 @@ def compose_submission(words: Sequence[str], config_dir: str | None = None) -> S
         problems.append(Problem("workers", config.workers, reason, remedy))
     try:
         composed = _compose_submitted(verb, verb_overrides, config_dir)
-        if verb == "train" and composed.max_time is not None:
+        if getattr(composed, "max_time", None) is not None:
             remedy = "write time=…, the limit of the job"
             reason = "would stop and requeue a job again and again"
             problems.append(Problem("max_time", composed.max_time, reason, remedy))

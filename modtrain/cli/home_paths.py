@@ -13,7 +13,7 @@ from modtrain.common.spelling import quoted
 # The last part of every key that holds a path, or a run's name, which may be one.
 _NAMES = (
     *("runs_dir", "output", "path", "data_path", "file", "input", "points", "run", "from"),
-    "sources",
+    *("sources", "cache_dir"),
 )
 _HOME = r"~(?:/[^\s,\]}'\"]*)?"
 _KEY = re.compile(rf"\+{{0,2}}(?:[\w.]+\.)?(?:{'|'.join(_NAMES)})")

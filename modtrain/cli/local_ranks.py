@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from modtrain.common.errors import Problem, raise_if_any
 
-VERBS = ("train", "compare")
+VERBS = ("train",)
 """The verbs that train on several ranks."""
 KEYS = ("launch", "num_processes")
 
@@ -37,7 +37,7 @@ def local_ranks(
     problems = []
     if verb not in VERBS:
         remedy = "leave it out; a job has nodes=… and gpus_per_node=…"
-        problems.append(Problem(key, value, f"is for {' and '.join(VERBS)}", remedy))
+        problems.append(Problem(key, value, "is for train", remedy))
     elif launch is None:
         problems.append(Problem(key, value, "is missing launch=local", "add launch=local"))
     elif launch != "local":

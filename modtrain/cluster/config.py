@@ -96,6 +96,9 @@ class SubmitConfig:
             *at_least(self, "", 0, "gpus_per_node"),
             *time_problems(self, ""),
         ]
+        if self.workers and self.array:
+            reason, remedy = "has no meaning for an array, whose jobs are given", "leave it out"
+            problems.append(Problem("workers", self.workers, reason, remedy))
         if self.gpus > self.cluster.gpus_per_node:
             reason = f"is more than a node's cluster.gpus_per_node={self.cluster.gpus_per_node}"
             remedy = "use fewer per node and more nodes"

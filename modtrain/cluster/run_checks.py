@@ -13,7 +13,7 @@ from modtrain.training.plan_report import device_bytes, gibibytes
 from modtrain.training.run_directory import check_resumable
 
 # What comes with prepared data, where the configuration does not say it.
-_OF_DATA = ("model.vocab_size", "data.seq_len", "data.eos_id")
+_OF_DATA = ("model.vocab_size", "data.seq_len", "data.eos_id", "budget.epochs")
 
 
 def _mount_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:

@@ -51,6 +51,8 @@ def launch_local(arguments: Sequence[str], num_processes: int, num_threads: int)
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=redirects),
+            # Not SIGHUP, which nohup has ignored.
+            signals_to_handle="SIGTERM,SIGINT,SIGQUIT,SIGUSR1",
         )
         try:
             launch: Any = elastic_launch(config, sys.executable)

@@ -119,7 +119,9 @@ class MetricsLog:
     def add_scalars(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` of processes: not in ``metrics.jsonl``, which is the run's."""
         for writer in self._writers:
-            writer.write(step, values)
+            # A CSV file has the records of metrics.jsonl.
+            if not isinstance(writer, CsvWriter):
+                writer.write(step, values)
 
     def add_routing(
         self, step: int, labels: Sequence[str], records: Sequence[RoutingRecord]

@@ -17,6 +17,7 @@ from modtrain.data.stream.index import IndexSummary
 from modtrain.distributed.launch import Launch
 from modtrain.models.depth.pattern import PATTERNS
 from modtrain.models.flops import forward_flops, training_flops_per_token
+from modtrain.optimizers.config import OptimizerConfig
 from modtrain.optimizers.parameter_groups import pattern_problems
 from modtrain.parallel.config import LayerOptions, StrategyOptions, dims_of, expected_launch
 from modtrain.parallel.dims import ParallelDims
@@ -142,11 +143,6 @@ def resolve(
     if config.budget.epochs is not None and summary is not None:
         resolved = replace(resolved, budget=_in_tokens(resolved, summary.num_samples(seq_len)))
     plan = derive(resolved, dims)
-    late = [g.start_step for g in config.optimizer.groups if g.start_step >= plan.steps]
-    if late:
-        reason = f"is not before the run's end, after {plan.steps} steps"
-        remedy = "lower it, or freeze these parameters with optimizer.train"
-        raise ConfigError([Problem("optimizer.groups", f"start_step={late[0]}", reason, remedy)])
     is_mixture = resolved.data.sources and summary is not None
     # With data that do not fit, `plan` warns and goes on.
     if is_mixture and (needs_data or not data_mismatches(config)):
@@ -182,12 +178,20 @@ def derive(config: TrainConfig, dims: ParallelDims = _ONE_PROCESS) -> TrainingPl
         remedy = "give more, or lower batch.tokens"
         raise ConfigError([Problem(f"budget.{name}", value, reason, remedy)])
     accumulate = sequences // (config.batch.micro_batch_size * dims.data_parallel)
+    raise_if_any(_late_groups(config.optimizer, steps))
     stages = costs.stages(steps)
     if stages[-1].capacities != tuple(costs.final):
         reason = f"leaves none of the {steps} steps with the model's own capacities"
         key, remedy = "capacity_schedule.end", "lower it, or train longer"
         raise ConfigError([Problem(key, config.capacity_schedule.end, reason, remedy)])
     return TrainingPlan(seq_len, sequences, accumulate, stages, dims)
+
+
+def _late_groups(config: OptimizerConfig, steps: int) -> list[Problem]:
+    late = [group.start_step for group in config.groups if group.start_step >= steps]
+    reason = f"is not before the run's end, after {steps} steps"
+    remedy = "lower it, or freeze these parameters with optimizer.train"
+    return [Problem("optimizer.groups", f"start_step={step}", reason, remedy) for step in late[:1]]
 
 
 def _in_tokens(config: TrainConfig, num_samples: int) -> BudgetConfig:

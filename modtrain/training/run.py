@@ -336,10 +336,12 @@ class _Run:
     def _stopped(self) -> TrainResult:
         run = self.directory
         newest = whole_checkpoints(run.checkpoints)[-1:]
-        signums = self.ranks.all_gather_object(STOP.signum)
+        requests = self.ranks.all_gather_object((STOP.signum, STOP.is_out_of_time))
         if STOP.signum is None:
             # Another rank received it.
-            STOP.signum = next((signum for signum in signums if signum is not None), None)
+            STOP.signum = next((signum for signum, _ in requests if signum is not None), None)
+        if any(is_out_of_time for _, is_out_of_time in requests):
+            STOP.expire()
         saved = f"step {newest[0][0]} is saved" if newest else "nothing is saved yet"
         how = "rerun the same command"
         if self.has_made_name:

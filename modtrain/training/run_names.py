@@ -29,8 +29,12 @@ def claim_name(config: TrainConfig, environment: Mapping[str, str] = os.environ)
     job, step = environment.get("SLURM_JOB_ID"), environment.get("SLURM_STEP_ID")
     if job is not None:
         name = f"{kind}-job-{job}" if step is None else f"{kind}-job-{job}.{step}"
-        (root / name).mkdir(parents=True, exist_ok=True)
-        return name
+        is_restarted = environment.get("SLURM_RESTART_COUNT", "0") != "0"
+        if step is not None or is_restarted or not (root / name / "config.yaml").exists():
+            (root / name).mkdir(parents=True, exist_ok=True)
+            return name
+        # One of several runs in an allocation.
+        kind = name
     if environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         reason = "is needed under torchrun --max-restarts: a restart resumes by the run's name"
         raise ConfigError([Problem("name", "null", reason, "add name=my_run")])

@@ -73,6 +73,10 @@ class StopRequest:
         finally:
             self._deadline = None
 
+    def expire(self) -> None:
+        """Let the limit of time pass: another rank's has."""
+        self._deadline = time.monotonic()
+
     def pause(self, seconds: float) -> None:
         """Sleep for ``seconds``, or until a stop is requested."""
         until = time.monotonic() + seconds

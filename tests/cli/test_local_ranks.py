@@ -20,7 +20,7 @@ from tests.helpers.problems import problems_of
 def test_the_words_are_taken_out():
     ranks = local_ranks("train", ["a=1", "launch=local", "num_processes=4", "b=2"], {})
     assert (ranks.words, ranks.count) == (["a=1", "b=2"], 4)
-    assert local_ranks("compare", ["launch=local"], {}).count is None
+    assert local_ranks("train", ["launch=local"], {}).count is None
     assert local_ranks("train", ["a=1", "model.launch=local"], {}) is None
 
 
@@ -33,6 +33,7 @@ def test_the_words_are_taken_out():
         ("train", ["launch=local", "num_processes=two"], "num_processes", "give 2"),
         ("submit", ["train", "launch=local"], "launch", "gpus_per_node"),
         ("train -m", ["launch=local"], "launch", "leave it out"),
+        ("compare", ["launch=local"], "launch", "leave it out"),
         ("eval", ["num_processes=2"], "num_processes", "leave it out"),
     ],
 )

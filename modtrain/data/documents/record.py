@@ -59,6 +59,8 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
     The name alone of a single file.
     """
+    if any("://" in path for path in paths):
+        return list(paths)
     folders = [PurePath(path).parent.parts for path in paths]
     shared = 0
     for parts in zip(*folders, strict=False):

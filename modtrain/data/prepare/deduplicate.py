@@ -118,11 +118,15 @@ def drop_documents(job: DropJob) -> SplitCounts:
     staging, dtype = Path(job.work) / "staging", np.dtype(job.dtype).newbyteorder("<")
     kept = np.array(records[is_kept], dtype=UNIT_RECORD)
     kept["start"] = np.cumsum(lengths[is_kept]) - lengths[is_kept]
-    tokens = np.fromfile(job.tokens.path, dtype, job.tokens.num_tokens)[np.repeat(is_kept, lengths)]
-    for suffix, array in (("bin", tokens), ("documents", kept)):
-        with atomic_writer(job.file(suffix), staging) as file:
-            file.write(array.tobytes())
-    counts = SplitCounts(len(tokens), len(kept), int(kept["num_bytes"].sum()))
+    tokens = np.memmap(job.tokens.path, dtype, "r", shape=(job.tokens.num_tokens,))
+    turns = np.flatnonzero(np.diff(is_kept.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    with atomic_writer(job.file("bin"), staging) as file:
+        for first, stop in turns.tolist():
+            file.write(tokens[edges[first] : edges[stop]].data)
+    with atomic_writer(job.file("documents"), staging) as file:
+        file.write(kept.tobytes())
+    num_tokens = int(lengths[is_kept].sum())
+    counts = SplitCounts(num_tokens, len(kept), int(kept["num_bytes"].sum()))
     write_json(job.file("json"), asdict(counts), staging)
     return counts
 

@@ -18,6 +18,7 @@ from modtrain.data.documents.record import (
 )
 from modtrain.data.prepare.encode import UnitRecord
 from modtrain.data.prepare.sources import SourceFile
+from modtrain.data.prepare.storage import shown_name
 from modtrain.data.prepare.units import Unit
 from modtrain.data.stream.index import DOCUMENTS_NAME, SOURCE_FILES_NAME, SideFile
 
@@ -71,7 +72,7 @@ def write_side_files(
     paths = [file.path for file in files]
     numbers = {path: number for number, path in enumerate(paths)}
     names = output / SOURCE_FILES_NAME
-    write_json(names, {"files": names_of(paths)}, staging)
+    write_json(names, {"files": names_of([shown_name(path) for path in paths])}, staging)
     side_files = {SOURCE_FILES_NAME: SideFile(names.stat().st_size, file_sha256(names))}
     for split, units in documents.items():
         name = f"{split}/{DOCUMENTS_NAME}"

@@ -48,6 +48,10 @@ def chosen_end_token(config: TokenizerConfig) -> str | None:
             reason = f"is no token of {path}"
             remedy = f"its special tokens are {special_tokens(tokenizer)}"
             raise ConfigError([Problem("tokenizer.end_token", config.end_token, reason, remedy)])
+        known = known_end_ids(tokenizer)
+        if known and tokenizer.token_to_id(config.end_token) == known[0]:
+            # It would be taken anyway.
+            return None
         return config.end_token
     declared = next(_declared(path.parent, tokenizer), None)
     known = known_end_ids(tokenizer)

@@ -162,6 +162,8 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
         )
         encoded = _encode(config, units, tokenizer, work=work, progress=progress)
+        # Before repeats are counted: they are no damage.
+        _refuse_many_flaws(config, units, encoded.records)
         if config.deduplicate:
             encoded = without_repeats(
                 encoded, tokenizer.dtype, work, config.num_workers, progress=progress
@@ -169,9 +171,9 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         records = encoded.records
         splits = {split: _split_summary(records, split, layout) for split in SPLITS}
         flaws = _flaw_counts(records)
-        _refuse_many_flaws(config, units, records)
         tell_unknown_ends(records)
-        _refuse_empty_split(splits, _examples(units, records), flaws, config)
+        has_tokens = any(file.has_tokens for file in files)
+        _refuse_empty_split(splits, _examples(units, records), flaws, config, has_tokens=has_tokens)
         shards = _pack(config, encoded.tokens, layout, output=output, work=work, progress=progress)
         summary = IndexSummary(
             seq_len=config.seq_len,
@@ -243,8 +245,9 @@ def make_folders(output: Path) -> Path:
     Raises DataError for a directory of something else.
     """
     work = output / WORK_NAME
-    is_foreign = not work.exists() and not (output / INDEX_NAME).exists()
-    if output.exists() and is_foreign and any(output.iterdir()):
+    # First: another task may make the working directory meanwhile, or finish everything.
+    has_content = output.exists() and any(output.iterdir())
+    if has_content and not work.exists() and not (output / INDEX_NAME).exists():
         raise DataError(
             f"{output} is not empty and was not made by prepare. Choose another output."
         )
@@ -433,6 +436,8 @@ def _refuse_empty_split(
     examples: Sequence[Flaw],
     flaws: dict[str, int],
     config: PrepareConfig,
+    *,
+    has_tokens: bool,
 ) -> None:
     if flaws and not any(split.num_documents for split in splits.values()):
         lines = [
@@ -445,16 +450,18 @@ def _refuse_empty_split(
             raise DataError(
                 f"the split {name} would hold no sequence: its {split.num_documents} documents "
                 f"give {split.num_tokens} tokens, and one sequence takes {config.seq_len + 1}. "
-                f"{_remedy_for_empty_split(splits, config)} "
+                f"{_remedy_for_empty_split(splits, config, has_tokens=has_tokens)} "
                 f"Left out for their flaws: {flaw_counts}."
             )
 
 
-def _remedy_for_empty_split(splits: dict[str, SplitSummary], config: PrepareConfig) -> str:
+def _remedy_for_empty_split(
+    splits: dict[str, SplitSummary], config: PrepareConfig, *, has_tokens: bool
+) -> str:
     tokens = sum(split.num_tokens for split in splits.values())
     least = config.seq_len + 2
     is_enough = min(config.valid_fraction, 1 - config.valid_fraction) * tokens > least
-    if config.split_at == "document" and is_enough:
+    if config.split_at == "document" and is_enough and not has_tokens:
         return (
             "There are few documents: add split_at=line, which holds out the end of each one, or"
             " name what ends a document inside a file: separator=..."

@@ -20,7 +20,7 @@ from modtrain.data.prepare.storage import (
     status_of,
 )
 from modtrain.data.prepare.tokenized.kinds import KINDS as TOKEN_KINDS
-from modtrain.data.prepare.tokenized.kinds import token_folder, token_kind
+from modtrain.data.prepare.tokenized.kinds import index_of, token_folder, token_kind
 
 PACKAGE_PREFIX = "package:"
 # What ``datasets`` writes beside the Arrow files of a data set, and of one with several splits.
@@ -82,7 +82,15 @@ class SourceFile:
         if is_command(path):
             return cls(path, "tar", 0, 0)
         if kind := token_kind(path):
-            return cls(path, kind, *status_of(path))
+            size, version = status_of(path)
+            index = index_of(path, kind)
+            if index is not None:
+                if not index.is_file():
+                    raise DataError(f"{path}: there is no {index.name} beside it.")
+                # What is read of the file changes with its index.
+                index_size, index_version = status_of(str(index))
+                size, version = size + index_size, max(version, index_version)
+            return cls(path, kind, size, version)
         name = file_name(path).lower()
         kinds = [kind for suffix, kind in KINDS.items() if name.endswith(suffix)]
         if not kinds:

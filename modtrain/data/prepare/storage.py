@@ -52,6 +52,17 @@ def file_name(path: str) -> str:
     return Path(urlsplit(path).path if is_remote(path) else path).name
 
 
+def shown_name(path: str) -> str:
+    """Return a path or address without what may be secret: a signature, a user and a password."""
+    if not is_remote(path):
+        return path
+    parts = urlsplit(path)
+    host = parts.netloc.rpartition("@")[2]
+    if not _HTTP.match(path):
+        return parts._replace(netloc=host).geturl()
+    return parts._replace(netloc=host, query="", fragment="").geturl()
+
+
 def status_of(path: str) -> tuple[int, int]:
     """Return the size of a file in bytes, and a number that changes with its content.
 
@@ -203,7 +214,7 @@ class _RemoteFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._size - self._at)
+        wanted = max(0, min(len(buffer), self._size - self._at))
         for number in range(_TRIES):
             try:
                 if self._file is None:

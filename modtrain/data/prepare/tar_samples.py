@@ -21,6 +21,9 @@ _META = re.compile(r"__[^/]*__($|/)")
 _HINT = "such a member holds one JSON object"
 
 
+_EXTENSIONS_SHOWN = 8
+
+
 @dataclass
 class _Sample:
     """Members in sequence whose names differ in their extensions alone.
@@ -65,7 +68,8 @@ def tar_documents(pieces: Iterator[bytes], path: str, check: DocumentCheck) -> I
 
 
 def _add(sample: _Sample, extension: str, content: bytes | Flaw | None) -> None:
-    sample.extensions.append(extension)
+    if len(sample.extensions) < _EXTENSIONS_SHOWN:
+        sample.extensions.append(extension)
     if content is not None:
         kind = extension.rpartition(".")[2]
         # Where there are several, that without a further dot in its extension.
@@ -156,6 +160,15 @@ class _Forward:
             raise DamagedError("the archive is cut short")
         return content
 
+    def refuse_more(self) -> None:
+        """Raise DamagedError where anything but zeros follows the archive's end mark."""
+        while self._waiting or self._fill():
+            if any(self._waiting):
+                raise DamagedError(
+                    "more follows behind its end, as of archives joined by cat: name each by itself"
+                )
+            self._waiting.clear()
+
     def begin_header(self) -> None:
         self._header_bytes = _MAX_HEADER_BYTES
 
@@ -199,6 +212,8 @@ def _members(pieces: Iterator[bytes]) -> Iterator[tuple[int, tarfile.TarInfo, _F
                 number += 1
                 yield number, member, stream
                 archive.members.clear()  # type: ignore[attr-defined]
+                archive.pax_headers.clear()  # type: ignore[attr-defined]
                 stream.begin_header()
-    except (tarfile.TarError, ValueError, OverflowError, UnicodeError) as error:
+        stream.refuse_more()
+    except (tarfile.TarError, ValueError, OverflowError, UnicodeError, RecursionError) as error:
         raise DamagedError(f"not a tar archive, or cut short: {error}") from None

@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -72,7 +73,10 @@ class ShardCache:
 
     def has(self, shard: Shard) -> bool:
         """Whether a shard is there."""
-        return self._path(shard).exists()
+        try:
+            return self._path(shard).lstat().st_uid == os.getuid()
+        except OSError:
+            return False
 
     def read(self, shard: Shard, ranges: Iterable[tuple[int, int]]) -> list[bytes] | None:
         """Return the bytes (start, stop) of a shard; None where it is not there, or not whole."""
@@ -83,7 +87,11 @@ class ShardCache:
         except OSError:
             return None
         try:
-            if os.fstat(descriptor).st_size != shard.num_bytes:
+            status = os.fstat(descriptor)
+            if status.st_uid != os.getuid():
+                # Somebody else's, in a directory that all may write to.
+                return None
+            if status.st_size != shard.num_bytes:
                 raise OSError
             return [os.pread(descriptor, stop - start, start) for start, stop in ranges]
         except OSError:
@@ -137,7 +145,7 @@ class ShardCache:
         """
         if self.has(shard):
             return True
-        if self.is_paused:
+        if self.is_paused or shard.num_bytes > self.max_bytes:
             return False
         try:
             self.make_directory()
@@ -167,7 +175,7 @@ class ShardCache:
             self._pause("is on a disk that is full")
             return False
         for _ in range(2):
-            temporary = self.directory / f".{shard.sha256}.{os.getpid()}"
+            temporary = self.directory / f".{shard.sha256}.{os.getpid()}-{threading.get_ident()}"
             try:
                 if _write(temporary, chunks()) == shard.sha256:
                     temporary.replace(self._path(shard))

@@ -6,12 +6,12 @@ has then.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 import threading
 from pathlib import Path, PurePosixPath
 
+from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import DataError
 
 _lock = threading.Lock()
@@ -52,7 +52,7 @@ def fetched_checked(url: str, name: str, max_bytes: int, sha256: str) -> Path:
     Raises DataError as well where the file has another one.
     """
     path = fetched(url, name, max_bytes)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if file_sha256(path) != sha256:
         with _lock:
             _files.pop((os.getpid(), url, name), None)
         raise DataError(

@@ -164,10 +164,12 @@ def shard_checksums(indexes: Iterable[ShardIndex]) -> frozenset[str]:
 
 def evict_others(cache: ShardCache, own: Container[str], num_bytes: int) -> bool:
     """Evict shards of no use to this run until ``num_bytes`` are free; whether they are then."""
-    for sha256, size in cache.sizes().items():
+    others = {sha256: size for sha256, size in cache.sizes().items() if sha256 not in own}
+    if sum(others.values()) < num_bytes:
+        return False
+    for sha256, size in others.items():
         if num_bytes <= 0:
             break
-        if sha256 not in own:
-            cache.evict(sha256)
-            num_bytes -= size
-    return num_bytes <= 0
+        cache.evict(sha256)
+        num_bytes -= size
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -324,7 +325,8 @@ class _TokenLoader(DataLoader[Batch]):
             yield from super().__iter__()
         except DataError as error:
             # A worker's error has its traceback before its text.
-            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error
+            text = re.split(r"\b(?:Data|Changed)Error: ", str(error))[-1]
+            raise DataError(text.strip()) from error
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise

@@ -148,7 +148,9 @@ class _Family:
     ) -> None:
         self.config, self.name, self.base, self.defaults = config, name, base, defaults
         # Any budget: what depends on the data is the same for all.
-        resolved, plan = resolve(replace(base, budget=BudgetConfig(steps=1)), needs_data=False)
+        late = [group.start_step for group in base.optimizer.groups]
+        any_budget = BudgetConfig(steps=1 + max(late, default=0))
+        resolved, plan = resolve(replace(base, budget=any_budget), needs_data=False)
         self.model, self.seq_len = resolved.model, plan.seq_len
         self.eos_id = resolved.data.eos_id
         self.unit = plan.seq_len * base.batch.micro_batch_size * plan.dims.data_parallel

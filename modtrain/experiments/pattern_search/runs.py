@@ -72,7 +72,9 @@ class RunPlanner:
     ) -> None:
         self.config, self.base, self.defaults = config, base, defaults
         # Any budget: what depends on the data is the same for all.
-        resolved, plan = resolve(replace(base, budget=BudgetConfig(steps=1)), needs_data=False)
+        late = [group.start_step for group in base.optimizer.groups]
+        any_budget = BudgetConfig(steps=1 + max(late, default=0))
+        resolved, plan = resolve(replace(base, budget=any_budget), needs_data=False)
         self.model, self.seq_len, self.dims = resolved.model, plan.seq_len, plan.dims
         self.eos_id = resolved.data.eos_id
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modtrain.common.errors import Problem
-from modtrain.common.validation import above_zero, at_least, key_of, no_addresses, one_of
+from modtrain.common.validation import above_zero, at_least, key_of, one_of
+from modtrain.data.remote.urls import url_problems
 from modtrain.inference.text_io import output_problems
 
 FORMATS = ("table", "text", "jsonl")
@@ -46,7 +47,7 @@ class DataViewConfig:
             *at_least(self, prefix, 0, "samples"),
             *above_zero(self, prefix, "max_tokens"),
             *one_of(self, prefix, "format", FORMATS),
-            *no_addresses(self, prefix, "path", "data_path"),
+            *url_problems(self, prefix, *(n for n in ("path", "data_path") if getattr(self, n))),
             *output_problems(self.output),
         ]
         if (self.path is None) == (self.run is None):

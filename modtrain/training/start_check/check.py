@@ -29,7 +29,7 @@ from modtrain.training.run_directory import RunDirectory
 from modtrain.training.start_check import node
 
 # Problems that are not of a node where all have them: what needs the directory reports them.
-_SHARED = ("run", "data")
+_SHARED = ("run", "data", "scratch")
 _KEY = "start check"
 # The directory that stands in for that of a run without a name, while the nodes are checked.
 _UNNAMED = ".start_check"
@@ -56,8 +56,7 @@ def check_nodes(config: TrainConfig, launch: Launch, device_type: str, store: St
     Raises:
         StartCheckError: on all ranks, with the nodes that failed, and why.
     """
-    run = RunDirectory(Path(config.runs_dir) / (config.name or _UNNAMED))
-    with _shared_mark(run, launch, store) as token:
+    with _shared_mark(config, launch, store) as (run, token):
         if not token:
             return
         report = _report(config, launch, device_type, run, token)
@@ -79,13 +78,21 @@ def check_nodes(config: TrainConfig, launch: Launch, device_type: str, store: St
 
 
 @contextmanager
-def _shared_mark(run: RunDirectory, launch: Launch, store: Store) -> Iterator[str]:
-    """Let rank 0 write a file that all nodes are to see; its token, empty for a complete run."""
+def _shared_mark(
+    config: TrainConfig, launch: Launch, store: Store
+) -> Iterator[tuple[RunDirectory, str]]:
+    """Let rank 0 write a file that all nodes are to see.
+
+    Yields its directory, and its token, which is empty for a complete run.
+    """
     key = f"{_KEY}/token"
     if launch.rank:
-        yield store.get(key).decode()
+        token = store.get(key).decode()
+        yield _directory(config, token), token
         return
-    token = "" if run.is_complete else secrets.token_hex(8)
+    token = secrets.token_hex(8)
+    run = _directory(config, token)
+    token = "" if run.is_complete else token
     mark = run.logs / f"{node.MARK}{token}"
     if token:
         # What is wrong with the directory is found by writing to it below.
@@ -94,13 +101,17 @@ def _shared_mark(run: RunDirectory, launch: Launch, store: Store) -> Iterator[st
             mark.touch()
     store.set(key, token)
     try:
-        yield token
+        yield run, token
     finally:
         if token:
             with suppress(OSError):
                 mark.unlink()
-        if run.path.name == _UNNAMED:
+        if config.name is None:
             shutil.rmtree(run.path, ignore_errors=True)
+
+
+def _directory(config: TrainConfig, token: str) -> RunDirectory:
+    return RunDirectory(Path(config.runs_dir) / (config.name or f"{_UNNAMED}-{token}"))
 
 
 def _report(
@@ -145,7 +156,7 @@ def judge(
     """
     failures: dict[str, list[str]] = {}
     nodes = {report.node for report in reports if report.is_first}
-    for kind in ("devices", "scratch", *_SHARED):
+    for kind in ("devices", *_SHARED):
         lines = [(r.node, line) for r in reports for line in r.problems.get(kind, [])]
         if kind in _SHARED and {name for name, _ in lines} == nodes:
             continue

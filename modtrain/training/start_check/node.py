@@ -75,7 +75,7 @@ def data_problems(config: TrainConfig) -> Iterator[str]:
 def scratch_problems() -> Iterator[str]:
     """Find a directory for temporary files that is not the one that the environment asks for."""
     wanted = os.environ.get("TMPDIR")
-    if wanted and Path(tempfile.gettempdir()) != Path(wanted):
+    if wanted and Path(tempfile.gettempdir()).resolve() != Path(wanted).resolve():
         yield f"TMPDIR={wanted} cannot be written"
 
 

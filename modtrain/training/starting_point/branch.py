@@ -15,7 +15,7 @@ from modtrain.training.schedules import Capacities, lr_factor
 
 _FREE_KEYS = (
     *("name", "runs_dir", "budget", "schedule", "branch", "init", "log", "checkpoint", "eval"),
-    "start_check",
+    *("start_check", "max_time", "data.cache_dir", "data.cache_bytes", "data.fetch_timeout"),
     *(
         "data.path",
         "data.sources.*.path",

@@ -14,9 +14,11 @@ import pytest
 from pyarrow import parquet
 
 from modtrain.common.errors import DataError
+from modtrain.data.documents.record import names_of
 from modtrain.data.prepare import storage
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.sources import expand_sources
+from modtrain.data.prepare.storage import shown_name
 from tests.data.data_cases import make_documents, tiny_config, tree, write_jsonl
 from tests.data.prepare.test_formats import read, write_arrow
 
@@ -138,3 +140,11 @@ def test_a_connection_that_breaks_is_no_end_of_a_file(server):
     server.broken = 100
     with pytest.raises(DataError, match=r"a\.jsonl: .*prepare continues"):
         read(f"{server.url}/a.jsonl")
+
+
+def test_a_name_has_no_signature_and_no_password():
+    address = "https://user:secret@host/a/b.jsonl?X-Amz-Signature=secret#part"
+    assert shown_name(address) == "https://host/a/b.jsonl"
+    assert shown_name("s3://bucket/a?b.jsonl") == "s3://bucket/a?b.jsonl"
+    assert shown_name("a/b.jsonl") == "a/b.jsonl"
+    assert names_of(["https://host/a", "s3://bucket/b"]) == ["https://host/a", "s3://bucket/b"]

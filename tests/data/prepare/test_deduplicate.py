@@ -117,3 +117,13 @@ def test_data_of_before_the_option_are_those_of_its_default(tmp_path):
     prepare(tiny_config([corpus], tmp_path / "out"), progress=False)
     request = json.loads((tmp_path / "out" / ".prepared.json").read_text())
     assert "deduplicate" not in request
+
+
+def test_repeats_are_no_damage(tmp_path, tokenizer):
+    texts = make_documents(40)
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts * 2)
+    config = tiny_config(
+        [corpus], tmp_path / "out", tokenizer=tokenizer, on_error="limit", max_flaws=0
+    )
+    config.deduplicate = True
+    assert prepare(config, progress=False).summary.flaws == {"repeated": 40}

@@ -247,6 +247,23 @@ def test_damage_in_an_archive_is_no_end_of_it(tmp_path, how):
     assert [flaw.kind for flaw in flaws] == ["damaged"]
 
 
+def test_joined_archives_are_no_single_one(tmp_path):
+    both = [tar_of({name: b"text"}) for name in ("1.txt", "2.txt")]
+    (tmp_path / "a.tar").write_bytes(b"".join(both))
+    documents_read, flaws = read(tmp_path / "a.tar")
+    assert documents_read == ["text"]
+    assert [flaw.kind for flaw in flaws] == ["damaged"]
+    assert "joined by cat" in flaws[0].detail
+
+
+def test_a_chain_of_long_names_is_damage(tmp_path):
+    link = tarfile.TarInfo("././@LongLink")
+    link.type, link.size = tarfile.GNUTYPE_LONGNAME, 4
+    header = link.tobuf(tarfile.GNU_FORMAT) + b"name".ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes(header * 600)
+    assert [flaw.kind for flaw in read(tmp_path / "a.tar")[1]] == ["damaged"]
+
+
 def test_a_command_prints_an_archive(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_of({"1.txt": b"one", "2.txt": b"two"}))
     assert read(f"pipe:cat {tmp_path}/a.tar") == (["one", "two"], [])

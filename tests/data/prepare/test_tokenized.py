@@ -134,6 +134,7 @@ def test_other_numbers_than_expected_are_noticed(tmp_path):
 
 def test_a_flat_file_without_end_tokens_has_no_ends(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("modtrain.data.prepare.tokenized.documents._BLOCK_TOKENS", 100)
+    monkeypatch.setattr("modtrain.data.prepare.tokenized.documents._MIN_BLOCKS", 1)
     path = tmp_path / "a.bin"
     path.write_bytes(np.arange(1, 251, dtype="<u2").tobytes())
     documents, is_ended, flaws = read_all(path)
@@ -268,6 +269,24 @@ def test_prepare_gives_what_the_text_gives(tmp_path):
         )
         with pytest.raises(ConfigError, match="holds token numbers"):
             prepare(config, progress=False)
+
+
+def test_a_small_file_without_end_tokens_has_a_part_that_is_held_out(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(train_tokenizer(make_documents(60), 300))
+    np.arange(20_000, dtype="<u2").__mod__(256).__add__(1).tofile(tmp_path / "a.bin")
+    tokenizer = TokenizerConfig(path=str(tmp_path / "tokenizer.json"))
+    config = tiny_config([tmp_path / "a.bin"], tmp_path / "out", tokenizer=tokenizer)
+    splits = prepare(config, progress=False).summary.splits
+    assert sum(split.num_tokens for split in splits.values()) == 20_000
+    assert all(split.num_sequences for split in splits.values())
+
+
+def test_a_completed_index_makes_another_file(tmp_path):
+    write_megatron(tmp_path / "b.bin", [[[1, 2, 3]], [[4]]])
+    before = expand_sources([str(tmp_path / "b.bin")])
+    index = tmp_path / "b.idx"
+    index.write_bytes(index.read_bytes()[:-8])
+    assert expand_sources([str(tmp_path / "b.bin")]) != before
 
 
 @pytest.mark.nightly

@@ -17,7 +17,7 @@ from modtrain.data.mixture.config import SourceConfig
 from modtrain.data.remote import files
 from modtrain.data.remote.cache import ShardCache
 from modtrain.data.remote.fill import Upcoming, open_filler
-from modtrain.data.remote.shards import RemoteShards
+from modtrain.data.remote.shards import RemoteShards, evict_others
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import ShardIndex, read_summary
 from tests.data.remote.servers import FaultyServer
@@ -149,6 +149,25 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(server, tmp_path):
     assert not path.exists()
     assert shards.fetch(0)
     assert path.read_bytes() == content
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a file to another user")
+def test_a_file_of_somebody_else_is_not_read(server, tmp_path):
+    shards = shards_of(server.url, tmp_path)
+    assert shards.fetch(0)
+    (path,) = tmp_path.glob("*.tar")
+    content = path.read_bytes()
+    path.write_bytes(bytes(len(content)))
+    os.chown(path, 12345, 12345)
+    assert shards.read([(0, 100, 200)]) == [content[100:200]]
+
+
+def test_a_cache_that_is_too_small_anyway_keeps_what_others_have(server, tmp_path):
+    cache = ShardCache(tmp_path, None)
+    shards = shards_of(server.url, tmp_path)
+    assert shards.fetch(0)
+    assert not evict_others(cache, frozenset(), 1 << 40)
+    assert len(list(tmp_path.glob("*.tar"))) == 1
 
 
 @pytest.mark.slow

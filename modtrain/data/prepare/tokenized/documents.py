@@ -26,9 +26,14 @@ from modtrain.data.prepare.tokenizer import check_tokenizer, parse_tokenizer
 # Tokens that are looked at together.
 _BLOCK_TOKENS = 1 << 20
 _BYTES_A_TOKEN = 4
+# Of a file whose documents have no known ends.
+_MIN_BLOCKS = 128
 # Of a byte fallback, as <0x0A>.
 _BYTE_TOKEN_LENGTH = 6
-_ERRORS = (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, DamagedError)
+_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, AttributeError),
+    DamagedError,
+)
 
 
 class TokenDocument(NamedTuple):
@@ -153,8 +158,10 @@ class TokenReader:
     ) -> Iterator[TokenDocument | Flaw]:
         size = sum(len(part) for part in parts)
         if not is_ended:
-            for start in range(0, size, _BLOCK_TOKENS):
-                yield self._document(parts[0][start : start + _BLOCK_TOKENS], False)
+            # Of a small file as well there is a part to hold out.
+            step = max(1, min(_BLOCK_TOKENS, -(-size // _MIN_BLOCKS)))
+            for start in range(0, size, step):
+                yield self._document(parts[0][start : start + step], False)
         elif size > self._max_tokens:
             self._number += 1
             detail = f"{size:,} tokens, at 4 bytes more than max_document_bytes"

@@ -36,6 +36,18 @@ def token_kind(path: str) -> str | None:
     return "flat"
 
 
+def index_of(path: str, kind: str) -> Path | None:
+    """Return the file that says where the documents of one of token numbers are; None: none does.
+
+    kind: one of KINDS.
+    """
+    if kind == "flat":
+        return None
+    return (
+        Path(path).with_suffix(".idx") if kind == "megatron" else Path(path).with_name(INDEX_NAME)
+    )
+
+
 def token_folder(folder: Path) -> list[str]:
     """Return the files of an MDS or LitData folder in the order of its index; else nothing."""
     if not (folder / INDEX_NAME).is_file():
