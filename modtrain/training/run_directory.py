@@ -29,8 +29,6 @@ from modtrain.common.errors import CheckpointError, InUseError, OtherRunError
 from modtrain.common.reading import UnreadableError, read_json, read_yaml
 from modtrain.common.renamed_keys import flatten, translate
 from modtrain.data.remote.urls import is_url
-from modtrain.models.config import ModelConfig
-from modtrain.models.depth.config import LEARNED_SCORES
 from modtrain.training.config import MUTABLE_KEYS, CheckpointConfig, TrainConfig
 
 VERSION_FILE = "VERSION.json"
@@ -267,9 +265,6 @@ def with_stages_of(config: TrainConfig, other: TrainConfig) -> TrainConfig:
     return replace(config, data=replace(config.data, stages=other.data.stages))
 
 
-_GATE = "model.router.gate"
-
-
 def check_same(before: TrainConfig, now: TrainConfig, subject: str, where: str) -> None:
     """Raise OtherRunError with each key that may not change between two starts, and differs.
 
@@ -280,13 +275,9 @@ def check_same(before: TrainConfig, now: TrainConfig, subject: str, where: str) 
         free = [key for key in free if key != "batch.micro_batch_size"]
     changed = differences(before, now, where, free)
     if changed:
-        remedy = "undo these changes to resume it, or give another name= for a new run"
-        if any(line.strip().startswith(f"{_GATE}: None") for line in changed):
-            remedy += (
-                f". Earlier versions began runs with the paper's gate: {_GATE}=null goes on with it"
-            )
         raise OtherRunError(
-            "\n".join([f"{subject} with another configuration:", *changed]) + f"\nremedy: {remedy}"
+            "\n".join([f"{subject} with another configuration:", *changed])
+            + "\nremedy: undo these changes to resume it, or give another name= for a new run"
         )
 
 
@@ -315,22 +306,12 @@ def differences(
     one that has a ``*`` it stands for any name.
     """
     ours, theirs = dotted_values(before), dotted_values(now)
-    if _have_one_gate(before.model, now.model):
-        ours[_GATE] = theirs[_GATE]
     return [
         f"  {key}: {ours.get(key)} in {where}, {theirs.get(key)} now"
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key) != theirs.get(key)
         and not any(fnmatchcase(key, one) or key.startswith(one + ".") for one in free)
     ]
-
-
-def _have_one_gate(before: ModelConfig, now: ModelConfig) -> bool:
-    """Whether null, which earlier versions began runs with, is the same as ``near_one`` here."""
-    if not before.is_routed and not now.is_routed:
-        return True
-    both = {before.router.gate, now.router.gate}
-    return both == {None, "near_one"} and before.router.score not in LEARNED_SCORES
 
 
 def dotted_values(config: TrainConfig) -> dict[str, Any]:

@@ -14,8 +14,6 @@ TRAIN = (
     *("model=tiny", "budget.steps=10", "batch.tokens=256", "batch.micro_batch_size=2"),
     *("optimizer.lr=0.01", "checkpoint.every=4", "eval.every=5", "eval.sequences=8"),
     *("strategy.accelerator=cpu", "strategy.num_threads=1"),
-    # The default when the results were recorded.
-    "model.router.gate=null",
 )
 _HALF = "inference.capacity=0.5"
 _EXPERTS = ("model.experts.count=4", "model.experts.dim=32")

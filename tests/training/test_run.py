@@ -25,7 +25,7 @@ from modtrain.training.callbacks import metrics as metrics_callback
 from modtrain.training.config import ScheduleConfig
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.run import train
-from modtrain.training.run_directory import RunDirectory, check_same, code_version
+from modtrain.training.run_directory import RunDirectory, code_version
 from modtrain.training.schedules import lr_factor
 from modtrain.training.stop_signal import STOP
 from tests.conftest import modtrain_command
@@ -99,18 +99,6 @@ def test_a_slow_copy_of_a_save_has_the_weights_of_its_step(start, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("same", [("model.pattern=dense",), ("model.router.score=random",)])
-def test_a_run_with_the_gate_of_earlier_versions_is_the_same_where_the_gate_does_nothing(
-    same, tiny
-):
-    def config(gate, *more):
-        return compose("train", [*tiny, "name=a", f"model.router.gate={gate}", *more])
-
-    check_same(config("null", *same), config("near_one", *same), "a run", "the run")
-    with pytest.raises(OtherRunError, match=r"model\.router\.gate=null goes on with it"):
-        check_same(config("null"), config("near_one"), "a run", "the run")
-
-
 def test_metrics_are_recorded_once_a_step_with_tokens_and_flops(complete):
     records = read_metrics(complete.metrics)
     training = [r for r in records if "loss" in r]
@@ -124,7 +112,7 @@ def test_metrics_are_recorded_once_a_step_with_tokens_and_flops(complete):
         assert math.isfinite(record["loss"])
         for layer in ("01", "03"):
             assert 0 <= record[f"router/layer_{layer}/position_entropy"] <= 1
-            assert 0 < record[f"router/layer_{layer}/update_ratio"] < 10
+            assert 0 < record[f"router/layer_{layer}/update_ratio"] < 1
             assert math.isfinite(record[f"router/layer_{layer}/gate_mean"])
         assert 0 <= record["router/layer_03/chosen_again"] <= 1
     held_out = [r for r in records if "held_out/causal_loss" in r]

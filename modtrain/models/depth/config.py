@@ -51,9 +51,8 @@ class RouterConfig:
     gate: factor on the update. ``raw``: the score (eq. 1). ``sigmoid``: its sigmoid. ``tanh``: its
         tanh; a linear score, which grows with the features, is first divided by their root mean
         square. ``none``: 1. ``near_one``: for learned scores twice the sigmoid of the score of an
-        input of root mean square 1, so that the updates start unscaled; 1 for the others. It is
-        what training begins with (``conf/train_defaults.yaml``). null: raw for learned scores,
-        none for the others, as in arXiv 2404.02258.
+        input of root mean square 1, so that the updates start unscaled; 1 for the others.
+        null: raw for learned scores, none for the others.
     gate_multiplier, gate_offset: the gate is multiplied by the one and the other is added: with 1
         and 1 a raw score starts near 1. For the gates that are named by their function alone.
     gate_scale: a learned factor on the result, one per router, initially 1.

@@ -176,7 +176,7 @@ def test_buffers_come_back_to_the_bit():
 
 @pytest.mark.parametrize("more", [(), ("model.router.causal=[predictor,threshold]",)])
 def test_detection_waits_for_nothing(step, more):  # noqa: F811
-    detector = step("spike=skip", "spike.warmup=2", "spike.threshold=100", *more).spikes.detector
+    detector = step("spike=skip", "spike.warmup=2", *more).spikes.detector
     report = detector.take_report()
     assert (report.spikes, report.last.step) == ([], 4)
 
