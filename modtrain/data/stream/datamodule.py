@@ -31,6 +31,7 @@ from modtrain.data.mixture.stream import (
 from modtrain.data.remote.dataset import RemoteTokenDataset
 from modtrain.data.remote.fill import ShardFiller, Upcoming, open_filler
 from modtrain.data.remote.read_ahead import read_ahead
+from modtrain.data.remote.urls import is_url
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import IndexSummary, ShardIndex
@@ -49,6 +50,8 @@ _TOKEN_BYTES = 8
 # Seconds for a batch. torch has no limit, and waits for ever for a batch that it loses where shared
 # memory is full.
 _WORKER_TIMEOUT = 600
+# Of data behind a URL, within the time for a batch.
+_REQUESTS = 10
 # From behind a URL: optimizer steps whose batches are read ahead, and their bytes at most.
 _STEPS_AHEAD = 16
 _AHEAD_BYTES = 1 << 28
@@ -271,6 +274,11 @@ class TokenDataModule(lightning.LightningDataModule):
             return int(shares["num_replicas"]), int(shares["rank"])
         return self.trainer.world_size, self.trainer.global_rank
 
+    def _worker_timeout(self) -> float:
+        """Seconds for a batch: a server may be asked several times for its bytes."""
+        is_remote = any(map(is_url, self.config.paths.values()))
+        return _WORKER_TIMEOUT + (_REQUESTS * self.config.fetch_timeout if is_remote else 0)
+
     def _loader(
         self, data: TokenDataset | MixtureDataset, batches: Sampler[list[int]]
     ) -> _TokenLoader:
@@ -283,7 +291,7 @@ class TokenDataModule(lightning.LightningDataModule):
             collate_fn=partial(_collate, eos_id=self.config.eos_id),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
-            timeout=_WORKER_TIMEOUT if workers else 0,
+            timeout=self._worker_timeout() if workers else 0,
             prefetch_factor=self.config.prefetch_factor if workers else None,
             # A loader without a generator draws from the global one, and a resumed run, which
             # makes its loaders at another point, would continue with other random numbers.
