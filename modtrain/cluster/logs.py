@@ -53,10 +53,13 @@ def show_logs(config: LogsConfig) -> None:
 
 
 class Tail:
-    """The end of a file that grows, as text."""
+    """The end of a file that grows, as text.
 
-    def __init__(self, path: Path, show: Show) -> None:
-        self.path, self.show = path, show
+    is_rotated: what it held goes to ``<path>.1`` once it is large, and it begins anew.
+    """
+
+    def __init__(self, path: Path, show: Show, *, is_rotated: bool = False) -> None:
+        self.path, self.show, self.is_rotated = path, show, is_rotated
         self.position = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -69,14 +72,25 @@ class Tail:
             self.position = offset_of_last(self.path, last)
         text = ""
         with suppress(OSError), self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if self.is_rotated and size < self.position:
+                text = self._decoder.decode(self._rest_of_part())
+                self.position = 0
             # A resumed run truncates the records after its checkpoint; those were shown.
-            self.position = min(self.position, file.seek(0, os.SEEK_END))
+            self.position = min(self.position, size)
             file.seek(self.position)
             new = file.read()
             self.position += len(new)
-            text = self._decoder.decode(new)
+            text += self._decoder.decode(new)
         if text:
             self.show(text)
+
+    def _rest_of_part(self) -> bytes:
+        """Return what the part before has that was not shown."""
+        with suppress(OSError), self.path.with_name(f"{self.path.name}.1").open("rb") as file:
+            file.seek(self.position)
+            return file.read()
+        return b""
 
 
 def offset_of_last(path: Path, lines: int) -> int:
@@ -129,13 +143,13 @@ def _source(run: RunRecord, config: LogsConfig) -> Tail:
     for name in run.job_ids if config.job is None else [config.job]:
         output = _output_of(run, name)
         if output is not None:
-            return Tail(output, _print)
+            return Tail(output, _print, is_rotated=True)
     if config.job is not None:
         job_ids = ", ".join(spelled("job", name) for name in run.job_ids) or "none"
         text = f"{run.path} has no output of job={config.job}"
         raise RunNotFoundError(f"{text}\nremedy: its jobs are {job_ids}")
     if output := _newest_file(run.path.glob("logs/slurm-*.out")):
-        return Tail(output, _print)
+        return Tail(output, _print, is_rotated=True)
     for name in ("logs/job.log", "metrics.jsonl"):
         if (run.path / name).is_file():
             show = _Records(run.steps) if name == "metrics.jsonl" else _print

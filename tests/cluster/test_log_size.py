@@ -3,6 +3,7 @@
 import os
 import subprocess
 
+from modtrain.cluster.logs import Tail
 from modtrain.common.shipped import slurm_dir
 
 
@@ -63,3 +64,17 @@ def test_the_watch_over_the_size_ends_with_the_step(tmp_path):
         **{"log_file": str(log), "log_size": "1", "num_logs": "1", "run_directory": "''"},
     )
     assert shown == "ended 0\n"
+
+
+def test_who_follows_sees_each_line_of_a_rotated_log_once(tmp_path):
+    log, shown = tmp_path / "slurm-1.out", []
+    tail = Tail(log, shown.append, is_rotated=True)
+    log.write_text("a\nb\n")
+    tail.show_new()
+    # Two lines come, the log is rotated, and one more comes.
+    (tmp_path / "slurm-1.out.1").write_text("a\nb\nc\nd\n")
+    log.write_text("e\n")
+    tail.show_new()
+    log.write_text("e\nf\n")
+    tail.show_new()
+    assert "".join(shown) == "a\nb\nc\nd\ne\nf\n"
