@@ -174,6 +174,7 @@ def shares(name: str) -> tuple[list[str], int, int]:
     return keys, sum(p.tensor.nbytes for p in parts), sum(whole(t).nbytes for t in tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "world"), [("ddp", 2), ("hsdp", 4), ("fsdp", 4)])
 def test_each_rank_writes_its_share_and_nothing_twice(name, world):
     outcomes = on_ranks(shares, world, name)

@@ -11,6 +11,7 @@ from tests.helpers.model_cases import VOCAB, lively, random_tokens, small
 SWAPS = [RouterSwap("zero"), RouterSwap("random"), RouterSwap("zero", routers=(0,))]
 
 
+@pytest.mark.slow
 def test_losses_and_intervals_are_those_of_a_slow_loop():
     model = lively(small(num_layers=4, pattern="every_other", capacity=0.25)).eval()
     tokens_BS = random_tokens(5, 17) % VOCAB

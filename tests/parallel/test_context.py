@@ -60,6 +60,7 @@ def _of_padded_on_a_rank(cases):
     return [_of_padded(_shared(MODELS[case], 2)) for case in cases]
 
 
+@pytest.mark.slow
 def test_padding_and_logits():
     cases = ["separately routed parts", "limited experts", "expert choice"]
     for results in on_ranks(_of_padded_on_a_rank, 2, cases):

@@ -110,6 +110,7 @@ def test_a_run_that_never_saved_starts_again(start, truncates):
     assert len(run.read_manifest()["starts"]) == 2 - truncates
 
 
+@pytest.mark.slow
 def test_a_lost_configuration_comes_back_from_the_checkpoint(start, runs, capsys):
     def lose(run):
         run.config.unlink()

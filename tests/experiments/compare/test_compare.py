@@ -79,6 +79,7 @@ def test_an_arm_that_is_the_control_already_is_used():
     assert (arms, controls) == (["mod", "half"], {"mod": "half"})
 
 
+@pytest.mark.slow
 def test_a_control_can_be_left_out_or_trained_alone():
     arms = ("a: []", 'b: ["model.pattern=dense"]')
     assert names_of(*arms, changes=["controls=false"]) == (["a", "b"], {})

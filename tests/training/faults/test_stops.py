@@ -88,6 +88,7 @@ def test_what_a_nan_names_as_its_remedy_can_be_done(prepared, tmp_path, strategy
     ]
 
 
+@pytest.mark.slow
 def test_what_another_run_needs_is_another_name(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "run", "single", "spike=stop")
     bad = numbers_of(prepared, BAD)[:1]
@@ -98,6 +99,7 @@ def test_what_another_run_needs_is_another_name(prepared, tmp_path):
     assert outcome.kind == "OtherRunError"
 
 
+@pytest.mark.slow
 def test_too_many_skips_in_a_row_stop_the_run(prepared, tmp_path):
     more = ("spike=skip", "spike.max_in_a_row=2", "checkpoint.every=1", "checkpoint.keep_last=9")
     lines = overrides(prepared, tmp_path, "run", "single", *more)
