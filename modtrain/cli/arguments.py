@@ -36,6 +36,8 @@ _FOREIGN = {
     **dict.fromkeys(("--hydra-help",), "modtrain VERB --help lists the keys and groups"),
     **dict.fromkeys(("--run", "-r", "--resolve"), "leave it out: that is what happens"),
     **dict.fromkeys(("--package", "-p"), "leave it out: keys are written in full"),
+    "--multi": "write -m",
+    "-cd": "write --config-dir {value}",
     "--experimental-rerun": "write from=RUN: another run with the configuration of that one",
     "--verbose": "leave it out: log.every says how much is printed",
 }
@@ -156,6 +158,8 @@ def _problem(option: str, value: str) -> Problem:
     reason = "is not an option"
     if option in _CONFIG_OPTIONS:
         return Problem(option, value, "shows the configuration of a job", f"write {option} job")
+    if option in ("--run", "-r") and value:
+        return Problem(option, value, reason, f"write run={value}: keys are given without dashes")
     if option in _FOREIGN:
         remedy = _FOREIGN[option].format(value=value or "NAME")
         return Problem(option, value, reason, remedy)

@@ -13,7 +13,7 @@ from modtrain.cli.key_reference import Key, sections
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "prepare": (
         "corpus=files 'sources=[my/**/*.txt]' output=data/mine",
-        "corpus=files 'sources=[input.txt]' output=data/mine tokenizer.vocab_size=2048",
+        "corpus=files 'sources=[input.txt]' split_at=line output=data/mine",
     ),
     "train": (
         "name=first model=tiny budget.tokens=1e5 batch.tokens=2048",

@@ -29,6 +29,8 @@ from modtrain.cluster.status import live_jobs, state_of
 from modtrain.common.errors import raise_if_any
 from modtrain.common.reading import blocks_from_end
 from modtrain.common.spelling import spelled
+from modtrain.training.named_runs import missing_run
+from modtrain.training.run_listing import has_runs_below
 
 # Seconds between two reads of a file, and between two queries to Slurm.
 _POLL_SECONDS, _SLURM_POLL_SECONDS = 0.5, 5.0
@@ -160,6 +162,8 @@ def _source(run: RunRecord, config: LogsConfig) -> Tail:
             f" status {spelled('sweep', run.name)}, and show one with modtrain logs"
             f" {spelled('run', f'{run.name}/<its name>')}"
         )
+    if has_runs_below(run.path):
+        raise RunNotFoundError(missing_run(str(run.path.parent), run.name))
     text = f"{run.path} has printed nothing yet"
     if run.job_ids:
         text += f"; its newest job is {run.job_ids[0]}: `modtrain status` shows why it is pending"

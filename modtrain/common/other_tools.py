@@ -27,6 +27,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     ),
     "schedule.warmup_steps": ("lr_warmup_steps", "num_warmup_steps", "warmup_iters"),
     "schedule.warmup": ("warmup_ratio", "lr_warmup_fraction", "warmup_fraction"),
+    "seed": ("seed_everything", "random_seed"),
     "budget.steps": ("max_steps", "train_steps", "num_train_steps", "total_steps", "max_iters"),
     "budget.tokens": ("train_tokens", "num_tokens", "total_tokens"),
     "budget.flops": ("max_flops", "compute_budget"),

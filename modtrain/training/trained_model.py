@@ -41,6 +41,13 @@ def with_found_data(
         with suppress(DataError):
             if data.summary().fingerprint == fingerprint:
                 return replace(trained, data=data)
+    if data_path is not None and not own.sources:
+        given = replace(own, path=data_path)
+        given.summary()
+        raise DataError(
+            f"{data_path} has other data than {run.path} was trained on\nremedy: give the place of"
+            " its own as data_path=..., or prepare the same data again"
+        )
     place = "put them back" if own.sources else "give their place as data_path=..."
     remedy = f"{place}, or prepare the same data again"
     try:

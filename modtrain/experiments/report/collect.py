@@ -15,6 +15,7 @@ from modtrain.experiments.report.data_groups import DataGroup, group_by_data
 from modtrain.experiments.report.files import printable
 from modtrain.experiments.report.grids import Grid, GridFile, fit_grid, read_grids
 from modtrain.experiments.report.runs import LeftOutError, Run, read_run
+from modtrain.training.named_runs import name_of
 from modtrain.training.run_listing import find_runs
 
 
@@ -127,7 +128,8 @@ def _run_directories(root: Path, patterns: Sequence[str]) -> list[Path]:
     """
     paths: dict[Path, None] = {}
     problems = []
-    for pattern in patterns:
+    for given in patterns:
+        pattern = name_of(str(root), given)
         tops = [root / pattern] if (root / pattern).is_dir() else sorted(root.glob(pattern))
         below = [
             path
