@@ -6,6 +6,7 @@ from pathlib import Path
 
 from modtrain.cluster.config import SubmitConfig
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
+from modtrain.data.remote.urls import is_url
 from modtrain.data.stream.index import INDEX_NAME
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan, resolve
@@ -32,7 +33,7 @@ def _mount_problems(run: TrainConfig, config: SubmitConfig) -> list[Problem]:
     problems = []
     for name, text in run.data.paths.items():
         path = Path(text).absolute()
-        if "://" not in text and not any(path.is_relative_to(folder) for folder in seen):
+        if not is_url(text) and not any(path.is_relative_to(folder) for folder in seen):
             key = f"data.sources.{name}.path" if name else "data.path"
             problems.append(Problem(key, str(path), reason, f"add {path} to cluster.mounts"))
     return problems
@@ -86,5 +87,5 @@ def awaits_data(run: TrainConfig, config: SubmitConfig) -> bool:
     """Whether data of the run are not there yet, and the job waits for another one."""
     if config.after is None:
         return False
-    paths = [path for path in run.data.paths.values() if "://" not in path]
+    paths = [path for path in run.data.paths.values() if not is_url(path)]
     return any(not (Path(path) / INDEX_NAME).exists() for path in paths)

@@ -143,8 +143,8 @@ class PromptFormat:
     ) -> str:
         """Return a conversation as the template writes it.
 
-        messages: what was said, each with ``role`` and ``content``. add_generation_prompt: end with
-        what begins an answer; False: the last message goes on.
+        messages: each with ``role`` and ``content``. add_generation_prompt: end with what begins an
+        answer; False: the last message goes on.
 
         Raises:
             DataError: the template does not take it.

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modtrain.common.atomic_io import atomic_writer, file_sha256
+from modtrain.data.remote.urls import is_url
 from modtrain.data.stream.index import SideFile
 
 Records = NDArray[Any]
@@ -31,11 +32,11 @@ _PACKED = struct.Struct(f"<QQI{HASH_BYTES}sQ")
 
 def text_hash(text: str) -> bytes:
     """The hash of a document's text: equal texts are taken for equal documents."""
-    return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES).digest()
+    return content_hash(text.encode())
 
 
-def token_hash(content: bytes) -> bytes:
-    """The hash of a document that came as token numbers."""
+def content_hash(content: bytes) -> bytes:
+    """The hash of a document's bytes: of its text, or of the token numbers that it came as."""
     return hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
 
 
@@ -59,7 +60,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
     The name alone of a single file.
     """
-    if any("://" in path for path in paths):
+    if any(map(is_url, paths)):
         return list(paths)
     folders = [PurePath(path).parent.parts for path in paths]
     shared = 0

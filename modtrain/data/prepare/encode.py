@@ -14,7 +14,7 @@ from modtrain.common.atomic_io import atomic_writer, digest, write_json
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.config import DEFAULT_MAX_FLAWS, DEFAULT_TOKEN_COLUMN
-from modtrain.data.documents.record import packed_record, text_hash, token_hash
+from modtrain.data.documents.record import content_hash, packed_record, text_hash
 from modtrain.data.prepare.flaws import Flaw
 from modtrain.data.prepare.readers import UnitReader
 from modtrain.data.prepare.request import without_later_options
@@ -218,7 +218,7 @@ def _copy_tokens(job: EncodeJob, outputs: dict[str, _Output]) -> UnitRecord:
         output.tokens.write(document.tokens.astype(dtype).tobytes())
         if document.is_ended:
             output.tokens.write(np.array([job.eos_id], dtype).tobytes())
-        place = (reader.number, 0, token_hash(content))
+        place = (reader.number, 0, content_hash(content))
         output.documents.write(packed_record(counts.num_tokens, *place, document.num_bytes))
         counts.num_tokens += len(document.tokens) + document.is_ended
         counts.num_documents += 1

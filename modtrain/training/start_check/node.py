@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from modtrain.data.remote.urls import is_url
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory, package_versions
 
@@ -68,7 +69,7 @@ def run_problems(run: RunDirectory, token: str) -> Iterator[str]:
 def data_problems(config: TrainConfig) -> Iterator[str]:
     """Find prepared data that are not there; shards elsewhere are not looked at."""
     for path in config.data.paths.values():
-        if "://" not in path and not os.access(path, os.R_OK | os.X_OK):
+        if not is_url(path) and not os.access(path, os.R_OK | os.X_OK):
             yield f"{path} cannot be read"
 
 

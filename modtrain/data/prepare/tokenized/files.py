@@ -23,8 +23,8 @@ from modtrain.data.prepare.tokenized.kinds import entry_of
 Part = tuple[NDArray[Any], bool | None]
 
 _NPY_MAGIC = b"\x93NUMPY"
-# Files for llm.c and its kin have a header of 256 numbers of 32 bits, by the first of which they
-# are told: 16 bits a token, or 32.
+# Files for llm.c and its kin have a header of 256 numbers of 32 bits. The first one says the type:
+# 16 bits a token, or 32.
 _HEADER_NUMBERS = 256
 _LLMC_TYPES = {20240520: "<u2", 20240801: "<u4"}
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
