@@ -15,12 +15,12 @@ from modtrain.data.prepare.decompress import COMPRESSIONS
 from modtrain.data.prepare.storage import (
     file_name,
     is_command,
-    is_remote,
     remote_matches,
     status_of,
 )
 from modtrain.data.prepare.tokenized.kinds import KINDS as TOKEN_KINDS
 from modtrain.data.prepare.tokenized.kinds import index_of, token_folder, token_kind
+from modtrain.data.remote.urls import is_url
 
 PACKAGE_PREFIX = "package:"
 # What ``datasets`` writes beside the Arrow files of a data set, and of one with several splits.
@@ -123,7 +123,7 @@ def expand_sources(sources: Sequence[str]) -> list[SourceFile]:
 
 
 def _identity(path: str) -> object:
-    if is_command(path) or is_remote(path):
+    if is_command(path) or is_url(path):
         return path
     status = Path(path).stat()
     return status.st_dev, status.st_ino
@@ -132,7 +132,7 @@ def _identity(path: str) -> object:
 def _matches(source: str) -> list[str]:
     if is_command(source):
         return [source]
-    if is_remote(source):
+    if is_url(source):
         urls = remote_matches(source)
         if not urls:
             raise DataError(f"{source}: matches no file.")

@@ -30,11 +30,6 @@ _WAIT_SECONDS = 0.5
 _VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "oid", "created")
 
 
-def is_remote(path: str) -> bool:
-    """Whether ``path`` is an address, as ``s3://bucket/name``."""
-    return is_url(path)
-
-
 def is_command(path: str) -> bool:
     """Whether ``path`` is a command of the user's, whose output is read."""
     return path.startswith(PIPE_PREFIX)
@@ -49,12 +44,12 @@ def file_name(path: str) -> str:
     """Return the name of a file without its folders; a command is its own."""
     if is_command(path):
         return path
-    return Path(urlsplit(path).path if is_remote(path) else path).name
+    return Path(urlsplit(path).path if is_url(path) else path).name
 
 
 def shown_name(path: str) -> str:
     """Return a path or address without what may be secret: a signature, a user and a password."""
-    if not is_remote(path):
+    if not is_url(path):
         return path
     parts = urlsplit(path)
     host = parts.netloc.rpartition("@")[2]
@@ -68,7 +63,7 @@ def status_of(path: str) -> tuple[int, int]:
 
     That is the time of its last change in ns, or a hash of the version that a store tells.
     """
-    if not is_remote(path):
+    if not is_url(path):
         status = Path(path).stat()
         return status.st_size, status.st_mtime_ns
     files, inner = _file_system(path)
@@ -110,7 +105,7 @@ def open_source(path: str) -> Iterator[BinaryIO]:
     if is_command(path):
         with _command(path) as printed:
             yield printed
-    elif is_remote(path):
+    elif is_url(path):
         with _RemoteFile(path) as file, io.BufferedReader(file, _BLOCK_BYTES) as buffered:
             yield buffered
     else:
@@ -121,7 +116,7 @@ def open_source(path: str) -> Iterator[BinaryIO]:
 @contextmanager
 def open_anywhere(path: str) -> Iterator[BinaryIO]:
     """Open a file to read any parts of it; what a web server gives is copied to disk first."""
-    if is_remote(path) and has_ranges(path):
+    if is_url(path) and has_ranges(path):
         with open_source(path) as file:
             yield file
     else:
@@ -135,7 +130,7 @@ def local_copy(path: str) -> Iterator[Path]:
 
     A copy lies in the folder for temporary files (``TMPDIR``), and takes as much as the file.
     """
-    if not is_remote(path):
+    if not is_url(path):
         yield Path(path)
         return
     with tempfile.TemporaryDirectory(prefix="modtrain-") as folder:

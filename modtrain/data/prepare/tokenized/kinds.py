@@ -7,7 +7,7 @@ from typing import Any
 
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
-from modtrain.data.prepare.storage import is_remote
+from modtrain.data.remote.urls import is_url
 
 KINDS = ("flat", "megatron", "mds", "litdata")
 INDEX_NAME = "index.json"
@@ -24,7 +24,7 @@ def token_kind(path: str) -> str | None:
         raise DataError(f"{path}: is the index of a .bin file. Name that one.")
     if not name.endswith(_SUFFIXES):
         return None
-    if is_remote(path):
+    if is_url(path):
         raise DataError(f"{path}: token numbers are read from local files. Fetch it first.")
     if ".mds" in name:
         return "mds"
