@@ -43,6 +43,7 @@ test-slow: $(STAMP)  ## the slower tests that CI runs as well
 	$(PYTEST) -m 'slow and not nightly'
 
 nightly: $(STAMP)  ## every test that CI leaves out (two hours)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nightly]'
 	$(PYTEST) -m nightly
 
 compat:  ## the commit tier on another torch: make compat TORCH=2.14.1
