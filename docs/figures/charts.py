@@ -59,10 +59,10 @@ def sweep_chart(results: dict[float, dict[str, float]], folder: Path) -> None:
             losses = [values["held_out/causal_loss"] for values in results.values()]
             axes.plot(flops, losses, marker="o", ms=7)
             for x, y, capacity in zip(flops, losses, results, strict=True):
-                axes.annotate(f"{capacity:.4g}", (x, y), (6, 6), textcoords="offset points")
+                axes.annotate(f"{capacity:.4g}", (x, y), (6, -14), textcoords="offset points")
             axes.set_xlabel("forward MFLOPs a token, executed")
             axes.set_ylabel("held-out causal loss (nats a token)")
-            axes.margins(0.12)
+            axes.margins(0.18)
             axes.grid(alpha=0.25)
             save_chart(figure, folder / f"sweep-{mode}.svg")
 
