@@ -185,7 +185,7 @@ class _Run:
         if config.strategy.num_threads is not None:
             torch.set_num_threads(config.strategy.num_threads)
         self._start()
-        journal, last_step = SpikeJournal(run, ranks), None
+        journal, last_step = SpikeJournal(run, ranks, plan.steps * plan.sequences_per_step), None
         while last_step is None:
             # The fit before may have left its model in a reference cycle.
             gc.collect()
