@@ -2,11 +2,11 @@
 # What follows a job's step: the job ends, is restarted, or has failed for good. `job.sh` sources
 # this file and lists the variables.
 
-# The newest checkpoint's step; 0 without one.
+# The newest checkpoint's step; 0 without one. A copy under another name, as step-best, is none.
 newest_step() {
   local newest=0 path
   for path in "$run_directory"/checkpoints/step-*; do
-    [[ ! -d $path ]] || newest=${path##*-}
+    [[ ! -d $path || ! ${path##*/} =~ ^step-[0-9]+$ ]] || newest=${path##*-}
   done
   echo "$((10#$newest))"
 }

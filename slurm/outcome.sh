@@ -72,10 +72,11 @@ is_writable() {
   { echo test >"$file"; } 2>/dev/null && [[ -s $file ]]
 }
 
-# last_lines_of RANK: what a process has printed last, on one line.
+# last_lines_of RANK: what a process has printed last, on one line, in UTF-8: it becomes JSON.
 last_lines_of() {
   step_output | sed -nE "s/^ *$1: //p; /^slurmstepd: error: /p" | grep -v '^ *$' | tail -n 4 |
-    cut -c -400 | tr '\t\n' '  ' | sed 's/ *$//' || true
+    cut -c -400 | { iconv -c -f UTF-8 -t UTF-8 2>/dev/null || cat; } | tr '\t\n' '  ' |
+    sed 's/ *$//' || true
 }
 
 # What this step has printed into the job's log, at most the last MiB.

@@ -28,7 +28,7 @@ def search_chart(folder: Path) -> None:
 
 
 def _draw_rates(axes: Axes) -> None:
-    from modtrain.training.config import ScheduleConfig
+    from modtrain.training.schedule_config import ScheduleConfig
     from modtrain.training.schedules import decay_start, lr_factor
 
     schedule = ScheduleConfig("wsd", warmup_steps=20, final=0.0)

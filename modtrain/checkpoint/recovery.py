@@ -78,13 +78,13 @@ def whole_checkpoints(root: Path) -> list[tuple[int, Path]]:
     return [(candidate.step, candidate.path) for candidate in _whole_candidates(root)]
 
 
-def has_checkpoints(root: Path) -> bool:
-    """Whether ``root`` has anything that is named like a checkpoint, damaged or not.
+def named_checkpoints(root: Path) -> list[Path]:
+    """List what is named like a checkpoint under ``root``, damaged or not, by name.
 
     Raises:
         CheckpointError: it cannot be listed.
     """
-    return bool(_list(root, STEP_PREFIX))
+    return sorted(_list(root, STEP_PREFIX))
 
 
 def latest(

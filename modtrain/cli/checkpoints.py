@@ -13,9 +13,14 @@ from rich.table import Column, Table
 
 from modtrain.checkpoint.config import CheckpointsConfig
 from modtrain.checkpoint.consolidate import consolidate
-from modtrain.checkpoint.layout import STEP_PREFIX, Manifest, verify
+from modtrain.checkpoint.layout import STEP_PREFIX, Manifest, checkpoint_path, verify
 from modtrain.checkpoint.reading import read_extra_state
-from modtrain.checkpoint.recovery import prune, whole_checkpoints, with_checkpoint
+from modtrain.checkpoint.recovery import (
+    named_checkpoints,
+    prune,
+    whole_checkpoints,
+    with_checkpoint,
+)
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import CheckpointError, raise_if_any
 from modtrain.common.terminal import plain_console
@@ -52,7 +57,7 @@ def _list(run: RunDirectory, console: Console, contents: bool) -> None:
     columns = [Column(heading, justify="right") for heading in headings]
     table = Table(*columns, title=str(run.checkpoints))
     damaged = []
-    for path in sorted(run.checkpoints.glob(f"{STEP_PREFIX}*")):
+    for path in named_checkpoints(run.checkpoints):
         try:
             verify(path, contents)
             table.add_row(*_row(path), "yes")
@@ -73,8 +78,9 @@ def _row(path: Path) -> tuple[str, str, str, str, str]:
     manifest, extra_state = Manifest.read(path), read_extra_state(path)
     progress = extra_state.get("progress", {}) if isinstance(extra_state, dict) else {}
     tokens, flops = progress.get("tokens"), progress.get("flops")
+    is_named_by_step = path == checkpoint_path(path.parent, manifest.step)
     return (
-        str(manifest.step),
+        str(manifest.step) if is_named_by_step else f"{manifest.step} ({path.name})",
         f"{manifest.num_bytes:,}",
         str(manifest.world_size),
         "" if tokens is None else f"{tokens:,}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import sys
 import time
@@ -27,7 +26,7 @@ from modtrain.cluster.runs import (
 from modtrain.cluster.slurm import SlurmError, SlurmJob
 from modtrain.cluster.status import live_jobs, state_of
 from modtrain.common.errors import raise_if_any
-from modtrain.common.reading import blocks_from_end
+from modtrain.common.reading import blocks_from_end, parse_object
 from modtrain.common.spelling import spelled
 from modtrain.training.named_runs import missing_run
 from modtrain.training.run_listing import has_runs_below
@@ -124,8 +123,9 @@ class _Records:
     def __call__(self, text: str) -> None:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            with suppress(ValueError, TypeError):
-                _print(self._line(json.loads(line)) + "\n")
+            # A damaged one is left out.
+            if (record := parse_object(line.encode())) is not None:
+                _print(self._line(record) + "\n")
 
     def _line(self, record: dict[str, Any]) -> str:
         parts = [f"step {record.get('step')}{self.of}"]

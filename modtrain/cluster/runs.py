@@ -154,6 +154,9 @@ def existing_run(runs_dir: str, name: str) -> Path:
 def read_run(path: Path, name: str) -> RunRecord:
     """Summarize the run in the directory ``path``. Raises nothing."""
     run = RunRecord(name, path)
+    if not os.access(path, os.X_OK, effective_ids=True):
+        # Its files would look as if they were missing.
+        run.notes.append(f"{path} cannot be read: permission denied")
     run.complete = RunDirectory(path).is_complete
     run.locked = is_locked(path / ".lock")
     run.starts = _read(run, "manifest.json", _starts) or []
@@ -237,7 +240,7 @@ def _time_or_0(text: object) -> float:
 
 
 def _is_group(run: RunRecord) -> bool:
-    if not run.submitted or any((run.path / name).exists() for name in _RUN_FILES):
+    if not run.submitted or any(os.path.lexists(run.path / name) for name in _RUN_FILES):
         return False
     scripts = (Path(job.script).name for job in run.submitted)
     return any(map(_GROUP_SCRIPT.fullmatch, scripts)) or has_runs_below(run.path)

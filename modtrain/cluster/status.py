@@ -7,6 +7,7 @@ not know runs that were started by hand and soon forgets finished jobs.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -76,6 +77,11 @@ def show_status(config: StatusConfig, console: Console | None = None) -> None:
             f"runs_dir={root} is no directory\nremedy: give the one that runs were trained in"
         )
     top = root if config.run is None else existing_run(config.runs_dir, config.run)
+    if top.is_dir() and not os.access(top, os.R_OK | os.X_OK, effective_ids=True):
+        raise RunNotFoundError(
+            f"{top} cannot be read: it may have runs\n"
+            "remedy: let the user of this process read and search the directory"
+        )
     runs = [read_run(path, str(path.relative_to(root))) for path in find_runs(top)]
     if config.cost:
         show_costs(runs, console)

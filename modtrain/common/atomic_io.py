@@ -6,10 +6,11 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,6 +70,15 @@ def write_json(path: Path, content: Any, temporary_dir: Path) -> None:
 def canonical_json(content: Any) -> bytes:
     """Return ``content`` as JSON, equal content as equal bytes."""
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def without_nan(content: Any) -> Any:
+    """Return ``content`` with None for each number that is not finite, for which JSON has none."""
+    if isinstance(content, Mapping):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def digest(content: Any) -> str:

@@ -7,15 +7,16 @@ or the rest of them with another configuration.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from modtrain.checkpoint.reading import read_extra_state
-from modtrain.checkpoint.recovery import has_checkpoints, latest
+from modtrain.checkpoint.recovery import latest, named_checkpoints
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import CheckpointError
-from modtrain.common.reading import read_or_set_aside, read_text
+from modtrain.common.reading import UnreadableError, read_or_set_aside, read_text
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory, read_manifest
 
@@ -35,6 +36,7 @@ _RECORDS = (
     "checkpoints",
 )
 """What a run records. Not its logs, which this process writes already, nor a job's files."""
+_RESULTS = ("eval-*", "sweep-*", "tasks-*", "inspect-*")
 
 
 def settle_records(run: RunDirectory, config: TrainConfig) -> str:
@@ -47,12 +49,13 @@ def settle_records(run: RunDirectory, config: TrainConfig) -> str:
             configuration that no checkpoint has.
     """
     read_or_set_aside(run.manifest, read_manifest)
-    if has_checkpoints(run.checkpoints):
+    if named_checkpoints(run.checkpoints):
         lost = [path for path in (run.config, run.manifest) if not path.is_file()]
         return _restore(run, lost) if lost else ""
-    saved = read_or_set_aside(run.saved_step, lambda path: read_text(path, 100).strip())
-    if saved is None and (run.checkpoints.is_dir() or not run.config.is_file()):
-        # It never saved.
+    saved = _saved_step(run)
+    # Where the configuration is lost, no directory of checkpoints says that it never saved.
+    is_new = run.checkpoints.is_dir() if run.config.is_file() else not _has_metrics(run)
+    if saved is None and is_new:
         return ""
     what = f"step {saved} was saved" if saved else "the run was started before"
     if config.resume == "fresh":
@@ -64,6 +67,20 @@ def settle_records(run: RunDirectory, config: TrainConfig) -> str:
         "remedy: restore the checkpoints, or mount what has them; to start from the first step and"
         " keep the old records beside the new, add resume=fresh"
     )
+
+
+def _saved_step(run: RunDirectory) -> str | None:
+    """Return the step that was saved last; None where none was, nothing where it is not known."""
+    if not os.path.lexists(run.saved_step):
+        return None
+    try:
+        return read_text(run.saved_step, 100).strip()
+    except UnreadableError:
+        return ""
+
+
+def _has_metrics(run: RunDirectory) -> bool:
+    return run.metrics.is_file() and run.metrics.stat().st_size > 0
 
 
 def _restore(run: RunDirectory, lost: list[Path]) -> str:
@@ -94,8 +111,13 @@ def _move_records(run: RunDirectory) -> Path:
     while (folder := run.path / f"before-{number}").exists():
         number += 1
     folder.mkdir()
-    for name in _RECORDS:
-        path = run.path / name
-        if path.exists():
-            path.rename(folder / name)
+    for path in [*(run.path / name for name in _RECORDS), *_results(run)]:
+        if os.path.lexists(path):
+            path.rename(folder / path.name)
     return folder
+
+
+def _results(run: RunDirectory) -> list[Path]:
+    """List what verbs have found out about the checkpoints that are lost."""
+    paths = [path for pattern in _RESULTS for path in run.path.glob(pattern)]
+    return [path for path in paths if path.is_file()]

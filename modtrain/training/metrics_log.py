@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
 
-from modtrain.common.atomic_io import open_to_append, write_text
+from modtrain.common.atomic_io import open_to_append, without_nan, write_text
 from modtrain.common.errors import TrainingError
 from modtrain.common.reading import (
     UnreadableError,
@@ -78,7 +78,11 @@ class MetricsLog:
         self._writers: list[MetricsWriter] = []
         if not writes:
             return
-        keep_metrics(run.metrics, lambda record: record["step"] <= start_step)
+        kept = keep_metrics(run.metrics, lambda record: record["step"] <= start_step)
+        if gaps := missing_steps(run, [record["step"] for record in kept], start_step):
+            shown = ", ".join(f"{first} and {last}" for first, last in gaps[:5])
+            more = f" and {len(gaps) - 5} more places" if len(gaps) > 5 else ""
+            log.warning("%s lacks records between steps %s%s", run.metrics, shown, more)
         self._file = open_to_append(run.metrics)
         if config.log.tensorboard:
             records = read_metrics(run.metrics)
@@ -151,12 +155,7 @@ class MetricsLog:
 
 def to_json(values: Mapping[str, Any]) -> str:
     """Return ``values`` as JSON, which has no NaN or infinity: ``null`` stands for them."""
-    return json.dumps(
-        {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-    )
+    return json.dumps(without_nan(values))
 
 
 def read_metrics(path: Path, with_null: bool = False) -> list[dict[str, Any]]:
@@ -191,21 +190,51 @@ def last_recorded_step(path: Path) -> int:
     return 0
 
 
-def keep_metrics(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+def missing_steps(
+    run: RunDirectory, steps: Sequence[int], start_step: int
+) -> list[tuple[int, int]]:
+    """Return the pairs of steps up to ``start_step`` between which records are lost.
+
+    steps: of the records that there are. Empty where the run's starts have not all noted at which
+    interval they recorded, as those of earlier versions have not.
+    """
+    if not run.manifest.is_file():
+        return []
+    manifest = run.read_manifest()
+    intervals = [start.get("log_every") for start in manifest["starts"]]
+    if not intervals or any(type(interval) is not int for interval in intervals):
+        return []
+    if run.config.is_file():
+        # The first start's, which a restored manifest lacks.
+        intervals.append(run.read_config().log.every)
+    parent = manifest.get("parent")
+    begin = 0
+    if isinstance(parent, Mapping) and parent.get("how") == "branch":
+        # The steps before are recorded by the run that it branches off.
+        begin = parent["step"] if isinstance(parent.get("step"), int) else 0
+    places = sorted({begin, start_step, *steps})
+    return [pair for pair in pairwise(places) if pair[1] - pair[0] > max(intervals)]
+
+
+def keep_metrics(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Rewrite the file, if there is one, with those of its records that ``is_kept`` accepts.
+
+    Returns these records.
 
     Damage is no reason not to train: a file with damaged lines, or what is no file, is kept as
     ``damaged-<name>``, with a warning.
     """
     read = read_or_set_aside(path, lambda path: read_records(path, _is_record))
     if read is None:
-        return
+        return []
     records, damaged = read
     if damaged:
         kept = unused(path.with_name(f"damaged-{path.name}"))
         shutil.copyfile(path, kept)
         log.warning("%s; kept as %s", _describe_damage(path, damaged), kept.name)
-    write_text(path, "".join(json.dumps(record) + "\n" for record in filter(is_kept, records)))
+    kept_records = [record for record in records if is_kept(record)]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept_records))
+    return kept_records
 
 
 def _is_record(content: dict[str, Any]) -> bool:

@@ -64,8 +64,10 @@ def _write(folder: str | None, state: str, nodes: str, reason: str) -> None:
     if len(reason) > _MAX_REASON_CHARS:
         half = _MAX_REASON_CHARS // 2
         reason = f"{reason[:half]} […] {reason[-half:]}"
+    text = f"{state}\n{nodes}\n{reason}\n"
     with suppress(OSError):
-        (Path(folder) / f"rank-{rank}").write_text(f"{state}\n{nodes}\n{reason}\n")
+        # A path in the reason may be of any bytes.
+        (Path(folder) / f"rank-{rank}").write_text(text, encoding="utf-8", errors="replace")
 
 
 def _exit_code(error: BaseException) -> int:

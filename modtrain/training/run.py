@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import gc
-import math
-import platform
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.recovery import recover, whole_checkpoints
-from modtrain.common.atomic_io import digest
-from modtrain.common.errors import ModtrainError, RankError, TrainingError
+from modtrain.common.errors import ModtrainError
 from modtrain.common.spelling import spelled
 from modtrain.common.terminal import plain_console, print_line
 from modtrain.data.stream.datamodule import TokenDataModule
@@ -42,16 +38,13 @@ from modtrain.training.callbacks.usage import UsageCallback, start_usage
 from modtrain.training.config import TrainConfig
 from modtrain.training.hardware import resolve_accelerator, resolve_precision
 from modtrain.training.lost_records import settle_records
-from modtrain.training.metrics_log import MetricsLog, last_recorded_step, read_metrics
+from modtrain.training.metrics_log import MetricsLog, last_recorded_step
 from modtrain.training.mixture_change import settle_mixture
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, resolve, strategy_options
-from modtrain.training.run_directory import (
-    RunDirectory,
-    code_version,
-    dotted_values,
-    package_versions,
-)
+from modtrain.training.rank_consistency import check_rank_consistency
+from modtrain.training.result import finite_result
+from modtrain.training.run_directory import RunDirectory
 from modtrain.training.run_names import claim_name
 from modtrain.training.spikes.journal import RollBackError, SpikeJournal
 from modtrain.training.start_check.check import check_all_reduce, check_nodes
@@ -185,7 +178,7 @@ class _Run:
         if config.strategy.num_threads is not None:
             torch.set_num_threads(config.strategy.num_threads)
         self._start()
-        journal, last_step = SpikeJournal(run, ranks), None
+        journal, last_step = SpikeJournal(run, ranks, plan.steps * plan.sequences_per_step), None
         while last_step is None:
             # The fit before may have left its model in a reference cycle.
             gc.collect()
@@ -200,7 +193,7 @@ class _Run:
                 last_step = self._resume(checkpointer, journal)
         if last_step < plan.steps:
             return self._stopped()
-        ranks.run_on_rank0(lambda: run.complete(_finite_result(plan, run)))
+        ranks.run_on_rank0(lambda: run.complete(finite_result(plan, run)))
         self.console.print(f"{run.path} is complete: {plan.steps} steps, {plan.flops:.3g} FLOPs")
         return TrainResult("complete", run)
 
@@ -374,57 +367,3 @@ def make_trainer(
     )
     overrides.disable_signal_handlers(trainer)
     return trainer
-
-
-def check_rank_consistency(config: TrainConfig, data_fingerprint: str, ranks: Ranks) -> None:
-    """Raise RankError on all ranks unless they have the same configuration, code, packages, data.
-
-    Ranks that differ would silently train something else, or wait in different collectives.
-    """
-    code = code_version()
-    values: dict[str, Any] = {
-        "python": platform.python_version(),
-        "code.commit": code and code["commit"],
-        "code.uncommitted changes": code and digest(code["diff"])[:12],
-        "data fingerprint": data_fingerprint,
-        **{f"package {name}": version for name, version in package_versions().items()},
-        **dotted_values(config),
-    }
-    own = {key: value for key, value in values.items() if value is not None}
-    rank0 = ranks.broadcast_from_rank0(own)
-    with ranks.raise_on_all_ranks():
-        differing = [
-            f"  {key}: {rank0.get(key, 'none')} on rank 0, {own.get(key, 'none')} here\n"
-            for key in sorted(rank0.keys() | own.keys())
-            if rank0.get(key) != own.get(key)
-        ]
-        if differing:
-            raise RankError(
-                f"rank {ranks.rank} ({socket.gethostname()}) differs from rank 0:\n"
-                + "".join(differing)
-                + "remedy: start every process with the same command, code and packages"
-            )
-
-
-def _finite_result(plan: TrainingPlan, run: RunDirectory) -> dict[str, Any]:
-    """Return the run's result, or raise TrainingError if its last held-out loss is none."""
-    result = _result(plan, run)
-    lost = [key for key in result if key.startswith("held_out/") and key.endswith("loss")]
-    # Earlier versions wrote NaN.
-    lost = [key for key in lost if result[key] is None or not math.isfinite(result[key])]
-    if lost:
-        skipped = result.get("spike/skipped") or 0
-        raise TrainingError(
-            f"{run.path} came to its last step, and {lost[0]} is not finite; {skipped:.0f} of"
-            f" {plan.steps} steps were skipped as spikes. It does not count as complete\n"
-            "remedy: give another name= and a lower optimizer.lr"
-        )
-    return result
-
-
-def _result(plan: TrainingPlan, run: RunDirectory) -> dict[str, Any]:
-    """Return the content of the run's result: its size, and the last value of each metric."""
-    values: dict[str, Any] = {}
-    for record in read_metrics(run.metrics, with_null=True):
-        values.update(record)
-    return {**values, "steps": plan.steps, "tokens": plan.tokens, "flops": plan.flops}

@@ -68,7 +68,8 @@ class RunDirectory:
     @property
     def is_complete(self) -> bool:
         """Whether the run has reached its end: then it has a result as well."""
-        return self.completed_mark.is_file() and self.result.is_file()
+        # Of a directory that may not be searched it is not known.
+        return os.path.isfile(self.completed_mark) and os.path.isfile(self.result)  # noqa: PTH113
 
     def locked(self) -> AbstractContextManager[None]:
         """Lock the run: two processes in one directory would corrupt each other's files.
@@ -111,6 +112,7 @@ class RunDirectory:
             "data_path": None if config.data.sources else _absolute(config.data.path),
             "command": sys.argv,
             "checkpoint": asdict(config.checkpoint),
+            "log_every": config.log.every,
         }
         manifest: dict[str, Any] = {"data_fingerprint": data_fingerprint, "starts": []}
         if parent is not None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from modtrain.training.config import CapacityScheduleConfig, ScheduleConfig
+from modtrain.training.schedule_config import CapacityScheduleConfig, ScheduleConfig
 
 Capacities = tuple[float | None, ...]
 

@@ -6,6 +6,7 @@ directory alone, for `wandb sync` later; WANDB_ENTITY, WANDB_BASE_URL and the li
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import TrainingError
+from modtrain.common.reading import UnreadableError, read_or_set_aside, read_text
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
 
 _ID = "wandb_id"
+_MAX_ID_BYTES = 200
 _AXES = ("step", "tokens", "TFLOPs")
 
 
@@ -79,6 +82,15 @@ class WandbWriter:
 
 
 def _run_id(path: Path) -> str:
-    if not path.is_file():
-        write_text(path, uuid4().hex[:16] + "\n")
-    return path.read_text().strip()
+    known = read_or_set_aside(path, _read_id)
+    if known is None:
+        known = uuid4().hex[:16]
+        write_text(path, known + "\n")
+    return known
+
+
+def _read_id(path: Path) -> str:
+    text = read_text(path, _MAX_ID_BYTES).strip()
+    if not re.fullmatch(r"[\w-]+", text):
+        raise UnreadableError(f"{path.name} has no id")
+    return text

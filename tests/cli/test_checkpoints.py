@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,6 +92,19 @@ def test_the_list_has_steps_bytes_and_progress(run):
         assert text in shown, shown
     (run.checkpoints / "step-000000001" / "state.pt").unlink()
     assert "lacks its file state.pt" in verb(run)
+
+
+def test_a_name_that_disagrees_with_the_step_is_shown(run):
+    saves(str(run.path.parent), 1)
+    shutil.copytree(checkpoint_path(run.checkpoints, 1), run.checkpoints / "step-best")
+    assert "1 (step-best)" in verb(run)
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_none(run):
+    run.checkpoints.rmdir()
+    run.checkpoints.touch()
+    with pytest.raises(CheckpointError, match="cannot be listed"):
+        verb(run)
 
 
 def test_verify_reads_every_byte(run):

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,12 @@ def test_the_script_decides_by_what_the_processes_say(tmp_path, status, printed,
     assert outcome(tmp_path, status, printed, **files) == list(expected)
 
 
+def test_a_long_line_is_not_cut_inside_a_character(tmp_path):
+    """The cause becomes JSON, which is read strictly."""
+    printed = f"1: x{'é' * 300}\nsrun: error: node2: task 1: Exited with exit code 1\n"
+    assert outcome(tmp_path, 1, printed)[1].endswith(f"before modtrain started: x{'é' * 199}")
+
+
 @pytest.mark.parametrize("is_full", [False, True])
 def test_a_node_is_not_bad_where_no_process_could_report(tmp_path, is_full):
     """The directory could not be made, or its disk is full."""
@@ -171,6 +178,14 @@ def test_failures_are_equal_up_to_numbers_and_the_node(tmp_path):
     (tmp_path / "checkpoints/step-000000004").mkdir(parents=True)
     shown = ending(tmp_path, 'record_failure other; echo "$num_equal ${bad_nodes[*]}"')
     assert shown == "1 \n"
+
+
+def test_progress_is_seen_beside_a_copy_of_a_checkpoint(tmp_path):
+    """Otherwise failures with progress between them would count as equal, and end the run."""
+    for name in ("step-000000004", "step-000000008.old", "step-best"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert ending(tmp_path, "record_failure no; newest_step") == "4\n"
+    assert (tmp_path / "failures.tsv").read_text().split("\t")[2] == "4"
 
 
 @pytest.mark.parametrize(("nodes", "is_enough"), [("2", True), ("3", False)])
@@ -301,6 +316,27 @@ def test_a_program_is_called_when_the_run_is_given_up(tmp_path, code, is_called)
         lines = (tmp_path / "called").read_text().splitlines()
         assert lines == ["$(touch pwned)", str(tmp_path), "7", "$(touch pwned) `x` 'it'"]
         assert f"{program} failed" in shown
+
+
+def test_each_equal_failure_waits_twice_as_long(tmp_path):
+    """Slurm's own delay after a requeue is kept where it is longer."""
+    for _ in range(2):
+        shown = ending(
+            tmp_path,
+            'scontrol() { [[ $1 != update ]] || echo "$*"; }\n'
+            "describe_job() { echo JobId=7 EligibleTime=2001-01-01T00:00:00 ; }\n"
+            "(fail 1 'it is so') || echo end $?; date +%s",
+            **{"received_signal": "''", "next_job": "''", "delay": "0", "retry_delay": "60"},
+            **{"SLURM_JOB_ID": "7"},
+        )
+        update, end, now = shown.splitlines()[-3:]
+        assert end == "end 75"
+        (tmp_path / "updates").open("a").write(f"{update} {now}\n")
+    waits = []
+    for text in (tmp_path / "updates").read_text().splitlines():
+        *_, begin, now = text.replace("StartTime=", "").split()
+        waits.append(time.mktime(time.strptime(begin, "%Y-%m-%dT%H:%M:%S")) - int(now))
+    assert waits == pytest.approx([60, 120], abs=10)
 
 
 @pytest.mark.parametrize(("state", "is_kept"), [("PENDING", True), ("CANCELLED", False)])

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -120,6 +121,27 @@ def test_a_copy_under_the_name_of_another_step_is_no_checkpoint_of_it(tmp_path):
     for name in ("step-best", "step-000000016"):
         shutil.copytree(run.path / "checkpoints/step-000000008", run.path / "checkpoints" / name)
     assert run.read().saved[0] == 12
+
+
+def test_a_directory_that_may_not_be_read_is_reported():
+    """Its names may be listed, and nothing in it be looked at; root may do everything."""
+    user = os.geteuid()
+    # Not below pytest's own directory, which is its user's alone.
+    with TemporaryDirectory() as folder:
+        runs = Path(folder)
+        run = FakeRun(runs / "r").saved(8)
+        runs.chmod(0o755)
+        run.path.chmod(0o444 if user == 0 else 0o400)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            text = shown(StatusConfig(runs_dir=folder))
+            with pytest.raises(RunNotFoundError, match=r"/r cannot be read(.|\n)*remedy"):
+                shown(StatusConfig(run="r", runs_dir=folder))
+        finally:
+            os.seteuid(user)
+            run.path.chmod(0o755)
+    assert f"{run.path} cannot be read: permission denied" in text
 
 
 @pytest.mark.timeout(20)
@@ -367,6 +389,11 @@ def test_a_run_without_a_job_shows_its_records(tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step 10/100  loss 3.5000  tokens/s 1,234  FLOPs 2e+09"
     assert second == "step 10/100  held-out loss 3.7500  FLOPs 2e+09"
+    # What is no record is left out.
+    whole = (run.path / "metrics.jsonl").read_text()
+    (run.path / "metrics.jsonl").write_text("null\n[1]\n" + "[" * 100_000 + "\n" + whole)
+    assert main(["logs", "run=r", f"runs_dir={tmp_path}"]) == 0
+    assert capsys.readouterr().out.splitlines() == [first, second]
     (run.path / "logs").mkdir()
     (run.path / "logs/job.log").write_text("said by a sweep's job\n")
     assert main(["logs", "run=r", f"runs_dir={tmp_path}"]) == 0

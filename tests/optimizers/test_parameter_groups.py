@@ -13,7 +13,7 @@ from modtrain.optimizers.parameter_groups import (
     pattern_problems,
 )
 from modtrain.optimizers.registry import OPTIMIZERS, build_optimizer, find_problems
-from modtrain.training.config import ScheduleConfig
+from modtrain.training.schedule_config import ScheduleConfig
 from modtrain.training.schedules import group_lr_factor, lr_factor
 from tests.helpers.model_cases import random_tokens, small
 

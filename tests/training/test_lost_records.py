@@ -12,6 +12,8 @@ from modtrain.cli.compose import compose
 from modtrain.common.errors import CheckpointError, OtherRunError
 from modtrain.data.stream.index import ShardIndex
 from modtrain.distributed.process_group import ONE_PROCESS
+from modtrain.training.config import TrainConfig
+from modtrain.training.lost_records import settle_records
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory
@@ -80,6 +82,34 @@ def test_lost_checkpoints_stop_a_start_that_would_overwrite_the_records(
             start(act)
     for name in ("metrics.jsonl", "config.yaml"):
         assert (tmp_path / "run" / name).read_text() == (runs[1].path / name).read_text()
+
+
+def lose_the_configuration_too(run):
+    remove_checkpoints_of_an_earlier_version(run)
+    run.config.unlink()
+
+
+def damage_the_saved_step(run):
+    remove_each_checkpoint(run)
+    link_the_saved_step(run)
+
+
+@pytest.mark.parametrize("damage", [lose_the_configuration_too, damage_the_saved_step])
+def test_two_losses_at_once_are_no_new_run(tmp_path, damage):
+    run = RunDirectory(tmp_path)
+    run.checkpoints.mkdir()
+    run.saved_step.write_text("6\n")
+    run.config.touch()
+    run.metrics.write_text('{"step": 2}\n')
+    damage(run)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no checkpoint, but(.|\n)*resume=fresh"):
+            settle_records(run, TrainConfig())
+    (tmp_path / "eval-000000002.json").touch()
+    settle_records(run, TrainConfig(resume="fresh"))
+    kept = {path.name for path in (tmp_path / "before-1").iterdir()}
+    assert {"metrics.jsonl", "eval-000000002.json"} <= kept
+    assert not run.metrics.exists()
 
 
 @pytest.mark.slow
@@ -236,6 +266,9 @@ def test_other_data_are_seen_without_the_manifest(start, monkeypatch):
         '{"left_out": [[-4, 8]], "rollbacks": 1}',
         '{"left_out": [[40, 48], [16, 20]], "rollbacks": 2}',
         '{"left_out": [[16, 24], [20, 28]], "rollbacks": 2}',
+        '{"left_out": [[16.5, 24]], "rollbacks": 1}',
+        '{"left_out": [[16, 20], [24, 28]], "rollbacks": 1}',
+        '{"left_out": [[96, 109]], "rollbacks": 1}',
         "[" * 200_000,
         "null",
     ],
@@ -243,7 +276,14 @@ def test_other_data_are_seen_without_the_manifest(start, monkeypatch):
 def test_samples_that_are_left_out_are_in_order_or_refused(tmp_path, content):
     (tmp_path / "left_out.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"left_out.json cannot be read(.|\n)*restore it"):
-        SpikeJournal(RunDirectory(tmp_path), ONE_PROCESS)
+        SpikeJournal(RunDirectory(tmp_path), ONE_PROCESS, num_samples=96)
+
+
+def test_samples_up_to_the_end_of_the_run_may_be_left_out(tmp_path):
+    """What is left out makes the stream longer."""
+    (tmp_path / "left_out.json").write_text('{"left_out": [[90, 98], [100, 104]], "rollbacks": 3}')
+    journal = SpikeJournal(RunDirectory(tmp_path), ONE_PROCESS, num_samples=96)
+    assert (journal.skipped_samples, journal.rollbacks) == ([(90, 98), (100, 104)], 3)
 
 
 @pytest.mark.parametrize("name", ["result.json", "manifest.json", "config.yaml"])

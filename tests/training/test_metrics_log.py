@@ -1,5 +1,6 @@
 import csv
 import io
+import json
 import math
 import shutil
 import time
@@ -58,6 +59,34 @@ def test_a_run_whose_events_an_earlier_version_wrote_has_its_records_here_too(tm
         assert [e.step for e in events.Scalars(tag)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("starts", "begin", "steps", "gaps"),
+    [
+        # The lines at the end were not on the disk when the power was cut, some in the middle went.
+        ([2, 2], 0, [2, 4, 10, 12], "4 and 10, 12 and 16"),
+        ([2, 2], 0, [], "0 and 16"),
+        ([2, 2], 0, range(2, 17, 2), ""),
+        # Another interval at one start, the steps of a trunk, and a start that did not note it.
+        ([2, 6], 0, [2, 4, 10, 12], ""),
+        ([2, 2], 12, [14], ""),
+        ([2, None], 0, [2], ""),
+        ([1], 0, [4, 8, 12], ""),
+    ],
+)
+def test_lost_records_are_reported(tmp_path, caplog, starts, begin, steps, gaps):
+    run = RunDirectory(tmp_path)
+    parent = {"parent": {"how": "branch", "step": begin}} if begin else {}
+    manifest = {"data_fingerprint": "f", "starts": [{"log_every": n} for n in starts], **parent}
+    run.manifest.write_text(json.dumps(manifest))
+    run.metrics.write_text("".join(f'{{"step": {step}}}\n' for step in (*steps, 18)))
+    if starts == [1]:
+        # The file was restored, and has one start of two.
+        run.config.write_text("log:\n  every: 4\n")
+    MetricsLog(run, TrainConfig(log=NO_TENSORBOARD), PLAN, 16).close()
+    expected = [f"{run.metrics} lacks records between steps {gaps}"] if gaps else []
+    assert caplog.messages == expected
+
+
 FULL = Path("/dev/full")
 
 
@@ -67,6 +96,16 @@ def test_a_full_disk_is_named_with_the_file_and_the_remedy(tmp_path):
     with pytest.raises(TrainingError, match=r"metrics\.jsonl cannot be.*No space(.|\n)*remedy"):
         log.write(1, {"loss": 1.0})
     log.close()
+
+
+def test_tensorboard_on_a_full_disk_is_named(tmp_path):
+    """Its thread meets the error, and the next record raises it."""
+    run = RunDirectory(tmp_path)
+    log = MetricsLog(run, CONFIG, PLAN, 0)
+    (writer,) = log._writers
+    writer._file.event_writer._async_writer._worker.exception = OSError(28, "No space left")
+    with pytest.raises(OSError, match=f"No space left: '{run.tensorboard}'"):
+        log.write(1, {"loss": 1.0})
 
 
 def test_writing_to_a_full_disk_names_the_file():

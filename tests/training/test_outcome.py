@@ -12,6 +12,7 @@ import pytest
 
 from modtrain.common.errors import (
     ConfigError,
+    DataError,
     DivergedError,
     InUseError,
     NodeError,
@@ -82,6 +83,13 @@ def test_what_is_required_is_what_the_project_depends_on():
     names = [re.split("[^A-Za-z0-9._-]", text)[0] for text in project["dependencies"]]
     imported = {"hydra-core": "hydra", "hydra-joblib-launcher": "hydra_plugins", "pyyaml": "yaml"}
     assert sorted(REQUIRED) == sorted(imported.get(name, name) for name in names)
+
+
+def test_a_name_of_any_bytes_in_the_reason_hides_no_error(tmp_path, monkeypatch):
+    monkeypatch.setenv(OUTCOME, str(tmp_path))
+    with pytest.raises(DataError), report_outcome():
+        raise DataError(f"{os.fsdecode(b'/data/caf' + bytes([0xE9]))}: missing")
+    assert (tmp_path / "rank-0").read_text().splitlines()[2] == "DataError: /data/caf?: missing"
 
 
 def test_every_rank_reports(tmp_path, monkeypatch):

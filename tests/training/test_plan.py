@@ -10,16 +10,10 @@ from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import DataConfig
 from modtrain.models.config import ModelConfig
 from modtrain.models.flops import training_flops_per_token
-from modtrain.training.config import (
-    CAPACITY_SCHEDULES,
-    BatchConfig,
-    BudgetConfig,
-    CapacityScheduleConfig,
-    PlanConfig,
-    TrainConfig,
-)
+from modtrain.training.config import BatchConfig, BudgetConfig, PlanConfig, TrainConfig
 from modtrain.training.plan import derive, resolve
 from modtrain.training.plan_report import show
+from modtrain.training.schedule_config import CAPACITY_SCHEDULES, CapacityScheduleConfig
 from tests.helpers.problems import problems_of
 from tests.training.test_schedules import capacities_at
 

@@ -22,10 +22,10 @@ from modtrain.common.errors import CheckpointError, OtherRunError, TrainingError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.models.transformer import Transformer
 from modtrain.training.callbacks import metrics as metrics_callback
-from modtrain.training.config import ScheduleConfig
 from modtrain.training.metrics_log import MetricsLog, read_metrics
 from modtrain.training.run import train
 from modtrain.training.run_directory import RunDirectory, code_version
+from modtrain.training.schedule_config import ScheduleConfig
 from modtrain.training.schedules import lr_factor
 from modtrain.training.stop_signal import STOP
 from tests.conftest import modtrain_command

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modtrain.models.config import ModelConfig
-from modtrain.training.config import (
+from modtrain.training.config import TrainConfig
+from modtrain.training.schedule_config import (
     CAPACITY_SCHEDULES,
     SCHEDULES,
     CapacityScheduleConfig,
     ScheduleConfig,
-    TrainConfig,
 )
 from modtrain.training.schedules import (
     capacity_stages,

@@ -14,7 +14,7 @@ from modtrain.training.config import LogConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.schedules import CapacityStage
-from modtrain.training.wandb_writer import WandbWriter
+from modtrain.training.wandb_writer import WandbWriter, _run_id
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +109,14 @@ def test_without_a_key_the_error_names_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(TrainingError, match="WANDB_MODE=offline"):
         WandbWriter(RunDirectory(tmp_path), CONFIG, PLAN)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"../x\n", b"a" * 1000])
+def test_a_damaged_id_is_set_aside(tmp_path, content):
+    path = tmp_path / "wandb_id"
+    path.write_bytes(content)
+    assert _run_id(path) == _run_id(path) == path.read_text().strip()
+    assert (tmp_path / "damaged-wandb_id").read_bytes() == content
 
 
 def test_a_missing_package_is_a_problem_of_the_configuration(monkeypatch):

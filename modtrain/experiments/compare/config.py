@@ -10,7 +10,8 @@ from modtrain.common.errors import ConfigError, Problem
 from modtrain.common.validation import above_zero, at_least
 from modtrain.experiments.controls import UNROUTED, without_inert_settings
 from modtrain.models.config import unrouted_layers
-from modtrain.training.config import CapacityScheduleConfig, TrainConfig
+from modtrain.training.config import TrainConfig
+from modtrain.training.schedule_config import CapacityScheduleConfig
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
 
-from modtrain.common.atomic_io import file_sha256, write_bytes, write_text
+from modtrain.common.atomic_io import file_sha256, without_nan, write_bytes, write_text
 from modtrain.experiments.fit.bootstrap import Estimate
 from modtrain.experiments.fit.figures import frontier_figure, loss_figure, residual_figure
 from modtrain.experiments.fit.parabolas import Parabola
@@ -83,16 +82,7 @@ def to_json(fit: Fit) -> dict[str, Any]:
         "warnings": fit.warnings,
         "refusals": [asdict(refusal) for refusal in fit.refusals],
     }
-    return {key: _without_nan(value) for key, value in content.items()}
-
-
-def _without_nan(value: Any) -> Any:
-    """Return ``value`` with None for each number in it that is not finite."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {key: without_nan(value) for key, value in content.items()}
 
 
 def _family(family: FamilyFit) -> dict[str, Any]:

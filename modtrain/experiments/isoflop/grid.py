@@ -12,8 +12,9 @@ from modtrain.experiments.isoflop.config import IsoflopConfig
 from modtrain.experiments.isoflop.shapes import Shape, ShapeRule
 from modtrain.experiments.sweep.jobs import SweepJob, job_name, overrides_between
 from modtrain.models.config import ModelConfig, unrouted_layers
-from modtrain.training.config import BudgetConfig, CapacityScheduleConfig, TrainConfig
+from modtrain.training.config import BudgetConfig, TrainConfig
 from modtrain.training.plan import TrainingPlan, derive, resolve
+from modtrain.training.schedule_config import CapacityScheduleConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from modtrain.cluster.runs import RunRecord, read_run
 from modtrain.cluster.status import SlurmReply, ask_slurm
 from modtrain.cluster.status import state_of as job_state_of
 from modtrain.common.errors import CheckpointError, ModtrainError
+from modtrain.common.reading import UnreadableError
 from modtrain.common.terminal import WIDE, Column, fitted_table
 from modtrain.experiments.sweep.job_process import failure_text, state_of
 from modtrain.experiments.sweep.jobs import read_jobs
@@ -73,8 +75,10 @@ def _figures(run: RunDirectory, record: RunRecord) -> list[str]:
     forward = _NONE
     steps = _NONE if record.steps is None else f"{record.steps:,}"
     last: dict[str, Any] = {"step": 0}
-    for line in read_metrics(run.metrics):
-        last.update(line)
+    # A damaged one hides no other run.
+    with suppress(UnreadableError):
+        for line in read_metrics(run.metrics):
+            last.update(line)
     try:
         config = run.read_config()
         forward = f"{forward_flops_per_token(config):,.0f}"

@@ -149,7 +149,8 @@ def samples_of(run: RunDirectory, step: int, data_path: str | None = None) -> It
         num_steps=plan.steps,
         eval_batch_size=1,
     )
-    data.skipped_samples = SpikeJournal(run, ONE_PROCESS).skipped_samples
+    num_samples = plan.steps * plan.sequences_per_step
+    data.skipped_samples = SpikeJournal(run, ONE_PROCESS, num_samples).skipped_samples
     end_id, tokenizer = data.summary.eos_id, decoder_of(trained.data.tokenizer_path)
     tables = {name: DocumentTable.open(index, "train") for name, index in data.indexes.items()}
     for position, number in data.stream_of(step - 1):

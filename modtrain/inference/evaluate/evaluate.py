@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from modtrain.common.atomic_io import write_text
+from modtrain.common.atomic_io import without_nan, write_text
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.data.stream.index import read_summary
 from modtrain.evaluation.held_out import Decision, HeldOut, evaluate
@@ -80,7 +80,7 @@ def _evaluation(config: EvalRunConfig, loaded: LoadedRun, folder: Path | None) -
         results["router_worth"] = evaluate_swaps(config, loaded)
     if folder is not None:
         name = f"eval-{loaded.step:09d}{settings.suffix}.json"
-        write_text(folder / name, json.dumps(results, indent=1))
+        write_text(folder / name, json.dumps(without_nan(results), indent=1))
         events = RunDirectory(folder).tensorboard / f"eval{settings.suffix}"
         write_points(events, loaded.step, evaluation_points(results))
     return results
@@ -115,7 +115,7 @@ def _sweep(config: EvalRunConfig, loaded: LoadedRun, folder: Path | None) -> dic
     }
     if folder is not None:
         name = f"sweep-{loaded.step:09d}{settings.suffix}"
-        write_text(folder / f"{name}.json", json.dumps(results, indent=1))
+        write_text(folder / f"{name}.json", json.dumps(without_nan(results), indent=1))
         draw_sweep(results, folder / f"{name}.png")
         events = RunDirectory(folder).tensorboard / name
         write_points(events, loaded.step, sweep_points(results))
@@ -182,12 +182,20 @@ def _losses(held_out: HeldOut, tokens_per_byte: float) -> dict[str, Any]:
 def _decision(decision: Decision, tokens_per_byte: float) -> dict[str, Any]:
     return {
         "loss": decision.loss,
-        "perplexity": math.exp(decision.loss),
+        "perplexity": _perplexity(decision.loss),
         "bits_per_byte": decision.loss / math.log(2) * tokens_per_byte,
         "flops": decision.flops,
         "realised_capacity": decision.realised_capacity,
         "expert_load": decision.expert_load,
     }
+
+
+def _perplexity(loss: float) -> float:
+    """Return e to the loss, which of a model that has diverged may be more than a number can be."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _source_losses(loaded: LoadedRun, held_out: HeldOut) -> dict[str, dict[str, Any]]:

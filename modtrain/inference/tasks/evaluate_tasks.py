@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modtrain.common.atomic_io import write_text
+from modtrain.common.atomic_io import without_nan, write_text
 from modtrain.common.errors import DataError, Problem, raise_if_any
 from modtrain.inference.calibration import (
     Calibration,
@@ -235,7 +235,7 @@ def _header(config: EvalRunConfig, loaded: LoadedRun, selection: Selection) -> d
 
 
 def _write(results: dict[str, Any], folder: Path, name: str) -> None:
-    write_text(folder / f"{name}.json", json.dumps(results, indent=1))
+    write_text(folder / f"{name}.json", json.dumps(without_nan(results), indent=1))
     if "points" in results:
         draw_task_sweep(results, folder / f"{name}.png")
     events = RunDirectory(folder).tensorboard / name

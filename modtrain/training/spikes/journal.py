@@ -41,9 +41,12 @@ class SpikeJournal:
     roll backs removed from the stream for good; it is written before the run resumes.
     """
 
-    def __init__(self, run: RunDirectory, ranks: Ranks) -> None:
-        """Read the files, or raise CheckpointError for a damaged one; collective."""
-        self.run, self.ranks = run, ranks
+    def __init__(self, run: RunDirectory, ranks: Ranks, num_samples: int | None = None) -> None:
+        """Read the files, or raise CheckpointError for a damaged one; collective.
+
+        num_samples: that the whole run trains on; None: it is not known.
+        """
+        self.run, self.ranks, self._num_samples = run, ranks, num_samples
         self.events, self._path = run.path / "events.jsonl", run.path / "left_out.json"
         self.skipped_samples, self.rollbacks = ranks.run_on_rank0(self._read)
         # The spike that ended the fit, with its samples: the run has to roll back.
@@ -117,18 +120,30 @@ class SpikeJournal:
             return [], 0
         try:
             content = read_json(self._path)
-            intervals = [(int(start), int(stop)) for start, stop in content["left_out"]]
-            end = 0
-            for start, stop in intervals:
-                if not end <= start < stop:
-                    raise ValueError(f"[{start}, {stop}] is empty, or not behind the one before")
-                end = stop
-            return intervals, int(content["rollbacks"])
-        except (UnreadableError, ValueError, KeyError, TypeError, OverflowError) as error:
+            intervals, rollbacks = content["left_out"], content["rollbacks"]
+            self._check(intervals, rollbacks)
+            return [(start, stop) for start, stop in intervals], rollbacks
+        except (UnreadableError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self._path} cannot be read: {error}. It lists the samples that the run leaves"
                 " out; restore it: progress.left_out of the newest checkpoint has the same list"
             ) from None
+
+    def _check(self, intervals: Sequence[Sequence[int]], rollbacks: int) -> None:
+        """Raise ValueError for what no roll back has written."""
+        end, num_left_out = 0, 0
+        for start, stop in intervals:
+            if type(start) is not int or type(stop) is not int:
+                raise ValueError(f"[{start}, {stop}] are no numbers of samples")
+            if not end <= start < stop:
+                raise ValueError(f"[{start}, {stop}] is empty, or not behind the one before")
+            # What is left out makes the run's stream longer.
+            if self._num_samples is not None and start >= self._num_samples + num_left_out:
+                raise ValueError(f"[{start}, {stop}] begins behind the run's last sample")
+            end, num_left_out = stop, num_left_out + stop - start
+        # A roll back adds an interval, which may take earlier ones in.
+        if type(rollbacks) is not int or rollbacks < len(intervals):
+            raise ValueError(f"{rollbacks} roll backs have not left out so many intervals")
 
 
 def check_left_out(

@@ -11,7 +11,7 @@ from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import LEARNED_SCORES, RouterConfig
 
 if TYPE_CHECKING:
-    from modtrain.training.config import CapacityScheduleConfig
+    from modtrain.training.schedule_config import CapacityScheduleConfig
 
 MAPS = ("same", "pattern")
 

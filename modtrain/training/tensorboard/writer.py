@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from modtrain.common.atomic_io import name_file
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
@@ -35,14 +36,21 @@ class TensorBoardWriter:
         start_step: the checkpoint's; later events of an earlier start are dropped. records: those
         until then.
         """
-        self._plan, self._last_step = plan, start_step
+        self._plan, self._last_step, self._folder = plan, start_step, run.tensorboard
         self._unit, self._unit_size = flops_unit(config.budget.flops or plan.flops)
+        # Its thread's errors come without the file.
+        with name_file(self._folder):
+            self._open(run, config, records)
+
+    def _open(
+        self, run: RunDirectory, config: TrainConfig, records: Iterable[dict[str, Any]]
+    ) -> None:
         has_events = any(run.tensorboard.glob("events.out.*"))
         # One file for everything: TensorBoard follows the newest file of a folder alone.
-        self._writer = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
+        self._writer = SummaryWriter(str(run.tensorboard), purge_step=self._last_step + 1)
         self._writer.add_custom_scalars(tensorboard_layout(config.model, self._unit))
         # `SummaryWriter.add_hparams` opens a writer, and so an entry, of its own.
-        for summary in session_start(run, config, plan):
+        for summary in session_start(run, config, self._plan):
             self._file.add_summary(summary, 0)
         # Dropping by step also drops what has another axis. A run of an earlier version, or one
         # that lost its events, has none here.
@@ -59,22 +67,26 @@ class TensorBoardWriter:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record ``values``."""
         self._last_step = step
-        self._write_by_step(step, values)
-        self._write_by_axes(step, values)
+        with name_file(self._folder):
+            self._write_by_step(step, values)
+            self._write_by_axes(step, values)
 
     def add_image(self, step: int, name: str, image_HWC: Tensor) -> None:
         """Record a picture."""
-        self._writer.add_image(name, image_HWC, step, dataformats="HWC")
+        with name_file(self._folder):
+            self._writer.add_image(name, image_HWC, step, dataformats="HWC")
 
     def add_histogram(self, step: int, name: str, values_N: Tensor) -> None:
         """Record a distribution."""
-        self._writer.add_histogram(name, values_N, step)
+        with name_file(self._folder):
+            self._writer.add_histogram(name, values_N, step)
 
     def close(self) -> None:
         """Flush and close the files; a run at its end is marked as complete."""
-        if self._last_step == self._plan.steps:
-            self._file.add_summary(session_end(), 0)
-        self._writer.close()
+        with name_file(self._folder):
+            if self._last_step == self._plan.steps:
+                self._file.add_summary(session_end(), 0)
+            self._writer.close()
 
     @property
     def _file(self) -> Any:

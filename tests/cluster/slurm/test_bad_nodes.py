@@ -39,6 +39,10 @@ def test_a_node_without_what_the_others_have_is_left_out(cluster, tmp_path, word
     (line,) = (tmp_path / "runs/x/failures.tsv").read_text().splitlines()
     *_, cause, node = line.split("\t")
     assert node == "node2"
+    assert "the next start is without node2" in cluster.output(job)
+    details = cluster.details(job)
+    assert (details["ExcNodeList"], details["Restarts"]) == ("node2", "1")
+    assert "bad node node2" in cluster.modtrain(tmp_path, "status", "run=x")
     if how == "version":
         # Before the first step, which every rank reports alike.
         assert cause.startswith("StartCheckError: ")
@@ -65,10 +69,6 @@ def test_each_node_has_temporary_files_of_the_job_which_are_removed(cluster, tmp
     cluster.wait(job, "COMPLETED")
     assert cluster.output(job).count(f"{scratch}/modtrain-{job}") == 2
     assert list(scratch.iterdir()) == []
-    assert "the next start is without node2" in cluster.output(job)
-    details = cluster.details(job)
-    assert (details["ExcNodeList"], details["Restarts"]) == ("node2", "1")
-    assert "bad node node2" in cluster.modtrain(tmp_path, "status", "run=x")
 
 
 @pytest.mark.nightly

@@ -21,8 +21,8 @@ from modtrain.experiments.isoflop.grid_report import warnings_of
 from modtrain.experiments.isoflop.points import parameter_counts
 from modtrain.experiments.sweep.job_process import is_in_use, state_of
 from modtrain.models.flops import parameters
-from modtrain.training.config import ScheduleConfig
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.schedule_config import ScheduleConfig
 from tests.conftest import fork_modtrain
 from tests.experiments.isoflop.grid_cases import DENSE, composed, grid_arguments, grid_of, points_of
 from tests.helpers.marks import slow

@@ -9,8 +9,8 @@ import modtrain.training.run  # noqa: F401  (loaded here, so that no forked job 
 from modtrain.cli import main as cli
 from modtrain.experiments.isoflop.config import BatchRuleConfig
 from modtrain.experiments.isoflop.trunks import share_trunks
-from modtrain.training.config import ScheduleConfig
 from modtrain.training.run_directory import RunDirectory
+from modtrain.training.schedule_config import ScheduleConfig
 from modtrain.training.schedules import decay_start
 from tests.experiments.isoflop.grid_cases import (
     composed,

@@ -1,6 +1,7 @@
 """A sweep's table and what its command prints while Slurm lets its jobs wait; Slurm is played."""
 
 import io
+import os
 from collections import Counter
 
 from rich.console import Console
@@ -16,6 +17,8 @@ def test_the_table_names_the_jobs_that_wait_and_why(tmp_path, monkeypatch):
     sweep = tmp_path / "s"
     write_jobs(sweep, [SweepJob(name, {"seed": name}, []) for name in "abc"])
     FakeRun(sweep / "a", "budget.steps=3").starts(60).saved(2).jobs("7_0")
+    # A file that cannot be read hides no run.
+    os.mkfifo(sweep / "a/metrics.jsonl")
     (sweep / "b").mkdir()
     (sweep / "b/jobs.jsonl").write_text('{"job": "7_1"}\n')
     waiting = line("7_0", "PENDING", "BeginTime", command="")

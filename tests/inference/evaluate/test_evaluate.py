@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from modtrain.common.errors import ConfigError
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.inference.calibration import budget_of_run, training_text
 from modtrain.inference.config import ComputeBudgetConfig, EvalRunConfig
+from modtrain.inference.evaluate import evaluate
 from modtrain.inference.evaluate.evaluate import evaluate_run
 from modtrain.inference.evaluate.reporting import show
 from modtrain.inference.loading import load_run
@@ -145,6 +147,27 @@ def test_the_file_has_the_documented_keys_and_a_budget_another_file(routed):
     assert set(scalars(routed.tensorboard / named.stem.replace("-000000006", ""))) < set(
         scalars(routed.tensorboard / "eval")
     )
+
+
+def test_the_file_of_a_model_that_has_diverged_is_json(routed, tmp_path, monkeypatch):
+    measure = evaluate._held_out
+
+    def diverged(*arguments):
+        held_out = measure(*arguments)
+        losses = (math.nan, 1e4, 2.0)
+        decisions = {
+            name: replace(decision, loss=loss)
+            for (name, decision), loss in zip(held_out.decisions.items(), losses, strict=True)
+        }
+        return replace(held_out, decisions=decisions)
+
+    monkeypatch.setattr(evaluate, "_held_out", diverged)
+    evaluate_run(request(routed, output=str(tmp_path)))
+    stored = json.loads((tmp_path / "eval-000000006.json").read_text(), parse_constant=pytest.fail)
+    ways = stored["decisions"].values()
+    assert stored["causal_loss"] is None
+    assert [way["loss"] for way in ways] == [None, 1e4, 2.0]
+    assert [way["perplexity"] for way in ways] == [None, None, math.exp(2)]
 
 
 def test_the_agreement_of_a_moved_decision_is_that_of_the_moved_level(routed):

@@ -26,10 +26,11 @@ from modtrain.parallel.strategies import deepspeed as zero
 from modtrain.parallel.strategies import deepspeed_state as state
 from modtrain.parallel.strategies.base import make_strategy
 from modtrain.parallel.validation import run_problems
-from modtrain.training.config import ScheduleConfig, TrainConfig
+from modtrain.training.config import TrainConfig
 from modtrain.training.module import LanguageModule
 from modtrain.training.plan import TrainingPlan, strategy_options
 from modtrain.training.run import make_trainer
+from modtrain.training.schedule_config import ScheduleConfig
 from modtrain.training.schedules import CapacityStage
 from tests.helpers.marks import slow
 from tests.helpers.model_cases import VOCAB, bits, small

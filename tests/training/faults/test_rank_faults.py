@@ -16,7 +16,7 @@ from modtrain.checkpoint import checkpointer
 from modtrain.checkpoint.layout import Manifest
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.watchdog import Watchdog
-from modtrain.training import run as training
+from modtrain.training import rank_consistency
 from modtrain.training.module import LanguageModule
 from tests.helpers.ranks import RankFailedError, outcomes_on_ranks
 from tests.helpers.runs import before_step, losses_of, run, run_lines
@@ -283,7 +283,7 @@ def test_ranks_of_different_configurations_stop_at_once(prepared, tmp_path, more
 
 def of_another_version(lines: list[str]) -> str:
     commit = "f00" if os.environ["RANK"] == "1" else "ba4"
-    training.code_version = lambda: {"commit": commit, "diff": ""}
+    rank_consistency.code_version = lambda: {"commit": commit, "diff": ""}
     return run(lines)
 
 
