@@ -137,6 +137,8 @@ def tensorboard() -> None:
             shown = f"darkMode={dark}&smoothing=0"
             browser.goto(f"{address}/?{shown}#timeseries")
             browser.wait_for_selector("line-chart, .line-chart", timeout=120_000)
+            # The panel hides half of the charts.
+            browser.get_by_role("button", name="Settings").last.click()
             browser.wait_for_timeout(8_000)
             browser.screenshot(path=IMAGES / f"tensorboard-{mode}.png")
 
