@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -250,6 +251,19 @@ def _rendezvous_store(launch: Launch, timeout: timedelta) -> Store:
 def host_and_pid() -> str:
     """Name this process in messages that other ranks show: host and process id."""
     return f"{socket.gethostname()}, process {os.getpid()}"
+
+
+def is_alive_here(process: str) -> bool:
+    """Whether a process, as `host_and_pid` names it, still runs on this host; Linux only."""
+    host, _, pid = process.rpartition(", process ")
+    if host != socket.gethostname():
+        return False
+    try:
+        state = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, ValueError, IndexError):
+        return False
+    # A process that has ended stays in the list until its parent has asked for its exit code.
+    return state not in ("Z", "X")
 
 
 def format_error(error: BaseException) -> str:

@@ -23,7 +23,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from modtrain.common.errors import CheckpointError, RankError, TrainingError
-from modtrain.distributed.process_group import Ranks, format_error, host_and_pid
+from modtrain.distributed.process_group import (
+    Ranks,
+    format_error,
+    host_and_pid,
+    is_alive_here,
+)
 
 # Seconds that disks or the compiler may take: as long as ranks wait in a save.
 SLOW_TIMEOUT = 1800.0
@@ -52,7 +57,10 @@ class Watchdog:
         """
         self.store, self.rank, self.world_size = store, rank, world_size
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        self.is_first_on_node = local_rank == "0"
+        # The ranks before this one on its node, except rank 0; launchers count node by node.
+        first = rank - int(local_rank) if local_rank.isdecimal() else rank
+        self._lower_ranks = range(max(1, first), rank)
+        self._lower_processes: dict[int, str] = {}
         self.timeout, self.logs = timeout, logs
         self._report_interval = min(5.0, max(0.2, timeout / 8))
         # Seconds within which a rank that is alive, stuck or not, reports.
@@ -132,8 +140,8 @@ class Watchdog:
             rank0 = f"rank 0{f' on {self._rank0_host}' if self._rank0_host else ''}"
             return RankError(
                 f"{rank0} has died or is unreachable, and with it the store that says who failed",
-                # Who else lives is not known: its whole node may be gone.
-                is_reported_here=self.rank == 1 or self.is_first_on_node,
+                # Who lives on other nodes is not known: rank 0's whole node may be gone.
+                is_reported_here=not any(map(is_alive_here, self._lower_processes.values())),
             )
 
     def _rank_error(self, failure: Failure) -> RankError:
@@ -197,10 +205,17 @@ class Watchdog:
                 self.store.set(f"heartbeat/{self.rank}", json.dumps(report))
                 if not self._rank0_host and self.store.check(["heartbeat/0"]):
                     self._rank0_host = json.loads(self.store.get("heartbeat/0"))[0]
+                self._find_lower_processes()
                 if self._seen_failure is None:
                     self._seen_failure = self._first_failure()
                 if idle > self.timeout:
                     self._handle_stuck(idle)
+
+    def _find_lower_processes(self) -> None:
+        for rank in self._lower_ranks:
+            if rank not in self._lower_processes and self.store.check([f"heartbeat/{rank}"]):
+                report = json.loads(self.store.get(f"heartbeat/{rank}"))
+                self._lower_processes[rank] = report[0]
 
     def _handle_stuck(self, idle: float) -> None:
         """Write the stacks; end the process where others wait for it, which may be for ever."""

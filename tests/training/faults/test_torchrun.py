@@ -121,6 +121,24 @@ def test_the_lowest_rank_that_lives_names_the_one_that_died(prepared, tmp_path, 
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("killed", [(0, 1), (1, 2), (0, 2)])
+def test_the_lowest_rank_that_lives_speaks_when_two_have_died(prepared, tmp_path, killed):
+    more = ("strategy=ddp", "batch.tokens=512", "checkpoint.every=1000")
+    ranks = start_alone(4, overrides(prepared, tmp_path, "cut", 10_000, *more), tmp_path)
+    while last_step(tmp_path / "cut") < 3:
+        assert all(rank.poll() is None for rank in ranks)
+        time.sleep(0.05)
+    # By then each rank has seen the others' heartbeats.
+    time.sleep(6)
+    for rank in killed:
+        ranks[rank].kill()
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    naming = [bool(re.search(rf"rank {killed[0]} (on .*)?has died", text)) for text in outputs]
+    lowest = min({0, 1, 2, 3} - {*killed})
+    assert naming == [rank == lowest for rank in range(4)], outputs
+
+
+@pytest.mark.nightly
 def test_a_wrong_configuration_is_reported_once(prepared, tmp_path):
     lines = overrides(prepared, tmp_path, "wrong", STEPS, "strategy=single", "optimizer.lr=-1")
     (code,), output = finish(start(1, 2, lines, tmp_path))
