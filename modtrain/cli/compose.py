@@ -94,7 +94,12 @@ def compose(
     if problems:
         # Report all problems in one message.
         reported = {problem.key for problem in problems} | advised_keys(problems)
-        problems += _config_problems(verb, typed, reported)
+        problems += [
+            problem
+            for problem in _config_problems(verb, typed, reported)
+            # Of a section in which a key is wrong already: it may be right once that is.
+            if not any(key.lstrip("+").startswith(f"{problem.key}.") for key in reported)
+        ]
     raise_if_any(problems)
     return _with_run_names(typed)
 
