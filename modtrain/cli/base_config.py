@@ -64,26 +64,19 @@ def expand_base(verb: str, words: Sequence[str], config_dir: str | None) -> list
         str(o.input_line) for o in parsed if o.key_or_group in chosen and not o.is_sweep_override()
     ]
     runs_dir = next((str(o.value()) for o in parsed if o.key_or_group == "runs_dir"), "runs")
-    path = _find(value, runs_dir)
-    is_run = path != Path(value.strip("'\"")) or RunDirectory(path.parent).manifest.is_file()
-    stored = _read(value, path, TrainConfig if is_run else schema, _OWN if is_run else ())
     whole = _dictionaries(schema)
+    base = flatten(_read(value, runs_dir, schema), whole=whole)
     sections = {o.key_or_group.partition(".")[0] for o in parsed}
     replaced = [*chosen, *(_STARTING_POINT if sections & {*_STARTING_POINT} else ())]
-    flat = {
-        key: content
-        for key, content in flatten(stored, whole=whole).items()
-        if not (is_run and key in _OWN) and key.partition(".")[0] not in replaced
-    }
     defaults = flatten(asdict(compose(composed, groups, config_dir)), whole=whole)
     # With a plus a dictionary takes any names; the sources of a mixture get theirs later.
     opened = {key: f"++{key}" for key in whole if key != SOURCES}
-    base = [
-        f"{opened.get(key, key)}={as_value(v)}"
-        for key, v in flat.items()
-        if defaults.get(key, ...) != v
+    overrides = [
+        f"{opened.get(key, key)}={as_value(content)}"
+        for key, content in base.items()
+        if key.partition(".")[0] not in replaced and defaults.get(key, ...) != content
     ]
-    return [*first, *base, *others]
+    return [*first, *overrides, *others]
 
 
 def _find(value: str, runs_dir: str) -> Path:
@@ -110,9 +103,11 @@ def _dictionaries(schema: type) -> list[str]:
     ]
 
 
-def _read(value: str, path: Path, schema: type, not_taken: Sequence[str]) -> dict[str, Any]:
-    """Return the keys of ``path``, which ``value`` names, with values as ``schema`` has them."""
-    fields: Any = OmegaConf.structured(schema)
+def _read(value: str, runs_dir: str, schema: type) -> dict[str, Any]:
+    """Return what is taken of the run or file ``value``, with values as ``schema`` has them."""
+    path = _find(value, runs_dir)
+    is_run = path != Path(value.strip("'\"")) or RunDirectory(path.parent).manifest.is_file()
+    fields: Any = OmegaConf.structured(TrainConfig if is_run else schema)
     try:
         content = translate(read_yaml(path))
         typed: Any = OmegaConf.merge(fields, content)
@@ -124,8 +119,10 @@ def _read(value: str, path: Path, schema: type, not_taken: Sequence[str]) -> dic
         raise_if_any(mistakes_in_file(path, fields, _choices, _CHOOSE))
         remedy = "correct the file; modtrain config train prints one that is right"
         raise ConfigError([Problem(_KEY, value, f"{path}: {plain(error)}", remedy)]) from None
+    not_taken = _OWN if is_run else ()
     raise_if_any([p for p in misread_in_file(path, typed) if p.key not in not_taken])
-    return _only(OmegaConf.to_container(typed), content)
+    taken = {key: part for key, part in content.items() if key not in not_taken}
+    return _only(OmegaConf.to_container(typed), taken)
 
 
 def _choices(group: str) -> list[str]:

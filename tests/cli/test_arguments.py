@@ -163,17 +163,17 @@ def test_a_directory_of_runs_is_no_base_and_its_runs_are_named(tmp_path):
 )
 def test_a_mistake_in_a_file_has_its_key_line_and_remedy(content, key, line, remedy, tmp_path):
     (tmp_path / "f.yaml").write_text(content)
-    found = problems_of(expand_base, "train", ["from=f.yaml"], None)
-    assert list(found) == [key]
-    assert found[key].reason.endswith(f", in f.yaml, line {line}")
-    assert remedy in found[key].remedy
-    assert not re.search("convert|subclass|struct|not in 'Train", str(found[key]))
+    problems = problems_of(expand_base, "train", ["from=f.yaml"], None)
+    assert list(problems) == [key]
+    assert problems[key].reason.endswith(f", in f.yaml, line {line}")
+    assert remedy in problems[key].remedy
+    assert not re.search("convert|subclass|struct|not in 'Train", str(problems[key]))
 
 
 def test_all_mistakes_of_a_file_are_reported_at_once(tmp_path):
     (tmp_path / "f.yaml").write_text("modle: 3\nmodel: {d_model: x}\nbudget: {tokens: 1M}\n")
-    found = problems_of(expand_base, "train", ["from=f.yaml"], None)
-    assert list(found) == ["modle", "model.d_model", "budget.tokens"]
+    problems = problems_of(expand_base, "train", ["from=f.yaml"], None)
+    assert list(problems) == ["modle", "model.d_model", "budget.tokens"]
 
 
 @pytest.mark.parametrize(
@@ -184,18 +184,18 @@ def test_all_mistakes_of_a_file_are_reported_at_once(tmp_path):
         ("budget: {tokens: 1M}", "budget.tokens", "write budget: {tokens: 1e6}"),
     ],
 )
-def test_a_mistake_in_a_directory_of_ones_own_is_told_likewise(content, key, remedy, tmp_path):
+def test_a_mistake_in_a_directory_of_ones_own_is_reported_likewise(content, key, remedy, tmp_path):
     (tmp_path / "experiment").mkdir()
     file = tmp_path / "experiment/mine.yaml"
     file.write_text(f"# @package _global_\n{content}\n")
-    found = problems_of(compose, "train", ["experiment=mine"], str(tmp_path))
-    assert list(found) == [key]
-    assert found[key].reason.endswith(f", in {file}, line 2")
-    assert remedy in found[key].remedy
+    problems = problems_of(compose, "train", ["experiment=mine"], str(tmp_path))
+    assert list(problems) == [key]
+    assert problems[key].reason.endswith(f", in {file}, line 2")
+    assert remedy in problems[key].remedy
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer/own.yaml").write_text("lrr: 3\n")
-    found = problems_of(compose, "train", ["optimizer=own"], str(tmp_path))
-    assert "did you mean optimizer.lr?" in found["optimizer.lrr"].remedy
+    problems = problems_of(compose, "train", ["optimizer=own"], str(tmp_path))
+    assert "did you mean optimizer.lr?" in problems["optimizer.lrr"].remedy
 
 
 def test_a_file_with_a_few_keys_is_a_base(tmp_path):

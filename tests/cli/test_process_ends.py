@@ -130,7 +130,7 @@ def test_what_is_done_is_no_failure_where_its_last_lines_are_not_read(verb, word
     assert cli.main([verb, *words]) == 0
 
 
-def test_a_missing_need_is_told_by_doctors_exit_code_also_where_no_one_reads(monkeypatch):
+def test_a_missing_need_is_in_doctors_exit_code_also_where_no_one_reads(monkeypatch):
     class Closed(io.StringIO):
         def write(self, _text):
             raise BrokenPipeError

@@ -90,8 +90,8 @@ def check_advice(verb, wrong, kept=()):
 def test_what_is_advised_for_a_value_works(wrong, right):
     if right is None:
         is_budget = wrong.startswith("bud")
-        found = problems_of("plan", [*PLAN, wrong, *([] if is_budget else ["budget.steps=1"])])
-        (problem,) = found
+        problems = problems_of("plan", [*PLAN, wrong, *([] if is_budget else ["budget.steps=1"])])
+        (problem,) = problems
         assert problem.remedy
         assert "converted" not in problem.reason
     else:
