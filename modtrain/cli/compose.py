@@ -27,7 +27,7 @@ from modtrain.cli.schemas import VERBS, schema_of
 from modtrain.cli.stray_words import advised_keys, is_word, word_problems
 from modtrain.common.config_keys import added_keys
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
-from modtrain.common.file_mistakes import has_section, mistakes_in_file
+from modtrain.common.file_mistakes import OF_HYDRA, has_section, mistakes_in_file
 from modtrain.common.other_tools import value_here
 from modtrain.common.overrides import (
     explain,
@@ -223,7 +223,9 @@ class _Composer:
             if path.is_file():
                 section = section_of(name, path.read_text(encoding="utf-8"))
                 if has_section(fields, section):
-                    problems += mistakes_in_file(path, fields, self.options, _CHOOSE, section)
+                    problems += mistakes_in_file(
+                        path, fields, self.options, _CHOOSE, section, OF_HYDRA
+                    )
         return problems
 
     def options(self, group: str) -> list[str]:

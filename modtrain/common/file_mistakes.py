@@ -19,8 +19,10 @@ from modtrain.common.errors import Problem
 from modtrain.common.overrides import unknown_key
 from modtrain.common.spelling import misfit, node_of
 
-# What a file of Hydra's may have at its top beside keys.
-_OF_HYDRA = ("defaults", "hydra")
+# What a file below --config-dir may have at its top beside keys.
+OF_HYDRA = ("defaults", "hydra")
+# The tag of <<, which takes the keys of another mapping.
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def mistakes_in_file(
@@ -29,15 +31,16 @@ def mistakes_in_file(
     choices: Callable[[str], Sequence[str]],
     choose: str,
     prefix: str = "",
+    others: Sequence[str] = (),
 ) -> list[Problem]:
     """Return a problem for each key and value of a file that ``config`` does not take.
 
     config: with the keys there are, and their types. choices: of a group, by its name; empty for no
     group. choose: how one is chosen, with ``{key}`` and ``{value}``. prefix: the section that the
-    file's keys are below; empty for the top.
+    file's keys are below; empty for the top. others: what may stand beside keys at the top.
     """
     loader = get_yaml_loader()(path.read_text(encoding="utf-8"))
-    file = _File(path, loader, config, choices, choose)
+    file = _File(path, loader, config, choices, choose, others)
     return list(file.problems(loader.get_single_node(), prefix))
 
 
@@ -48,12 +51,13 @@ class _File:
     config: DictConfig
     choices: Callable[[str], Sequence[str]]
     choose: str
+    others: Sequence[str]
 
     def problems(self, node: yaml.Node | None, prefix: str) -> Iterator[Problem]:
         """Yield what is wrong with the section ``prefix``, of which ``node`` gives keys."""
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         for name, child in pairs:
-            if not prefix and name.value in _OF_HYDRA:
+            if name.tag == _MERGE or (not prefix and name.value in self.others):
                 continue
             key = f"{prefix}.{name.value}" if prefix else str(name.value)
             known = node_of(self.config, key)

@@ -44,6 +44,13 @@ def printed(*words):
         ("model=tiny", "model=tiny", "modtrain train model=tiny"),
         ("train --model tiny", "--model", "write model=tiny"),
         ("train --lr=1e-3", "--lr", "write optimizer.lr=1e-3"),
+        ("train --max_tokens=1e6", "--max_tokens", "write budget.tokens=1e6"),
+        ("generate --max_tokens=9", "--max_tokens", "write max_tokens=9"),
+        ("train --output_dir runs", "--output_dir", "write runs_dir=runs"),
+        ("submit train --output_dir runs", "--output_dir", "write runs_dir=runs"),
+        ("export --output_dir x", "--output_dir", "write output=x"),
+        ("eval --ckpt_path first", "--ckpt_path", "write run=first"),
+        ("train --wandb", "--wandb", "write log=wandb"),
         ("train --learning-rate 1e-3", "--learning-rate", "write optimizer.lr=1e-3"),
         ("train --trainer.max_steps 10", "--trainer.max_steps", "write budget.steps=10"),
         ("train --logger wandb", "--logger", "write log=wandb"),
@@ -159,6 +166,7 @@ def test_a_directory_of_runs_is_no_base_and_its_runs_are_named(tmp_path):
         ("checkpoint: {keep_steps: [null, off]}", "checkpoint.keep_steps", 1, "without null"),
         ("optimizer: {train: [null, off]}", "optimizer.train", 1, '["null", "off"]'),
         ("stop: [null, off]", "stop", 1, "top-level keys: "),
+        ("defaults: [model: tiny]", "defaults", 1, "top-level keys: "),
     ],
 )
 def test_a_mistake_in_a_file_has_its_key_line_and_remedy(content, key, line, remedy, tmp_path):
@@ -181,6 +189,7 @@ def test_all_mistakes_of_a_file_are_reported_at_once(tmp_path):
     [
         ("optimizer: {lrr: 3}", "optimizer.lrr", "did you mean optimizer.lr?"),
         ("model: tiny", "model", "as - override /model: tiny"),
+        ("defaults: [override /model: tiny, _self_]\noptimizer: {lrr: 3}", "optimizer.lrr", "lr?"),
         ("budget: {tokens: 1M}", "budget.tokens", "write budget: {tokens: 1e6}"),
     ],
 )
@@ -190,7 +199,8 @@ def test_a_mistake_in_a_directory_of_ones_own_is_reported_likewise(content, key,
     file.write_text(f"# @package _global_\n{content}\n")
     problems = problems_of(compose, "train", ["experiment=mine"], str(tmp_path))
     assert list(problems) == [key]
-    assert problems[key].reason.endswith(f", in {file}, line 2")
+    line = content.count("\n") + 2
+    assert problems[key].reason.endswith(f", in {file}, line {line}")
     assert remedy in problems[key].remedy
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer/own.yaml").write_text("lrr: 3\n")
