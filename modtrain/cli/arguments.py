@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from modtrain import __version__
+from modtrain.cli.schemas import VERBS, schema_of
 from modtrain.common.errors import Problem, raise_if_any
 from modtrain.common.other_tools import CHOICES, KEYS, key_here, sentence_for, value_here
 
@@ -79,7 +80,9 @@ def read_arguments(argv: Sequence[str], verbs: Mapping[str, str]) -> Arguments:
         foreign = [(o, v) for o, v in foreign if o not in (*_CONFIG_OPTIONS, "--resolve")]
         words = words if verb == "config" else [verb, *words]
         verb = "config"
-    problems += [_problem(option, value) for option, value in foreign]
+    if foreign:
+        known = _keys_of(words[0] if verb in ("submit", "config") and words else verb)
+        problems += [_problem(option, value, known) for option, value in foreign]
     raise_if_any(problems)
     if parsed.multirun and verb not in ("train", "config"):
         parser.error("-m sweeps over runs of train; another verb has one configuration")
@@ -153,8 +156,20 @@ def _split(
     return own, foreign
 
 
-def _problem(option: str, value: str) -> Problem:
-    """Return the problem of an option that is not one of modtrain's."""
+def _keys_of(verb: str) -> list[str]:
+    """Return the keys of a verb; those that other tools have names for, where it has none."""
+    if verb not in VERBS:
+        return list(KEYS)
+    # A command line without such mistakes needs neither.
+    from omegaconf import OmegaConf  # noqa: PLC0415
+
+    from modtrain.common.config_keys import all_keys  # noqa: PLC0415
+
+    return all_keys(OmegaConf.structured(schema_of(verb)))
+
+
+def _problem(option: str, value: str, known: Sequence[str]) -> Problem:
+    """Return the problem of an option that is not one of modtrain's. known: the verb's keys."""
     reason = "is not an option"
     if option in _CONFIG_OPTIONS:
         return Problem(option, value, "shows the configuration of a job", f"write {option} job")
@@ -164,9 +179,10 @@ def _problem(option: str, value: str) -> Problem:
         remedy = _FOREIGN[option].format(value=value or "NAME")
         return Problem(option, value, reason, remedy)
     name = option.lstrip("-").replace("-", "_")
-    if name not in KEYS and (sentence := sentence_for(name, value, KEYS)):
+    if name not in known and (sentence := sentence_for(name, value, known)):
         return Problem(option, value, reason, sentence)
-    key = name if name in KEYS else key_here(name, list(KEYS), list(CHOICES)) or name
+    is_here = name in known or name in CHOICES
+    key = name if is_here else key_here(name, known, list(CHOICES)) or name
     text = value_here(key, value) or "VALUE"
     is_plain = re.fullmatch(r"[\w.,+-]+", text) is not None
     override = f"{key}={text}" if is_plain else shlex.quote(f'{key}="{text}"')

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.cli.compose import SCHEMAS, compose
+from modtrain.common.config_keys import all_keys
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
+from modtrain.common.file_mistakes import mistakes_in_file
 from modtrain.common.overrides import SOURCES, parse, plain
 from modtrain.common.reading import UnreadableError, read_yaml
 from modtrain.common.renamed_keys import flatten, translate
 from modtrain.common.shipped import conf_dir
+from modtrain.common.spelling import node_of
 from modtrain.common.yaml_texts import misread_in_file
 from modtrain.experiments.sweep.jobs import as_value
 from modtrain.training.config import TrainConfig
-from modtrain.training.named_runs import missing_run
+from modtrain.training.named_runs import missing_run, name_of
+from modtrain.training.run_directory import RunDirectory
 
 _KEY = "from"
-# What is a new run's own.
-_NOT_TAKEN = ("name", "resume", "max_time")
+# What each run has of its own: taken from a file, and not from another run.
+_OWN = ("name", "resume", "max_time")
+_CHOOSE = "take it out of the file, and add {key}={value} to the command"
 # What a run starts from is one choice: a new one keeps nothing of the base's.
 _STARTING_POINT = ("branch", "init")
 
@@ -32,7 +37,8 @@ def expand_base(verb: str, words: Sequence[str], config_dir: str | None) -> list
     """Return ``words`` with the overrides that ``from=RUN`` stands for in its place.
 
     They come before the others, which so win. A group that is chosen beside it (``model=tiny``)
-    keeps nothing of the run's; nor does another starting point (``init.run``, ``branch.run``).
+    keeps nothing of the run's; nor does another starting point (``init.run``, ``branch.run``). The
+    name of a run is that run's own; the name in a file is taken.
 
     Raises:
         ConfigError: there is no such run or file; it does not fit; the verb trains nothing.
@@ -43,7 +49,8 @@ def expand_base(verb: str, words: Sequence[str], config_dir: str | None) -> list
     # The first word of `submit` and `config` is the verb that has the configuration.
     first = [words[0]] if verb in ("submit", "config") else []
     others = [word for word in words[len(first) :] if word not in given]
-    schema = SCHEMAS.get(first[0] if first else verb, object)
+    composed = first[0] if first else verb
+    schema = SCHEMAS.get(composed, object)
     value = given[-1].partition("=")[2]
     if not issubclass(schema, TrainConfig):
         reason, remedy = "is for verbs that train", "leave it out"
@@ -57,43 +64,69 @@ def expand_base(verb: str, words: Sequence[str], config_dir: str | None) -> list
         str(o.input_line) for o in parsed if o.key_or_group in chosen and not o.is_sweep_override()
     ]
     runs_dir = next((str(o.value()) for o in parsed if o.key_or_group == "runs_dir"), "runs")
-    stored = _read(value, Path(runs_dir))
+    whole = _dictionaries(schema)
+    base = flatten(_read(value, runs_dir, schema), whole=whole)
     sections = {o.key_or_group.partition(".")[0] for o in parsed}
     replaced = [*chosen, *(_STARTING_POINT if sections & {*_STARTING_POINT} else ())]
-    flat = {
-        key: content
-        for key, content in flatten(stored, whole=[SOURCES]).items()
-        if key not in _NOT_TAKEN and key.partition(".")[0] not in replaced
-    }
-    defaults = flatten(asdict(_default(groups, config_dir)), whole=[SOURCES])
-    base = [f"{key}={as_value(v)}" for key, v in flat.items() if defaults.get(key, ...) != v]
-    return [*first, *base, *others]
+    defaults = flatten(asdict(compose(composed, groups, config_dir)), whole=whole)
+    # With a plus a dictionary takes any names; the sources of a mixture get theirs later.
+    opened = {key: f"++{key}" for key in whole if key != SOURCES}
+    overrides = [
+        f"{opened.get(key, key)}={as_value(content)}"
+        for key, content in base.items()
+        if key.partition(".")[0] not in replaced and defaults.get(key, ...) != content
+    ]
+    return [*first, *overrides, *others]
 
 
-def _default(groups: Sequence[str], config_dir: str | None) -> TrainConfig:
-    config: TrainConfig = compose("train", groups, config_dir)
-    return config
-
-
-def _read(value: str, runs_dir: Path) -> dict[str, Any]:
-    """Return the keys of the run or file ``value``."""
+def _find(value: str, runs_dir: str) -> Path:
+    """Return the file of the run or file ``value``; raises ConfigError where there is none."""
     text = value.strip("'\"")
-    paths = [runs_dir / text / "config.yaml", Path(text, "config.yaml"), Path(text)]
+    paths = [Path(runs_dir, text, "config.yaml"), Path(text, "config.yaml"), Path(text)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        reason, _, remedy = missing_run(str(runs_dir), text, _KEY).partition("\nremedy: ")
+        error = missing_run(runs_dir, name_of(runs_dir, text), _KEY)
+        reason, _, remedy = error.partition("\nremedy: ")
         reason = f"is no run and no file: {reason}"
         raise ConfigError([Problem(_KEY, value, reason, f"{remedy}; or a YAML file")])
+    return path
+
+
+def _dictionaries(schema: type) -> list[str]:
+    """Return the keys that have names of a user's own below them, and so are one value each."""
+    fields: Any = OmegaConf.structured(schema)
+    nodes = {key: node_of(fields, key) for key in all_keys(fields)}
+    return [
+        key
+        for key, node in nodes.items()
+        if isinstance(node, DictConfig) and not is_dataclass(node._metadata.ref_type)
+    ]
+
+
+def _read(value: str, runs_dir: str, schema: type) -> dict[str, Any]:
+    """Return what is taken of the run or file ``value``, with values as ``schema`` has them."""
+    path = _find(value, runs_dir)
+    is_run = path != Path(value.strip("'\"")) or RunDirectory(path.parent).manifest.is_file()
+    fields: Any = OmegaConf.structured(TrainConfig if is_run else schema)
     try:
         content = translate(read_yaml(path))
-        schema: Any = OmegaConf.structured(TrainConfig)
-        typed: Any = OmegaConf.merge(schema, content)
+        typed: Any = OmegaConf.merge(fields, content)
         OmegaConf.to_object(typed)
-        raise_if_any([p for p in misread_in_file(path, typed) if p.key not in _NOT_TAKEN])
-    except (UnreadableError, OmegaConfBaseException) as error:
+    except UnreadableError as error:
+        remedy = "correct the file; modtrain config train prints one that is right"
+        raise ConfigError([Problem(_KEY, value, f"{path}: {error}", remedy)]) from None
+    except OmegaConfBaseException as error:
+        raise_if_any(mistakes_in_file(path, fields, _choices, _CHOOSE))
         remedy = "correct the file; modtrain config train prints one that is right"
         raise ConfigError([Problem(_KEY, value, f"{path}: {plain(error)}", remedy)]) from None
-    return _only(OmegaConf.to_container(typed), content)
+    not_taken = _OWN if is_run else ()
+    raise_if_any([p for p in misread_in_file(path, typed) if p.key not in not_taken])
+    taken = {key: part for key, part in content.items() if key not in not_taken}
+    return _only(OmegaConf.to_container(typed), taken)
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")) if group else []
 
 
 def _only(typed: Any, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from modtrain.checkpoint.recovery import (
 )
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import CheckpointError, raise_if_any
-from modtrain.common.terminal import plain_console
+from modtrain.common.terminal import last_output, plain_console
 from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import open_run
 from modtrain.training.run_directory import RunDirectory
@@ -67,11 +67,13 @@ def _list(run: RunDirectory, console: Console, contents: bool) -> None:
                 continue
             damaged.append(str(error))
             table.add_row(path.name.removeprefix(STEP_PREFIX), "", "", "", "", "no")
-    console.print(table)
+    with last_output():
+        console.print(table)
     if contents and damaged:
         raise CheckpointError("\n".join(["damaged checkpoints:", *damaged]))
-    for message in damaged:
-        console.print(message)
+    with last_output():
+        for message in damaged:
+            console.print(message)
 
 
 def _row(path: Path) -> tuple[str, str, str, str, str]:
@@ -96,9 +98,10 @@ def _prune(config: CheckpointsConfig, run: RunDirectory, console: Console) -> No
     with run.locked():
         steps = retention.keep_steps
         removed = prune(run.checkpoints, keep_last, keep_every, contents=True, keep_steps=steps)
-    for path in removed:
-        console.print(f"removed {path}")
-    console.print(f"{len(whole_checkpoints(run.checkpoints))} checkpoints are left")
+    with last_output():
+        for path in removed:
+            console.print(f"removed {path}")
+        console.print(f"{len(whole_checkpoints(run.checkpoints))} checkpoints are left")
 
 
 def _consolidate(
@@ -119,4 +122,5 @@ def _consolidate(
         return step, output, consolidate(path, output, _DTYPES[config.dtype], step_metadata, tied)
 
     step, output, size = with_checkpoint(run.checkpoints, config.step, write)
-    console.print(f"wrote {output}: the weights of step {step}, {size:,} bytes")
+    with last_output():
+        console.print(f"wrote {output}: the weights of step {step}, {size:,} bytes")

@@ -27,6 +27,7 @@ from modtrain.cli.schemas import VERBS, schema_of
 from modtrain.cli.stray_words import advised_keys, is_word, word_problems
 from modtrain.common.config_keys import added_keys
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
+from modtrain.common.file_mistakes import OF_HYDRA, has_section, mistakes_in_file
 from modtrain.common.other_tools import value_here
 from modtrain.common.overrides import (
     explain,
@@ -38,13 +39,15 @@ from modtrain.common.overrides import (
     search_path,
     with_spelling,
 )
-from modtrain.common.renamed_keys import new_name, renamed_in_files
+from modtrain.common.renamed_keys import new_name, renamed_in_files, section_of
 from modtrain.common.shipped import conf_dir
 from modtrain.common.spelling import quoted
 from modtrain.common.yaml_texts import misread_in_folder
 from modtrain.data.config import PrepareConfig
 from modtrain.training.config import TrainConfig
 from modtrain.training.named_runs import name_of
+
+_CHOOSE = "choose it in the file's defaults, as - override /{key}: {value}"
 
 SCHEMAS: dict[str, type] = {verb: schema_of(verb) for verb in VERBS}
 
@@ -94,7 +97,12 @@ def compose(
     if problems:
         # Report all problems in one message.
         reported = {problem.key for problem in problems} | advised_keys(problems)
-        problems += _config_problems(verb, typed, reported)
+        problems += [
+            problem
+            for problem in _config_problems(verb, typed, reported)
+            # Of a section in which a key is wrong already: it may be right once that is.
+            if not any(key.lstrip("+").startswith(f"{problem.key}.") for key in reported)
+        ]
     raise_if_any(problems)
     return _with_run_names(typed)
 
@@ -201,7 +209,24 @@ class _Composer:
         key = getattr(error.__context__, "full_key", None)
         if self.user_dir is not None and key is not None and new_name(key) is not None:
             return ConfigError(renamed_in_files(self.user_dir))
+        if self.user_dir is not None and (mistakes := self._mistakes_in_files(groups)):
+            return ConfigError(mistakes)
         return _combined_error(self.verb, groups, error)
+
+    def _mistakes_in_files(self, groups: list[Override]) -> list[Problem]:
+        """Find what is wrong with the user's own files that ``groups`` choose."""
+        fields: Any = OmegaConf.structured(schema_of(self.verb))
+        problems = []
+        for override in groups:
+            name = Path(override.key_or_group, f"{override.value()}.yaml")
+            path = Path(self.user_dir or "", name)
+            if path.is_file():
+                section = section_of(name, path.read_text(encoding="utf-8"))
+                if has_section(fields, section):
+                    problems += mistakes_in_file(
+                        path, fields, self.options, _CHOOSE, section, OF_HYDRA
+                    )
+        return problems
 
     def options(self, group: str) -> list[str]:
         """Return the choices of a group; empty for what is none."""

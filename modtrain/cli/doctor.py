@@ -19,7 +19,7 @@ from rich.table import Table
 
 import modtrain
 from modtrain.common.errors import Problem, raise_if_any
-from modtrain.common.terminal import plain_console
+from modtrain.common.terminal import last_output, plain_console
 from modtrain.data.prepare.worker_pool import usable_cpus
 
 # What `require` can ask for.
@@ -76,12 +76,13 @@ def show(require: Sequence[str] = ()) -> int:
     table = Table(title="modtrain doctor", show_header=False)
     for finding in findings:
         table.add_row(finding.name, finding.value)
-    console.print(table)
     required = [finding for finding in findings if finding.missing and finding.need in require]
-    for finding in findings:
-        if finding.missing:
-            mark = "required, " if finding in required else ""
-            console.print(f"- {mark}{finding.name}: {finding.missing}")
+    with last_output():
+        console.print(table)
+        for finding in findings:
+            if finding.missing:
+                mark = "required, " if finding in required else ""
+                console.print(f"- {mark}{finding.name}: {finding.missing}")
     return 1 if required else 0
 
 

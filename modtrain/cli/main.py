@@ -13,12 +13,13 @@ from typing import Any
 
 from modtrain.cli.arguments import Arguments, make_parser, read_arguments
 from modtrain.cli.process_ends import (
+    ignore_interrupts,
     interrupted_text,
     launched_rank,
     print_all_characters,
-    stop_printing,
 )
 from modtrain.common.errors import ConfigError, ModtrainError, Problem, RankError, raise_if_any
+from modtrain.common.terminal import last_output, stop_printing
 
 Verb = Callable[[list[str], str | None], int]
 
@@ -45,9 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             has_own = arguments.verb in _TRAINING or _shares_work(arguments)
             if has_own or launched_rank(has_ranks=False) == 0:
                 outcome.exit_code = _run(arguments)
-        sys.stdout.flush()
+        with last_output():
+            sys.stdout.flush()
         return outcome.exit_code
     except (ModtrainError, OSError, KeyboardInterrupt) as error:
+        if argv is None and isinstance(error, KeyboardInterrupt):
+            ignore_interrupts()
         return _report(error, arguments)
 
 
@@ -83,6 +87,9 @@ def _report(error: BaseException, arguments: Arguments) -> int:
             remedy = f"\nremedy: free space, or write elsewhere{more}"
         print(f"{program}: {where}{error.strerror or error}{remedy}", file=sys.stderr)
         return 1
+    from modtrain.training.stop_signal import show_cursor
+
+    show_cursor()
     print(f"\n{interrupted_text(is_resumable)}", file=sys.stderr)
     return 130
 
@@ -149,7 +156,8 @@ def _call(verb: str, target: str, overrides: list[str], config_dir: str | None) 
     if isinstance(result, int):
         return result
     if result is not None:
-        print(result)
+        with last_output():
+            print(result)
     return 0
 
 
@@ -194,12 +202,16 @@ def _eval(overrides: list[str], config_dir: str | None) -> int:
         from modtrain.inference.tasks.evaluate_tasks import evaluate_tasks
         from modtrain.inference.tasks.report import show_tasks
 
-        show_tasks(evaluate_tasks(config))
+        scores = evaluate_tasks(config)
+        with last_output():
+            show_tasks(scores)
         return 0
     from modtrain.inference.evaluate.evaluate import evaluate_run
     from modtrain.inference.evaluate.reporting import show
 
-    show(evaluate_run(config))
+    figures = evaluate_run(config)
+    with last_output():
+        show(figures)
     return 0
 
 
@@ -209,7 +221,9 @@ def _inspect(overrides: list[str], config_dir: str | None) -> int:
     config = compose("inspect", overrides, config_dir)
     from modtrain.inference.inspect.inspect import inspect_run
 
-    print(f"wrote {inspect_run(config)}")
+    page = inspect_run(config)
+    with last_output():
+        print(f"wrote {page}")
     return 0
 
 

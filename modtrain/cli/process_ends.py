@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 
@@ -34,9 +35,9 @@ def launched_rank(has_ranks: bool, environment: Mapping[str, str] = os.environ) 
         return 0
 
 
-def stop_printing() -> None:
-    """Print nothing more: the reader has closed the pipe, and Python would complain at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def ignore_interrupts() -> None:
+    """Let a further Ctrl-C do nothing: this one ends the process, and needs no traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def interrupted_text(is_resumable: bool) -> str:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from modtrain.common.config_keys import all_keys, nearest_keys
 from modtrain.common.errors import Problem
 from modtrain.common.other_tools import key_here
-from modtrain.common.spelling import in_quotes, kind_of, spelling
+from modtrain.common.overrides import unknown_key
+from modtrain.common.spelling import (
+    in_quotes,
+    is_unclosed,
+    kind_of,
+    list_items,
+    node_of,
+    spelling,
+)
 
 # The key that a verb's first word would be, where that is not ``run`` or ``name``.
 _MAIN_KEYS = {"prepare": "sources", "fit": "points", "report": "runs", "search": "study"}
 # The key of the next word, where the first one has its value.
 _SECOND_KEYS = {"generate": "prompt", "inspect": "text", "export": "output", "import": "name"}
+# Keys whose values are mostly one word.
+_PATHS, _NAMES = ("path", "runs_dir", "output", "data_path"), ("name", "run", "study")
 _SHOWN = 3
 _GENERIC = "write key=value or group=name"
 
@@ -38,7 +49,7 @@ def word_problems(
 
 def advised_keys(problems: Sequence[Problem]) -> set[str]:
     """Return the keys to which remedies say to give a value: they need no problem of their own."""
-    advised = (re.match(r"write '?([\w.]+)=", problem.remedy) for problem in problems)
+    advised = (re.match(r"(?:write '?|did you mean )([\w.]+)", p.remedy) for p in problems)
     return {match[1] for match in advised if match}
 
 
@@ -75,13 +86,9 @@ def _problem(
 
     is_next: whether a word before it was the value of the verb's main key.
     """
+    if before and (joined := _joined(before, words, config, choices)):
+        return joined
     word, reason = words[0], "has no value"
-    key, _, text = before.lstrip("+").partition("=")
-    if before and _takes_text(config, key, text):
-        whole, known = " ".join([text, *words]), all_keys(config)
-        target = key if key in known else (key_here(key, known, ()) or key)
-        remedy = f"write {in_quotes(target, whole)}"
-        return Problem(key, whole, "is in several words", remedy), len(words)
     named = word if choices(word) else _key_named(word, config)
     if named is not None:
         value = words[1] if len(words) > 1 else "…"
@@ -95,18 +102,73 @@ def _problem(
     if key in config and OmegaConf.is_list(config[key]) and not _choice_of(word, config, choices):
         remedy = f"write {spelling(config, key, _pattern(words, config))}"
         return Problem(" ".join(words[:3]), "", reason, remedy), len(words)
-    return Problem(word, "", reason, _meant(key, word, config, choices)), 1
+    remedy = _meant(key, word, config, choices)
+    given, _, text = before.lstrip("+").partition("=")
+    if remedy == _GENERIC and given in _NAMES and _may_be_text(text):
+        whole = " ".join([text, *words])
+        remedy = f"write {in_quotes(given, whole)}"
+        return Problem(given, whole, "is in several words", remedy), len(words)
+    return Problem(word, "", reason, remedy), 1
 
 
-def _takes_text(config: DictConfig, key: str, text: str) -> bool:
+def _joined(
+    before: str, words: list[str], config: DictConfig, choices: Callable[[str], list[str]]
+) -> tuple[Problem, int] | None:
+    """Return the problem of a value that goes on in ``words``, and in how many of them.
+
+    before: the override with its beginning. None where the words are not of it.
+    """
+    key, _, text = before.lstrip("+").partition("=")
+    known, reason = all_keys(config), "is in several words"
+    target = key if key in known else key_here(key, known, ())
+    if target is None:
+        whole = " ".join([text, *words])
+        is_text = "." not in key and " " not in key and _may_be_text(text)
+        return (unknown_key(key, whole, config), len(words)) if is_text else None
+    is_list = OmegaConf.is_list(node_of(config, target))
+    if is_unclosed(text) and (is_list or kind_of(config, target) is Any):
+        used = 1
+        while used < len(words) and is_unclosed(" ".join([text, *words[:used]])):
+            used += 1
+        whole = " ".join([text, *words[:used]])
+        remedy = spelling(config, target, whole) or in_quotes(target, whole)
+        return Problem(key, whole, reason, f"write {remedy}"), used
+    if is_list:
+        others = [n for n, word in enumerate(words) if _is_another(word, config, choices)]
+        words = words[: others[0] if others else None]
+        whole = " ".join([text, *words])
+        items = [*list_items(text), *(item for word in words for item in list_items(word))]
+        spelled = spelling(config, target, _pattern(items, config)) if words else None
+        return (Problem(key, whole, reason, f"write {spelled}"), len(words)) if spelled else None
+    if not _takes_text(config, target, text, words):
+        return None
+    whole = " ".join([text, *words])
+    return Problem(key, whole, reason, f"write {in_quotes(target, whole)}"), len(words)
+
+
+def _is_another(word: str, config: DictConfig, choices: Callable[[str], list[str]]) -> bool:
+    """Whether ``word`` names a key or a group, rather than one more item of a list."""
+    return bool(choices(word)) or word in all_keys(config)
+
+
+def _may_be_text(text: str) -> bool:
+    """Whether ``text`` has words, and no quotes or brackets around it."""
+    has_marks = text[:1] in tuple("'\"[{") or text[-1:] in tuple("'\"]}")
+    return re.search(r"[A-Za-z]", text) is not None and not has_marks
+
+
+def _takes_text(config: DictConfig, key: str, text: str, words: list[str]) -> bool:
     """Whether the words behind ``key=text`` may be the rest of a text."""
-    if not re.search(r"[A-Za-z]", text) or text[:1] in "'\"[{" or text[-1:] in "'\"]}":
+    if not _may_be_text(text) or kind_of(config, key) is not str:
         return False
-    if key not in all_keys(config):
-        return "." not in key and " " not in key
+    name = key.rpartition(".")[2]
+    if name in _PATHS and Path(" ".join([text, *words])).exists():
+        return True
+    if name in _PATHS and "/" in text and "/" in words[0]:
+        # A folder with a blank in its name; else a path that is a word of its own.
+        return not Path(words[0]).exists()
     # A name of one word is whole; a word behind it is another one.
-    names = ("name", "run", "path", "runs_dir", "study", "output", "data_path")
-    return kind_of(config, key) is str and key.rpartition(".")[2] not in names
+    return name not in (*_PATHS, *_NAMES)
 
 
 def _key_named(word: str, config: DictConfig) -> str | None:

@@ -26,7 +26,7 @@ from modtrain.cluster.site import SITE_OPTIONS
 from modtrain.common.atomic_io import open_to_append, write_text
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.spelling import spelled
-from modtrain.common.terminal import plain_console
+from modtrain.common.terminal import last_output, plain_console
 from modtrain.training.run_directory import RunDirectory
 
 # For which Slurm may look at a new job first.
@@ -85,10 +85,12 @@ def submit(submission: Submission) -> None:
     if job.config.dry_run:
         return
     ids = _submit_script(job)
-    for number in ids:
-        console.print(f"submitted job {number}")
+    with last_output():
+        for number in ids:
+            console.print(f"submitted job {number}")
     _check_will_start(job, ids, console)
-    _print_next_commands(submission, ids, console)
+    with last_output():
+        _print_next_commands(submission, ids, console)
 
 
 def _with_awaited_job(submission: Submission, console: Console) -> Submission:

@@ -21,7 +21,7 @@ from modtrain.common.config_keys import added_keys, all_keys, keys_beside, neare
 from modtrain.common.errors import Problem
 from modtrain.common.other_tools import key_here, sentence_for, value_here
 from modtrain.common.renamed_keys import renamed_problem
-from modtrain.common.spelling import in_quotes, misfit, quoted, spelling
+from modtrain.common.spelling import bracket_fault, in_quotes, misfit, quoted, spelling
 
 SOURCES = "data.sources"
 """A section whose keys a user names."""
@@ -29,8 +29,6 @@ SEVERAL_VALUES = "has several values"
 """The reason of a problem of an override that would be a sweep."""
 NOT_UNDERSTOOD = "is not understood: "
 """What the reason of a problem of an override that Hydra cannot parse begins with."""
-
-_CLOSING = {")": "(", "]": "[", "}": "{"}
 
 
 def parse(overrides: Sequence[str], sweeps: bool = False) -> tuple[list[Override], list[Problem]]:
@@ -107,22 +105,8 @@ def _syntax(key: str, value: str) -> str:
     """Return why Hydra cannot parse ``key=value``, without the words of its grammar."""
     if not re.fullmatch(r"\+{0,2}~?[\w./@-]+", key.strip()):
         return f"{NOT_UNDERSTOOD}the key has characters that no key has"
-    opened: list[str] = []
-    quote = ""
-    for character in value:
-        if character in "'\"" and quote in ("", character):
-            quote = "" if quote else character
-        elif not quote and character in "([{":
-            opened.append(character)
-        elif (
-            not quote
-            and character in _CLOSING
-            and (not opened or opened.pop() != _CLOSING[character])
-        ):
-            return f"{NOT_UNDERSTOOD}{character} closes nothing"
-    if quote or opened:
-        return f"{NOT_UNDERSTOOD}{quote or opened[-1]} is not closed"
-    return f"{NOT_UNDERSTOOD}it has characters that Hydra gives a meaning"
+    fault = bracket_fault(value) or "it has characters that Hydra gives a meaning"
+    return f"{NOT_UNDERSTOOD}{fault}"
 
 
 def with_spelling(problem: Problem, config: DictConfig) -> Problem:
@@ -207,18 +191,32 @@ def not_a_key(
     that have choices.
     """
     key = override.get_key_element().lstrip("+~")
-    wrong = added_keys(config)
-    known = [k for k in all_keys(config) if not f"{k}.".startswith(tuple(f"{w}." for w in wrong))]
     value = str(override.input_line).partition("=")[2]
-    reason = "is not a key of this configuration"
     if key.startswith(SOURCES) and (of_source := _source_problem(override, key, value)):
         return of_source
+    return unknown_key(key, value, config, extra_keys, groups)
+
+
+def unknown_key(
+    key: str,
+    value: str,
+    config: DictConfig,
+    extra_keys: Sequence[str] = (),
+    groups: Sequence[str] = (),
+) -> Problem:
+    """Return the problem of ``key=value``, which is no key, with the one that may be meant.
+
+    config, extra_keys, groups: as in `not_a_key`.
+    """
+    wrong = added_keys(config)
+    known = [k for k in all_keys(config) if not f"{k}.".startswith(tuple(f"{w}." for w in wrong))]
+    reason = "is not a key of this configuration"
+    if sentence := sentence_for(key, value, known):
+        return Problem(key, value, reason, sentence)
     if target := key_here(key, known, groups):
         here = value_here(target, value)
         remedy = f"write {spelling(config, target, here) or f'{target}={here}'}"
         return Problem(key, value, reason, remedy)
-    if sentence := sentence_for(key, value, known):
-        return Problem(key, value, reason, sentence)
     near = nearest_keys(key, [*known, *extra_keys])
     section, names = keys_beside(key, known)
     remedy = f"keys of {section}" if section else "top-level keys"

@@ -59,13 +59,20 @@ def renamed_in_files(folder: Path) -> list[Problem]:
         content = yaml.safe_load(text)
         if not isinstance(content, Mapping):
             continue
-        header = _PACKAGE.search(text)
-        package = header[1] if header else "_group_"
-        package = {"_global_": "", "_group_": ".".join(name.parent.parts)}.get(package, package)
-        for key, value in flatten(content, package).items():
+        for key, value in flatten(content, section_of(name, text)).items():
             if new := new_name(key):
                 problems.append(Problem(key, value, f"was renamed (in {name})", f"write {new}"))
     return problems
+
+
+def section_of(name: Path, text: str) -> str:
+    """Return the section that a file of Hydra's gives the keys of; empty for the top.
+
+    name: below a directory that is laid out as ``conf/`` is. text: its content.
+    """
+    header = _PACKAGE.search(text)
+    package = header[1] if header else "_group_"
+    return {"_global_": "", "_group_": ".".join(name.parent.parts)}.get(package, package)
 
 
 def translate(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ _KINDS = {
     str: "is not one text",
 }
 _CHILDREN_SHOWN = 3
+_OPENING = {")": "(", "]": "[", "}": "{"}
 
 
 def quoted(text: str) -> str:
@@ -49,7 +50,7 @@ def spelling(config: DictConfig, key: str, text: str) -> str | None:
     None where no spelling does: each is tried. A text without a value that it may stand for has
     none, and so has a key that is not in ``config``.
     """
-    node = _node(config, key)
+    node = node_of(config, key)
     if node is None:
         return None
     for value in dict.fromkeys(_candidates(node, text.strip())):
@@ -63,13 +64,15 @@ def misfit(config: DictConfig, key: str, value: Any, text: str) -> tuple[str, st
 
     text: the value as written. None where the reason is another one than its type.
     """
-    node = _node(config, key)
+    node = node_of(config, key)
     if node is None:
         return None
     if value is None:
         return "cannot be null", f"leave it out{_default(node, '; the default is ')}"
     if isinstance(node, DictConfig) and is_dataclass(node._metadata.object_type):
         return _section_misfit(node, key, value, text)
+    if isinstance(node, ListConfig) and isinstance(value, list):
+        return _item_misfit(config, node, key, value, text)
     if isinstance(node, ListConfig | DictConfig):
         kind = list if isinstance(node, ListConfig) else dict
         reason = "is not a list" if kind is list else "is not a dictionary"
@@ -92,13 +95,75 @@ def _section_misfit(
     return None if wrong is None else (f"has no key {wrong}", remedy)
 
 
+def _item_misfit(
+    config: DictConfig, node: ListConfig, key: str, items: list[Any], text: str
+) -> tuple[str, str] | None:
+    """Return which of ``items`` the list ``node`` does not take, and what to write instead."""
+    kind = node._metadata.element_type
+    for item in items:
+        try:
+            ListConfig([], element_type=kind).append(item)
+        except OmegaConfBaseException:
+            word = spelling(config, key, text)
+            shown = "null" if item is None else item
+            reason = f"has {shown}, which {_KINDS.get(kind, 'is of another type')}"
+            return reason, f"write {word}" if word else f"give a list without {shown}"
+    return None
+
+
+def bracket_fault(text: str) -> str:
+    """Return which bracket or quote of ``text`` has no partner; empty where each has one."""
+    opened: list[str] = []
+    quote = ""
+    for character in text:
+        if character in "'\"" and quote in ("", character):
+            quote = "" if quote else character
+        elif not quote and character in "([{":
+            opened.append(character)
+        elif (
+            not quote
+            and character in _OPENING
+            and (not opened or opened.pop() != _OPENING[character])
+        ):
+            return f"{character} closes nothing"
+    return f"{quote or opened[-1]} is not closed" if quote or opened else ""
+
+
+def is_unclosed(text: str) -> bool:
+    """Whether a bracket or quote of ``text`` is still open at its end."""
+    return bracket_fault(text).endswith("is not closed")
+
+
+def list_items(text: str) -> list[str]:
+    """Return the items of a list as they are written, also where a bracket around it is missing."""
+    items, item = [], ""
+    for part in _without_brackets(text.strip()).split(","):
+        item = f"{item},{part}" if item else part
+        if not is_unclosed(item):
+            items.append(item.strip())
+            item = ""
+    return [one for one in [*items, item.strip()] if one]
+
+
+def _without_brackets(text: str) -> str:
+    is_opened, is_closed = text[:1] in ("[", "("), text[-1:] in ("]", ")")
+    # Where the first bracket belongs to another one than the last, both are of the items.
+    if is_opened and is_closed and not bracket_fault(text[1:-1]):
+        return text[1:-1].strip()
+    if is_opened and is_unclosed(text):
+        return text[1:].strip()
+    is_surplus = is_closed and bracket_fault(text).endswith("closes nothing")
+    return text[:-1].strip() if is_surplus else text
+
+
 def kind_of(config: DictConfig, key: str) -> object:
     """Return the type that the values of ``key`` have; None where there is no such key."""
-    node = _node(config, key)
+    node = node_of(config, key)
     return None if node is None else node._metadata.ref_type
 
 
-def _node(config: DictConfig, key: str) -> Any:
+def node_of(config: DictConfig, key: str) -> Any:
+    """Return the node of ``key``; None where there is no such key."""
     node: Any = config
     for part in key.split("."):
         if not isinstance(node, DictConfig) or node._is_none() or part not in node:
@@ -110,9 +175,8 @@ def _node(config: DictConfig, key: str) -> Any:
 def _candidates(node: Any, text: str) -> Iterator[str]:
     kind = node._metadata.ref_type
     if isinstance(node, ListConfig):
-        bare = text.strip("[]() ")
-        yield f"[{bare}]"
-        yield f"[{', '.join(quoted(item.strip()) for item in bare.split(','))}]"
+        yield f"[{_without_brackets(text)}]"
+        yield f"[{', '.join(quoted(_without_quotes(item)) for item in list_items(text))}]"
         return
     if kind is bool:
         yield {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(text.lower(), text)
@@ -120,8 +184,13 @@ def _candidates(node: Any, text: str) -> Iterator[str]:
         yield from _numbers(text, kind is int)
     else:
         if kind is Any and "," in text:
-            yield f"[{text}]"
+            yield f"[{_without_brackets(text)}]"
         yield text if _PLAIN.fullmatch(text) else quoted(text)
+
+
+def _without_quotes(text: str) -> str:
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if is_quoted else text
 
 
 def _numbers(text: str, whole: bool) -> Iterator[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +29,24 @@ class _PlainConsole(Console):
 def plain_console(**options: Any) -> Console:
     """Return a console that prints text as it is: a name may be ``[v1] x`` or ``:fire:``."""
     return _PlainConsole(**{"markup": False, "emoji": False, "highlight": False, **options})
+
+
+def stop_printing() -> None:
+    """Print nothing more: the reader has closed the pipe, and Python would complain at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def last_output() -> Iterator[None]:
+    """Print in the block what is done by then: where no one reads it, nothing has failed.
+
+    A command that still has something to do goes on with it.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        stop_printing()
 
 
 def print_line(text: str) -> None:

@@ -11,9 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from modtrain.common.errors import Problem
+from modtrain.common.renamed_keys import section_of
 from modtrain.common.spelling import kind_of, quoted
-
-_GLOBAL = "@package _global_"
 
 
 def misread_in_folder(folder: Path, config: DictConfig) -> list[Problem]:
@@ -23,10 +22,9 @@ def misread_in_folder(folder: Path, config: DictConfig) -> list[Problem]:
     """
     problems = []
     for path in sorted(folder.rglob("*.yaml")):
-        section = ".".join(path.parent.relative_to(folder).parts)
         with suppress(yaml.YAMLError, OSError, UnicodeDecodeError):
-            prefix = "" if _GLOBAL in path.read_text(encoding="utf-8") else section
-            problems += misread_in_file(path, config, prefix)
+            section = section_of(path.relative_to(folder), path.read_text(encoding="utf-8"))
+            problems += misread_in_file(path, config, section)
     return problems
 
 

@@ -21,17 +21,19 @@ _NEWEST = ("last", "latest", "newest", "-1")
 def name_of(runs_dir: str, name: str) -> str:
     """Return the name below ``runs_dir`` of a run that is given by a path or by a file in it.
 
-    ``runs/first``, ``./runs/first/`` and ``runs/first/config.yaml`` are ``first``, where there is
-    such a directory; any other name is returned as it is.
+    ``runs/first`` and ``./runs/first/`` are ``first``, also where there is none, and so is
+    ``runs/first/config.yaml`` where there is one; any other name is returned as it is.
     """
     root, path = Path(runs_dir), Path(name)
     if not name or (not path.is_absolute() and (root / path).is_dir()):
         return name.rstrip("/") or name
-    for candidate in (path, path.parent):
+    for candidate in (path, path.parent) if path.is_file() else (path,):
         below = os.path.relpath(candidate, root)
         if candidate.is_dir() and not below.startswith("..") and below != ".":
             return below
-    return name
+    below = os.path.relpath(path, root)
+    begins_with_root = path.is_absolute() or path.parts[: len(root.parts)] == root.parts != ()
+    return name if below.startswith("..") or below == "." or not begins_with_root else below
 
 
 def open_run(runs_dir: str, name: str, key: str = "run") -> RunDirectory:

@@ -17,7 +17,7 @@ from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.recovery import recover, whole_checkpoints
 from modtrain.common.errors import ModtrainError
 from modtrain.common.spelling import spelled
-from modtrain.common.terminal import plain_console, print_line
+from modtrain.common.terminal import last_output, plain_console, print_line
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks, init_ranks
@@ -160,7 +160,8 @@ class _Run:
         if ranks.broadcast_from_rank0(run.is_complete):
             with ranks.raise_on_all_ranks():
                 run.check_same(self.config)
-            self.console.print(f"{run.path} is complete: nothing to train")
+            with last_output():
+                self.console.print(f"{run.path} is complete: nothing to train")
             return TrainResult("already complete", run)
         with ExitStack() as lock:
             ranks.run_on_rank0(lambda: lock.enter_context(run.locked()))
@@ -194,7 +195,9 @@ class _Run:
         if last_step < plan.steps:
             return self._stopped()
         ranks.run_on_rank0(lambda: run.complete(finite_result(plan, run)))
-        self.console.print(f"{run.path} is complete: {plan.steps} steps, {plan.flops:.3g} FLOPs")
+        with last_output():
+            text = f"{plan.steps} steps, {plan.flops:.3g} FLOPs"
+            self.console.print(f"{run.path} is complete: {text}")
         return TrainResult("complete", run)
 
     def _start(self) -> None:
@@ -339,7 +342,8 @@ class _Run:
         how = "rerun the same command"
         if self.has_made_name:
             how = f"add {spelled('name', str(self.config.name))} to the command"
-        self.console.print(f"stopped by {STOP.name}: {saved}; {how} to resume")
+        with last_output():
+            self.console.print(f"stopped by {STOP.name}: {saved}; {how} to resume")
         return TrainResult("stopped", run, STOP.exit_code)
 
 

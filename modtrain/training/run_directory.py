@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import modtrain
 from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import CheckpointError, InUseError, OtherRunError
+from modtrain.common.file_mistakes import mistakes_in_file
 from modtrain.common.reading import UnreadableError, read_json, read_yaml
 from modtrain.common.renamed_keys import flatten, translate
 from modtrain.data.remote.urls import is_url
@@ -153,6 +155,10 @@ class RunDirectory:
             return to_train_config(read_yaml(self.config))
         except Exception as error:
             reason = str(error).removeprefix(f"{self.config.name} cannot be read: ")
+            if isinstance(error, OmegaConfBaseException):
+                fields: Any = OmegaConf.structured(TrainConfig)
+                mistakes = mistakes_in_file(self.config, fields, lambda _group: (), "")
+                reason = "; ".join(f"{p.key}={p.value}: {p.reason}" for p in mistakes) or reason
             raise CheckpointError(
                 f"{self.config} cannot be read: {reason}\n"
                 "remedy: restore the file; or remove it and start the run again, which restores it"

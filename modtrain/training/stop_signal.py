@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_SHOW_CURSOR = b"\x1b[?25h\n"
+_SHOW_CURSOR = b"\x1b[?25h"
 # The variables in which a job's script gives the seconds between a signal and the kill: before the
 # time limit, and at a preemption.
 _TIME_LEFT: dict[int, str] = {signal.SIGUSR1: "MODTRAIN_LEAD", signal.SIGTERM: "MODTRAIN_GRACE"}
@@ -36,7 +36,7 @@ class StopRequest:
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
-            _show_cursor()
+            show_cursor(b"\n")
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         if self.signum is None:
@@ -96,13 +96,13 @@ class StopRequest:
         return "max_time" if self.is_out_of_time else "none"
 
 
-def _show_cursor() -> None:
-    """Restore what a progress bar has hidden; nothing else runs before the process ends."""
+def show_cursor(end: bytes = b"") -> None:
+    """Restore what an interrupted progress bar has hidden on the terminal. end: written behind."""
     for number in (1, 2):
         # Not through a stream, which may be in the middle of a write.
         with suppress(OSError):
             if os.isatty(number):
-                os.write(number, _SHOW_CURSOR)
+                os.write(number, _SHOW_CURSOR + end)
                 return
 
 

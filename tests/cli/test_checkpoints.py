@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +25,13 @@ from modtrain.checkpoint.layout import Manifest, checkpoint_path
 from modtrain.checkpoint.reading import TensorReader
 from modtrain.checkpoint.recovery import latest, prune, whole_checkpoints, with_checkpoint
 from modtrain.checkpoint.state import named_state
+from modtrain.cli import checkpoints
 from modtrain.cli.checkpoints import run_checkpoints
 from modtrain.cli.compose import compose
 from modtrain.cli.main import main
+from modtrain.common import terminal
 from modtrain.common.errors import CheckpointError
+from modtrain.common.terminal import plain_console
 from modtrain.distributed.process_group import Ranks
 from modtrain.models.config import ModelConfig
 from modtrain.models.transformer import Transformer
@@ -298,12 +302,33 @@ def test_invalid_requests_are_reported(overrides, key):
     assert list(problems_of(run_checkpoints, compose("checkpoints", overrides))) == [key]
 
 
-def test_the_command_reports_and_fails(run, capsys):
+@contextmanager
+def unread(monkeypatch):
+    """Have what the verb prints go to a pipe that its reader has closed."""
+
+    class Closed(io.StringIO):
+        def write(self, _text):
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal, "stop_printing", lambda: None)
+        patch.setattr(checkpoints, "plain_console", lambda **_: plain_console(file=Closed()))
+        yield
+
+
+def test_the_command_reports_and_fails(run, capsys, monkeypatch):
     saves(str(run.path.parent), 1)
     asked = ["checkpoints", f"runs_dir={run.path.parent}"]
     assert main([*asked, "run=r"]) == 0
     assert "1,000" in capsys.readouterr().out
+    with unread(monkeypatch):
+        for action in ("list", "prune", "consolidate"):
+            assert main([*asked, "run=r", f"action={action}"]) == 0, action
     hurt(run, 1)
+    with unread(monkeypatch):
+        # A reader that has closed the pipe hides no damage.
+        assert main([*asked, "run=r", "action=verify"]) == 1
+        assert "damaged checkpoints:" in capsys.readouterr().err
     assert main([*asked, "run=r", "action=verify"]) == 1
     assert "damaged checkpoints:" in capsys.readouterr().err
     assert main([*asked, "run=gone"]) == 1

@@ -5,13 +5,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from modtrain.cli import doctor
 from modtrain.cli import main as cli
 from modtrain.cli.process_ends import launched_rank
+from modtrain.common import terminal
 from modtrain.common.atomic_io import atomic_writer
 from modtrain.common.terminal import plain_console
+from modtrain.inference.evaluate import evaluate, reporting
+from modtrain.inference.inspect import inspect
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
@@ -99,6 +104,42 @@ def test_a_closed_pipe_is_no_failure_where_all_is_printed(verb, exit_code, monke
     monkeypatch.setattr(cli, "stop_printing", lambda: None)
     assert cli.main([verb]) == exit_code
     assert ("has closed the pipe" in capsys.readouterr().err) == bool(exit_code)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("eval", ["run=a"]),
+        ("inspect", ["run=a", "text=hello"]),
+        ("export", ["run=a", "output=b"]),
+        ("prepare", ["sources=[a]", "output=b"]),
+    ],
+)
+def test_what_is_done_is_no_failure_where_its_last_lines_are_not_read(verb, words, monkeypatch):
+    def unread(*_arguments, **_options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(terminal, "stop_printing", lambda: None)
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda _config: {})
+    monkeypatch.setattr(reporting, "show", unread)
+    monkeypatch.setattr(inspect, "inspect_run", lambda _config: Path("page.html"))
+    target = SimpleNamespace(resolve_name=lambda _target: lambda _config: "wrote it")
+    if verb not in ("eval", "inspect"):
+        monkeypatch.setattr(cli, "pkgutil", target)
+    monkeypatch.setattr(cli, "print", unread, raising=False)
+    assert cli.main([verb, *words]) == 0
+
+
+def test_a_missing_need_is_in_doctors_exit_code_also_where_no_one_reads(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, _text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(terminal, "stop_printing", lambda: None)
+    monkeypatch.setattr(doctor, "plain_console", lambda: plain_console(file=Closed()))
+    finding = doctor.Finding("x", "none", "not there", "cuda")
+    monkeypatch.setattr(doctor, "examine", lambda imported: [finding])
+    assert doctor.show(["cuda"]) == 1
 
 
 def piped(command: list[str], **environment: str) -> tuple[int, str, str]:

@@ -62,12 +62,20 @@ def check_advice(verb, wrong, kept=()):
         ("budget=1e12", "budget.flops=1e12"),
         ("budget.tokens=1M", "budget.tokens=1e6"),
         ("budget.tokens=1_000_000,0", None),
+        ("budget.tokens=1X", None),
+        ("budgt.tokens=1e6", None),
+        ("max_steps=1k", "budget.steps=1000"),
         ("budget.steps=1e3", "budget.steps=1000"),
         ("batch.tokens=16k", None),
         ("batch.tokens=16,384", "batch.tokens=16384"),
         ("model.capacity=12.5%", "model.capacity=0.125"),
         ("model.capacity=1/8", "model.capacity=0.125"),
         ("model.pattern=1,0.125,1,0.125", "model.pattern=[1,0.125,1,0.125]"),
+        ("model.pattern=[1,0.125,1,0.125", "model.pattern=[1,0.125,1,0.125]"),
+        ("model.pattern=1,0.125,1,0.125]", "model.pattern=[1,0.125,1,0.125]"),
+        ("checkpoint.keep_steps=[null,off]", None),
+        ("checkpoint.keep_steps=[3,4", "checkpoint.keep_steps=[3,4]"),
+        ("optimizer.train=[null,off]", 'optimizer.train=["null", "off"]'),
         ("model.pattern=foo", 'model.pattern="[1, .125]*2"'),
         ("checkpoint.keep_steps=3", "checkpoint.keep_steps=[3]"),
         ("checkpoint.keep_steps=3,4", "checkpoint.keep_steps=[3,4]"),
@@ -81,8 +89,11 @@ def check_advice(verb, wrong, kept=()):
 )
 def test_what_is_advised_for_a_value_works(wrong, right):
     if right is None:
-        (problem,) = [p for p in problems_of("plan", [*PLAN, wrong]) if p.key != "budget"]
+        is_budget = wrong.startswith("bud")
+        problems = problems_of("plan", [*PLAN, wrong, *([] if is_budget else ["budget.steps=1"])])
+        (problem,) = problems
         assert problem.remedy
+        assert "converted" not in problem.reason
     else:
         assert check_advice("plan", [wrong], PLAN) == right
 
@@ -102,6 +113,17 @@ def test_what_is_advised_for_a_value_works(wrong, right):
         ("generate", ["text=hello", "there,", "world"], 'prompt="hello there, world"'),
         ("prepare", ["sources=/x/*.txt"], "sources=[/x/*.txt]"),
         ("prepare", ["/x/1.txt", "/x/2.txt", "/x/3.txt", "/x/4.txt"], "sources=[/x/*.txt]"),
+        ("prepare", ["sources=a.txt", "b.txt", "c.txt"], "sources=[a.txt,b.txt,c.txt]"),
+        ("prepare", ["sources=[a.txt]", "b.txt"], "sources=[a.txt,b.txt]"),
+        ("prepare", ["sources=[a.txt,", "b.txt]"], "sources=[a.txt, b.txt]"),
+        ("prepare", ["input=a.txt", "b.txt"], "sources=[a.txt,b.txt]"),
+        ("prepare", ["sources=[[v1]", "set/*]"], 'sources=["[v1] set/*"]'),
+        ("prepare", ["sources=[[v1] set/*]"], 'sources=["[v1] set/*"]'),
+        ("prepare", ["sources=[[v1] set/*, b.txt]"], 'sources=["[v1] set/*", "b.txt"]'),
+        ("prepare", ["output=/mnt/My", "Drive/data"], 'output="/mnt/My Drive/data"'),
+        ("train", ["checkpoint.keep_steps=[3,", "4]", "tiny"], "checkpoint.keep_steps=[3, 4]"),
+        ("train", ["name=my", "long", "name"], 'name="my long name"'),
+        ("report", ["runs=a", "b"], "runs=[a,b]"),
         ("prepare", ["input=a.txt"], "sources=[a.txt]"),
         ("prepare", ["corpus=my/input.txt"], 'sources=["my/input.txt"]'),
         ("report", ["runs/first"], "runs=[first]"),
@@ -118,7 +140,10 @@ def test_what_is_advised_for_words_works(verb, wrong, right):
         assert check_advice(verb, wrong, needed[verb]) == right
         return
     problems = problems_of(verb, [*needed.get(verb, ()), *wrong])
-    (problem,) = [p for p in problems if p.remedy.startswith("write ")]
+    problem, *more = [p for p in problems if p.remedy.startswith("write ")]
+    assert [p.remedy for p in more] == (
+        ["write model=tiny"] if wrong[-1:] == ["tiny"] and more else []
+    )
     word = advised(problem.remedy)
     assert word == right or (verb == "prepare" and right in problem.remedy)
     assert problem.key not in {p.key for p in problems_of(verb, [*needed.get(verb, ()), word])}
@@ -131,7 +156,8 @@ def test_what_others_call_a_key_is_answered_with_it():
         verbs = [verb for verb in keys if target in keys[verb]]
         assert verbs, target
         for name in names:
-            answers = {key_here(f"trainer.{name}", keys[verb], groups) for verb in verbs}
+            theirs = name if "." in name else f"trainer.{name}"
+            answers = {key_here(theirs, keys[verb], groups) for verb in verbs}
             # Elsewhere the name is that of another key.
             assert target in answers, (target, name)
     assert [group for group in CHOICES if group not in groups] == []
@@ -145,6 +171,13 @@ def test_what_others_call_a_key_is_answered_with_it():
         ("plan", "logger=wandb", "log=wandb"),
         ("plan", "trainer.accelerator=gpu", "strategy.accelerator=cuda"),
         ("generate", "max_new_tokens=9", "max_tokens=9"),
+        ("plan", "train.max_tokens=3B", "budget.tokens=3e9"),
+        ("plan", "checkpoint.interval=500", "checkpoint.every=500"),
+        ("plan", "eval.interval=50", "eval.every=50"),
+        ("plan", "wandb=true", "log=wandb"),
+        ("plan", "model.name=tiny", "model=tiny"),
+        ("export", "output_dir=out", "output=out"),
+        ("eval", "ckpt_path=first", "run=first"),
     ],
 )
 def test_the_answer_has_the_value_as_it_is_written_here(verb, wrong, right):
@@ -155,7 +188,8 @@ def test_the_answer_has_the_value_as_it_is_written_here(verb, wrong, right):
 
 @pytest.mark.parametrize("name", {text: name for name, text in SENTENCES.items()}.values())
 def test_what_has_no_key_is_answered_with_a_way(name):
-    (problem,) = [p for p in problems_of("plan", [*PLAN, f"trainer.{name}=4"]) if p.key != "budget"]
+    theirs = name if "." in name else f"trainer.{name}"
+    (problem,) = [p for p in problems_of("plan", [*PLAN, f"{theirs}=4"]) if p.key != "budget"]
     assert problem.remedy == SENTENCES[name].format(value="4")
     for word in re.findall(r"[\w.]+=[\w]+", problem.remedy):
         if word.partition("=")[0] in LAUNCH_KEYS:
@@ -163,6 +197,8 @@ def test_what_has_no_key_is_answered_with_a_way(name):
             continue
         override = re.sub("=(N|NAME)$", "=65536", word)
         verb = "submit" if word.startswith("nodes") else "plan"
+        if word.startswith("run="):
+            verb = "eval"
         wrong = {
             p.key for p in problems_of(verb, [*PLAN, override] if verb == "plan" else [override])
         }
@@ -182,6 +218,27 @@ def test_what_others_call_a_value_is_answered_with_it(key):
 def test_nothing_is_suggested_where_nothing_is_meant(wrong):
     (problem,) = [p for p in problems_of("plan", [*PLAN, wrong]) if p.key != "budget"]
     assert problem.remedy.startswith("top-level keys: ")
+
+
+def test_a_malformed_budget_is_one_problem():
+    for wrong in ("budget.tokens=1M", "budget.tokens=[1", "budgt.tokens=1e6", "max_steps=1k"):
+        assert len(problems_of("plan", [*PLAN, wrong])) == 1, wrong
+
+
+@pytest.mark.parametrize("words", [["sources=a", "b"], ["sources=[a.txt]"]])
+def test_a_key_of_another_verb_is_not_advised(words):
+    problems = problems_of("plan", [*PLAN, "budget.steps=1", *words])
+    assert [p.reason for p in problems] == ["is not a key of this configuration"]
+
+
+@pytest.mark.parametrize("name", ["runs/nope", "./runs/nope/", "nope"])
+def test_a_run_that_is_not_there_is_named_without_its_directory(name, tmp_path):
+    (tmp_path / "runs/cmp/mod").mkdir(parents=True)
+    (tmp_path / "runs/cmp/mod/config.yaml").touch()
+    with pytest.raises(CheckpointError, match="there is no run runs/nope; there are: cmp/mod"):
+        open_run("runs", compose("eval", [f'run="{name}"']).run)
+    with pytest.raises(CheckpointError, match="did you mean run=cmp/mod"):
+        open_run("runs", compose("eval", ["run=runs/cmp/mode"]).run)
 
 
 def test_a_run_is_resumed_by_its_name():

@@ -104,6 +104,9 @@ def test_a_text_in_the_base_of_a_run_is_not_read_as_a_number(tmp_path):
     file.write_text("log:\n  wandb_project: 2026_11\n")
     problem = problems_of(expand_base, "train", [f"from={file}"], None)["log.wandb_project"]
     assert f"would be read as 202611, in {file}, line 2" in problem.reason
-    # The name is not taken from there.
     file.write_text("name: 2026_11\nseed: 7\n")
-    assert expand_base("train", [f"from={file}"], None) == ["seed=7"]
+    assert "name" in problems_of(expand_base, "train", [f"from={file}"], None)
+    # That of another run is not taken.
+    (tmp_path / "manifest.json").write_text("{}")
+    run = file.rename(tmp_path / "config.yaml")
+    assert expand_base("train", [f"from={run}"], None) == ["seed=7"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -11,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
 from rich.progress import (
@@ -34,6 +36,9 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 # A log line at each tenth of the work.
 _LOG_EVERY = 0.1
+_LOCKS = "/dev/shm"  # noqa: S108
+# What making one fails with where that is full, or may not be written.
+_NO_SHARED_MEMORY = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run_unfinished(
@@ -134,9 +139,7 @@ def run_jobs(
         for number, job in enumerate(jobs):
             yield number, function(job)
         return
-    # Spawned: a fork of a process with threads (arrow, tokenizers) can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
+    with _pool(num_workers) as (pool, end_workers):
         futures: dict[Future[Result], int] = {
             pool.submit(function, job): number for number, job in enumerate(jobs)
         }
@@ -148,21 +151,51 @@ def run_jobs(
                 "a worker process died, most likely for lack of memory. What was finished is "
                 "kept: run prepare again, with fewer num_workers."
             ) from error
+        except BaseException:
+            # Their work would go on for minutes after Ctrl-C, and count for nothing.
+            end_workers()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start_worker() -> None:
+@contextmanager
+def _pool(num_workers: int) -> Iterator[tuple[ProcessPoolExecutor, Callable[[], None]]]:
+    """Yield worker processes, and a function that ends them in the middle of what they do.
+
+    Raises:
+        DataError: the locks between them cannot be made.
+    """
+    # Spawned: a fork of a process with threads (arrow, tokenizers) can deadlock.
+    context = multiprocessing.get_context("spawn")
+    # The workers hold the one end and see when the other one is closed, also by the parent's death.
+    reader, writer = context.Pipe(duplex=False)
+    with reader, writer:
+        try:
+            pool = ProcessPoolExecutor(num_workers, context, _start_worker, (reader,))
+        except OSError as error:
+            if error.errno not in _NO_SHARED_MEMORY:
+                raise
+            raise DataError(
+                f"{_LOCKS}: {error.strerror}, and the workers' locks are there\n"
+                "remedy: free space there, give a container --shm-size=1g, or add num_workers=1,"
+                " which needs no locks; the same command continues"
+            ) from error
+        with pool:
+            yield pool, writer.close
+
+
+def _start_worker(parent: Connection) -> None:
     # One worker a CPU: threads inside them would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Ctrl-C reaches the whole group; the parent answers for all.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: Connection) -> None:
     """Without this, workers of a killed parent would wait for ever for their next job."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    with suppress(EOFError, OSError):
+        # Nothing is ever sent: the end of the connection is what comes.
+        parent.recv_bytes()
+    os._exit(1)

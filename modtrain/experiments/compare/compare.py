@@ -16,7 +16,7 @@ from rich.console import Console
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import ConfigError, DataError, Problem, TrainingError
 from modtrain.common.reading import UnreadableError, read_json
-from modtrain.common.terminal import plain_console
+from modtrain.common.terminal import last_output, plain_console
 from modtrain.distributed.launch import Launch
 from modtrain.experiments.compare.comparison_report import describe, draw, show
 from modtrain.experiments.compare.config import Comparison
@@ -68,31 +68,37 @@ def _report_and_show(comparison: Comparison, console: Console) -> None:
         complete = _complete_runs(arms)
         if not complete:
             raise TrainingError("no run of this comparison is complete: leave train=false out")
-        show(_report(replace(comparison, arms=complete)), config.equivalence_margin, console)
+        report = _report(replace(comparison, arms=complete))
+        with last_output():
+            show(report, config.equivalence_margin, console)
         return
     path, picture = comparison.report, directory / "loss_over_flops.png"
-    if not _is_current(path, arms):
+    was_complete = _is_current(path, arms)
+    if not was_complete:
         draw(arms, picture)
         write_text(path, json.dumps(_report(comparison), indent=1))
-    else:
-        console.print(f"{directory} is complete: nothing was trained", soft_wrap=True)
-    show(read_json(path), config.equivalence_margin, console)
     tensorboard = f"{_tensorboard()} --logdir {shlex.quote(str(directory))}"
     lines = f"\npicture: {picture.resolve()}\nTensorBoard: {tensorboard}"
-    console.print(lines, soft_wrap=True)
+    with last_output():
+        if was_complete:
+            console.print(f"{directory} is complete: nothing was trained", soft_wrap=True)
+        show(read_json(path), config.equivalence_margin, console)
+        console.print(lines, soft_wrap=True)
 
 
 def _show_report(comparison: Comparison, console: Console) -> None:
     """Print the report that was written when the comparison was complete."""
     try:
         report = read_json(comparison.report)
-        show(report, comparison.config.equivalence_margin, console)
+        with last_output():
+            show(report, comparison.config.equivalence_margin, console)
     except (UnreadableError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{comparison.report} is damaged: {error}\nremedy: give the command that made it again"
         ) from None
     picture = (comparison.directory / "loss_over_flops.png").resolve()
-    console.print(f"\npicture: {picture}", soft_wrap=True)
+    with last_output():
+        console.print(f"\npicture: {picture}", soft_wrap=True)
 
 
 def _complete_runs(arms: dict[str, list[TrainConfig]]) -> dict[str, list[TrainConfig]]:

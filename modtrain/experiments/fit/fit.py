@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from modtrain.common.errors import DataError, raise_if_any
-from modtrain.common.terminal import plain_console
+from modtrain.common.terminal import last_output, plain_console
 from modtrain.experiments.fit.config import LEAST_SIZES, FitConfig
 from modtrain.experiments.fit.family import FamilyFitter
 from modtrain.experiments.fit.fit_report import show, write
@@ -26,9 +26,11 @@ def fit(config: FitConfig, console: Console | None = None) -> None:
     raise_if_any(config.problems())
     result = fit_points(read_points(Path(str(config.points)), config), config)
     console = console or plain_console()
-    show(result, console)
-    for path in write(result, Path(str(config.output))):
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    paths = list(write(result, Path(str(config.output))))
+    with last_output():
+        show(result, console)
+        for path in paths:
+            console.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
 # Under a resample's law that is hardly determined, powers may overflow.

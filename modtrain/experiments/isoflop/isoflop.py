@@ -12,6 +12,7 @@ from rich.console import Console
 
 from modtrain.cluster.status import wide_console
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
+from modtrain.common.terminal import last_output
 from modtrain.experiments.fit.config import FitConfig
 from modtrain.experiments.fit.fit import fit
 from modtrain.experiments.fit.fit_report import JSON as FIT_JSON
@@ -120,12 +121,13 @@ def _report(grid: Grid, console: Console) -> bool:
     """
     results, missing = collect(grid.points)
     unfinished = [name for name, reason in missing.items() if reason in UNFINISHED]
-    for name in (name for name in missing if name not in unfinished):
-        first = missing[name].partition("\n")[0]
-        console.print(f"left out of {POINTS}: {name}: {first}", markup=False, soft_wrap=True)
-    if unfinished:
-        count = f"{len(unfinished)} of {len(grid.points)}"
-        console.print(f"not trained to their end yet: {count} points")
+    with last_output():
+        for name in (name for name in missing if name not in unfinished):
+            first = missing[name].partition("\n")[0]
+            console.print(f"left out of {POINTS}: {name}: {first}", markup=False, soft_wrap=True)
+        if unfinished:
+            count = f"{len(unfinished)} of {len(grid.points)}"
+            console.print(f"not trained to their end yet: {count} points")
     directory = grid.config.directory
     if not results:
         # What is there may be of an earlier start with other points.
@@ -134,13 +136,14 @@ def _report(grid: Grid, console: Console) -> bool:
         return False
     write_points(results, grid.config.parameters, directory / POINTS)
     draw_points(grid, results, directory / FIGURE)
-    show_lowest(results, console)
-    console.print(
-        f"{len(results)} of {len(grid.points)} points: {directory / POINTS}\n"
-        f"figure: {(directory / FIGURE).resolve()}",
-        markup=False,
-        soft_wrap=True,
-    )
+    with last_output():
+        show_lowest(results, console)
+        console.print(
+            f"{len(results)} of {len(grid.points)} points: {directory / POINTS}\n"
+            f"figure: {(directory / FIGURE).resolve()}",
+            markup=False,
+            soft_wrap=True,
+        )
     return True
 
 
@@ -158,4 +161,5 @@ def _fit(config: IsoflopConfig, console: Console) -> None:
     except DataError as error:
         # It would be of an earlier start with other points.
         (config.directory / FIT / FIT_JSON).unlink(missing_ok=True)
-        console.print(f"no fit yet: {error}", markup=False, soft_wrap=True)
+        with last_output():
+            console.print(f"no fit yet: {error}", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from modtrain.cluster.status import wide_console
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
+from modtrain.common.terminal import last_output
 from modtrain.experiments.controls import UNROUTED
 from modtrain.experiments.pattern_search.best_config import write_best
 from modtrain.experiments.pattern_search.candidates import PatternSpace, find_candidates
@@ -209,9 +210,10 @@ class _Searcher:
         write_csv(results, directory / PATTERNS)
         write_pareto(results, directory / PARETO)
         draw(results, directory / FIGURE)
-        show_results(results, self.console)
-        self._print(f"results: {directory / PATTERNS}, {directory / PARETO}")
-        self._print(f"figure: {(directory / FIGURE).resolve()}")
+        with last_output():
+            show_results(results, self.console)
+            self._print(f"results: {directory / PATTERNS}, {directory / PARETO}")
+            self._print(f"figure: {(directory / FIGURE).resolve()}")
         if results.is_complete and results.best is not None:
             self._write_best(results.outcomes[-1][results.best])
 
@@ -221,7 +223,8 @@ class _Searcher:
         command = f"modtrain train experiment={path.stem}"
         if path.parent.name == "experiment":
             command = f"modtrain train --config-dir {path.parent.parent} experiment={path.stem}"
-        self._print(f"best pattern: {path}; {command}")
+        with last_output():
+            self._print(f"best pattern: {path}; {command}")
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True, highlight=False)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import raise_if_any
-from modtrain.common.terminal import plain_console
+from modtrain.common.terminal import last_output, plain_console
 from modtrain.experiments.report.collect import Collection, collect
 from modtrain.experiments.report.config import ReportConfig
 from modtrain.experiments.report.page import relative_directories, render
@@ -46,8 +46,9 @@ def report(config: ReportConfig, console: Console | None = None) -> None:
 def _show(collection: Collection, page: Path, console: Console) -> None:
     lines = [f"warning: {line}" for line in collection.warnings]
     lines += [f"left out: {run.name}: {run.reason}" for run in collection.left_out]
-    for line in lines:
-        shown = "".join(letter if letter.isprintable() else "?" for letter in line)
-        console.print(shown, soft_wrap=True, highlight=False)
     count = f"{len(collection.runs)} runs, {len(collection.left_out)} left out"
-    console.print(f"{count}\nwrote {page}", soft_wrap=True, highlight=False)
+    with last_output():
+        for line in lines:
+            shown = "".join(letter if letter.isprintable() else "?" for letter in line)
+            console.print(shown, soft_wrap=True, highlight=False)
+        console.print(f"{count}\nwrote {page}", soft_wrap=True, highlight=False)

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.common.errors import Problem
 from modtrain.common.renamed_keys import renamed_problem
-from modtrain.common.spelling import quoted
+from modtrain.common.spelling import bracket_fault, quoted
 from modtrain.common.validation import at_least, one_of
 from modtrain.training.config import TrainConfig
 
@@ -168,7 +168,11 @@ def parse_space(space: Mapping[str, str]) -> tuple[list[Dimension], list[Problem
         try:
             override = OverridesParser.create().parse_override(f"{key}={text}")
             dimensions.append(_dimension(key, override))
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+        except (HydraException, OmegaConfBaseException):
+            fault = bracket_fault(text) or "it has characters that Hydra gives a meaning"
+            reason = f"is no range of values: {fault}"
+            problems.append(Problem(f"space.{key}", text, reason, remedy))
+        except (ValueError, TypeError) as error:
             reason = f"is no range of values: {str(error).splitlines()[0]}"
             problems.append(Problem(f"space.{key}", text, reason, remedy))
     return dimensions, problems

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from modtrain.common.atomic_io import acquire_lock, write_text
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.renamed_keys import new_name, translate_flat
-from modtrain.common.terminal import print_line
+from modtrain.common.terminal import last_output, print_line
 from modtrain.distributed.launch import Launch
 from modtrain.experiments.search.config import Dimension, Search, SearchConfig, parse_space
 from modtrain.experiments.search.finite import draw_untried, num_points
@@ -199,10 +199,12 @@ class _Searcher:
         report = {"directions": list(self.config.directions), "trials": counts, "best": best}
         write_text(self.directory / "best.json", json.dumps(report, indent=1) + "\n")
         counts_text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        print_line(f"{self.directory}: {counts_text or 'nothing yet'}; {max(num_left, 0)} to go")
-        for entry in best:
-            values = ", ".join(f"{key} {value:.6g}" for key, value in entry["values"].items())
-            print_line(f"  {entry['run']}: {values}; {entry['parameters']}")
+        with last_output():
+            left = max(num_left, 0)
+            print_line(f"{self.directory}: {counts_text or 'nothing yet'}; {left} to go")
+            for entry in best:
+                values = ", ".join(f"{key} {value:.6g}" for key, value in entry["values"].items())
+                print_line(f"  {entry['run']}: {values}; {entry['parameters']}")
         if STOP.requested and num_left > 0:
             print_line(f"stopped by {STOP.name}: the same command resumes")
             return STOP.exit_code

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from modtrain.common.atomic_io import atomic_writer
 from modtrain.common.terminal import plain_console
+from modtrain.training.tensorboard.tags import EVALUATION
 
 _TOP_K = "top-k, not causal"
 
@@ -69,7 +70,7 @@ def write_points(directory: Path, step: int, points: Iterable[Point]) -> None:
 
 
 def evaluation_points(figures: dict[str, Any]) -> Iterator[Point]:
-    """The results of each decision as ``eval/<decision>/…``, at the checkpoint's step."""
+    """The results of each decision, ``validation/eval/<decision>/…``, at the checkpoint's step."""
     for name, decision in _selections(figures).items():
         values = {key: decision[key] for key in ("loss", "perplexity", "bits_per_byte")}
         values["flops_per_token"] = decision["flops"]
@@ -79,7 +80,8 @@ def evaluation_points(figures: dict[str, Any]) -> Iterator[Point]:
             values[f"{label}/realised_capacity"] = share
         for label, scores in decision.get("agreement_with_top_k_not_causal", {}).items():
             values |= {f"{label}/{key} against {_TOP_K}": scores[key] for key in scores}
-        yield from ((f"eval/{name}/{key}", value, figures["step"]) for key, value in values.items())
+        step = figures["step"]
+        yield from ((f"{EVALUATION}{name}/{key}", value, step) for key, value in values.items())
 
 
 def sweep_points(figures: dict[str, Any]) -> list[Point]:
@@ -89,7 +91,7 @@ def sweep_points(figures: dict[str, Any]) -> list[Point]:
     """
     curves = [(figures["points"], ""), ([figures["as_trained"]], " as trained")]
     return [
-        (f"eval/sweep/{key}{suffix} by kFLOPs a token", at[key], round(at["flops"] / 1000))
+        (f"{EVALUATION}sweep/{key}{suffix} by kFLOPs a token", at[key], round(at["flops"] / 1000))
         for points, suffix in curves
         for at in points
         for key in ("loss", "perplexity", "bits_per_byte")

@@ -14,6 +14,7 @@ from rich.table import Table
 from modtrain.common.atomic_io import atomic_writer
 from modtrain.common.terminal import plain_console
 from modtrain.inference.evaluate.reporting import Point
+from modtrain.training.tensorboard.tags import TASKS
 
 _MAX_COLUMNS = 3
 # The metrics that chance is known for, and those that a curve shows where a task has several.
@@ -111,7 +112,7 @@ def _curve(results: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, 
 
 
 def task_points(results: dict[str, Any]) -> Iterator[Point]:
-    """Yield scores as ``eval/tasks/<task>/<metric>``, at the checkpoint's step.
+    """Yield scores as ``validation/tasks/<task>/<metric>``, at the checkpoint's step.
 
     Those of a sweep are over executed forward FLOPs a token. TensorBoard's step is an integer: it
     is in thousands of FLOPs, as the tag says.
@@ -119,13 +120,13 @@ def task_points(results: dict[str, Any]) -> Iterator[Point]:
     if "points" not in results:
         for name, task in results["tasks"].items():
             for metric, score in task["metrics"].items():
-                yield f"eval/tasks/{name}/{metric}", score["value"], results["step"]
+                yield f"{TASKS}{name}/{metric}", score["value"], results["step"]
         return
     for name in results["as_trained"]:
         for label, task in _curve(results, name):
             suffix = " as trained" if label == "as trained" else ""
             metric = main_metric(task)
-            tag = f"eval/tasks/{name}/{metric}{suffix} by kFLOPs a token"
+            tag = f"{TASKS}{name}/{metric}{suffix} by kFLOPs a token"
             yield tag, task["metrics"][metric]["value"], round(task["flops"] / 1000)
 
 

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from modtrain.training.metric_names import CAUSAL_LOSS, TOP_K_LOSS
 
 MAIN = "main/"
+EVALUATION = "validation/eval/"
+TASKS = "validation/tasks/"
+"""What the tags of `modtrain eval` begin with, which come after the main group: losses, scores."""
 SHARE_OF_BUDGET = f"{MAIN}share_of_budget"
 GAP = f"{MAIN}gap"
 MAIN_TAGS = {

@@ -1,5 +1,6 @@
 """A prepare that is killed, and workers whose parent is."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from modtrain.common.errors import DataError
+from modtrain.data.prepare import worker_pool
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.worker_pool import run_jobs
 from modtrain.data.stream.index import ShardIndex
@@ -18,6 +20,7 @@ from tests.data.data_cases import make_documents, tiny_config, tree, write_jsonl
 _PROGRAM = """
 from tests.data.data_cases import tiny_config
 from modtrain.data.prepare import units
+from modtrain.data.prepare import worker_pool
 from modtrain.data.prepare.pipeline import prepare
 
 units.LINES_UNIT_BYTES = 10_000
@@ -104,3 +107,57 @@ def test_idle_workers_end_with_their_parent(tmp_path):
         process.kill()
         process.wait()
         _wait_for_end_of_group(process.pid)
+
+
+_BUSY = """
+import sys, time
+from pathlib import Path
+from modtrain.cli import main as cli
+from modtrain.data.prepare.worker_pool import run_jobs
+
+def work(path):
+    Path(path).touch()
+    time.sleep(120)
+
+if __name__ == "__main__":
+    jobs = sys.argv[1:]
+    cli._VERBS["prepare"] = (lambda words, config_dir: list(run_jobs(work, jobs, 2)), "")
+    sys.argv[1:] = ["prepare"]
+    sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_busy_workers_at_once_and_a_second_one_prints_nothing(tmp_path):
+    (tmp_path / "program.py").write_text(_BUSY)
+    marks = [tmp_path / "one", tmp_path / "two"]
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "program.py"), *map(str, marks)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    ) as process:
+        while not all(mark.exists() for mark in marks):
+            assert process.poll() is None
+            time.sleep(0.05)
+        begin = time.monotonic()
+        while process.poll() is None:
+            # As someone who loses patience: also while the process ends.
+            os.killpg(process.pid, signal.SIGINT)
+            assert time.monotonic() - begin < 60, "the workers finish what they do"
+            time.sleep(0.3)
+        assert process.stderr is not None
+        assert process.stderr.read() == "\ninterrupted: the same command resumes\n"
+        assert process.returncode == 130
+        _wait_for_end_of_group(process.pid)
+
+
+def test_a_full_shared_memory_is_named(monkeypatch):
+    def no_locks(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(worker_pool, "ProcessPoolExecutor", no_locks)
+    with pytest.raises(DataError, match=r"/dev/shm: No space left.*\n.*num_workers=1"):
+        list(run_jobs(abs, [1, 2], 2))
+    assert list(run_jobs(abs, [1, 2], 1)) == [(0, 1), (1, 2)]

@@ -81,6 +81,19 @@ def test_a_space_is_of_any_kind():
 
 
 @pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("interval(1e-4,", "( is not closed"),
+        ("interval(1,2))", ") closes nothing"),
+        ("3", "one value"),
+    ],
+)
+def test_why_a_range_is_none_is_in_plain_words(text, reason):
+    _, (problem,) = parse_space({"optimizer.lr": text})
+    assert reason in problem.reason and "mismatched" not in problem.reason
+
+
+@pytest.mark.parametrize(
     ("more", "key"),
     [
         (["trials=0"], "trials"),

@@ -217,14 +217,14 @@ def test_tensorboard_has_the_figures_at_the_checkpoints_step_once(routed):
     ways = {**figures["decisions"], "top-k, not causal": figures["top_k_not_causal"]}
     expected = {}
     for name, way in ways.items():
-        expected |= {f"eval/{name}/{key}": way[key] for key in WAY[:3]}
-        expected[f"eval/{name}/flops_per_token"] = way["flops"]
-        expected |= flat(way["realised_capacity"], f"eval/{name}/@")
+        expected |= {f"validation/eval/{name}/{key}": way[key] for key in WAY[:3]}
+        expected[f"validation/eval/{name}/flops_per_token"] = way["flops"]
+        expected |= flat(way["realised_capacity"], f"validation/eval/{name}/@")
         if name in EVERY:
-            expected[f"eval/{name}/gap to top-k, not causal"] = way[AGAINST[0]]
+            expected[f"validation/eval/{name}/gap to top-k, not causal"] = way[AGAINST[0]]
             for label, scores in way[AGAINST[1]].items():
                 for key, value in scores.items():
-                    tag = f"eval/{name}/{label}/{key} against top-k, not causal"
+                    tag = f"validation/eval/{name}/{label}/{key} against top-k, not causal"
                     expected[tag] = value
     expected = {
         key.replace("@/", "") + ("/realised_capacity" if "@" in key else ""): value
@@ -280,12 +280,12 @@ def test_a_sweep_is_written_drawn_and_recorded(routed, swept, capsys, monkeypatc
     events = scalars(routed.tensorboard / "sweep-000000006")
     assert len(events) == 6
     for key in ("loss", "perplexity", "bits_per_byte"):
-        curve = events[f"eval/sweep/{key} by kFLOPs a token"]
+        curve = events[f"validation/eval/sweep/{key} by kFLOPs a token"]
         steps = [round(point["flops"] / 1000) for point in swept["points"]]
         assert [step for step, _ in curve] == steps
         values = [point[key] for point in swept["points"]]
         assert [value for _, value in curve] == pytest.approx(values)
-        ((step, value),) = events[f"eval/sweep/{key} as trained by kFLOPs a token"]
+        ((step, value),) = events[f"validation/eval/sweep/{key} as trained by kFLOPs a token"]
         assert step == round(swept["as_trained"]["flops"] / 1000)
         assert value == pytest.approx(swept["as_trained"][key])
     monkeypatch.setenv("COLUMNS", "200")
