@@ -201,28 +201,30 @@ def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:
 class TokenizerConfig:
     """The tokenizer of a prepared directory.
 
-    path: a ``tokenizer.json`` to use, or a Hugging Face folder with one; null trains a byte-level
-        BPE on the corpus.
+    path: a ``tokenizer.json`` to use, a SentencePiece model, a file of tiktoken's ranks, or a
+        Hugging Face folder with one of them; null trains a byte-level BPE on the corpus.
     vocab_size: tokens of the trained vocabulary, the end-of-document token included.
     train_bytes: bytes of text that it is trained on at most, spread over the whole corpus.
     end_token: the token of ``path`` that ends a document; null: one with a usual name, such as
         ``<|endoftext|>``, else the one that ``tokenizer_config.json`` and the like beside it name.
+    encoding: of a file of ranks: one of tiktoken's names, such as ``cl100k_base``, or a JSON file
+        with ``pat_str`` and ``special_tokens``; null: as the file is named.
     """
 
     path: str | None = None
     vocab_size: int = 4096
     train_bytes: int = 50_000_000
     end_token: str | None = None
+    encoding: str | None = None
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with this configuration, with keys below ``prefix``."""
         problems = []
-        if self.end_token is not None and self.path is None:
-            reason, remedy = (
-                "is for a tokenizer that you have",
-                f"add {prefix}.path, or leave it out",
-            )
-            problems.append(Problem(f"{prefix}.end_token", self.end_token, reason, remedy))
+        for name in ("end_token", "encoding"):
+            if getattr(self, name) is not None and self.path is None:
+                reason = "is for a tokenizer that you have"
+                remedy = f"add {prefix}.path, or leave it out"
+                problems.append(Problem(f"{prefix}.{name}", getattr(self, name), reason, remedy))
         return [
             *problems,
             *no_addresses(self, prefix, "path"),
