@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +312,7 @@ def _trained_tokenizer(
     key_parts = [tokenizer_options(config), config.text_column, config.valid_fraction, config.seed]
     later = later_options(config)
     key_parts += [later] if later else []
-    key = digest([key_parts, [asdict(unit) for unit in units]])
+    key = digest([key_parts, [unit.identity for unit in units]])
     trained = work / f"tokenizer-{key}.json"
     if not trained.exists():
         chooser = SplitChooser(config.seed, config.valid_fraction, config.split_at)

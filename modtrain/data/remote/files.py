@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modtrain.common.errors import DataError
-from modtrain.data.remote.urls import DEFAULT_TIMEOUT
+from modtrain.data.remote.urls import DEFAULT_TIMEOUT, without_secrets
 
 if TYPE_CHECKING:
     from fsspec.asyn import AsyncFileSystem
@@ -81,7 +81,7 @@ class RemoteFiles:
 
     def location(self, name: str) -> str:
         """The URL of a file, for a message."""
-        return f"{self.url}/{name}"
+        return without_secrets(f"{self.url}/{name}")
 
     def chunks(self, name: str, max_bytes: int) -> Iterator[bytes]:
         """Yield the content of a file of at most ``max_bytes``, whose size is looked at first.
@@ -191,7 +191,7 @@ class RemoteFiles:
                 f"{where}: gave no answer in {self.timeout:g} s, {_ATTEMPTS} times."
                 " data.fetch_timeout may be raised; the same command continues."
             )
-        reason = " ".join(str(error).split())[:300] or "no reason given"
+        reason = " ".join(without_secrets(str(error)).split())[:300] or "no reason given"
         return DataError(f"{where}: cannot be read ({type(error).__name__}: {reason})")
 
     def _open(self) -> tuple[AsyncFileSystem, asyncio.Semaphore]:

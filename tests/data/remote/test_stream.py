@@ -256,7 +256,11 @@ def test_a_url_that_cannot_be_read_is_a_problem_of_the_configuration():
 
     assert "data.path=nothing://x: has the protocol nothing" in message("nothing://x")
     assert "remedy: pip install 'modtrain[gcs]'" in message("gs://bucket/data")
-    assert "has a query" in message("https://example.org/data?signature=5")
+    query = message("https://example.org/data?signature=secret")
+    assert "has a query" in query
+    password = message("https://user:secret@example.org/data")
+    assert "has a user or a password" in password
+    assert "secret" not in query + password
     source = SourceConfig("nothing://x")
     with pytest.raises(ConfigError, match=r"data.sources.web.path=nothing://x"):
         raise_if_any(DataConfig(sources={"web": source}).problems("data"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
-from modtrain.data.remote.urls import is_url
+from modtrain.data.remote.urls import is_url, without_secrets
 
 KINDS = ("flat", "megatron", "mds", "litdata")
 INDEX_NAME = "index.json"
@@ -25,7 +25,9 @@ def token_kind(path: str) -> str | None:
     if not name.endswith(_SUFFIXES):
         return None
     if is_url(path):
-        raise DataError(f"{path}: token numbers are read from local files. Fetch it first.")
+        raise DataError(
+            f"{without_secrets(path)}: token numbers are read from local files. Fetch it first."
+        )
     if ".mds" in name:
         return "mds"
     if name.endswith(".bin") and Path(path).with_suffix(".idx").is_file():
