@@ -25,7 +25,7 @@ from modtrain.data.mixture.config import (
 from modtrain.data.mixture.schedule import MixtureSchedule, make_schedule
 from modtrain.data.mixture.summary import combined_summary
 from modtrain.data.prepare.text_field import TextField
-from modtrain.data.remote.urls import DEFAULT_TIMEOUT, is_url, url_problems
+from modtrain.data.remote.urls import DEFAULT_TIMEOUT, is_url, url_problems, without_secrets
 from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summary, tokenizer_file
 
 VERIFY_LEVELS = ("size", "sha256", "none")
@@ -249,6 +249,19 @@ def template_problems(template: str | None, column: str) -> list[Problem]:
     return problems
 
 
+def _output_problems(output: str) -> list[Problem]:
+    """What is wrong with where prepared data are written to."""
+    if not is_url(output):
+        return []
+    shown = without_secrets(output)
+    reason = "is an address, and prepare writes to a disk"
+    name = shown.rstrip("/").rpartition("/")[2]
+    remedy = f"write output=data/{name}, and copy it there"
+    if output.startswith("s3://"):
+        remedy += f": aws s3 cp --recursive data/{name} {shown}"
+    return [Problem("output", shown, reason, remedy)]
+
+
 @dataclass
 class PrepareConfig:
     r"""A corpus, and the shards to make of it.
@@ -322,7 +335,7 @@ class PrepareConfig:
         """Everything wrong with this configuration."""
         problems = [
             *not_empty(self, "", "sources", "name files: 'sources=[corpus/*.jsonl]'"),
-            *no_addresses(self, "", "output"),
+            *_output_problems(self.output),
             *not_empty(self, "", "output", "name a directory: output=data/mine"),
             *not_empty(self, "", "text_column", "text_column=text is usual"),
             *not_empty(self, "", "token_column", "token_column=tokens is usual"),

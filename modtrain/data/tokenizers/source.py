@@ -40,16 +40,16 @@ def read_tokenizer(path: str, encoding: str | None = None) -> TokenizerSource:
     Raises DataError for what is none of them, or cannot be converted.
     """
     file = _file(Path(path))
+    is_other = file.suffix in _SUFFIXES
     try:
-        content = read_bytes(file, _MAX_BYTES)
+        content = read_bytes(file, _MAX_CONVERTED_BYTES if is_other else _MAX_BYTES)
     except UnreadableError as error:
         # It begins with the name alone.
         reason = str(error).removeprefix(f"{file.name} ")
         raise DataError(f"{file}: {reason}") from None
-    if file.suffix not in _SUFFIXES:
+    if not is_other:
+        _refuse_encoding(file, encoding)
         return TokenizerSource(file, content)
-    if len(content) > _MAX_CONVERTED_BYTES:
-        raise DataError(f"{file}: is larger than {_MAX_CONVERTED_BYTES:,} bytes")
     source = _converted(file, content, encoding)
     if file != Path(path):
         _refuse_other_tokens(source)
@@ -82,7 +82,16 @@ def _converted(file: Path, content: bytes, encoding: str | None) -> TokenizerSou
     if file.suffix == ".tiktoken" or tiktoken_ranks.is_ranks(content):
         known = encoding_of(encoding, file)
         return TokenizerSource(file, tiktoken_ranks.convert(content, known, name))
+    _refuse_encoding(file, encoding)
     return TokenizerSource(file, *sentencepiece_model.convert(content, name))
+
+
+def _refuse_encoding(file: Path, encoding: str | None) -> None:
+    if encoding is not None:
+        raise DataError(
+            f"tokenizer.encoding={encoding}: is for a file of tiktoken's ranks, and {file} is none."
+            " Leave it out"
+        )
 
 
 def _refuse_other_tokens(source: TokenizerSource) -> None:

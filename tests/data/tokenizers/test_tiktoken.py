@@ -125,6 +125,9 @@ def test_a_corpus_is_prepared_with_a_file_of_ranks(tmp_path):
     )
     num_tokens = sum(split.num_tokens for split in report.summary.splits.values())
     assert num_tokens == sum(len(original.encode_ordinary(text)) + 1 for text in texts)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer\.encoding=.*is for a file of tiktoken's ranks"):
+        read_tokenizer(str(tmp_path / "tokenizer.json"), str(encoding))
     # Llama 3 has its ranks in such a file.
     (tmp_path / "tokenizer.model").write_bytes(written(ranks))
     with pytest.raises(DataError, match=r"tokenizer\.encoding: r50k_base"):
