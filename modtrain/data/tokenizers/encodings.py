@@ -28,6 +28,8 @@ _O200K = (
 # A number of times and a plus: at most so often, and never fewer for what follows.
 _POSSESSIVE = re.compile(r"(\\p\{\w+\}|\\\w|\[(?:\\.|[^\]\\])*\])(\{\d+(?:,\d*)?\})\+")
 _ESCAPED_OR_CLASS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
+_DOLLAR = re.compile(rf"{_ESCAPED_OR_CLASS.pattern}|\$", re.DOTALL)
+_OTHER_MEANING = re.compile(r"\^|\{\d+(?:,\d*)?\}\+|\(\?-?[a-hj-zA-Z]")
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,10 @@ def oniguruma_pattern(pattern: str, name: str) -> str:
     """
     translated = _POSSESSIVE.sub(r"(?>\1\2)", pattern)
     plain = _ESCAPED_OR_CLASS.sub("C", translated)
-    if re.search(r"\{\d+(?:,\d*)?\}\+", plain) or "^" in plain.replace("(?<^", ""):
+    if _OTHER_MEANING.search(plain):
         raise DataError(
-            f"{name}: its pattern has ^, or a plus behind a number of times, which mean something"
-            " else in a tokenizer.json. Write an atomic group: (?>x{1,3})"
+            f"{name}: its pattern has ^, a flag but (?i), or a plus behind a number of times,"
+            " which mean something else in a tokenizer.json. Write an atomic group: (?>x{1,3})"
         )
     # A dollar sign ends a text, and in the other dialect each of its lines.
-    return _ESCAPED_OR_CLASS.sub(lambda m: m[0], "".join(_with_ends(translated)))
-
-
-def _with_ends(pattern: str) -> list[str]:
-    parts, start = [], 0
-    for match in _ESCAPED_OR_CLASS.finditer(pattern):
-        parts += [pattern[start : match.start()].replace("$", r"\z"), match[0]]
-        start = match.end()
-    return [*parts, pattern[start:].replace("$", r"\z")]
+    return _DOLLAR.sub(lambda match: r"\z" if match[0] == "$" else match[0], translated)

@@ -122,8 +122,8 @@ def _other_pieces(model: Any) -> str:
 def _unsafe_scores(model: Any) -> str:
     """Return what would make another choice among pieces than the library's; empty: nothing."""
     normal = [piece for piece in model.pieces if piece.type == _NORMAL]
-    if not normal:
-        return "it has no pieces of text"
+    if not normal or not all(math.isfinite(piece.score) for piece in model.pieces):
+        return "it has no pieces of text, or one whose score is no number"
     if not _is_unigram(model):
         scores = Counter(piece.score for piece in normal if len(piece.piece) > 1)
         if scores and (most := scores.most_common(1)[0])[1] > 1:

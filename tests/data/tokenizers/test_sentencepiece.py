@@ -187,7 +187,11 @@ def test_hostile_models_are_errors(tmp_path, monkeypatch):
     def unused(model):
         model.pieces[300].type = 5
 
+    def no_number(model):
+        model.pieces[300].score = float("nan")
+
     hostile = {
+        "is no number": changed(content, no_number),
         "same score": changed(content, equal_scores),
         "there 2 times": changed(content, twice),
         "of 1 to 256 characters": changed(content, long_piece),

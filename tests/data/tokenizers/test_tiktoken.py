@@ -163,7 +163,12 @@ def test_hostile_ranks_are_errors(tmp_path):
             tiktoken_ranks.convert(content, encoding, "t")
     with pytest.raises(DataError, match=r"has 270 ranks, and its encoding 100,256"):
         tiktoken_ranks.convert(good, KNOWN["cl100k_base"], "t")
-    for pattern, words in (("(", "pattern"), ("^a", "has ^"), ("(?:ab){1,2}+", "a plus behind")):
+    for pattern, words in (
+        ("(", "pattern"),
+        ("^a", "has ^"),
+        ("(?m)a.b", "a flag but"),
+        ("(?:ab){1,2}+", "a plus behind"),
+    ):
         with pytest.raises(DataError, match=words.replace("^", r"\^")):
             tiktoken_ranks.convert(good, replace(encoding, pattern=pattern), "t")
     # A special token whose text the pattern leaves whole would be found in a text.
