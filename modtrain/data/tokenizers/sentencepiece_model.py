@@ -67,7 +67,9 @@ def _parsed(content: bytes, name: str) -> Any:
             f"{name}: is a SentencePiece model, and {error.name} is not installed: pip install"
             " 'modtrain[tokenizers]'"
         ) from None
-    model: Any = sentencepiece_model_pb2.ModelProto()
+    # Its classes are made when it is imported.
+    made: Any = sentencepiece_model_pb2
+    model = made.ModelProto()
     try:
         model.ParseFromString(content)
     except (DecodeError, ValueError) as error:
@@ -195,7 +197,8 @@ def _bpe(model: Any) -> models.Model:
 
 
 def _normalizer(model: Any) -> normalizers.Normalizer:
-    spec, steps = model.normalizer_spec, []
+    spec = model.normalizer_spec
+    steps: list[normalizers.Normalizer] = []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" +"), " ")]
     if spec.add_dummy_prefix:
