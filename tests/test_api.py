@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
 
 import modtrain
@@ -83,6 +85,30 @@ def test_the_run_example_generates(workplace):
     assert modtrain.generate(model, tokenizer, "a", max_tokens=5, stop=[start]) == ""
     with pytest.raises(ConfigError, match="max_tokens"):
         modtrain.generate(model, tokenizer, max_tokens=0)
+
+
+def test_a_document_ends_with_the_token_of_the_run(monkeypatch, tmp_path):
+    from modtrain.inference import api
+
+    class Model(torch.nn.Module):
+        config = SimpleNamespace(causal_selections=["threshold"])
+
+    class AskedError(Exception):
+        pass
+
+    def vocabulary(_content, _name, end_id):
+        raise AskedError(end_id)
+
+    path = tmp_path / "tokenizer.json"
+    path.write_text(Tokenizer(models.BPE()).to_str())
+    loaded = SimpleNamespace(model=Model(), tokenizer=path, end_id=7)
+    monkeypatch.setattr(api, "load_configured_run", lambda _: loaded)
+    monkeypatch.setattr(api, "Vocabulary", vocabulary)
+    model, tokenizer = modtrain.load_run(tmp_path / "run", step=1)
+    with pytest.raises(AskedError, match="7"):
+        modtrain.generate(model, tokenizer)
+    with pytest.raises(AskedError, match="None"):
+        modtrain.generate(Model(), tokenizer)
 
 
 def test_every_name_is_importable_and_documented():

@@ -25,7 +25,7 @@ from modtrain.data.mixture.config import (
 from modtrain.data.mixture.schedule import MixtureSchedule, make_schedule
 from modtrain.data.mixture.summary import combined_summary
 from modtrain.data.prepare.text_field import TextField
-from modtrain.data.remote.urls import DEFAULT_TIMEOUT, is_url, url_problems
+from modtrain.data.remote.urls import DEFAULT_TIMEOUT, is_url, url_problems, without_secrets
 from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summary, tokenizer_file
 
 VERIFY_LEVELS = ("size", "sha256", "none")
@@ -201,28 +201,30 @@ def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:
 class TokenizerConfig:
     """The tokenizer of a prepared directory.
 
-    path: a ``tokenizer.json`` to use, or a Hugging Face folder with one; null trains a byte-level
-        BPE on the corpus.
+    path: a ``tokenizer.json`` to use, a SentencePiece model, a file of tiktoken's ranks, or a
+        Hugging Face folder with one of them; null trains a byte-level BPE on the corpus.
     vocab_size: tokens of the trained vocabulary, the end-of-document token included.
     train_bytes: bytes of text that it is trained on at most, spread over the whole corpus.
     end_token: the token of ``path`` that ends a document; null: one with a usual name, such as
         ``<|endoftext|>``, else the one that ``tokenizer_config.json`` and the like beside it name.
+    encoding: of a file of ranks: one of tiktoken's names, such as ``cl100k_base``, or a JSON file
+        with ``pat_str`` and ``special_tokens``; null: as the file is named.
     """
 
     path: str | None = None
     vocab_size: int = 4096
     train_bytes: int = 50_000_000
     end_token: str | None = None
+    encoding: str | None = None
 
     def problems(self, prefix: str) -> list[Problem]:
         """Everything wrong with this configuration, with keys below ``prefix``."""
         problems = []
-        if self.end_token is not None and self.path is None:
-            reason, remedy = (
-                "is for a tokenizer that you have",
-                f"add {prefix}.path, or leave it out",
-            )
-            problems.append(Problem(f"{prefix}.end_token", self.end_token, reason, remedy))
+        for name in ("end_token", "encoding"):
+            if getattr(self, name) is not None and self.path is None:
+                reason = "is for a tokenizer that you have"
+                remedy = f"add {prefix}.path, or leave it out"
+                problems.append(Problem(f"{prefix}.{name}", getattr(self, name), reason, remedy))
         return [
             *problems,
             *no_addresses(self, prefix, "path"),
@@ -245,6 +247,19 @@ def template_problems(template: str | None, column: str) -> list[Problem]:
         reason, remedy = "is given, and text_template too", "give one of the two"
         problems.append(Problem("text_column", column, reason, remedy))
     return problems
+
+
+def _output_problems(output: str) -> list[Problem]:
+    """What is wrong with where prepared data are written to."""
+    if not is_url(output):
+        return []
+    shown = without_secrets(output)
+    reason = "is an address, and prepare writes to a disk"
+    name = shown.rstrip("/").rpartition("/")[2]
+    remedy = f"write output=data/{name}, and copy it there"
+    if output.startswith("s3://"):
+        remedy += f": aws s3 cp --recursive data/{name} {shown}"
+    return [Problem("output", shown, reason, remedy)]
 
 
 @dataclass
@@ -320,7 +335,7 @@ class PrepareConfig:
         """Everything wrong with this configuration."""
         problems = [
             *not_empty(self, "", "sources", "name files: 'sources=[corpus/*.jsonl]'"),
-            *no_addresses(self, "", "output"),
+            *_output_problems(self.output),
             *not_empty(self, "", "output", "name a directory: output=data/mine"),
             *not_empty(self, "", "text_column", "text_column=text is usual"),
             *not_empty(self, "", "token_column", "token_column=tokens is usual"),

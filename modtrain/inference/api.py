@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 
@@ -18,6 +19,9 @@ from modtrain.inference.loading import load_run as load_configured_run
 from modtrain.inference.token_text import Vocabulary
 from modtrain.models.depth.config import ComputeBudget
 from modtrain.models.transformer import Transformer
+
+# Of models that a run was loaded as, which know no tokens' meaning.
+_end_ids: WeakKeyDictionary[Transformer, int] = WeakKeyDictionary()
 
 
 def load_run(
@@ -36,6 +40,7 @@ def load_run(
     config = TrainedRunConfig(folder.name, str(folder.parent), step, accelerator=accelerator)
     raise_if_any(config.problems())
     loaded = load_configured_run(config)
+    _end_ids[loaded.model] = loaded.end_id
     return loaded.model, parse_tokenizer(loaded.tokenizer.read_bytes(), str(loaded.tokenizer))
 
 
@@ -54,6 +59,9 @@ def generate(
     Tokens that skip a routed part are not computed there. The text ends after ``max_tokens``, at
     the end of the document, or before the first of the ``stop`` strings.
 
+    A document ends with the token that ended those of the run, where `load_run` loaded the model;
+    of another model, with the one that has a usual name in its tokenizer.
+
     prompt: empty: a new document. sampling: None: ``SamplingConfig()``, at temperature 1.
     budget: limits on what is computed; None: as trained.
 
@@ -69,7 +77,7 @@ def generate(
     selections = model.config.causal_selections
     if not selections:
         raise ValueError("the model was trained without a causal decision: router.causal=[]")
-    vocabulary = Vocabulary(tokenizer.to_str().encode(), "the tokenizer")
+    vocabulary = Vocabulary(tokenizer.to_str().encode(), "the tokenizer", _end_ids.get(model))
     tokens = vocabulary.encode(prompt)
     config = DecoderConfig(
         selections[0],

@@ -217,7 +217,7 @@ class _Run:
             beginning = self._starting_point()
             parent = beginning.record
             self.ranks.run_on_rank0(
-                partial(inherit_prompt_format, beginning.parent, self.directory)
+                partial(inherit_prompt_format, beginning.parent, self.directory, self.config)
             )
         start = partial(self.directory.start, self.config, fingerprint, self.accelerator, parent)
         self.ranks.run_on_rank0(start)

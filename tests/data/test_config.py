@@ -79,3 +79,11 @@ def test_missing_data_is_a_problem(tmp_path):
     (problem,) = DataConfig(path=str(tmp_path)).shard_problems("data")
     assert problem.key == "data.path"
     assert "modtrain prepare" in problem.reason
+
+
+def test_prepared_data_are_written_to_a_disk():
+    config = PrepareConfig(["a.txt"], output="s3://user:secret@bucket/mine")
+    (problem,) = (problem for problem in config.problems() if problem.key == "output")
+    assert "prepare writes to a disk" in problem.reason
+    assert "aws s3 cp --recursive data/mine" in problem.remedy
+    assert "secret" not in str(problem)

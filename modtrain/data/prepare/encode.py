@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +19,7 @@ from modtrain.data.prepare.flaws import Flaw
 from modtrain.data.prepare.readers import UnitReader
 from modtrain.data.prepare.request import without_later_options
 from modtrain.data.prepare.sources import SourceFile
-from modtrain.data.prepare.storage import open_source
+from modtrain.data.prepare.storage import open_source, shown_name
 from modtrain.data.prepare.tokenized.documents import TokenReader, Vocabulary
 from modtrain.data.prepare.tokenizer import DocumentEncoder, SplitChooser
 from modtrain.data.prepare.units import Unit
@@ -60,7 +60,7 @@ class EncodeJob:
     @property
     def key(self) -> str:
         """Name of the unit's files: differs wherever the tokens might."""
-        fields = without_later_options(asdict(self))
+        fields = without_later_options({**asdict(self), "unit": self.unit.identity})
         where_it_happens = ("work", "staging", "tokenizer")
         return digest({k: v for k, v in fields.items() if k not in where_it_happens})[:32]
 
@@ -110,7 +110,8 @@ class UnitRecord:
         return sum(self.flaws.values())
 
     def count(self, flaw: Flaw) -> None:
-        """Note one flaw."""
+        """Note one flaw. Its place is written to disk, and has no signature."""
+        flaw = replace(flaw, path=shown_name(flaw.path))
         seen = self.flaws.get(flaw.kind, 0)
         self.flaws[flaw.kind] = seen + 1
         if seen < EXAMPLES_OF_A_KIND:
@@ -151,7 +152,7 @@ def encode_unit(job: EncodeJob) -> UnitRecord:
         record = write(job, outputs)
     for file in job.unit.files:
         if SourceFile.of(file.path) != file:
-            raise DataError(f"{file.path}: changed while it was read. Run prepare again.")
+            raise DataError(f"{file.shown}: changed while it was read. Run prepare again.")
     write_json(job.record_file, asdict(record), staging)
     return record
 
@@ -241,7 +242,7 @@ def _write(
     text, numbers = part
     if job.eos_id in numbers:
         raise DataError(
-            f"{job.unit.files[0].path}: has the end token {job.eos_id} of the tokenizer in"
+            f"{job.unit.files[0].shown}: has the end token {job.eos_id} of the tokenizer in"
             " its text, where no document ends. Make it special in the tokenizer's"
             " added_tokens, or give another tokenizer.path."
         )
@@ -296,8 +297,8 @@ def in_file(flaw: Flaw, unit: Unit) -> Flaw:
     if unit.kind == "jsonl" and unit.start:
         # The line that holds the byte before the range is not the unit's, but counts.
         before, left = 1, unit.start - 1
-        with open_source(flaw.path) as file:
+        with open_source(unit.files[0].path) as file:
             while left and (part := file.read(min(left, _COUNTED_BYTES))):
                 before += part.count(b"\n")
                 left -= len(part)
-    return Flaw(flaw.kind, flaw.path, before + flaw.line, flaw.detail)
+    return Flaw(flaw.kind, shown_name(flaw.path), before + flaw.line, flaw.detail)

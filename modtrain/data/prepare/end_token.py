@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from modtrain.common.errors import ConfigError, DataError, Problem
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.config import TokenizerConfig
-from modtrain.data.prepare.tokenizer import known_end_ids, parse_tokenizer, special_tokens
-from modtrain.data.prepare.tokenizer_path import tokenizer_file
+from modtrain.data.prepare.tokenizer import known_end_ids, special_tokens
 from modtrain.data.stream.index import INDEX_NAME
+from modtrain.data.tokenizers.source import TokenizerSource
 
 _log = logging.getLogger(__name__)
 
@@ -30,19 +30,19 @@ _DECLARATIONS = (
 _MAX_BYTES = 2**28
 
 
-def chosen_end_token(config: TokenizerConfig) -> str | None:
-    """Return the end token that ``config`` names, or that files beside the tokenizer declare.
+def chosen_end_token(
+    config: TokenizerConfig, tokenizer: Tokenizer, source: TokenizerSource
+) -> str | None:
+    """Return the end token that ``config`` names, or that the tokenizer's files declare.
 
-    None where the tokenizer is trained here, calls it by a usual name, or nothing declares one.
+    None where the tokenizer calls it by a usual name, or nothing declares one. source: from which
+    the tokenizer was parsed.
 
     Raises:
         ConfigError: the tokenizer has no such token; names those it has.
         DataError: a file is damaged.
     """
-    if config.path is None:
-        return None
-    path = tokenizer_file(config.path)
-    tokenizer = parse_tokenizer(path.read_bytes(), str(path))
+    path = source.path
     if config.end_token is not None:
         if tokenizer.token_to_id(config.end_token) is None:
             reason = f"is no token of {path}"
@@ -53,7 +53,7 @@ def chosen_end_token(config: TokenizerConfig) -> str | None:
             # It would be taken anyway.
             return None
         return config.end_token
-    declared = next(_declared(path.parent, tokenizer), None)
+    declared = source.end_token or next(_declared(path.parent, tokenizer), None)
     known = known_end_ids(tokenizer)
     if not known:
         return declared

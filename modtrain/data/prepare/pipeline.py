@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ from modtrain.data.prepare.encode import (
     finished_record,
     too_many_flaws,
 )
-from modtrain.data.prepare.end_token import chosen_end_token
 from modtrain.data.prepare.flaws import FLAW_KINDS, Flaw
+from modtrain.data.prepare.given_tokenizer import GivenTokenizer, given_tokenizer
 from modtrain.data.prepare.pack import (
     PackLayout,
     TokenFile,
@@ -61,11 +61,9 @@ from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.tokenizer import (
     SplitChooser,
     check_tokenizer,
-    end_id_of,
     train_tokenizer,
     training_texts,
 )
-from modtrain.data.prepare.tokenizer_path import tokenizer_file
 from modtrain.data.prepare.units import Unit, plan_units
 from modtrain.data.prepare.worker_pool import run_unfinished
 from modtrain.data.stream.index import (
@@ -148,8 +146,8 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     output = Path(config.output)
     files = expand_sources(config.sources)
     refuse_misfits(config, files)
-    end_token = chosen_end_token(config.tokenizer)
-    request = request_of(config, files, end_token)
+    given = given_tokenizer(config.tokenizer)
+    request = request_of(config, files, given)
     if (output / INDEX_NAME).exists():
         return _report_of_finished(output, request)
     with _work_directory(output) as work:
@@ -157,7 +155,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             # By another process, between the two looks.
             return _report_of_finished(output, request)
         units = plan_units(files, config.text_column, config.text_template)
-        tokenizer = ensure_tokenizer(config, units, output, work, work / "staging", end_token)
+        tokenizer = ensure_tokenizer(config, units, output, work, work / "staging", given)
         layout = PackLayout(
             config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
         )
@@ -185,7 +183,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             num_files=len(files),
             flaws=flaws,
             splits=splits,
-            end_token=end_token,
+            end_token=None if given is None else given.end_token,
         )
         sides = write_side_files(output, files, encoded.documents, work / "staging")
         write_json(output / REQUEST_NAME, request, work / "staging")
@@ -292,29 +290,29 @@ def ensure_tokenizer(
     output: Path,
     work: Path,
     staging: Path,
-    end_token: str | None,
+    given: GivenTokenizer | None,
 ) -> StoredTokenizer:
     """Train the tokenizer, or take the given or an earlier run's one, and store it.
 
-    Raises DataError where it is none, or has no end-of-document token.
+    Raises DataError where a trained one is damaged.
     """
     path = output / TOKENIZER_NAME
-    content = _tokenizer_content(config, units, work, staging)
-    name = config.tokenizer.path or str(path)
-    vocab_size, eos_id = check_tokenizer(content, name, end_id_of(content, name, end_token))
+    if given is not None:
+        write_bytes(path, given.content, staging)
+        return StoredTokenizer(path, given.sha256, given.vocab_size, given.eos_id)
+    content = _trained_tokenizer(config, units, work, staging)
+    vocab_size, eos_id = check_tokenizer(content, str(path))
     write_bytes(path, content, staging)
     return StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
 
 
-def _tokenizer_content(
+def _trained_tokenizer(
     config: PrepareConfig, units: Sequence[Unit], work: Path, staging: Path
 ) -> bytes:
-    if config.tokenizer.path is not None:
-        return tokenizer_file(config.tokenizer.path).read_bytes()
     key_parts = [tokenizer_options(config), config.text_column, config.valid_fraction, config.seed]
     later = later_options(config)
     key_parts += [later] if later else []
-    key = digest([key_parts, [asdict(unit) for unit in units]])
+    key = digest([key_parts, [unit.identity for unit in units]])
     trained = work / f"tokenizer-{key}.json"
     if not trained.exists():
         chooser = SplitChooser(config.seed, config.valid_fraction, config.split_at)

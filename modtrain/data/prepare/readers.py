@@ -61,7 +61,7 @@ class UnitReader:
             yield from self._json_lines(file)
         else:
             with open_source(file.path) as opened:
-                pieces = chunks(opened, file.compression)
+                pieces = chunks(opened, file.compression, self.max_bytes)
                 if base == "tar":
                     yield from tar_documents(pieces, file.path, self._check)
                 else:
@@ -69,7 +69,7 @@ class UnitReader:
 
     def _text_file(self, file: SourceFile) -> Iterator[str | Flaw]:
         with open_source(file.path) as opened:
-            pieces = chunks(opened, file.compression)
+            pieces = chunks(opened, file.compression, self.max_bytes)
             try:
                 if self.separator is not None:
                     yield from self._parts(pieces, file.path, self.separator.encode())
@@ -121,7 +121,7 @@ class UnitReader:
                 lines = self._range_lines()
             else:
                 opened = stack.enter_context(open_source(file.path))
-                lines = lines_of(chunks(opened, file.compression), self.max_bytes)
+                lines = lines_of(chunks(opened, file.compression, self.max_bytes), self.max_bytes)
             try:
                 for line in lines:
                     self.num_lines += 1

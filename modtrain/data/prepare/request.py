@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from modtrain.common.atomic_io import digest, file_sha256
+from modtrain.common.atomic_io import digest
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.config import PrepareConfig
+from modtrain.data.prepare.given_tokenizer import GivenTokenizer
 from modtrain.data.prepare.sources import SourceFile
-from modtrain.data.prepare.tokenizer_path import tokenizer_file
 
 REQUEST_NAME = ".prepared.json"
 TIMES = "times of change"
@@ -23,21 +23,21 @@ _LATER = (
 
 
 def request_of(
-    config: PrepareConfig, files: Sequence[SourceFile], end_token: str | None
+    config: PrepareConfig, files: Sequence[SourceFile], given: GivenTokenizer | None
 ) -> dict[str, Any]:
     """All that the output depends on, free of paths, so that the folders can be moved.
 
-    end_token: what ends a document, where the tokenizer does not tell by a usual name.
+    given: the tokenizer that is not trained.
     """
     options = asdict(config)
     for name in ("sources", "output", "num_workers", "task"):
         del options[name]
-    path = config.tokenizer.path
-    options["tokenizer"] = tokenizer_options(config)
-    if path is not None:
-        options["tokenizer"] = {"sha256": file_sha256(tokenizer_file(path))}
-    if end_token is not None:
-        options["tokenizer"]["end_token"] = end_token
+    if given is None:
+        options["tokenizer"] = tokenizer_options(config)
+    else:
+        options["tokenizer"] = {"sha256": given.sha256}
+        if given.end_token is not None:
+            options["tokenizer"]["end_token"] = given.end_token
     options = without_later_options(options)
     names, sizes = [file.name for file in files], [file.size for file in files]
     times = digest([file.mtime_ns for file in files])
@@ -47,8 +47,8 @@ def request_of(
 def tokenizer_options(config: PrepareConfig) -> dict[str, Any]:
     """Return what the training of a tokenizer depends on."""
     options = asdict(config.tokenizer)
-    # Earlier versions did not have it, and it is for a tokenizer that is not trained.
-    del options["end_token"]
+    # Earlier versions did not have them, and they are for a tokenizer that is not trained.
+    del options["end_token"], options["encoding"]
     return options
 
 

@@ -15,7 +15,7 @@ from modtrain.common.atomic_io import NoLocksError, acquire_lock
 from modtrain.common.errors import DataError, raise_if_any
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.encode import EncodeJob, encode_unit, finished_record
-from modtrain.data.prepare.end_token import chosen_end_token
+from modtrain.data.prepare.given_tokenizer import given_tokenizer
 from modtrain.data.prepare.pipeline import (
     LOCK_NAME,
     InUseError,
@@ -102,7 +102,7 @@ def _encode_own(config: PrepareConfig, task: Task, progress: bool) -> _Encoded |
     output = Path(config.output)
     files = expand_sources(config.sources)
     refuse_misfits(config, files)
-    end_token = chosen_end_token(config.tokenizer)
+    given = given_tokenizer(config.tokenizer)
     if (output / INDEX_NAME).exists():
         return None
     work = make_folders(output)
@@ -123,7 +123,7 @@ def _encode_own(config: PrepareConfig, task: Task, progress: bool) -> _Encoded |
             if has_locks:
                 # One trains; the others find what it made.
                 training.enter_context(acquire_lock(work / "tokenizer.lock", timeout=math.inf))
-            tokenizer = ensure_tokenizer(config, units, output, work, staging, end_token)
+            tokenizer = ensure_tokenizer(config, units, output, work, staging, given)
         jobs = encode_jobs(config, units, tokenizer, work, staging)
         own = [job for number, job in enumerate(jobs) if task.owns(number)]
         others = [job for number, job in enumerate(jobs) if not task.owns(number)]

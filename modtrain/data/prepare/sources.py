@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
@@ -16,6 +18,7 @@ from modtrain.data.prepare.storage import (
     file_name,
     is_command,
     remote_matches,
+    shown_name,
     status_of,
 )
 from modtrain.data.prepare.tokenized.kinds import KINDS as TOKEN_KINDS
@@ -54,12 +57,14 @@ class SourceFile:
     size: in bytes; 0 for what a command prints.
     mtime_ns: time of its last change, in ns, or what stands for its version where it lies behind an
         address; with the size it tells a changed file.
+    number: of several addresses that differ in their queries alone, from 0.
     """
 
     path: str
     kind: str
     size: int
     mtime_ns: int
+    number: int = field(default=0, compare=False)
 
     @property
     def compression(self) -> str:
@@ -75,6 +80,23 @@ class SourceFile:
     def name(self) -> str:
         """What tells it from others, wherever its folder lies."""
         return file_name(self.path)
+
+    @property
+    def shown(self) -> str:
+        """Its path or address without what may be secret."""
+        return shown_name(self.path)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others and from other versions of it, without a signature.
+
+        A signature that is renewed makes it no other file.
+        """
+        identity = {**asdict(self), "path": self.shown}
+        if self.number == 0:
+            # Earlier versions did not have it.
+            del identity["number"]
+        return identity
 
     @classmethod
     def of(cls, path: str) -> SourceFile:
@@ -95,7 +117,8 @@ class SourceFile:
         kinds = [kind for suffix, kind in KINDS.items() if name.endswith(suffix)]
         if not kinds:
             raise DataError(
-                f"{path}: its suffix is not known. Known are {_KNOWN}; narrow the source."
+                f"{shown_name(path)}: its suffix is not known. Known are {_KNOWN}; narrow the"
+                " source."
             )
         size, version = status_of(path)
         return cls(path, kinds[0], size, version)
@@ -119,7 +142,12 @@ def expand_sources(sources: Sequence[str]) -> list[SourceFile]:
             errors.append(str(error))
     if errors:
         raise DataError("\n".join(errors))
-    return list(files.values())
+    seen: Counter[str] = Counter()
+    numbered = []
+    for file in files.values():
+        numbered.append(replace(file, number=seen[file.shown]))
+        seen[file.shown] += 1
+    return numbered
 
 
 def _identity(path: str) -> object:
@@ -135,7 +163,7 @@ def _matches(source: str) -> list[str]:
     if is_url(source):
         urls = remote_matches(source)
         if not urls:
-            raise DataError(f"{source}: matches no file.")
+            raise DataError(f"{shown_name(source)}: matches no file.")
         return urls
     pattern = str(Path(_inside_package(source)).expanduser())
     if Path(pattern).is_file():

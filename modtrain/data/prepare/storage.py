@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from modtrain.common.errors import DataError
-from modtrain.data.remote.urls import EXTRAS, is_url
+from modtrain.data.remote.urls import driver_fault, is_url, without_secrets
 
 PIPE_PREFIX = "pipe:"
 _HTTP = re.compile(r"https?://", re.I)
@@ -49,13 +49,7 @@ def file_name(path: str) -> str:
 
 def shown_name(path: str) -> str:
     """Return a path or address without what may be secret: a signature, a user and a password."""
-    if not is_url(path):
-        return path
-    parts = urlsplit(path)
-    host = parts.netloc.rpartition("@")[2]
-    if not _HTTP.match(path):
-        return parts._replace(netloc=host).geturl()
-    return parts._replace(netloc=host, query="", fragment="").geturl()
+    return without_secrets(path) if is_url(path) else path
 
 
 def status_of(path: str) -> tuple[int, int]:
@@ -71,7 +65,9 @@ def status_of(path: str) -> tuple[int, int]:
     info = _asked(path, lambda: files.info(inner))
     size = info.get("size")
     if size is None:
-        raise DataError(f"{path}: the server does not tell its size. Fetch it, and name the file.")
+        raise DataError(
+            f"{shown_name(path)}: the server does not tell its size. Fetch it, and name the file."
+        )
     version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
     return int(size), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16)
 
@@ -141,21 +137,15 @@ def local_copy(path: str) -> Iterator[Path]:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    protocol = url.partition("://")[0].lower()
     # It imports the drivers that are there.
     from fsspec.core import url_to_fs  # noqa: PLC0415
 
+    if fault := driver_fault(url):
+        raise DataError(f"{shown_name(url)}: {fault[0]}: {fault[1]}")
     try:
         files, inner = url_to_fs(url, **(_http_options() if _HTTP.match(url) else {}))
-    except (ImportError, ValueError) as error:
-        extra = EXTRAS.get(protocol)
-        package = f"modtrain[{extra}]" if extra else "the driver of fsspec for it"
-        raise DataError(
-            f"{url}: there is no driver for {protocol}:// ({error}). Install it: pip install"
-            f" '{package}'"
-        ) from None
     except Exception as error:  # drivers raise what they like, as of credentials
-        raise DataError(f"{url}: {error}") from error
+        raise DataError(without_secrets(f"{url}: {error}")) from error
     return files, inner
 
 
@@ -174,11 +164,12 @@ def _asked(url: str, question: Callable[[], Any]) -> Any:
     try:
         return question()
     except FileNotFoundError:
-        raise DataError(f"{url}: is not there.") from None
+        raise DataError(f"{shown_name(url)}: is not there.") from None
     except Exception as error:
-        reason = str(error) or type(error).__name__
+        reason = without_secrets(str(error) or type(error).__name__)
         raise DataError(
-            f"{url}: {reason}. Credentials are those that its driver finds, as in the environment."
+            f"{shown_name(url)}: {reason}. Credentials are those that its driver finds, as in the"
+            " environment."
         ) from error
 
 
@@ -224,7 +215,10 @@ class _RemoteFile(io.RawIOBase):
                 reason = str(error) or type(error).__name__
             self._forget()
             if number == _TRIES - 1:
-                raise DataError(f"{self._url}: {reason}. prepare continues when it is run again.")
+                raise DataError(
+                    without_secrets(f"{self._url}: {reason}. ")
+                    + "prepare continues when it is run again."
+                )
             time.sleep(_WAIT_SECONDS * 2**number)
         buffer[: len(content)] = content
         self._at += len(content)

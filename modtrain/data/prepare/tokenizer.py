@@ -153,7 +153,11 @@ def check_tokenizer(content: bytes, name: str, end_id: int | None = None) -> tup
 
     Raises DataError where it is none or has no end-of-document token.
     """
-    tokenizer = parse_tokenizer(content, name)
+    return vocabulary_of(parse_tokenizer(content, name), name, end_id)
+
+
+def vocabulary_of(tokenizer: Tokenizer, name: str, end_id: int | None = None) -> tuple[int, int]:
+    """The same of a tokenizer that is parsed already."""
     known = known_end_ids(tokenizer)
     if known or end_id is not None:
         # Numbers may have gaps: what counts for an embedding is the largest.

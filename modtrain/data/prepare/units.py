@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
+from typing import Any
 
 from modtrain.data.prepare.rows import row_groups
 from modtrain.data.prepare.sources import SourceFile
@@ -32,6 +33,11 @@ class Unit:
     start: int = 0
     end: int = 0
     first_row: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others: as its fields, without signatures of addresses."""
+        return {**asdict(self), "files": [file.identity for file in self.files]}
 
 
 def plan_units(

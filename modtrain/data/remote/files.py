@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modtrain.common.errors import DataError
-from modtrain.data.remote.urls import DEFAULT_TIMEOUT
+from modtrain.data.remote.urls import DEFAULT_TIMEOUT, without_secrets
 
 if TYPE_CHECKING:
     from fsspec.asyn import AsyncFileSystem
@@ -25,9 +28,12 @@ _FIRST_WAIT = 0.5
 _LONGEST_WAIT = 20.0
 # Requests at once of a process. Each has few bytes, and waits for the server most of its time.
 _PARALLEL = 32
-# Of a whole file: large enough for the bandwidth, small enough to come within a request's time.
-_CHUNK_BYTES = 1 << 22
-_CHUNKS = 4
+# Of a whole file: at first, at least and at most. They grow while they come within the first of
+# these seconds, for the bandwidth, and shrink where they take more than the second, so that they
+# come within a request's time from a slow server.
+_FIRST_CHUNK, _LEAST_CHUNK, _MOST_CHUNK = 1 << 19, 1 << 16, 1 << 22
+_SHORT, _LONG = 1.0, 8.0
+CHUNKS_AT_ONCE = 4
 # No retry mends these: the file is not there, or not for us.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL_NAMES = ("NoCredentialsError", "ProfileNotFound", "InvalidURL")
@@ -71,6 +77,8 @@ class RemoteFiles:
         self._system: Any = None
         self._root = ""
         self._limit: asyncio.Semaphore | None = None
+        # By what is under way, the thread that waits for it.
+        self._under_way: dict[Future[Any], int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "timeout": self.timeout}
@@ -81,23 +89,44 @@ class RemoteFiles:
 
     def location(self, name: str) -> str:
         """The URL of a file, for a message."""
-        return f"{self.url}/{name}"
+        return without_secrets(f"{self.url}/{name}")
 
-    def chunks(self, name: str, max_bytes: int) -> Iterator[bytes]:
+    def cancel(self, threads: Collection[int]) -> None:
+        """Break off what is requested in ``threads``, by identifier: they get CancelledError.
+
+        What they request later is made as before.
+        """
+        for future, thread in tuple(self._under_way.items()):
+            if thread in threads:
+                future.cancel()
+
+    def chunks(
+        self, name: str, max_bytes: int, num_at_once: Callable[[], int] = lambda: CHUNKS_AT_ONCE
+    ) -> Iterator[bytes]:
         """Yield the content of a file of at most ``max_bytes``, whose size is looked at first.
 
-        A few chunks of 4 MiB are in memory at a time.
+        num_at_once: how many chunks, of 4 MiB at most, are requested together, and are in memory
+        then; asked before each time.
         """
         ((size, version),) = self.versions([name])
         if size > max_bytes:
             raise ChangedError(
                 f"{self.location(name)}: has {size:,} bytes on the server, more than {max_bytes:,}"
             )
-        for first in range(0, size, _CHUNKS * _CHUNK_BYTES):
-            stop = min(size, first + _CHUNKS * _CHUNK_BYTES)
-            starts = range(first, stop, _CHUNK_BYTES)
-            parts = [Range(name, at, min(at + _CHUNK_BYTES, stop), version) for at in starts]
-            yield from self.read_ranges(parts)
+        first, chunk = 0, _FIRST_CHUNK
+        while first < size:
+            stop = min(size, first + num_at_once() * chunk)
+            starts = range(first, stop, chunk)
+            parts = [Range(name, at, min(at + chunk, stop), version) for at in starts]
+            began = time.monotonic()
+            contents = self.read_ranges(parts)
+            seconds = time.monotonic() - began
+            yield from contents
+            first = stop
+            if seconds < _SHORT:
+                chunk = min(2 * chunk, _MOST_CHUNK)
+            elif seconds > _LONG:
+                chunk = max(chunk // 2, _LEAST_CHUNK)
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
         """Return the bytes of each range, all of them requested at once."""
@@ -111,11 +140,14 @@ class RemoteFiles:
         from fsspec.asyn import get_loop  # noqa: PLC0415
 
         future = asyncio.run_coroutine_threadsafe(work, get_loop())
+        self._under_way[future] = threading.get_ident()
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+        finally:
+            del self._under_way[future]
 
     async def _gather(self, work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
@@ -191,7 +223,7 @@ class RemoteFiles:
                 f"{where}: gave no answer in {self.timeout:g} s, {_ATTEMPTS} times."
                 " data.fetch_timeout may be raised; the same command continues."
             )
-        reason = " ".join(str(error).split())[:300] or "no reason given"
+        reason = " ".join(without_secrets(str(error)).split())[:300] or "no reason given"
         return DataError(f"{where}: cannot be read ({type(error).__name__}: {reason})")
 
     def _open(self) -> tuple[AsyncFileSystem, asyncio.Semaphore]:

@@ -7,7 +7,7 @@ The order of the samples is known, so nothing is guessed. A shard comes whole wh
   the place of the one that is needed last.
 
 Else, as in the one epoch of a shuffled run over many nodes, ranges are fewer bytes. The step goes
-first: while it waits for samples, whole shards wait.
+first: while it waits for samples, or few of those to come are there, whole shards wait.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import DataError
 from modtrain.data.remote.dataset import RemoteTokenDataset
-from modtrain.data.remote.files import ChangedError
+from modtrain.data.remote.files import CHUNKS_AT_ONCE, ChangedError
 from modtrain.data.remote.shards import shard_checksums
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import ShardIndex
@@ -45,6 +45,10 @@ _IDLE = 2.0
 # A step has waited lately, and the longest that a chunk is put off for it.
 _LATELY, _LONGEST_DELAY = 1.0, 5.0
 _LEAST_WAIT = 0.002
+# While the samples' requests are behind, whole shards take one part in so many of the time.
+_PARTS = 10
+# Looking for what to fetch takes the processor that steps need: at most one part in so many.
+_LOOKS = 50
 
 
 class _StoppedError(Exception):
@@ -119,6 +123,8 @@ class ShardFiller:
         self._key = digest(sorted(table.checksums))[:16]
         self._error: ChangedError | None = None
         self._last_wait = -_LATELY
+        self._chunk_began = 0.0
+        self._is_behind: Callable[[], bool] = lambda: False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -136,12 +142,20 @@ class ShardFiller:
             # A request to a server that does not answer goes on by itself.
             self._thread.join(_LONGEST_DELAY)
 
-    def watched(self, batches: Iterator[B], first: int, samples_per_batch: float) -> Iterator[B]:
+    def watched(
+        self,
+        batches: Iterator[B],
+        first: int,
+        samples_per_batch: float,
+        is_behind: Callable[[], bool] = lambda: False,
+    ) -> Iterator[B]:
         """Yield ``batches``, and keep record of where they are and how long they take.
 
         first: samples consumed before them. samples_per_batch: of all ranks, on average.
+        is_behind: whether the batches that are read ahead need the server by themselves.
         Raises ChangedError where a shard came damaged.
         """
+        self._is_behind = is_behind
         for number in count():
             self.position = first + int(number * samples_per_batch)
             began = time.monotonic()
@@ -169,8 +183,7 @@ class ShardFiller:
                 self._cache.make_directory()
                 with FileLock(self._cache.directory / f"fill-{self._key}.lock", blocking=False):
                     while not self._stop.is_set():
-                        self.fill()
-                        self._stop.wait(_IDLE)
+                        self._stop.wait(max(_IDLE, _LOOKS * self.fill()))
             except Timeout:
                 pass
             except _StoppedError:
@@ -183,17 +196,18 @@ class ShardFiller:
                 log.warning("no shard is fetched ahead for now: %s", error)
             self._stop.wait(_IDLE)
 
-    def fill(self) -> None:
-        """Fetch what pays of the samples that come next, once."""
-        position = self.position
+    def fill(self) -> float:
+        """Fetch what pays of the samples that come next, once; return the seconds to find it."""
+        began, position = time.monotonic(), self.position
         samples_P = self._window(position)
         next_N, count_N = self.table.uses(samples_P)
         left = self.upcoming.num_samples - position
         keeps = self._kept_sources(count_N, left / max(1, len(samples_P)))
         by_use = np.argsort(next_N, kind="stable")
+        seconds = time.monotonic() - began
         for number in by_use[: np.count_nonzero(next_N != _NEVER)].tolist():
             if self.position - position > len(samples_P) // 8 or self._cache.is_paused:
-                return
+                return seconds
             data, own = self.table.place(number)
             shard_bytes = int(self.table.bytes_N[number])
             samples = int(self.table.stops_N[number] - self.table.starts_N[number])
@@ -207,8 +221,14 @@ class ShardFiller:
                 continue
             limit = next_N[number] if is_dense else _NEVER
             if not self._make_room(shard_bytes, next_N, limit):
-                return
-            data.shards.fetch(own, between=self._give_way)
+                return seconds
+            self._chunk_began = time.monotonic()
+            self._give_way()
+            data.shards.fetch(own, between=self._give_way, num_at_once=self._num_at_once)
+        return seconds
+
+    def _num_at_once(self) -> int:
+        return 1 if self._is_behind() else CHUNKS_AT_ONCE
 
     def _kept_sources(self, count_N: NDArray[np.int64], windows: float) -> list[bool]:
         """Of which sources the rest of the run reads as much on this node as there is.
@@ -251,13 +271,21 @@ class ShardFiller:
         return True
 
     def _give_way(self) -> None:
-        """Wait while steps wait, but not for ever: the shard may be what would help them."""
+        """Wait while steps wait or soon will, but not for ever: the shard may be what helps them.
+
+        A chunk that took long makes the next one wait the longer: a server that has little to spare
+        would else give it what the steps need.
+        """
         began = time.monotonic()
-        while time.monotonic() < min(self._last_wait + _LATELY, began + _LONGEST_DELAY):
+        end = began + max(_LONGEST_DELAY, _PARTS * (began - self._chunk_began))
+        while (now := time.monotonic()) < end:
+            if now >= self._last_wait + _LATELY and not self._is_behind():
+                break
             if self._stop.wait(0.05):
                 break
         if self._stop.is_set():
             raise _StoppedError
+        self._chunk_began = time.monotonic()
 
 
 def open_filler(

@@ -72,15 +72,18 @@ class RemoteShards:
         *,
         make_room: Callable[[int], bool] | None = None,
         between: Callable[[], None] | None = None,
+        num_at_once: Callable[[], int] | None = None,
     ) -> bool:
         """Fetch a shard whole into the cache; return whether it is there then.
 
-        make_room: as of `ShardCache.fetch`. between: called after each chunk.
+        make_room: as of `ShardCache.fetch`. between: called after each chunk. num_at_once: as of
+        `RemoteFiles.chunks`.
         """
+        more = {} if num_at_once is None else {"num_at_once": num_at_once}
         shard, name = self.shards[number], self._name(number)
 
         def chunks() -> Iterator[bytes]:
-            for chunk in self.files.chunks(name, shard.num_bytes):
+            for chunk in self.files.chunks(name, shard.num_bytes, **more):
                 yield chunk
                 if between is not None:
                     between()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from modtrain.data.mixture.stream import (
 )
 from modtrain.data.remote.dataset import RemoteTokenDataset
 from modtrain.data.remote.fill import ShardFiller, Upcoming, open_filler
-from modtrain.data.remote.read_ahead import read_ahead
+from modtrain.data.remote.read_ahead import MOST_THREADS, ReadAhead
 from modtrain.data.remote.urls import is_url
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.dataset import TokenDataset
@@ -52,7 +52,8 @@ _TOKEN_BYTES = 8
 _WORKER_TIMEOUT = 600
 # Of data behind a URL, within the time for a batch.
 _REQUESTS = 10
-# From behind a URL: optimizer steps whose batches are read ahead, and their bytes at most.
+# From behind a URL: optimizer steps whose batches lie ready, beside those that are requested at the
+# moment and come together where the server is slow; and the bytes of all at most.
 _STEPS_AHEAD = 16
 _AHEAD_BYTES = 1 << 28
 # For semaphores and whole pages.
@@ -177,7 +178,8 @@ class TokenDataModule(lightning.LightningDataModule):
         )
         batch_bytes = plan.micro_batch_size * (self.train_data.seq_len + 1) * _TOKEN_BYTES
         most = max(1, _AHEAD_BYTES // batch_bytes)
-        loader.num_ahead = min(max(loader.num_ahead, _STEPS_AHEAD * plan.accumulate), most)
+        ready = max(loader.num_ahead, _STEPS_AHEAD * plan.accumulate)
+        loader.num_ahead = min(ready + MOST_THREADS, most)
         loader.filler = self._filler(plan)
         samples = plan.samples_per_step
         loader.consumed = (self.start_step * samples, samples / plan.accumulate)
@@ -196,7 +198,8 @@ class TokenDataModule(lightning.LightningDataModule):
             return order.lookup(stream_positions(consumed, skipped))
 
         num_samples = plan.num_steps * plan.samples_per_step
-        ahead = 2 * _STEPS_AHEAD * plan.samples_per_step
+        steps_ahead = _STEPS_AHEAD + -(-MOST_THREADS // plan.accumulate)
+        ahead = 2 * steps_ahead * plan.samples_per_step
         upcoming = Upcoming(num_samples, lookup, max(1, num_nodes), ahead)
         return open_filler(sources, self.indexes.values(), upcoming)
 
@@ -313,21 +316,30 @@ class _TokenLoader(DataLoader[Batch]):
     num_ahead = 1
     filler: ShardFiller | None = None
     consumed = (0, 0.0)
+    _ahead: ReadAhead[list[int], Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if self.filler is None:
             yield from self._batches()
             return
         with self.filler as filler:
-            yield from filler.watched(self._batches(), *self.consumed)
+            yield from filler.watched(self._batches(), *self.consumed, self._is_behind)
+
+    def _is_behind(self) -> bool:
+        return self._ahead is not None and self._ahead.is_behind
 
     def _batches(self) -> Iterator[Batch]:
         data: Dataset[Any] = self.dataset
         numbers: Any = self.batch_sampler
-        if self.num_workers == 0 and any(
-            isinstance(source, RemoteTokenDataset) for _, source in sources_of(data)
-        ):
-            yield from read_ahead(self._read, iter(numbers), self.num_ahead)
+        remote = [s.shards for _, s in sources_of(data) if isinstance(s, RemoteTokenDataset)]
+        if self.num_workers == 0 and remote:
+
+            def cancel(threads: Collection[int]) -> None:
+                for shards in remote:
+                    shards.files.cancel(threads)
+
+            self._ahead = ReadAhead(self._read, iter(numbers), self.num_ahead, cancel)
+            yield from self._ahead
             return
         try:
             yield from super().__iter__()

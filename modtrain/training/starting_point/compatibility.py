@@ -60,7 +60,7 @@ def check_weights(
         wrong += tensors.mismatches
     wrong += _optimizer_mismatches(config, trained, tensors, path)
     wrong += _function_changes(config, trained)
-    if text := _tokenizer_mismatch(config, parent, trained):
+    if config.init.check_tokenizer and (text := tokenizer_mismatch(config, parent, trained)):
         wrong.append(text)
         remedies.append(_TOKENIZER_REMEDY.format(path=trained.data.tokenizer_location))
     if wrong:
@@ -151,10 +151,8 @@ def _optimizer_mismatches(
     return []
 
 
-def _tokenizer_mismatch(config: TrainConfig, parent: RunDirectory, trained: TrainConfig) -> str:
+def tokenizer_mismatch(config: TrainConfig, parent: RunDirectory, trained: TrainConfig) -> str:
     """Return how the data's tokens differ from those of the weights; empty if they do not."""
-    if not config.init.check_tokenizer:
-        return ""
     data, there = config.data.summary(), trained.data.tokenizer_location
     if data.fingerprint == parent.read_manifest()["data_fingerprint"]:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from modtrain.training.named_runs import open_run
 from modtrain.training.plan import TrainingPlan
 from modtrain.training.run_directory import RunDirectory
 from modtrain.training.starting_point.branch import check_branch
-from modtrain.training.starting_point.compatibility import check_weights
+from modtrain.training.starting_point.compatibility import check_weights, tokenizer_mismatch
 from modtrain.training.starting_point.tensor_map import TensorMap
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,10 @@ def _find_checkpoint(run: RunDirectory, step: int | None) -> tuple[int, Path]:
         raise error if is_there else StartingPointError(str(error)) from None
 
 
-def inherit_prompt_format(parent: Parent | None, run: RunDirectory) -> None:
+def inherit_prompt_format(parent: Parent | None, run: RunDirectory, config: TrainConfig) -> None:
     """Copy how the parent's model wants its prompts into ``run``, if its directory says so.
+
+    Its numbers are those of the parent's tokenizer: of data with another one nothing is taken.
 
     Raises:
         CheckpointError: the parent's file cannot be read.
@@ -117,6 +122,10 @@ def inherit_prompt_format(parent: Parent | None, run: RunDirectory) -> None:
         return
     source = RunDirectory(Path(parent.run)).prompt_format
     if not source.exists():
+        return
+    origin = RunDirectory(Path(parent.run))
+    if reason := tokenizer_mismatch(config, origin, origin.read_config()):
+        log.warning("the prompt format of %s is not taken over: %s", parent.run, reason)
         return
     try:
         content = read_bytes(source, MAX_LINE_BYTES)

@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.broken = 0
         self.asked: list[str] = []
+        self.folder = folder
         outer = self
 
         class Handler(http.server.SimpleHTTPRequestHandler):
@@ -96,8 +98,11 @@ def test_addresses_give_what_local_files_give(tmp_path, in_memory, small_units):
     prepare(tiny_config([f"{in_memory}/**/*.*"], tmp_path / "a"), progress=False)
     prepare(tiny_config([f"{local}/*.*"], tmp_path / "b"), progress=False)
     trees = [tree(tmp_path / name) for name in "ab"]
+    indexes = [json.loads(files.pop("index.json")) for files in trees]
+    assert indexes[0]["fingerprint"] == indexes[1]["fingerprint"]
     for files in trees:
-        del files[".prepared.json"]
+        # Names of the files as they were given.
+        del files[".prepared.json"], files["source_files.json"]
     assert trees[0] == trees[1]
 
 
@@ -106,15 +111,16 @@ def test_an_address_that_is_not_there_and_one_without_a_driver(in_memory):
         expand_sources([f"{in_memory}/none.jsonl"])
     with pytest.raises(DataError, match="matches no file"):
         expand_sources([f"{in_memory}/none-*.jsonl"])
-    with pytest.raises(DataError, match="no driver for nosuch://"):
+    with pytest.raises(DataError, match="protocol nosuch, which fsspec does not know"):
         expand_sources(["nosuch://x/a.jsonl"])
 
 
 def test_a_missing_driver_is_named_with_what_to_install(monkeypatch):
-    def missing(url: str, **_: Any) -> None:
+    def missing(protocol: str) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    # The package has a table of the module's name.
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "get_filesystem_class", missing)
     with pytest.raises(DataError, match=r"pip install 'modtrain\[s3\]'"):
         expand_sources(["s3://bucket/a.jsonl"])
 
@@ -140,6 +146,54 @@ def test_a_connection_that_breaks_is_no_end_of_a_file(server):
     server.broken = 100
     with pytest.raises(DataError, match=r"a\.jsonl: .*prepare continues"):
         read(f"{server.url}/a.jsonl")
+
+
+def test_a_renewed_signature_does_no_work_again_and_none_is_kept(server, tmp_path, monkeypatch):
+    with (server.folder / "a.jsonl").open("a") as file:
+        file.write("damaged\n")
+
+    def config(signature: str) -> Any:
+        names = ("a.jsonl", "b.jsonl.gz")
+        sources = [f"{server.url}/{name}?X-Amz-Signature={signature}" for name in names]
+        return tiny_config(sources, tmp_path / "out")
+
+    def written() -> bytes:
+        paths = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+        return b"".join(path.read_bytes() for path in paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modtrain.data.prepare.pipeline._pack", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(config("secret1"), progress=False)
+    assert b"a.jsonl" in written()
+    assert b"secret" not in written()
+    server.asked.clear()
+    report = prepare(config("secret2"), progress=False)
+    # Neither for the tokenizer nor for the tokens; their sizes and versions are asked for.
+    assert not server.asked
+    assert "a.jsonl:21" in str(report)
+    assert b"secret" not in written() + str(report).encode()
+
+
+def test_addresses_that_differ_in_their_queries_are_different_files(server, tmp_path):
+    first, second = expand_sources([f"{server.url}/a.jsonl?part={n}" for n in (1, 2)])
+    assert first.shown == second.shown
+    assert first.identity != second.identity
+    assert first.identity == expand_sources([f"{server.url}/a.jsonl?part=3"])[0].identity
+
+
+def test_no_message_has_a_signature(server):
+    for name in ("none.jsonl", "a.unknown", "a.npy"):
+        with pytest.raises(DataError) as caught:
+            expand_sources(
+                [f"{server.url}/{name}?X-Amz-Signature=secret".replace("//", "//u:secret@")]
+            )
+        assert "secret" not in str(caught.value)
+        assert name in str(caught.value)
+    server.broken = 100
+    with pytest.raises(DataError, match="prepare continues") as caught:
+        read(f"{server.url}/a.jsonl?X-Amz-Signature=secret")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_name_has_no_signature_and_no_password():

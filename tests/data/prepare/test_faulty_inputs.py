@@ -1,6 +1,8 @@
 """Corpora and tokenizers that look usable, and are not or only in part."""
 
+import io
 import json
+import lzma
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from modtrain.common.errors import DataError
 from modtrain.data.config import TokenizerConfig
 from modtrain.data.prepare import tokenizer as tokenizer_module
+from modtrain.data.prepare.decompress import chunks
+from modtrain.data.prepare.flaws import DamagedError
 from modtrain.data.prepare.lost_text import LostText
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.sources import expand_sources
@@ -283,3 +287,23 @@ def test_brackets_in_a_folders_name_are_answered_with_how_to_write_them(
     pattern = str(caught.value).partition("write ")[2].rstrip(".")
     assert pattern.startswith("[[]v1] set/")
     assert len(expand_sources([pattern])) == 1
+
+
+def zstd_frame(window_log: int) -> bytes:
+    """A frame that asks for a window of so many bits, and has five bytes."""
+    return b"\x28\xb5\x2f\xfd\0" + bytes([(window_log - 10) << 3, 5 << 3 | 1, 0, 0]) + b"text\n"
+
+
+def test_a_frame_that_asks_for_much_memory_is_refused():
+    for window_log in (20, 27, 28):
+        assert b"".join(chunks(io.BytesIO(zstd_frame(window_log)), "zst")) == b"text\n"
+    for content in (zstd_frame(29), zstd_frame(31), zstd_frame(20) + zstd_frame(31)):
+        with pytest.raises(DamagedError, match=r"memory.*max_document_bytes may be raised"):
+            list(chunks(io.BytesIO(content), "zst"))
+    assert list(chunks(io.BytesIO(zstd_frame(30)), "zst", 1 << 30)) == [b"text\n"]
+    # Beyond what zstd itself reads.
+    with pytest.raises(DamagedError):
+        list(chunks(io.BytesIO(zstd_frame(41)), "zst", 1 << 60))
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16}]
+    small = lzma.compress(b"text\n", filters=filters)
+    assert list(chunks(io.BytesIO(small), "xz")) == [b"text\n"]

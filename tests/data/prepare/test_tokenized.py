@@ -5,6 +5,7 @@ MosaicML and LitData by their own writers where these are installed, and else by
 """
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import pytest
 import zstandard
 
 from modtrain.common.errors import ConfigError, DataError
+from modtrain.common.reading import read_json
 from modtrain.data.config import TokenizerConfig
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.sources import SourceFile, expand_sources
+from modtrain.data.prepare.tokenized import kinds
 from modtrain.data.prepare.tokenized.documents import TokenDocument, TokenReader, Vocabulary
 from modtrain.data.prepare.tokenizer import DocumentEncoder, train_tokenizer
 from tests.data.data_cases import make_documents, tiny_config, trained_on
@@ -319,3 +322,31 @@ def test_what_litdatas_own_writer_writes(tmp_path, kind):
     writer.done()
     writer.merge()
     assert read_all(tmp_path) == [DOCUMENTS, [True] * 4, []]
+
+
+def test_the_index_of_a_folder_is_parsed_once(tmp_path, monkeypatch):
+    folder = tmp_path / "mds"
+    write_mds(folder, DOCUMENTS)
+    index = json.loads((folder / "index.json").read_text())
+    (shard,) = index["shards"]
+    names = [f"shard.{number:05d}.mds" for number in range(20)]
+    index["shards"] = [{**shard, "raw_data": {**shard["raw_data"], "basename": n}} for n in names]
+    for name in names[1:]:
+        shutil.copy(folder / names[0], folder / name)
+    (folder / "index.json").write_text(json.dumps(index))
+    parsed = []
+
+    def counted(path, *arguments):
+        parsed.append(path)
+        return read_json(path, *arguments)
+
+    monkeypatch.setattr(kinds, "read_json", counted)
+    files = expand_sources([str(folder)])
+    assert [kinds.entry_of(Path(file.path))[1]["raw_data"]["basename"] for file in files] == names
+    assert len(parsed) == 1
+    # A changed one is another.
+    index["shards"] = index["shards"][:5]
+    (folder / "index.json").write_text(json.dumps(index))
+    assert len(expand_sources([str(folder)])) == 5
+    with pytest.raises(ValueError, match="does not name it"):
+        kinds.entry_of(folder / names[7])

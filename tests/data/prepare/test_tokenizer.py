@@ -10,7 +10,7 @@ from modtrain.common.errors import DataError
 from modtrain.data.config import TokenizerConfig
 from modtrain.data.mixture.summary import combined_summary
 from modtrain.data.prepare import tokenizer as tokenizer_module
-from modtrain.data.prepare.end_token import chosen_end_token
+from modtrain.data.prepare.given_tokenizer import given_tokenizer
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.tokenizer import (
@@ -22,9 +22,9 @@ from modtrain.data.prepare.tokenizer import (
     train_tokenizer,
     training_texts,
 )
-from modtrain.data.prepare.tokenizer_path import tokenizer_file
 from modtrain.data.prepare.units import plan_units
 from modtrain.data.stream.index import ShardIndex
+from modtrain.data.tokenizers.source import read_tokenizer
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 from tests.helpers.problems import problems_of
 
@@ -79,7 +79,7 @@ def test_a_tokenizer_that_cannot_serve_is_refused(tmp_path, content, words):
 def test_a_missing_tokenizer_is_named(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(10))
     tokenizer = TokenizerConfig(path=str(tmp_path / "none.json"))
-    with pytest.raises(DataError, match=r"none\.json: No such file"):
+    with pytest.raises(DataError, match=r"none\.json: is missing"):
         prepare(tiny_config([corpus], tmp_path / "out", tokenizer=tokenizer), progress=False)
 
 
@@ -163,20 +163,21 @@ def test_the_end_token_is_the_one_that_a_file_beside_the_tokenizer_declares(
 ):
     path = other_tokenizer(tmp_path)
     (tmp_path / name).write_text(json.dumps(content))
-    assert chosen_end_token(TokenizerConfig(path=str(path))) == "<|stop|>"
-    assert chosen_end_token(TokenizerConfig(path=str(path), end_token="<|start|>")) == "<|start|>"
+    assert given_tokenizer(TokenizerConfig(path=str(path))).end_token == "<|stop|>"
+    named = TokenizerConfig(path=str(path), end_token="<|start|>")
+    assert given_tokenizer(named).end_token == "<|start|>"
     (tmp_path / name).write_text("{")
     with pytest.raises(DataError, match=name):
-        chosen_end_token(TokenizerConfig(path=str(path)))
+        given_tokenizer(TokenizerConfig(path=str(path)))
 
 
 def test_a_usual_name_comes_before_what_files_declare(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(train_tokenizer(make_documents(5), 300))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
-    assert chosen_end_token(TokenizerConfig(path=str(path))) is None
+    assert given_tokenizer(TokenizerConfig(path=str(path))).end_token is None
     named = TokenizerConfig(path=str(path), end_token="<|nothing|>")
-    problem = problems_of(chosen_end_token, named)["tokenizer.end_token"]
+    problem = problems_of(given_tokenizer, named)["tokenizer.end_token"]
     assert END_OF_DOCUMENT in problem.remedy
     assert [p.key for p in TokenizerConfig(end_token="a").problems("tokenizer")] == [
         "tokenizer.end_token"
@@ -231,9 +232,30 @@ def test_a_folder_has_a_tokenizer_and_another_end_token_is_reported(tmp_path, ca
     assert "declares the end token a; documents end with <|endoftext|>" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["spiece.model", "cl100k_base.tiktoken"])
-def test_files_of_other_tokenizers_are_refused_by_name(tmp_path, name):
-    (tmp_path / name).write_bytes(b"x")
-    for path in (tmp_path, tmp_path / name):
-        with pytest.raises(DataError, match=f"{name}.*(SentencePiece|tiktoken).*save_pretrained"):
-            tokenizer_file(str(path))
+def test_a_folder_without_one_tokenizer_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"has no tokenizer\.json, and no file that ends in"):
+        read_tokenizer(str(tmp_path))
+    for name in ("a.model", "b.tiktoken"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"several tokenizers, a\.model, b\.tiktoken"):
+        read_tokenizer(str(tmp_path))
+    (tmp_path / "a.model").unlink()
+    with pytest.raises(DataError, match=r"b\.tiktoken: has neither the pattern.*cl100k_base"):
+        read_tokenizer(str(tmp_path))
+
+
+def test_a_given_tokenizer_is_parsed_once(tmp_path, monkeypatch):
+    path = other_tokenizer(tmp_path)
+    parsed = []
+    parse = tokenizer_module.parse_tokenizer
+
+    def counted(content, name):
+        parsed.append(name)
+        return parse(content, name)
+
+    for module in ("given_tokenizer", "tokenizer"):
+        monkeypatch.setattr(f"modtrain.data.prepare.{module}.parse_tokenizer", counted)
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(60))
+    chosen = TokenizerConfig(path=str(path), end_token="<|stop|>")
+    prepare(tiny_config([corpus], tmp_path / "out", tokenizer=chosen), progress=False)
+    assert parsed.count(str(path)) == 1

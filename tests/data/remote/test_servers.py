@@ -1,5 +1,6 @@
 """An S3 API and nginx on loopback, and what befalls their answers."""
 
+import gzip
 import importlib.util
 import logging
 import os
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from modtrain.common.errors import DataError
+from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.remote import files
 from modtrain.data.stream.index import ShardIndex, read_summary
+from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 from tests.data.remote.servers import FaultyProxy, find_nginx, nginx_server, s3_server
 from tests.data.remote.test_stream import module, shards_of, step_rows, tokens
 
@@ -171,3 +174,34 @@ def test_a_server_without_ranges_is_named(prepared, tmp_path, environment, caplo
         with pytest.raises(DataError, match="the server has no HTTP ranges"):
             shards.read([(0, 600, 700)])
         server.shutdown()
+
+
+def test_a_corpus_in_a_bucket_is_prepared(bucket, environment, tmp_path):
+    import s3fs
+    from fsspec.config import conf
+
+    texts = make_documents(60)
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts[:40])
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(write_jsonl(tmp_path / "b.jsonl", texts[40:]).read_bytes()))
+    for path in (corpus, packed):
+        bucket.system.put(str(path), f"{BUCKET}/corpus/{path.name}")
+    local = prepare(tiny_config([str(corpus), str(packed)], tmp_path / "local"), progress=False)
+    sources = [f"s3://{BUCKET}/corpus/*"]
+    there = prepare(tiny_config(sources, tmp_path / "there"), progress=False)
+    assert there.summary.fingerprint == local.summary.fingerprint
+    assert prepare(tiny_config(sources, tmp_path / "there"), progress=False).was_complete
+    # Who has no keys is told so, and a public bucket needs none.
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        environment.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(DataError, match=r"s3://bucket/corpus/.*[Cc]redentials"):
+        prepare(tiny_config(sources, tmp_path / "none"), progress=False)
+    environment.setitem(conf, "s3", {"anon": True})
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket.system.call_s3("put_bucket_acl", Bucket=BUCKET, ACL="public-read")
+    for path in (corpus, packed):
+        name = f"corpus/{path.name}"
+        bucket.system.call_s3("put_object_acl", Bucket=BUCKET, Key=name, ACL="public-read")
+    public = prepare(tiny_config(sources, tmp_path / "public"), progress=False)
+    assert public.summary.fingerprint == local.summary.fingerprint

@@ -14,9 +14,10 @@ import torch
 from modtrain.common.errors import ConfigError, DataError, raise_if_any
 from modtrain.data.config import DataConfig
 from modtrain.data.mixture.config import SourceConfig
-from modtrain.data.remote import files
+from modtrain.data.remote import files, fill
 from modtrain.data.remote.cache import ShardCache
 from modtrain.data.remote.fill import Upcoming, open_filler
+from modtrain.data.remote.read_ahead import MOST_THREADS, ReadAhead
 from modtrain.data.remote.shards import RemoteShards, evict_others
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import ShardIndex, read_summary
@@ -256,7 +257,11 @@ def test_a_url_that_cannot_be_read_is_a_problem_of_the_configuration():
 
     assert "data.path=nothing://x: has the protocol nothing" in message("nothing://x")
     assert "remedy: pip install 'modtrain[gcs]'" in message("gs://bucket/data")
-    assert "has a query" in message("https://example.org/data?signature=5")
+    query = message("https://example.org/data?signature=secret")
+    assert "has a query" in query
+    password = message("https://user:secret@example.org/data")
+    assert "has a user or a password" in password
+    assert "secret" not in query + password
     source = SourceConfig("nothing://x")
     with pytest.raises(ConfigError, match=r"data.sources.web.path=nothing://x"):
         raise_if_any(DataConfig(sources={"web": source}).problems("data"))
@@ -339,3 +344,90 @@ def test_an_error_of_the_filler_reaches_the_run(copy_server, tmp_path, caplog):
     with pytest.raises(DataError, match="has not the checksum"):
         for _ in module(server.url, tmp_path, num_steps=60, shuffle=False).train_dataloader():
             time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_the_end_does_not_wait_for_a_server_that_is_silent(prepared, tmp_path):
+    with FaultyServer(prepared).serving() as server:
+        data = module(server.url, tmp_path, num_steps=1000, cache_bytes=0)
+        loader = data.train_dataloader()
+        batches = iter(loader)
+        next(batches)
+        while not all(future.done() for future in loader._ahead._coming):
+            time.sleep(0.01)
+        server.kind, server.every = "stall", 1
+        for _ in range(8):
+            next(batches)
+        began = time.monotonic()
+        batches.close()
+        # Of 30 in which nothing comes, and 60 that a request has.
+        assert time.monotonic() - began < 15
+        server.kind = ""
+        # What comes later is requested as ever.
+        assert next(iter(data.train_dataloader())).inputs_BS.shape[0] == 3
+
+
+def test_batches_lie_ready_beside_those_that_are_requested(prepared, server, tmp_path):
+    data = module(server.url, tmp_path, num_steps=1000, cache_bytes=0)
+    loader = data.train_dataloader()
+    assert loader.num_ahead == 16 * 4 + MOST_THREADS
+    let, started = threading.Event(), []
+
+    def read(number):
+        started.append(number)
+        if number >= 24:
+            let.wait(30)
+        return number
+
+    ahead = ReadAhead(read, iter(range(100)), 24 + MOST_THREADS, lambda _: let.set())
+    results = iter(ahead)
+    # With as many under way as ever there are, the others wait for no server.
+    assert [next(results) for _ in range(24)] == list(range(24))
+    assert len(started) <= 24 + MOST_THREADS
+    assert ahead.is_behind
+    let.set()
+    assert list(results) == list(range(24, 100))
+    assert not ahead.is_behind
+
+
+@pytest.mark.parametrize("is_behind", [True, False])
+def test_whole_shards_leave_a_slow_server_to_the_steps(server, tmp_path, monkeypatch, is_behind):
+    filler = filler_of(module(server.url, tmp_path, shuffle=False))
+    now = [100.0]
+
+    def waited(seconds):
+        now[0] += seconds
+        return False
+
+    monkeypatch.setattr(fill, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    filler._stop = SimpleNamespace(wait=waited, is_set=lambda: False)
+    filler._is_behind = lambda: is_behind
+    filler._chunk_began = now[0]
+    busy = 0.0
+    for _ in range(10):
+        # A chunk for which a slow server takes 8 seconds.
+        now[0] += 8
+        busy += 8
+        filler._give_way()
+    share = busy / (now[0] - 100)
+    assert share < 0.12 if is_behind else share == 1
+    assert filler._num_at_once() == (1 if is_behind else 4)
+
+
+@pytest.mark.parametrize("bytes_per_s", [20_000, 10**9])
+def test_chunks_of_a_file_come_in_time_from_a_slow_server(monkeypatch, bytes_per_s):
+    remote, now, took = files.RemoteFiles("http://127.0.0.1/data", 60), [0.0], []
+    size = 1 << 26
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(remote, "versions", lambda _: [(size, None)])
+
+    def read_ranges(parts):
+        took.append(sum(part.stop - part.start for part in parts) / bytes_per_s)
+        now[0] += took[-1]
+        return [bytes(part.stop - part.start) for part in parts]
+
+    monkeypatch.setattr(remote, "read_ranges", read_ranges)
+    assert sum(map(len, remote.chunks("a", size, lambda: 1))) == size
+    assert max(took) < 30
+    # A fast one is asked for much at a time.
+    assert (len(took) < 25) == (bytes_per_s == 10**9)

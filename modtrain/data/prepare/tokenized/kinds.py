@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
-from modtrain.data.remote.urls import is_url
+from modtrain.data.remote.urls import is_url, without_secrets
 
 KINDS = ("flat", "megatron", "mds", "litdata")
 INDEX_NAME = "index.json"
@@ -25,7 +26,9 @@ def token_kind(path: str) -> str | None:
     if not name.endswith(_SUFFIXES):
         return None
     if is_url(path):
-        raise DataError(f"{path}: token numbers are read from local files. Fetch it first.")
+        raise DataError(
+            f"{without_secrets(path)}: token numbers are read from local files. Fetch it first."
+        )
     if ".mds" in name:
         return "mds"
     if name.endswith(".bin") and Path(path).with_suffix(".idx").is_file():
@@ -74,9 +77,24 @@ def token_folder(folder: Path) -> list[str]:
 
 def _index(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        return _parsed(path)
     except UnreadableError as error:
         raise DataError(f"{path.parent}: {error}") from None
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """Return the content of an index, which many files of a directory ask for."""
+    try:
+        status = path.stat()
+    except OSError:
+        # Says what is wrong with it.
+        return read_json(path)
+    return _read(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, _mtime_ns: int, _size: int) -> dict[str, Any]:
+    return read_json(path)
 
 
 def entry_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,12 +102,23 @@ def entry_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises ValueError where it does not name the file.
     """
+    file = path.with_name(INDEX_NAME)
     try:
-        index = read_json(path.with_name(INDEX_NAME))
-        for entry in index.get("shards") or index["chunks"]:
-            files = [entry.get("raw_data"), entry.get("zip_data")]
-            if path.name in [entry.get("filename"), *(f["basename"] for f in files if f)]:
-                return index, entry
-    except (UnreadableError, KeyError, TypeError, AttributeError) as error:
+        index, status = _parsed(file), file.stat()
+        entry = _entries(file, status.st_mtime_ns, status.st_size).get(path.name)
+    except (UnreadableError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its {INDEX_NAME} cannot be used: {error}") from None
-    raise ValueError(f"its {INDEX_NAME} does not name it")
+    if entry is None:
+        raise ValueError(f"its {INDEX_NAME} does not name it")
+    return index, entry
+
+
+@lru_cache(maxsize=4)
+def _entries(path: Path, mtime_ns: int, size: int) -> dict[str, dict[str, Any]]:
+    """What an index says of each file, by its name: a directory may have 100,000."""
+    index, entries = _read(path, mtime_ns, size), {}
+    for entry in reversed(index.get("shards") or index["chunks"]):
+        files = [entry.get("raw_data"), entry.get("zip_data")]
+        for name in [entry.get("filename"), *(file["basename"] for file in files if file)]:
+            entries[name] = entry
+    return entries
