@@ -26,6 +26,7 @@ from modtrain.common.atomic_io import (
 )
 from modtrain.common.errors import DataError, raise_if_any
 from modtrain.data.config import PrepareConfig
+from modtrain.data.packing.summary import BEST_FIT, packing_text
 from modtrain.data.prepare.deduplicate import EncodedUnits, without_repeats
 from modtrain.data.prepare.documents import UnitDocuments, lines_before, write_side_files
 from modtrain.data.prepare.encode import (
@@ -45,6 +46,12 @@ from modtrain.data.prepare.pack import (
     plan_shards,
     write_shard,
 )
+from modtrain.data.prepare.packed_rows import (
+    PackedSplit,
+    pack_splits,
+    plan_row_shards,
+    write_packing_files,
+)
 from modtrain.data.prepare.request import (
     REQUEST_NAME,
     TIMES,
@@ -55,6 +62,7 @@ from modtrain.data.prepare.request import (
 )
 from modtrain.data.prepare.source_checks import (
     refuse_misfits,
+    refuse_unknown_ends,
     tell_unknown_ends,
 )
 from modtrain.data.prepare.sources import expand_sources
@@ -70,7 +78,6 @@ from modtrain.data.prepare.units import Unit, plan_units
 from modtrain.data.prepare.worker_pool import run_unfinished
 from modtrain.data.stream.index import (
     INDEX_NAME,
-    ITEM_SIZES,
     SPLITS,
     TOKENIZER_NAME,
     IndexSummary,
@@ -118,9 +125,19 @@ class PrepareReport:
                 f"{split.num_tokens:>15,}{split.num_sequences:>12,}"
                 f"{split.num_bytes / max(1, split.num_tokens):>13.2f}{split.dropped_tokens:>9,}"
             )
+        lines += _packing_lines(summary)
         for kind, count in summary.flaws.items():
             lines += _flaw_lines(kind, count, self.examples)
         return "\n".join(lines)
+
+
+def _packing_lines(summary: IndexSummary) -> list[str]:
+    lines = []
+    for name, packing in (summary.packing or {}).items():
+        split = summary.splits[name]
+        counts = (split.num_sequences, summary.seq_len, split.num_documents)
+        lines.append(f"{name}: {packing_text(*counts, packing)}")
+    return lines
 
 
 def _flaw_lines(kind: str, count: int, examples: Sequence[Flaw]) -> list[str]:
@@ -158,8 +175,12 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             return _report_of_finished(output, request)
         units = plan_units(files, config.text_column, config.text_template)
         tokenizer = ensure_tokenizer(config, units, output, work, work / "staging", end_token)
+        is_packed = config.packing == BEST_FIT
         layout = PackLayout(
-            config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
+            config.seq_len,
+            config.sequences_per_sample,
+            config.samples_per_shard,
+            smallest_dtype(tokenizer.vocab_size + is_packed),
         )
         encoded = _encode(config, units, tokenizer, work=work, progress=progress)
         # Before repeats are counted: they are no damage.
@@ -169,12 +190,13 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
                 encoded, tokenizer.dtype, work, config.num_workers, progress=progress
             )
         records = encoded.records
-        splits = {split: _split_summary(records, split, layout) for split in SPLITS}
+        packed = _pack_documents(config, encoded, work, progress) if is_packed else None
+        splits = {split: _split_summary(records, split, layout, packed) for split in SPLITS}
         flaws = _flaw_counts(records)
         tell_unknown_ends(records)
         has_tokens = any(file.has_tokens for file in files)
         _refuse_empty_split(splits, _examples(units, records), flaws, config, has_tokens=has_tokens)
-        shards = _pack(config, encoded.tokens, layout, output=output, work=work, progress=progress)
+        shards = _write_shards(config, encoded.tokens, packed, layout, tokenizer, work, progress)
         summary = IndexSummary(
             seq_len=config.seq_len,
             vocab_size=tokenizer.vocab_size,
@@ -186,8 +208,10 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             flaws=flaws,
             splits=splits,
             end_token=end_token,
+            packing=packed and {split: own.packing for split, own in packed.items()},
         )
         sides = write_side_files(output, files, encoded.documents, work / "staging")
+        sides |= write_packing_files(output, packed or {}, work / "staging")
         write_json(output / REQUEST_NAME, request, work / "staging")
         finish(output, summary, shards, work / "staging", sides)
     # Only now that the lock in it is closed: on NFS an open file would keep the folder.
@@ -283,7 +307,12 @@ class StoredTokenizer:
     @property
     def dtype(self) -> str:
         """The smallest type of numbers that holds its tokens."""
-        return "uint16" if self.vocab_size <= _LARGEST_UINT16_VOCAB else "uint32"
+        return smallest_dtype(self.vocab_size)
+
+
+def smallest_dtype(count: int) -> str:
+    """The smallest type that tells so many numbers apart."""
+    return "uint16" if count <= _LARGEST_UINT16_VOCAB else "uint32"
 
 
 def ensure_tokenizer(
@@ -398,20 +427,37 @@ def _encode(
     return EncodedUnits(records, tokens, documents)
 
 
-def _pack(
+def _pack_documents(
+    config: PrepareConfig, encoded: EncodedUnits, work: Path, progress: bool
+) -> dict[str, PackedSplit]:
+    refuse_unknown_ends(config, encoded.records)
+    tokens, documents = encoded.tokens, encoded.documents
+    return pack_splits(
+        tokens, documents, config.seq_len, work, config.num_workers, progress=progress
+    )
+
+
+def _write_shards(
     config: PrepareConfig,
     tokens: dict[str, list[TokenFile]],
+    packed: dict[str, PackedSplit] | None,
     layout: PackLayout,
-    *,
-    output: Path,
+    tokenizer: StoredTokenizer,
     work: Path,
     progress: bool,
 ) -> dict[str, list[Shard]]:
     """The shards of each split. All are written as one batch of jobs, by one set of workers."""
-    jobs = {split: plan_shards(tokens[split], layout, output / split, work) for split in SPLITS}
+    output, padding_id = Path(config.output), tokenizer.vocab_size
+    jobs = {
+        split: plan_shards(tokens[split], layout, output / split, work)
+        if packed is None
+        else plan_row_shards(
+            packed[split], layout, output / split, work, tokenizer.dtype, padding_id
+        )
+        for split in SPLITS
+    }
     all_jobs = [job for split in SPLITS for job in jobs[split]]
-    item_size = ITEM_SIZES[layout.dtype]
-    sizes = [item_size * sum(count for _, _, count in job.pieces) for job in all_jobs]
+    sizes = [job.num_bytes for job in all_jobs]
     shards = run_unfinished(
         "writing shards", write_shard, finished_shard, all_jobs, sizes, config.num_workers, progress
     )
@@ -419,15 +465,24 @@ def _pack(
     return {"train": shards[:num_train], "valid": shards[num_train:]}
 
 
-def _split_summary(records: Sequence[UnitRecord], split: str, layout: PackLayout) -> SplitSummary:
+def _split_summary(
+    records: Sequence[UnitRecord],
+    split: str,
+    layout: PackLayout,
+    packed: dict[str, PackedSplit] | None,
+) -> SplitSummary:
     counts = [record.splits[split] for record in records]
     num_tokens = sum(count.num_tokens for count in counts)
+    num_sequences = layout.num_sequences(num_tokens)
+    dropped_tokens = layout.dropped_tokens(num_tokens)
+    if packed is not None:
+        num_sequences, dropped_tokens = packed[split].num_rows, 0
     return SplitSummary(
-        num_sequences=layout.num_sequences(num_tokens),
+        num_sequences=num_sequences,
         num_tokens=num_tokens,
         num_documents=sum(count.num_documents for count in counts),
         num_bytes=sum(count.num_bytes for count in counts),
-        dropped_tokens=layout.dropped_tokens(num_tokens),
+        dropped_tokens=dropped_tokens,
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,33 @@ class TokenDataModule(lightning.LightningDataModule):
         numbers = self.order.lookup(positions)
         return list(zip(positions.tolist(), numbers.tolist(), strict=True))
 
+    def padding_share(self, step: int) -> float | None:
+        """Return the share of a step's places that train nothing; None: the data have no padding.
+
+        step: counted from 0.
+        """
+        if not self.train_data.has_padding:
+            return None
+        places = self.plan().samples_per_step * self.train_data.seq_len
+        return 1 - self._num_targets(step) / places
+
+    def _num_targets(self, step: int) -> int:
+        """How many tokens all ranks predict in a step: a function of the stream's positions."""
+        return self.train_data.num_targets(np.array(self.sample_numbers(step), dtype=np.int64))
+
+    def _weight_of(self, plan: BatchPlan) -> Callable[[int, Batch], float] | None:
+        """What computes a batch's weight by its number; None: all have equally many targets."""
+        if not self.train_data.has_padding:
+            return None
+        start, num_targets = self.start_step, lru_cache(maxsize=2)(self._num_targets)
+        num_batches = plan.accumulate * plan.world_size
+
+        def weight(number: int, batch: Batch) -> float:
+            in_step = num_targets(start + number // plan.accumulate)
+            return batch.num_targets * num_batches / max(1, in_step)
+
+        return weight
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of ``micro_batch_size`` from ``start_step`` on; its length is the whole run's.
 
@@ -179,6 +206,7 @@ class TokenDataModule(lightning.LightningDataModule):
         most = max(1, _AHEAD_BYTES // batch_bytes)
         loader.num_ahead = min(max(loader.num_ahead, _STEPS_AHEAD * plan.accumulate), most)
         loader.filler = self._filler(plan)
+        loader.weight_of = self._weight_of(plan)
         samples = plan.samples_per_step
         loader.consumed = (self.start_step * samples, samples / plan.accumulate)
         return loader
@@ -254,8 +282,9 @@ class TokenDataModule(lightning.LightningDataModule):
         config, batches = self.config, self.micro_batch_size + self.eval_batch_size
         if config.num_workers == 0 or not SHARED_MEMORY.is_dir():
             return
-        # Inputs and targets share their memory; documents may be numbered.
-        batch_bytes = 2 * batches * (self.train_data.seq_len + 1) * _TOKEN_BYTES
+        # Inputs and targets share their memory, without padding; documents may be numbered.
+        copies = 4 if self.train_data.has_padding else 2
+        batch_bytes = copies * batches * (self.train_data.seq_len + 1) * _TOKEN_BYTES
         ahead = config.num_workers * config.prefetch_factor * num_processes
         needed, free = ahead * batch_bytes + _SPARE_BYTES, shutil.disk_usage(SHARED_MEMORY).free
         if free < needed:
@@ -288,7 +317,7 @@ class TokenDataModule(lightning.LightningDataModule):
             batch_sampler=batches,
             num_workers=workers,
             # The data set returns whole batches already.
-            collate_fn=partial(_collate, eos_id=self.config.eos_id),
+            collate_fn=partial(_collate, eos_id=self.config.eos_id, has_padding=data.has_padding),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             timeout=self._worker_timeout() if workers else 0,
@@ -307,19 +336,28 @@ class _TokenLoader(DataLoader[Batch]):
     Without workers, batches from behind a URL are read by threads: the server is waited for.
 
     num_ahead: batches that these have read. filler: fetches whole shards meanwhile. consumed:
-    samples of all ranks before the first batch, and in each.
+    samples of all ranks before the first batch, and in each. weight_of: computes the weight of a
+    batch by its number, from 0; None: batches have none.
     """
 
     num_ahead = 1
     filler: ShardFiller | None = None
     consumed = (0, 0.0)
+    weight_of: Callable[[int, Batch], float] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if self.filler is None:
-            yield from self._batches()
+            yield from self._weighted()
             return
         with self.filler as filler:
-            yield from filler.watched(self._batches(), *self.consumed)
+            yield from filler.watched(self._weighted(), *self.consumed)
+
+    def _weighted(self) -> Iterator[Batch]:
+        if self.weight_of is None:
+            yield from self._batches()
+            return
+        for number, batch in enumerate(self._batches()):
+            yield batch._replace(weight=self.weight_of(number, batch))
 
     def _batches(self) -> Iterator[Batch]:
         data: Dataset[Any] = self.dataset
@@ -347,20 +385,16 @@ class _TokenLoader(DataLoader[Batch]):
     def _read(self, numbers: list[int]) -> Batch:
         data: Any = self.dataset
         batch: Batch = self.collate_fn(data.__getitems__(numbers))
-        if not self.pin_memory:
-            return batch
-        inputs_BS, targets_BS, documents_BS = batch
-        if documents_BS is not None:
-            documents_BS = documents_BS.pin_memory()
-        return Batch(inputs_BS.pin_memory(), targets_BS.pin_memory(), documents_BS)
+        return batch.pin_memory() if self.pin_memory else batch
 
 
-def _collate(tokens_BT: Tensor, eos_id: int | None) -> Batch:
-    batch = Batch.from_tokens(tokens_BT, eos_id)
+def _collate(tokens_BT: Tensor, eos_id: int | None, has_padding: bool) -> Batch:
+    batch = Batch.from_tokens(tokens_BT, eos_id, has_padding=has_padding)
     if get_worker_info() is not None and SHARED_MEMORY.is_dir():
         # Where it is full, torch loses the batch and waits for it for ever.
         free = shutil.disk_usage(SHARED_MEMORY).free
-        needed = sum(tensor.untyped_storage().nbytes() for tensor in batch if tensor is not None)
+        tensors = [tensor for tensor in batch[:4] if tensor is not None]
+        needed = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         if free < needed + _SPARE_BYTES:
             raise DataError(f"{SHARED_MEMORY} has {free:,} bytes free. {_SHARED_REMEDY}")
     return batch

@@ -17,6 +17,7 @@ from modtrain.common.terminal import Column, fitted_table
 from modtrain.data.config import DataConfig
 from modtrain.data.documents.table import DocumentTable
 from modtrain.data.mixture.stream import MixtureDataset, load_indexes, open_split
+from modtrain.data.packing.summary import packing_text
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import SPLITS, ShardIndex
 from modtrain.inference.data_view.config import DataViewConfig
@@ -107,9 +108,9 @@ def _samples(
         count = min(config.samples, len(samples))
         for place in range(count):
             number = (2 * place + 1) * len(samples) // (2 * count)
-            tokens, start = samples[number].tolist(), number * samples.seq_len
+            tokens, pieces = samples[number].tolist(), samples.document_pieces(number)
             end_id = indexes[source].summary.eos_id
-            documents = sample_documents(tokens, start, table, tokenizer, end_id)
+            documents = sample_documents(tokens, pieces, table, tokenizer, end_id)
             shown = [(d.origin, d.extent, d.shown_text(config.max_chars)) for d in documents]
             yield ShownSample(source, number, shown)
 
@@ -124,6 +125,8 @@ def _plain(of_split: SplitStatistics) -> dict[str, object]:
     values: dict[str, object] = {"source": of_split.source, "split": of_split.split}
     values |= vars(of_split.summary)
     values["bytes_per_token"] = of_split.bytes_per_token
+    if of_split.packing is not None:
+        values |= vars(of_split.packing)
     values["num_repeats"] = of_split.num_repeats
     values["unused_tokens"] = unused_tokens([of_split]).tolist()
     values["num_read"] = of_split.num_read
@@ -145,6 +148,11 @@ def _report_lines(
         more = " …" if subject.num_unused > len(subject.unused) else ""
         lines[0] += f": {'  '.join(subject.unused)}{more}"
     lines += [
+        f"{split.source + ', ' if split.source else ''}{split.split}: {text}"
+        for split in statistics.splits
+        if (text := _packing_text(split, subject.seq_len))
+    ]
+    lines += [
         f"{repeated.num_documents:,} documents have the text of {repeated.origin}"
         for repeated in statistics.most_repeated
     ]
@@ -153,6 +161,13 @@ def _report_lines(
         for origin, extent, text in sample.documents:
             lines += [f"─── {origin}, {extent}", text]
     return lines
+
+
+def _packing_text(split: SplitStatistics, seq_len: int) -> str:
+    if split.packing is None:
+        return ""
+    summary = split.summary
+    return packing_text(summary.num_sequences, seq_len, summary.num_documents, split.packing)
 
 
 def _table(subject: Subject, statistics: Statistics, width: int) -> Table:

@@ -1,0 +1,96 @@
+"""Runs on documents that are packed by best fit: padding takes no part in anything that is learned."""
+
+from pathlib import Path
+
+import pytest
+
+from modtrain.cli.compose import compose
+from modtrain.data.prepare.pipeline import prepare
+from modtrain.data.stream.datamodule import TokenDataModule
+from modtrain.inference.config import EvalRunConfig
+from modtrain.inference.data_view.step_samples import samples_of
+from modtrain.inference.evaluate.evaluate import evaluate_run
+from modtrain.training.config import PlanConfig
+from modtrain.training.metrics_log import read_metrics
+from modtrain.training.plan import derive
+from modtrain.training.plan_report import show
+from modtrain.training.run_directory import RunDirectory
+from tests.data.data_cases import make_documents, tiny_config, write_jsonl
+from tests.helpers.ranks import on_ranks
+from tests.helpers.runs import assert_same_records, losses_of, run, run_lines, stopping
+from tests.helpers.saved import assert_same_bits, newest_weights
+
+pytestmark = pytest.mark.usefixtures("no_stop_request")
+
+SEQ_LEN = 128
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared directory with 11% of padding."""
+    folder = tmp_path_factory.mktemp("packed")
+    corpus = write_jsonl(folder / "corpus.jsonl", make_documents(200))
+    config = tiny_config([corpus], folder / "output", seq_len=SEQ_LEN, packing="best_fit")
+    prepare(config, progress=False)
+    return folder / "output"
+
+
+def test_plan_tells_tokens_with_and_without_padding(packed, tmp_path, capsys):
+    config = compose("train", run_lines(packed, tmp_path, "one"))
+    show(PlanConfig(**vars(config)))
+    printed = capsys.readouterr().out
+    assert "10.84% of these tokens: FLOPs are spent on it, and about 1,826" in printed
+    assert "1 of 156; laid end to end 93" in printed
+
+
+@pytest.mark.slow
+def test_every_split_of_a_step_learns_the_same(packed, tmp_path):
+    """Over micro-batches and ranks, none of which have equally many tokens."""
+    lines = run_lines(packed, tmp_path, "one", "batch.micro_batch_size=4", "eval.every=4")
+    assert run(lines) == "complete"
+    for name, ranks, *more in (
+        ("accumulated", 1, "batch.micro_batch_size=1"),
+        ("two", 2, "strategy=ddp", "batch.micro_batch_size=1"),
+    ):
+        overrides = run_lines(packed, tmp_path, name, "eval.every=4", *more)
+        assert on_ranks(run, ranks, overrides, joins=False) == ["complete"] * ranks
+        assert losses_of(tmp_path / name) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-6)
+        assert_same_records(tmp_path, "one", name)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_and_tells_its_padding_and_documents(packed, tmp_path):
+    assert run(run_lines(packed, tmp_path, "whole", "data.document_mask=true")) == "complete"
+    cut = run_lines(packed, tmp_path, "cut", "data.document_mask=true")
+    with stopping(3):
+        assert run(cut) == "stopped"
+    assert run(cut) == "complete"
+    assert_same_bits(newest_weights(tmp_path / "cut", 4), newest_weights(tmp_path / "whole", 4))
+    directory = RunDirectory(tmp_path / "whole")
+    recorded = {r["step"]: r["padding"] for r in read_metrics(directory.metrics) if "padding" in r}
+    for step in (1, 2, 3, 4):
+        samples = list(samples_of(directory, step))
+        num_read = [sum(len(d.tokens) for d in sample.documents) for sample in samples]
+        assert num_read == [sum(token >= 0 for token in sample.tokens) for sample in samples]
+        share = 1 - sum(count - 1 for count in num_read) / (len(samples) * SEQ_LEN)
+        assert recorded[step] == pytest.approx(share)
+        assert all(
+            d.num_tokens == len(d.tokens) <= SEQ_LEN + 1 for s in samples for d in s.documents
+        )
+
+
+@pytest.mark.slow
+def test_the_held_out_loss_is_over_real_tokens(packed, tmp_path):
+    assert run(run_lines(packed, tmp_path, "one")) == "complete"
+    config = RunDirectory(tmp_path / "one").read_config()
+    plan = derive(config)
+    data = TokenDataModule(
+        config.data, micro_batch_size=1, accumulate=1, num_steps=plan.steps, eval_batch_size=2
+    )
+    expected = sum(batch.num_targets for batch in data.val_dataloader())
+    for batch_size in (1, 3):
+        asked = EvalRunConfig(
+            run="one", runs_dir=str(tmp_path), batch_size=batch_size, swap=batch_size == 1
+        )
+        report = evaluate_run(asked)
+        print(report)
