@@ -1,4 +1,4 @@
-"""Runs on documents that are packed by best fit: padding takes no part in anything that is learned."""
+"""Runs on documents that are packed by best fit: padding takes no part in what is learned."""
 
 from pathlib import Path
 
@@ -7,15 +7,17 @@ import pytest
 from modtrain.cli.compose import compose
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.inference.config import EvalRunConfig
+from modtrain.inference.config import EvalRunConfig, InspectConfig
 from modtrain.inference.data_view.step_samples import samples_of
 from modtrain.inference.evaluate.evaluate import evaluate_run
+from modtrain.inference.inspect.inspect import inspect_run
 from modtrain.training.config import PlanConfig
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import derive
 from modtrain.training.plan_report import show
 from modtrain.training.run_directory import RunDirectory
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
+from tests.helpers.marks import slow_but
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import assert_same_records, losses_of, run, run_lines, stopping
 from tests.helpers.saved import assert_same_bits, newest_weights
@@ -38,31 +40,42 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_plan_tells_tokens_with_and_without_padding(packed, tmp_path, capsys):
     config = compose("train", run_lines(packed, tmp_path, "one"))
     show(PlanConfig(**vars(config)))
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    print(printed)
     assert "10.84% of these tokens: FLOPs are spent on it, and about 1,826" in printed
     assert "1 of 156; laid end to end 93" in printed
 
 
-@pytest.mark.slow
-def test_every_split_of_a_step_learns_the_same(packed, tmp_path):
+SPLITS = {
+    "ranks": (2, ["strategy=ddp"]),
+    "accumulated": (1, []),
+    "context": (2, ["strategy=fsdp_cp"]),
+    "experts": (2, ["strategy=fsdp_ep", "model.experts.count=4", "model.experts.dim=8"]),
+    "tensor": (2, ["strategy=fsdp_tp", "data.document_mask=true"]),
+    "deepspeed": (2, ["strategy=deepspeed_2"]),
+}
+
+
+@pytest.mark.on_commit("ranks")
+@pytest.mark.parametrize("name", slow_but((), SPLITS))
+def test_every_split_of_a_step_learns_the_same(packed, tmp_path, name):
     """Over micro-batches and ranks, none of which have equally many tokens."""
-    lines = run_lines(packed, tmp_path, "one", "batch.micro_batch_size=4", "eval.every=4")
-    assert run(lines) == "complete"
-    for name, ranks, *more in (
-        ("accumulated", 1, "batch.micro_batch_size=1"),
-        ("two", 2, "strategy=ddp", "batch.micro_batch_size=1"),
-    ):
-        overrides = run_lines(packed, tmp_path, name, "eval.every=4", *more)
-        assert on_ranks(run, ranks, overrides, joins=False) == ["complete"] * ranks
-        assert losses_of(tmp_path / name) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-6)
-        assert_same_records(tmp_path, "one", name)
+    ranks, more = SPLITS[name]
+    own = [line for line in more if not line.startswith("strategy=")]
+    whole = ["batch.micro_batch_size=4", "eval.every=4", *own]
+    assert run(run_lines(packed, tmp_path, "one", *whole)) == "complete"
+    lines = run_lines(packed, tmp_path, "split", "batch.micro_batch_size=1", "eval.every=4", *more)
+    assert on_ranks(run, ranks, lines, joins=False) == ["complete"] * ranks
+    losses = [losses_of(tmp_path / name) for name in ("split", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert_same_records(tmp_path, "one", "split")
 
 
 @pytest.mark.slow
 def test_a_run_resumes_and_tells_its_padding_and_documents(packed, tmp_path):
     assert run(run_lines(packed, tmp_path, "whole", "data.document_mask=true")) == "complete"
     cut = run_lines(packed, tmp_path, "cut", "data.document_mask=true")
-    with stopping(3):
+    with stopping(1):
         assert run(cut) == "stopped"
     assert run(cut) == "complete"
     assert_same_bits(newest_weights(tmp_path / "cut", 4), newest_weights(tmp_path / "whole", 4))
@@ -79,7 +92,7 @@ def test_a_run_resumes_and_tells_its_padding_and_documents(packed, tmp_path):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_held_out_loss_is_over_real_tokens(packed, tmp_path):
     assert run(run_lines(packed, tmp_path, "one")) == "complete"
     config = RunDirectory(tmp_path / "one").read_config()
@@ -87,10 +100,20 @@ def test_the_held_out_loss_is_over_real_tokens(packed, tmp_path):
     data = TokenDataModule(
         config.data, micro_batch_size=1, accumulate=1, num_steps=plan.steps, eval_batch_size=2
     )
-    expected = sum(batch.num_targets for batch in data.val_dataloader())
-    for batch_size in (1, 3):
-        asked = EvalRunConfig(
-            run="one", runs_dir=str(tmp_path), batch_size=batch_size, swap=batch_size == 1
-        )
-        report = evaluate_run(asked)
-        print(report)
+    num_targets = sum(batch.num_targets for batch in data.val_dataloader())
+    assert num_targets < len(data.valid_data) * SEQ_LEN
+    figures = []
+    for batch_size, swap in ((1, True), (3, False)):
+        asked = EvalRunConfig(run="one", runs_dir=str(tmp_path), batch_size=batch_size, swap=swap)
+        figures.append(evaluate_run(asked))
+    first, second = figures
+    assert first["tokens"] == second["tokens"] == num_targets
+    assert first["causal_loss"] == pytest.approx(second["causal_loss"], rel=1e-6)
+    worth = first["router_worth"]
+    assert worth["loss"] == pytest.approx(first["causal_loss"], rel=1e-5)
+    asked = EvalRunConfig(run="one", runs_dir=str(tmp_path), sweep=[0.25])
+    evaluate_run(asked)
+    inspect_run(
+        InspectConfig(run="one", runs_dir=str(tmp_path), output=str(tmp_path / "page.html"))
+    )
+    assert (tmp_path / "page.html").exists()
