@@ -53,16 +53,16 @@ def assert_padding_is_nothing(
         ]
         if side == "right":
             # Causal attention needs no mask there.
-            told = model(
+            unmasked = model(
                 tokens_BS,
                 selection=selection,
                 valid_BS=valid_BS,
                 is_right_padded=True,
                 documents_BS=documents_BS,
             )
-            for one, two in zip(told.routing, actual.routing, strict=True):
+            for one, two in zip(unmasked.routing, actual.routing, strict=True):
                 assert torch.equal(one.chosen_BS, two.chosen_BS)
-            error = (told.logits_BSV - actual.logits_BSV)[valid_BS].abs().max()
+            error = (unmasked.logits_BSV - actual.logits_BSV)[valid_BS].abs().max()
             assert error < 1e-9, f"off by {error:.1e} without a mask"
     for record in actual.routing:
         assert not (record.chosen_BS & ~valid_BS).any()

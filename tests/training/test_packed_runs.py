@@ -37,7 +37,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "output"
 
 
-def test_plan_tells_tokens_with_and_without_padding(packed, tmp_path, capsys):
+def test_plan_reports_tokens_with_and_without_padding(packed, tmp_path, capsys):
     config = compose("train", run_lines(packed, tmp_path, "one"))
     show(PlanConfig(**vars(config)))
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -72,7 +72,7 @@ def test_every_split_of_a_step_learns_the_same(packed, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_and_tells_its_padding_and_documents(packed, tmp_path):
+def test_a_run_resumes_and_reports_its_padding_and_documents(packed, tmp_path):
     assert run(run_lines(packed, tmp_path, "whole", "data.document_mask=true")) == "complete"
     cut = run_lines(packed, tmp_path, "cut", "data.document_mask=true")
     with stopping(1):

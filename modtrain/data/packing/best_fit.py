@@ -67,30 +67,30 @@ def best_fit_rows(length_P: Ints, capacity: int) -> Ints:
     lengths, counts = np.unique(length_P, return_counts=True)
     # Of the pieces from the longest to the shortest.
     rows: list[int] = []
-    # By the room that is left in them, with a bit for each room that there is: the least one that
+    # By the places that are free in them, with a bit for each number that there is: the least one that
     # suffices is found without a search.
-    rows_by_room: list[list[int]] = [[] for _ in range(capacity)]
-    rooms = 0
+    rows_by_free: list[list[int]] = [[] for _ in range(capacity)]
+    free_bits = 0
     num_rows = 0
     for length, count in zip(lengths[::-1].tolist(), counts[::-1].tolist(), strict=True):
         waiting = count
         while waiting:
-            if fitting := rooms >> length:
-                room = length + (fitting & -fitting).bit_length() - 1
-                row = rows_by_room[room].pop()
-                if not rows_by_room[room]:
-                    rooms ^= 1 << room
+            if fitting := free_bits >> length:
+                free = length + (fitting & -fitting).bit_length() - 1
+                row = rows_by_free[free].pop()
+                if not rows_by_free[free]:
+                    free_bits ^= 1 << free
             else:
-                room, row = capacity, num_rows
+                free, row = capacity, num_rows
                 num_rows += 1
             # With one more piece of this length it is again the row with the least room.
-            taken = min(waiting, room // length)
+            taken = min(waiting, free // length)
             rows += [row] * taken
             waiting -= taken
-            left = room - taken * length
+            left = free - taken * length
             if left:
-                rows_by_room[left].append(row)
-                rooms |= 1 << left
+                rows_by_free[left].append(row)
+                free_bits |= 1 << left
     row_P = np.empty(len(length_P), dtype=np.int64)
     row_P[order_P] = rows
     return row_P

@@ -154,9 +154,9 @@ def plan_windows(
         )
         if parts > 1 or is_too_much:
             close()
-        for part in range(parts):
-            if first_stop := (part * count // parts, (part + 1) * count // parts):
-                open_stretches.append(Stretch(file, unit.path, *first_stop, offset))
+        for part in range(parts if count else 0):
+            first, stop = part * count // parts, (part + 1) * count // parts
+            open_stretches.append(Stretch(file, unit.path, first, stop, offset))
             if parts > 1:
                 close()
         if parts == 1:
@@ -204,9 +204,6 @@ def pack_window(job: Window) -> WindowCounts:
 def _documents(job: Window) -> Iterator[tuple[Ints, Ints]]:
     """Yield start and length of the documents of each stretch, places counted over the split."""
     for stretch in job.stretches:
-        if stretch.first == stretch.stop:
-            yield np.empty(0, np.int64), np.empty(0, np.int64)
-            continue
         starts = np.memmap(stretch.records, UNIT_RECORD, mode="r")["start"]
         edges = np.array(starts[stretch.first : stretch.stop + 1], dtype=np.int64)
         if stretch.stop == len(starts):

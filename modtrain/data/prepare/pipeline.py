@@ -39,19 +39,8 @@ from modtrain.data.prepare.encode import (
 )
 from modtrain.data.prepare.end_token import chosen_end_token
 from modtrain.data.prepare.flaws import FLAW_KINDS, Flaw
-from modtrain.data.prepare.pack import (
-    PackLayout,
-    TokenFile,
-    finished_shard,
-    plan_shards,
-    write_shard,
-)
-from modtrain.data.prepare.packed_rows import (
-    PackedSplit,
-    pack_splits,
-    plan_row_shards,
-    write_packing_files,
-)
+from modtrain.data.prepare.pack import PackLayout, TokenFile
+from modtrain.data.prepare.packed_rows import write_packing_files
 from modtrain.data.prepare.request import (
     REQUEST_NAME,
     TIMES,
@@ -62,10 +51,16 @@ from modtrain.data.prepare.request import (
 )
 from modtrain.data.prepare.source_checks import (
     refuse_misfits,
-    refuse_unknown_ends,
     tell_unknown_ends,
 )
 from modtrain.data.prepare.sources import expand_sources
+from modtrain.data.prepare.splits import (
+    StoredTokenizer,
+    pack_documents,
+    smallest_dtype,
+    split_summary,
+    write_shards,
+)
 from modtrain.data.prepare.tokenizer import (
     SplitChooser,
     check_tokenizer,
@@ -78,6 +73,7 @@ from modtrain.data.prepare.units import Unit, plan_units
 from modtrain.data.prepare.worker_pool import run_unfinished
 from modtrain.data.stream.index import (
     INDEX_NAME,
+    PACKING_FILES,
     SPLITS,
     TOKENIZER_NAME,
     IndexSummary,
@@ -91,8 +87,6 @@ from modtrain.data.stream.index import (
 WORK_NAME = ".work"
 LOCK_NAME = "lock"
 # The options and sources of the output; kept out of the index, since file times are not data.
-# Tokens of 16 bits number this many.
-_LARGEST_UINT16_VOCAB = 1 << 16
 
 _log = logging.getLogger(__name__)
 
@@ -190,13 +184,13 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
                 encoded, tokenizer.dtype, work, config.num_workers, progress=progress
             )
         records = encoded.records
-        packed = _pack_documents(config, encoded, work, progress) if is_packed else None
-        splits = {split: _split_summary(records, split, layout, packed) for split in SPLITS}
+        packed = pack_documents(config, encoded, work, progress) if is_packed else None
+        splits = {split: split_summary(records, split, layout, packed) for split in SPLITS}
         flaws = _flaw_counts(records)
         tell_unknown_ends(records)
         has_tokens = any(file.has_tokens for file in files)
         _refuse_empty_split(splits, _examples(units, records), flaws, config, has_tokens=has_tokens)
-        shards = _write_shards(config, encoded.tokens, packed, layout, tokenizer, work, progress)
+        shards = write_shards(config, encoded.tokens, packed, layout, tokenizer, work, progress)
         summary = IndexSummary(
             seq_len=config.seq_len,
             vocab_size=tokenizer.vocab_size,
@@ -236,6 +230,8 @@ def finish(
             if path.name not in names:
                 path.unlink()
         sync(output / split)
+    for name in set(PACKING_FILES).difference(side_files or {}):
+        (output / name).unlink(missing_ok=True)
     sync(output)
     write_json(output / INDEX_NAME, index_content(summary, shards, side_files), staging)
 
@@ -293,26 +289,6 @@ def _work_directory(output: Path) -> Iterator[Path]:
         shutil.rmtree(work / "staging", ignore_errors=True)
         (work / "staging").mkdir()
         yield work
-
-
-@dataclass(frozen=True)
-class StoredTokenizer:
-    """The tokenizer of the output."""
-
-    path: Path
-    sha256: str
-    vocab_size: int
-    eos_id: int
-
-    @property
-    def dtype(self) -> str:
-        """The smallest type of numbers that holds its tokens."""
-        return smallest_dtype(self.vocab_size)
-
-
-def smallest_dtype(count: int) -> str:
-    """The smallest type that tells so many numbers apart."""
-    return "uint16" if count <= _LARGEST_UINT16_VOCAB else "uint32"
 
 
 def ensure_tokenizer(
@@ -425,65 +401,6 @@ def _encode(
         for split in SPLITS
     }
     return EncodedUnits(records, tokens, documents)
-
-
-def _pack_documents(
-    config: PrepareConfig, encoded: EncodedUnits, work: Path, progress: bool
-) -> dict[str, PackedSplit]:
-    refuse_unknown_ends(config, encoded.records)
-    tokens, documents = encoded.tokens, encoded.documents
-    return pack_splits(
-        tokens, documents, config.seq_len, work, config.num_workers, progress=progress
-    )
-
-
-def _write_shards(
-    config: PrepareConfig,
-    tokens: dict[str, list[TokenFile]],
-    packed: dict[str, PackedSplit] | None,
-    layout: PackLayout,
-    tokenizer: StoredTokenizer,
-    work: Path,
-    progress: bool,
-) -> dict[str, list[Shard]]:
-    """The shards of each split. All are written as one batch of jobs, by one set of workers."""
-    output, padding_id = Path(config.output), tokenizer.vocab_size
-    jobs = {
-        split: plan_shards(tokens[split], layout, output / split, work)
-        if packed is None
-        else plan_row_shards(
-            packed[split], layout, output / split, work, tokenizer.dtype, padding_id
-        )
-        for split in SPLITS
-    }
-    all_jobs = [job for split in SPLITS for job in jobs[split]]
-    sizes = [job.num_bytes for job in all_jobs]
-    shards = run_unfinished(
-        "writing shards", write_shard, finished_shard, all_jobs, sizes, config.num_workers, progress
-    )
-    num_train = len(jobs["train"])
-    return {"train": shards[:num_train], "valid": shards[num_train:]}
-
-
-def _split_summary(
-    records: Sequence[UnitRecord],
-    split: str,
-    layout: PackLayout,
-    packed: dict[str, PackedSplit] | None,
-) -> SplitSummary:
-    counts = [record.splits[split] for record in records]
-    num_tokens = sum(count.num_tokens for count in counts)
-    num_sequences = layout.num_sequences(num_tokens)
-    dropped_tokens = layout.dropped_tokens(num_tokens)
-    if packed is not None:
-        num_sequences, dropped_tokens = packed[split].num_rows, 0
-    return SplitSummary(
-        num_sequences=num_sequences,
-        num_tokens=num_tokens,
-        num_documents=sum(count.num_documents for count in counts),
-        num_bytes=sum(count.num_bytes for count in counts),
-        dropped_tokens=dropped_tokens,
-    )
 
 
 def _refuse_empty_split(

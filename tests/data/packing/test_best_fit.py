@@ -82,14 +82,14 @@ def test_at_most_one_row_is_half_empty(length_list: list[int], capacity: int) ->
 
 
 def slow_best_fit(length_list: list[int], capacity: int) -> list[int]:
-    """Return the room that is left in each row: best-fit decreasing as the paper has it."""
-    rooms: list[int] = []
+    """Return how many places are free in each row: best-fit decreasing as the paper has it."""
+    free_places: list[int] = []
     for length in sorted(length_list, reverse=True):
-        fitting = [room for room in rooms if room >= length]
+        fitting = [free for free in free_places if free >= length]
         if fitting:
-            rooms.remove(min(fitting))
-        rooms.append((min(fitting) if fitting else capacity) - length)
-    return sorted(rooms)
+            free_places.remove(min(fitting))
+        free_places.append((min(fitting) if fitting else capacity) - length)
+    return sorted(free_places)
 
 
 @QUICK
