@@ -67,8 +67,8 @@ def best_fit_rows(length_P: Ints, capacity: int) -> Ints:
     lengths, counts = np.unique(length_P, return_counts=True)
     # Of the pieces from the longest to the shortest.
     rows: list[int] = []
-    # By the places that are free in them, with a bit for each number that there is: the least one that
-    # suffices is found without a search.
+    # By the places that are free in them, with a bit for each number that there is: the least one
+    # that suffices is found without a search.
     rows_by_free: list[list[int]] = [[] for _ in range(capacity)]
     free_bits = 0
     num_rows = 0
