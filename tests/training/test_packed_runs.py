@@ -1,5 +1,6 @@
 """Runs on documents that are packed by best fit: padding takes no part in what is learned."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from modtrain.cli.compose import compose
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.inference.config import EvalRunConfig, InspectConfig
+from modtrain.inference.data_view.config import DataViewConfig
 from modtrain.inference.data_view.step_samples import samples_of
+from modtrain.inference.data_view.view import view_data
 from modtrain.inference.evaluate.evaluate import evaluate_run
 from modtrain.inference.inspect.inspect import inspect_run
 from modtrain.training.config import PlanConfig
@@ -69,6 +72,20 @@ def test_every_split_of_a_step_learns_the_same(packed, tmp_path, name):
     losses = [losses_of(tmp_path / name) for name in ("split", "one")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert_same_records(tmp_path, "one", "split")
+
+
+def test_the_data_are_described(packed, tmp_path, capsys):
+    view_data(DataViewConfig(path=str(packed)))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "train: 10.84% of the places are padding; 1 of 156 documents are cut" in printed
+    view_data(DataViewConfig(path=str(packed), format="jsonl"))
+    of_split = {
+        line["split"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())
+    }
+    train = of_split["train"]
+    assert train["num_read"] == train["num_tokens"]
+    assert (train["num_cut"], train["num_cut_if_concatenated"]) == (1, 93)
+    assert train["num_padding"] == train["num_sequences"] * (SEQ_LEN + 1) - train["num_tokens"]
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             flaws=flaws,
             splits=splits,
             end_token=end_token,
-            packing=packed and {split: own.packing for split, own in packed.items()},
+            packing=None if packed is None else {s: packed[s].packing for s in SPLITS},
         )
         sides = write_side_files(output, files, encoded.documents, work / "staging")
         sides |= write_packing_files(output, packed or {}, work / "staging")

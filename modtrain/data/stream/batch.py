@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, T = S + 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -67,17 +68,24 @@ class Batch(NamedTuple):
 
     def first(self) -> Batch:
         """Return the first sequence alone."""
-        return Batch(*(None if x_BS is None else x_BS[:1] for x_BS in self[:4]))
+        return self._map(lambda x_BS: x_BS[:1])
 
     def to(self, device: torch.device) -> Batch:
         """Move all tensors to ``device``."""
-        moved = (None if x_BS is None else x_BS.to(device) for x_BS in self[:4])
-        return Batch(*moved, self.weight)
+        return self._map(lambda x_BS: x_BS.to(device))
 
     def pin_memory(self) -> Batch:
         """Copy all tensors to pinned memory."""
-        pinned = (None if x_BS is None else x_BS.pin_memory() for x_BS in self[:4])
-        return Batch(*pinned, self.weight)
+        return self._map(lambda x_BS: x_BS.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with other tensors in the place of its own."""
+        documents_BS, valid_BS = (
+            None if x_BS is None else change(x_BS) for x_BS in (self.documents_BS, self.valid_BS)
+        )
+        return Batch(
+            change(self.inputs_BS), change(self.targets_BS), documents_BS, valid_BS, self.weight
+        )
 
 
 def document_numbers(tokens_BS: Tensor, eos_id: int) -> Tensor:

@@ -159,11 +159,14 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def stream_of(self, step: int) -> list[tuple[int, int]]:
         """The same with the position in the stream before each."""
-        samples = self.plan().samples_per_step
-        consumed = np.arange(step * samples, (step + 1) * samples, dtype=np.int64)
-        positions = stream_positions(consumed, self.skipped_samples)
+        positions = self._positions(step)
         numbers = self.order.lookup(positions)
         return list(zip(positions.tolist(), numbers.tolist(), strict=True))
+
+    def _positions(self, step: int) -> NDArray[np.int64]:
+        samples = self.plan().samples_per_step
+        consumed = np.arange(step * samples, (step + 1) * samples, dtype=np.int64)
+        return stream_positions(consumed, self.skipped_samples)
 
     def padding_share(self, step: int) -> float | None:
         """Return the share of a step's places that train nothing; None: the data have no padding.
@@ -173,17 +176,19 @@ class TokenDataModule(lightning.LightningDataModule):
         if not self.train_data.has_padding:
             return None
         places = self.plan().samples_per_step * self.train_data.seq_len
-        return 1 - self._num_targets(step) / places
+        return 1 - self._num_targets(self.order, step) / places
 
-    def _num_targets(self, step: int) -> int:
+    def _num_targets(self, order: SampleOrder | MixtureOrder, step: int) -> int:
         """How many tokens all ranks predict in a step: a function of the stream's positions."""
-        return self.train_data.num_targets(np.array(self.sample_numbers(step), dtype=np.int64))
+        return self.train_data.num_targets(order.lookup(self._positions(step)))
 
     def _weight_of(self, plan: BatchPlan) -> Callable[[int, Batch], float] | None:
         """What computes a batch's weight by its number; None: all have equally many targets."""
         if not self.train_data.has_padding:
             return None
-        start, num_targets = self.start_step, lru_cache(maxsize=2)(self._num_targets)
+        start = self.start_step
+        # Once a step, and the order of a mixture is not planned anew each time.
+        num_targets = lru_cache(maxsize=2)(partial(self._num_targets, self.order))
         num_batches = plan.accumulate * plan.world_size
 
         def weight(number: int, batch: Batch) -> float:

@@ -17,7 +17,6 @@ from modtrain.common.terminal import Column, fitted_table
 from modtrain.data.config import DataConfig
 from modtrain.data.documents.table import DocumentTable
 from modtrain.data.mixture.stream import MixtureDataset, load_indexes, open_split
-from modtrain.data.packing.summary import packing_text
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import SPLITS, ShardIndex
 from modtrain.inference.data_view.config import DataViewConfig
@@ -27,6 +26,7 @@ from modtrain.inference.data_view.statistics import (
     SplitStatistics,
     Statistics,
     length_quantiles,
+    packing_lines,
     statistics_of,
     unused_tokens,
 )
@@ -147,11 +147,7 @@ def _report_lines(
     if subject.unused:
         more = " …" if subject.num_unused > len(subject.unused) else ""
         lines[0] += f": {'  '.join(subject.unused)}{more}"
-    lines += [
-        f"{split.source + ', ' if split.source else ''}{split.split}: {text}"
-        for split in statistics.splits
-        if (text := _packing_text(split, subject.seq_len))
-    ]
+    lines += packing_lines(statistics.splits, subject.seq_len)
     lines += [
         f"{repeated.num_documents:,} documents have the text of {repeated.origin}"
         for repeated in statistics.most_repeated
@@ -161,13 +157,6 @@ def _report_lines(
         for origin, extent, text in sample.documents:
             lines += [f"─── {origin}, {extent}", text]
     return lines
-
-
-def _packing_text(split: SplitStatistics, seq_len: int) -> str:
-    if split.packing is None:
-        return ""
-    summary = split.summary
-    return packing_text(summary.num_sequences, seq_len, summary.num_documents, split.packing)
 
 
 def _table(subject: Subject, statistics: Statistics, width: int) -> Table:
