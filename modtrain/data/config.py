@@ -24,6 +24,7 @@ from modtrain.data.mixture.config import (
 )
 from modtrain.data.mixture.schedule import MixtureSchedule, make_schedule
 from modtrain.data.mixture.summary import combined_summary
+from modtrain.data.packing.summary import BEST_FIT
 from modtrain.data.prepare.text_field import TextField
 from modtrain.data.remote.urls import DEFAULT_TIMEOUT, is_url, url_problems, without_secrets
 from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summary, tokenizer_file
@@ -34,6 +35,7 @@ DEFAULT_MAX_FLAWS = 100
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
 DEFAULT_TOKEN_COLUMN = "tokens"  # noqa: S105
 SPLIT_AT = ("document", "line")
+PACKINGS = ("concatenate", BEST_FIT)
 _TASK = re.compile(r"slurm|\d{1,9}/\d{1,9}")
 # The 256 bytes and the end-of-document token: a byte-level vocabulary cannot be smaller.
 SMALLEST_VOCAB = 257
@@ -134,9 +136,11 @@ class DataConfig:
             reason = f"does not end the documents of these shards, {stored.eos_id} does"
             remedy = f"set it to {stored.eos_id}, or leave it null"
             problems.append(Problem(key_of(prefix, "eos_id"), self.eos_id, reason, remedy))
-        if self.seq_len is None or self.seq_len < 1:
+        key, seq_len = key_of(prefix, "seq_len"), self.seq_len or stored.seq_len
+        if seq_len < 1:
             return problems
-        return problems + seq_len_problems(key_of(prefix, "seq_len"), self.seq_len, stored.seq_len)
+        problems += seq_len_problems(key, seq_len, stored.seq_len)
+        return problems + packed_len_problems(key, seq_len, summaries)
 
     @property
     def paths(self) -> dict[str, str]:
@@ -195,6 +199,26 @@ def seq_len_problems(key: str, seq_len: int, stored: int) -> list[Problem]:
     how = "is larger than" if seq_len > stored else "does not divide"
     remedy = f"{key}={divisors[0]}, or prepare the data again with seq_len={seq_len}"
     return [Problem(key, seq_len, f"{how} the shards' sequence length {stored}", remedy)]
+
+
+def packed_len_problems(
+    key: str, seq_len: int, summaries: Mapping[str, IndexSummary]
+) -> list[Problem]:
+    """What is wrong with samples of ``seq_len`` from sources, some of which are packed by best fit.
+
+    Half a packed sequence could be nothing but padding, and would cut documents.
+    """
+    return [
+        Problem(
+            key,
+            seq_len,
+            f"is not {summary.seq_len}, for which packing={BEST_FIT} put the documents"
+            f"{f' of {name}' if name else ''} together",
+            f"{key}={summary.seq_len}, or prepare them again with seq_len={seq_len}",
+        )
+        for name, summary in summaries.items()
+        if summary.packing is not None and summary.seq_len != seq_len
+    ]
 
 
 @dataclass
@@ -284,7 +308,10 @@ class PrepareConfig:
     token_column: column that holds the token numbers in MosaicML's shards.
     tokenizer: which tokenizer.
     seq_len: tokens a stored sequence is trained on; it holds one more, the last target.
-    sequences_per_sample: sequences packed in one sample of a tar shard.
+    packing: ``concatenate`` lays all documents end to end and cuts sequences. ``best_fit`` puts
+        whole documents together, cuts only those longer than a sequence, and fills up with padding,
+        which is neither trained on nor routed.
+    sequences_per_sample: sequences stored in one sample of a tar shard.
     samples_per_shard: samples in one tar shard.
     separator: text that ends a document inside a .txt file, such as ``<|endoftext|>``, or a blank
         line, written ``\n\n``; it is left out. null: a file is one document.
@@ -312,6 +339,7 @@ class PrepareConfig:
     token_column: str = DEFAULT_TOKEN_COLUMN
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     seq_len: int = 256
+    packing: str = "concatenate"
     sequences_per_sample: int = 64
     samples_per_shard: int = 64
     separator: str | None = None
@@ -342,6 +370,7 @@ class PrepareConfig:
             *self.tokenizer.problems("tokenizer"),
             *one_of(self, "", "on_error", ERROR_POLICIES),
             *one_of(self, "", "split_at", SPLIT_AT),
+            *one_of(self, "", "packing", PACKINGS),
             *at_least(self, "", 1, "seq_len", "sequences_per_sample", "samples_per_shard"),
             *at_least(self, "", 1 << 10, "max_document_bytes"),
             *at_least(self, "", 0, "num_workers", "seed", "max_flaws"),

@@ -119,20 +119,18 @@ def evaluate(
                 for selection in evaluated
             }
             for batch in part.batches:
-                inputs_BS, targets_BS, documents_BS = batch.to(device)
+                on_device = batch.to(device)
                 for selection, accumulator in accumulators.items():
-                    accumulator.add(
-                        model(
-                            inputs_BS,
-                            targets_BS,
-                            selection,
-                            capacities=capacities,
-                            documents_BS=documents_BS,
-                            budget=budgets.get(selection),
-                            swap=swap,
-                        ),
-                        targets_BS,
+                    output = model(
+                        on_device.inputs_BS,
+                        on_device.targets_BS,
+                        selection,
+                        capacities=capacities,
+                        budget=budgets.get(selection),
+                        swap=swap,
+                        **on_device.masks(),
                     )
+                    accumulator.add(output, batch.inputs_BS.shape, batch.num_targets)
     for name, part in parts.items():
         if part.total is not None:
             for accumulator in by_part[name].values():
@@ -208,11 +206,11 @@ class _Accumulator:
         self.executed_M = _zeros(mixtures)
         self.choices_MR = _zeros(mixtures, (experts.count or 0) + experts.noop)
 
-    def add(self, output: ModelOutput, targets_BS: Tensor) -> None:
-        count, length = targets_BS.numel(), targets_BS.shape[1]
-        self.tokens, self.sequences = self.tokens + count, self.sequences + len(targets_BS)
-        self.seq_len = length
-        self.loss += float(output.loss if output.loss is not None else 0) * count
+    def add(self, output: ModelOutput, shape: Sequence[int], num_targets: int) -> None:
+        """Add a batch of this shape (B, S), of whose tokens ``num_targets`` are predicted."""
+        sequences, self.seq_len = shape
+        self.tokens, self.sequences = self.tokens + num_targets, self.sequences + sequences
+        self.loss += float(output.loss if output.loss is not None else 0) * num_targets
         for i, record in enumerate(output.routing):
             # A sequence's attention products grow with the square of its own number of tokens.
             count_B = record.chosen_BS.sum(dim=1).cpu().double()
@@ -281,13 +279,19 @@ class _Accumulator:
                 value_BS = router.decision_values(selection, record.scores_BS, record.predictor_BS)
                 threshold = router.decision_threshold(selection, self.budgets.get(selection))
                 cell_BS = (value_BS > threshold).long() * 2 + record.chosen_BS.long()
-                cells_R4[i] += torch.bincount(cell_BS.flatten(), minlength=4).cpu().double()
+                cells_R4[i] += count_cells(cell_BS, record.valid_BS)
 
     def _loads(self) -> list[Load]:
         """The mean load of each layer per sequence."""
         count_R2 = torch.stack([self.chosen_R, self.squares_R], dim=1) / self.sequences
         slots_M = (self.executed_M / self.sequences).tolist()
         return mean_loads(self.config, self.seq_len, count_R2.tolist(), slots_M)
+
+
+def count_cells(cell_BS: Tensor, valid_BS: Tensor | None) -> Tensor:
+    """Return how often each of four numbers occurs (4,), not in padding; on the host in float64."""
+    cell_N = cell_BS.flatten() if valid_BS is None else cell_BS[valid_BS.expand_as(cell_BS)]
+    return torch.bincount(cell_N, minlength=4).cpu().double()
 
 
 def mean_loads(

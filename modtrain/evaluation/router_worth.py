@@ -18,6 +18,7 @@ from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import evaluation_mode
 from modtrain.models.depth.config import RouterSwap, Selection
 from modtrain.models.depth.router import to_fp32_or_wider
+from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer
 
 _NUM_RESAMPLES = 2000
@@ -66,21 +67,26 @@ def router_worth(
         ValueError: there is no batch.
     """
     losses: dict[RouterSwap | None, list[Tensor]] = {swap: [] for swap in (None, *swaps)}
+    counts: list[Tensor] = []
     with evaluation_mode(model) as device, precision:
         for batch in batches:
-            inputs_BS, targets_BS, documents_BS = batch.to(device)
+            on_device = batch.to(device)
+            counts.append((batch.targets_BS != IGNORED).sum(dim=1))
             for swap, values in losses.items():
                 output = model(
-                    inputs_BS,
+                    on_device.inputs_BS,
                     selection=selection,
                     capacities=capacities,
-                    documents_BS=documents_BS,
                     swap=swap,
+                    **on_device.masks(),
                 )
-                values.append(_sequence_losses(output.require_logits(), targets_BS))
+                values.append(_sequence_losses(output.require_logits(), on_device.targets_BS))
     if not losses[None]:
         raise ValueError("there are no held-out batches")
-    columns = {swap: torch.cat(values) for swap, values in losses.items()}
+    # A sequence counts for as many tokens as it has, padding left out: all 1 without it.
+    count_N = torch.cat(counts).double()
+    weight_N = count_N / count_N.mean().clamp(min=1)
+    columns = {swap: torch.cat(values) * weight_N for swap, values in losses.items()}
     own_N = columns.pop(None)
     results = {
         swap: _result(own_N, swapped_N, level)
@@ -91,13 +97,14 @@ def router_worth(
 
 
 def _sequence_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Return the mean loss of each sequence (B,), on the host in float64."""
+    """Return the mean loss of each sequence (B,), 0 without a target, on the host in float64."""
     losses = [
         # One sequence at a time: in float32 the logits of a batch would take twice the memory.
         F.cross_entropy(to_fp32_or_wider(logits_SV), targets_S)
         for logits_SV, targets_S in zip(logits_BSV, targets_BS, strict=True)
     ]
-    return torch.stack(losses).cpu().double()
+    has_target_B = (targets_BS != IGNORED).any(dim=1)
+    return torch.stack(losses).where(has_target_B, 0).cpu().double()
 
 
 def _result(own_N: Tensor, swapped_N: Tensor, level: float) -> SwapResult:

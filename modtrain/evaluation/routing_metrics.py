@@ -11,8 +11,8 @@ from torch import Tensor
 
 from modtrain.models.sequence import ExpertRecord, RoutingRecord
 
-# Of each router: tokens; scores; their squares; scores above 0; chosen tokens that the previous
-# router chose too; and the four of `RoutingRecord.update_sums_4`.
+# Of each router: tokens, without padding; scores; their squares; scores above 0; chosen tokens that
+# the previous router chose too; and the four of `RoutingRecord.update_sums_4`.
 _NUM_SUMS = 9
 
 
@@ -119,11 +119,16 @@ def update_metrics(update_sums: Sequence[float]) -> tuple[float, float]:
 
 def _router_sums(record: RoutingRecord, before: RoutingRecord | None) -> Tensor:
     scores_BS, chosen_BS = record.scores_BS.float(), record.chosen_BS
+    num_tokens = scores_BS.new_full((), scores_BS.numel())
+    if record.valid_BS is not None:
+        # Zero adds nothing to any of the sums.
+        valid_BS = record.valid_BS.expand_as(scores_BS)
+        scores_BS, num_tokens = scores_BS.where(valid_BS, 0), valid_BS.sum().float()
     again_BS = chosen_BS if before is None else chosen_BS & before.chosen_BS
     chosen_S = chosen_BS.float().sum(dim=0)
     own_5 = torch.stack(
         [
-            scores_BS.new_full((), scores_BS.numel()),
+            num_tokens,
             scores_BS.sum(),
             scores_BS.square().sum(),
             (scores_BS > 0).float().sum(),

@@ -90,7 +90,8 @@ def training_text(loaded: LoadedRun, sequences: int, batch_size: int) -> list[Ba
     numbers: list[int] = data.order.lookup(np.arange(count)).tolist()
     starts = range(0, count, batch_size)
     parts = [data.train_data.__getitems__(numbers[at : at + batch_size]) for at in starts]
-    return [Batch.from_tokens(tokens_BT, loaded.trained.data.eos_id) for tokens_BT in parts]
+    eos_id, has_padding = loaded.trained.data.eos_id, data.train_data.has_padding
+    return [Batch.from_tokens(part_BT, eos_id, has_padding=has_padding) for part_BT in parts]
 
 
 def resolve_decisions(
@@ -191,22 +192,23 @@ class Calibration:
         collected: list[list[Tensor]] = [[] for _ in self.model.routers]
         with evaluation_mode(self.model) as device:
             for batch in self.batches:
-                inputs_BS, targets_BS, documents_BS = batch.to(device)
+                on_device = batch.to(device)
                 with self.precision():
                     # With targets, the logits are computed in chunks.
                     output = self.model(
-                        inputs_BS,
-                        targets_BS,
+                        on_device.inputs_BS,
+                        on_device.targets_BS,
                         self.selection,
-                        documents_BS=documents_BS,
                         budget=budget,
+                        **on_device.masks(),
                     )
                 records = zip(collected, self.model.routers, output.routing, strict=True)
                 for values, router, record in records:
                     value_BS = router.decision_values(
                         self.selection, record.scores_BS, record.predictor_BS
                     )
-                    values.append(value_BS.flatten().cpu())
+                    is_valid = slice(None) if record.valid_BS is None else record.valid_BS
+                    values.append(value_BS[is_valid].flatten().cpu())
         if not all(collected):
             raise ValueError("there is no text to calibrate on")
         return [torch.cat(values) for values in collected]

@@ -24,6 +24,7 @@ CONVENTIONS = (
     " attention k x S products",
     "experts count the tokens that they compute, padding up to a fixed capacity included; token"
     " choice among no-op experts counts the balanced load, as on devices with grouped products",
+    "padding at the end of a sequence counts as tokens do: it is computed",
     "backward = 2 x forward, for every part; frozen parameters count as trained ones, an upper"
     " bound: their own gradients are not computed, but those of their inputs are",
     "the optimizer's step is left out of training FLOPs and of the budget: AdamW has no matrix"

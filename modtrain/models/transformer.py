@@ -52,6 +52,12 @@ class ModelOutput(NamedTuple):
     routing: tuple[RoutingRecord, ...]
     experts: tuple[ExpertRecord, ...]
 
+    def weighted(self, weight: float) -> ModelOutput:
+        """Return the same with its losses times ``weight``."""
+        auxiliary = {name: weight * loss for name, loss in self.auxiliary.items()}
+        loss = None if self.loss is None else weight * self.loss
+        return self._replace(loss=loss, auxiliary=auxiliary)
+
     def require_logits(self) -> Tensor:
         """Return the logits (B, S, V). Raises ValueError if targets were given."""
         if self.logits_BSV is None:
@@ -95,6 +101,7 @@ class Transformer(nn.Module):
         capacities: Sequence[float | None] | None = None,
         documents_BS: Tensor | None = None,
         valid_BS: Tensor | None = None,
+        is_right_padded: bool = False,
         budget: ComputeBudget | None = None,
         swap: RouterSwap | None = None,
     ) -> ModelOutput:
@@ -108,16 +115,18 @@ class Transformer(nn.Module):
         documents_BS: document numbers, rising along each sequence. No information then passes
         between documents, except that the capacities of token choice and of experts, and a layer
         cap, apply to the whole sequence.
-        valid_BS: False for padding. budget: limits on causal decisions. swap: another choice of
-        tokens than the routers', for analysis.
+        valid_BS: False for padding. is_right_padded: padding is at the ends of sequences only.
+        Causal attention never reads it there, and needs no mask for it. budget: limits on causal
+        decisions. swap: another choice of tokens than the routers', for analysis.
         """
         selection = selection or self.config.training_selection
-        if valid_BS is None:
+        if valid_BS is None or is_right_padded:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
         else:
             positions_BS = (valid_BS.long().cumsum(dim=1) - 1).clamp(min=0)
         context = self._context(positions_BS, selection, documents_BS, valid_BS, budget)
-        context = context._replace(attention_mask_BSS=self._attention_mask(context), swap=swap)
+        seen = context._replace(valid_BS=None) if is_right_padded else context
+        context = context._replace(attention_mask_BSS=self._attention_mask(seen), swap=swap)
         x_BSD, routing, experts = self._run_layers(tokens_BS, context, capacities)
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:

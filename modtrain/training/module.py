@@ -79,8 +79,10 @@ class LanguageModule(L.LightningModule):
             batch.inputs_BS,
             batch.targets_BS,
             capacities=self.plan.capacities_at(self.trainer.global_step),
-            documents_BS=batch.documents_BS,
+            **batch.masks(),
         )
+        if batch.weight is not None:
+            output = output.weighted(batch.weight)
         if output.loss is None:
             raise RuntimeError("the model returned no loss for its targets")
         objective: Tensor = sum(output.auxiliary.values(), start=output.loss)

@@ -9,7 +9,7 @@ from rich.table import Table
 from modtrain.common.terminal import plain_console
 from modtrain.data.mixture.usage import StageUsage, mixture_usage
 from modtrain.data.remote.urls import is_url
-from modtrain.data.stream.index import INDEX_NAME
+from modtrain.data.stream.index import INDEX_NAME, read_summary
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.flops import (
     CONVENTIONS,
@@ -124,6 +124,7 @@ def _run(config: TrainConfig, plan: TrainingPlan) -> Table:
         f" {plan.accumulate} micro-batches{each}",
         "steps": f"{plan.steps:,}",
         "tokens": f"{plan.tokens:,}{_epochs(config, plan)}",
+        **_packing(config, plan),
         "training FLOPs": f"{plan.flops:.4e}",
         "schedule": f"{config.schedule.name}, {warmup:,} steps of warm-up to {peak:g},"
         f" {last:g} at the end",
@@ -159,6 +160,30 @@ def _epochs(config: TrainConfig, plan: TrainingPlan) -> str:
         return ""
     available = summary.num_samples(plan.seq_len) * plan.seq_len
     return f", {plan.tokens / max(1, available):.4g} epochs of {available:,}"
+
+
+def _packing(config: TrainConfig, plan: TrainingPlan) -> dict[str, str]:
+    """Return rows on the padding of prepared data whose documents are packed by best fit."""
+    if data_mismatches(config):
+        return {}
+    summaries = {name: read_summary(path) for name, path in config.data.paths.items()}
+    packed = {name: s.packing["train"] for name, s in summaries.items() if s.packing is not None}
+    if not packed:
+        return {}
+    num_samples = plan.steps * plan.sequences_per_step
+    read = {"": num_samples}
+    if config.data.sources:
+        read = mixture_usage(config.data, plan.seq_len, num_samples).total
+    padding = sum(read[name] * summaries[name].padding_share("train") for name in packed)
+    share = padding / max(1, num_samples)
+    documents = sum(summaries[name].splits["train"].num_documents for name in packed)
+    num_cut = sum(own.num_cut for own in packed.values())
+    otherwise = sum(own.num_cut_if_concatenated for own in packed.values())
+    return {
+        "padding": f"{share:.2%} of these tokens: FLOPs are spent on it, and about"
+        f" {plan.tokens * (1 - share):,.0f} tokens are predicted",
+        "documents that are cut": f"{num_cut:,} of {documents:,}; laid end to end {otherwise:,}",
+    }
 
 
 def _optimizer(config: TrainConfig, plan: TrainingPlan) -> str:

@@ -49,6 +49,13 @@ def padding() -> dict[str, Tensor]:
     return {"valid_BS": valid_BS}
 
 
+def padding_at_the_end() -> dict[str, Tensor | bool]:
+    """Nothing in the last third of the second sequence, for which no mask is made."""
+    valid_BS = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    valid_BS[1, -(LENGTH // 3) :] = False
+    return {"valid_BS": valid_BS, "is_right_padded": True}
+
+
 VARIANTS = {
     **{pattern: (small(num_layers=2, pattern=pattern, num_kv_heads=1), {}) for pattern in PATTERNS},
     "both parts": (routed(target="both", causal=["auxiliary", "predictor", "threshold"]), {}),
@@ -83,6 +90,7 @@ VARIANTS = {
     "token choice, documents": (routed(choice="token"), documents()),
     "token choice, padding": (routed(choice="token"), padding()),
     "padding": (routed(causal=["threshold"]), padding()),
+    "padding at the end": (routed(causal=["threshold"]), padding_at_the_end()),
     "documents, padding": (routed(causal=["threshold"]), documents() | padding()),
     "convolution": (replace(routed(), mixer="convolution"), {}),
     "convolution, documents": (replace(routed(), mixer="convolution"), documents()),
@@ -106,6 +114,7 @@ VARIANTS = {
 COMMIT = (
     *(*PATTERNS, "both parts", "documents", "attention's router", "random score", "two mixers"),
     *("token choice, both parts", "expert choice", "window, normed keys", "kept keys"),
+    "padding at the end",
 )
 # Inductor has got the gradient of an experts' router wrong before, with losses and choices equal.
 INDUCTED = [

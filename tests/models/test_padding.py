@@ -51,6 +51,19 @@ def assert_padding_is_nothing(
             model(row[None], selection=selection, documents_BS=own[None] if several else None)
             for row, own in zip(rows, documents, strict=True)
         ]
+        if side == "right":
+            # Causal attention needs no mask there.
+            unmasked = model(
+                tokens_BS,
+                selection=selection,
+                valid_BS=valid_BS,
+                is_right_padded=True,
+                documents_BS=documents_BS,
+            )
+            for one, two in zip(unmasked.routing, actual.routing, strict=True):
+                assert torch.equal(one.chosen_BS, two.chosen_BS)
+            error = (unmasked.logits_BSV - actual.logits_BSV)[valid_BS].abs().max()
+            assert error < 1e-9, f"off by {error:.1e} without a mask"
     for record in actual.routing:
         assert not (record.chosen_BS & ~valid_BS).any()
     for i, expected in enumerate(alone):
@@ -118,7 +131,7 @@ def test_padding_has_no_part_in_losses_and_quantiles(experts, side):
     padded_targets_BS = torch.full_like(tokens_BS, -100)
     padded_targets_BS[valid_BS] = targets_BS[0]
     expected = model(row, targets_BS)
-    actual = model(tokens_BS, padded_targets_BS, valid_BS=valid_BS)
+    actual = model(tokens_BS, padded_targets_BS, valid_BS=valid_BS, is_right_padded=side == "right")
     assert actual.auxiliary.keys() == expected.auxiliary.keys()
     for name, loss in expected.auxiliary.items():
         torch.testing.assert_close(actual.auxiliary[name], loss, msg=name)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.cli.compose import compose
-from modtrain.data.stream.batch import Batch
+from modtrain.data.stream.batch import PADDING, Batch
 from modtrain.distributed.launch import Launch
 from modtrain.distributed.process_group import Ranks
 from modtrain.models.depth.layer import MixtureOfDepths
@@ -128,7 +128,7 @@ class Records:
 def step(tiny, tmp_path: Path):
     """Train four steps of two micro-batches under the watch."""
 
-    def run(*more: str) -> LanguageModule:
+    def run(*more: str, has_padding: bool = False) -> LanguageModule:
         overrides = [f"budget.steps={STEPS}", "name=watched", f"runs_dir={tmp_path}", *more]
         config, plan = resolve(compose("train", [*tiny, *overrides]))
         assert plan.accumulate == 2
@@ -146,7 +146,11 @@ def step(tiny, tmp_path: Path):
         trainer = make_trainer(config, plan, strategy, Launch(), callbacks)
         vocabulary = config.model.vocabulary
         tokens = torch.randint(vocabulary, (2 * STEPS, 2, plan.seq_len + 1))
-        batches = [Batch.from_tokens(tokens_BT) for tokens_BT in tokens]
+        if has_padding:
+            tokens[:, 0, plan.seq_len // 2 :] = PADDING
+        batches = [Batch.from_tokens(own, has_padding=has_padding) for own in tokens]
+        if has_padding:
+            batches = [batch._replace(weight=0.7) for batch in batches]
         try:
             trainer.fit(module, DataLoader(batches, batch_size=None))
         finally:
@@ -208,6 +212,21 @@ def test_a_step_waits_for_nothing(step, name):
     parts = [part for part in (*model.routers, *model.mixtures) if part.has_running_stats]
     states = [buffer for part in parts for buffer in part.buffers(recurse=False)]
     assert any(state.any() for state in states) == bool(states)
+
+
+PADDED = {
+    "every decision": VARIANTS["every decision"],
+    "token choice": VARIANTS["token choice"],
+    "experts": VARIANTS["experts"],
+    "expert choice": VARIANTS["expert choice"],
+    "attention score": VARIANTS["attention score"],
+}
+
+
+@pytest.mark.on_commit("every decision", "expert choice")
+@pytest.mark.parametrize("name", slow_but(("every decision",), PADDED))
+def test_a_step_with_padding_waits_for_nothing(step, name):
+    step(*PADDED[name], has_padding=True)
 
 
 ASKS = {

@@ -45,9 +45,15 @@ def packed_record(start: int, line: int, file: int, hashed: bytes, num_bytes: in
     return _PACKED.pack(start, line, file, hashed, num_bytes)
 
 
-def write_records(path: Path, count: int, parts: Iterable[Records], staging: Path) -> SideFile:
+def write_records(
+    path: Path,
+    count: int,
+    parts: Iterable[Records],
+    staging: Path,
+    dtype: np.dtype[Any] = RECORD,
+) -> SideFile:
     """Write ``count`` records, which come in parts, as one array that `numpy.load` reads."""
-    header = {"descr": np.lib.format.dtype_to_descr(RECORD), "fortran_order": False}
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
     with atomic_writer(path, staging) as file:
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (count,)})
         for part in parts:

@@ -12,7 +12,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -58,6 +60,24 @@ class MixtureDataset(Dataset[Tensor]):
             own = [places[row][1] for row in rows]
             tokens_BT[rows] = self.sources[source].__getitems__(own)
         return tokens_BT
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether samples of any source may end with padding."""
+        return any(source.has_padding for source in self.sources)
+
+    def num_targets(self, numbers: NDArray[np.int64]) -> int:
+        """Return how many tokens of the samples ``numbers`` are predicted; no shard is read."""
+        source_B = np.searchsorted(self.first_numbers, numbers, side="right") - 1
+        return sum(
+            source.num_targets(numbers[source_B == place] - self.first_numbers[place])
+            for place, source in enumerate(self.sources)
+        )
+
+    def document_pieces(self, number: int) -> list[tuple[int, int]]:
+        """Return the stretches of its source's tokens that a sample is, as `TokenDataset` does."""
+        source, own = self._place(number)
+        return self.sources[source].document_pieces(own)
 
     def locate(self, number: int) -> tuple[Path | str, int]:
         """Return the path or the URL of a sample's shard, and the byte of its first token there."""

@@ -16,7 +16,7 @@ def combined_summary(summaries: Mapping[str, IndexSummary]) -> IndexSummary:
     """Return the summary of all sources together, by their names.
 
     Its sequence length is the longest that divides that of each source. Counts are sums. The
-    fingerprint covers the names and the fingerprint of each source.
+    fingerprint covers the names and the fingerprint of each source. Packing is each source's own.
 
     Raises:
         DataError: the sources were made with different tokenizers, or end documents differently.

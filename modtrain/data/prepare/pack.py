@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,10 +61,9 @@ class PackLayout:
 
 
 @dataclass(frozen=True)
-class ShardJob:
+class ShardJob(ABC):
     """One shard to write.
 
-    pieces: (token file, first token, number of tokens), together the tokens of the shard.
     first_sequence: number of the shard's first sequence in its split.
     work: the working directory, with ``shards/`` and ``staging/``.
     """
@@ -72,6 +72,35 @@ class ShardJob:
     work: str
     layout: PackLayout
     first_sequence: int
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Differs wherever the content of the shard might."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of the tokens that the shard is made of, for progress."""
+
+    @abstractmethod
+    def sequences(self) -> NDArray[Any]:
+        """Return the shard's sequences (N, T + 1)."""
+
+    @property
+    def record_file(self) -> Path:
+        """Where the shard's record is written, once the shard is."""
+        path = Path(self.path)
+        return Path(self.work) / "shards" / f"{path.parent.name}-{path.name}.json"
+
+
+@dataclass(frozen=True)
+class ConcatenateJob(ShardJob):
+    """A shard of documents that are laid end to end.
+
+    pieces: (token file, first token, number of tokens), together the tokens of the shard.
+    """
+
     pieces: tuple[tuple[TokenFile, int, int], ...]
 
     @property
@@ -81,10 +110,22 @@ class ShardJob:
         return digest([asdict(self.layout), self.first_sequence, pieces])
 
     @property
-    def record_file(self) -> Path:
-        """Where the shard's record is written, once the shard is."""
-        path = Path(self.path)
-        return Path(self.work) / "shards" / f"{path.parent.name}-{path.name}.json"
+    def num_bytes(self) -> int:
+        """Of the tokens that the shard is made of, for progress."""
+        return ITEM_SIZES[self.layout.dtype] * sum(count for _, _, count in self.pieces)
+
+    def sequences(self) -> NDArray[Any]:
+        """Return the shard's sequences (N, T + 1), each sharing one token with the next."""
+        dtype = np.dtype(self.layout.dtype).newbyteorder("<")
+        item_size = ITEM_SIZES[self.layout.dtype]
+        tokens = np.concatenate(
+            [
+                np.fromfile(file.path, dtype, count, offset=start * item_size)
+                for file, start, count in self.pieces
+            ]
+        )
+        seq_len = self.layout.seq_len
+        return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
 
 
 def plan_shards(
@@ -93,12 +134,12 @@ def plan_shards(
     """Jobs that write the stream ``files`` to ``directory/shard-000000.tar`` and so on."""
     ends = np.cumsum([0, *(file.num_tokens for file in files)])
     total = layout.num_sequences(int(ends[-1]))
-    jobs = []
+    jobs: list[ShardJob] = []
     for number, first in enumerate(range(0, total, layout.sequences_per_shard)):
         last = min(first + layout.sequences_per_shard, total)
         pieces = _pieces(files, ends, first * layout.seq_len, last * layout.seq_len + 1)
         path = directory / f"shard-{number:06d}.tar"
-        jobs.append(ShardJob(str(path), str(work), layout, first, pieces))
+        jobs.append(ConcatenateJob(str(path), str(work), layout, first, pieces))
     return jobs
 
 
@@ -138,7 +179,7 @@ def write_shard(job: ShardJob) -> Shard:
     # Importing webdataset takes a second, as it imports torch.
     from webdataset.writer import TarWriter  # noqa: PLC0415
 
-    sequences_NT = _sequences(job)
+    sequences_NT = job.sequences()
     staging = Path(job.work) / "staging"
     path = Path(job.path)
     counts = []
@@ -157,17 +198,3 @@ def write_shard(job: ShardJob) -> Shard:
     shard = Shard(path.name, path.stat().st_size, file_sha256(path), members)
     write_json(job.record_file, {**asdict(shard), "key": job.key}, staging)
     return shard
-
-
-def _sequences(job: ShardJob) -> NDArray[Any]:
-    """The shard's sequences (N, T + 1), each sharing one token with the next."""
-    dtype = np.dtype(job.layout.dtype).newbyteorder("<")
-    item_size = ITEM_SIZES[job.layout.dtype]
-    tokens = np.concatenate(
-        [
-            np.fromfile(file.path, dtype, count, offset=start * item_size)
-            for file, start, count in job.pieces
-        ]
-    )
-    seq_len = job.layout.seq_len
-    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]

@@ -26,6 +26,7 @@ from modtrain.common.atomic_io import (
 )
 from modtrain.common.errors import DataError, raise_if_any
 from modtrain.data.config import PrepareConfig
+from modtrain.data.packing.summary import BEST_FIT, packing_text
 from modtrain.data.prepare.deduplicate import EncodedUnits, without_repeats
 from modtrain.data.prepare.documents import UnitDocuments, lines_before, write_side_files
 from modtrain.data.prepare.encode import (
@@ -38,13 +39,8 @@ from modtrain.data.prepare.encode import (
 )
 from modtrain.data.prepare.flaws import FLAW_KINDS, Flaw
 from modtrain.data.prepare.given_tokenizer import GivenTokenizer, given_tokenizer
-from modtrain.data.prepare.pack import (
-    PackLayout,
-    TokenFile,
-    finished_shard,
-    plan_shards,
-    write_shard,
-)
+from modtrain.data.prepare.pack import PackLayout, TokenFile
+from modtrain.data.prepare.packed_rows import write_packing_files
 from modtrain.data.prepare.request import (
     REQUEST_NAME,
     TIMES,
@@ -58,6 +54,13 @@ from modtrain.data.prepare.source_checks import (
     tell_unknown_ends,
 )
 from modtrain.data.prepare.sources import expand_sources
+from modtrain.data.prepare.splits import (
+    StoredTokenizer,
+    pack_documents,
+    smallest_dtype,
+    split_summary,
+    write_shards,
+)
 from modtrain.data.prepare.tokenizer import (
     SplitChooser,
     check_tokenizer,
@@ -68,7 +71,7 @@ from modtrain.data.prepare.units import Unit, plan_units
 from modtrain.data.prepare.worker_pool import run_unfinished
 from modtrain.data.stream.index import (
     INDEX_NAME,
-    ITEM_SIZES,
+    PACKING_FILES,
     SPLITS,
     TOKENIZER_NAME,
     IndexSummary,
@@ -82,8 +85,6 @@ from modtrain.data.stream.index import (
 WORK_NAME = ".work"
 LOCK_NAME = "lock"
 # The options and sources of the output; kept out of the index, since file times are not data.
-# Tokens of 16 bits number this many.
-_LARGEST_UINT16_VOCAB = 1 << 16
 
 _log = logging.getLogger(__name__)
 
@@ -116,9 +117,19 @@ class PrepareReport:
                 f"{split.num_tokens:>15,}{split.num_sequences:>12,}"
                 f"{split.num_bytes / max(1, split.num_tokens):>13.2f}{split.dropped_tokens:>9,}"
             )
+        lines += _packing_lines(summary)
         for kind, count in summary.flaws.items():
             lines += _flaw_lines(kind, count, self.examples)
         return "\n".join(lines)
+
+
+def _packing_lines(summary: IndexSummary) -> list[str]:
+    lines = []
+    for name, packing in (summary.packing or {}).items():
+        split = summary.splits[name]
+        counts = (split.num_sequences, summary.seq_len, split.num_documents)
+        lines.append(f"{name}: {packing_text(*counts, packing)}")
+    return lines
 
 
 def _flaw_lines(kind: str, count: int, examples: Sequence[Flaw]) -> list[str]:
@@ -156,8 +167,12 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             return _report_of_finished(output, request)
         units = plan_units(files, config.text_column, config.text_template)
         tokenizer = ensure_tokenizer(config, units, output, work, work / "staging", given)
+        is_packed = config.packing == BEST_FIT
         layout = PackLayout(
-            config.seq_len, config.sequences_per_sample, config.samples_per_shard, tokenizer.dtype
+            config.seq_len,
+            config.sequences_per_sample,
+            config.samples_per_shard,
+            smallest_dtype(tokenizer.vocab_size + is_packed),
         )
         encoded = _encode(config, units, tokenizer, work=work, progress=progress)
         # Before repeats are counted: they are no damage.
@@ -167,12 +182,13 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
                 encoded, tokenizer.dtype, work, config.num_workers, progress=progress
             )
         records = encoded.records
-        splits = {split: _split_summary(records, split, layout) for split in SPLITS}
+        packed = pack_documents(config, encoded, work, progress) if is_packed else None
+        splits = {split: split_summary(records, split, layout, packed) for split in SPLITS}
         flaws = _flaw_counts(records)
         tell_unknown_ends(records)
         has_tokens = any(file.has_tokens for file in files)
         _refuse_empty_split(splits, _examples(units, records), flaws, config, has_tokens=has_tokens)
-        shards = _pack(config, encoded.tokens, layout, output=output, work=work, progress=progress)
+        shards = write_shards(config, encoded.tokens, packed, layout, tokenizer, work, progress)
         summary = IndexSummary(
             seq_len=config.seq_len,
             vocab_size=tokenizer.vocab_size,
@@ -184,8 +200,10 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
             flaws=flaws,
             splits=splits,
             end_token=None if given is None else given.end_token,
+            packing=None if packed is None else {s: packed[s].packing for s in SPLITS},
         )
         sides = write_side_files(output, files, encoded.documents, work / "staging")
+        sides |= write_packing_files(output, packed or {}, work / "staging")
         write_json(output / REQUEST_NAME, request, work / "staging")
         finish(output, summary, shards, work / "staging", sides)
     # Only now that the lock in it is closed: on NFS an open file would keep the folder.
@@ -210,6 +228,8 @@ def finish(
             if path.name not in names:
                 path.unlink()
         sync(output / split)
+    for name in set(PACKING_FILES).difference(side_files or {}):
+        (output / name).unlink(missing_ok=True)
     sync(output)
     write_json(output / INDEX_NAME, index_content(summary, shards, side_files), staging)
 
@@ -267,21 +287,6 @@ def _work_directory(output: Path) -> Iterator[Path]:
         shutil.rmtree(work / "staging", ignore_errors=True)
         (work / "staging").mkdir()
         yield work
-
-
-@dataclass(frozen=True)
-class StoredTokenizer:
-    """The tokenizer of the output."""
-
-    path: Path
-    sha256: str
-    vocab_size: int
-    eos_id: int
-
-    @property
-    def dtype(self) -> str:
-        """The smallest type of numbers that holds its tokens."""
-        return "uint16" if self.vocab_size <= _LARGEST_UINT16_VOCAB else "uint32"
 
 
 def ensure_tokenizer(
@@ -394,39 +399,6 @@ def _encode(
         for split in SPLITS
     }
     return EncodedUnits(records, tokens, documents)
-
-
-def _pack(
-    config: PrepareConfig,
-    tokens: dict[str, list[TokenFile]],
-    layout: PackLayout,
-    *,
-    output: Path,
-    work: Path,
-    progress: bool,
-) -> dict[str, list[Shard]]:
-    """The shards of each split. All are written as one batch of jobs, by one set of workers."""
-    jobs = {split: plan_shards(tokens[split], layout, output / split, work) for split in SPLITS}
-    all_jobs = [job for split in SPLITS for job in jobs[split]]
-    item_size = ITEM_SIZES[layout.dtype]
-    sizes = [item_size * sum(count for _, _, count in job.pieces) for job in all_jobs]
-    shards = run_unfinished(
-        "writing shards", write_shard, finished_shard, all_jobs, sizes, config.num_workers, progress
-    )
-    num_train = len(jobs["train"])
-    return {"train": shards[:num_train], "valid": shards[num_train:]}
-
-
-def _split_summary(records: Sequence[UnitRecord], split: str, layout: PackLayout) -> SplitSummary:
-    counts = [record.splits[split] for record in records]
-    num_tokens = sum(count.num_tokens for count in counts)
-    return SplitSummary(
-        num_sequences=layout.num_sequences(num_tokens),
-        num_tokens=num_tokens,
-        num_documents=sum(count.num_documents for count in counts),
-        num_bytes=sum(count.num_bytes for count in counts),
-        dropped_tokens=layout.dropped_tokens(num_tokens),
-    )
 
 
 def _refuse_empty_split(

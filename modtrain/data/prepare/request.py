@@ -18,7 +18,7 @@ TIMES = "times of change"
 # Options that earlier versions did not have.
 _LATER = (
     *("separator", "split_at", "max_document_bytes", "text_template", "max_flaws"),
-    *("token_dtype", "token_column", "deduplicate"),
+    *("token_dtype", "token_column", "deduplicate", "packing"),
 )
 
 

@@ -40,3 +40,11 @@ def tell_unknown_ends(records: Sequence[UnitRecord]) -> None:
             " is not known, and no end is marked",
             count,
         )
+
+
+def refuse_unknown_ends(config: PrepareConfig, records: Sequence[UnitRecord]) -> None:
+    """Raise ConfigError for a packing of whole documents whose ends are not known."""
+    if any(record.num_open_ends for record in records):
+        reason = "puts whole documents together, and the sources do not tell where some of them end"
+        remedy = "use packing=concatenate, or sources with end tokens"
+        raise_if_any([Problem("packing", config.packing, reason, remedy)])

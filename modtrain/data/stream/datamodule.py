@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +160,43 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def stream_of(self, step: int) -> list[tuple[int, int]]:
         """The same with the position in the stream before each."""
-        samples = self.plan().samples_per_step
-        consumed = np.arange(step * samples, (step + 1) * samples, dtype=np.int64)
-        positions = stream_positions(consumed, self.skipped_samples)
+        positions = self._positions(step)
         numbers = self.order.lookup(positions)
         return list(zip(positions.tolist(), numbers.tolist(), strict=True))
+
+    def _positions(self, step: int) -> NDArray[np.int64]:
+        samples = self.plan().samples_per_step
+        consumed = np.arange(step * samples, (step + 1) * samples, dtype=np.int64)
+        return stream_positions(consumed, self.skipped_samples)
+
+    def padding_share(self, step: int) -> float | None:
+        """Return the share of a step's places that train nothing; None: the data have no padding.
+
+        step: counted from 0.
+        """
+        if not self.train_data.has_padding:
+            return None
+        places = self.plan().samples_per_step * self.train_data.seq_len
+        return 1 - self._num_targets(self.order, step) / places
+
+    def _num_targets(self, order: SampleOrder | MixtureOrder, step: int) -> int:
+        """How many tokens all ranks predict in a step: a function of the stream's positions."""
+        return self.train_data.num_targets(order.lookup(self._positions(step)))
+
+    def _weight_of(self, plan: BatchPlan) -> Callable[[int, Batch], float] | None:
+        """What computes a batch's weight by its number; None: all have equally many targets."""
+        if not self.train_data.has_padding:
+            return None
+        start = self.start_step
+        # Once a step, and the order of a mixture is not planned anew each time.
+        num_targets = lru_cache(maxsize=2)(partial(self._num_targets, self.order))
+        num_batches = plan.accumulate * plan.world_size
+
+        def weight(number: int, batch: Batch) -> float:
+            in_step = num_targets(start + number // plan.accumulate)
+            return batch.num_targets * num_batches / max(1, in_step)
+
+        return weight
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of ``micro_batch_size`` from ``start_step`` on; its length is the whole run's.
@@ -181,6 +213,7 @@ class TokenDataModule(lightning.LightningDataModule):
         ready = max(loader.num_ahead, _STEPS_AHEAD * plan.accumulate)
         loader.num_ahead = min(ready + MOST_THREADS, most)
         loader.filler = self._filler(plan)
+        loader.weight_of = self._weight_of(plan)
         samples = plan.samples_per_step
         loader.consumed = (self.start_step * samples, samples / plan.accumulate)
         return loader
@@ -257,8 +290,9 @@ class TokenDataModule(lightning.LightningDataModule):
         config, batches = self.config, self.micro_batch_size + self.eval_batch_size
         if config.num_workers == 0 or not SHARED_MEMORY.is_dir():
             return
-        # Inputs and targets share their memory; documents may be numbered.
-        batch_bytes = 2 * batches * (self.train_data.seq_len + 1) * _TOKEN_BYTES
+        # Inputs and targets share their memory, without padding; documents may be numbered.
+        copies = 4 if self.train_data.has_padding else 2
+        batch_bytes = copies * batches * (self.train_data.seq_len + 1) * _TOKEN_BYTES
         ahead = config.num_workers * config.prefetch_factor * num_processes
         needed, free = ahead * batch_bytes + _SPARE_BYTES, shutil.disk_usage(SHARED_MEMORY).free
         if free < needed:
@@ -291,7 +325,7 @@ class TokenDataModule(lightning.LightningDataModule):
             batch_sampler=batches,
             num_workers=workers,
             # The data set returns whole batches already.
-            collate_fn=partial(_collate, eos_id=self.config.eos_id),
+            collate_fn=partial(_collate, eos_id=self.config.eos_id, has_padding=data.has_padding),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             timeout=self._worker_timeout() if workers else 0,
@@ -310,23 +344,32 @@ class _TokenLoader(DataLoader[Batch]):
     Without workers, batches from behind a URL are read by threads: the server is waited for.
 
     num_ahead: batches that these have read. filler: fetches whole shards meanwhile. consumed:
-    samples of all ranks before the first batch, and in each.
+    samples of all ranks before the first batch, and in each. weight_of: computes the weight of a
+    batch by its number, from 0; None: batches have none.
     """
 
     num_ahead = 1
     filler: ShardFiller | None = None
     consumed = (0, 0.0)
     _ahead: ReadAhead[list[int], Batch] | None = None
+    weight_of: Callable[[int, Batch], float] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if self.filler is None:
-            yield from self._batches()
+            yield from self._weighted()
             return
         with self.filler as filler:
-            yield from filler.watched(self._batches(), *self.consumed, self._is_behind)
+            yield from filler.watched(self._weighted(), *self.consumed, self._is_behind)
 
     def _is_behind(self) -> bool:
         return self._ahead is not None and self._ahead.is_behind
+
+    def _weighted(self) -> Iterator[Batch]:
+        if self.weight_of is None:
+            yield from self._batches()
+            return
+        for number, batch in enumerate(self._batches()):
+            yield batch._replace(weight=self.weight_of(number, batch))
 
     def _batches(self) -> Iterator[Batch]:
         data: Dataset[Any] = self.dataset
@@ -359,20 +402,16 @@ class _TokenLoader(DataLoader[Batch]):
     def _read(self, numbers: list[int]) -> Batch:
         data: Any = self.dataset
         batch: Batch = self.collate_fn(data.__getitems__(numbers))
-        if not self.pin_memory:
-            return batch
-        inputs_BS, targets_BS, documents_BS = batch
-        if documents_BS is not None:
-            documents_BS = documents_BS.pin_memory()
-        return Batch(inputs_BS.pin_memory(), targets_BS.pin_memory(), documents_BS)
+        return batch.pin_memory() if self.pin_memory else batch
 
 
-def _collate(tokens_BT: Tensor, eos_id: int | None) -> Batch:
-    batch = Batch.from_tokens(tokens_BT, eos_id)
+def _collate(tokens_BT: Tensor, eos_id: int | None, has_padding: bool) -> Batch:
+    batch = Batch.from_tokens(tokens_BT, eos_id, has_padding=has_padding)
     if get_worker_info() is not None and SHARED_MEMORY.is_dir():
         # Where it is full, torch loses the batch and waits for it for ever.
         free = shutil.disk_usage(SHARED_MEMORY).free
-        needed = sum(tensor.untyped_storage().nbytes() for tensor in batch if tensor is not None)
+        tensors = [tensor for tensor in batch[:4] if tensor is not None]
+        needed = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         if free < needed + _SPARE_BYTES:
             raise DataError(f"{SHARED_MEMORY} has {free:,} bytes free. {_SHARED_REMEDY}")
     return batch

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modtrain.common.errors import DataError, raise_if_any
-from modtrain.data.config import seq_len_problems
+from modtrain.data.config import packed_len_problems, seq_len_problems
+from modtrain.data.packing.rows import RowTable
+from modtrain.data.stream.batch import PADDING
 from modtrain.data.stream.index import ITEM_SIZES, ShardIndex
 
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
@@ -28,19 +30,26 @@ _HEADER_BYTES = 512
 class TokenDataset(Dataset[Tensor]):
     """The samples of one split: number n → int64 tensor (S + 1,), inputs and last target.
 
-    A stored sequence of T tokens gives T / S samples. Shards are mapped into memory when first
+    A stored sequence of T tokens gives T / S samples. Where documents are packed by best fit it
+    gives one, which may end with `PADDING`. Shards are mapped into memory when first
     read, in each process for itself; a pickled data set carries none of that.
     """
 
     def __init__(self, index: ShardIndex, split: str, seq_len: int | None = None) -> None:
         stored = index.summary.seq_len
         self.seq_len = seq_len or stored
-        raise_if_any(seq_len_problems("data.seq_len", self.seq_len, stored))
+        raise_if_any(
+            seq_len_problems("data.seq_len", self.seq_len, stored)
+            or packed_len_problems("data.seq_len", self.seq_len, {"": index.summary})
+        )
         self._stored_len = stored
         self._parts = stored // self.seq_len
         self._dtype = np.dtype(index.summary.dtype).newbyteorder("<")
         self._item_size = ITEM_SIZES[index.summary.dtype]
         self._vocab_size = index.summary.vocab_size
+        self._padding_id = index.summary.padding_id
+        is_packed = index.summary.packing is not None
+        self._row_table = RowTable(index, split) if is_packed else None
         self._open(index, split)
 
     def _open(self, index: ShardIndex, split: str) -> None:
@@ -86,8 +95,35 @@ class TokenDataset(Dataset[Tensor]):
             raise IndexError(f"samples {numbers} of {self._num_samples}")
         # Two passes beat one that converts as it copies: the first waits for memory alone.
         stored = np.concatenate(self._rows(numbers))
-        self._check_tokens(numbers, stored)
-        return torch.from_numpy(stored.astype(np.int64).reshape(-1, self.seq_len + 1))
+        if self._row_table is None:
+            self._check_tokens(numbers, stored)
+            return torch.from_numpy(stored.astype(np.int64).reshape(-1, self.seq_len + 1))
+        length_B = self._row_table.lengths(np.asarray(numbers, dtype=np.int64))
+        stored_BT = stored.reshape(-1, self.seq_len + 1)
+        is_padding_BT = np.arange(self.seq_len + 1) >= length_B[:, None]
+        self._check_padding(numbers, stored_BT, is_padding_BT)
+        self._check_tokens(numbers, np.where(is_padding_BT, 0, stored_BT))
+        return torch.from_numpy(np.where(is_padding_BT, PADDING, stored_BT.astype(np.int64)))
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether samples may end with padding."""
+        return self._row_table is not None
+
+    def num_targets(self, numbers: NDArray[np.int64]) -> int:
+        """Return how many tokens of the samples ``numbers`` are predicted; no shard is read."""
+        if self._row_table is None:
+            return len(numbers) * self.seq_len
+        return int(self._row_table.lengths(numbers).sum()) - len(numbers)
+
+    def document_pieces(self, number: int) -> list[tuple[int, int]]:
+        """Return the stretches of the split's tokens, documents end to end, in a sample.
+
+        Each by its first token's place and its number of tokens.
+        """
+        if self._row_table is None:
+            return [(number * self.seq_len, self.seq_len + 1)]
+        return self._row_table.pieces(number)
 
     def _rows(self, numbers: list[int]) -> list[NDArray[Any]]:
         """Return the stored tokens of each sample."""
@@ -111,6 +147,17 @@ class TokenDataset(Dataset[Tensor]):
             f" {self._vocab_size}. The shard is damaged: data.verify=sha256 checks every shard;"
             " copy it again."
         )
+
+    def _check_padding(
+        self, numbers: list[int], stored_BT: NDArray[Any], is_padding_BT: NDArray[np.bool_]
+    ) -> None:
+        is_wrong_B = ((stored_BT == self._padding_id) != is_padding_BT).any(axis=1)
+        if is_wrong_B.any():
+            number = numbers[int(is_wrong_B.argmax())]
+            raise DataError(
+                f"{self.locate(number)[0]}: sample {number} does not end where rows.npy says."
+                " data.verify=sha256 checks every file; copy the prepared directory again."
+            )
 
     def locate(self, number: int) -> tuple[Path | str, int]:
         """Return the path or the URL of a sample's shard, and the byte of its first token there."""

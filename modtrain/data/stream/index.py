@@ -16,10 +16,13 @@ from typing import Any, NoReturn
 from modtrain.common.atomic_io import digest, file_sha256
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, read_json
+from modtrain.data.packing.summary import BEST_FIT, Packing, SplitPacking, padding_share
 from modtrain.data.remote.fetched import fetched, fetched_checked
 from modtrain.data.remote.urls import is_url
 
 INDEX_VERSION = 1
+# Earlier versions of modtrain would take padding for damage: they refuse this one.
+PACKED_INDEX_VERSION = 2
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "valid")
@@ -27,6 +30,10 @@ DOCUMENTS_NAME = "documents.npy"
 SOURCE_FILES_NAME = "source_files.json"
 SIDE_FILES = (*(f"{split}/{DOCUMENTS_NAME}" for split in SPLITS), SOURCE_FILES_NAME)
 """What is told of the documents beside the shards; training reads none of it."""
+ROWS_NAME = "rows.npy"
+PIECES_NAME = "pieces.npy"
+PACKING_FILES = tuple(f"{split}/{name}" for split in SPLITS for name in (ROWS_NAME, PIECES_NAME))
+"""What is told of the sequences where the documents were packed; training reads the rows."""
 # Of a numpy array on disk, little-endian.
 ITEM_SIZES = {"uint16": 2, "uint32": 4}
 _TAR_BLOCK = 512
@@ -39,7 +46,7 @@ class SplitSummary:
     """Counts of one split.
 
     num_sequences: stored sequences, each of seq_len + 1 tokens, the last of them the first of the
-        next sequence.
+        next sequence; where documents are packed, no token is in two, and padding may follow.
     num_tokens: tokens of all documents with their end tokens, the dropped tail included.
     num_bytes: UTF-8 bytes of the documents' text; num_bytes / num_tokens turns a loss a token
         into bits a byte.
@@ -60,6 +67,7 @@ class IndexSummary:
     flaws: kind of damage found in the corpus → how many documents or files were left out for it.
     fingerprint: SHA-256 over the shards' checksums, the tokenizer's and seq_len.
     end_token: the text of ``eos_id``, where it is not the first with a usual name.
+    packing: of the documents, where they are packed by best fit; None: they are laid end to end.
     """
 
     seq_len: int
@@ -72,6 +80,17 @@ class IndexSummary:
     flaws: dict[str, int]
     splits: dict[str, SplitSummary]
     end_token: str | None = None
+    packing: Packing | None = None
+
+    @property
+    def padding_id(self) -> int:
+        """What is stored in the place of a token where there is none, behind the vocabulary."""
+        return self.vocab_size
+
+    def padding_share(self, split: str) -> float:
+        """Return the share of a split's places that train nothing; see `padding_share`."""
+        own = None if self.packing is None else self.packing[split]
+        return padding_share(self.splits[split].num_sequences, self.seq_len, own)
 
     def num_samples(self, seq_len: int) -> int:
         """Return the training samples of ``seq_len`` tokens that an epoch has."""
@@ -99,7 +118,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class SideFile:
-    """One of `SIDE_FILES`."""
+    """One of `SIDE_FILES` or `PACKING_FILES`."""
 
     num_bytes: int
     sha256: str
@@ -131,7 +150,7 @@ class ShardIndex:
             name: tuple(_shard(item, summary) for item in split.list_of("shards"))
             for name, split in content.splits().items()
         }
-        index = cls(str(path), summary, shards, _side_files(content))
+        index = cls(str(path), summary, shards, _side_files(content, summary))
         index._check_sums(content)
         if verify != "none":
             if not index.is_remote:
@@ -174,7 +193,7 @@ class ShardIndex:
                 _check_shard(self.shard_path(split, shard), shard, with_checksums=with_checksums)
 
     def side_file(self, name: str) -> Path:
-        """Where one of `SIDE_FILES` lies; one behind a URL is fetched, and raises DataError."""
+        """Where a side file lies; one behind a URL is fetched, and raises DataError."""
         if not self.is_remote:
             return Path(self.location, name)
         side = self.side_files[name]
@@ -245,7 +264,8 @@ def checked_tokenizer(path: str | Path, sha256: str) -> Path:
 def fingerprint(shards: Mapping[str, Sequence[Shard]], summary: IndexSummary) -> str:
     """Identity of what a run reads: equal for equal tokens in the same sequences."""
     sums = {split: [shard.sha256 for shard in shards[split]] for split in shards}
-    return digest([INDEX_VERSION, summary.seq_len, summary.tokenizer_sha256, sums])
+    content = [INDEX_VERSION, summary.seq_len, summary.tokenizer_sha256, sums]
+    return digest(content if summary.packing is None else [*content, BEST_FIT])
 
 
 def index_content(
@@ -257,6 +277,10 @@ def index_content(
     content = dict(vars(summary))
     if summary.end_token is None:
         del content["end_token"]
+    del content["packing"]
+    if summary.packing is not None:
+        packed = {split: vars(own) for split, own in summary.packing.items()}
+        content["packing"] = {"kind": BEST_FIT, "splits": packed}
     sides = {
         name: {"bytes": side.num_bytes, "sha256": side.sha256}
         for name, side in (side_files or {}).items()
@@ -265,7 +289,7 @@ def index_content(
         **({"side_files": sides} if sides else {}),
         "report": {name: content.pop(name) for name in ("num_files", "flaws")},
         **content,
-        "version": INDEX_VERSION,
+        "version": INDEX_VERSION if summary.packing is None else PACKED_INDEX_VERSION,
         "fingerprint": fingerprint(shards, summary),
         "splits": {
             name: {
@@ -357,9 +381,10 @@ def _read(path: str | Path) -> _Object:
         raise DataError(f"{path}/{error}. {DAMAGED}") from None
     checked = _Object(file, content)
     version = checked.integer("version")
-    if version != INDEX_VERSION:
+    if version not in (INDEX_VERSION, PACKED_INDEX_VERSION):
         raise DataError(
-            f"{file}: has version {version}; this modtrain reads version {INDEX_VERSION}. "
+            f"{file}: has version {version}; this modtrain reads version {INDEX_VERSION} and "
+            f"{PACKED_INDEX_VERSION}. "
             "Run modtrain prepare into another output."
         )
     return checked
@@ -382,15 +407,27 @@ def _summary(content: _Object) -> IndexSummary:
             for name, split in content.splits().items()
         },
         end_token=content.optional_text("end_token"),
+        packing=_packing(content),
     )
     most = 2 ** (8 * ITEM_SIZES[summary.dtype])
-    if summary.vocab_size > most:
+    if summary.vocab_size + (summary.packing is not None) > most:
         content.fail(
             f"vocab_size is {summary.vocab_size}, more than {summary.dtype} can tell apart"
         )
     if summary.eos_id >= summary.vocab_size:
         content.fail(f"eos_id is {summary.eos_id}, outside a vocabulary of {summary.vocab_size}")
     return summary
+
+
+def _packing(content: _Object) -> Packing | None:
+    if content.integer("version") == INDEX_VERSION:
+        return None
+    packing = content.object("packing")
+    packing.text("kind", re.compile(BEST_FIT))
+    return {
+        name: SplitPacking(**{key: split.integer(key) for key in SplitPacking.__annotations__})
+        for name, split in packing.splits().items()
+    }
 
 
 class _Patterns:
@@ -430,11 +467,12 @@ def _shard(content: _Object, summary: IndexSummary) -> Shard:
     return Shard(name, num_bytes, content.text("sha256", _SHA256), members)
 
 
-def _side_files(content: _Object) -> dict[str, SideFile]:
-    if "side_files" not in content.content:
+def _side_files(content: _Object, summary: IndexSummary) -> dict[str, SideFile]:
+    names = SIDE_FILES if summary.packing is None else (*SIDE_FILES, *PACKING_FILES)
+    if "side_files" not in content.content and summary.packing is None:
         return {}
     listed = content.object("side_files")
-    files = {name: listed.object(name) for name in SIDE_FILES}
+    files = {name: listed.object(name) for name in names}
     return {
         name: SideFile(file.integer("bytes"), file.text("sha256", _SHA256))
         for name, file in files.items()

@@ -50,8 +50,8 @@ class _TimedStep:
         self._wait()
         start = time.perf_counter()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            inputs_BS, targets_BS, documents_BS = self.batch
-            output = self.model(inputs_BS, targets_BS, documents_BS=documents_BS)
+            batch = self.batch
+            output = self.model(batch.inputs_BS, batch.targets_BS, **batch.masks())
             loss = sum(output.auxiliary.values(), start=output.loss)
         loss.backward()
         self.optimizer.step()

@@ -16,6 +16,7 @@ from modtrain.inference.data_view.statistics import (
     SplitStatistics,
     Statistics,
     length_quantiles,
+    packing_lines,
 )
 from modtrain.inference.inspect.figures import Drawing, Theme, drawing, themes
 
@@ -64,6 +65,7 @@ def render(subject: Subject, statistics: Statistics, samples: Sequence[ShownSamp
         has_sources=any(split.source for split in statistics.splits),
         quantiles=[_quantiles(split.lengths) for split in statistics.splits],
         most_repeated=statistics.most_repeated,
+        packing=packing_lines(statistics.splits, subject.seq_len),
         is_whole=all(split.is_whole for split in statistics.splits),
         num_read=sum(split.num_read for split in statistics.splits),
         length_drawings=[

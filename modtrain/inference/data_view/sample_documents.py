@@ -51,15 +51,16 @@ class SampleDocument:
 
 def sample_documents(
     tokens: Sequence[int],
-    start: int,
+    pieces: Sequence[tuple[int, int]],
     table: DocumentTable | None,
     tokenizer: Tokenizer,
     end_id: int,
 ) -> list[SampleDocument]:
     """Split a sample into its documents.
 
-    tokens: S + 1, the last target included. start: place of the first in its split. table: the
-    split's documents; None: they end at ``end_id``.
+    tokens: S + 1, the last target included; padding may follow. pieces: the stretches of the
+    split's tokens that they are, as of `TokenDataset.document_pieces`. table: the split's
+    documents; None: they end at ``end_id``.
     """
 
     def text_of(own: Sequence[int]) -> str:
@@ -67,14 +68,17 @@ def sample_documents(
         return tokenizer.decode(list(without_end), skip_special_tokens=False)
 
     if table is None:
-        pieces = _ended_by(tokens, end_id)
-        return [SampleDocument(None, None, None, None, own, text_of(own)) for own in pieces]
-    documents = []
-    for part in table.between(start, start + len(tokens)):
-        own = list(tokens[part.place : part.place + part.stop - part.first])
-        documents.append(
-            SampleDocument(part.file, part.line, part.first, part.num_tokens, own, text_of(own))
-        )
+        parts = _ended_by(tokens, end_id)
+        return [SampleDocument(None, None, None, None, own, text_of(own)) for own in parts]
+    documents, before = [], 0
+    for start, count in pieces:
+        for part in table.between(start, start + count):
+            place = before + part.place
+            own = list(tokens[place : place + part.stop - part.first])
+            documents.append(
+                SampleDocument(part.file, part.line, part.first, part.num_tokens, own, text_of(own))
+            )
+        before += count
     return documents
 
 

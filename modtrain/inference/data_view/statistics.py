@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modtrain.data.documents.table import DocumentTable, find_repeats
+from modtrain.data.packing.summary import SplitPacking, packing_text
+from modtrain.data.stream.batch import PADDING
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import SPLITS, ShardIndex, SplitSummary
 
@@ -32,7 +34,7 @@ class SplitStatistics:
     lengths: of documents in tokens, end tokens included; None: unknown. num_repeats: documents
     whose text stands in an earlier one of the same split, of any source; None: unknown, as an
     earlier version prepared the data. counts_V: how often each token occurs in num_read tokens of
-    the sequences; of all of them where is_whole.
+    the sequences; of all of them where is_whole. packing: None: documents are laid end to end.
     """
 
     source: str
@@ -43,6 +45,7 @@ class SplitStatistics:
     counts_V: NDArray[np.int64]
     num_read: int
     is_whole: bool
+    packing: SplitPacking | None = None
 
     @property
     def bytes_per_token(self) -> float:
@@ -92,15 +95,17 @@ def statistics_of(
     splits = []
     for (source, split), table in tables.items():
         index, samples = indexes[source], data[source][split]
+        summary = index.summary.splits[split]
         counts_V, num_read, scanned = _scan(samples, index, most)
-        is_whole = num_read >= len(samples) * samples.seq_len
+        packing = (index.summary.packing or {}).get(split)
+        least = len(samples) * samples.seq_len if packing is None else summary.num_tokens
+        is_whole = num_read >= least
         lengths = _distinct(table.lengths() if table else [scanned] if is_whole else [])
         marked = repeats.get((source, split))
         num_repeats = None if marked is None else int(marked.sum())
-        summary = index.summary.splits[split]
         splits.append(
             SplitStatistics(
-                source, split, summary, lengths, num_repeats, counts_V, num_read, is_whole
+                source, split, summary, lengths, num_repeats, counts_V, num_read, is_whole, packing
             )
         )
     return Statistics(splits, _most_repeated(known, repeats))
@@ -115,6 +120,12 @@ def _scan(
     wanted = min(total, max(1, most // seq_len))
     numbers = np.arange(wanted) * total // max(1, wanted)
     pieces: list[NDArray[np.int64]] = [np.array([-1])]
+    if samples.has_padding:
+        # No token is in two samples, and a document that is cut not in one piece.
+        for first in range(0, wanted, _READ):
+            tokens = samples.__getitems__(numbers[first : first + _READ].tolist()).numpy()
+            counts_V += np.bincount(tokens[tokens != PADDING], minlength=len(counts_V))
+        return counts_V, int(counts_V.sum()), np.empty(0, np.int64)
     for first in range(0, wanted, _READ):
         own = numbers[first : first + _READ].tolist()
         tokens = samples.__getitems__(own)[:, :-1].numpy().ravel()
@@ -147,6 +158,17 @@ def length_quantiles(lengths: Lengths, shares: Sequence[float]) -> list[int]:
     places = np.searchsorted(cumulative, np.array(shares) * cumulative[-1])
     chosen: list[int] = values[np.minimum(places, len(values) - 1)].tolist()
     return chosen
+
+
+def packing_lines(splits: Sequence[SplitStatistics], seq_len: int) -> list[str]:
+    """Describe the packing of each split whose documents are packed by best fit."""
+    lines = []
+    for split in splits:
+        if split.packing is not None:
+            counts = (split.summary.num_sequences, seq_len, split.summary.num_documents)
+            name = f"{split.source}, {split.split}" if split.source else split.split
+            lines.append(f"{name}: {packing_text(*counts, split.packing)}")
+    return lines
 
 
 def unused_tokens(splits: Sequence[SplitStatistics]) -> NDArray[np.int64]:

@@ -40,7 +40,7 @@ class Sample:
 
     position: in the run's stream, from 0. source: name of it in a mixture, else empty. number: in
     the source. shard, byte: path or URL of the file, and where its tokens begin there. tokens:
-    S + 1 of them: inputs and the last target. documents: that they are of, in order.
+    S + 1 of them: inputs and the last target; -1 is padding. documents: that they are of, in order.
     """
 
     position: int
@@ -157,8 +157,8 @@ def samples_of(run: RunDirectory, step: int, data_path: str | None = None) -> It
         shard, byte = data.train_data.locate(number)
         source, own = data.train_data.source_of(number)
         tokens = data.train_data[number].tolist()
-        start = own * data.train_data.seq_len
-        documents = sample_documents(tokens, start, tables[source], tokenizer, end_id)
+        pieces = data.train_data.document_pieces(number)
+        documents = sample_documents(tokens, pieces, tables[source], tokenizer, end_id)
         yield Sample(position, source, own, shard, byte, tokens, documents)
 
 

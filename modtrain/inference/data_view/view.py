@@ -26,6 +26,7 @@ from modtrain.inference.data_view.statistics import (
     SplitStatistics,
     Statistics,
     length_quantiles,
+    packing_lines,
     statistics_of,
     unused_tokens,
 )
@@ -107,9 +108,9 @@ def _samples(
         count = min(config.samples, len(samples))
         for place in range(count):
             number = (2 * place + 1) * len(samples) // (2 * count)
-            tokens, start = samples[number].tolist(), number * samples.seq_len
+            tokens, pieces = samples[number].tolist(), samples.document_pieces(number)
             end_id = indexes[source].summary.eos_id
-            documents = sample_documents(tokens, start, table, tokenizer, end_id)
+            documents = sample_documents(tokens, pieces, table, tokenizer, end_id)
             shown = [(d.origin, d.extent, d.shown_text(config.max_chars)) for d in documents]
             yield ShownSample(source, number, shown)
 
@@ -124,6 +125,8 @@ def _plain(of_split: SplitStatistics) -> dict[str, object]:
     values: dict[str, object] = {"source": of_split.source, "split": of_split.split}
     values |= vars(of_split.summary)
     values["bytes_per_token"] = of_split.bytes_per_token
+    if of_split.packing is not None:
+        values |= vars(of_split.packing)
     values["num_repeats"] = of_split.num_repeats
     values["unused_tokens"] = unused_tokens([of_split]).tolist()
     values["num_read"] = of_split.num_read
@@ -144,6 +147,7 @@ def _report_lines(
     if subject.unused:
         more = " …" if subject.num_unused > len(subject.unused) else ""
         lines[0] += f": {'  '.join(subject.unused)}{more}"
+    lines += packing_lines(statistics.splits, subject.seq_len)
     lines += [
         f"{repeated.num_documents:,} documents have the text of {repeated.origin}"
         for repeated in statistics.most_repeated

@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modtrain.data.stream.batch import Batch
-from modtrain.evaluation.held_out import Agreement, agreement_of, evaluation_mode, mean_loads
+from modtrain.evaluation.held_out import (
+    Agreement,
+    agreement_of,
+    count_cells,
+    evaluation_mode,
+    mean_loads,
+)
 from modtrain.evaluation.routing_metrics import update_metrics
 from modtrain.models.depth.config import TRAINING_SELECTIONS, ComputeBudget, RouterSwap, Selection
 from modtrain.models.depth.layer import MixtureOfDepths
@@ -109,8 +115,9 @@ def trace(
 ) -> Trace:
     """Run ``model`` over windows of any size.
 
-    A target of -100 is unknown. precision, capacities: as for `held_out.evaluate`. budget:
-    the compute budget of a causal decision. swap: another choice of tokens than the routers'.
+    A target of -100 is unknown; padding is left out. precision, capacities: as for
+    `held_out.evaluate`. budget: the compute budget of a causal decision. swap: another choice of
+    tokens than the routers'.
 
     Raises:
         ValueError: there is no window.
@@ -118,17 +125,17 @@ def trace(
     recorder = _TraceRecorder(model, selection, budget)
     with evaluation_mode(model) as device, precision:
         for window in windows:
-            inputs_BS, targets_BS, documents_BS = window.to(device)
+            on_device = window.to(device)
             output = model(
-                inputs_BS,
+                on_device.inputs_BS,
                 selection=selection,
                 capacities=capacities,
-                documents_BS=documents_BS,
                 budget=budget,
                 swap=swap,
+                **on_device.masks(),
             )
-            recorder.add(inputs_BS, targets_BS, output)
-            recorder.compare(output.routing, documents_BS, capacities)
+            recorder.add(on_device, output)
+            recorder.compare(output.routing, on_device.documents_BS, capacities)
     return recorder.trace()
 
 
@@ -167,6 +174,7 @@ class _TraceRecorder:
     ) -> None:
         self.model, self.selection, self.budget = model, selection, budget
         self.columns: dict[str, list[Tensor]] = {}
+        self.valid_BS: Tensor | None = None
         self.decisions: list[tuple[str, float | None]] = []
         self.choices: list[Tensor] = []
         self.update_sums_R4 = torch.zeros(len(model.routers), 4, dtype=torch.float64)
@@ -174,14 +182,16 @@ class _TraceRecorder:
         self.cells_R4 = torch.zeros(len(model.routers), 4, dtype=torch.float64)
         self.flops = self.dense_flops = 0.0
 
-    def add(self, inputs_BS: Tensor, targets_BS: Tensor, output: ModelOutput) -> None:
+    def add(self, window: Batch, output: ModelOutput) -> None:
+        inputs_BS = window.inputs_BS
+        self.valid_BS = None if window.valid_BS is None else window.valid_BS.cpu()
         self._keep("token", inputs_BS)
         self._keep("position", torch.arange(inputs_BS.shape[1]).expand(inputs_BS.shape))
         # One sequence at a time: log-probabilities of a batch would double the logits' memory.
-        for logits_SV, targets_S in zip(output.require_logits(), targets_BS, strict=True):
-            loss_S, entropy_S = prediction_quality(logits_SV, targets_S)
-            self._keep("loss", loss_S, torch.float64)
-            self._keep("entropy", entropy_S, torch.float64)
+        pairs = zip(output.require_logits(), window.targets_BS, strict=True)
+        losses, entropies = zip(*(prediction_quality(*pair) for pair in pairs), strict=True)
+        self._keep("loss", torch.stack(losses), torch.float64)
+        self._keep("entropy", torch.stack(entropies), torch.float64)
         self.decisions = []
         for i, (router, record) in enumerate(zip(self.model.routers, output.routing, strict=True)):
             name, value_BS, threshold = deciding_values(router, self.selection, record, self.budget)
@@ -217,7 +227,7 @@ class _TraceRecorder:
             count = num_chosen(shares[layer] or 1.0, record.scores_BS.shape[1])
             top_BS = top_k_of_documents(record.scores_BS, count, documents_BS, record.valid_BS)
             cell_BS = record.chosen_BS.long() * 2 + top_BS.long()
-            self.cells_R4[i] += torch.bincount(cell_BS.flatten(), minlength=4).cpu().double()
+            self.cells_R4[i] += count_cells(cell_BS, record.valid_BS)
 
     def _add_flops(self, output: ModelOutput, sequences: int, seq_len: int) -> None:
         config = self.model.config
@@ -267,7 +277,9 @@ class _TraceRecorder:
 
     def _keep(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
         # To the host first: not every device has float64.
-        self.columns.setdefault(name, []).append(values.flatten().cpu().to(dtype or values.dtype))
+        values = values.cpu()
+        values_N = values.flatten() if self.valid_BS is None else values[self.valid_BS]
+        self.columns.setdefault(name, []).append(values_N.to(dtype or values.dtype))
 
     def _choices(self, output: ModelOutput) -> list[Tensor]:
         """Return the number of choices of each expert of each mixture."""

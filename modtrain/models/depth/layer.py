@@ -154,8 +154,8 @@ class MixtureOfDepths(nn.Module):
     ) -> Output:
         """Return the output with another choice of tokens; see `RouterSwap`."""
         swap = context.swap
-        if swap is None or context.valid_BS is not None or context.cache is not None:
-            raise ValueError("a choice is swapped for whole sequences, without padding and cache")
+        if swap is None or context.cache is not None:
+            raise ValueError("a choice is swapped for whole sequences, without a cache")
         if swap.choice == "zero":
             output = self._route(x_BSD, context, record.scores_BS, slots)
             return _with_record(output, record).with_value(x_BSD)

@@ -114,8 +114,7 @@ class HeldOutCallback(StepCallback):
         """Record what the routers do with the first held-out sequence; collective."""
         if not module.model.routers:
             return
-        batch = next(iter(self.data.val_dataloader()))
-        inputs_1S, documents_1S = batch.inputs_BS[:1], batch.documents_BS
+        batch = next(iter(self.data.val_dataloader())).first().to(module.device)
         # Random routers draw numbers; the generators are restored for training.
         cuda = [module.device] if module.device.type == "cuda" else []
         with (
@@ -124,9 +123,9 @@ class HeldOutCallback(StepCallback):
             torch.random.fork_rng(devices=cuda),
         ):
             output = module.model(
-                inputs_1S.to(module.device),
+                batch.inputs_BS,
                 capacities=module.plan.capacities_at(step - 1),
-                documents_BS=None if documents_1S is None else documents_1S[:1].to(module.device),
+                **batch.masks(),
             )
         self.metrics_log.add_routing(step, module.config.model.routed_labels, output.routing)
 

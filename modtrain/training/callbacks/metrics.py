@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import lightning as L
 import torch
 
+from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.router_health import health_warnings
 from modtrain.training.callbacks.step import StepCallback
@@ -71,6 +72,10 @@ class MetricsCallback(StepCallback):
         if not is_due(step, self.every, module.plan.steps):
             return
         values = self._learning(module)
+        data: TokenDataModule | None = getattr(trainer, "datamodule", None)
+        padding = None if data is None else data.padding_share(step - 1)
+        if padding is not None:
+            values["padding"] = padding
         last, self._last_step = self._last_step, step
         steps = step - last
         # Reading the loss above waited for the device, so the time is that of finished steps.

@@ -103,7 +103,7 @@ SHARD = "splits/train/shards/0"
         ("seq_len", "16", "seq_len is '16'"),
         ("dtype", "object", "dtype is 'object'"),
         ("tokenizer_sha256", None, "tokenizer_sha256 is None"),
-        ("version", 2, "version 2"),
+        ("version", 3, "version 3"),
         ("report/flaws", {"bad_json": "x"}, "bad_json is 'x'"),
     ],
 )

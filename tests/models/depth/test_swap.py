@@ -38,6 +38,29 @@ def test_each_sequence_keeps_its_number_of_routed_tokens(choice, selection):
     assert swapped.tolist() == own.tolist()
 
 
+@pytest.mark.parametrize("selection", ["top_k", "predictor"])
+@pytest.mark.parametrize("choice", SWAPPED_CHOICES)
+def test_padding_is_never_chosen_and_changes_nothing(choice, selection):
+    model = lively(CONFIG)
+    valid_BS = torch.arange(16) < torch.tensor([[16], [8], [12]])
+    outputs = []
+    for fill in (1, 2):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            output = model(
+                TOKENS_BS.where(valid_BS, fill),
+                selection=selection,
+                valid_BS=valid_BS,
+                is_right_padded=True,
+                swap=RouterSwap(choice),
+            )
+        assert not (chosen_of(output) & ~valid_BS).any()
+        outputs.append(output.logits_BSV[valid_BS])
+    torch.testing.assert_close(*outputs)
+    own = forward(model, selection, valid_BS=valid_BS).routing[0].chosen_BS.sum(dim=1)
+    assert output.routing[0].chosen_BS.sum(dim=1).tolist() == own.tolist()
+
+
 def test_without_the_updates_the_dense_model_of_the_unrouted_layers_remains():
     model = lively(CONFIG)
     control = Transformer(unrouted_layers(CONFIG)).double()
@@ -96,12 +119,6 @@ def test_the_mean_gate_is_that_of_the_own_choice(gate):
     assert gates[0] == pytest.approx(gates[1], rel=1e-5)
     changed = forward(model, swap=RouterSwap("random")).logits_BSV
     assert torch.equal(swapped.logits_BSV, changed) == (gate == "none")
-
-
-def test_padding_is_refused():
-    valid_BS = torch.ones_like(TOKENS_BS, dtype=torch.bool)
-    with pytest.raises(ValueError, match="without padding"):
-        forward(lively(CONFIG), valid_BS=valid_BS, swap=RouterSwap("random"))
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
