@@ -22,8 +22,8 @@ class Batch(NamedTuple):
 
     inputs_BS: token ids. targets_BS: the ids that come next. documents_BS: document numbers of the
     inputs, if documents are masked from each other; else None. valid_BS: where sequences may end
-    with padding, False for it; the targets there are -100. A token that padding follows is one
-    too: nothing reads it. Else None. weight: what the mean loss of its targets counts for in a
+    with padding, False for it and for a token that it follows, which nothing reads; the targets
+    there are -100. Else None. weight: what the mean loss of its targets counts for in a
     step, so that each target counts alike; None: 1, as all batches have equally many.
     """
 

@@ -159,12 +159,12 @@ def test_looking_leaves_the_model_and_the_random_state_alone(text):
 @quick(40)
 def test_windows_have_the_text_once_and_the_next_tokens_as_targets(tokens, seq_len, batch_size):
     windows = list(text_windows(tokens, seq_len, batch_size))
-    inputs = [number for side, _, _ in windows for number in side.flatten().tolist()]
-    targets = [number for _, side, _ in windows for number in side.flatten().tolist()]
+    inputs = [number for side, *_ in windows for number in side.flatten().tolist()]
+    targets = [number for _, side, *_ in windows for number in side.flatten().tolist()]
     assert inputs == tokens
     assert targets == [*tokens[1:], -100]
-    assert all(side.shape[0] <= batch_size and side.shape[1] <= seq_len for side, _, _ in windows)
-    assert all(side.shape[1] == seq_len for side, _, _ in windows[:-1])
+    assert all(side.shape[0] <= batch_size and side.shape[1] <= seq_len for side, *_ in windows)
+    assert all(side.shape[1] == seq_len for side, *_ in windows[:-1])
 
 
 def test_the_first_causal_decision_is_taken_and_top_k_only_by_its_name():
