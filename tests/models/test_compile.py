@@ -114,7 +114,6 @@ VARIANTS = {
 COMMIT = (
     *(*PATTERNS, "both parts", "documents", "attention's router", "random score", "two mixers"),
     *("token choice, both parts", "expert choice", "window, normed keys", "kept keys"),
-    "padding at the end",
 )
 # Inductor has got the gradient of an experts' router wrong before, with losses and choices equal.
 INDUCTED = [
