@@ -132,7 +132,7 @@ def test_its_keys_are_keys(document):
     open_ended = ("cluster.environment.", "model.capacity_")
     for key in re.findall(named, text):
         is_part = any(other.startswith(f"{key}.") for other in keys)
-        is_file = key.endswith((".json", ".py", ".sbatch", ".sh", ".yaml"))
+        is_file = key.endswith((".json", ".model", ".py", ".sbatch", ".sh", ".yaml"))
         assert key in keys or is_part or is_file or key.startswith(open_ended), key
 
 

@@ -32,6 +32,7 @@ def test_all_problems_of_a_prepare_are_reported_at_once():
         max_flaws=-1,
         tokenizer=TokenizerConfig(vocab_size=256, train_bytes=0),
         seq_len=0,
+        packing="tight",
         sequences_per_sample=0,
         samples_per_shard=0,
         valid_fraction=1.0,

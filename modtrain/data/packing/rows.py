@@ -62,8 +62,8 @@ class RowTable:
                     array = np.load(path, mmap_mode="r", allow_pickle=False)
             except (UnreadableError, OSError, ValueError, EOFError) as error:
                 raise DataError(f"{path}: cannot be read ({error}). {DAMAGED}") from None
-            has_length = name != ROWS_NAME or len(array) == self._num_rows
-            if array.dtype != dtype or array.ndim != 1 or not has_length:
+            is_table = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == 1
+            if not is_table or (name == ROWS_NAME and len(array) != self._num_rows):
                 self._fail(name, "has not the records of the index")
             self._arrays[name] = array
         return self._arrays[name]

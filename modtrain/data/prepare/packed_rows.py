@@ -278,21 +278,25 @@ class PackedRowsJob(ShardJob):
         token_dtype = np.dtype(self.token_dtype).newbyteorder("<")
         rows, pieces = window.records("rows", ROW), window.records("pieces", PIECE)
         tokens_NT = np.full((count, self.layout.seq_len + 1), self.padding_id, dtype)
-        edges = rows["first_piece"][first : first + count + 1].tolist()
-        edges += [len(pieces)] * (first + count == len(rows))
+        edges = rows["first_piece"][first : first + count + 1].astype(np.int64)
+        if first + count == len(rows):
+            edges = np.append(edges, len(pieces))
+        part = pieces[edges[0] : edges[-1]]
+        start_P, count_P = part["start"].astype(np.int64), part["count"].astype(np.int64)
+        row_P = np.repeat(np.arange(count), np.diff(edges))
+        before_P = np.cumsum(count_P) - count_P
+        place_P = before_P - before_P[edges[:-1] - edges[0]][row_P]
         files = [stretch.tokens for stretch in window.stretches]
         offsets = [stretch.offset for stretch in window.stretches]
-        opened: dict[int, NDArray[Any]] = {}
-        for number in range(count):
-            place = 0
-            for start, length in pieces[edges[number] : edges[number + 1]].tolist():
-                owner = bisect_right(offsets, start) - 1
-                if owner not in opened:
-                    opened[owner] = np.memmap(files[owner].path, token_dtype, mode="r")
-                inside = start - offsets[owner]
-                piece = opened[owner][inside : inside + length]
-                tokens_NT[number, place : place + length] = piece
-                place += length
+        # In the order of the files, one open at a time: a shard has pieces of all of its window.
+        opened, tokens = -1, np.empty(0, token_dtype)
+        for number in np.argsort(start_P, kind="stable").tolist():
+            start, length, place = int(start_P[number]), int(count_P[number]), int(place_P[number])
+            owner = bisect_right(offsets, start) - 1
+            if owner != opened:
+                opened, tokens = owner, np.memmap(files[owner].path, token_dtype, mode="r")
+            inside = start - offsets[owner]
+            tokens_NT[row_P[number], place : place + length] = tokens[inside : inside + length]
         return tokens_NT
 
 

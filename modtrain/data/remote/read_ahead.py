@@ -60,7 +60,8 @@ class ReadAhead(Generic[T, B]):
             first = islice(self._requests, self._num_ahead)
             coming.extend(threads.submit(self._result, request) for request in first)
             while coming:
-                result = coming.popleft().result()
+                result = coming[0].result()
+                coming.popleft()
                 for request in islice(self._requests, 1):
                     coming.append(threads.submit(self._result, request))
                 yield result

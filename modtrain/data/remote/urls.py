@@ -15,7 +15,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
 # Which extra of modtrain brings the driver of a protocol.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 # The user and the password before a host, and what follows the path of a web address.
-_USER = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s?#@'\"]+@", re.I)
+_USER = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s?#'\"]+@", re.I)
 _QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*", re.I)
 
 

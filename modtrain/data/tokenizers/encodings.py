@@ -29,7 +29,7 @@ _O200K = (
 _POSSESSIVE = re.compile(r"(\\p\{\w+\}|\\\w|\[(?:\\.|[^\]\\])*\])(\{\d+(?:,\d*)?\})\+")
 _ESCAPED_OR_CLASS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
 _DOLLAR = re.compile(rf"{_ESCAPED_OR_CLASS.pattern}|\$", re.DOTALL)
-_OTHER_MEANING = re.compile(r"\^|\{\d+(?:,\d*)?\}\+|\(\?-?[a-hj-zA-Z]")
+_OTHER_MEANING = re.compile(r"\^|\{\d+(?:,\d*)?\}\+|\(\?(?!i[:)])-?[a-zA-Z]")
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def test_a_renewed_signature_does_no_work_again_and_none_is_kept(server, tmp_pat
         return b"".join(path.read_bytes() for path in paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr("modtrain.data.prepare.pipeline._pack", lambda *_, **__: 1 / 0)
+        patch.setattr("modtrain.data.prepare.pipeline.write_shards", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(config("secret1"), progress=False)
     assert b"a.jsonl" in written()
@@ -199,6 +199,8 @@ def test_no_message_has_a_signature(server):
 def test_a_name_has_no_signature_and_no_password():
     address = "https://user:secret@host/a/b.jsonl?X-Amz-Signature=secret#part"
     assert shown_name(address) == "https://host/a/b.jsonl"
+    assert shown_name("https://user:se@cr@host/a.jsonl") == "https://host/a.jsonl"
+    assert shown_name("hf://org/repo@rev/a.jsonl") == "hf://org/repo@rev/a.jsonl"
     assert shown_name("s3://bucket/a?b.jsonl") == "s3://bucket/a?b.jsonl"
     assert shown_name("a/b.jsonl") == "a/b.jsonl"
     assert names_of(["https://host/a", "s3://bucket/b"]) == ["https://host/a", "s3://bucket/b"]

@@ -144,7 +144,7 @@ def test_an_address_is_a_source_and_no_file(address):
     config.tokenizer.path = address
     problems = {problem.key: problem for problem in config.problems()}
     assert set(problems) == {"output", "tokenizer.path"}
-    assert "first" in problems["output"].remedy
+    assert "and copy it there" in problems["output"].remedy
 
 
 def test_a_size_of_a_vocabulary_beside_a_tokenizer_is_refused():

@@ -1,7 +1,9 @@
 """Prepared data whose documents are packed by best fit: whole, complete, the same to the byte."""
 
+import resource
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +118,22 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path):
     prepare(best_fit([corpus], tmp_path / "one"), progress=False)
     prepare(best_fit([corpus], tmp_path / "two", num_workers=2), progress=False)
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
+def test_a_shard_of_many_files_needs_few_open_ones(tmp_path):
+    documents = make_documents(300)
+    files = [
+        write_jsonl(tmp_path / f"{number}.jsonl", documents[3 * number : 3 * number + 3])
+        for number in range(100)
+    ]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 40, hard))
+    try:
+        prepare(best_fit(files, tmp_path / "packed", num_workers=0), progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sum(1 for _ in rows_of(tmp_path / "packed", "train"))
 
 
 def test_a_vocabulary_that_fills_its_type_has_padding_beside_it():

@@ -167,6 +167,7 @@ def test_hostile_ranks_are_errors(tmp_path):
         ("(", "pattern"),
         ("^a", "has ^"),
         ("(?m)a.b", "a flag but"),
+        ("(?is:a.b)", "a flag but"),
         ("(?:ab){1,2}+", "a plus behind"),
     ):
         with pytest.raises(DataError, match=words.replace("^", r"\^")):
