@@ -106,7 +106,9 @@ def _dictionaries(schema: type) -> list[str]:
 def _read(value: str, runs_dir: str, schema: type) -> dict[str, Any]:
     """Return what is taken of the run or file ``value``, with values as ``schema`` has them."""
     path = _find(value, runs_dir)
-    is_run = path != Path(value.strip("'\"")) or RunDirectory(path.parent).manifest.is_file()
+    is_run = path != Path(value.strip("'\"")) or (
+        path == (run := RunDirectory(path.parent)).config and run.manifest.is_file()
+    )
     fields: Any = OmegaConf.structured(TrainConfig if is_run else schema)
     try:
         content = translate(read_yaml(path))

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from modtrain.common.config_keys import all_keys
 from modtrain.common.errors import Problem
 from modtrain.common.overrides import unknown_key
+from modtrain.common.renamed_keys import new_name
 from modtrain.common.spelling import misfit, node_of
 
 # What a file below --config-dir may have at its top beside keys.
@@ -60,6 +61,16 @@ class _File:
             if name.tag == _MERGE or (not prefix and name.value in self.others):
                 continue
             key = f"{prefix}.{name.value}" if prefix else str(name.value)
+            if new_name(key):
+                # It is read as its new name, or refused with it.
+                continue
+            if "." in str(name.value):
+                reason, remedy = (
+                    "has a dot in a key",
+                    f"write {shlex.quote(f'{key}={self._text(child)}')}",
+                )
+                yield self._located(Problem(key, self._text(child), reason, remedy), child)
+                continue
             known = node_of(self.config, key)
             if known is None:
                 groups = [g for g in (*map(str, self.config), "experiment") if self.choices(g)]
@@ -80,7 +91,7 @@ class _File:
         value, text = self.loader.construct_object(node, deep=True), self._text(node)
         try:
             trial = self.config.copy()
-            OmegaConf.update(trial, key, value, merge=_is_section(node_of(trial, key)))
+            OmegaConf.update(trial, key, value, merge=True)
             if _is_section(node_of(self.config, key)) and value is None:
                 raise ValueError
         except (OmegaConfBaseException, ValueError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,13 +69,16 @@ def held_out_losses(run: RunDirectory, step: int) -> dict[str, Loss]:
     evaluated = read_or_set_aside(run.path / f"eval-{step:09d}.json", read_json) or {}
     decisions = evaluated.get("decisions")
     if isinstance(decisions, dict) and decisions:
-        return {name: Loss(entry["loss"], entry["flops"]) for name, entry in decisions.items()}
+        return {
+            name: Loss(_finite_or_nan(entry["loss"]), entry["flops"])
+            for name, entry in decisions.items()
+        }
     losses: dict[str, Loss] = {}
     for record in read_metrics(run.metrics):
         for key in record if record["step"] == step else ():
             name = key.removeprefix(_LOSS)
             if key.startswith(_LOSS) and _FLOPS + name in record:
-                losses[name] = Loss(record[key], record[_FLOPS + name])
+                losses[name] = Loss(_finite_or_nan(record[key]), record[_FLOPS + name])
     return losses
 
 
@@ -190,6 +194,11 @@ def _routing_rows(model: ModelConfig) -> dict[str, object]:
     }
 
 
+def _finite_or_nan(loss: float | None) -> float:
+    """Return a loss as it was: JSON has null for one that is no number."""
+    return math.nan if loss is None else loss
+
+
 def _compute(run: RunDirectory, trained: TrainConfig, step: int, data: IndexSummary) -> str:
     length = trained.data.seq_len or data.seq_len
     dense = dense_equivalent_flops(trained.model, length).total / length
@@ -216,7 +225,7 @@ def _sweep(run: RunDirectory, step: int) -> list[tuple[str, str, str]]:
     """Return the points of `modtrain eval sweep=[…]`, if the checkpoint has been swept."""
     swept = read_or_set_aside(run.path / f"sweep-{step:09d}.json", read_json) or {}
     return [
-        (f"{point['capacity']:g}", f"{point['loss']:.4f}", f"{point['flops']:,.0f}")
+        (f"{point['capacity']:g}", f"{_finite_or_nan(point['loss']):.4f}", f"{point['flops']:,.0f}")
         for point in swept.get("points", [])
     ]
 

@@ -166,6 +166,7 @@ def test_a_directory_of_runs_is_no_base_and_its_runs_are_named(tmp_path):
         ("checkpoint: {keep_steps: [null, off]}", "checkpoint.keep_steps", 1, "without null"),
         ("optimizer: {train: [null, off]}", "optimizer.train", 1, '["null", "off"]'),
         ("stop: [null, off]", "stop", 1, "top-level keys: "),
+        ("model.capacity: 0.5", "model.capacity", 1, "write model: {capacity: 0.5}"),
         ("defaults: [model: tiny]", "defaults", 1, "top-level keys: "),
     ],
 )
@@ -182,6 +183,18 @@ def test_all_mistakes_of_a_file_are_reported_at_once(tmp_path):
     (tmp_path / "f.yaml").write_text("modle: 3\nmodel: {d_model: x}\nbudget: {tokens: 1M}\n")
     problems = problems_of(expand_base, "train", ["from=f.yaml"], None)
     assert list(problems) == ["modle", "model.d_model", "budget.tokens"]
+
+
+def test_what_is_right_in_a_file_is_not_blamed_for_what_is_not(tmp_path):
+    sources = "data:\n  sources: {one: {path: a, weight: 1}, two: {path: b, weight: 2}}\n"
+    stages = "  stages: [{begin: 0.5, weights: {one: 1, two: 1}}]\n"
+    renamed = "model: {router: {room: 2}}\n"
+    (tmp_path / "f.yaml").write_text(f"{sources}{stages}{renamed}batch: {{tokens: many}}\n")
+    assert list(problems_of(expand_base, "train", ["from=f.yaml"], None)) == ["batch.tokens"]
+    # A file that another program called so does not make the directory a run.
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "f.yaml").write_text("name: mine")
+    assert 'name="mine"' in expand_base("train", ["from=f.yaml"], None)
 
 
 @pytest.mark.parametrize(

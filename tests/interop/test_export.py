@@ -230,15 +230,22 @@ def test_the_card_has_the_losses_of_training_until_there_is_an_evaluation(runs, 
             result[f"held_out/causal_{kind}_{name}"] for kind in ("loss", "flops_per_token")
         )
         assert f"| {name} | {loss:.4f} | {flops:,.0f} |" in card_of(folder)
-    evaluated = {"decisions": {"predictor": {"loss": 1.25, "flops": 4321.0}}}
-    swept = {"points": [{"capacity": 0.5, "loss": 1.5, "flops": 99.0}]}
+    # A loss that is no number is null in JSON.
+    evaluated = {
+        "decisions": {
+            "predictor": {"loss": 1.25, "flops": 4321.0},
+            "threshold": {"loss": None, "flops": 4321.0},
+        }
+    }
+    swept = {"points": [{"capacity": c, "loss": 3 * c or None, "flops": 99.0} for c in (0.5, 0)]}
     for kind, content in (("eval", evaluated), ("sweep", swept)):
         path = tmp_path / "runs" / "routed" / f"{kind}-000000012.json"
         path.write_text(json.dumps(content))
     export(request(tmp_path / "runs", tmp_path / "out"))
     card = card_of(tmp_path / "out")
     assert "| predictor | 1.2500 | 4,321 |" in card and "| auxiliary |" not in card
-    assert "| 0.5 | 1.5000 | 99 |" in card
+    assert "| threshold | nan | 4,321 |" in card
+    assert "| 0.5 | 1.5000 | 99 |\n| 0 | nan | 99 |" in card
 
 
 def test_the_cards_configuration_trains_the_same_run(runs, folder, prepared, tmp_path):

@@ -126,7 +126,8 @@ class SpikeJournal:
         except (UnreadableError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self._path} cannot be read: {error}. It lists the samples that the run leaves"
-                " out; restore it: progress.left_out of the newest checkpoint has the same list"
+                " out; restore it: progress.left_out of the newest checkpoint has the same list,"
+                " and rollbacks is at least its length"
             ) from None
 
     def _check(self, intervals: Sequence[Sequence[int]], rollbacks: int) -> None:
