@@ -131,7 +131,7 @@ def test_a_request_that_stalls_is_made_again(prepared, bucket, tmp_path):
     expected = torch.cat(tokens(module(prepared, tmp_path)))
     data = module(URL, tmp_path, fetch_timeout=1.0, cache_bytes=0)
     len(data.train_data)
-    bucket.kind, bucket.every, bucket.left, bucket.stall_seconds = "stall", 40, 4, 20
+    bucket.kind, bucket.every, bucket.left, bucket.stall_seconds = "stall", 25, 4, 20
     assert torch.cat(tokens(data)).equal(expected)
     assert bucket.num_faults == 4
 

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from modtrain.cli import main as cli
 from modtrain.cli.compose_verbs import compose_search
 from modtrain.common.errors import OtherRunError
-from modtrain.experiments.search import study as search_study
+from modtrain.data.stream.index import read_summary
 from modtrain.experiments.search.config import SearchConfig, parse_space
 from modtrain.experiments.search.search import suggest
 from modtrain.experiments.search.study import open_study
@@ -185,8 +185,8 @@ def test_ranked_trials_have_the_same_settings(arguments, prepared, monkeypatch, 
     assert error.count(" now\n") == len(changed)
     assert "study= for a new search" in error
     with monkeypatch.context() as patch:
-        other = replace(search_study.read_summary(prepared), fingerprint="new")
-        patch.setattr(search_study, "read_summary", lambda _: other)
+        other = replace(read_summary(prepared), fingerprint="new")
+        patch.setattr("modtrain.data.config.read_summary", lambda _: other)
         assert cli.main(two) == 2
     assert re.search(
         r"^  data fingerprint: \w+ in the study, new now$", capsys.readouterr().err, re.M
