@@ -171,6 +171,14 @@ class _Noted(L.Callback):
 
     def __init__(self) -> None:
         self.choices: Choices = {}
+        self._output: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Look at what the model returns from now on."""
+        module.model.register_forward_hook(self._keep)
+
+    def _keep(self, model: Any, arguments: Any, output: Any) -> None:
+        self._output = output
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *arguments: Any) -> None:
         """Note the micro-batch that was computed last."""
@@ -178,10 +186,10 @@ class _Noted(L.Callback):
         data = trainer.datamodule.plan()  # type: ignore[attr-defined]
         step, micro = divmod(batch_idx, data.accumulate)
         digest = hashlib.sha256()
-        for record in module.statistics.routing:
+        for record in self._output.routing:
             digest.update(record.chosen_BS.numpy().tobytes())
-        for record in module.statistics.experts:
-            digest.update(record.load.numpy().tobytes())
+        for record in self._output.experts:
+            digest.update(record.choices_R.numpy().tobytes())
         self.choices[step, micro * data.world_size + data.rank] = digest.hexdigest()
 
 

@@ -48,10 +48,11 @@ count_equal_failures() {
   done
 }
 
-# What is the same in a failure that comes again: not the numbers, nor the nodes.
+# What is the same in a failure that comes again: not the numbers, nor the nodes. A rank that died
+# early has not told the others its node.
 kind_of_failure() {
-  local text=$1 name pattern='^(.*rank [0-9]+ on )[^ :]+(.*)$'
-  [[ ! $text =~ $pattern ]] || text=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
+  local text=$1 name pattern='^(.*rank [0-9]+) on [^ :]+( process [0-9]+)?(.*)$'
+  [[ ! $text =~ $pattern ]] || text=${BASH_REMATCH[1]}${BASH_REMATCH[3]}
   for name in ${2//,/ }; do text=${text//"$name"/}; done
   echo "${text//[0-9]/}"
 }

@@ -164,6 +164,13 @@ def test_failures_are_equal_up_to_numbers_and_the_node(tmp_path):
             tmp_path, f'record_failure "{cause}" {node}; echo $num_equal ${{bad_nodes[*]}}'
         )
         assert shown.split() == [str(count), *(node for _, node in failures[:count])]
+    # A rank that died early has not told the others where it was.
+    for cause in ("rank 0 has died", "rank 0 on gpu-a, process 7 has died"):
+        shown = ending(tmp_path, f'record_failure "{cause}"; echo $num_equal')
+    assert shown == "2\n"
+    (tmp_path / "failures.tsv").write_text(
+        "".join((tmp_path / "failures.tsv").read_text().splitlines(keepends=True)[:2])
+    )
     # One failure may be of several nodes.
     shown = ending(
         tmp_path, 'record_failure "rank 1 on gpu-a: no" gpu-a,gpu-c || echo ${bad_nodes[*]}'

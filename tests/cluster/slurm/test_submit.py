@@ -212,7 +212,7 @@ def test_an_array_trains_a_run_in_each_task_and_an_evaluation_follows(cluster, t
     for name in ("low", "high"):
         assert (tmp_path / "runs/x" / name / "COMPLETED").is_file()
     assert jobs_of(tmp_path / "runs/x") == [job]
-    assert jobs_of(tmp_path / "runs/x/high") == [f"{job}_1"]
+    assert jobs_of(tmp_path / "runs/x/high") == [f"{job}_1", after]
     cluster.wait(after, "COMPLETED")
     assert "causal" in cluster.output(after)
 
