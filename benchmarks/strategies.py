@@ -175,13 +175,15 @@ class _Noted(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Look at what the model returns from now on."""
+        del trainer
         module.model.register_forward_hook(self._keep)
 
-    def _keep(self, model: Any, arguments: Any, output: Any) -> None:
-        self._output = output
+    def _keep(self, *arguments: Any) -> None:
+        self._output = arguments[-1]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *arguments: Any) -> None:
         """Note the micro-batch that was computed last."""
+        del module
         batch_idx = arguments[2]
         data = trainer.datamodule.plan()  # type: ignore[attr-defined]
         step, micro = divmod(batch_idx, data.accumulate)
