@@ -60,6 +60,6 @@ def test_a_worker_reports_that_it_is_full(data, monkeypatch):
 def test_a_batch_that_never_comes_ends_the_run(data, monkeypatch):
     """torch loses a batch for which there is no memory, and says nothing."""
     monkeypatch.setattr(datamodule, "_WORKER_TIMEOUT", 0.5)
-    monkeypatch.setattr(Batch, "from_tokens", lambda *_: time.sleep(1.5))
+    monkeypatch.setattr(Batch, "from_tokens", lambda *_, **__: time.sleep(1.5))
     with pytest.raises(DataError, match=r"gave no batch for 0 s; /dev/shm has [\d,]+ bytes free"):
         next(iter(data.train_dataloader()))
