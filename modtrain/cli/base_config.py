@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from modtrain.cli.compose import SCHEMAS, compose
+from modtrain.cli.compose import SCHEMAS, choices_of, compose
 from modtrain.common.config_keys import all_keys
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.common.file_mistakes import mistakes_in_file
@@ -118,17 +118,13 @@ def _read(value: str, runs_dir: str, schema: type) -> dict[str, Any]:
         remedy = "correct the file; modtrain config train prints one that is right"
         raise ConfigError([Problem(_KEY, value, f"{path}: {error}", remedy)]) from None
     except OmegaConfBaseException as error:
-        raise_if_any(mistakes_in_file(path, fields, _choices, _CHOOSE))
+        raise_if_any(mistakes_in_file(path, fields, choices_of, _CHOOSE))
         remedy = "correct the file; modtrain config train prints one that is right"
         raise ConfigError([Problem(_KEY, value, f"{path}: {plain(error)}", remedy)]) from None
     not_taken = _OWN if is_run else ()
     raise_if_any([p for p in misread_in_file(path, typed) if p.key not in not_taken])
     taken = {key: part for key, part in content.items() if key not in not_taken}
     return _only(OmegaConf.to_container(typed), taken)
-
-
-def _choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")) if group else []
 
 
 def _only(typed: Any, content: Mapping[str, Any]) -> dict[str, Any]:

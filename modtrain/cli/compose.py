@@ -230,11 +230,7 @@ class _Composer:
 
     def options(self, group: str) -> list[str]:
         """Return the choices of a group; empty for what is none."""
-        if not group:
-            return []
-        # Hydra's own list takes as long as half a composition.
-        folders = [conf_dir(), *([self.user_dir] if self.user_dir else [])]
-        return sorted({path.stem for f in folders for path in (f / group).glob("*.yaml")})
+        return choices_of(group, self.user_dir)
 
     def _raw(self, overrides: list[Override]) -> DictConfig:
         lines = [opened(str(override.input_line)) for override in overrides]
@@ -246,6 +242,15 @@ class _Composer:
             raise ConfigError([problem]) from None
         OmegaConf.to_container(config, resolve=True)
         return config
+
+
+def choices_of(group: str, user_dir: Path | None = None) -> list[str]:
+    """Return the choices of a group, those in ``user_dir`` too; empty for what is none."""
+    if not group:
+        return []
+    # Hydra's own list takes as long as half a composition.
+    folders = [conf_dir(), *([user_dir] if user_dir else [])]
+    return sorted({path.stem for f in folders for path in (f / group).glob("*.yaml")})
 
 
 def _choice_remedy(group: str, name: str, options: list[str]) -> str:

@@ -64,26 +64,23 @@ class _File:
             if new_name(key):
                 # It is read as its new name, or refused with it.
                 continue
+            text, known = self._text(child), node_of(self.config, key)
             if "." in str(name.value):
-                reason, remedy = (
-                    "has a dot in a key",
-                    f"write {shlex.quote(f'{key}={self._text(child)}')}",
-                )
-                yield self._located(Problem(key, self._text(child), reason, remedy), child)
+                remedy = "write " + shlex.quote(f"{key}={text}")
+                yield self._located(Problem(key, text, "has a dot in a key", remedy), child)
                 continue
-            known = node_of(self.config, key)
             if known is None:
                 groups = [g for g in (*map(str, self.config), "experiment") if self.choices(g)]
-                problem = unknown_key(key, self._text(child), self.config, groups=groups)
+                problem = unknown_key(key, text, self.config, groups=groups)
                 yield self._located(problem, child)
             elif not _is_section(known):
                 yield from self._wrong_value(key, child)
             elif isinstance(child, yaml.MappingNode):
                 yield from self.problems(child, key)
-            elif self._text(child) in self.choices(key):
+            elif text in self.choices(key):
                 reason = f"names a choice, and {key} is a section of keys"
-                remedy = self.choose.format(key=key, value=self._text(child))
-                yield self._located(Problem(key, self._text(child), reason, remedy), child)
+                remedy = self.choose.format(key=key, value=text)
+                yield self._located(Problem(key, text, reason, remedy), child)
             else:
                 yield from self._wrong_value(key, child)
 

@@ -21,7 +21,7 @@ from modtrain.common.config_keys import added_keys, all_keys, keys_beside, neare
 from modtrain.common.errors import Problem
 from modtrain.common.other_tools import key_here, sentence_for, value_here
 from modtrain.common.renamed_keys import renamed_problem
-from modtrain.common.spelling import bracket_fault, in_quotes, misfit, quoted, spelling
+from modtrain.common.spelling import in_quotes, misfit, quoted, spelling, syntax_fault
 
 SOURCES = "data.sources"
 """A section whose keys a user names."""
@@ -105,8 +105,7 @@ def _syntax(key: str, value: str) -> str:
     """Return why Hydra cannot parse ``key=value``, without the words of its grammar."""
     if not re.fullmatch(r"\+{0,2}~?[\w./@-]+", key.strip()):
         return f"{NOT_UNDERSTOOD}the key has characters that no key has"
-    fault = bracket_fault(value) or "it has characters that Hydra gives a meaning"
-    return f"{NOT_UNDERSTOOD}{fault}"
+    return f"{NOT_UNDERSTOOD}{syntax_fault(value)}"
 
 
 def with_spelling(problem: Problem, config: DictConfig) -> Problem:

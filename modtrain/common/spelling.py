@@ -129,6 +129,11 @@ def bracket_fault(text: str) -> str:
     return f"{quote or opened[-1]} is not closed" if quote or opened else ""
 
 
+def syntax_fault(text: str) -> str:
+    """Return why Hydra cannot parse ``text``, without the words of its grammar."""
+    return bracket_fault(text) or "it has characters that Hydra gives a meaning"
+
+
 def is_unclosed(text: str) -> bool:
     """Whether a bracket or quote of ``text`` is still open at its end."""
     return bracket_fault(text).endswith("is not closed")

@@ -57,10 +57,9 @@ class Watchdog:
         """
         self.store, self.rank, self.world_size = store, rank, world_size
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        # The ranks before this one on its node, except rank 0; launchers count node by node.
+        # Rank 0, and the ranks before this one on its node; launchers count node by node.
         first = rank - int(local_rank) if local_rank.isdecimal() else rank
-        self._lower_ranks = range(max(1, first), rank)
-        self._lower_processes: dict[int, str] = {}
+        self._lower_ranks = {0, *range(max(0, first), rank)}
         self.timeout, self.logs = timeout, logs
         self._report_interval = min(5.0, max(0.2, timeout / 8))
         # Seconds within which a rank that is alive, stuck or not, reports.
@@ -69,9 +68,9 @@ class Watchdog:
         self._poll_interval = max(0.05, world_size / 1000)
         self._where, self._last_heartbeat = "start", time.monotonic()
         self._patience, self._is_dumped = timeout, False
-        # Rank 0's host and the first failure, seen while rank 0 lived: its process serves the
-        # store if the launcher does not.
-        self._rank0_host = ""
+        # The processes of these and the first failure, seen while rank 0 lived: its process serves
+        # the store if the launcher does not.
+        self._lower_processes: dict[int, str] = {}
         self._seen_failure: Failure | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -137,11 +136,13 @@ class Watchdog:
         except Exception:
             if self._seen_failure is not None:
                 return self._rank_error(self._seen_failure)
-            rank0 = f"rank 0{f' on {self._rank0_host}' if self._rank0_host else ''}"
+            rank0, others = self._lower_processes.get(0), self._lower_processes.copy()
+            others.pop(0, None)
             return RankError(
-                f"{rank0} has died or is unreachable, and with it the store that says who failed",
+                f"rank 0{f' on {rank0}' if rank0 else ''} has died or is unreachable, and with it"
+                " the store that says who failed",
                 # Who lives on other nodes is not known: rank 0's whole node may be gone.
-                is_reported_here=not any(map(is_alive_here, self._lower_processes.values())),
+                is_reported_here=not any(map(is_alive_here, others.values())),
             )
 
     def _rank_error(self, failure: Failure) -> RankError:
@@ -203,8 +204,6 @@ class Watchdog:
             with suppress(Exception):
                 report = [host, self._where, round(idle, 1), number]
                 self.store.set(f"heartbeat/{self.rank}", json.dumps(report))
-                if not self._rank0_host and self.store.check(["heartbeat/0"]):
-                    self._rank0_host = json.loads(self.store.get("heartbeat/0"))[0]
                 self._find_lower_processes()
                 if self._seen_failure is None:
                     self._seen_failure = self._first_failure()

@@ -119,7 +119,7 @@ def evaluate(
                 for selection in evaluated
             }
             for batch in part.batches:
-                on_device = batch.to(device)
+                on_device, num_targets = batch.to(device), batch.num_targets
                 for selection, accumulator in accumulators.items():
                     output = model(
                         on_device.inputs_BS,
@@ -130,7 +130,7 @@ def evaluate(
                         swap=swap,
                         **on_device.masks(),
                     )
-                    accumulator.add(output, batch.inputs_BS.shape, batch.num_targets)
+                    accumulator.add(output, batch.inputs_BS.shape, num_targets)
     for name, part in parts.items():
         if part.total is not None:
             for accumulator in by_part[name].values():

@@ -84,7 +84,6 @@ from modtrain.data.stream.index import (
 
 WORK_NAME = ".work"
 LOCK_NAME = "lock"
-# The options and sources of the output; kept out of the index, since file times are not data.
 
 _log = logging.getLogger(__name__)
 

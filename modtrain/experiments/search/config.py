@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.common.errors import Problem
 from modtrain.common.renamed_keys import renamed_problem
-from modtrain.common.spelling import bracket_fault, quoted
+from modtrain.common.spelling import quoted, syntax_fault
 from modtrain.common.validation import at_least, one_of
 from modtrain.training.config import TrainConfig
 
@@ -169,8 +169,7 @@ def parse_space(space: Mapping[str, str]) -> tuple[list[Dimension], list[Problem
             override = OverridesParser.create().parse_override(f"{key}={text}")
             dimensions.append(_dimension(key, override))
         except (HydraException, OmegaConfBaseException):
-            fault = bracket_fault(text) or "it has characters that Hydra gives a meaning"
-            reason = f"is no range of values: {fault}"
+            reason = f"is no range of values: {syntax_fault(text)}"
             problems.append(Problem(f"space.{key}", text, reason, remedy))
         except (ValueError, TypeError) as error:
             reason = f"is no range of values: {str(error).splitlines()[0]}"

@@ -120,10 +120,10 @@ def inherit_prompt_format(parent: Parent | None, run: RunDirectory, config: Trai
     """
     if parent is None:
         return
-    source = RunDirectory(Path(parent.run)).prompt_format
+    origin = RunDirectory(Path(parent.run))
+    source = origin.prompt_format
     if not source.exists():
         return
-    origin = RunDirectory(Path(parent.run))
     if reason := tokenizer_mismatch(config, origin, origin.read_config()):
         log.warning("the prompt format of %s is not taken over: %s", parent.run, reason)
         return
