@@ -78,7 +78,7 @@ def held_out_losses(run: RunDirectory, step: int) -> dict[str, Loss]:
         for key in record if record["step"] == step else ():
             name = key.removeprefix(_LOSS)
             if key.startswith(_LOSS) and _FLOPS + name in record:
-                losses[name] = Loss(_finite_or_nan(record[key]), record[_FLOPS + name])
+                losses[name] = Loss(record[key], record[_FLOPS + name])
     return losses
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modtrain.data.config import PrepareConfig, TokenizerConfig
+from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.stream.index import INDEX_NAME, SIDE_FILES
 
 WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "was", "on", "with", "as"]
@@ -37,6 +38,14 @@ def tiny_config(sources: list[Path] | list[str], output: Path, **changes: Any) -
     }
     names = [str(source) for source in sources]
     return PrepareConfig(sources=names, output=str(output), **{**defaults, **changes})
+
+
+def prepare_packed(folder: Path, num_documents: int, seq_len: int) -> Path:
+    """Prepare documents that are packed by best fit, and return the directory."""
+    corpus = write_jsonl(folder / "corpus.jsonl", make_documents(num_documents))
+    config = tiny_config([corpus], folder / "output", seq_len=seq_len, packing="best_fit")
+    prepare(config, progress=False)
+    return folder / "output"
 
 
 def trained_on(output: Path) -> dict[str, object]:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from modtrain.cli.compose import compose
-from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.inference.config import EvalRunConfig, InspectConfig
 from modtrain.inference.data_view.config import DataViewConfig
@@ -19,7 +18,7 @@ from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import derive
 from modtrain.training.plan_report import show
 from modtrain.training.run_directory import RunDirectory
-from tests.data.data_cases import make_documents, tiny_config, write_jsonl
+from tests.data.data_cases import prepare_packed
 from tests.helpers.marks import slow_but
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import assert_same_records, losses_of, run, run_lines, stopping
@@ -33,11 +32,7 @@ SEQ_LEN = 128
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared directory with 11% of padding."""
-    folder = tmp_path_factory.mktemp("packed")
-    corpus = write_jsonl(folder / "corpus.jsonl", make_documents(200))
-    config = tiny_config([corpus], folder / "output", seq_len=SEQ_LEN, packing="best_fit")
-    prepare(config, progress=False)
-    return folder / "output"
+    return prepare_packed(tmp_path_factory.mktemp("packed"), 200, SEQ_LEN)
 
 
 def test_plan_reports_tokens_with_and_without_padding(packed, tmp_path, capsys):

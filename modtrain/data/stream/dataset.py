@@ -53,7 +53,7 @@ class TokenDataset(Dataset[Tensor]):
         self._open(index, split)
 
     def _open(self, index: ShardIndex, split: str) -> None:
-        """Make the tables by which samples are found, and read."""
+        """Build the lookup tables of the shards' samples."""
         shards = index.shards[split]
         self._paths = [index.shard_path(split, shard) for shard in shards]
         self._sizes = [shard.num_bytes for shard in shards]

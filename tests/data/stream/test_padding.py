@@ -13,23 +13,18 @@ from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import DataConfig
 from modtrain.data.mixture.config import SourceConfig
-from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.stream.batch import PADDING, Batch
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import INDEX_NAME, ShardIndex
-from tests.data.data_cases import make_documents, tiny_config, write_jsonl
+from tests.data.data_cases import prepare_packed
 
 SEQ_LEN, STEPS = 128, 3
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed")
-    corpus = write_jsonl(folder / "corpus.jsonl", make_documents(60))
-    config = tiny_config([corpus], folder / "output", seq_len=SEQ_LEN, packing="best_fit")
-    prepare(config, progress=False)
-    return folder / "output"
+    return prepare_packed(tmp_path_factory.mktemp("packed"), 60, SEQ_LEN)
 
 
 def test_padding_is_no_input_and_no_target() -> None:
