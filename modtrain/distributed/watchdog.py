@@ -198,7 +198,7 @@ class Watchdog:
 
     def _run(self) -> None:
         number, host = 0, host_and_pid()
-        while number == 0 or not self._end.wait(self._report_interval):
+        while number == 0 or not self._wait_for_next_report():
             number += 1
             idle = time.monotonic() - self._last_heartbeat
             with suppress(Exception):
@@ -209,6 +209,22 @@ class Watchdog:
                     self._seen_failure = self._first_failure()
                 if idle > self.timeout:
                     self._handle_stuck(idle)
+
+    def _wait_for_next_report(self) -> bool:
+        """Wait until the next heartbeat is due; return whether the watchdog is closed.
+
+        Lower ranks that start later than this one are found at once, not an interval later: one of
+        them may die before.
+        """
+        deadline = time.monotonic() + self._report_interval
+        while len(self._lower_processes) < len(self._lower_ranks):
+            if self._end.wait(self._poll_interval):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            with suppress(Exception):
+                self._find_lower_processes()
+        return self._end.wait(max(0.0, deadline - time.monotonic()))
 
     def _find_lower_processes(self) -> None:
         for rank in self._lower_ranks:
