@@ -23,7 +23,7 @@ from modtrain.data.config import DataConfig, seq_len_problems
 from modtrain.data.mixture.order import MixtureOrder
 from modtrain.data.remote.cache import ShardCache
 from modtrain.data.remote.dataset import RemoteTokenDataset
-from modtrain.data.remote.shards import RemoteShards, fetch_all, shard_checksums
+from modtrain.data.remote.shards import RemoteShards, fetch_all, kept_checksums
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import ShardIndex
 from modtrain.data.stream.order import SampleOrder
@@ -125,7 +125,7 @@ def _open_sources(
 ) -> dict[str, TokenDataset]:
     # What is held out is read at each evaluation, so that it comes whole and stays.
     remote = [index for index in indexes.values() if index.is_remote]
-    own = shard_checksums(remote) if split == "valid" else None
+    own = kept_checksums(remote) if split == "valid" else None
     cache = ShardCache(config.cache_dir, config.cache_bytes)
     sources: dict[str, TokenDataset] = {}
     for name, index in indexes.items():

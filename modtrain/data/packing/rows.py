@@ -6,6 +6,7 @@ sequences; ``pieces.npy`` beside them one record a piece of a document, in the o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,15 @@ PIECE = np.dtype([("start", "<u8"), ("count", "<u4")])
 class RowTable:
     """The rows of one split. A file is mapped when it is first asked for, in each process."""
 
-    def __init__(self, index: ShardIndex, split: str) -> None:
-        """Find the rows' lengths; behind a URL they are fetched. Raises DataError."""
-        self._index, self._split = index, split
+    def __init__(
+        self, index: ShardIndex, split: str, find: Callable[[ShardIndex, str], Path]
+    ) -> None:
+        """Find the rows' lengths.
+
+        find: returns where a side file of the index lies; behind a URL it is fetched.
+        Raises DataError.
+        """
+        self._index, self._split, self._find = index, split, find
         self._num_rows = index.summary.splits[split].num_sequences
         self._capacity = index.summary.seq_len + 1
         self._arrays: dict[str, NDArray[Any]] = {}
@@ -70,7 +77,7 @@ class RowTable:
 
     def _path(self, name: str) -> Path:
         full = f"{self._split}/{name}"
-        path = self._index.side_file(full)
+        path = self._find(self._index, full)
         size = path.stat().st_size if path.is_file() else None
         if size != self._index.side_files[full].num_bytes:
             reason = "is missing" if size is None else f"has {size} bytes"

@@ -1,7 +1,7 @@
-"""Whole shards on the node's disk, shared by its processes and by runs.
+"""Whole shards and side files on the node's disk, shared by its processes and by runs.
 
-A shard's file is named by its SHA-256, and is renamed to that once its content has it: what is
-there is whole, and is the right one. One process fetches a shard while the others wait. What cannot
+A file is named by its SHA-256, and is renamed to that once its content has it: what is
+there is whole, and is the right one. One process fetches a file while the others wait. What cannot
 be kept (the disk is full, the directory is gone) costs time and no data.
 """
 
@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
 from modtrain.data.remote.files import ChangedError
-from modtrain.data.stream.index import Shard
 
 log = logging.getLogger(__name__)
 _SUFFIX = ".tar"
@@ -36,6 +36,20 @@ _RECOUNT = 10.0
 _SPARE_BYTES = 1 << 28
 # The share of what is free and in the cache that the cache takes unless told.
 _DEFAULT_SHARE = 0.5
+
+
+class RemoteFile(Protocol):
+    """A shard or a side file, as the index has it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Its checksum, in hexadecimal digits."""
+        ...
 
 
 def default_directory() -> Path:
@@ -71,14 +85,14 @@ class ShardCache:
         """Whether the disk could not take a shard a moment ago."""
         return time.monotonic() < self._paused_until
 
-    def has(self, shard: Shard) -> bool:
+    def has(self, shard: RemoteFile) -> bool:
         """Whether a shard is there."""
         try:
             return self._path(shard).lstat().st_uid == os.getuid()
         except OSError:
             return False
 
-    def read(self, shard: Shard, ranges: Iterable[tuple[int, int]]) -> list[bytes] | None:
+    def read(self, shard: RemoteFile, ranges: Iterable[tuple[int, int]]) -> list[bytes] | None:
         """Return the bytes (start, stop) of a shard; None where it is not there, or not whole."""
         path = self._path(shard)
         try:
@@ -100,6 +114,18 @@ class ShardCache:
             return None
         finally:
             os.close(descriptor)
+
+    def path(self, file: RemoteFile) -> Path | None:
+        """Where a whole file lies, to be opened at once; None where it is not there, or damaged."""
+        if not self.has(file):
+            return None
+        path = self._path(file)
+        with suppress(OSError):
+            if path.lstat().st_size == file.num_bytes:
+                return path
+            log.warning("%s: is damaged, and is fetched again", path)
+            path.unlink()
+        return None
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each shard that is there, by SHA-256; those fetched first come first."""
@@ -128,7 +154,7 @@ class ShardCache:
 
     def fetch(
         self,
-        shard: Shard,
+        shard: RemoteFile,
         chunks: Callable[[], Iterator[bytes]],
         *,
         location: str,
@@ -162,7 +188,7 @@ class ShardCache:
 
     def _fetch(
         self,
-        shard: Shard,
+        shard: RemoteFile,
         chunks: Callable[[], Iterator[bytes]],
         location: str,
         make_room: Callable[[int], bool] | None,
@@ -215,7 +241,7 @@ class ShardCache:
                 reason,
             )
 
-    def _path(self, shard: Shard) -> Path:
+    def _path(self, shard: RemoteFile) -> Path:
         return self.directory / f"{shard.sha256}{_SUFFIX}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Container
+from collections.abc import Callable, Container
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -40,6 +40,9 @@ class RemoteTokenDataset(TokenDataset):
         self.shards = shards
         self._own = own
         super().__init__(index, shards.split, seq_len)
+
+    def _side_file(self) -> Callable[[ShardIndex, str], Path]:
+        return self.shards.side_file
 
     def _open(self, index: ShardIndex, split: str) -> None:
         shards = index.shards[split]

@@ -29,7 +29,7 @@ from modtrain.common.atomic_io import digest
 from modtrain.common.errors import DataError
 from modtrain.data.remote.dataset import RemoteTokenDataset
 from modtrain.data.remote.files import CHUNKS_AT_ONCE, ChangedError
-from modtrain.data.remote.shards import shard_checksums
+from modtrain.data.remote.shards import kept_checksums
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import ShardIndex
 
@@ -304,5 +304,5 @@ def open_filler(
         return None
     there = [index for index in indexes if index.is_remote]
     reserved = sum(shard.num_bytes for index in there for shard in index.shards["valid"])
-    own = shard_checksums(there)
+    own = kept_checksums(there)
     return ShardFiller(ShardTable(remote), upcoming, own=own, reserved_bytes=reserved)

@@ -11,13 +11,14 @@ import io
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from modtrain.common.errors import DataError
 from modtrain.data.remote.cache import ShardCache
 from modtrain.data.remote.files import ChangedError, Range, RemoteFiles
-from modtrain.data.stream.index import SPLITS, ShardIndex
+from modtrain.data.stream.index import PACKING_FILES, SPLITS, ShardIndex
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,23 @@ class RemoteShards:
         where = self.location(number)
         return self.cache.fetch(shard, chunks, location=where, make_room=make_room)
 
+    def side_file(self, index: ShardIndex, name: str) -> Path:
+        """Return where a side file of ``index`` lies: in the cache, so that a node fetches it once.
+
+        What the cache cannot take lies in a directory of this process. Raises DataError.
+        """
+        file = index.side_files[name]
+        there = self.cache.path(file)
+        if there is None:
+            self.cache.fetch(
+                file,
+                lambda: self.files.chunks(name, file.num_bytes),
+                location=self.files.location(name),
+                make_room=partial(evict_others, self.cache, kept_checksums([index])),
+            )
+            there = self.cache.path(file)
+        return there or index.side_file(name)
+
     def _look_at(self, numbers: set[int]) -> None:
         """Compare size and header of shards that were not looked at yet; keep their versions."""
         new = sorted(numbers - self._versions.keys())
@@ -160,9 +178,13 @@ def fetch_all(indexes: Sequence[ShardIndex], cache: ShardCache, timeout: float) 
                     raise DataError(f"{shards.location(number)}: {where}: {remedy}")
 
 
-def shard_checksums(indexes: Iterable[ShardIndex]) -> frozenset[str]:
-    """Return the checksums of all shards of several indexes."""
-    return frozenset(s.sha256 for index in indexes for split in SPLITS for s in index.shards[split])
+def kept_checksums(indexes: Iterable[ShardIndex]) -> frozenset[str]:
+    """Return the checksums of what a run keeps in the cache of several indexes."""
+    checksums: set[str] = set()
+    for index in indexes:
+        checksums.update(s.sha256 for split in SPLITS for s in index.shards[split])
+        checksums.update(f.sha256 for n, f in index.side_files.items() if n in PACKING_FILES)
+    return frozenset(checksums)
 
 
 def evict_others(cache: ShardCache, own: Container[str], num_bytes: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,12 @@ class TokenDataset(Dataset[Tensor]):
         self._vocab_size = index.summary.vocab_size
         self._padding_id = index.summary.padding_id
         is_packed = index.summary.packing is not None
-        self._row_table = RowTable(index, split) if is_packed else None
+        self._row_table = RowTable(index, split, self._side_file()) if is_packed else None
         self._open(index, split)
+
+    def _side_file(self) -> Callable[[ShardIndex, str], Path]:
+        """Return what finds a side file of an index."""
+        return ShardIndex.side_file
 
     def _open(self, index: ShardIndex, split: str) -> None:
         """Build the lookup tables of the shards' samples."""

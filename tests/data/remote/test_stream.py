@@ -14,13 +14,14 @@ import torch
 from modtrain.common.errors import ConfigError, DataError, raise_if_any
 from modtrain.data.config import DataConfig
 from modtrain.data.mixture.config import SourceConfig
-from modtrain.data.remote import files, fill
+from modtrain.data.remote import fetched, files, fill
 from modtrain.data.remote.cache import ShardCache
 from modtrain.data.remote.fill import Upcoming, open_filler
 from modtrain.data.remote.read_ahead import MOST_THREADS, ReadAhead
-from modtrain.data.remote.shards import RemoteShards, evict_others
+from modtrain.data.remote.shards import RemoteShards, evict_others, kept_checksums
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.index import ShardIndex, read_summary
+from tests.data.data_cases import prepare_packed
 from tests.data.remote.servers import FaultyServer
 
 
@@ -138,6 +139,40 @@ def test_one_process_fetches_and_the_others_wait(server, tmp_path):
     assert results == [True] * 4
     # Its size, and its content.
     assert server.num_requests - before == 2
+
+
+class CountingServer(FaultyServer):
+    """Counts requests by the name of the file."""
+
+    def fault(self, handler):
+        name = handler.path.rpartition("/")[2]
+        self.requests[name] = self.requests.get(name, 0) + (handler.command == "GET")
+        return False
+
+
+def test_lengths_of_packed_rows_are_fetched_once_a_node(tmp_path, monkeypatch):
+    root = prepare_packed(tmp_path, 60, 128)
+    expected = [batch.inputs_BS.tolist() for batch in module(root, tmp_path).train_dataloader()]
+    with CountingServer(root).serving() as server:
+        server.requests = {}
+        for folder, cache_bytes, fetches in ("cache", None, 1), ("cache", None, 1), ("no", 0, 2):
+            # As in another process.
+            monkeypatch.setattr(fetched, "_files", {})
+            data = module(server.url, tmp_path / folder, cache_bytes=cache_bytes)
+            assert [b.inputs_BS.tolist() for b in data.train_dataloader()] == expected
+            assert server.requests["rows.npy"] == fetches
+        (path,) = [
+            path
+            for path in (tmp_path / "cache").glob("*.tar")
+            if path.stem == data.indexes[""].side_files["train/rows.npy"].sha256
+        ]
+        # They stay where shards go; what is damaged is fetched again.
+        cache = data.train_data.shards.cache
+        assert not evict_others(cache, kept_checksums(data.indexes.values()), 1)
+        path.write_bytes(path.read_bytes()[:-1])
+        data = module(server.url, tmp_path / "cache")
+        assert [b.inputs_BS.tolist() for b in data.train_dataloader()] == expected
+        assert server.requests["rows.npy"] == 3
 
 
 def test_a_damaged_file_of_the_cache_is_fetched_again(server, tmp_path):
