@@ -198,6 +198,7 @@ def spread(root: str, axis: int) -> bool:
     return torch.equal(into.full_tensor(), value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1])
 def test_pieces_of_any_mesh(tmp_path, axis):
     assert on_ranks(spread, 4, str(tmp_path), axis) == [True] * 4

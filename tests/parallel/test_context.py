@@ -93,6 +93,7 @@ def _by_controls():
     return [_by_a_control(make, score) for score in _CONTROLS]
 
 
+@pytest.mark.slow
 def test_controls_choose_alike():
     wanted = [_by_a_control(Transformer, score) for score in _CONTROLS]
     assert on_ranks(_by_controls, 2) == [wanted] * 2
