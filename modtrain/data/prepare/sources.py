@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-import os
+import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +23,7 @@ from modtrain.data.prepare.storage import (
     status_of,
 )
 from modtrain.data.prepare.tokenized.kinds import KINDS as TOKEN_KINDS
+from modtrain.data.prepare.tokenized.kinds import SUFFIXES as TOKEN_SUFFIXES
 from modtrain.data.prepare.tokenized.kinds import index_of, token_folder, token_kind
 from modtrain.data.remote.urls import is_url
 
@@ -228,13 +230,33 @@ def _hint(source: str, pattern: str) -> str:
     """Return what to write for a folder, or for a name with characters that a glob reads."""
     folder = Path(pattern)
     if folder.is_dir():
-        names = (name.lower() for _, _, names in os.walk(folder) for name in names)
-        suffix = next((s for name in names for s in KINDS if name.endswith(s)), ".txt")
-        return f": it is a folder; write {glob.escape(source.rstrip('/'))}/**/*{suffix}"
+        below = glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)  # noqa: PTH207
+        suffix = next(filter(None, map(_known_suffix, below)), None)
+        if suffix is None:
+            return f": it is a folder without a file of a known kind. Known are {_KNOWN}"
+        below_it = f"{glob.escape(source.rstrip('/'))}/**/*{suffix}"
+        return f": it is a folder; write {_spelled(below_it)}"
     escaped = source.replace("[", "[[]")
     if "[" in source and glob.glob(pattern.replace("[", "[[]"), recursive=True):  # noqa: PTH207
-        return f": [ begins a set of characters; write {escaped}"
+        return f": [ begins a set of characters; write {_spelled(escaped)}"
     return ""
+
+
+def _spelled(pattern: str) -> str:
+    """Return a pattern, and what a shell and Hydra take for it where they read it otherwise."""
+    if re.fullmatch(r"[\w./*-]+", pattern):
+        return pattern
+    # It imports Hydra, for those who made a mistake.
+    from modtrain.common.spelling import quoted  # noqa: PLC0415
+
+    return f"{pattern} (in a command: {shlex.quote(f'sources=[{quoted(pattern)}]')})"
+
+
+def _known_suffix(path: str) -> str:
+    """Return the suffix of a file of a known kind, spelled as it is; else nothing."""
+    suffixes = (s for s in (*KINDS, *TOKEN_SUFFIXES) if path.lower().endswith(s))
+    suffix = next(suffixes, "")
+    return path[-len(suffix) :] if suffix and Path(path).is_file() else ""
 
 
 def _inside_package(source: str) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import lzma
+import shlex
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from pyarrow import parquet
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from modtrain.cli.compose import compose
 from modtrain.common.errors import DataError
 from modtrain.data.config import TokenizerConfig
 from modtrain.data.prepare import tokenizer as tokenizer_module
@@ -284,8 +286,25 @@ def test_brackets_in_a_folders_name_are_answered_with_how_to_write_them(
     write_jsonl(Path("[v1] set/a.jsonl"), make_documents(20))
     with pytest.raises(DataError) as caught:
         expand_sources([source])
-    pattern = str(caught.value).partition("write ")[2].rstrip(".")
+    pattern, _, rest = str(caught.value).partition("write ")[2].partition(" (in a command: ")
     assert pattern.startswith("[[]v1] set/")
+    assert len(expand_sources([pattern])) == 1
+    (override,) = shlex.split(rest.rstrip(")."))
+    assert compose("prepare", [override, "output=x"]).sources == [pattern]
+
+
+def test_a_folder_is_answered_with_a_pattern_that_matches_or_none(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/a.txt").write_text("hidden")
+    (tmp_path / "b.pdf").write_text("no text")
+    with pytest.raises(
+        DataError, match=r"a folder without a file of a known kind\. Known are \.txt"
+    ):
+        expand_sources([str(tmp_path)])
+    (tmp_path / "C.TXT").write_text("text")
+    with pytest.raises(DataError, match=r"it is a folder; write (\S+)") as caught:
+        expand_sources([str(tmp_path)])
+    pattern = str(caught.value).partition("write ")[2].rstrip(".")
     assert len(expand_sources([pattern])) == 1
 
 

@@ -12,7 +12,7 @@ from modtrain.data.remote.urls import is_url, without_secrets
 
 KINDS = ("flat", "megatron", "mds", "litdata")
 INDEX_NAME = "index.json"
-_SUFFIXES = (".bin", ".npy", ".mds", ".mds.zstd", ".mds.zst", ".mds.gz", ".mds.bz2")
+SUFFIXES = (".bin", ".npy", ".mds", ".mds.zstd", ".mds.zst", ".mds.gz", ".mds.bz2")
 
 
 def token_kind(path: str) -> str | None:
@@ -23,7 +23,7 @@ def token_kind(path: str) -> str | None:
     name = path.lower()
     if name.endswith(".idx"):
         raise DataError(f"{path}: is the index of a .bin file. Name that one.")
-    if not name.endswith(_SUFFIXES):
+    if not name.endswith(SUFFIXES):
         return None
     if is_url(path):
         raise DataError(
