@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from modtrain.common.errors import DataError
 from modtrain.data.prepare.check import DocumentCheck
 from modtrain.data.prepare.decompress import BOM, lines_of
-from modtrain.data.prepare.flaws import DamagedError, Flaw, TooLargeError
+from modtrain.data.prepare.flaws import DamagedError, Flaw, TooLargeError, shown_names
+from modtrain.data.prepare.text_field import RepeatedNameError
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
@@ -65,9 +66,14 @@ def _flaw(error: Exception, path: str, line: int, check: DocumentCheck) -> Flaw:
 def _names(row: list[str], path: str, check: DocumentCheck) -> list[str]:
     try:
         check.field.roots(row)
+    except RepeatedNameError as error:
+        raise DataError(
+            f"{path}: its first row names the column {error.name!r} twice. Give one of them another"
+            " name, or set text_column to another one."
+        ) from None
     except KeyError as error:
         raise DataError(
-            f"{path}: its first row names no column {error.args[0]!r}, only {', '.join(row[:20])}. "
+            f"{path}: its first row names no column {error.args[0]!r}, only {shown_names(row)}. "
             "Set text_column to the one that holds the text."
         ) from None
     return row

@@ -28,6 +28,8 @@ from modtrain.data.stream.index import SPLITS
 # Documents are encoded together up to so many characters, which bounds the memory.
 _BATCH_CHARS = 1_000_000
 EXAMPLES_OF_A_KIND = 3
+# It may tell a name that stands in the file, of any length.
+_LONGEST_DETAIL = 1000
 _COUNTED_BYTES = 1 << 20
 
 
@@ -111,7 +113,8 @@ class UnitRecord:
 
     def count(self, flaw: Flaw) -> None:
         """Note one flaw. Its place is written to disk, and has no signature."""
-        flaw = replace(flaw, path=shown_name(flaw.path))
+        detail = flaw.detail[:_LONGEST_DETAIL]
+        flaw = replace(flaw, path=shown_name(flaw.path), detail=detail)
         seen = self.flaws.get(flaw.kind, 0)
         self.flaws[flaw.kind] = seen + 1
         if seen < EXAMPLES_OF_A_KIND:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
+
+# Of a name in a message.
+_NAME_CHARS = 80
 
 FLAW_KINDS = {
     "bad_json": "lines that are not JSON",
@@ -15,6 +20,7 @@ FLAW_KINDS = {
     "lost_text": "documents with text that the tokenizer cannot spell",
     "bad_token": "documents with token numbers that the tokenizer does not have",
     "repeated": "documents whose text stands in an earlier one",
+    "several_texts": "samples of archives with several members that could be their text",
     "not_a_file": "members of archives that are links, devices or sparse",
 }
 
@@ -34,7 +40,21 @@ class Flaw:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.detail}"
+        return printable(f"{self.path}:{self.line}: {self.detail}")
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with an escape for each character that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def shown_names(names: Iterable[str], at_most: int = 20) -> str:
+    """Return names that stand in a file, which may be long and many, for a message."""
+    shown = [
+        printable(name if len(name) <= _NAME_CHARS else f"{name[:_NAME_CHARS]}…")
+        for name in islice(names, at_most + 1)
+    ]
+    return ", ".join([*shown[:at_most], "…"] if len(shown) > at_most else shown)
 
 
 class DamagedError(Exception):

@@ -7,13 +7,15 @@ The headers are Thrift structures in the compact protocol; fields are those of t
 from __future__ import annotations
 
 import struct
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 _MAX_HEADER_BYTES = 1 << 14
 # Where the length of the footer stands, before the mark that ends the file.
 _TAIL_BYTES = 8
 _MAX_FOOTER_BYTES = 1 << 28
 _UNCOMPRESSED_SIZE, _COMPRESSED_SIZE = 2, 3
+# The headers of a page of data, of the two versions, and in them the number of values.
+_DATA_HEADERS, _NUM_VALUES = (5, 8), 1
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
 _MAX_DEPTH = 16
 
@@ -29,55 +31,72 @@ def check_footer(file: BinaryIO, size: int) -> None:
         raise ValueError(f"its footer has {length:,} bytes")
 
 
-def largest_page(file: BinaryIO, columns: list[Any]) -> int:
-    """Return the bytes of the largest page of some column chunks, decompressed or not.
+class ChunkPages(NamedTuple):
+    """The pages of a column chunk, as their headers have them.
 
-    columns: their ``ColumnChunkMetaData``. Raises ValueError where a header cannot be read.
+    largest: bytes of the largest one, decompressed or not. num_values: of all of them; in a list
+    each item is one.
     """
-    largest = 0
-    for column in columns:
-        starts = [column.data_page_offset]
-        if column.has_dictionary_page and column.dictionary_page_offset is not None:
-            starts.append(column.dictionary_page_offset)
-        at = min(start for start in starts if start > 0)
-        end = at + column.total_compressed_size
-        while at < end:
-            file.seek(at)
-            uncompressed, compressed, length = _sizes(file.read(_MAX_HEADER_BYTES))
-            largest = max(largest, uncompressed, compressed)
-            at += length + compressed
-    return largest
+
+    largest: int
+    num_values: int
 
 
-def _sizes(data: bytes) -> tuple[int, int, int]:
-    """Return the two sizes of a page header, and its own length."""
-    reader = _Compact(data)
+def chunk_pages(file: BinaryIO, column: Any) -> ChunkPages:
+    """Return what the pages of a column chunk would take.
+
+    column: its ``ColumnChunkMetaData``. Raises ValueError where a header cannot be read.
+    """
+    largest = num_values = 0
+    starts = [column.data_page_offset]
+    if column.has_dictionary_page and column.dictionary_page_offset is not None:
+        starts.append(column.dictionary_page_offset)
+    at = min(start for start in starts if start > 0)
+    end = at + column.total_compressed_size
+    while at < end:
+        file.seek(at)
+        reader = _Compact(file.read(_MAX_HEADER_BYTES))
+        uncompressed, compressed, count = _sizes(reader)
+        largest = max(largest, uncompressed, compressed)
+        num_values += count
+        at += reader.at + compressed
+    return ChunkPages(largest, num_values)
+
+
+def _sizes(reader: _Compact) -> tuple[int, int, int]:
+    """Return the two sizes of a page header, and how many values its page has."""
     try:
         fields = reader.struct(0)
     except IndexError:
         raise ValueError("a page's header is cut short") from None
-    uncompressed, compressed = fields.get(_UNCOMPRESSED_SIZE, -1), fields.get(_COMPRESSED_SIZE, -1)
-    if uncompressed < 0 or compressed < 0:
+    uncompressed, compressed = fields.get(_UNCOMPRESSED_SIZE), fields.get(_COMPRESSED_SIZE)
+    if not isinstance(uncompressed, int) or not isinstance(compressed, int):
         raise ValueError("a page's header has no sizes")
-    return uncompressed, compressed, reader.at
+    headers = [fields[number] for number in _DATA_HEADERS if number in fields]
+    counts = [header.get(_NUM_VALUES, -1) for header in headers if isinstance(header, dict)]
+    if min(uncompressed, compressed, *counts) < 0:
+        raise ValueError("a page's header has a negative size")
+    return uncompressed, compressed, sum(counts)
 
 
 class _Compact:
-    """Reads the integers of a structure, and passes by everything else."""
+    """Reads the integers of a structure and of those in it, and passes by everything else."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self.at = data, 0
 
-    def struct(self, depth: int) -> dict[int, int]:
+    def struct(self, depth: int) -> dict[int, Any]:
         if depth > _MAX_DEPTH:
             raise ValueError("a page's header is nested too deeply")
-        fields: dict[int, int] = {}
+        fields: dict[int, Any] = {}
         number = 0
         while byte := self._byte():
             kind = byte & 15
             number = number + (byte >> 4) if byte >> 4 else self._zigzag()
             if kind in (_I16, _I32, _I64):
                 fields[number] = self._zigzag()
+            elif kind == _STRUCT:
+                fields[number] = self.struct(depth + 1)
             elif kind not in (_TRUE, _FALSE):
                 self._skip(kind, depth)
         return fields

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from mmap import ACCESS_READ, mmap
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 from pyarrow import parquet
 
 from modtrain.common.errors import DataError
 from modtrain.data.prepare.arrow_messages import messages, stream_start
+from modtrain.data.prepare.arrow_values import record_of, value_of
 from modtrain.data.prepare.check import DocumentCheck
-from modtrain.data.prepare.flaws import Flaw
-from modtrain.data.prepare.parquet_pages import check_footer, largest_page
+from modtrain.data.prepare.flaws import Flaw, shown_names
+from modtrain.data.prepare.parquet_pages import check_footer, chunk_pages
 from modtrain.data.prepare.sources import SourceFile
 from modtrain.data.prepare.storage import local_copy, open_anywhere
-from modtrain.data.prepare.text_field import TextField
+from modtrain.data.prepare.text_field import RepeatedNameError, TextField
 
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20
+# What an item of a list takes: its place, its number in the dictionary, and whether it is there.
+_ITEM_BYTES = 8
 # Pages and batches hold many rows: they may have so many bytes, whatever a document may have.
 _MIN_LIMIT_BYTES = 1 << 26
 _ERRORS = (OSError, ValueError, OverflowError, MemoryError, pa.ArrowException)
@@ -59,46 +62,79 @@ def parquet_documents(
     """Yield the document of each row of some row groups. row: number of rows before them."""
     path, limit = file.path, max(check.max_bytes, _MIN_LIMIT_BYTES)
     try:
-        with open_anywhere(path) as source:
-            check_footer(source, file.size)
-            source.seek(0)
-            with parquet.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
-                columns = columns_of(path, table.schema_arrow.names, check.field)
-                for group in groups:
-                    page = largest_page(source, _chunks(table, group, columns))
-                    if page > limit:
-                        what = f"row group {group} is left out: a page has {page:,} bytes, more"
-                        yield check.too_large(path, row + 1, what, limit)
-                        row += table.metadata.row_group(group).num_rows
-                        continue
-                    # A row may lie on a page of its own, or stand for one of the dictionary;
-                    # decoding takes its bytes a few times.
-                    size = min(_BATCH_ROWS, max(1, limit // 4 // max(1, page)))
-                    for batch in table.iter_batches(size, [group], columns=columns):
-                        for document in _documents(batch, path, row, check):
-                            row += 1
-                            yield document
+        with open_anywhere(path) as source, _opened(source, file.size) as table:
+            columns = columns_of(path, table.schema_arrow.names, check.field)
+            for group in groups:
+                page, num_items = _sizes(source, table, group, columns)
+                if page > limit or num_items * _ITEM_BYTES > limit:
+                    what = f"row group {group} is left out: a page has {page:,} bytes, more"
+                    if page <= limit:
+                        what = f"row group {group} is left out: its lists have {num_items:,} items"
+                        what += f", at {_ITEM_BYTES} bytes more"
+                    yield check.too_large(path, row + 1, what, limit)
+                    row += table.metadata.row_group(group).num_rows
+                    continue
+                # A row may lie on a page of its own, or stand for one of the dictionary;
+                # decoding takes its bytes a few times.
+                size = min(_BATCH_ROWS, max(1, limit // 4 // max(1, page)))
+                for batch in table.iter_batches(size, [group], columns=columns):
+                    for document in _documents(batch, path, row, check):
+                        row += 1
+                        yield document
     except _ERRORS as error:
         yield Flaw("damaged", path, row + 1, f"not parquet, or cut short: {error}")
 
 
-def _chunks(table: Any, group: int, columns: list[str]) -> list[Any]:
+def _opened(source: BinaryIO, size: int) -> Any:
+    """Return the table of a file of so many bytes."""
+    check_footer(source, size)
+    source.seek(0)
+    footer = parquet.read_metadata(source)
+    # Each item of a list may be one that stands in the file once: it stays a number.
+    leaves = [footer.schema.column(number) for number in range(footer.num_columns)]
+    texts = [leaf.path for leaf in leaves if _is_list(leaf) and leaf.physical_type == "BYTE_ARRAY"]
+    return parquet.ParquetFile(
+        source,
+        metadata=footer,
+        read_dictionary=texts,
+        buffer_size=_BUFFER_BYTES,
+        pre_buffer=False,
+    )
+
+
+def _is_list(leaf: Any) -> bool:
+    return bool(leaf.max_repetition_level)
+
+
+def _sizes(source: BinaryIO, table: Any, group: int, columns: list[str]) -> tuple[int, int]:
+    """Return the bytes of the largest page of some columns, and the most items of their lists."""
     metadata = table.metadata.row_group(group)
-    chunks = [metadata.column(number) for number in range(metadata.num_columns)]
-    return [
-        chunk
-        for chunk in chunks
-        if {chunk.path_in_schema, chunk.path_in_schema.partition(".")[0]} & {*columns}
-    ]
+    largest = num_items = 0
+    for number in range(metadata.num_columns):
+        chunk = metadata.column(number)
+        if {chunk.path_in_schema, chunk.path_in_schema.partition(".")[0]} & {*columns}:
+            pages = chunk_pages(source, chunk)
+            largest = max(largest, pages.largest)
+            if _is_list(table.schema.column(number)):
+                num_items = max(num_items, pages.num_values)
+    return largest, num_items
 
 
 def columns_of(path: str, names: list[str], field: TextField) -> list[str]:
-    """Return the columns that the text comes from. Raises DataError for one that is missing."""
+    """Return the columns that the text comes from.
+
+    Raises DataError for one that is missing, or that stands there twice.
+    """
     try:
         return field.roots(names)
+    except RepeatedNameError as error:
+        raise DataError(
+            f"{path}: has the column {error.name!r} twice. Give one of them another name, or set"
+            " text_column to another one."
+        ) from None
     except KeyError as error:
         raise DataError(
-            f"{path}: has no column {error.args[0]!r}, only {', '.join(names)}. "
+            f"{path}: has no column {error.args[0]!r}, only {shown_names(names)}. "
             "Set text_column to the one that holds the text."
         ) from None
 
@@ -156,21 +192,10 @@ def _documents(batch: Any, path: str, row: int, check: DocumentCheck) -> Iterato
         row += 1
         try:
             if is_whole:
-                value = _value(batch.column(0)[number])
-                yield check.of_text(value, path, row)
+                yield check.of_text(value_of(batch.column(0)[number]), path, row)
                 continue
-            record = {name: _value(batch.column(name)[number]) for name in batch.schema.names}
+            record = record_of(batch, number, check.field.names)
         except UnicodeDecodeError as error:
             yield Flaw("invalid_utf8", path, row, f"not UTF-8: {error.reason}")
             continue
         yield check.of_record(record, path, row)
-
-
-def _value(scalar: Any) -> Any:
-    """Return a value of a table, with strings as their bytes where they stand alone."""
-    if isinstance(scalar, pa.DictionaryScalar):
-        scalar = scalar.value
-    if isinstance(scalar, pa.StringScalar | pa.LargeStringScalar):
-        buffer = scalar.as_buffer()
-        return None if buffer is None else buffer.to_pybytes()
-    return scalar.as_py()

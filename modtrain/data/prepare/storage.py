@@ -258,11 +258,20 @@ def _command(source: str) -> Iterator[Any]:
         yield pipe
         is_read = not pipe.read(1)
     except OSError as error:
-        raise DataError(f"{source}: the command failed: {error}") from error
+        raise _failed(source, error) from error
     finally:
         try:
             pipe.close()
         except OSError as error:
             # One that is not read to its end is broken off.
             if is_read:
-                raise DataError(f"{source}: the command failed: {error}") from error
+                raise _failed(source, error) from error
+
+
+def _failed(source: str, error: OSError) -> DataError:
+    # The library tells its own arguments as well.
+    status = re.search(r"exit (-?\d+)", str(error))
+    return DataError(
+        f"{source}: the command failed{f', with status {status[1]}' if status else f': {error}'}."
+        " What it wrote to stderr stands above."
+    )

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from modtrain.data.prepare.check import DocumentCheck, decoded
-from modtrain.data.prepare.flaws import DamagedError, Flaw
+from modtrain.data.prepare.decompress import BOM
+from modtrain.data.prepare.flaws import DamagedError, Flaw, shown_names
 
 # A name longer than a header's field has a header of its own, and so have other attributes.
 _MAX_HEADER_BYTES = 1 << 20
@@ -28,13 +29,16 @@ _EXTENSIONS_SHOWN = 8
 class _Sample:
     """Members in sequence whose names differ in their extensions alone.
 
-    number: of its first member. texts: by extension, each its content or what is wrong with it.
+    number: of its first member. texts: by kind, ``txt`` or ``json``: its content or what is wrong
+    with it. chosen: by kind, the extension of that. others: extensions that could be as well.
     """
 
     key: str
     number: int
     extensions: list[str] = field(default_factory=list)
     texts: dict[str, bytes | Flaw] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
+    others: dict[str, list[str]] = field(default_factory=dict)
 
 
 def tar_documents(pieces: Iterator[bytes], path: str, check: DocumentCheck) -> Iterator[str | Flaw]:
@@ -70,11 +74,17 @@ def tar_documents(pieces: Iterator[bytes], path: str, check: DocumentCheck) -> I
 def _add(sample: _Sample, extension: str, content: bytes | Flaw | None) -> None:
     if len(sample.extensions) < _EXTENSIONS_SHOWN:
         sample.extensions.append(extension)
-    if content is not None:
-        kind = extension.rpartition(".")[2]
-        # Where there are several, that without a further dot in its extension.
-        if extension == kind or kind not in sample.texts:
-            sample.texts[kind] = content
+    if content is None:
+        return
+    kind = extension.rpartition(".")[2]
+    # That without a further dot in its extension comes first.
+    if kind in sample.chosen and (sample.chosen[kind] == kind) == (extension == kind):
+        others = sample.others.setdefault(kind, [])
+        if len(others) < _EXTENSIONS_SHOWN:
+            others.append(extension)
+    elif kind not in sample.chosen or extension == kind:
+        sample.chosen[kind], sample.texts[kind] = extension, content
+        sample.others.pop(kind, None)
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
@@ -82,7 +92,10 @@ def _key_and_extension(name: str) -> tuple[str, str]:
     from webdataset.tariterators import base_plus_ext  # noqa: PLC0415
 
     key, extension = base_plus_ext(name)
-    return (key or "", (extension or "").lower())
+    if key is None or key.endswith("/"):
+        # A hidden file, as a shell and the paths of other sources leave it out.
+        return "", ""
+    return key, (extension or "").lower()
 
 
 def _content(
@@ -98,18 +111,35 @@ def _content(
 
 def _document(sample: _Sample, path: str, check: DocumentCheck) -> str | Flaw:
     text, record = sample.texts.get("txt"), sample.texts.get("json")
+    kinds = ["json" if text is None else "txt"]
+    if check.field.template is not None:
+        kinds = ["txt", "json"]
+    for kind in kinds:
+        if kind in sample.others:
+            return _several(sample, kind, path)
     content = record if text is None else text
     if isinstance(content, Flaw):
         return content
     if content is None:
-        names = ", ".join(sample.extensions)
+        names = shown_names(sample.extensions)
         detail = f"sample {sample.key!r} has no .txt and no .json member, only {names}"
         return Flaw("no_text", path, sample.number, detail)
+    # A document must not depend on the system that wrote it.
+    content = content.removeprefix(BOM)
     if text is None:
         return check.of_json(content, path, sample.number, _HINT)
     if check.field.template is not None:
-        return _templated(content, record, path, sample.number, check)
+        return _templated(content.replace(b"\r\n", b"\n"), record, path, sample.number, check)
     return check.of_text(content.replace(b"\r\n", b"\n"), path, sample.number)
+
+
+def _several(sample: _Sample, kind: str, path: str) -> Flaw:
+    names = shown_names([sample.chosen[kind], *sample.others[kind]])
+    detail = (
+        f"sample {sample.key!r} has several .{kind} members: {names}. What stands before the first"
+        " dot of a name is that of its sample: give each document another one"
+    )
+    return Flaw("several_texts", path, sample.number, detail)
 
 
 def _templated(
@@ -123,7 +153,7 @@ def _templated(
         return whole
     if record is None:
         return check.of_record({"txt": whole}, path, number)
-    return check.of_json(record, path, number, _HINT, {"txt": whole})
+    return check.of_json(record.removeprefix(BOM), path, number, _HINT, {"txt": whole})
 
 
 class _Forward:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from modtrain.data.prepare.flaws import shown_names
+
 _KEYS_SHOWN = 8
 # A name in braces; doubled braces stand for themselves.
 _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -16,6 +18,14 @@ _MISSING = object()
 
 class NoTextError(Exception):
     """A record without the text; the text says what it has."""
+
+
+class RepeatedNameError(Exception):
+    """A table with two columns of the name where the text is: neither is meant."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 class TextField:
@@ -37,13 +47,15 @@ class TextField:
     def roots(self, columns: list[str]) -> list[str]:
         """Return which of a table's columns the text comes from.
 
-        Raises KeyError with a name that none of them has.
+        Raises KeyError with a name that none of them has, RepeatedNameError for one of two.
         """
         columns_used = []
         for name in self.names:
             root = name if name in columns else name.partition(".")[0]
             if root not in columns:
                 raise KeyError(name)
+            if columns.count(root) > 1:
+                raise RepeatedNameError(root)
             columns_used.append(root)
         return list(dict.fromkeys(columns_used))
 
@@ -108,8 +120,8 @@ def _found(record: Any, name: str) -> Any:
 
 def _columns_of(record: dict[Any, Any]) -> str:
     """Return the keys of a record, and the one that holds its longest text."""
-    names = [str(name) for name in record]
     texts = [str(name) for name, value in record.items() if isinstance(value, str)]
-    shown = ", ".join(names[:_KEYS_SHOWN]) or "none"
+    shown = shown_names(map(str, record), _KEYS_SHOWN) or "none"
     longest = max(texts, key=lambda name: len(record[name]), default=None)
-    return f"; its keys: {shown}" + (f". Write text_column={longest}" if longest else "")
+    remedy = "" if longest is None else f". Write text_column={shown_names([longest])}"
+    return f"; its keys: {shown}{remedy}"

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -186,6 +187,20 @@ def test_a_csv_file_without_the_column_names_those_that_it_has(tmp_path):
         read(tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.arrow"])
+def test_two_columns_of_the_name_that_is_asked_for_are_an_error(tmp_path, name):
+    table = pa.Table.from_arrays([pa.array(["one"])] * 3, names=["text", "text", "body"])
+    if name == "a.csv":
+        (tmp_path / name).write_text("text,text,body\none,one,one\n")
+    elif name == "a.arrow":
+        write_arrow(tmp_path / name, table, None, False)
+    else:
+        parquet.write_table(table, tmp_path / name)
+    with pytest.raises(DataError, match="the column 'text' twice"):
+        read(tmp_path / name)
+    assert read(tmp_path / name, column="body") == (["one"], [])
+
+
 # WebDataset -----------------------------------------------------------------------------------
 
 
@@ -203,6 +218,48 @@ def test_samples_are_those_of_webdataset(tmp_path):
     documents_read = [*webdataset.WebDataset(path, shardshuffle=False).decode()]
     assert [s.get("txt") or s.get("json", s)["text"] for s in documents_read[:2]] == DOCUMENTS[:2]
     assert read(path) == (DOCUMENTS[:3], [])
+
+
+@pytest.mark.parametrize(
+    ("members", "documents", "num_flaws"),
+    [
+        (["wiki.001.txt", "wiki.002.txt", "wiki.003.txt", "b.txt"], ["3"], 1),
+        (["a.txt", "a.txt", "b.txt"], ["2"], 1),
+        (["a.x.txt", "a.y.txt", "a.txt", "a.z.txt"], ["2"], 0),
+        (["a.json", "a.x.json", "a.x.txt"], ["2"], 0),
+        (["a.x.json", "a.y.json"], [], 1),
+        ([".txt", "d/._a.txt", "d/a.txt"], ["2"], 0),
+    ],
+)
+def test_no_text_of_a_sample_is_lost_unseen(tmp_path, members, documents, num_flaws):
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as tar:
+        for number, name in enumerate(members):
+            content = b'{"text": "j"}' if name.endswith("json") else str(number).encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "a.tar").write_bytes(written.getvalue())
+    documents_read, flaws = read(tmp_path / "a.tar")
+    assert documents_read == documents
+    assert [flaw.kind for flaw in flaws] == ["several_texts"] * num_flaws
+
+
+def test_a_byte_order_mark_is_no_text_of_a_member(tmp_path):
+    mark = "\ufeff".encode()
+    members = {"a.txt": mark + b"one\r\ntwo", "b.json": mark + b'{"text": "three"}'}
+    (tmp_path / "a.tar").write_bytes(tar_of(members))
+    assert read(tmp_path / "a.tar") == (["one\ntwo", "three"], [])
+    (tmp_path / "b.tar").write_bytes(tar_of({"a.txt": members["a.txt"]}))
+    assert read(tmp_path / "b.tar", template="<{txt}>") == (["<one\ntwo>"], [])
+
+
+def test_names_from_files_are_short_and_harmless_in_messages(tmp_path):
+    key = "\x1b[2J\n" + "x" * 1000
+    (tmp_path / "a.jsonl").write_text(json.dumps({key: "text"}))
+    (flaw,) = read(tmp_path / "a.jsonl")[1]
+    assert str(flaw).isprintable()
+    assert len(flaw.detail) < 400
 
 
 def test_members_that_are_no_files_are_flaws_and_nothing_is_written(tmp_path):
@@ -267,7 +324,7 @@ def test_a_chain_of_long_names_is_damage(tmp_path):
 def test_a_command_prints_an_archive(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_of({"1.txt": b"one", "2.txt": b"two"}))
     assert read(f"pipe:cat {tmp_path}/a.tar") == (["one", "two"], [])
-    with pytest.raises(DataError, match="the command failed"):
+    with pytest.raises(DataError, match="the command failed, with status 3"):
         read(f"pipe:cat {tmp_path}/a.tar; exit 3")
 
 
@@ -308,6 +365,58 @@ def test_parquet_columns_of_every_type_of_text(tmp_path, column):
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert read(tmp_path / "a.parquet", column=column)[0] == DOCUMENTS
     assert read(tmp_path / "a.parquet", column="d")[0] == DOCUMENTS
+
+
+NESTED = pa.table(
+    {
+        "list": [["a", "b"], None, [], ["c", None]],
+        "large": pa.array([["a"], ["b"]] * 2, pa.large_list(pa.large_string())),
+        "fixed": pa.array([["a", "b"], None] * 2, pa.list_(pa.string(), 2)),
+        "deep": [[{"x": [{"y": "é"}]}], [{"x": None}], [], [{"x": [{"y": "z"}, {"y": None}]}]],
+        "of.dots": [{"a": "b"}, {"a": None}, None, {"a": ""}],
+        "number": [{"a": 1}, {"a": 2}, None, {"a": None}],
+    }
+)
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])
+@pytest.mark.parametrize(
+    "column", ["list.1", "large.0", "fixed.1", "deep.0.x.0.y", "deep.0.z", "deep.0", "number.a"]
+)
+def test_paths_through_tables_are_those_through_their_python_objects(tmp_path, name, column):
+    if name == "a.arrow":
+        write_arrow(tmp_path / name, NESTED, None, False)
+    else:
+        parquet.write_table(NESTED, tmp_path / name, row_group_size=3)
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in NESTED.to_pylist()))
+    for options in ({"column": column}, {"template": f"<{{{column}}}>"}):
+        texts, flaws = read(tmp_path / name, **options)
+        expected, expected_flaws = read(tmp_path / "rows.jsonl", **options)
+        assert texts == expected
+        assert [(f.kind, f.line, f.detail.partition(";")[0]) for f in flaws] == [
+            (f.kind, f.line, f.detail.partition(";")[0]) for f in expected_flaws
+        ]
+
+
+def test_a_list_of_many_items_becomes_no_python_list(tmp_path):
+    """Of an Arrow file of some hundred bytes; a Python list of them would take 64 MB."""
+    items = pa.ListArray.from_arrays(pa.array([0, 1 << 23], pa.int32()), pa.nulls(1 << 23))
+    write_arrow(tmp_path / "a.arrow", pa.table({"text": items}), None, False)
+    tracemalloc.start()
+    for column in ("text", "text.5"):
+        assert [flaw.kind for flaw in read(tmp_path / "a.arrow", column=column)[1]] == ["no_text"]
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_lists_of_more_items_than_memory_may_have_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("modtrain.data.prepare.rows._MIN_LIMIT_BYTES", 1 << 12)
+    table = pa.table({"text": pa.array([["a"] * 2, ["b"] * 600, ["c"]])})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    documents_read, flaws = read(tmp_path / "a.parquet", column="text.0", max_bytes=1 << 12)
+    assert documents_read == ["a", "c"]
+    assert [(flaw.kind, flaw.line) for flaw in flaws] == [("too_large", 2)]
+    assert "600 items" in flaws[0].detail
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])

@@ -98,6 +98,19 @@ def hostile_files(folder: Path) -> dict[Path, list[object]]:
         dictionary_pagesize_limit=16 * MB,
     )
     files[folder / "dictionary.parquet"] = ["too_large"] * 40
+    # Items of lists that take next to nothing: each is the same value, or none.
+    items = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), [bytes(MB).decode()])
+    many = pa.ListArray.from_arrays(pa.array([0, 400], pa.int32()), items)
+    parquet.write_table(pa.table({"text": many}), folder / "items.parquet", compression="zstd")
+    files[folder / "items.parquet"] = ["no_text"]
+    many = pa.ListArray.from_arrays(pa.array([0, 40 * MB], pa.int32()), pa.nulls(40 * MB))
+    parquet.write_table(pa.table({"text": many}), folder / "nulls.parquet")
+    files[folder / "nulls.parquet"] = ["too_large"]
+    many = pa.ListArray.from_arrays(pa.array([0, SIZE], pa.int32()), pa.nulls(SIZE))
+    table = pa.table({"text": many})
+    with pa.ipc.new_stream(str(folder / "nulls.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    files[folder / "nulls.arrow"] = ["no_text"]
     return files
 
 
