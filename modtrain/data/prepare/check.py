@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from modtrain.data.prepare.flaws import Flaw
 from modtrain.data.prepare.text_field import NoTextError, TextField
+
+# What a value of JSON takes as a Python object, about, and so many bytes for all of a record: at
+# least, and times what its text may have.
+_VALUE_BYTES = 64
+_MIN_RECORD_BYTES, _RECORD_TIMES = 1 << 26, 4
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
 class DocumentCheck:
@@ -69,6 +76,10 @@ class DocumentCheck:
         text = decoded(content, path, line)
         if isinstance(text, Flaw):
             return text
+        limit = max(_RECORD_TIMES * self.max_bytes, _MIN_RECORD_BYTES)
+        if (count := _num_values(content, limit // _VALUE_BYTES)) is not None:
+            what = f"a record of {count:,} values, at {_VALUE_BYTES} bytes more"
+            return self.too_large(path, line, what, limit)
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -76,6 +87,22 @@ class DocumentCheck:
         if more and isinstance(record, dict):
             record = {**more, **record}
         return self.of_record(record, path, line)
+
+
+def _num_values(content: bytes, at_most: int) -> int | None:
+    """Return how many values JSON text has, about; None where they are not more than ``at_most``.
+
+    Two bytes may be a list of 56.
+    """
+    if len(content) <= at_most or _count(content) <= at_most:
+        return None
+    # Text may have as many commas.
+    count = _count(_STRING.sub(b"", content))
+    return count if count > at_most else None
+
+
+def _count(content: bytes) -> int:
+    return sum(content.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def decoded(content: bytes, path: str, line: int) -> str | Flaw:

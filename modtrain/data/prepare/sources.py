@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from modtrain.common.errors import DataError
-from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.prepare.decompress import COMPRESSIONS
+from modtrain.data.prepare.saved_dataset import saved_dataset
 from modtrain.data.prepare.storage import (
     file_name,
     is_command,
@@ -28,9 +28,6 @@ from modtrain.data.prepare.tokenized.kinds import index_of, token_folder, token_
 from modtrain.data.remote.urls import is_url
 
 PACKAGE_PREFIX = "package:"
-# What ``datasets`` writes beside the Arrow files of a data set, and of one with several splits.
-_STATE_NAME = "state.json"
-_SPLITS_NAME = "dataset_dict.json"
 # Suffix → kind. What is read from its beginning to its end may be compressed.
 _STREAMS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".tar": "tar"}
 KINDS = {
@@ -166,13 +163,13 @@ def _matches(source: str) -> list[str]:
         urls = remote_matches(source)
         if not urls:
             raise DataError(f"{shown_name(source)}: matches no file.")
-        return urls
+        return [path for url in urls for path in _files_behind(url)]
     pattern = str(Path(_inside_package(source)).expanduser())
     if Path(pattern).is_file():
         return [pattern]
     if Path(pattern).is_dir():
         folder = Path(pattern)
-        if saved := _saved_dataset(folder, source) or token_folder(folder):
+        if saved := saved_dataset(pattern, source) or token_folder(folder):
             return saved
     # Hidden files and folders stay out, as in a shell.
     # Path.glob takes no absolute pattern.
@@ -183,35 +180,12 @@ def _matches(source: str) -> list[str]:
     return files
 
 
-def _saved_dataset(folder: Path, source: str) -> list[str]:
-    """Return the files of a folder that ``Dataset.save_to_disk`` wrote, in their order.
-
-    None of another folder. Raises DataError for one whose files do not make up the data set.
-    """
-    try:
-        if (folder / _SPLITS_NAME).is_file():
-            splits = [str(name) for name in read_json(folder / _SPLITS_NAME).get("splits", [])]
-            folders = ", ".join(f"{source.rstrip('/')}/{name}" for name in splits)
-            raise DataError(f"{source}: is a data set of several splits; name one: {folders}")
-        if not (folder / _STATE_NAME).is_file():
-            return []
-        state = read_json(folder / _STATE_NAME)
-        if state.get("_indices_files") or state.get("_indices_data_files"):
-            raise DataError(
-                f"{source}: its rows are chosen by indices; save it anew:"
-                " dataset.flatten_indices().save_to_disk(...)"
-            )
-        names = [file["filename"] for file in state["_data_files"]]
-        if any(Path(name).name != name for name in names):
-            raise DataError(f"{source}: {_STATE_NAME} names files outside of its folder")
-    except UnreadableError as error:
-        raise DataError(f"{source}: {error}") from None
-    except (KeyError, TypeError):
-        raise DataError(f"{source}: {_STATE_NAME} does not list its files") from None
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise DataError(f"{source}: {_STATE_NAME} names {missing[0]}, which is missing")
-    return [str(folder / name) for name in names]
+def _files_behind(url: str) -> list[str]:
+    """Return the address of a file, or those of the files of a saved data set."""
+    name = file_name(url).lower()
+    if "?" in url or name.endswith((*KINDS, *TOKEN_SUFFIXES, ".idx")):
+        return [url]
+    return saved_dataset(url, shown_name(url)) or [url]
 
 
 def _each_once(paths: Iterable[str]) -> list[str]:

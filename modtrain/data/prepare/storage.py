@@ -30,6 +30,10 @@ _WAIT_SECONDS = 0.5
 _VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "oid", "created")
 
 
+class MissingError(DataError):
+    """An address at which there is no file."""
+
+
 def is_command(path: str) -> bool:
     """Whether ``path`` is a command of the user's, whose output is read."""
     return path.startswith(PIPE_PREFIX)
@@ -164,7 +168,7 @@ def _asked(url: str, question: Callable[[], Any]) -> Any:
     try:
         return question()
     except FileNotFoundError:
-        raise DataError(f"{shown_name(url)}: is not there.") from None
+        raise MissingError(f"{shown_name(url)}: is not there.") from None
     except Exception as error:
         reason = without_secrets(str(error) or type(error).__name__)
         raise DataError(

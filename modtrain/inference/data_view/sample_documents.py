@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from modtrain.data.documents.table import DocumentTable
+from modtrain.data.prepare.flaws import printable
 from modtrain.inference.token_text import visible
 
 
@@ -31,7 +32,7 @@ class SampleDocument:
     @property
     def origin(self) -> str:
         """File and line, for people."""
-        return "origin unknown" if self.file is None else f"{self.file}:{self.line}"
+        return "origin unknown" if self.file is None else printable(f"{self.file}:{self.line}")
 
     @property
     def extent(self) -> str:

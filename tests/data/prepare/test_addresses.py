@@ -106,6 +106,28 @@ def test_addresses_give_what_local_files_give(tmp_path, in_memory, small_units):
     assert trees[0] == trees[1]
 
 
+def test_a_folder_that_datasets_saved_is_read_behind_an_address(in_memory):
+    """By the order of its state.json, and only what stands there."""
+    names = ["b.arrow", "a.arrow"]
+    files = fsspec.filesystem("memory")
+    for name, text in zip(names, ["one", "two"], strict=True):
+        table, written = pa.table({"text": [text]}), pa.BufferOutputStream()
+        with pa.ipc.new_stream(written, table.schema) as writer:
+            writer.write_table(table)
+        files.pipe_file(f"/bucket/saved/train/{name}", written.getvalue().to_pybytes())
+    state = {"_data_files": [{"filename": name} for name in names]}
+    files.pipe_file("/bucket/saved/train/state.json", json.dumps(state).encode())
+    files.pipe_file("/bucket/saved/dataset_dict.json", b'{"splits": ["train"]}')
+    assert read(f"{in_memory}/saved/train/") == (["one", "two"], [])
+    with pytest.raises(DataError, match=r"name one: memory://bucket/saved/train"):
+        read(f"{in_memory}/saved")
+    files.pipe_file("/bucket/saved/train/state.json", b'{"_data_files": [{"filename": "../x"}]}')
+    with pytest.raises(DataError, match="outside of its folder"):
+        read(f"{in_memory}/saved/train")
+    with pytest.raises(DataError, match="its suffix is not known"):
+        read(f"{in_memory}/nothing")
+
+
 def test_an_address_that_is_not_there_and_one_without_a_driver(in_memory):
     with pytest.raises(DataError, match="is not there"):
         expand_sources([f"{in_memory}/none.jsonl"])

@@ -262,6 +262,17 @@ def test_names_from_files_are_short_and_harmless_in_messages(tmp_path):
     assert len(flaw.detail) < 400
 
 
+def test_a_record_of_many_values_is_too_large_and_a_text_of_many_commas_is_not(tmp_path):
+    """Python's lists would take twenty times the bytes of the line."""
+    count = 2_200_000
+    hostile = b'{"text": "x", "more": [' + b"[]," * count + b"0]}\n"
+    harmless = b'{"text": "' + b'\\",[{' * count + b'"}\n'
+    (tmp_path / "a.jsonl").write_bytes(hostile + harmless)
+    documents_read, flaws = read(tmp_path / "a.jsonl", max_bytes=1 << 25)
+    assert [len(text) for text in documents_read] == [4 * count]
+    assert [(flaw.kind, flaw.line) for flaw in flaws] == [("too_large", 1)]
+
+
 def test_members_that_are_no_files_are_flaws_and_nothing_is_written(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

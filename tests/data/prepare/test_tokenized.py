@@ -135,6 +135,21 @@ def test_other_numbers_than_expected_are_noticed(tmp_path):
     assert read_all(tmp_path / "b.npy") == [[], [], [("damaged", 1)]]
 
 
+@pytest.mark.parametrize("layout", ["npy", "llmc"])
+def test_a_flat_file_that_is_cut_short_is_damage(tmp_path, layout):
+    """Its header says how many tokens there are."""
+    tokens, path = ended(DOCUMENTS).astype("<u2"), tmp_path / f"a.{layout}"
+    if layout == "npy":
+        np.save(path, tokens)
+    else:
+        path = tmp_path / "a.bin"
+        header = np.zeros(256, "<i4")
+        header[:3] = [20240520, 1, len(tokens)]
+        path.write_bytes(header.tobytes() + tokens.tobytes())
+    path.write_bytes(path.read_bytes()[:-20])
+    assert read_all(path) == [[], [], [("damaged", 1)]]
+
+
 def test_a_flat_file_without_end_tokens_has_no_ends(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("modtrain.data.prepare.tokenized.documents._BLOCK_TOKENS", 100)
     monkeypatch.setattr("modtrain.data.prepare.tokenized.documents._MIN_BLOCKS", 1)

@@ -24,8 +24,9 @@ Part = tuple[NDArray[Any], bool | None]
 
 _NPY_MAGIC = b"\x93NUMPY"
 # Files for llm.c and its kin have a header of 256 numbers of 32 bits. The first one says the type:
-# 16 bits a token, or 32.
+# 16 bits a token, or 32; the third one how many tokens follow.
 _HEADER_NUMBERS = 256
+_LLMC_HEAD = struct.Struct("<3i")
 _LLMC_TYPES = {20240520: "<u2", 20240801: "<u4"}
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
 _MEGATRON_HEADER = struct.Struct("<9sQBQQ")
@@ -52,16 +53,17 @@ def flat_parts(path: Path, default_dtype: str, dtype: str | None) -> Iterator[Pa
     Raises ValueError for what is no such file.
     """
     with path.open("rb") as file:
-        head = file.read(16)
+        head = file.read(_LLMC_HEAD.size)
         if head.startswith(_NPY_MAGIC):
             file.seek(0)
             shape, item_type, offset = _npy_header(file)
             size = int(np.prod(shape))
         else:
-            (first,) = struct.unpack("<i", head[:4]) if len(head) >= 4 else (0,)
+            whole = len(head) == _LLMC_HEAD.size
+            first, _, count = _LLMC_HEAD.unpack(head) if whole else (0, 0, 0)
             item_type = _LLMC_TYPES.get(first, dtype or f"<u{np.dtype(default_dtype).itemsize}")
-            offset = 4 * _HEADER_NUMBERS if first in _LLMC_TYPES else 0
-            size = -1
+            has_header = first in _LLMC_TYPES
+            offset, size = (4 * _HEADER_NUMBERS, count) if has_header else (0, -1)
     tokens = _mapped(path, item_type, offset, size)
     if offset == 0 and dtype is None and tokens.dtype.itemsize == 2:
         odd = tokens[1:_LOOKED_AT:2]
@@ -84,9 +86,11 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], str, int]:
 def _mapped(path: Path, dtype: str, offset: int = 0, count: int = -1) -> NDArray[Any]:
     size = path.stat().st_size - offset
     item = np.dtype(dtype).itemsize
-    count = size // item if count < 0 else count
+    has_count = count >= 0
+    count = count if has_count else size // item
     if size < 0 or count * item != size:
-        raise ValueError(f"{size:,} bytes are no whole number of {np.dtype(dtype).name}")
+        what = f"{count:,}" if has_count else "a whole number of"
+        raise ValueError(f"{size:,} bytes are not {what} {np.dtype(dtype).name}")
     if count == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype, "r", offset, (count,))
