@@ -46,8 +46,8 @@ def value_of(scalar: Any) -> Any:
 
 
 def _plain(scalar: Any) -> Any:
-    """Return a scalar without its dictionary or its extension of a type."""
-    while isinstance(scalar, pa.DictionaryScalar | pa.ExtensionScalar):
+    """Return the value that a dictionary, a union or an extension of a type stands for."""
+    while isinstance(scalar, pa.DictionaryScalar | pa.UnionScalar | pa.ExtensionScalar):
         scalar = scalar.value
     return scalar
 
@@ -57,7 +57,7 @@ def _inner(scalar: Any, step: str) -> Any:
     if isinstance(scalar, pa.StructScalar) and scalar.is_valid:
         # Of two fields with one name neither is meant.
         return scalar[step] if scalar.type.get_field_index(step) >= 0 else _MISSING
-    # A map is a list of pairs.
+    # A map is a list of structures, with a key and a value.
     is_number = step.isdecimal() and len(step) < 10
     if isinstance(scalar, _LISTS) and scalar.is_valid and is_number:
         items = scalar.values

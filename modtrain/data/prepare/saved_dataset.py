@@ -7,12 +7,15 @@ from typing import Any
 
 from modtrain.common.errors import DataError
 from modtrain.common.reading import MAX_JSON_BYTES, UnreadableError, parse_object, read_json
+from modtrain.data.prepare.flaws import printable
 from modtrain.data.prepare.storage import MissingError, open_source
 from modtrain.data.remote.urls import is_url, without_secrets
 
 # What stands beside the Arrow files of a data set, and of one with several splits.
 _STATE_NAME = "state.json"
 _SPLITS_NAME = "dataset_dict.json"
+# Of its splits.
+_SHOWN = 20
 
 
 def saved_dataset(folder: str, source: str) -> list[str]:
@@ -23,8 +26,10 @@ def saved_dataset(folder: str, source: str) -> list[str]:
     """
     splits = _content(folder, _SPLITS_NAME, source)
     if splits is not None:
-        names = [str(name) for name in splits.get("splits", [])]
-        folders = ", ".join(f"{source.rstrip('/')}/{name}" for name in names)
+        names = splits.get("splits")
+        if not isinstance(names, list):
+            raise DataError(f"{source}: {_SPLITS_NAME} does not list its splits")
+        folders = printable(", ".join(f"{source.rstrip('/')}/{name}" for name in names[:_SHOWN]))
         raise DataError(f"{source}: is a data set of several splits; name one: {folders}")
     state = _content(folder, _STATE_NAME, source)
     if state is None:

@@ -163,7 +163,8 @@ def _matches(source: str) -> list[str]:
         urls = remote_matches(source)
         if not urls:
             raise DataError(f"{shown_name(source)}: matches no file.")
-        return [path for url in urls for path in _files_behind(url)]
+        is_pattern = any(character in source for character in "*[")
+        return urls if is_pattern else [path for url in urls for path in _files_behind(url)]
     pattern = str(Path(_inside_package(source)).expanduser())
     if Path(pattern).is_file():
         return [pattern]

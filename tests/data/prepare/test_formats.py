@@ -483,6 +483,9 @@ def test_folders_that_datasets_saved(tmp_path):
     (tmp_path / "dict/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(DataError, match=r"several splits; name one: \S+/dict/train, "):
         read(tmp_path / "dict")
+    (tmp_path / "dict/dataset_dict.json").write_text('{"splits": 3}')
+    with pytest.raises(DataError, match="does not list its splits"):
+        read(tmp_path / "dict")
     save_to_disk(tmp_path / "chosen", table, 1, _indices_files=[{"filename": "x"}])
     with pytest.raises(DataError, match="flatten_indices"):
         read(tmp_path / "chosen")

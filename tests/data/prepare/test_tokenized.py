@@ -1,7 +1,7 @@
 """Corpora that others have tokenised, in the layouts that their programs write.
 
-Megatron's, nanoGPT's and OLMo's files are written here by their published layouts; those of
-MosaicML and LitData by their own writers where these are installed, and else by their layouts.
+nanoGPT's and OLMo's files are written here by their published layouts; those of Megatron, MosaicML
+and LitData by their own writers where these are installed, and else by their layouts.
 """
 
 import json
@@ -20,6 +20,7 @@ from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.sources import SourceFile, expand_sources
 from modtrain.data.prepare.tokenized import kinds
 from modtrain.data.prepare.tokenized.documents import TokenDocument, TokenReader, Vocabulary
+from modtrain.data.prepare.tokenized.files import mds_parts
 from modtrain.data.prepare.tokenizer import DocumentEncoder, train_tokenizer
 from tests.data.data_cases import make_documents, tiny_config, trained_on
 
@@ -239,6 +240,13 @@ def test_a_shard_that_grows_beyond_its_index_is_damage(tmp_path):
     path = tmp_path / "a/shard.00000.mds.zstd"
     path.write_bytes(zstandard.compress(bytes(1 << 22)))
     assert read_all(tmp_path / "a")[2] == [("damaged", 1)]
+    # Nor may the index ask for any size: a shard's offsets have 32 bits.
+    index = json.loads((tmp_path / "a/index.json").read_text())
+    index["shards"][0]["raw_data"]["bytes"] = 1 << 40
+    (tmp_path / "a/index.json").write_text(json.dumps(index))
+    (file,) = expand_sources([str(tmp_path / "a")])
+    with pytest.raises(ValueError, match="offsets in a shard have 32 bits"):
+        [*mds_parts(Path(file.path), "tokens", None)]
 
 
 def test_folders_and_files_that_cannot_be_sources(tmp_path):
@@ -305,6 +313,19 @@ def test_a_completed_index_makes_another_file(tmp_path):
     index = tmp_path / "b.idx"
     index.write_bytes(index.read_bytes()[:-8])
     assert expand_sources([str(tmp_path / "b.bin")]) != before
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_what_megatrons_own_writer_writes(tmp_path, dtype):
+    torch = pytest.importorskip("torch")
+    module = pytest.importorskip("megatron.core.datasets.indexed_dataset", exc_type=ImportError)
+    builder = module.IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.dtype(dtype).type)
+    for document in DOCUMENTS:
+        lengths = [1, len(document) - 1] if len(document) > 1 else [1]
+        builder.add_document(torch.tensor(document), lengths)
+    builder.finalize(str(tmp_path / "a.idx"))
+    assert read_all(tmp_path / "a.bin") == [DOCUMENTS, [True] * 4, []]
 
 
 @pytest.mark.nightly

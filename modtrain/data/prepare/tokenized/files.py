@@ -43,6 +43,7 @@ _LITDATA_TYPES = {
     "no_header_numpy": dict(enumerate(("<i1", "<i2", "<i4", "<i8", "<u1", "<u2", "<u4", "<u8"))),
 }
 _MDS_COMPRESSIONS = {"zstd": "zst", "zst": "zst", "gz": "gz", "bz2": "bz2"}
+_MDS_LARGEST = 1 << 32
 _LOOKED_AT = 1 << 20
 
 
@@ -237,6 +238,8 @@ def _decompressed(path: Path, entry: dict[str, Any]) -> Iterator[Path]:
     if name not in _MDS_COMPRESSIONS:
         raise ValueError(f"is compressed with {name}; read are {', '.join(_MDS_COMPRESSIONS)}")
     left = int(entry["raw_data"]["bytes"])
+    if left > _MDS_LARGEST:
+        raise ValueError(f"its index says {left:,} bytes, and the offsets in a shard have 32 bits")
     with tempfile.TemporaryDirectory(prefix="modtrain-") as folder:
         copy = Path(folder) / "shard.mds"
         with path.open("rb") as source, copy.open("wb") as file:
