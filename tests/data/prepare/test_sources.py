@@ -55,6 +55,7 @@ def test_files_come_in_the_order_of_the_sources_sorted_and_once(tmp_path):
 
 def test_all_invalid_sources_are_reported(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "b.txt").write_text("x")
     with pytest.raises(DataError) as caught:
         expand_sources([str(tmp_path / "*.none"), str(tmp_path / "a.pdf"), str(tmp_path)])
     text = str(caught.value)
