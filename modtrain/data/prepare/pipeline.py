@@ -7,21 +7,15 @@ workers or on interruptions, and a directory without an index is never taken for
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from modtrain.common.atomic_io import (
-    NoLocksError,
-    acquire_lock,
-    digest,
     sync,
-    write_bytes,
     write_json,
 )
 from modtrain.common.errors import DataError, raise_if_any
@@ -38,16 +32,14 @@ from modtrain.data.prepare.encode import (
     too_many_flaws,
 )
 from modtrain.data.prepare.flaws import FLAW_KINDS, Flaw
-from modtrain.data.prepare.given_tokenizer import GivenTokenizer, given_tokenizer
+from modtrain.data.prepare.given_tokenizer import given_tokenizer
 from modtrain.data.prepare.pack import PackLayout, TokenFile
 from modtrain.data.prepare.packed_rows import write_packing_files
 from modtrain.data.prepare.request import (
     REQUEST_NAME,
     TIMES,
     differing_keys,
-    later_options,
     request_of,
-    tokenizer_options,
 )
 from modtrain.data.prepare.source_checks import (
     refuse_misfits,
@@ -55,25 +47,18 @@ from modtrain.data.prepare.source_checks import (
 )
 from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.splits import (
-    StoredTokenizer,
     pack_documents,
-    smallest_dtype,
     split_summary,
     write_shards,
 )
-from modtrain.data.prepare.tokenizer import (
-    SplitChooser,
-    check_tokenizer,
-    train_tokenizer,
-    training_texts,
-)
+from modtrain.data.prepare.stored_tokenizer import StoredTokenizer, ensure_tokenizer, smallest_dtype
 from modtrain.data.prepare.units import Unit, plan_units
+from modtrain.data.prepare.work_directory import WORK_NAME, work_directory
 from modtrain.data.prepare.worker_pool import run_unfinished
 from modtrain.data.stream.index import (
     INDEX_NAME,
     PACKING_FILES,
     SPLITS,
-    TOKENIZER_NAME,
     IndexSummary,
     Shard,
     ShardIndex,
@@ -81,9 +66,6 @@ from modtrain.data.stream.index import (
     SplitSummary,
     index_content,
 )
-
-WORK_NAME = ".work"
-LOCK_NAME = "lock"
 
 _log = logging.getLogger(__name__)
 
@@ -160,7 +142,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     request = request_of(config, files, given)
     if (output / INDEX_NAME).exists():
         return _report_of_finished(output, request)
-    with _work_directory(output) as work:
+    with work_directory(output) as work:
         if (output / INDEX_NAME).exists():
             # By another process, between the two looks.
             return _report_of_finished(output, request)
@@ -250,88 +232,6 @@ def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
     # Left if a run was killed between its last two steps.
     shutil.rmtree(output / WORK_NAME, ignore_errors=True)
     return PrepareReport(output, summary, was_complete=True)
-
-
-class InUseError(DataError):
-    """Another process is preparing the same output."""
-
-
-def make_folders(output: Path) -> Path:
-    """Make the working directory inside ``output``, and the other folders. Returns it.
-
-    Raises DataError for a directory of something else.
-    """
-    work = output / WORK_NAME
-    # First: another task may make the working directory meanwhile, or finish everything.
-    has_content = output.exists() and any(output.iterdir())
-    if has_content and not work.exists() and not (output / INDEX_NAME).exists():
-        raise DataError(
-            f"{output} is not empty and was not made by prepare. Choose another output."
-        )
-    for folder in (work / "units", work / "shards", *(output / split for split in SPLITS)):
-        folder.mkdir(parents=True, exist_ok=True)
-    return work
-
-
-@contextmanager
-def _work_directory(output: Path) -> Iterator[Path]:
-    """The working directory inside ``output``, locked; it is left in place for the next run."""
-    work = make_folders(output)
-    in_use = InUseError(f"another prepare is writing {output}. Wait for it.")
-    with ExitStack() as locks:
-        try:
-            locks.enter_context(acquire_lock(work / LOCK_NAME, in_use))
-        except NoLocksError:
-            _log.warning("%s cannot be locked: start no second prepare of it", output)
-        shutil.rmtree(work / "staging", ignore_errors=True)
-        (work / "staging").mkdir()
-        yield work
-
-
-def ensure_tokenizer(
-    config: PrepareConfig,
-    units: Sequence[Unit],
-    output: Path,
-    work: Path,
-    staging: Path,
-    given: GivenTokenizer | None,
-) -> StoredTokenizer:
-    """Train the tokenizer, or take the given or an earlier run's one, and store it.
-
-    Raises DataError where a trained one is damaged.
-    """
-    path = output / TOKENIZER_NAME
-    if given is not None:
-        write_bytes(path, given.content, staging)
-        return StoredTokenizer(path, given.sha256, given.vocab_size, given.eos_id)
-    content = _trained_tokenizer(config, units, work, staging)
-    vocab_size, eos_id = check_tokenizer(content, str(path))
-    write_bytes(path, content, staging)
-    return StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
-
-
-def _trained_tokenizer(
-    config: PrepareConfig, units: Sequence[Unit], work: Path, staging: Path
-) -> bytes:
-    key_parts = [tokenizer_options(config), config.text_column, config.valid_fraction, config.seed]
-    later = later_options(config)
-    key_parts += [later] if later else []
-    key = digest([key_parts, [unit.identity for unit in units]])
-    trained = work / f"tokenizer-{key}.json"
-    if not trained.exists():
-        chooser = SplitChooser(config.seed, config.valid_fraction, config.split_at)
-        texts = training_texts(
-            units,
-            config.tokenizer,
-            chooser,
-            text_column=config.text_column,
-            max_document_bytes=config.max_document_bytes,
-            separator=config.separator_text,
-            text_template=config.text_template,
-        )
-        content = train_tokenizer(texts, config.tokenizer.vocab_size)
-        write_bytes(trained, content, staging)
-    return trained.read_bytes()
 
 
 def encode_jobs(
