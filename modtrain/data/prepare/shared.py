@@ -16,11 +16,8 @@ from modtrain.common.errors import DataError, raise_if_any
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.encode import EncodeJob, encode_unit, finished_record
 from modtrain.data.prepare.given_tokenizer import given_tokenizer
-from modtrain.data.prepare.pipeline import (
-    PrepareReport,
-    encode_jobs,
-    prepare,
-)
+from modtrain.data.prepare.pipeline import encode_jobs, prepare
+from modtrain.data.prepare.report import PrepareReport
 from modtrain.data.prepare.source_checks import refuse_misfits
 from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.stored_tokenizer import ensure_tokenizer
