@@ -37,15 +37,15 @@ from modtrain.data.prepare.stored_tokenizer import StoredTokenizer, ensure_token
 from modtrain.data.prepare.units import Unit, plan_units
 from modtrain.data.prepare.work_directory import WORK_NAME, work_directory
 from modtrain.data.prepare.worker_pool import run_unfinished
-from modtrain.data.stream.index import (
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.index_json import index_content
+from modtrain.data.stream.prepared import (
     INDEX_NAME,
     PACKING_FILES,
     SPLITS,
     IndexSummary,
     Shard,
-    ShardIndex,
     SideFile,
-    index_content,
 )
 
 _log = logging.getLogger(__name__)

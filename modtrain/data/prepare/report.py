@@ -11,7 +11,7 @@ from modtrain.data.prepare.documents import lines_before
 from modtrain.data.prepare.encode import EXAMPLES_OF_A_KIND, UnitRecord
 from modtrain.data.prepare.flaws import FLAW_KINDS, Flaw
 from modtrain.data.prepare.units import Unit
-from modtrain.data.stream.index import IndexSummary
+from modtrain.data.stream.prepared import IndexSummary
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from modtrain.data.prepare.task import (
 from modtrain.data.prepare.units import plan_units
 from modtrain.data.prepare.work_directory import LOCK_NAME, InUseError, make_folders
 from modtrain.data.prepare.worker_pool import Elsewhere, run_unfinished
-from modtrain.data.stream.index import INDEX_NAME
+from modtrain.data.stream.prepared import INDEX_NAME
 
 # Seconds for which a task that begins late waits for one that is at the rest.
 _PATIENCE = 60.0

@@ -12,7 +12,7 @@ from modtrain.data.prepare.flaws import Flaw
 from modtrain.data.prepare.report import flaw_examples, flaw_lines
 from modtrain.data.prepare.sources import SourceFile
 from modtrain.data.prepare.units import Unit
-from modtrain.data.stream.index import SplitSummary
+from modtrain.data.stream.prepared import SplitSummary
 
 _log = logging.getLogger(__name__)
 

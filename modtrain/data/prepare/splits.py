@@ -19,7 +19,7 @@ from modtrain.data.prepare.packed_rows import PackedSplit, pack_splits, plan_row
 from modtrain.data.prepare.source_checks import refuse_unknown_ends
 from modtrain.data.prepare.stored_tokenizer import StoredTokenizer
 from modtrain.data.prepare.worker_pool import run_unfinished
-from modtrain.data.stream.index import SPLITS, Shard, SplitSummary
+from modtrain.data.stream.prepared import SPLITS, Shard, SplitSummary
 
 
 def pack_documents(

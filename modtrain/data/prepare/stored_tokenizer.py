@@ -18,7 +18,7 @@ from modtrain.data.prepare.tokenizer import (
     training_texts,
 )
 from modtrain.data.prepare.units import Unit
-from modtrain.data.stream.index import TOKENIZER_NAME
+from modtrain.data.stream.prepared import TOKENIZER_NAME
 
 # Tokens of 16 bits number this many.
 _LARGEST_UINT16_VOCAB = 1 << 16

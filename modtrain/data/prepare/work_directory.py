@@ -10,7 +10,7 @@ from pathlib import Path
 
 from modtrain.common.atomic_io import NoLocksError, acquire_lock
 from modtrain.common.errors import DataError
-from modtrain.data.stream.index import INDEX_NAME, SPLITS
+from modtrain.data.stream.prepared import INDEX_NAME, SPLITS
 
 WORK_NAME = ".work"
 LOCK_NAME = "lock"

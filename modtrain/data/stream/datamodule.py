@@ -34,8 +34,9 @@ from modtrain.data.remote.read_ahead import MOST_THREADS, ReadAhead
 from modtrain.data.remote.urls import is_url
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import IndexSummary, ShardIndex
+from modtrain.data.stream.index import ShardIndex
 from modtrain.data.stream.order import SampleOrder
+from modtrain.data.stream.prepared import IndexSummary
 from modtrain.data.stream.samplers import (
     BatchPlan,
     ChainedBatchSampler,

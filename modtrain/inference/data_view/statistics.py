@@ -15,7 +15,8 @@ from modtrain.data.documents.table import DocumentTable, find_repeats
 from modtrain.data.packing.summary import SplitPacking, packing_text
 from modtrain.data.stream.batch import PADDING
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import SPLITS, ShardIndex, SplitSummary
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import SPLITS, SplitSummary
 
 # Samples read in one go.
 _READ = 256

@@ -18,7 +18,8 @@ from modtrain.data.config import DataConfig
 from modtrain.data.documents.table import DocumentTable
 from modtrain.data.mixture.stream import MixtureDataset, load_indexes, open_split
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import SPLITS, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import SPLITS
 from modtrain.inference.data_view.config import DataViewConfig
 from modtrain.inference.data_view.page import ShownSample, Subject, render
 from modtrain.inference.data_view.sample_documents import sample_documents

@@ -16,7 +16,8 @@ from modtrain.data.mixture.config import SourceConfig
 from modtrain.data.stream.batch import PADDING, Batch
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import INDEX_NAME, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import INDEX_NAME
 from tests.data.data_cases import prepare_packed
 
 SEQ_LEN, STEPS = 128, 3

@@ -17,7 +17,8 @@ from modtrain.data.config import DataConfig
 from modtrain.data.stream.batch import Batch, document_numbers
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import ShardIndex, read_summary
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.index_json import read_summary
 from tests.helpers.saved import flip_bit
 
 
