@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from modtrain.data.packing.summary import packing_text
 from modtrain.data.prepare.documents import lines_before
 from modtrain.data.prepare.encode import EXAMPLES_OF_A_KIND, UnitRecord
 from modtrain.data.prepare.flaws import FLAW_KINDS, Flaw
@@ -42,19 +41,10 @@ class PrepareReport:
                 f"{split.num_tokens:>15,}{split.num_sequences:>12,}"
                 f"{split.num_bytes / max(1, split.num_tokens):>13.2f}{split.dropped_tokens:>9,}"
             )
-        lines += _packing_lines(summary)
+        lines += summary.packing_lines()
         for kind, count in summary.flaws.items():
             lines += flaw_lines(kind, count, self.examples)
         return "\n".join(lines)
-
-
-def _packing_lines(summary: IndexSummary) -> list[str]:
-    lines = []
-    for name, packing in (summary.packing or {}).items():
-        split = summary.splits[name]
-        counts = (split.num_sequences, summary.seq_len, split.num_documents)
-        lines.append(f"{name}: {packing_text(*counts, packing)}")
-    return lines
 
 
 def flaw_lines(kind: str, count: int, examples: Sequence[Flaw]) -> list[str]:

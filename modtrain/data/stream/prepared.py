@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modtrain.data.packing.summary import Packing, padding_share
+from modtrain.data.packing.summary import Packing, packing_text, padding_share
 
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -77,6 +77,19 @@ class IndexSummary:
         """Return the share of a split's places that train nothing; see `padding_share`."""
         own = None if self.packing is None else self.packing[split]
         return padding_share(self.splits[split].num_sequences, self.seq_len, own)
+
+    def packing_lines(self, source: str = "") -> list[str]:
+        """Describe for people the splits whose documents are packed by best fit.
+
+        source: the data's name in a mixture.
+        """
+        lines = []
+        for name, packing in (self.packing or {}).items():
+            split = self.splits[name]
+            counts = (split.num_sequences, self.seq_len, split.num_documents)
+            where = f"{source}, {name}" if source else name
+            lines.append(f"{where}: {packing_text(*counts, packing)}")
+        return lines
 
     def num_samples(self, seq_len: int) -> int:
         """Return the training samples of ``seq_len`` tokens that an epoch has."""
