@@ -107,6 +107,7 @@ class TokenDataModule(lightning.LightningDataModule):
         self.eval_sequences = eval_sequences
         self.start_step = 0
         self.skipped_samples: Sequence[tuple[int, int]] = ()
+        self._planned: tuple[int, SampleOrder | MixtureOrder] | None = None
 
     @cached_property
     def indexes(self) -> dict[str, ShardIndex]:
@@ -138,9 +139,12 @@ class TokenDataModule(lightning.LightningDataModule):
 
     @property
     def order(self) -> SampleOrder | MixtureOrder:
-        """The order of the training samples."""
+        """The order of the training samples, planned once for a number of samples of the run."""
         run_samples = self.num_steps * self.plan().samples_per_step
-        return order_of(self.config, self.train_data, run_samples)
+        if self._planned is None or self._planned[0] != run_samples:
+            order = order_of(self.config, self.train_data, run_samples)
+            self._planned = (run_samples, order)
+        return self._planned[1]
 
     def plan(self) -> BatchPlan:
         """How a step's samples are assigned, as seen from this rank."""
@@ -173,19 +177,19 @@ class TokenDataModule(lightning.LightningDataModule):
         if not self.train_data.has_padding:
             return None
         places = self.plan().samples_per_step * self.train_data.seq_len
-        return 1 - self._num_targets(self.order, step) / places
+        return 1 - self._num_targets(step) / places
 
-    def _num_targets(self, order: SampleOrder | MixtureOrder, step: int) -> int:
+    def _num_targets(self, step: int) -> int:
         """How many tokens all ranks predict in a step: a function of the stream's positions."""
-        return self.train_data.num_targets(order.lookup(self._positions(step)))
+        return self.train_data.num_targets(self.order.lookup(self._positions(step)))
 
     def _weight_of(self, plan: BatchPlan) -> Callable[[int, Batch], float] | None:
         """What computes a batch's weight by its number; None: all have equally many targets."""
         if not self.train_data.has_padding:
             return None
         start = self.start_step
-        # Once a step, and the order of a mixture is not planned anew each time.
-        num_targets = lru_cache(maxsize=2)(partial(self._num_targets, self.order))
+        # Once a step.
+        num_targets = lru_cache(maxsize=2)(self._num_targets)
         num_batches = plan.accumulate * plan.world_size
 
         def weight(number: int, batch: Batch) -> float:
