@@ -168,10 +168,10 @@ class CPTransformer(Transformer):
         tokens_BS: Tensor,
         targets_BS: Tensor | None = None,
         selection: Selection | None = None,
-        **others: object,
+        **others: Any,
     ) -> ModelOutput:
         """See `Transformer.forward`."""
-        output = super().forward(tokens_BS, targets_BS, selection, **others)  # type: ignore[arg-type]
+        output = super().forward(tokens_BS, targets_BS, selection, **others)
         if output.logits_BSV is None:
             return output
         return output._replace(logits_BSV=self.chunks.gather(output.logits_BSV, tokens_BS.shape[1]))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import DataError
+from modtrain.common.shared_memory import SHARED_MEMORY
 from modtrain.data.config import DataConfig
 from modtrain.data.mixture.order import MixtureOrder
 from modtrain.data.mixture.stream import (
@@ -32,7 +33,6 @@ from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.dataset import TokenDataset
 from modtrain.data.stream.index import ShardIndex
 from modtrain.data.stream.loader import (
-    SHARED_MEMORY,
     SHARED_MEMORY_REMEDY,
     SPARE_BYTES,
     TokenLoader,

@@ -5,21 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from modtrain.common.errors import DataError
+from modtrain.common.shared_memory import SHARED_MEMORY
 from modtrain.data.mixture.stream import sources_of
 from modtrain.data.remote.dataset import RemoteTokenDataset
 from modtrain.data.remote.fill import ShardFiller
 from modtrain.data.remote.read_ahead import ReadAhead
 from modtrain.data.stream.batch import Batch
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-"""Where workers of a DataLoader leave batches on Linux."""
 # For semaphores and whole pages.
 SPARE_BYTES = 1 << 16
 SHARED_MEMORY_REMEDY = (

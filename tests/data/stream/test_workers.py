@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from modtrain.common.errors import DataError
+from modtrain.common.shared_memory import SHARED_MEMORY
 from modtrain.data.config import DataConfig
 from modtrain.data.stream import datamodule, loader
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.data.stream.loader import SHARED_MEMORY
 
 pytestmark = pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="Linux's shared memory")
 
