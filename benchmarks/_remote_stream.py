@@ -16,13 +16,9 @@ from pathlib import Path
 
 from modtrain.data.config import DataConfig
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.data.stream.index import (
-    INDEX_NAME,
-    Shard,
-    ShardIndex,
-    index_content,
-    read_summary,
-)
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.index_json import index_content, read_summary
+from modtrain.data.stream.prepared import INDEX_NAME, Shard
 
 _SPARE = 1.1
 _MEMBERS = 64

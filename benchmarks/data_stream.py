@@ -36,7 +36,7 @@ from modtrain.data.prepare.pipeline import finish
 from modtrain.data.prepare.tokenizer import check_tokenizer, train_tokenizer
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, Shard, SplitSummary
+from modtrain.data.stream.prepared import TOKENIZER_NAME, IndexSummary, Shard, SplitSummary
 
 VOCAB_SIZE = 50_000
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 import modtrain
 from modtrain.common.errors import Problem, raise_if_any
+from modtrain.common.shared_memory import SHARED_MEMORY
 from modtrain.common.terminal import last_output, plain_console
 from modtrain.data.prepare.worker_pool import usable_cpus
 
@@ -155,8 +156,8 @@ def _space() -> list[Finding]:
     disk = shutil.disk_usage(".")
     low = "checkpoints and shards need more" if disk.free < _SMALL else ""
     findings = [Finding("disk, here", f"{disk.free / 2**30:.1f} GiB free", low, "disk")]
-    if os.path.isdir("/dev/shm"):  # noqa: PTH112, S108
-        shared = shutil.disk_usage("/dev/shm")  # noqa: S108
+    if SHARED_MEMORY.is_dir():
+        shared = shutil.disk_usage(SHARED_MEMORY)
         low = "data.num_workers>0 may fail: give a container --shm-size=8g"
         low = low if shared.free < _SMALL else ""
         findings.append(

@@ -7,7 +7,7 @@ from pathlib import Path
 from modtrain.cluster.config import SubmitConfig
 from modtrain.common.errors import ConfigError, Problem, raise_if_any
 from modtrain.data.remote.urls import is_url
-from modtrain.data.stream.index import INDEX_NAME
+from modtrain.data.stream.prepared import INDEX_NAME
 from modtrain.training.config import TrainConfig
 from modtrain.training.plan import TrainingPlan, resolve
 from modtrain.training.plan_report import device_bytes, gibibytes

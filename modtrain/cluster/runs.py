@@ -275,7 +275,7 @@ def _read_final_failure(path: Path) -> list[Failure]:
 
 def _newest_checkpoint(root: Path) -> tuple[int, float] | None:
     """Return step and time of the newest; only a complete one has a name of this form."""
-    names = [name for name in os.listdir(root) if name.startswith("step-")]  # noqa: PTH208
+    names = [entry.name for entry in root.iterdir() if entry.name.startswith("step-")]
     for name in sorted(names, reverse=True):
         with suppress(OSError, ValueError, KeyError, UnreadableError):
             step, manifest = int(name.removeprefix("step-")), root / name / "manifest.json"

@@ -27,7 +27,9 @@ from modtrain.data.mixture.summary import combined_summary
 from modtrain.data.packing.summary import BEST_FIT
 from modtrain.data.prepare.text_field import TextField
 from modtrain.data.remote.urls import DEFAULT_TIMEOUT, is_url, url_problems, without_secrets
-from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary, read_summary, tokenizer_file
+from modtrain.data.stream.index import tokenizer_file
+from modtrain.data.stream.index_json import read_summary
+from modtrain.data.stream.prepared import TOKENIZER_NAME, IndexSummary
 
 VERIFY_LEVELS = ("size", "sha256", "none")
 ERROR_POLICIES = ("skip", "stop", "limit")

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modtrain.common.ignored_target import IGNORED
 from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import evaluation_mode
 from modtrain.models.depth.config import RouterSwap, Selection
 from modtrain.models.depth.router import to_fp32_or_wider
-from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer
 
 _NUM_RESAMPLES = 2000

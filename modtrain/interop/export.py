@@ -14,7 +14,7 @@ from modtrain.checkpoint.recovery import with_checkpoint
 from modtrain.common.atomic_io import sync
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.common.reading import read_bytes
-from modtrain.data.stream.index import TOKENIZER_NAME, IndexSummary
+from modtrain.data.stream.prepared import TOKENIZER_NAME, IndexSummary
 from modtrain.interop.architectures import OWN, architecture, architecture_config, export_problems
 from modtrain.interop.config import ExportConfig
 from modtrain.interop.model_card import model_card

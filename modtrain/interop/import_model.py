@@ -24,15 +24,14 @@ from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.common.reading import read_bytes
 from modtrain.data.config import DataConfig
 from modtrain.data.prepare.tokenizer import check_tokenizer, parse_tokenizer
-from modtrain.data.stream.index import (
+from modtrain.data.stream.index_json import index_content, read_summary
+from modtrain.data.stream.prepared import (
     INDEX_NAME,
     SPLITS,
     TOKENIZER_NAME,
     IndexSummary,
     Shard,
     SplitSummary,
-    index_content,
-    read_summary,
 )
 from modtrain.distributed.process_group import ONE_PROCESS
 from modtrain.interop.config import ImportConfig

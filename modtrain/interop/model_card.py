@@ -13,7 +13,7 @@ import yaml
 
 import modtrain
 from modtrain.common.reading import read_json, read_or_set_aside
-from modtrain.data.stream.index import IndexSummary
+from modtrain.data.stream.prepared import IndexSummary
 from modtrain.interop.architectures import OWN, architecture
 from modtrain.interop.prompt_format import PromptFormat
 from modtrain.models.config import ModelConfig

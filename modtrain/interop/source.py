@@ -18,7 +18,7 @@ from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, open_regular, read_bytes, read_json
 from modtrain.data.prepare.tokenizer import parse_tokenizer
-from modtrain.data.stream.index import TOKENIZER_NAME
+from modtrain.data.stream.prepared import TOKENIZER_NAME
 from modtrain.interop.original_files import (
     CHAT_TEMPLATE,
     CONFIG_NAME,

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100
-"""The target of a token that the loss ignores, as in ``F.cross_entropy``."""
+from modtrain.common.ignored_target import IGNORED
 
 LOGITS_IN_MEMORY = 2**25
 """Number of logits of a chunk by default: 128 MiB in float32."""

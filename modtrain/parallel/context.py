@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from modtrain.common.errors import raise_if_any
+from modtrain.common.ignored_target import IGNORED
 from modtrain.distributed.collectives import Group, cast_for_autocast, pad_to_multiple
 from modtrain.models.attention import Attention, attend
 from modtrain.models.block import Block, Residual
@@ -53,7 +54,6 @@ from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.depth.selection import TokenSlots
 from modtrain.models.experts.layer import Experts, Rows
 from modtrain.models.feed_forward import FeedForward
-from modtrain.models.loss import IGNORED
 from modtrain.models.sequence import Output, SequenceContext, attention_mask
 from modtrain.models.transformer import ModelOutput, Transformer
 from modtrain.parallel.swap import swap_class
@@ -168,10 +168,10 @@ class CPTransformer(Transformer):
         tokens_BS: Tensor,
         targets_BS: Tensor | None = None,
         selection: Selection | None = None,
-        **others: object,
+        **others: Any,
     ) -> ModelOutput:
         """See `Transformer.forward`."""
-        output = super().forward(tokens_BS, targets_BS, selection, **others)  # type: ignore[arg-type]
+        output = super().forward(tokens_BS, targets_BS, selection, **others)
         if output.logits_BSV is None:
             return output
         return output._replace(logits_BSV=self.chunks.gather(output.logits_BSV, tokens_BS.shape[1]))

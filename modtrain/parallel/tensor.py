@@ -35,6 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from modtrain.common.errors import raise_if_any
+from modtrain.common.ignored_target import IGNORED
 from modtrain.distributed.collectives import Group, cast_for_autocast
 from modtrain.models.attention import Attention
 from modtrain.models.block import Block, Residual
@@ -42,7 +43,6 @@ from modtrain.models.convolution import Convolution
 from modtrain.models.depth.layer import MixtureOfDepths
 from modtrain.models.experts.layer import ExpertMLPs, Experts
 from modtrain.models.feed_forward import MLP, FeedForward
-from modtrain.models.loss import IGNORED
 from modtrain.models.norm import RMSNorm
 from modtrain.models.sequence import Output, SequenceContext
 from modtrain.models.transformer import Transformer

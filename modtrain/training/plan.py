@@ -13,7 +13,7 @@ from functools import cache, partial
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
 from modtrain.data.config import DataConfig
 from modtrain.data.mixture.usage import mixture_usage, usage_problems
-from modtrain.data.stream.index import IndexSummary
+from modtrain.data.stream.prepared import IndexSummary
 from modtrain.distributed.launch import Launch
 from modtrain.models.depth.pattern import PATTERNS
 from modtrain.models.flops import forward_flops, training_flops_per_token

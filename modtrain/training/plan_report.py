@@ -9,7 +9,8 @@ from rich.table import Table
 from modtrain.common.terminal import plain_console
 from modtrain.data.mixture.usage import StageUsage, mixture_usage
 from modtrain.data.remote.urls import is_url
-from modtrain.data.stream.index import INDEX_NAME, read_summary
+from modtrain.data.stream.index_json import read_summary
+from modtrain.data.stream.prepared import INDEX_NAME
 from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.flops import (
     CONVENTIONS,

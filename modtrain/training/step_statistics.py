@@ -141,7 +141,10 @@ class RunningStats:
 @contextmanager
 def restore_if(is_skipped: Tensor | None, buffers: Iterable[Tensor]) -> Iterator[None]:
     """Undo the block's changes of ``buffers`` to the bit if ``is_skipped``; None: never."""
-    copies = [] if is_skipped is None else [(buffer, buffer.clone()) for buffer in buffers]
+    if is_skipped is None:
+        yield
+        return
+    copies = [(buffer, buffer.clone()) for buffer in buffers]
     yield
     for buffer, before in copies:
-        buffer.copy_(torch.where(is_skipped, before, buffer))  # type: ignore[arg-type]
+        buffer.copy_(torch.where(is_skipped, before, buffer))

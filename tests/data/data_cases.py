@@ -7,7 +7,7 @@ from typing import Any
 
 from modtrain.data.config import PrepareConfig, TokenizerConfig
 from modtrain.data.prepare.pipeline import prepare
-from modtrain.data.stream.index import INDEX_NAME, SIDE_FILES
+from modtrain.data.stream.prepared import INDEX_NAME, SIDE_FILES
 
 WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "was", "on", "with", "as"]
 

@@ -17,7 +17,7 @@ from modtrain.cli.main import main
 from modtrain.common.errors import DataError
 from modtrain.data.mixture.config import SourceConfig
 from modtrain.data.prepare.tokenizer import train_tokenizer
-from modtrain.data.stream.index import read_summary
+from modtrain.data.stream.index_json import read_summary
 from modtrain.inference.token_text import Vocabulary
 from modtrain.interop import config as export_config
 from modtrain.interop.config import ExportConfig

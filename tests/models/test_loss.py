@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+from modtrain.common.ignored_target import IGNORED
 from modtrain.models import loss as loss_module
-from modtrain.models.loss import IGNORED, next_token_loss
+from modtrain.models.loss import next_token_loss
 from tests.helpers.dispatch import Seen
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 from modtrain.common.errors import ConfigError
+from modtrain.common.ignored_target import IGNORED
 from modtrain.distributed.collectives import Group
 from modtrain.distributed.launch import Launch
 from modtrain.models.cache.cache import Cache
 from modtrain.models.depth.config import RouterConfig
-from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.config import StrategyConfig
 from modtrain.parallel.context import SequenceChunks, apply_context_parallel

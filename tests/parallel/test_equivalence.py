@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 from modtrain.checkpoint.checkpointer import Checkpointer
 from modtrain.checkpoint.layout import checkpoint_path
 from modtrain.checkpoint.state import named_state, restore
+from modtrain.common.ignored_target import IGNORED
 from modtrain.data.stream.batch import Batch
 from modtrain.distributed.process_group import Ranks
 from modtrain.evaluation.held_out import Part, evaluate
 from modtrain.models.depth.config import ComputeBudget
-from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer, is_predictor
 from modtrain.parallel.config import LayerOptions
 from modtrain.parallel.dims import ParallelDims

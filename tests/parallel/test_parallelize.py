@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from modtrain.common.ignored_target import IGNORED
 from modtrain.models.depth.config import RouterConfig
 from modtrain.models.experts.config import ExpertsConfig
-from modtrain.models.loss import IGNORED
 from modtrain.models.transformer import Transformer
 from modtrain.parallel.config import LayerOptions
 from modtrain.parallel.dims import ParallelDims

@@ -6,7 +6,7 @@ import pytest
 
 from modtrain.cli.compose import compose
 from modtrain.common.errors import ConfigError
-from modtrain.data.stream.index import read_summary
+from modtrain.data.stream.index_json import read_summary
 from modtrain.training.metrics_log import read_metrics
 from modtrain.training.plan import resolve
 from modtrain.training.run import train

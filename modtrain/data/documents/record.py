@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from modtrain.common.atomic_io import atomic_writer, file_sha256
 from modtrain.data.remote.urls import is_url
-from modtrain.data.stream.index import SideFile
+from modtrain.data.stream.prepared import SideFile
 
 Records = NDArray[Any]
 

@@ -13,12 +13,8 @@ from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, open_regular, read_json
 from modtrain.data.documents.record import RECORD, Records
-from modtrain.data.stream.index import (
-    DAMAGED,
-    DOCUMENTS_NAME,
-    SOURCE_FILES_NAME,
-    ShardIndex,
-)
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import DAMAGED, DOCUMENTS_NAME, SOURCE_FILES_NAME
 
 # Records looked at in one go, and documents whose hashes are sorted in one go: some 60 bytes each.
 _CHUNK = 1 << 20

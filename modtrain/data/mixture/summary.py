@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import DataError
-from modtrain.data.stream.index import ITEM_SIZES, SPLITS, IndexSummary, SplitSummary
+from modtrain.data.stream.prepared import ITEM_SIZES, SPLITS, IndexSummary, SplitSummary
 
 
 def combined_summary(summaries: Mapping[str, IndexSummary]) -> IndexSummary:

@@ -9,7 +9,7 @@ from itertools import groupby
 from modtrain.common.errors import Problem
 from modtrain.data.config import DataConfig
 from modtrain.data.mixture.schedule import MixtureSchedule, epoch_limit
-from modtrain.data.stream.index import read_summary
+from modtrain.data.stream.index_json import read_summary
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from modtrain.common.errors import DataError
 from modtrain.common.reading import UnreadableError, open_regular
 from modtrain.data.packing.best_fit import Ints
-from modtrain.data.stream.index import DAMAGED, PIECES_NAME, ROWS_NAME, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import DAMAGED, PIECES_NAME, ROWS_NAME
 
 ROW = np.dtype([("first_piece", "<u8"), ("length", "<u4")])
 """first_piece: number of its first piece in ``pieces.npy``. length: tokens; padding follows."""

@@ -22,7 +22,7 @@ from modtrain.data.prepare.documents import UnitDocuments
 from modtrain.data.prepare.encode import SplitCounts, UnitRecord
 from modtrain.data.prepare.pack import TokenFile
 from modtrain.data.prepare.worker_pool import run_unfinished
-from modtrain.data.stream.index import ITEM_SIZES, SPLITS
+from modtrain.data.stream.prepared import ITEM_SIZES, SPLITS
 
 
 @dataclass(frozen=True)

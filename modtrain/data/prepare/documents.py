@@ -20,7 +20,7 @@ from modtrain.data.prepare.encode import UnitRecord
 from modtrain.data.prepare.sources import SourceFile
 from modtrain.data.prepare.storage import shown_name
 from modtrain.data.prepare.units import Unit
-from modtrain.data.stream.index import DOCUMENTS_NAME, SOURCE_FILES_NAME, SideFile
+from modtrain.data.stream.prepared import DOCUMENTS_NAME, SOURCE_FILES_NAME, SideFile
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from modtrain.data.prepare.storage import open_source, shown_name
 from modtrain.data.prepare.tokenized.documents import TokenReader, Vocabulary
 from modtrain.data.prepare.tokenizer import DocumentEncoder, SplitChooser
 from modtrain.data.prepare.units import Unit
-from modtrain.data.stream.index import SPLITS
+from modtrain.data.stream.prepared import SPLITS
 
 # Documents are encoded together up to so many characters, which bounds the memory.
 _BATCH_CHARS = 1_000_000

@@ -13,7 +13,7 @@ from modtrain.common.errors import ConfigError, DataError, Problem
 from modtrain.common.reading import UnreadableError, read_json
 from modtrain.data.config import TokenizerConfig
 from modtrain.data.prepare.tokenizer import known_end_ids, special_tokens
-from modtrain.data.stream.index import INDEX_NAME
+from modtrain.data.stream.prepared import INDEX_NAME
 from modtrain.data.tokenizers.source import TokenizerSource
 
 _log = logging.getLogger(__name__)

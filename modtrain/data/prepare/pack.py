@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from modtrain.common.atomic_io import atomic_writer, digest, file_sha256, write_json
 from modtrain.common.reading import UnreadableError, read_json
-from modtrain.data.stream.index import ITEM_SIZES, Shard
+from modtrain.data.stream.prepared import ITEM_SIZES, Shard
 
 _OWNER = "modtrain"
 

@@ -25,7 +25,7 @@ from modtrain.data.packing.summary import SplitPacking
 from modtrain.data.prepare.documents import UnitDocuments
 from modtrain.data.prepare.pack import PackLayout, ShardJob, TokenFile
 from modtrain.data.prepare.worker_pool import run_unfinished
-from modtrain.data.stream.index import ITEM_SIZES, PIECES_NAME, ROWS_NAME, SPLITS, SideFile
+from modtrain.data.stream.prepared import ITEM_SIZES, PIECES_NAME, ROWS_NAME, SPLITS, SideFile
 
 # Of a window at most, or of a single unit's share; some 100 bytes a document and a row.
 _WINDOW_DOCUMENTS = 1 << 20

@@ -7,133 +7,48 @@ workers or on interruptions, and a directory without an index is never taken for
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modtrain.common.atomic_io import (
-    NoLocksError,
-    acquire_lock,
-    digest,
-    sync,
-    write_bytes,
-    write_json,
-)
+from modtrain.common.atomic_io import sync, write_json
 from modtrain.common.errors import DataError, raise_if_any
 from modtrain.data.config import PrepareConfig
-from modtrain.data.packing.summary import BEST_FIT, packing_text
+from modtrain.data.packing.summary import BEST_FIT
 from modtrain.data.prepare.deduplicate import EncodedUnits, without_repeats
 from modtrain.data.prepare.documents import UnitDocuments, lines_before, write_side_files
-from modtrain.data.prepare.encode import (
-    EXAMPLES_OF_A_KIND,
-    EncodeJob,
-    UnitRecord,
-    encode_unit,
-    finished_record,
-    too_many_flaws,
-)
-from modtrain.data.prepare.flaws import FLAW_KINDS, Flaw
-from modtrain.data.prepare.given_tokenizer import GivenTokenizer, given_tokenizer
+from modtrain.data.prepare.encode import EncodeJob, encode_unit, finished_record
+from modtrain.data.prepare.given_tokenizer import given_tokenizer
 from modtrain.data.prepare.pack import PackLayout, TokenFile
 from modtrain.data.prepare.packed_rows import write_packing_files
-from modtrain.data.prepare.request import (
-    REQUEST_NAME,
-    TIMES,
-    differing_keys,
-    later_options,
-    request_of,
-    tokenizer_options,
-)
+from modtrain.data.prepare.report import PrepareReport, flaw_counts, flaw_examples
+from modtrain.data.prepare.request import REQUEST_NAME, TIMES, differing_keys, request_of
 from modtrain.data.prepare.source_checks import (
+    refuse_empty_split,
+    refuse_many_flaws,
     refuse_misfits,
     tell_unknown_ends,
 )
 from modtrain.data.prepare.sources import expand_sources
-from modtrain.data.prepare.splits import (
-    StoredTokenizer,
-    pack_documents,
-    smallest_dtype,
-    split_summary,
-    write_shards,
-)
-from modtrain.data.prepare.tokenizer import (
-    SplitChooser,
-    check_tokenizer,
-    train_tokenizer,
-    training_texts,
-)
+from modtrain.data.prepare.splits import pack_documents, split_summary, write_shards
+from modtrain.data.prepare.stored_tokenizer import StoredTokenizer, ensure_tokenizer, smallest_dtype
 from modtrain.data.prepare.units import Unit, plan_units
+from modtrain.data.prepare.work_directory import WORK_NAME, work_directory
 from modtrain.data.prepare.worker_pool import run_unfinished
-from modtrain.data.stream.index import (
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.index_json import index_content
+from modtrain.data.stream.prepared import (
     INDEX_NAME,
     PACKING_FILES,
     SPLITS,
-    TOKENIZER_NAME,
     IndexSummary,
     Shard,
-    ShardIndex,
     SideFile,
-    SplitSummary,
-    index_content,
 )
 
-WORK_NAME = ".work"
-LOCK_NAME = "lock"
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PrepareReport:
-    """The result of a prepare.
-
-    was_complete: whether an earlier run had done all of it.
-    examples: the first few flaws of each kind; none where ``was_complete``.
-    """
-
-    output: Path
-    summary: IndexSummary
-    was_complete: bool
-    examples: list[Flaw] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        summary = self.summary
-        done = "was complete already" if self.was_complete else "is complete"
-        lines = [
-            f"{self.output} {done}: {summary.num_files} files, vocabulary {summary.vocab_size}, "
-            f"sequences of {summary.seq_len} tokens",
-            f"{'split':<8}{'documents':>12}{'MB':>10}{'tokens':>15}{'sequences':>12}"
-            f"{'bytes/token':>13}{'dropped':>9}",
-        ]
-        for name, split in summary.splits.items():
-            lines.append(
-                f"{name:<8}{split.num_documents:>12,}{split.num_bytes / 1e6:>10.1f}"
-                f"{split.num_tokens:>15,}{split.num_sequences:>12,}"
-                f"{split.num_bytes / max(1, split.num_tokens):>13.2f}{split.dropped_tokens:>9,}"
-            )
-        lines += _packing_lines(summary)
-        for kind, count in summary.flaws.items():
-            lines += _flaw_lines(kind, count, self.examples)
-        return "\n".join(lines)
-
-
-def _packing_lines(summary: IndexSummary) -> list[str]:
-    lines = []
-    for name, packing in (summary.packing or {}).items():
-        split = summary.splits[name]
-        counts = (split.num_sequences, summary.seq_len, split.num_documents)
-        lines.append(f"{name}: {packing_text(*counts, packing)}")
-    return lines
-
-
-def _flaw_lines(kind: str, count: int, examples: Sequence[Flaw]) -> list[str]:
-    shown = [f"    {flaw}" for flaw in examples if flaw.kind == kind]
-    return [f"left out: {count:,} {FLAW_KINDS.get(kind, kind)}", *shown]
 
 
 def prepare(config: PrepareConfig, progress: bool = True) -> PrepareReport:
@@ -160,7 +75,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     request = request_of(config, files, given)
     if (output / INDEX_NAME).exists():
         return _report_of_finished(output, request)
-    with _work_directory(output) as work:
+    with work_directory(output) as work:
         if (output / INDEX_NAME).exists():
             # By another process, between the two looks.
             return _report_of_finished(output, request)
@@ -175,7 +90,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         )
         encoded = _encode(config, units, tokenizer, work=work, progress=progress)
         # Before repeats are counted: they are no damage.
-        _refuse_many_flaws(config, units, encoded.records)
+        refuse_many_flaws(config, units, encoded.records)
         if config.deduplicate:
             encoded = without_repeats(
                 encoded, tokenizer.dtype, work, config.num_workers, progress=progress
@@ -183,10 +98,11 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
         records = encoded.records
         packed = pack_documents(config, encoded, work, progress) if is_packed else None
         splits = {split: split_summary(records, split, layout, packed) for split in SPLITS}
-        flaws = _flaw_counts(records)
+        flaws = flaw_counts(records)
         tell_unknown_ends(records)
         has_tokens = any(file.has_tokens for file in files)
-        _refuse_empty_split(splits, _examples(units, records), flaws, config, has_tokens=has_tokens)
+        examples = flaw_examples(units, records)
+        refuse_empty_split(splits, examples, flaws, config, has_tokens=has_tokens)
         shards = write_shards(config, encoded.tokens, packed, layout, tokenizer, work, progress)
         summary = IndexSummary(
             seq_len=config.seq_len,
@@ -209,7 +125,7 @@ def _prepare(config: PrepareConfig, progress: bool) -> PrepareReport:
     # What a process that starts now makes in it may be left, and is removed by the next one.
     shutil.rmtree(work, ignore_errors=True)
     summary = ShardIndex.load(output).summary
-    return PrepareReport(output, summary, False, _examples(units, records))
+    return PrepareReport(output, summary, False, examples)
 
 
 def finish(
@@ -250,88 +166,6 @@ def _report_of_finished(output: Path, request: dict[str, Any]) -> PrepareReport:
     # Left if a run was killed between its last two steps.
     shutil.rmtree(output / WORK_NAME, ignore_errors=True)
     return PrepareReport(output, summary, was_complete=True)
-
-
-class InUseError(DataError):
-    """Another process is preparing the same output."""
-
-
-def make_folders(output: Path) -> Path:
-    """Make the working directory inside ``output``, and the other folders. Returns it.
-
-    Raises DataError for a directory of something else.
-    """
-    work = output / WORK_NAME
-    # First: another task may make the working directory meanwhile, or finish everything.
-    has_content = output.exists() and any(output.iterdir())
-    if has_content and not work.exists() and not (output / INDEX_NAME).exists():
-        raise DataError(
-            f"{output} is not empty and was not made by prepare. Choose another output."
-        )
-    for folder in (work / "units", work / "shards", *(output / split for split in SPLITS)):
-        folder.mkdir(parents=True, exist_ok=True)
-    return work
-
-
-@contextmanager
-def _work_directory(output: Path) -> Iterator[Path]:
-    """The working directory inside ``output``, locked; it is left in place for the next run."""
-    work = make_folders(output)
-    in_use = InUseError(f"another prepare is writing {output}. Wait for it.")
-    with ExitStack() as locks:
-        try:
-            locks.enter_context(acquire_lock(work / LOCK_NAME, in_use))
-        except NoLocksError:
-            _log.warning("%s cannot be locked: start no second prepare of it", output)
-        shutil.rmtree(work / "staging", ignore_errors=True)
-        (work / "staging").mkdir()
-        yield work
-
-
-def ensure_tokenizer(
-    config: PrepareConfig,
-    units: Sequence[Unit],
-    output: Path,
-    work: Path,
-    staging: Path,
-    given: GivenTokenizer | None,
-) -> StoredTokenizer:
-    """Train the tokenizer, or take the given or an earlier run's one, and store it.
-
-    Raises DataError where a trained one is damaged.
-    """
-    path = output / TOKENIZER_NAME
-    if given is not None:
-        write_bytes(path, given.content, staging)
-        return StoredTokenizer(path, given.sha256, given.vocab_size, given.eos_id)
-    content = _trained_tokenizer(config, units, work, staging)
-    vocab_size, eos_id = check_tokenizer(content, str(path))
-    write_bytes(path, content, staging)
-    return StoredTokenizer(path, hashlib.sha256(content).hexdigest(), vocab_size, eos_id)
-
-
-def _trained_tokenizer(
-    config: PrepareConfig, units: Sequence[Unit], work: Path, staging: Path
-) -> bytes:
-    key_parts = [tokenizer_options(config), config.text_column, config.valid_fraction, config.seed]
-    later = later_options(config)
-    key_parts += [later] if later else []
-    key = digest([key_parts, [unit.identity for unit in units]])
-    trained = work / f"tokenizer-{key}.json"
-    if not trained.exists():
-        chooser = SplitChooser(config.seed, config.valid_fraction, config.split_at)
-        texts = training_texts(
-            units,
-            config.tokenizer,
-            chooser,
-            text_column=config.text_column,
-            max_document_bytes=config.max_document_bytes,
-            separator=config.separator_text,
-            text_template=config.text_template,
-        )
-        content = train_tokenizer(texts, config.tokenizer.vocab_size)
-        write_bytes(trained, content, staging)
-    return trained.read_bytes()
 
 
 def encode_jobs(
@@ -398,68 +232,3 @@ def _encode(
         for split in SPLITS
     }
     return EncodedUnits(records, tokens, documents)
-
-
-def _refuse_empty_split(
-    splits: dict[str, SplitSummary],
-    examples: Sequence[Flaw],
-    flaws: dict[str, int],
-    config: PrepareConfig,
-    *,
-    has_tokens: bool,
-) -> None:
-    if flaws and not any(split.num_documents for split in splits.values()):
-        lines = [
-            line for kind, count in flaws.items() for line in _flaw_lines(kind, count, examples)
-        ]
-        raise DataError("\n".join(["the sources have no document without a flaw", *lines]))
-    for name, split in splits.items():
-        if split.num_sequences == 0:
-            flaw_counts = ", ".join(f"{count} {kind}" for kind, count in flaws.items()) or "none"
-            raise DataError(
-                f"the split {name} would hold no sequence: its {split.num_documents} documents "
-                f"give {split.num_tokens} tokens, and one sequence takes {config.seq_len + 1}. "
-                f"{_remedy_for_empty_split(splits, config, has_tokens=has_tokens)} "
-                f"Left out for their flaws: {flaw_counts}."
-            )
-
-
-def _remedy_for_empty_split(
-    splits: dict[str, SplitSummary], config: PrepareConfig, *, has_tokens: bool
-) -> str:
-    tokens = sum(split.num_tokens for split in splits.values())
-    least = config.seq_len + 2
-    is_enough = min(config.valid_fraction, 1 - config.valid_fraction) * tokens > least
-    if config.split_at == "document" and is_enough and not has_tokens:
-        return (
-            "There are few documents: add split_at=line, which holds out the end of each one, or"
-            " name what ends a document inside a file: separator=..."
-        )
-    if tokens > 2 * least:
-        return f"Raise valid_fraction={config.valid_fraction}, or choose a shorter seq_len."
-    return "Choose a shorter seq_len, or add text."
-
-
-def _flaw_counts(records: Sequence[UnitRecord]) -> dict[str, int]:
-    kinds = sorted({kind for record in records for kind in record.flaws})
-    return {kind: sum(record.flaws.get(kind, 0) for record in records) for kind in kinds}
-
-
-def _refuse_many_flaws(
-    config: PrepareConfig, units: Sequence[Unit], records: Sequence[UnitRecord]
-) -> None:
-    count = sum(record.num_flaws for record in records)
-    if config.on_error == "limit" and count > config.max_flaws:
-        raise DataError(too_many_flaws(_examples(units, records)[-1], config.max_flaws))
-
-
-def _examples(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[Flaw]:
-    """The first few flaws of each kind, their lines counted from the start of the file."""
-    shown: dict[str, int] = {}
-    examples = []
-    for before, record in zip(lines_before(units, records), records, strict=True):
-        for flaw in record.examples:
-            shown[flaw.kind] = shown.get(flaw.kind, 0) + 1
-            if shown[flaw.kind] <= EXAMPLES_OF_A_KIND:
-                examples.append(replace(flaw, line=flaw.line + before))
-    return examples

@@ -16,17 +16,11 @@ from modtrain.common.errors import DataError, raise_if_any
 from modtrain.data.config import PrepareConfig
 from modtrain.data.prepare.encode import EncodeJob, encode_unit, finished_record
 from modtrain.data.prepare.given_tokenizer import given_tokenizer
-from modtrain.data.prepare.pipeline import (
-    LOCK_NAME,
-    InUseError,
-    PrepareReport,
-    encode_jobs,
-    ensure_tokenizer,
-    make_folders,
-    prepare,
-)
+from modtrain.data.prepare.pipeline import encode_jobs, prepare
+from modtrain.data.prepare.report import PrepareReport
 from modtrain.data.prepare.source_checks import refuse_misfits
 from modtrain.data.prepare.sources import expand_sources
+from modtrain.data.prepare.stored_tokenizer import ensure_tokenizer
 from modtrain.data.prepare.task import (
     Task,
     TaskReport,
@@ -35,8 +29,9 @@ from modtrain.data.prepare.task import (
     own_staging,
 )
 from modtrain.data.prepare.units import plan_units
+from modtrain.data.prepare.work_directory import LOCK_NAME, InUseError, make_folders
 from modtrain.data.prepare.worker_pool import Elsewhere, run_unfinished
-from modtrain.data.stream.index import INDEX_NAME
+from modtrain.data.stream.prepared import INDEX_NAME
 
 # Seconds for which a task that begins late waits for one that is at the rest.
 _PATIENCE = 60.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from modtrain.data.config import PrepareConfig
@@ -18,31 +17,9 @@ from modtrain.data.prepare.pack import (
 )
 from modtrain.data.prepare.packed_rows import PackedSplit, pack_splits, plan_row_shards
 from modtrain.data.prepare.source_checks import refuse_unknown_ends
+from modtrain.data.prepare.stored_tokenizer import StoredTokenizer
 from modtrain.data.prepare.worker_pool import run_unfinished
-from modtrain.data.stream.index import SPLITS, Shard, SplitSummary
-
-# Tokens of 16 bits number this many.
-_LARGEST_UINT16_VOCAB = 1 << 16
-
-
-@dataclass(frozen=True)
-class StoredTokenizer:
-    """The tokenizer of the output."""
-
-    path: Path
-    sha256: str
-    vocab_size: int
-    eos_id: int
-
-    @property
-    def dtype(self) -> str:
-        """The smallest type of numbers that holds its tokens."""
-        return smallest_dtype(self.vocab_size)
-
-
-def smallest_dtype(count: int) -> str:
-    """The smallest type that tells so many numbers apart."""
-    return "uint16" if count <= _LARGEST_UINT16_VOCAB else "uint32"
+from modtrain.data.stream.prepared import SPLITS, Shard, SplitSummary
 
 
 def pack_documents(

@@ -28,6 +28,7 @@ from rich.progress import (
 )
 
 from modtrain.common.errors import DataError
+from modtrain.common.shared_memory import SHARED_MEMORY
 from modtrain.common.terminal import plain_console
 
 Job = TypeVar("Job")
@@ -36,7 +37,6 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 # A log line at each tenth of the work.
 _LOG_EVERY = 0.1
-_LOCKS = "/dev/shm"  # noqa: S108
 # What making one fails with where that is full, or may not be written.
 _NO_SHARED_MEMORY = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -177,7 +177,7 @@ def _pool(num_workers: int) -> Iterator[tuple[ProcessPoolExecutor, Callable[[], 
             if error.errno not in _NO_SHARED_MEMORY:
                 raise
             raise DataError(
-                f"{_LOCKS}: {error.strerror}, and the workers' locks are there\n"
+                f"{SHARED_MEMORY}: {error.strerror}, and the workers' locks are there\n"
                 "remedy: free space there, give a container --shm-size=1g, or add num_workers=1,"
                 " which needs no locks; the same command continues"
             ) from error

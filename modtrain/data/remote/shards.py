@@ -18,7 +18,8 @@ import numpy as np
 from modtrain.common.errors import DataError
 from modtrain.data.remote.cache import ShardCache
 from modtrain.data.remote.files import ChangedError, Range, RemoteFiles
-from modtrain.data.stream.index import PACKING_FILES, SPLITS, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import PACKING_FILES, SPLITS
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from modtrain.common.ignored_target import IGNORED
+
 PADDING = -1
 """In the place of a token where there is none, at the end of a sequence."""
-# Of `torch.nn.functional.cross_entropy`.
-_IGNORED = -100
 
 
 class Batch(NamedTuple):
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
             return cls.from_targets(tokens_BT[:, :-1], tokens_BT[:, 1:], eos_id)
         inputs_BS, targets_BS = tokens_BT[:, :-1].clamp(min=0), tokens_BT[:, 1:]
         valid_BS = targets_BS != PADDING
-        batch = cls.from_targets(inputs_BS, targets_BS.where(valid_BS, _IGNORED), eos_id)
+        batch = cls.from_targets(inputs_BS, targets_BS.where(valid_BS, IGNORED), eos_id)
         return batch._replace(valid_BS=valid_BS)
 
     @classmethod
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
     @property
     def num_targets(self) -> int:
         """How many tokens are predicted; on a device it waits for it."""
-        return int((self.targets_BS != _IGNORED).sum())
+        return int((self.targets_BS != IGNORED).sum())
 
     def masks(self) -> dict[str, Any]:
         """Return what `Transformer.forward` has to know of the tokens, by its parameters."""

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
-from typing import Any
 
 import lightning
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler
 
 from modtrain.common.atomic_io import digest
 from modtrain.common.errors import DataError
+from modtrain.common.shared_memory import SHARED_MEMORY
 from modtrain.data.config import DataConfig
 from modtrain.data.mixture.order import MixtureOrder
 from modtrain.data.mixture.stream import (
@@ -30,12 +27,19 @@ from modtrain.data.mixture.stream import (
 )
 from modtrain.data.remote.dataset import RemoteTokenDataset
 from modtrain.data.remote.fill import ShardFiller, Upcoming, open_filler
-from modtrain.data.remote.read_ahead import MOST_THREADS, ReadAhead
+from modtrain.data.remote.read_ahead import MOST_THREADS
 from modtrain.data.remote.urls import is_url
 from modtrain.data.stream.batch import Batch
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import IndexSummary, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.loader import (
+    SHARED_MEMORY_REMEDY,
+    SPARE_BYTES,
+    TokenLoader,
+    collate_tokens,
+)
 from modtrain.data.stream.order import SampleOrder
+from modtrain.data.stream.prepared import IndexSummary
 from modtrain.data.stream.samplers import (
     BatchPlan,
     ChainedBatchSampler,
@@ -44,8 +48,6 @@ from modtrain.data.stream.samplers import (
     stream_positions,
 )
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-"""Where workers of a DataLoader leave batches on Linux."""
 _TOKEN_BYTES = 8
 # Seconds for a batch. torch has no limit, and waits for ever for a batch that it loses where shared
 # memory is full.
@@ -56,12 +58,6 @@ _REQUESTS = 10
 # moment and come together where the server is slow; and the bytes of all at most.
 _STEPS_AHEAD = 16
 _AHEAD_BYTES = 1 << 28
-# For semaphores and whole pages.
-_SPARE_BYTES = 1 << 16
-_SHARED_REMEDY = (
-    "data.num_workers=0 needs no shared memory, and docker run takes --shm-size=8g."
-    " The same command continues from the last checkpoint."
-)
 
 
 @dataclass(frozen=True)
@@ -111,6 +107,7 @@ class TokenDataModule(lightning.LightningDataModule):
         self.eval_sequences = eval_sequences
         self.start_step = 0
         self.skipped_samples: Sequence[tuple[int, int]] = ()
+        self._planned: tuple[int, SampleOrder | MixtureOrder] | None = None
 
     @cached_property
     def indexes(self) -> dict[str, ShardIndex]:
@@ -142,9 +139,12 @@ class TokenDataModule(lightning.LightningDataModule):
 
     @property
     def order(self) -> SampleOrder | MixtureOrder:
-        """The order of the training samples."""
+        """The order of the training samples, planned once for a number of samples of the run."""
         run_samples = self.num_steps * self.plan().samples_per_step
-        return order_of(self.config, self.train_data, run_samples)
+        if self._planned is None or self._planned[0] != run_samples:
+            order = order_of(self.config, self.train_data, run_samples)
+            self._planned = (run_samples, order)
+        return self._planned[1]
 
     def plan(self) -> BatchPlan:
         """How a step's samples are assigned, as seen from this rank."""
@@ -177,19 +177,19 @@ class TokenDataModule(lightning.LightningDataModule):
         if not self.train_data.has_padding:
             return None
         places = self.plan().samples_per_step * self.train_data.seq_len
-        return 1 - self._num_targets(self.order, step) / places
+        return 1 - self._num_targets(step) / places
 
-    def _num_targets(self, order: SampleOrder | MixtureOrder, step: int) -> int:
+    def _num_targets(self, step: int) -> int:
         """How many tokens all ranks predict in a step: a function of the stream's positions."""
-        return self.train_data.num_targets(order.lookup(self._positions(step)))
+        return self.train_data.num_targets(self.order.lookup(self._positions(step)))
 
     def _weight_of(self, plan: BatchPlan) -> Callable[[int, Batch], float] | None:
         """What computes a batch's weight by its number; None: all have equally many targets."""
         if not self.train_data.has_padding:
             return None
         start = self.start_step
-        # Once a step, and the order of a mixture is not planned anew each time.
-        num_targets = lru_cache(maxsize=2)(partial(self._num_targets, self.order))
+        # Once a step.
+        num_targets = lru_cache(maxsize=2)(self._num_targets)
         num_batches = plan.accumulate * plan.world_size
 
         def weight(number: int, batch: Batch) -> float:
@@ -294,11 +294,11 @@ class TokenDataModule(lightning.LightningDataModule):
         copies = 4 if self.train_data.has_padding else 2
         batch_bytes = copies * batches * (self.train_data.seq_len + 1) * _TOKEN_BYTES
         ahead = config.num_workers * config.prefetch_factor * num_processes
-        needed, free = ahead * batch_bytes + _SPARE_BYTES, shutil.disk_usage(SHARED_MEMORY).free
+        needed, free = ahead * batch_bytes + SPARE_BYTES, shutil.disk_usage(SHARED_MEMORY).free
         if free < needed:
             raise DataError(
                 f"{SHARED_MEMORY} has {free:,} bytes free, and {config.num_workers} workers of each"
-                f" of {num_processes} processes may need {needed:,}. {_SHARED_REMEDY}"
+                f" of {num_processes} processes may need {needed:,}. {SHARED_MEMORY_REMEDY}"
             )
 
     def _world(self) -> tuple[int, int]:
@@ -318,14 +318,16 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def _loader(
         self, data: TokenDataset | MixtureDataset, batches: Sampler[list[int]]
-    ) -> _TokenLoader:
+    ) -> TokenLoader:
         workers = self.config.num_workers
-        loader = _TokenLoader(
+        loader = TokenLoader(
             data,  # type: ignore[arg-type]  # of tensors, which collate_fn makes batches of
             batch_sampler=batches,
             num_workers=workers,
             # The data set returns whole batches already.
-            collate_fn=partial(_collate, eos_id=self.config.eos_id, has_padding=data.has_padding),
+            collate_fn=partial(
+                collate_tokens, eos_id=self.config.eos_id, has_padding=data.has_padding
+            ),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             timeout=self._worker_timeout() if workers else 0,
@@ -336,82 +338,3 @@ class TokenDataModule(lightning.LightningDataModule):
         )
         loader.num_ahead = self.config.prefetch_factor
         return loader
-
-
-class _TokenLoader(DataLoader[Batch]):
-    """A DataLoader whose workers' errors are the run's own.
-
-    Without workers, batches from behind a URL are read by threads: the server is waited for.
-
-    num_ahead: batches that these have read. filler: fetches whole shards meanwhile. consumed:
-    samples of all ranks before the first batch, and in each. weight_of: computes the weight of a
-    batch by its number, from 0; None: batches have none.
-    """
-
-    num_ahead = 1
-    filler: ShardFiller | None = None
-    consumed = (0, 0.0)
-    _ahead: ReadAhead[list[int], Batch] | None = None
-    weight_of: Callable[[int, Batch], float] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        if self.filler is None:
-            yield from self._weighted()
-            return
-        with self.filler as filler:
-            yield from filler.watched(self._weighted(), *self.consumed, self._is_behind)
-
-    def _is_behind(self) -> bool:
-        return self._ahead is not None and self._ahead.is_behind
-
-    def _weighted(self) -> Iterator[Batch]:
-        if self.weight_of is None:
-            yield from self._batches()
-            return
-        for number, batch in enumerate(self._batches()):
-            yield batch._replace(weight=self.weight_of(number, batch))
-
-    def _batches(self) -> Iterator[Batch]:
-        data: Dataset[Any] = self.dataset
-        numbers: Any = self.batch_sampler
-        remote = [s.shards for _, s in sources_of(data) if isinstance(s, RemoteTokenDataset)]
-        if self.num_workers == 0 and remote:
-
-            def cancel(threads: Collection[int]) -> None:
-                for shards in remote:
-                    shards.files.cancel(threads)
-
-            self._ahead = ReadAhead(self._read, iter(numbers), self.num_ahead, cancel)
-            yield from self._ahead
-            return
-        try:
-            yield from super().__iter__()
-        except DataError as error:
-            # A worker's error has its traceback before its text.
-            text = re.split(r"\b(?:Data|Changed)Error: ", str(error))[-1]
-            raise DataError(text.strip()) from error
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            free = f"{shutil.disk_usage(SHARED_MEMORY).free:,}" if SHARED_MEMORY.is_dir() else "no"
-            raise DataError(
-                f"the workers of data.num_workers={self.num_workers} gave no batch for"
-                f" {self.timeout:.0f} s; {SHARED_MEMORY} has {free} bytes free. {_SHARED_REMEDY}"
-            ) from error
-
-    def _read(self, numbers: list[int]) -> Batch:
-        data: Any = self.dataset
-        batch: Batch = self.collate_fn(data.__getitems__(numbers))
-        return batch.pin_memory() if self.pin_memory else batch
-
-
-def _collate(tokens_BT: Tensor, eos_id: int | None, has_padding: bool) -> Batch:
-    batch = Batch.from_tokens(tokens_BT, eos_id, has_padding=has_padding)
-    if get_worker_info() is not None and SHARED_MEMORY.is_dir():
-        # Where it is full, torch loses the batch and waits for it for ever.
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        tensors = [tensor for tensor in batch[:4] if tensor is not None]
-        needed = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        if free < needed + _SPARE_BYTES:
-            raise DataError(f"{SHARED_MEMORY} has {free:,} bytes free. {_SHARED_REMEDY}")
-    return batch

@@ -21,7 +21,8 @@ from modtrain.common.errors import DataError, raise_if_any
 from modtrain.data.config import packed_len_problems, seq_len_problems
 from modtrain.data.packing.rows import RowTable
 from modtrain.data.stream.batch import PADDING
-from modtrain.data.stream.index import ITEM_SIZES, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import ITEM_SIZES
 
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 # Of a version 1.0 header of a two-dimensional array, with room to spare.

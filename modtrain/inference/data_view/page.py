@@ -16,7 +16,6 @@ from modtrain.inference.data_view.statistics import (
     SplitStatistics,
     Statistics,
     length_quantiles,
-    packing_lines,
 )
 from modtrain.inference.inspect.figures import Drawing, Theme, drawing, themes
 
@@ -30,7 +29,8 @@ _POINTS = 200
 class Subject:
     """What is looked at: its name for people, and what all of its sources share.
 
-    unused: some of the num_unused tokens that never occur, as printable text.
+    unused: some of the num_unused tokens that never occur, as printable text. packing: what is to
+    be said of each split whose documents are packed.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Subject:
     num_files: int
     unused: list[str]
     num_unused: int
+    packing: list[str]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def render(subject: Subject, statistics: Statistics, samples: Sequence[ShownSamp
         has_sources=any(split.source for split in statistics.splits),
         quantiles=[_quantiles(split.lengths) for split in statistics.splits],
         most_repeated=statistics.most_repeated,
-        packing=packing_lines(statistics.splits, subject.seq_len),
+        packing=subject.packing,
         is_whole=all(split.is_whole for split in statistics.splits),
         num_read=sum(split.num_read for split in statistics.splits),
         length_drawings=[

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modtrain.data.documents.table import DocumentTable, find_repeats
-from modtrain.data.packing.summary import SplitPacking, packing_text
+from modtrain.data.packing.summary import SplitPacking
 from modtrain.data.stream.batch import PADDING
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import SPLITS, ShardIndex, SplitSummary
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import SPLITS, SplitSummary
 
 # Samples read in one go.
 _READ = 256
@@ -158,17 +159,6 @@ def length_quantiles(lengths: Lengths, shares: Sequence[float]) -> list[int]:
     places = np.searchsorted(cumulative, np.array(shares) * cumulative[-1])
     chosen: list[int] = values[np.minimum(places, len(values) - 1)].tolist()
     return chosen
-
-
-def packing_lines(splits: Sequence[SplitStatistics], seq_len: int) -> list[str]:
-    """Describe the packing of each split whose documents are packed by best fit."""
-    lines = []
-    for split in splits:
-        if split.packing is not None:
-            counts = (split.summary.num_sequences, seq_len, split.summary.num_documents)
-            name = f"{split.source}, {split.split}" if split.source else split.split
-            lines.append(f"{name}: {packing_text(*counts, split.packing)}")
-    return lines
 
 
 def unused_tokens(splits: Sequence[SplitStatistics]) -> NDArray[np.int64]:

@@ -18,7 +18,8 @@ from modtrain.data.config import DataConfig
 from modtrain.data.documents.table import DocumentTable
 from modtrain.data.mixture.stream import MixtureDataset, load_indexes, open_split
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import SPLITS, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import SPLITS
 from modtrain.inference.data_view.config import DataViewConfig
 from modtrain.inference.data_view.page import ShownSample, Subject, render
 from modtrain.inference.data_view.sample_documents import sample_documents
@@ -26,7 +27,6 @@ from modtrain.inference.data_view.statistics import (
     SplitStatistics,
     Statistics,
     length_quantiles,
-    packing_lines,
     statistics_of,
     unused_tokens,
 )
@@ -69,6 +69,9 @@ def view_data(config: DataViewConfig, console: Console | None = None) -> None:
         num_files=summary.num_files,
         unused=_unused_text(statistics, tokenizer),
         num_unused=len(unused_tokens(statistics.splits)),
+        packing=[
+            line for name, index in indexes.items() for line in index.summary.packing_lines(name)
+        ],
     )
     samples = list(_samples(indexes, splits["train"], tokenizer, config))
     if config.output is not None:
@@ -147,7 +150,7 @@ def _report_lines(
     if subject.unused:
         more = " …" if subject.num_unused > len(subject.unused) else ""
         lines[0] += f": {'  '.join(subject.unused)}{more}"
-    lines += packing_lines(statistics.splits, subject.seq_len)
+    lines += subject.packing
     lines += [
         f"{repeated.num_documents:,} documents have the text of {repeated.origin}"
         for repeated in statistics.most_repeated

@@ -11,7 +11,7 @@ from typing import Any
 
 from modtrain.common.atomic_io import without_nan, write_text
 from modtrain.common.errors import Problem, raise_if_any
-from modtrain.data.stream.index import read_summary
+from modtrain.data.stream.index_json import read_summary
 from modtrain.evaluation.held_out import Decision, HeldOut, evaluate
 from modtrain.inference.calibration import (
     Calibration,

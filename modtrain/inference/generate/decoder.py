@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modtrain.data.stream.batch import document_numbers
 from modtrain.inference.config import SamplingConfig
+from modtrain.inference.generate.counts import SequenceCount, Statistics
 from modtrain.inference.generate.sampling import Drafts, PerSequenceRNG, distribution, draw, verify
 from modtrain.models.cache.cache import Cache
 from modtrain.models.depth.config import ComputeBudget, Selection
@@ -70,35 +71,6 @@ class DecoderConfig:
     drafts: int = 0
     draft_budget: ComputeBudget | None = None
     capacities: Sequence[float | None] | None = None
-
-
-@dataclass
-class SequenceCount:
-    """Tokens of one sequence that passes of the whole model ran, and by router the chosen ones."""
-
-    tokens: int
-    chosen_R: list[int]
-
-
-@dataclass
-class Statistics:
-    """Counts of a decoder's work.
-
-    prompt_tokens, generated_tokens: of all sequences. steps: passes of the whole model, counted per
-    sequence. drafted, accepted: tokens of self-speculation, and those of them that were kept.
-    chosen_R: routed tokens of these passes by router, of ``stepped_tokens``, rejected drafts
-    included. by_sequence: the same of each sequence. cache_bytes: peak memory of the caches.
-    """
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    steps: int = 0
-    stepped_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    chosen_R: list[int] = field(default_factory=list)
-    by_sequence: list[SequenceCount] = field(default_factory=list)
-    cache_bytes: int = 0
 
 
 @dataclass
@@ -370,20 +342,10 @@ class Decoder:
         valid_NT: Tensor | None,
         numbers: list[int],
     ) -> None:
-        counts = self.statistics
-        allocated = sum(cache.allocated_bytes() for cache in self._caches)
-        counts.cache_bytes = max(counts.cache_bytes, allocated)
         whole = [tokens_NT.shape[1]] * len(numbers)
         lengths = whole if valid_NT is None else valid_NT.sum(dim=1).tolist()
-        counts.stepped_tokens += sum(lengths)
-        by_sequence = [counts.by_sequence[number] for number in numbers]
-        for sequence, count in zip(by_sequence, lengths, strict=True):
-            sequence.tokens += count
-        for index, record in enumerate(output.routing):
-            chosen_N = record.chosen_BS.sum(dim=1).tolist()
-            counts.chosen_R[index] += sum(chosen_N)
-            for sequence, count in zip(by_sequence, chosen_N, strict=True):
-                sequence.chosen_R[index] += count
+        allocated = sum(cache.allocated_bytes() for cache in self._caches)
+        self.statistics.add_step(output.routing, lengths, numbers, allocated)
 
     def _release(self, row: int) -> None:
         self._active.pop(row)

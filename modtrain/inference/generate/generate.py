@@ -19,7 +19,8 @@ from modtrain.inference.generate.continuations import (
     PlainWriter,
     output,
 )
-from modtrain.inference.generate.decoder import Decoder, DecoderConfig, Statistics
+from modtrain.inference.generate.counts import Statistics
+from modtrain.inference.generate.decoder import Decoder, DecoderConfig
 from modtrain.inference.generate.text_stream import TextStream
 from modtrain.inference.loading import LoadedRun, load_run
 from modtrain.inference.text_io import is_unicode, read_text

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from modtrain.common.atomic_io import write_text
 from modtrain.common.errors import ConfigError, DataError, Problem, raise_if_any
+from modtrain.common.ignored_target import IGNORED
 from modtrain.data.prepare.tokenizer import DocumentEncoder
 from modtrain.data.stream.batch import Batch
 from modtrain.inference.calibration import budget_of_run, resolve_decisions
@@ -26,7 +27,6 @@ from modtrain.inference.text_io import is_writable, read_text
 from modtrain.inference.token_text import TokenTexts
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import RouterSwap, Selection
-from modtrain.models.loss import IGNORED
 
 
 def inspect_run(config: InspectConfig) -> Path:

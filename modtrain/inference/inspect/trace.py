@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from modtrain.common.ignored_target import IGNORED
 from modtrain.data.stream.batch import Batch
 from modtrain.evaluation.held_out import (
     Agreement,
@@ -31,7 +32,6 @@ from modtrain.models.depth.pattern import num_chosen
 from modtrain.models.depth.router import to_fp32_or_wider
 from modtrain.models.depth.selection import top_k_of_documents
 from modtrain.models.flops import dense_equivalent_flops, realised_flops
-from modtrain.models.loss import IGNORED
 from modtrain.models.sequence import RoutingRecord
 from modtrain.models.transformer import ModelOutput, Transformer
 

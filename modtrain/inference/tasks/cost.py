@@ -6,16 +6,18 @@ Shapes: R routers, M mixtures of experts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from modtrain.evaluation.held_out import mean_loads
 from modtrain.models.config import ModelConfig
 from modtrain.models.depth.config import Selection
 from modtrain.models.flops import dense_equivalent_flops, realised_flops
+from modtrain.models.sequence import Output
 from modtrain.models.transformer import Transformer
 
 
@@ -62,16 +64,14 @@ class ForwardCost:
         mixtures = model.mixtures
         self._slots_M = self._slots_M or [0.0] * len(mixtures)
 
-        def count(number: int) -> object:
-            def hook(_: nn.Module, __: object, output: object) -> None:
-                executed_E: Tensor = output.experts[0].executed_E  # type: ignore[attr-defined]
-                self._slots_M[number] += float(executed_E.sum())
+        def count(number: int) -> Callable[[nn.Module, Any, Output], None]:
+            def hook(_: nn.Module, __: Any, output: Output) -> None:
+                self._slots_M[number] += float(output.experts[0].executed_E.sum())
 
             return hook
 
         return [
-            mixture.register_forward_hook(count(number))  # type: ignore[arg-type]
-            for number, mixture in enumerate(mixtures)
+            mixture.register_forward_hook(count(number)) for number, mixture in enumerate(mixtures)
         ]
 
     @property

@@ -18,7 +18,6 @@ from modtrain.models.depth.router import (
     Predictor,
     evenly_spaced_positions,
     evenly_spaced_scores,
-    floor_share,
     hash_positions,
     hashed_scores,
     make_router,
@@ -27,7 +26,7 @@ from modtrain.models.depth.router import (
 )
 from modtrain.models.depth.selection import (
     TokenSlots,
-    apply_cumulative_cap,
+    apply_budget,
     chosen_first,
     expert_choice,
     filled_slots,
@@ -325,28 +324,7 @@ class MixtureOfDepths(nn.Module):
                 chosen_BS = hash_positions(positions_BS, share, self.number)
         if context.valid_BS is not None:
             chosen_BS = chosen_BS & context.valid_BS
-        if budget.step_cap is not None:
-            num_entered_BS = context.num_entered_BS
-            if num_entered_BS is None:
-                num_entered_BS = torch.zeros_like(chosen_BS, dtype=torch.long)
-            chosen_BS = chosen_BS & (num_entered_BS < budget.step_cap)
-        routed = context.routed[self.number] if context.routed else None
-        if budget.layer_cap is not None:
-            # Counts from the start of the text, tokens in the cache included.
-            allowed_BS = floor_share(
-                context.positions_BS.expand_as(chosen_BS) + 1, budget.layer_cap
-            )
-            before_B = [0] if routed is None else routed.lengths
-            before_B1 = torch.tensor(before_B, device=chosen_BS.device).unsqueeze(1)
-            # Under another budget more tokens than allowed may have been routed before.
-            allowed_BS = torch.maximum(allowed_BS, before_B1)
-            chosen_BS = apply_cumulative_cap(chosen_BS, allowed_BS, before_B1)
-        if routed is not None:
-            counts = chosen_BS.sum(dim=1).tolist()
-            index_BK = chosen_first(chosen_BS, max(counts))
-            positions_BK = context.positions_BS.gather(1, index_BK)
-            routed._replace(counts=counts).append((), positions_BK, None)
-        return chosen_BS
+        return apply_budget(chosen_BS, budget, context, self.number)
 
     def _route(
         self, x_BSD: Tensor, context: SequenceContext, scores_BS: Tensor, slots: TokenSlots

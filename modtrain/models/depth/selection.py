@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modtrain.models.depth.config import ComputeBudget
+from modtrain.models.depth.router import floor_share
 from modtrain.models.sequence import SequenceContext
 
 
@@ -149,6 +151,35 @@ def apply_cumulative_cap(wanted_BS: Tensor, allowed_BS: Tensor, before_B1: Tenso
     total_BS = num_wanted_BS + torch.minimum(slack_BS, torch.zeros_like(slack_BS) + before_B1)
     first_B1 = torch.zeros_like(total_BS[:, :1]) + before_B1
     return total_BS > torch.cat([first_B1, total_BS[:, :-1]], dim=1)
+
+
+def apply_budget(
+    chosen_BS: Tensor, budget: ComputeBudget, context: SequenceContext, number: int
+) -> Tensor:
+    """Keep the chosen tokens (B, S) while the caps of a compute budget allow it.
+
+    number: index of the router. The cache learns which tokens were routed.
+    """
+    if budget.step_cap is not None:
+        num_entered_BS = context.num_entered_BS
+        if num_entered_BS is None:
+            num_entered_BS = torch.zeros_like(chosen_BS, dtype=torch.long)
+        chosen_BS = chosen_BS & (num_entered_BS < budget.step_cap)
+    routed = context.routed[number] if context.routed else None
+    if budget.layer_cap is not None:
+        # Counts from the start of the text, tokens in the cache included.
+        allowed_BS = floor_share(context.positions_BS.expand_as(chosen_BS) + 1, budget.layer_cap)
+        before_B = [0] if routed is None else routed.lengths
+        before_B1 = torch.tensor(before_B, device=chosen_BS.device).unsqueeze(1)
+        # Under another budget more tokens than allowed may have been routed before.
+        allowed_BS = torch.maximum(allowed_BS, before_B1)
+        chosen_BS = apply_cumulative_cap(chosen_BS, allowed_BS, before_B1)
+    if routed is not None:
+        counts = chosen_BS.sum(dim=1).tolist()
+        index_BK = chosen_first(chosen_BS, max(counts))
+        positions_BK = context.positions_BS.gather(1, index_BK)
+        routed._replace(counts=counts).append((), positions_BK, None)
+    return chosen_BS
 
 
 def quantile(scores_BS: Tensor, count: int, valid_BS: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from modtrain.checkpoint.state import MODEL
 from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import CheckpointError, DataError, StartingPointError
 from modtrain.data.remote.urls import is_url
-from modtrain.data.stream.index import INDEX_NAME
+from modtrain.data.stream.prepared import INDEX_NAME
 from modtrain.models.config import ModelConfig
 from modtrain.training.config import TrainConfig
 from modtrain.training.run_directory import RunDirectory, dotted_values

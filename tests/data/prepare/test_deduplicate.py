@@ -10,7 +10,8 @@ from modtrain.common.errors import DataError
 from modtrain.data.config import TokenizerConfig
 from modtrain.data.prepare import deduplicate
 from modtrain.data.prepare.pipeline import prepare
-from modtrain.data.stream.index import SPLITS, read_summary
+from modtrain.data.stream.index_json import read_summary
+from modtrain.data.stream.prepared import SPLITS
 from tests.data.data_cases import make_documents, tiny_config, tree, write_jsonl
 
 

@@ -17,7 +17,8 @@ from modtrain.data.documents.record import RECORD, names_of
 from modtrain.data.documents.table import DocumentTable, find_repeats
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import SPLITS, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import SPLITS
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 
 

@@ -20,7 +20,8 @@ from modtrain.data.prepare.request import REQUEST_NAME
 from modtrain.data.prepare.sources import expand_sources
 from modtrain.data.prepare.tokenizer import SplitChooser
 from modtrain.data.prepare.units import plan_units
-from modtrain.data.stream.index import TOKENIZER_NAME, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import TOKENIZER_NAME
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 from tests.helpers.problems import problems_of
 

@@ -12,10 +12,12 @@ from modtrain.common.errors import ConfigError
 from modtrain.data.config import TokenizerConfig
 from modtrain.data.documents.table import DocumentTable
 from modtrain.data.prepare import packed_rows, pipeline
-from modtrain.data.prepare.pipeline import prepare, smallest_dtype
+from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.prepare.shared import prepare_task
+from modtrain.data.prepare.stored_tokenizer import smallest_dtype
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import SPLITS, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import SPLITS
 from tests.data.data_cases import make_documents, tiny_config, tree, write_jsonl
 
 best_fit = partial(tiny_config, seq_len=40, packing="best_fit")

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 
 from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import PrepareConfig, TokenizerConfig
-from modtrain.data.prepare import encode, pack
+from modtrain.data.prepare import encode, pack, stored_tokenizer
 from modtrain.data.prepare import pipeline as prepare_module
 from modtrain.data.prepare.pipeline import finish, prepare
 from modtrain.data.prepare.tokenizer import END_OF_DOCUMENT, SplitChooser
+from modtrain.data.prepare.work_directory import work_directory
 from modtrain.data.stream.index import ShardIndex
 from tests.data.data_cases import make_documents, tiny_config, tree, write_jsonl
 
@@ -95,7 +96,7 @@ class _Writes:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.stop_at = -1
         self.done: list[str] = []
-        for module in (encode, pack, prepare_module):
+        for module in (encode, pack, prepare_module, stored_tokenizer):
             for name in ("write_json", "write_bytes"):
                 if hasattr(module, name):
                     patch.setattr(module, name, self._counted(module, name))
@@ -232,7 +233,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_two_prepares_of_one_output_do_not_mix(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_documents(100))
     config = tiny_config([corpus], tmp_path / "out")
-    with prepare_module._work_directory(tmp_path / "out") as work:
+    with work_directory(tmp_path / "out") as work:
         (work / "staging" / "half").write_text("being written")
         with pytest.raises(DataError, match="another prepare"):
             prepare(config, progress=False)

@@ -14,7 +14,8 @@ from modtrain.cli.main import main
 from modtrain.common.atomic_io import acquire_lock
 from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.prepare import shared
-from modtrain.data.prepare.pipeline import PrepareReport, prepare
+from modtrain.data.prepare.pipeline import prepare
+from modtrain.data.prepare.report import PrepareReport
 from modtrain.data.prepare.shared import prepare_task
 from modtrain.data.prepare.task import Task, TaskReport
 from tests.data.data_cases import make_documents, tiny_config, tree, write_jsonl

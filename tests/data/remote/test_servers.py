@@ -13,7 +13,8 @@ import torch
 from modtrain.common.errors import DataError
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.remote import files
-from modtrain.data.stream.index import ShardIndex, read_summary
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.index_json import read_summary
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 from tests.data.remote.servers import FaultyProxy, find_nginx, nginx_server, s3_server
 from tests.data.remote.test_stream import module, shards_of, step_rows, tokens

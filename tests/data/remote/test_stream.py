@@ -20,7 +20,8 @@ from modtrain.data.remote.fill import Upcoming, open_filler
 from modtrain.data.remote.read_ahead import MOST_THREADS, ReadAhead
 from modtrain.data.remote.shards import RemoteShards, evict_others, kept_checksums
 from modtrain.data.stream.datamodule import TokenDataModule
-from modtrain.data.stream.index import ShardIndex, read_summary
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.index_json import read_summary
 from tests.data.data_cases import prepare_packed
 from tests.data.remote.servers import FaultyServer
 

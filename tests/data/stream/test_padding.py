@@ -13,10 +13,12 @@ from modtrain.common.atomic_io import file_sha256
 from modtrain.common.errors import ConfigError, DataError
 from modtrain.data.config import DataConfig
 from modtrain.data.mixture.config import SourceConfig
+from modtrain.data.mixture.stream import order_of
 from modtrain.data.stream.batch import PADDING, Batch
 from modtrain.data.stream.datamodule import TokenDataModule
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import INDEX_NAME, ShardIndex
+from modtrain.data.stream.index import ShardIndex
+from modtrain.data.stream.prepared import INDEX_NAME
 from tests.data.data_cases import prepare_packed
 
 SEQ_LEN, STEPS = 128, 3
@@ -72,6 +74,24 @@ def test_every_token_of_a_step_counts_alike(packed: Path, prepared: Path, is_mix
             assert weight == pytest.approx(count * accumulate * world / expected[step])
         shares = [1 - count / (8 * SEQ_LEN) for count in expected]
         assert [data.padding_share(step) for step in range(STEPS)] == pytest.approx(shares)
+
+
+def test_the_order_of_a_mixture_is_planned_once(packed: Path, monkeypatch) -> None:
+    sources = {"a": SourceConfig(str(packed)), "b": SourceConfig(str(packed))}
+    data = datamodule(DataConfig(sources=sources), 2, 2, 1, 0)
+    planned = []
+
+    def plan(*arguments):
+        planned.append(arguments[-1])
+        return order_of(*arguments)
+
+    monkeypatch.setattr("modtrain.data.stream.datamodule.order_of", plan)
+    shares = [data.padding_share(step) for step in range(STEPS)]
+    assert data.order is data.order and planned == [STEPS * 4]
+    # Stages that begin at a share of the run depend on its length.
+    data.num_steps += 1
+    assert [data.padding_share(step) for step in range(STEPS)] == shares
+    assert planned == [STEPS * 4, (STEPS + 1) * 4]
 
 
 def test_a_run_that_starts_later_weighs_its_batches_alike(packed: Path) -> None:

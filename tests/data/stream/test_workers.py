@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from modtrain.common.errors import DataError
+from modtrain.common.shared_memory import SHARED_MEMORY
 from modtrain.data.config import DataConfig
-from modtrain.data.stream import datamodule
+from modtrain.data.stream import datamodule, loader
 from modtrain.data.stream.batch import Batch
-from modtrain.data.stream.datamodule import SHARED_MEMORY, TokenDataModule
+from modtrain.data.stream.datamodule import TokenDataModule
 
 pytestmark = pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="Linux's shared memory")
 
@@ -36,7 +37,7 @@ def test_batches_that_do_not_fit_are_refused_at_the_start(data, monkeypatch):
     data.check_shared_memory(1)
     # Of two workers, batches of 3 and of 4 sequences and their documents.
     needed = 2 * data.config.prefetch_factor * 7 * (data.train_data.seq_len + 1) * 2 * 8
-    free = datamodule._SPARE_BYTES + 8 * needed
+    free = loader.SPARE_BYTES + 8 * needed
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     data.check_shared_memory(8)
     with pytest.raises(DataError, match=r"/dev/shm has .* 2 workers of each of 9 processes"):
@@ -47,7 +48,7 @@ def test_batches_that_do_not_fit_are_refused_at_the_start(data, monkeypatch):
 
 @pytest.mark.usefixtures("forked_workers")
 def test_a_worker_reports_that_it_is_full(data, monkeypatch):
-    monkeypatch.setattr(datamodule, "_SPARE_BYTES", 2**60)
+    monkeypatch.setattr(loader, "SPARE_BYTES", 2**60)
     with pytest.raises(DataError) as caught:
         next(iter(data.train_dataloader()))
     text = str(caught.value)

@@ -14,7 +14,7 @@ import modtrain.training.run  # noqa: F401  (loaded here, so that no forked job 
 from modtrain.cli import main as cli
 from modtrain.cli.compose_verbs import compose_isoflop
 from modtrain.data.config import DataConfig
-from modtrain.data.stream.index import read_summary
+from modtrain.data.stream.index_json import read_summary
 from modtrain.experiments.isoflop.config import CONVENTIONS
 from modtrain.experiments.isoflop.grid import make_grid
 from modtrain.experiments.isoflop.grid_report import warnings_of

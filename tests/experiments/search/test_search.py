@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from modtrain.cli import main as cli
 from modtrain.cli.compose_verbs import compose_search
 from modtrain.common.errors import OtherRunError
-from modtrain.data.stream.index import read_summary
+from modtrain.data.stream.index_json import read_summary
 from modtrain.experiments.search.config import SearchConfig, parse_space
 from modtrain.experiments.search.search import suggest
 from modtrain.experiments.search.study import open_study

@@ -13,7 +13,7 @@ from modtrain.data.mixture.config import SourceConfig
 from modtrain.data.mixture.stream import load_indexes, open_split
 from modtrain.data.prepare.pipeline import prepare
 from modtrain.data.stream.dataset import TokenDataset
-from modtrain.data.stream.index import SPLITS
+from modtrain.data.stream.prepared import SPLITS
 from modtrain.inference.data_view import statistics
 from modtrain.inference.data_view.config import DataViewConfig
 from modtrain.inference.data_view.page import length_histogram

@@ -12,7 +12,7 @@ from torch import Tensor
 from modtrain.models import attention
 from modtrain.models.cache.cache import Cache
 from modtrain.models.cache.ragged_store import RaggedStore
-from modtrain.models.depth import layer as depth
+from modtrain.models.depth import selection as token_selection
 from modtrain.models.depth.config import ComputeBudget, RouterConfig
 from modtrain.models.depth.selection import apply_cumulative_cap
 from modtrain.models.experts.config import ExpertsConfig
@@ -192,7 +192,7 @@ def test_what_would_look_ahead_or_aside_is_found_out(monkeypatch):
     with monkeypatch.context() as patch:
         # A cap that keeps the last one that wants it.
         last = lambda wanted, *_: wanted & (wanted.flip(1).cumsum(1).flip(1) <= 1)  # noqa: E731
-        patch.setattr(depth, "apply_cumulative_cap", last)
+        patch.setattr(token_selection, "apply_cumulative_cap", last)
         budget = ComputeBudget(layer_cap=0.4)
         assert any(moved(model, budget, 1, t)[1, :t].max() > 1e-3 for t in range(6, 12))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from modtrain.data.prepare.decompress import chunks
@@ -74,8 +75,6 @@ def flat_parts(path: Path, default_dtype: str, dtype: str | None) -> Iterator[Pa
 
 
 def _npy_header(file: Any) -> tuple[tuple[int, ...], str, int]:
-    from numpy.lib import format as npy  # noqa: PLC0415
-
     version = npy.read_magic(file)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read(file)
