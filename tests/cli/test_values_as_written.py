@@ -141,3 +141,12 @@ def test_a_text_in_the_base_of_a_run_is_not_read_as_a_number(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     run = file.rename(tmp_path / "config.yaml")
     assert expand_base("train", [f"from={run}"], None) == ["seed=7"]
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\t", "\n", "\x9b"])
+def test_a_name_is_no_command_to_the_terminal(character):
+    for verb, key in (("train", "name"), ("search", "study"), ("import", "name")):
+        problem = problems_of(compose, verb, [f'{key}="a{character}[31mb"', "nosuch=1"])[key]
+        assert problem.reason == "has control characters"
+        assert character not in str(problem.value)
+    assert compose("train", ['name="[v1] é :fire:"']).name == "[v1] é :fire:"

@@ -18,7 +18,7 @@ from modtrain.common.errors import Problem
 from modtrain.common.renamed_keys import renamed_problem
 from modtrain.common.spelling import list_items, quoted, syntax_fault
 from modtrain.common.validation import at_least, one_of
-from modtrain.training.config import TrainConfig
+from modtrain.training.config import TrainConfig, directory_problems
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -113,9 +113,8 @@ class SearchConfig(TrainConfig):
         if not self.study:
             remedy = "add study=my_search: the same study is resumed"
             problems.append(Problem("study", "null", "a search needs a name", remedy))
-        elif self.study.startswith("/") or {"", ".."} & set(self.study.split("/")):
-            reason, remedy = "is not a directory below runs_dir", "use a plain name"
-            problems.append(Problem("study", self.study, reason, remedy))
+        else:
+            problems += directory_problems("study", self.study)
         problems += one_of(self, "", "directions", OBJECTIVES) + one_of(self, "", "pruner", PRUNERS)
         problems += at_least(self, "", 1, "trials") + at_least(self, "", 0, "search_seed")
         if not self.directions or len(set(self.directions)) < len(self.directions):

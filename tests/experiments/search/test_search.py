@@ -139,6 +139,7 @@ def test_a_finite_space_is_tried_once_and_the_search_ends(arguments, capsys):
     shown = capsys.readouterr().out
     assert "the space has 2 points" in shown
     assert "2 complete; 0 to go" in shown
+    assert re.search(r"/trial_\d+: causal_loss [\d.]+ with \S+=\S+", shown)
     assert sorted(t.params["model.capacity"] for t in study(words).trials) == ["0.25", "0.5"]
 
 
