@@ -145,7 +145,7 @@ def test_the_bar_has_a_bar_a_step_and_the_time_left(monkeypatch, columns, label)
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_says_what_it_does_and_leaves_the_cursor_visible(monkeypatch, times):
+def test_ctrl_c_prints_what_it_does_and_leaves_the_cursor_visible(monkeypatch, times):
     def interrupt():
         STOP.install()
         bar = draw_bar(monkeypatch, "a", 10)
@@ -156,12 +156,12 @@ def test_ctrl_c_says_what_it_does_and_leaves_the_cursor_visible(monkeypatch, tim
 
     output = in_terminal(interrupt, 80)
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
-    said = "\nstops once this step is done and saved; Ctrl-C again ends it at once, unsaved\n"
-    assert output.count(said) == 1
+    notice = "\nstops once this step is done and saved; Ctrl-C again ends it at once, unsaved\n"
+    assert output.count(notice) == 1
     assert_fits(output, 80)
 
 
-def test_one_of_several_ranks_says_that_they_stop(monkeypatch):
+def test_rank_0_alone_prints_that_the_ranks_stop(monkeypatch):
     def interrupt():
         STOP.install()
         os.kill(os.getpid(), signal.SIGINT)

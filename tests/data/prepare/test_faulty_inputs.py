@@ -318,7 +318,7 @@ def test_prepared_data_are_no_corpus(tmp_path):
         expand_sources([str(tmp_path / "p")])
 
 
-def test_what_is_no_directory_of_prepared_data_is_said(tmp_path, monkeypatch):
+def test_what_is_no_directory_of_prepared_data_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my text.txt").write_text("text")
     Path("p").mkdir()
