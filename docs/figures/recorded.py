@@ -115,7 +115,7 @@ def report() -> None:
     """The page of `modtrain report`, of a comparison that takes some minutes."""
     name, page = "report_page", WORK / "report"
     seeds = "seeds=[0,1]", "batch.tokens=2048", "optimizer.lr=4e-3", "log.every=2"
-    arms = "name=" + name, '+arms={dense: ["model.pattern=dense"], mod: []}', "model=tiny"
+    arms = "name=" + name, 'arms={dense: ["model.pattern=dense"], mod: []}', "model=tiny"
     short = "budget.flops=1e11", "eval.every=4", "eval.sequences=64", "timed_rounds=0"
     _run("compare", *arms, *seeds, *short, DATA, RUNS)
     _run("report", f"runs=[{name}]", RUNS, f"output={page}")

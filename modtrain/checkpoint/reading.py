@@ -165,11 +165,20 @@ def translate_load_errors(path: Path) -> Iterator[None]:
             f"{path} contains more than plain data; not loaded: {reason}"
         ) from None
     except CheckpointException as error:
+        raise_interrupt(error)
         raise CheckpointError(f"{path} cannot be read: {describe_failure(error)}") from error
     except Exception as error:
         # Forged or damaged metadata may fail in any way.
         text = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} cannot be read: {text}") from error
+
+
+def raise_interrupt(error: BaseException) -> None:
+    """Raise KeyboardInterrupt if torch has wrapped one, as any error of a rank, in ``error``."""
+    if isinstance(error, CheckpointException) and any(
+        isinstance(wrapped[0], KeyboardInterrupt) for wrapped in error.failures.values()
+    ):
+        raise KeyboardInterrupt from error
 
 
 def describe_failure(error: BaseException) -> str:

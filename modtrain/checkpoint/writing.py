@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from modtrain.checkpoint.layout import EXTRA_STATE, MANIFEST, Manifest, temporary_path
 from modtrain.checkpoint.parts import Part
-from modtrain.checkpoint.reading import describe_failure
+from modtrain.checkpoint.reading import describe_failure, raise_interrupt
 from modtrain.common.atomic_io import sync
 from modtrain.common.errors import CheckpointError, RankError
 from modtrain.distributed.process_group import Ranks
@@ -59,6 +59,7 @@ def write(
     except (CheckpointException, Exception) as error:
         if ranks.is_rank0:
             shutil.rmtree(temporary, ignore_errors=True)
+        raise_interrupt(error)
         if isinstance(error, CheckpointError):
             raise
         if isinstance(error, RankError):

@@ -21,6 +21,12 @@ _SHORT_FORMS = (
     ("--conventions", "conventions=true", "for plan"),
     ("--plan", "plan_only=true", "for isoflop and search-patterns"),
 )
+_OWN_OPTIONS = (
+    *("--help", "--version", "--config-dir", "--multirun", "--chain", "--cfg"),
+    *(option for option, _, _ in _SHORT_FORMS),
+)
+# What stands among the overrides of a verb and is no key of its configuration.
+_COMMAND_KEYS = ("from", "launch", "num_processes", "hydra", "sweep")
 # Options of Hydra and of Lightning's command line that have another form here.
 _CONFIG_FILE = "write from={value}: a run, or a YAML file, whose configuration is the base"
 _FOREIGN = {
@@ -40,9 +46,39 @@ _FOREIGN = {
     "--multi": "write -m",
     "-cd": "write --config-dir {value}",
     "--experimental-rerun": "write from=RUN: another run with the configuration of that one",
-    "--verbose": "leave it out: log.every says how much is printed",
+    **dict.fromkeys(
+        ("--verbose", "-v", "--quiet", "-q"),
+        "leave it out: log.every says how often a step is printed",
+    ),
+    **dict.fromkeys(
+        ("--shell-completion", "-sc"), "modtrain completion bash|zsh|fish prints what a shell needs"
+    ),
 }
 _CONFIG_OPTIONS = ("--cfg", "-c")
+_CONFIGURATION = "modtrain config VERB … prints the configuration of a verb"
+# What verbs are called by others, or by habit.
+_OTHER_VERBS = {
+    **dict.fromkeys(("pretrain", "finetune", "fine-tune", "sft", "run", "start"), "train"),
+    **dict.fromkeys(("evaluate", "test", "validate", "score", "bench", "benchmark"), "eval"),
+    **dict.fromkeys(("sample", "predict", "complete", "infer", "chat", "gen"), "generate"),
+    **dict.fromkeys(("ls", "list", "ps", "runs", "squeue"), "status"),
+    **dict.fromkeys(("tokenize", "preprocess", "prep", "dataset"), "prepare"),
+    **dict.fromkeys(("kill", "stop", "scancel"), "cancel"),
+    **dict.fromkeys(("tail", "log"), "logs"),
+    **dict.fromkeys(("optimize", "tune", "hpo"), "search"),
+    **dict.fromkeys(("sbatch", "launch", "slurm"), "submit"),
+    **dict.fromkeys(("env", "check", "collect-env"), "doctor"),
+    **dict.fromkeys(("visualize", "view", "show", "explain"), "inspect"),
+    **dict.fromkeys(("checkpoint", "ckpt", "consolidate"), "checkpoints"),
+    "convert": "export",
+}
+_VERB_SENTENCES = {
+    **dict.fromkeys(("resume", "continue", "restart"), "modtrain train name=NAME resumes a run"),
+    "sweep": "modtrain train -m trains a run for each of several values",
+    "version": "modtrain --version prints it",
+    **dict.fromkeys(("print-config", "cfg"), _CONFIGURATION),
+    "tensorboard": "it is a program of its own: tensorboard --logdir runs",
+}
 
 
 @dataclass
@@ -81,8 +117,9 @@ def read_arguments(argv: Sequence[str], verbs: Mapping[str, str]) -> Arguments:
         words = words if verb == "config" else [verb, *words]
         verb = "config"
     if foreign:
-        known = _keys_of(words[0] if verb in ("submit", "config") and words else verb)
-        problems += [_problem(option, value, known) for option, value in foreign]
+        keyed = words[0] if verb in ("submit", "config") and words else verb
+        known = _keys_of(keyed)
+        problems += [_problem(keyed, option, value, known) for option, value in foreign]
     raise_if_any(problems)
     if parsed.multirun and verb not in ("train", "config"):
         parser.error("-m sweeps over runs of train; another verb has one configuration")
@@ -168,25 +205,58 @@ def _keys_of(verb: str) -> list[str]:
     return all_keys(OmegaConf.structured(schema_of(verb)))
 
 
-def _problem(option: str, value: str, known: Sequence[str]) -> Problem:
+def _problem(verb: str, option: str, value: str, known: Sequence[str]) -> Problem:
     """Return the problem of an option that is not one of modtrain's. known: the verb's keys."""
     reason = "is not an option"
     if option in _CONFIG_OPTIONS:
         return Problem(option, value, "shows the configuration of a job", f"write {option} job")
     if option in ("--run", "-r") and value:
         return Problem(option, value, reason, f"write run={value}: keys are given without dashes")
-    if option in _FOREIGN:
-        remedy = _FOREIGN[option].format(value=value or "NAME")
+    foreign = _FOREIGN.get(option, "").format(value=value or "NAME")
+    if remedy := foreign or _own_option(option, known):
         return Problem(option, value, reason, remedy)
     name = option.lstrip("-").replace("-", "_")
     if name not in known and (sentence := sentence_for(name, value, known)):
         return Problem(option, value, reason, sentence)
+    return Problem(option, value, reason, _key_for(verb, name, value, known))
+
+
+def _key_for(verb: str, name: str, value: str, known: Sequence[str]) -> str:
+    """Return the remedy for an option ``--name value``: the override that is meant."""
     is_here = name in known or name in CHOICES
     key = name if is_here else key_here(name, known, list(CHOICES)) or name
+    is_guess = key == name and not is_here and _is_no_key(verb, name, known)
+    if is_guess:
+        from modtrain.common.config_keys import nearest_keys  # noqa: PLC0415
+
+        near = nearest_keys(name, known) if len(name) > 1 else []
+        if not near:
+            return f"modtrain {verb} --help lists the keys"
+        key = near[0]
     text = value_here(key, value) or "VALUE"
     is_plain = re.fullmatch(r"[\w.,+-]+", text) is not None
     override = f"{key}={text}" if is_plain else shlex.quote(f'{key}="{text}"')
-    return Problem(option, value, reason, f"write {override}: keys are given without dashes")
+    meant = f"did you mean {override}? Keys" if is_guess else f"write {override}: keys"
+    return f"{meant} are given without dashes"
+
+
+def _own_option(option: str, known: Sequence[str]) -> str | None:
+    """Return the remedy where ``option`` is one of modtrain's, misspelled or cut short."""
+    name = re.sub("[-_]", "", option)
+    if len(name) < 2 or option.lstrip("-").replace("-", "_") in known:
+        return None
+    own = {word.replace("-", ""): word for word in _OWN_OPTIONS}
+    begun = [text for text in own if text.startswith(name)]
+    near = begun if len(begun) == 1 else difflib.get_close_matches(name, own, 1, 0.8)
+    return f"did you mean {own[near[0]]}?" if near else None
+
+
+def _is_no_key(verb: str, name: str, known: Sequence[str]) -> bool:
+    """Whether ``verb`` has neither a key nor a group ``name``; a wrong verb may have any."""
+    from modtrain.cli.groups import groups_of  # noqa: PLC0415
+
+    top = name.partition(".")[0]
+    return verb in VERBS and top not in (*known, *groups_of(verb), *_COMMAND_KEYS)
 
 
 def _verb_problems(verb: str, verbs: Mapping[str, str]) -> list[Problem]:
@@ -195,6 +265,9 @@ def _verb_problems(verb: str, verbs: Mapping[str, str]) -> list[Problem]:
     if "=" in verb:
         remedy = f"name a verb first, as in modtrain train {verb}"
         return [Problem(verb, "", "is not a verb", remedy)]
-    near = difflib.get_close_matches(verb, verbs, 1)
+    if verb.lower() in _VERB_SENTENCES:
+        return [Problem(verb, "", "is not a verb", _VERB_SENTENCES[verb.lower()])]
+    other = _OTHER_VERBS.get(verb.lower())
+    near = [other] if other else difflib.get_close_matches(verb.lower(), verbs, 1)
     remedy = f"did you mean {near[0]}? " if near else ""
     return [Problem(verb, "", "is not a verb", f"{remedy}modtrain --help lists them")]

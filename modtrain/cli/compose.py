@@ -96,12 +96,12 @@ def compose(
     problems += _unused_beside_path(sound, typed)
     if problems:
         # Report all problems in one message.
-        reported = {problem.key for problem in problems} | advised_keys(problems)
+        reported = {problem.key.lstrip("+") for problem in problems} | advised_keys(problems)
         problems += [
             problem
             for problem in _config_problems(verb, typed, reported)
             # Of a section in which a key is wrong already: it may be right once that is.
-            if not any(key.lstrip("+").startswith(f"{problem.key}.") for key in reported)
+            if not any(key.startswith(f"{problem.key}.") for key in reported)
         ]
     raise_if_any(problems)
     return _with_run_names(typed)

@@ -121,8 +121,7 @@ def compose_isoflop(overrides: Sequence[str], config_dir: str | None = None) -> 
     """
     from modtrain.experiments.isoflop.isoflop import Isoflop  # noqa: PLC0415  (takes a second)
 
-    opened = [_open_dictionary(text) for text in overrides]
-    config, launch, lines = _compose_launched("isoflop", opened, config_dir, stripped="+")
+    config, launch, lines = _compose_launched("isoflop", overrides, config_dir)
     families = _compose_each(
         "isoflop", {name: [*lines, *added] for name, added in config.families.items()}, config_dir
     )
@@ -138,25 +137,23 @@ def compose_isoflop(overrides: Sequence[str], config_dir: str | None = None) -> 
 
 def as_composed(verb: str, overrides: Sequence[str]) -> list[str]:
     """Return the overrides as `compose` takes them for ``verb``."""
-    if verb == "isoflop":
-        return [_open_dictionary(text) for text in overrides]
     return join_space(overrides) if verb == "search" else list(overrides)
 
 
 def _compose_launched(
-    verb: str, overrides: Sequence[str], config_dir: str | None, stripped: str = ""
+    verb: str, overrides: Sequence[str], config_dir: str | None
 ) -> tuple[Any, LaunchOverrides, list[str]]:
     """Compose a verb that starts runs; return how it starts them, and the other overrides too.
-
-    stripped: what keys of overrides that cannot be parsed are shown without.
 
     Raises:
         ConfigError: everything wrong with either.
     """
-    parsed, problems = parse(overrides)
-    problems = [replace(problem, key=problem.key.lstrip(stripped)) for problem in problems]
+    parsed, _ = parse(overrides)
     launch, others, launch_problems = LaunchOverrides.split(parsed)
-    lines = [str(override.input_line) for override in others]
+    # What cannot be parsed stays: its problems come from composing.
+    launching = {str(o.input_line) for o in parsed} - {str(o.input_line) for o in others}
+    lines = [text for text in overrides if text not in launching]
+    problems: list[Problem] = []
     try:
         config = compose(verb, lines, config_dir)
         problems += config.problems()
@@ -164,13 +161,6 @@ def _compose_launched(
         problems += error.problems
     raise_if_any(problems + launch_problems)
     return config, launch, lines
-
-
-def _open_dictionary(override: str) -> str:
-    """Let an override add entries to a dictionary of an isoFLOP grid without a plus."""
-    dictionaries = ("families", "tokens_per_parameter_of", "lr_rule.factors")
-    is_entry = override.startswith(tuple(f"{key}{end}" for key in dictionaries for end in "=."))
-    return f"++{override}" if is_entry else override
 
 
 def compose_pattern_search(

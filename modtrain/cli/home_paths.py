@@ -13,7 +13,9 @@ from modtrain.common.spelling import quoted
 # The last part of every key that holds a path, or a run's name, which may be one.
 _NAMES = (
     *("runs_dir", "output", "path", "data_path", "file", "input", "points", "run", "from"),
-    *("sources", "cache_dir"),
+    *("sources", "cache_dir", "source", "tokenizer", "tasks"),
+    # of a Slurm site
+    *("image", "mounts", "scratch", "on_given_up"),
 )
 _HOME = r"~(?:/[^\s,\]}'\"]*)?"
 _KEY = re.compile(rf"\+{{0,2}}(?:[\w.]+\.)?(?:{'|'.join(_NAMES)})")
@@ -33,9 +35,15 @@ def expand_config(config: Any) -> Any:
         for part in value.values() if isinstance(value, dict) else [value]:
             if is_dataclass(part):
                 expand_config(part)
-        if field.name in _NAMES and isinstance(value, str) and re.match("~(/|$)", value):
-            setattr(config, field.name, str(Path(value).expanduser()))
+        if field.name in _NAMES and isinstance(value, str):
+            setattr(config, field.name, _home_for(value))
+        elif field.name in _NAMES and isinstance(value, list):
+            setattr(config, field.name, [_home_for(v) if isinstance(v, str) else v for v in value])
     return config
+
+
+def _home_for(path: str) -> str:
+    return str(Path(path).expanduser()) if re.match("~(/|$)", path) else path
 
 
 def _expanded(word: str) -> str:

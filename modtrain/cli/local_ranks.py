@@ -11,6 +11,7 @@ from modtrain.common.errors import Problem, raise_if_any
 VERBS = ("train",)
 """The verbs that train on several ranks."""
 KEYS = ("launch", "num_processes")
+_TRAINING_OF_SEVERAL = ("train -m", "compare", "isoflop", "search", "search-patterns")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,19 @@ class LocalRanks:
 
     words: list[str]
     count: int | None
+
+
+def _elsewhere(verb: str) -> tuple[str, str]:
+    """Return why ``verb`` starts no processes of its own here, and what to do instead."""
+    if verb == "submit":
+        return "starts processes on this machine, and a job has its own", (
+            "leave it out; write nodes=… and gpus_per_node=…"
+        )
+    if verb in _TRAINING_OF_SEVERAL:
+        reason = "is for train with one run, and this trains several, each on one process"
+        remedy = "leave it out, or start each run with modtrain train"
+        return reason, remedy
+    return "is for train, and this runs on one process", "leave it out"
 
 
 def local_ranks(
@@ -36,8 +50,7 @@ def local_ranks(
     key, value = ("launch", launch) if launch is not None else ("num_processes", count)
     problems = []
     if verb not in VERBS:
-        remedy = "leave it out; a job has nodes=… and gpus_per_node=…"
-        problems.append(Problem(key, value, "is for train", remedy))
+        problems.append(Problem(key, value, *_elsewhere(verb)))
     elif launch is None:
         problems.append(Problem(key, value, "is missing launch=local", "add launch=local"))
     elif launch != "local":
@@ -47,7 +60,8 @@ def local_ranks(
         reason = f"and this is one of {environment['WORLD_SIZE']} processes of a launcher already"
         problems.append(Problem(key, value, reason, "leave one of them out"))
     if count is not None and not (count.isdecimal() and int(count)):
-        problems.append(Problem("num_processes", count, "is not a number of processes", "give 2"))
+        remedy = "give 2, or leave it out for one a GPU"
+        problems.append(Problem("num_processes", count, "is not a number of processes", remedy))
     raise_if_any(problems)
     others = [word for word in words if word.partition("=")[0] not in KEYS]
     return LocalRanks(others, None if count is None else int(count))

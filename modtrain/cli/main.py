@@ -70,6 +70,9 @@ def _report(error: BaseException, arguments: Arguments) -> int:
         is_here = not is_everywhere or getattr(error, "is_reported_here", False)
         if is_here or launched_rank(has_ranks) == 0:
             lines = [f"{program}: {error}", *getattr(error, "__notes__", ())]
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not any("remedy: " in line for line in lines):
+                lines += _storage_remedy(cause, arguments.verb)
             print("\n".join(lines), file=sys.stderr)
         return error.exit_code
     if isinstance(error, BrokenPipeError):
@@ -81,17 +84,27 @@ def _report(error: BaseException, arguments: Arguments) -> int:
         return 1
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        remedy = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            more = "; the same command continues" if is_resumable else ""
-            remedy = f"\nremedy: free space, or write elsewhere{more}"
-        print(f"{program}: {where}{error.strerror or error}{remedy}", file=sys.stderr)
+        lines = [f"{program}: {where}{error.strerror or error}"]
+        lines += _storage_remedy(error, arguments.verb)
+        print("\n".join(lines), file=sys.stderr)
         return 1
     from modtrain.training.stop_signal import show_cursor
 
     show_cursor()
     print(f"\n{interrupted_text(is_resumable)}", file=sys.stderr)
     return 130
+
+
+def _storage_remedy(error: OSError, verb: str) -> list[str]:
+    """Return the line with what to do where a file system is full, or not to be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        more = "; the same command continues" if verb in _RESUMABLE else ""
+        return [f"remedy: free space, or write elsewhere{more}"]
+    if error.errno == errno.EROFS:
+        key = "runs_dir" if verb in _TRAINING else "output" if verb in _WITH_OUTPUT else None
+        elsewhere = f": {key}=PATH" if key else ""
+        return [f"remedy: mount it writable, or write elsewhere{elsewhere}"]
+    return []
 
 
 def _run(arguments: Arguments) -> int:
@@ -283,6 +296,8 @@ def _doctor(overrides: list[str], config_dir: str | None) -> int:
 _TRAINING = ("train", "compare", "isoflop", "search", "search-patterns")
 # Those, and others that keep what is finished.
 _RESUMABLE = (*_TRAINING, "prepare")
+# Those that take ``output=``.
+_WITH_OUTPUT = ("prepare", "eval", "fit", "report", "inspect", "export", "data")
 # What they print is all that they do.
 _SHOWING = (
     *("", "completion", "config", "data", "doctor", "generate", "logs", "plan", "status", "wait"),

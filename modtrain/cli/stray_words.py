@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from modtrain.common.config_keys import all_keys, nearest_keys
 from modtrain.common.errors import Problem
-from modtrain.common.other_tools import key_here
+from modtrain.common.other_tools import key_here, sentence_for
 from modtrain.common.overrides import unknown_key
 from modtrain.common.spelling import (
     in_quotes,
@@ -49,7 +49,7 @@ def word_problems(
 
 def advised_keys(problems: Sequence[Problem]) -> set[str]:
     """Return the keys to which remedies say to give a value: they need no problem of their own."""
-    advised = (re.match(r"(?:write '?|did you mean )([\w.]+)", p.remedy) for p in problems)
+    advised = (re.match(r"(?:write '?\+*|did you mean )([\w.]+)", p.remedy) for p in problems)
     return {match[1] for match in advised if match}
 
 
@@ -199,6 +199,8 @@ def _meant(key: str, word: str, config: DictConfig, choices: Callable[[str], lis
         return f"write {group}={word}"
     if word.endswith((".yaml", ".yml")) and "budget" in config:
         return f"write from={word}"
+    if sentence := sentence_for(word, "", all_keys(config)):
+        return sentence
     if key not in config or config[key] is not None:
         return _GENERIC
     name = word.rstrip("/").removeprefix(f"{config.get('runs_dir', '')}/")

@@ -24,7 +24,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "plan": ("model=mod_220m data.seq_len=2048 model.vocab_size=32000 budget.flops=6e18",),
     "compare": (
         "experiment=quickstart",
-        """name=two budget.flops=1e12 '+arms={a: ["model.capacity=0.5"], b: []}'""",
+        """name=two budget.flops=1e12 'arms={a: ["model.capacity=0.5"], b: []}'""",
     ),
     "isoflop": ("experiment=isoflop_small --plan",),
     "search": ("study=mine budget.flops=1e12 'space.model.capacity=interval(0.05,0.5)'",),

@@ -20,12 +20,24 @@ from modtrain.cluster.runs import RunRecord
 from modtrain.cluster.slurm import Allocation, SlurmError
 from modtrain.common.atomic_io import write_text
 from modtrain.common.reading import UnreadableError
+from modtrain.common.terminal import Column, fitted_table
 from modtrain.training.usage import Cost, StartUsage, cost_of_starts, read_usage
 
 COST = "cost.json"
 """The file in a run's directory to which its cost is written."""
 _NO_RECORD = "killed, or its node was lost"
 _MAX_CAUSE_CHARS = 80
+_COLUMNS = (
+    Column("run", least=20),
+    Column("starts", 5, justify="right"),
+    Column("hours", justify="right"),
+    Column("of"),
+    Column("in steps", 2, justify="right"),
+    Column("made again", 3, justify="right"),
+    Column("queue", 4, justify="right"),
+    Column("MFU", 1, justify="right"),
+    Column("restarts", 3, justify="right"),
+)
 
 
 def cost_of(run: RunRecord, allocations: Sequence[Allocation] = ()) -> Cost:
@@ -132,10 +144,12 @@ def show_costs(runs: Sequence[RunRecord], console: Console) -> None:
         for line in costs[0].unknown:
             console.print(Text(f"unknown: {line}"), soft_wrap=True)
     elif runs:
-        console.print(_table(runs, costs))
+        console.print(_table(runs, costs, console.width))
         if unknown := sum(bool(cost.unknown) for cost in costs):
             console.print(
-                f"of {unknown} run{'s' * (unknown > 1)} not all is known: status run=NAME cost=true"
+                f"the cost of {unknown} run{'s' * (unknown > 1)} is not known in full;"
+                " what is missing and why: modtrain status run=NAME cost=true",
+                soft_wrap=True,
             )
     if note:
         console.print(Text(note), soft_wrap=True)
@@ -173,17 +187,12 @@ def _detail(run: RunRecord, cost: Cost) -> Table:
     return table
 
 
-def _table(runs: Sequence[RunRecord], costs: Sequence[Cost]) -> Table:
-    table = Table()
-    columns = ("starts", "hours", "of", "in steps", "made again", "queue", "MFU", "restarts")
-    table.add_column("run")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "of" else "right")
-    for run, cost in zip(runs, costs, strict=True):
-        table.add_row(Text(run.name), *_cells(cost))
-    for device in sorted({cost.device for cost in costs}):
-        table.add_row(Text("all"), *_cells(total([c for c in costs if c.device == device])))
-    return table
+def _table(runs: Sequence[RunRecord], costs: Sequence[Cost], width: int) -> Table:
+    rows = [[run.name, *_cells(cost)] for run, cost in zip(runs, costs, strict=True)]
+    devices = sorted({cost.device for cost in costs})
+    sums = [total([cost for cost in costs if cost.device == device]) for device in devices]
+    rows += [["all", *_cells(cost)] for cost in sums]
+    return fitted_table(_COLUMNS, rows, width)
 
 
 def _cells(cost: Cost) -> list[str]:

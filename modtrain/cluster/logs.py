@@ -49,8 +49,10 @@ def show_logs(config: LogsConfig) -> None:
     run = read_run(existing_run(config.runs_dir, str(config.run)), str(config.run))
     if config.follow:
         _follow(run, config)
-    else:
-        _source(run, config).show_new(last=config.lines)
+        return
+    source = _source(run, config)
+    if not source.show_new(last=config.lines) and config.lines:
+        print(f"{source.path} is empty: nothing is recorded yet", file=sys.stderr)  # noqa: T201
 
 
 class Tail:
@@ -64,10 +66,11 @@ class Tail:
         self.position = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def show_new(self, last: int | None = None) -> None:
-        """Show what was added. A file that is missing for a while has nothing new.
+    def show_new(self, last: int | None = None) -> bool:
+        """Show what was added, and return whether there was something.
 
-        last: lines from the end at which to begin.
+        A file that is missing for a while has nothing new. last: lines from the end at which to
+        begin.
         """
         if last is not None:
             self.position = offset_of_last(self.path, last)
@@ -85,6 +88,7 @@ class Tail:
             text += self._decoder.decode(new)
         if text:
             self.show(text)
+        return bool(text)
 
     def _rest_of_part(self) -> bytes:
         """Return what the part before has that was not shown."""

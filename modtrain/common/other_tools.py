@@ -291,6 +291,7 @@ VALUES: dict[str, dict[str, str]] = {
     "schedule": {"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"},
 }
 """Values of a key or group here, as others write them."""
+_ACTIONS = ("list", "verify", "prune", "consolidate")
 
 
 def key_here(key: str, known: Collection[str], groups: Collection[str]) -> str | None:
@@ -316,6 +317,8 @@ def sentence_for(key: str, value: str, known: Collection[str]) -> str | None:
     key = key.replace("-", "_")
     section, _, name = key.rpartition(".")
     name = key if key in SENTENCES else name
+    if key in _ACTIONS and "action" in known:
+        return f"write action={key}"
     if name not in SENTENCES or not _trains(known) or (section and section not in _SECTIONS):
         return None
     return SENTENCES[name].format(value=value or "N")

@@ -24,7 +24,10 @@ from modtrain.common.renamed_keys import renamed_problem
 from modtrain.common.spelling import in_quotes, misfit, quoted, spelling, syntax_fault
 
 SOURCES = "data.sources"
-"""A section whose keys a user names."""
+"""The section of a mixture's sources, whose keys a user names."""
+_NAMED_BY_USERS = (
+    *(SOURCES, "arms", "columns", "families", "tokens_per_parameter_of", "lr_rule.factors"),
+)
 SEVERAL_VALUES = "has several values"
 """The reason of a problem of an override that would be a sweep."""
 NOT_UNDERSTOOD = "is not understood: "
@@ -74,9 +77,10 @@ def search_path(config_dir: str | None) -> list[str]:
 
 
 def opened(line: str) -> str:
-    """Return an override's text, which adds the sources of a mixture without a plus."""
-    is_source = f"{line.partition('=')[0]}.".startswith(f"{SOURCES}.")
-    return f"++{line}" if is_source else line
+    """Return an override's text, which adds to a dictionary whose keys a user names."""
+    key = f"{line.partition('=')[0]}."
+    is_entry = key.startswith(tuple(f"{name}." for name in _NAMED_BY_USERS))
+    return f"++{line}" if is_entry else line
 
 
 def misread(override: Override) -> Problem | None:
@@ -112,8 +116,11 @@ def with_spelling(problem: Problem, config: DictConfig) -> Problem:
     """Return the problem of an override that is not parsed with the form that ``config`` takes."""
     if problem.reason != SEVERAL_VALUES and not problem.reason.startswith(NOT_UNDERSTOOD):
         return problem
-    word = spelling(config, problem.key.lstrip("+"), str(problem.value))
-    return problem if word is None else replace(problem, remedy=f"write {word}")
+    key = problem.key.lstrip("+")
+    if (word := spelling(config, key, str(problem.value))) is None:
+        return problem
+    plus = problem.key[: len(problem.key) - len(key)]
+    return replace(problem, remedy=f"write {shlex.quote(plus + shlex.split(word)[0])}")
 
 
 def _form_of(key: str, value: str) -> str:
@@ -152,7 +159,7 @@ def explain(
         remedy = "begin the name with a letter, as in run_1: Hydra does not read this one as text"
         return Problem(key, value, "has a name that is no text", remedy)
     if reason.endswith("is not in struct"):
-        remedy = f"add a new entry with a plus: +{override.input_line}"
+        remedy = f"add a new entry with a plus: {shlex.quote(f'+{override.input_line}')}"
         return Problem(key, value, "is a new entry", remedy)
     if "${" in value:
         remedy = "name a key that is there, or put the text in quotes and a \\ before $"

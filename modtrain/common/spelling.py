@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 # Texts that Hydra does not convert; it parses 1_2, 1e5 and null as other types.
 _PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z][A-Za-z0-9_./-]*|[1-9]\d*", re.I)
+_NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*([kmbgt]?)", re.I)
 _SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _KINDS = {
@@ -183,7 +184,10 @@ def _candidates(node: Any, text: str) -> Iterator[str]:
         yield f"[{_without_brackets(text)}]"
         yield f"[{', '.join(quoted(_without_quotes(item)) for item in list_items(text))}]"
         return
-    if kind is bool:
+    if isinstance(node, DictConfig):
+        if entries := _entries(node, text):
+            yield entries
+    elif kind is bool:
         yield {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(text.lower(), text)
     elif kind in (int, float):
         yield from _numbers(text, kind is int)
@@ -191,6 +195,26 @@ def _candidates(node: Any, text: str) -> Iterator[str]:
         if kind is Any and "," in text:
             yield f"[{_without_brackets(text)}]"
         yield text if _PLAIN.fullmatch(text) else quoted(text)
+
+
+def _entries(node: DictConfig, text: str) -> str | None:
+    """Write ``{a:[x=1], b: y}`` so that Hydra parses it; None for a section, or other texts."""
+    if is_dataclass(node._metadata.object_type) or (text[:1], text[-1:]) != ("{", "}"):
+        return None
+    has_lists = get_origin(node._metadata.element_type) is list
+    entries = []
+    for item in list_items(text[1:-1]):
+        name, sign, value = item.partition(":")
+        name, value = _without_quotes(name.strip()), value.strip()
+        if not sign or not _NAME.fullmatch(name) or value[:1] == "{":
+            return None
+        if has_lists or value[:1] == "[":
+            items = (quoted(_without_quotes(one)) for one in list_items(value))
+            entries.append(f"{name}: [{', '.join(items)}]")
+        else:
+            is_plain = _PLAIN.fullmatch(value) or _NUMBER.fullmatch(value)
+            entries.append(f"{name}: {value if is_plain else quoted(_without_quotes(value))}")
+    return f"{{{', '.join(entries)}}}"
 
 
 def _without_quotes(text: str) -> str:

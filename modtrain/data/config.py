@@ -122,10 +122,10 @@ class DataConfig:
             try:
                 summaries[name] = read_summary(path)
             except DataError as error:
-                remedy = "modtrain prepare writes such a directory"
+                key = key_of(prefix, f"sources.{name}.path" if name else "path")
+                remedy = f"give {key} a directory that modtrain prepare wrote"
                 if is_url(path):
                     remedy += "; look at the address, and at the server's credentials"
-                key = key_of(prefix, f"sources.{name}.path" if name else "path")
                 problems.append(Problem(key, path, str(error), remedy))
         if problems:
             return problems

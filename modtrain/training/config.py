@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import chain
@@ -353,7 +354,11 @@ class PlanConfig(TrainConfig):
 
 def directory_problems(key: str, name: str) -> list[Problem]:
     """Find a name of a run that is not a directory below ``runs_dir``."""
-    if name.startswith("/") or {"..", ".", ""} & set(name.split("/")) or "\0" in name:
-        remedy = "use a plain name such as my_run or sweep/my_run"
+    remedy = "use a plain name such as my_run or sweep/my_run"
+    # Printed, they would be commands to the terminal.
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+        return [Problem(key, shown, "has control characters", remedy)]
+    if name.startswith("/") or {"..", ".", ""} & set(name.split("/")):
         return [Problem(key, name, "is not a directory below runs_dir", remedy)]
     return []

@@ -1,6 +1,6 @@
 """What asks a run to stop: signals, and a limit of time. A run looks between two steps.
 
-A signal's handler only sets a flag.
+A signal's handler only sets a flag, and says so after Ctrl-C.
 
 Imported before torch and Lightning, so that a signal during their slow imports is not lost.
 """
@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A bar goes on in the line below.
+_STOPPING = b"\nstops once this step is done and saved; Ctrl-C again ends it at once, unsaved\n"
 _SHOW_CURSOR = b"\x1b[?25h"
 # The variables in which a job's script gives the seconds between a signal and the kill: before the
 # time limit, and at a preemption.
@@ -42,6 +44,8 @@ class StopRequest:
         if self.signum is None:
             self.signum = signum
             self._since = time.monotonic()
+            if signum == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                _write_to_terminal(_STOPPING)
 
     @property
     def seconds_left(self) -> float | None:
@@ -98,11 +102,18 @@ class StopRequest:
 
 def show_cursor(end: bytes = b"") -> None:
     """Restore what an interrupted progress bar has hidden on the terminal. end: written behind."""
+    _write_to_terminal(_SHOW_CURSOR + end)
+
+
+def _write_to_terminal(text: bytes) -> None:
+    """Write ``text`` to the terminal, if there is one.
+
+    Not through a stream, which may be in the middle of a write.
+    """
     for number in (1, 2):
-        # Not through a stream, which may be in the middle of a write.
         with suppress(OSError):
             if os.isatty(number):
-                os.write(number, _SHOW_CURSOR + end)
+                os.write(number, text)
                 return
 
 

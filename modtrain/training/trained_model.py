@@ -45,11 +45,11 @@ def with_found_data(
         given = replace(own, path=data_path)
         given.summary()
         raise DataError(
-            f"{data_path} has other data than {run.path} was trained on\nremedy: give the place of"
-            " its own as data_path=..., or prepare the same data again"
+            f"{data_path} has other data than {run.path} was trained on\nremedy: give the"
+            " directory of its own as data_path=..., or prepare the same data again"
         )
-    place = "put them back" if own.sources else "give their place as data_path=..."
-    remedy = f"{place}, or prepare the same data again"
+    directory = "give the directory in which they are now as data_path=..."
+    remedy = f"{'put them back' if own.sources else directory}, or prepare the same data again"
     try:
         own.summary()
     except DataError as error:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from modtrain.checkpoint import layout
 from modtrain.checkpoint.layout import checkpoint_path, verify
+from modtrain.checkpoint.reading import translate_load_errors
 from modtrain.checkpoint.recovery import latest, prune, recover, whole_checkpoints
 from modtrain.common.errors import CheckpointError
 from tests.helpers.saved import flip_bit, load_whole, save_whole
@@ -217,3 +219,12 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     path = save(tmp_path, 1)
     for file in path.iterdir():
         assert synced[file.stat().st_ino] == file.stat().st_size, file.name
+
+
+@pytest.mark.parametrize("wrapped", [KeyboardInterrupt(), OSError("disk")])
+def test_ctrl_c_while_a_checkpoint_is_read_is_no_damage(tmp_path, wrapped):
+    is_interrupt = isinstance(wrapped, KeyboardInterrupt)
+    expected = KeyboardInterrupt if is_interrupt else CheckpointError
+    with pytest.raises(expected) as raised, translate_load_errors(tmp_path):
+        raise CheckpointException("read", {0: (wrapped, None)})
+    assert is_interrupt or "rank 0: disk" in str(raised.value)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from modtrain.cli import main as cli
-from modtrain.cli.arguments import make_parser, read_arguments
+from modtrain.cli.arguments import _OTHER_VERBS, _VERB_SENTENCES, make_parser, read_arguments
 from modtrain.cli.base_config import expand_base
 from modtrain.cli.compose import SCHEMAS, compose
 from modtrain.cli.compose_verbs import as_composed
@@ -57,7 +57,21 @@ def printed(*words):
         ("train --devices 8", "--devices", "torchrun --nproc-per-node 8"),
         ("generate --prompt 'a b'", "--prompt", """write 'prompt="a b"'"""),
         ("train --config runs/x/config.yaml", "--config", "write from=runs/x/config.yaml"),
-        ("train --config-d mine", "--config-d", "write config_d=mine"),
+        ("train --config-d mine", "--config-d", "did you mean --config-dir?"),
+        ("--helpp", "--helpp", "did you mean --help?"),
+        ("submit train --dryrun", "--dryrun", "did you mean --dry-run?"),
+        ("generate --show", "--show", "did you mean --show-depth?"),
+        ("train --optimiser.lr 1", "--optimiser.lr", "did you mean optimizer.lr=1?"),
+        ("train --foo 1", "--foo", "modtrain train --help lists the keys"),
+        ("train -n x", "-n", "modtrain train --help lists the keys"),
+        ("train --experiment pilot", "--experiment", "write experiment=pilot"),
+        ("train --from first", "--from", "write from=first"),
+        ("compare --arms.a 1", "--arms.a", "write arms.a=1"),
+        ("finetune name=x", "finetune", "did you mean train?"),
+        ("chat run=x", "chat", "did you mean generate?"),
+        ("ls", "ls", "did you mean status?"),
+        ("resume name=x", "resume", "modtrain train name=NAME resumes a run"),
+        ("version", "version", "modtrain --version"),
         ("train --config-name mine", "--config-name", "experiment=mine"),
         ("train -cn mine", "-cn", "experiment=mine"),
         ("train --config-path=mine", "--config-path", "write --config-dir mine"),
@@ -69,6 +83,12 @@ def printed(*words):
 )
 def test_a_mistake_is_answered_with_the_form_that_works(line, key, remedy):
     assert remedy in problems_of(read, line)[key].remedy
+
+
+@pytest.mark.parametrize("table", [_OTHER_VERBS, _VERB_SENTENCES])
+def test_other_names_of_verbs_are_no_verbs_and_stand_for_one(table):
+    assert not set(table) & set(VERBS)
+    assert set(_OTHER_VERBS.values()) <= set(VERBS)
 
 
 def test_every_mistake_of_a_command_line_is_reported_at_once(capsys):

@@ -32,13 +32,22 @@ def test_the_words_are_taken_out():
         ("train", ["launch=local", "num_processes=0"], "num_processes", "give 2"),
         ("train", ["launch=local", "num_processes=two"], "num_processes", "give 2"),
         ("submit", ["train", "launch=local"], "launch", "gpus_per_node"),
-        ("train -m", ["launch=local"], "launch", "leave it out"),
-        ("compare", ["launch=local"], "launch", "leave it out"),
+        ("train -m", ["launch=local"], "launch", "start each run with modtrain train"),
+        ("compare", ["launch=local"], "launch", "start each run with modtrain train"),
         ("eval", ["num_processes=2"], "num_processes", "leave it out"),
+        ("train", ["launch=local", "num_processes=auto"], "num_processes", "leave it out for one"),
     ],
 )
 def test_what_cannot_be_started_is_refused(verb, words, key, remedy):
     assert remedy in problems_of(local_ranks, verb, words, {})[key].remedy
+
+
+def test_a_job_is_advised_for_submit_alone():
+    for verb in ("eval", "compare", "train -m"):
+        assert (
+            "gpus_per_node"
+            not in problems_of(local_ranks, verb, ["launch=local"], {})["launch"].remedy
+        )
 
 
 def test_ranks_of_a_launcher_start_no_others():

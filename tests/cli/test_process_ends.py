@@ -1,5 +1,6 @@
 """Commands that are one of several processes, are interrupted, or are not read to their end."""
 
+import errno
 import io
 import os
 import subprocess
@@ -14,6 +15,7 @@ from modtrain.cli import main as cli
 from modtrain.cli.process_ends import launched_rank
 from modtrain.common import terminal
 from modtrain.common.atomic_io import atomic_writer
+from modtrain.common.errors import DataError
 from modtrain.common.terminal import plain_console
 from modtrain.inference.evaluate import evaluate, reporting
 from modtrain.inference.inspect import inspect
@@ -74,6 +76,33 @@ def test_ctrl_c_promises_only_what_holds(verb, resumes, monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", interrupted)
     assert cli.main([verb]) == 130
     assert ("resumes" in capsys.readouterr().err) == resumes
+
+
+@pytest.mark.parametrize(
+    ("verb", "number", "remedy"),
+    [
+        ("train", errno.EROFS, "mount it writable, or write elsewhere: runs_dir=PATH"),
+        ("prepare", errno.EROFS, "mount it writable, or write elsewhere: output=PATH"),
+        ("cancel", errno.EROFS, "mount it writable, or write elsewhere\n"),
+        ("prepare", errno.ENOSPC, "free space, or write elsewhere; the same command continues"),
+        ("export", errno.EDQUOT, "free space, or write elsewhere\n"),
+    ],
+)
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_what_cannot_be_written_is_answered_by_its_cause(
+    verb, number, remedy, is_wrapped, monkeypatch, capsys
+):
+    def fail(_arguments):
+        cause = OSError(number, "the cause", "ro/x")
+        if is_wrapped:
+            raise DataError("ro/x: the cause") from cause
+        raise cause
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main([verb]) == 1
+    shown = capsys.readouterr().err
+    assert f"remedy: {remedy}" in shown
+    assert shown.count("remedy") == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

@@ -128,6 +128,8 @@ def test_what_is_advised_for_a_value_works(wrong, right):
         ("prepare", ["corpus=my/input.txt"], 'sources=["my/input.txt"]'),
         ("report", ["runs/first"], "runs=[first]"),
         ("fit", ["my points.csv"], 'points="my points.csv"'),
+        ("checkpoints", ["consolidate"], "action=consolidate"),
+        ("checkpoints", ["prune=true"], "action=prune"),
     ],
 )
 def test_what_is_advised_for_words_works(verb, wrong, right):
@@ -218,6 +220,38 @@ def test_what_others_call_a_value_is_answered_with_it(key):
 def test_nothing_is_suggested_where_nothing_is_meant(wrong):
     (problem,) = [p for p in problems_of("plan", [*PLAN, wrong]) if p.key != "budget"]
     assert problem.remedy.startswith("top-level keys: ")
+
+
+@pytest.mark.parametrize(
+    ("verb", "wrong", "right"),
+    [
+        ("compare", "arms={a:[seed=0],b:[]}", 'arms={a: ["seed=0"], b: []}'),
+        (
+            "compare",
+            "+arms={'a': ['seed=0', seed=1], b: []}",
+            '+arms={a: ["seed=0", "seed=1"], b: []}',
+        ),
+        ("compare", "arms={a: seed=0, b: seed=1}", 'arms={a: ["seed=0"], b: ["seed=1"]}'),
+        ("isoflop", "families={a:[model=tiny]}", 'families={a: ["model=tiny"]}'),
+        ("fit", "columns={loss: last (nats)=x}", 'columns={loss: "last (nats)=x"}'),
+    ],
+)
+def test_a_dictionary_is_answered_with_one_that_works(verb, wrong, right):
+    (problem,) = (
+        p
+        for p in problems_of(verb, [wrong])
+        if p.key.strip("+") == right.strip("+").partition("=")[0]
+    )
+    assert advised(problem.remedy) == right
+    key = right.partition("=")[0].strip("+")
+    assert key not in {p.key for p in problems_of(verb, [right])}
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_a_dictionary_of_names_needs_no_plus(plus):
+    config = compose("compare", [f'{plus}arms={{a: ["seed=1"], b: []}}'])
+    assert config.arms == {"a": ["seed=1"], "b": []}
+    assert compose("fit", [f"{plus}columns.loss=last"]).columns == {"loss": "last"}
 
 
 def test_a_malformed_budget_is_one_problem():

@@ -80,6 +80,15 @@ def test_status_shows_run_and_state_in_each_width(runs, columns):
     assert without_escapes(plain) == shown
 
 
+@pytest.mark.parametrize("columns", [60, pytest.param(120, marks=pytest.mark.slow)])
+def test_costs_break_no_number(runs, columns):
+    output = in_terminal(lambda: cli.main(["status", f"runs_dir={runs}", "cost=true"]), columns)
+    table = without_escapes(output).rpartition("┘")[0]
+    assert_fits(table, columns)
+    assert "…" not in table
+    assert re.search(r"│ x\[/b\] +│.* unknown │ cores │", table)
+
+
 @pytest.mark.slow
 @on_widths
 def test_a_plan_fits(columns):
@@ -135,16 +144,29 @@ def test_the_bar_has_a_bar_a_step_and_the_time_left(monkeypatch, columns, label)
     assert ("of 6e+18 FLOPs" in line) == (columns >= 120)
 
 
-def test_a_second_ctrl_c_leaves_the_cursor_visible(monkeypatch):
-    def interrupt_twice():
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_prints_what_it_does_and_leaves_the_cursor_visible(monkeypatch, times):
+    def interrupt():
         STOP.install()
-        draw_bar(monkeypatch, "a", 10)
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+        bar = draw_bar(monkeypatch, "a", 10)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5 if times > 1 else 0)
+        bar.on_train_end()
 
-    output = in_terminal(interrupt_twice, 80)
+    output = in_terminal(interrupt, 80)
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
+    notice = "\nstops once this step is done and saved; Ctrl-C again ends it at once, unsaved\n"
+    assert output.count(notice) == 1
+    assert_fits(output, 80)
+
+
+def test_rank_0_alone_prints_that_the_ranks_stop(monkeypatch):
+    def interrupt():
+        STOP.install()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert in_terminal(interrupt, 80, RANK="1") == ""
 
 
 def test_what_does_not_fit_is_named():

@@ -7,8 +7,10 @@ import pytest
 from modtrain.cli import main as cli
 from modtrain.cli.base_config import expand_base
 from modtrain.cli.compose import compose
-from modtrain.cli.home_paths import expand_words
+from modtrain.cli.home_paths import expand_config, expand_words
+from modtrain.cluster.site import ClusterConfig
 from modtrain.common.errors import ConfigError
+from modtrain.common.overrides import parse
 from tests.helpers.problems import problems_of
 
 
@@ -48,6 +50,35 @@ def test_a_tilde_in_a_list_and_in_a_file_is_the_home_directory(home, tmp_path):
     file.write_text("# @package _global_\nruns_dir: ~/runs\nbudget:\n  steps: 1\n")
     words = ["name=a", "experiment=here"]
     assert composed("train", *words, config_dir=str(tmp_path / "mine")).runs_dir == f"{home}/runs"
+
+
+@pytest.mark.parametrize(
+    ("verb", "word", "key"),
+    [
+        ("import", "source=~/x", "source"),
+        ("import", "tokenizer=~/x", "tokenizer"),
+        ("eval", "tasks=[~/x]", "tasks"),
+        ("eval", "task.path=~/x", "task.path"),
+        ("fit", "points=~/x", "points"),
+        ("submit", "cluster.image=~/x", "cluster.image"),
+        ("submit", "cluster.mounts=[~/x:/data]", "cluster.mounts"),
+        ("submit", "cluster.scratch='~/x'", "cluster.scratch"),
+        ("submit", "cluster.on_given_up=[~/x,a]", "cluster.on_given_up"),
+    ],
+)
+def test_a_tilde_is_the_home_directory_in_every_key_that_takes_a_file(home, verb, word, key):
+    (given,) = parse(expand_words([word]))[0]
+    assert given.key_or_group == key
+    values = given.value() if isinstance(given.value(), list) else [given.value()]
+    assert str(values[0]).startswith(f"{home}/x")
+    assert "~" not in "".join(map(str, values))
+
+
+def test_a_tilde_in_a_list_of_a_file_is_the_home_directory(home):
+    site = ClusterConfig(mounts=["~/data:/data", "a"], scratch="~/s", image="docker://~/x")
+    expand_config(site)
+    assert site.mounts == [f"{home}/data:/data", "a"]
+    assert (site.scratch, site.image) == (f"{home}/s", "docker://~/x")
 
 
 def test_a_tilde_in_the_sources_of_a_mixture_is_the_home_directory(home, tmp_path):
@@ -110,3 +141,12 @@ def test_a_text_in_the_base_of_a_run_is_not_read_as_a_number(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     run = file.rename(tmp_path / "config.yaml")
     assert expand_base("train", [f"from={run}"], None) == ["seed=7"]
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\t", "\n", "\x9b"])
+def test_a_name_is_no_command_to_the_terminal(character):
+    for verb, key in (("train", "name"), ("search", "study"), ("import", "name")):
+        problem = problems_of(compose, verb, [f'{key}="a{character}[31mb"', "nosuch=1"])[key]
+        assert problem.reason == "has control characters"
+        assert character not in str(problem.value)
+    assert compose("train", ['name="[v1] é :fire:"']).name == "[v1] é :fire:"

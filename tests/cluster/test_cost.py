@@ -104,6 +104,6 @@ def test_status_shows_it_and_writes_it(tmp_path):
     assert written["restarts"] == {"SIGTERM": 1}
     FakeRun(tmp_path / "runs/y").starts(500)
     text = shown(StatusConfig(runs_dir=str(tmp_path / "runs"), cost=True))
-    for part in ("x", "y", "all", "of 2 runs not all is known"):
+    for part in ("x", "y", "all", "the cost of 2 runs is not known in full"):
         assert part in text
     assert "cannot be combined with cost" in str(StatusConfig(sweep="s", cost=True).problems()[0])

@@ -362,6 +362,9 @@ def test_logs_show_the_newest_job_that_has_begun(tmp_path, capsys):
     assert main([*asked, "job=9"]) == 1
     assert "its jobs are job=9, job=8, job=7" in capsys.readouterr().err
     assert main([*asked, "job=x"]) == 2
+    (run.path / "logs/slurm-9.out").write_text("")
+    assert main([*asked, "job=9"]) == 0
+    assert "slurm-9.out is empty" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["logs", "run=empty", f"runs_dir={tmp_path}"]) == 1
     assert "has printed nothing yet" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def test_the_fingerprint_decides_which_data_are_a_runs_and_paths_may_change(
     of_run = ["run=b", "accelerator=cpu"]
     capsys.readouterr()
     assert cli.main(["eval", *of_run, "sequences=4"]) == 1
-    assert "remedy: give their place as data_path=..." in capsys.readouterr().err
+    assert "the directory in which they are now as data_path=..." in capsys.readouterr().err
     assert cli.main(["eval", *of_run, "sequences=4", "data_path=there"]) == 0
     assert cli.main(["generate", *of_run, "max_tokens=2", "prompt=a", "data_path=there"]) == 0
     assert cli.main(["inspect", *of_run, "sequences=1", "data_path=there"]) == 0

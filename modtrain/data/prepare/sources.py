@@ -26,6 +26,7 @@ from modtrain.data.prepare.tokenized.kinds import KINDS as TOKEN_KINDS
 from modtrain.data.prepare.tokenized.kinds import SUFFIXES as TOKEN_SUFFIXES
 from modtrain.data.prepare.tokenized.kinds import index_of, token_folder, token_kind
 from modtrain.data.remote.urls import is_url
+from modtrain.data.stream.prepared import INDEX_NAME, SPLITS
 
 PACKAGE_PREFIX = "package:"
 # Suffix → kind. What is read from its beginning to its end may be compressed.
@@ -204,6 +205,10 @@ def _each_once(paths: Iterable[str]) -> list[str]:
 def _hint(source: str, pattern: str) -> str:
     """Return what to write for a folder, or for a name with characters that a glob reads."""
     folder = Path(pattern)
+    if all((folder / name).exists() for name in (INDEX_NAME, *SPLITS)):
+        return (
+            f": it is prepared data already; train on it with {shlex.quote(f'data.path={source}')}"
+        )
     if folder.is_dir():
         below = glob.iglob(f"{glob.escape(str(folder))}/**/*", recursive=True)  # noqa: PTH207
         suffix = next(filter(None, map(_known_suffix, below)), None)

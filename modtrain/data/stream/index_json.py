@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -156,6 +157,25 @@ class _Object:
         return {name: splits.object(name) for name in SPLITS}
 
 
+def _why_missing(path: str | Path, file: str) -> str:
+    """Return why ``path`` has no index, and what to do."""
+    if not is_url(path) and Path(path).is_file():
+        if Path(path).name == INDEX_NAME:
+            return f"{path}: is a file; give its directory, {Path(path).parent}."
+        from modtrain.common.spelling import quoted  # noqa: PLC0415  (imports Hydra)
+
+        sources = shlex.quote(f"sources=[{quoted(str(path))}]")
+        return (
+            f"{path}: is a file, not a directory of prepared data. Prepare it: modtrain prepare"
+            f" corpus=files {sources} split_at=line output=data/mine"
+        )
+    more = "" if is_url(path) or Path(path).is_dir() else " There is no such directory."
+    return (
+        f"{file}: missing, so {path} holds no finished data.{more} "
+        f"Run modtrain prepare; an interrupted one is resumed."
+    )
+
+
 def _read(path: str | Path) -> _Object:
     file = f"{str(path).rstrip('/')}/{INDEX_NAME}"
     if is_url(path):
@@ -164,10 +184,7 @@ def _read(path: str | Path) -> _Object:
         place = Path(path, INDEX_NAME)
         file = str(place)
     if not os.path.lexists(place):
-        raise DataError(
-            f"{file}: missing, so {path} holds no finished data. "
-            f"Run modtrain prepare; an interrupted one is resumed."
-        )
+        raise DataError(_why_missing(path, file))
     try:
         content = read_json(place, _MAX_INDEX_BYTES, _Patterns().replace)
     except UnreadableError as error:

@@ -45,7 +45,7 @@ class CompareConfig(TrainConfig):
         problems = super().problems(needs_name)
         if len(self.arms) < 2:
             reason = "a comparison needs at least two arms"
-            remedy = """add '+arms={a: ["model.capacity=0.5"], b: ["model.capacity=0.25"]}'"""
+            remedy = """add 'arms={a: ["model.capacity=0.5"], b: ["model.capacity=0.25"]}'"""
             problems.append(Problem("arms", dict(self.arms), reason, remedy))
         problems += [
             Problem("only", name, "is not an arm", f"there are: {', '.join(self.arms)}")

@@ -26,7 +26,7 @@ class FitConfig:
         several families ``family``.
     output: directory for ``fit.json`` and the figures.
     columns: quantity → heading in the file, where the file names it otherwise:
-        ``'+columns={loss: final_loss, N: params}'``.
+        ``'columns={loss: final_loss, N: params}'``.
     families: families to fit; empty: all of them.
     baseline: family that the others' effective speed-up is over.
     parameters: which parameters N counts, as text for ``fit.json`` and the figures: exponents

@@ -146,7 +146,7 @@ def _check_headings(
 ) -> None:
     shown = ", ".join(_shown(heading) for heading in headings) or "none"
     there = f"the file's headings, upper and lower case as they are: {shown}"
-    remedy = f"{there}; to use another one: '+columns={{loss: HEADING}}'"
+    remedy = f"{there}; to use another one: 'columns={{loss: HEADING}}'"
     problems = [
         Problem(f"column {_shown(heading)}", "", "is there twice", "rename one of them, or cut it")
         for heading in dict.fromkeys(headings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from modtrain.common.errors import Problem
 from modtrain.common.renamed_keys import renamed_problem
-from modtrain.common.spelling import quoted, syntax_fault
+from modtrain.common.spelling import list_items, quoted, syntax_fault
 from modtrain.common.validation import at_least, one_of
-from modtrain.training.config import TrainConfig
+from modtrain.training.config import TrainConfig, directory_problems
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -112,9 +113,8 @@ class SearchConfig(TrainConfig):
         if not self.study:
             remedy = "add study=my_search: the same study is resumed"
             problems.append(Problem("study", "null", "a search needs a name", remedy))
-        elif self.study.startswith("/") or {"", ".."} & set(self.study.split("/")):
-            reason, remedy = "is not a directory below runs_dir", "use a plain name"
-            problems.append(Problem("study", self.study, reason, remedy))
+        else:
+            problems += directory_problems("study", self.study)
         problems += one_of(self, "", "directions", OBJECTIVES) + one_of(self, "", "pruner", PRUNERS)
         problems += at_least(self, "", 1, "trials") + at_least(self, "", 0, "search_seed")
         if not self.directions or len(set(self.directions)) < len(self.directions):
@@ -165,6 +165,9 @@ def parse_space(space: Mapping[str, str]) -> tuple[list[Dimension], list[Problem
             continue
         remedy = "write interval(0.1,1), int(interval(1,4)), tag(log,interval(1e-4,1e-2)),"
         remedy += " range(2,9,2) or choice(x,y)"
+        if text[:1] == "[" and text[-1:] == "]":
+            choice = f"space.{key}=choice({','.join(list_items(text))})"
+            remedy = f"write {shlex.quote(choice)}"
         try:
             override = OverridesParser.create().parse_override(f"{key}={text}")
             dimensions.append(_dimension(key, override))

@@ -204,7 +204,8 @@ class _Searcher:
             print_line(f"{self.directory}: {counts_text or 'nothing yet'}; {left} to go")
             for entry in best:
                 values = ", ".join(f"{key} {value:.6g}" for key, value in entry["values"].items())
-                print_line(f"  {entry['run']}: {values}; {entry['parameters']}")
+                parameters = " ".join(f"{key}={v}" for key, v in entry["parameters"].items())
+                print_line(f"  {entry['run']}: {values} with {parameters}")
         if STOP.requested and num_left > 0:
             print_line(f"stopped by {STOP.name}: the same command resumes")
             return STOP.exit_code

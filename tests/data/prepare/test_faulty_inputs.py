@@ -28,6 +28,7 @@ from modtrain.data.prepare.tokenizer import (
     check_tokenizer,
     train_tokenizer,
 )
+from modtrain.data.stream.index import read_summary
 from modtrain.inference.token_text import Vocabulary
 from tests.data.data_cases import make_documents, tiny_config, write_jsonl
 
@@ -306,6 +307,30 @@ def test_a_folder_is_answered_with_a_pattern_that_matches_or_none(tmp_path):
         expand_sources([str(tmp_path)])
     pattern = str(caught.value).partition("write ")[2].rstrip(".")
     assert len(expand_sources([pattern])) == 1
+
+
+def test_prepared_data_are_no_corpus(tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / "p" / name).mkdir(parents=True)
+        np.save(tmp_path / "p" / name / "documents.npy", np.zeros(3))
+    (tmp_path / "p/index.json").write_text("{}")
+    with pytest.raises(DataError, match=rf"train on it with data\.path={tmp_path}/p"):
+        expand_sources([str(tmp_path / "p")])
+
+
+def test_what_is_no_directory_of_prepared_data_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my text.txt").write_text("text")
+    Path("p").mkdir()
+    Path("p/index.json").write_text("{}")
+    with pytest.raises(DataError, match="is a file, not a directory of prepared data") as caught:
+        read_summary("my text.txt")
+    command = shlex.split(str(caught.value).partition("Prepare it: modtrain prepare ")[2])
+    assert compose("prepare", command).sources == ["my text.txt"]
+    with pytest.raises(DataError, match=r"is a file; give its directory, p\."):
+        read_summary("p/index.json")
+    with pytest.raises(DataError, match="There is no such directory"):
+        read_summary("nowhere")
 
 
 def zstd_frame(window_log: int) -> bytes:

@@ -93,6 +93,12 @@ def test_why_a_range_is_none_is_in_plain_words(text, reason):
     assert reason in problem.reason and "mismatched" not in problem.reason
 
 
+def test_a_list_is_answered_with_the_choice_that_is_meant():
+    _, (problem,) = parse_space({"optimizer.lr": "[1e-3, 2e-3]"})
+    assert problem.remedy == "write 'space.optimizer.lr=choice(1e-3,2e-3)'"
+    assert parse_space({"optimizer.lr": "choice(1e-3,2e-3)"})[0][0].values == ("0.001", "0.002")
+
+
 @pytest.mark.parametrize(
     ("more", "key"),
     [
@@ -133,6 +139,7 @@ def test_a_finite_space_is_tried_once_and_the_search_ends(arguments, capsys):
     shown = capsys.readouterr().out
     assert "the space has 2 points" in shown
     assert "2 complete; 0 to go" in shown
+    assert re.search(r"/trial_\d+: causal_loss [\d.]+ with \S+=\S+", shown)
     assert sorted(t.params["model.capacity"] for t in study(words).trials) == ["0.25", "0.5"]
 
 
