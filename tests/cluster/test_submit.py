@@ -167,7 +167,7 @@ def test_a_job_goes_to_the_cluster_that_is_asked_for_its_state(option):
         (["debug", "node=2"], "node", "did you mean nodes?"),
         (["debug", "cluster.environment.A=1"], "cluster.environment.A", "+cluster.environment.A=1"),
         (["debug", "+cluster.environment.FOO=[1]"], "cluster.environment.FOO", "of that type"),
-        (["train", "array.low=['seed=1']"], "array.low", "+array.low=['seed=1']"),
+        (["train", "array.low=['seed=1']"], "array.low", shlex.quote("+array.low=['seed=1']")),
         (["train", "+array={1e-3: ['seed=1']}"], "array", "begin the name with a letter"),
         (["train", "+array={true: ['seed=1']}"], "array", "begin the name with a letter"),
     ],
