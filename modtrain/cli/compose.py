@@ -6,7 +6,6 @@ Hydra composes the YAML of ``conf/`` onto the dataclasses registered here.
 from __future__ import annotations
 
 import difflib
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -41,7 +40,7 @@ from modtrain.common.overrides import (
 )
 from modtrain.common.renamed_keys import new_name, renamed_in_files, section_of
 from modtrain.common.shipped import conf_dir
-from modtrain.common.spelling import quoted
+from modtrain.common.spelling import in_quotes, list_in_quotes
 from modtrain.common.yaml_texts import misread_in_folder
 from modtrain.data.config import PrepareConfig
 from modtrain.training.config import TrainConfig
@@ -261,10 +260,10 @@ def _choice_remedy(group: str, name: str, options: list[str]) -> str:
     if near:
         return f"did you mean {near[0]}? {there}"
     if group == "data" or "/" in name:
-        key = {"data": "data.path", "corpus": "sources"}.get(group)
-        value = f"[{quoted(name)}]" if key == "sources" else quoted(name)
-        if key is not None:
-            return f"write {shlex.quote(f'{key}={value}')}; {there}"
+        if group == "data":
+            return f"write {in_quotes('data.path', name)}; {there}"
+        if group == "corpus":
+            return f"write {list_in_quotes('sources', name)}; {there}"
     return there
 
 

@@ -11,7 +11,8 @@ from modtrain.common.errors import Problem, raise_if_any
 VERBS = ("train",)
 """The verbs that train on several ranks."""
 KEYS = ("launch", "num_processes")
-_TRAINING_OF_SEVERAL = ("train -m", "compare", "isoflop", "search", "search-patterns")
+TRAIN_SEVERAL = ("compare", "isoflop", "search", "search-patterns")
+"""The verbs that train several runs, each on one process."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def _elsewhere(verb: str) -> tuple[str, str]:
         return "starts processes on this machine, and a job has its own", (
             "leave it out; write nodes=… and gpus_per_node=…"
         )
-    if verb in _TRAINING_OF_SEVERAL:
+    if verb in ("train -m", *TRAIN_SEVERAL):
         reason = "is for train with one run, and this trains several, each on one process"
         remedy = "leave it out, or start each run with modtrain train"
         return reason, remedy

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modtrain.cli.arguments import Arguments, make_parser, read_arguments
+from modtrain.cli.local_ranks import TRAIN_SEVERAL, local_ranks
 from modtrain.cli.process_ends import (
     ignore_interrupts,
     interrupted_text,
@@ -123,8 +124,6 @@ def _run(arguments: Arguments) -> int:
         from modtrain.cli.base_config import expand_base
 
         words = expand_base(name, words, config_dir)
-    from modtrain.cli.local_ranks import local_ranks
-
     if (ranks := local_ranks("train -m" if arguments.is_multirun else name, words)) is not None:
         from modtrain.cli.start_ranks import start_ranks
 
@@ -293,7 +292,7 @@ def _doctor(overrides: list[str], config_dir: str | None) -> int:
 
 
 # Verbs that train, and save on a signal.
-_TRAINING = ("train", "compare", "isoflop", "search", "search-patterns")
+_TRAINING = ("train", *TRAIN_SEVERAL)
 # Those, and others that keep what is finished.
 _RESUMABLE = (*_TRAINING, "prepare")
 # Those that take ``output=``.

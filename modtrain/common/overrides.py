@@ -117,10 +117,9 @@ def with_spelling(problem: Problem, config: DictConfig) -> Problem:
     if problem.reason != SEVERAL_VALUES and not problem.reason.startswith(NOT_UNDERSTOOD):
         return problem
     key = problem.key.lstrip("+")
-    if (word := spelling(config, key, str(problem.value))) is None:
-        return problem
     plus = problem.key[: len(problem.key) - len(key)]
-    return replace(problem, remedy=f"write {shlex.quote(plus + shlex.split(word)[0])}")
+    word = spelling(config, key, str(problem.value), plus)
+    return problem if word is None else replace(problem, remedy=f"write {word}")
 
 
 def _form_of(key: str, value: str) -> str:

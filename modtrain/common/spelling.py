@@ -45,18 +45,23 @@ def in_quotes(key: str, value: str) -> str:
     return shlex.quote(f"{key}={quoted(value)}")
 
 
-def spelling(config: DictConfig, key: str, text: str) -> str | None:
+def list_in_quotes(key: str, item: str) -> str:
+    """Return the override that gives a list of one text, quoted for a shell."""
+    return shlex.quote(f"{key}=[{quoted(item)}]")
+
+
+def spelling(config: DictConfig, key: str, text: str, plus: str = "") -> str | None:
     """Return ``key=value``, quoted for a shell, as ``key`` of ``config`` takes what ``text`` means.
 
-    None where no spelling does: each is tried. A text without a value that it may stand for has
-    none, and so has a key that is not in ``config``.
+    plus: what stands before the key. None where no spelling does: each is tried. A text without a
+    value that it may stand for has none, and so has a key that is not in ``config``.
     """
     node = node_of(config, key)
     if node is None:
         return None
     for value in dict.fromkeys(_candidates(node, text.strip())):
         if _fits(config, key, value):
-            return shlex.quote(f"{key}={value}")
+            return shlex.quote(f"{plus}{key}={value}")
     return None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from modtrain.common.durations import duration_problems, seconds_of
 from modtrain.common.errors import Problem
+from modtrain.common.printable import printable
 from modtrain.common.validation import above_zero, at_least, one_of
 from modtrain.data.config import DataConfig
 from modtrain.models.config import ModelConfig
@@ -357,8 +358,7 @@ def directory_problems(key: str, name: str) -> list[Problem]:
     remedy = "use a plain name such as my_run or sweep/my_run"
     # Printed, they would be commands to the terminal.
     if any(unicodedata.category(character) == "Cc" for character in name):
-        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
-        return [Problem(key, shown, "has control characters", remedy)]
+        return [Problem(key, printable(name), "has control characters", remedy)]
     if name.startswith("/") or {"..", ".", ""} & set(name.split("/")):
         return [Problem(key, name, "is not a directory below runs_dir", remedy)]
     return []

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 
-from modtrain.common.errors import DataError
 from modtrain.data.prepare.check import DocumentCheck
 from modtrain.data.prepare.decompress import BOM, lines_of
-from modtrain.data.prepare.flaws import DamagedError, Flaw, TooLargeError, shown_names
-from modtrain.data.prepare.text_field import RepeatedNameError
+from modtrain.data.prepare.flaws import DamagedError, Flaw, TooLargeError
+from modtrain.data.prepare.text_field import columns_of
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
@@ -47,7 +46,8 @@ def csv_documents(
         if not row:
             continue
         if names is None:
-            names = _names(row, path, check)
+            columns_of(path, row, check.field, has="its first row names")
+            names = row
             continue
         yield _document(row, names, path, line, check)
 
@@ -61,22 +61,6 @@ def _flaw(error: Exception, path: str, line: int, check: DocumentCheck) -> Flaw:
         flaw = check.too_large(path, line, what)
         return Flaw(flaw.kind, path, line, f"{flaw.detail}; is a quote without its other one?")
     return Flaw("bad_csv", path, line, f"not CSV: {text}")
-
-
-def _names(row: list[str], path: str, check: DocumentCheck) -> list[str]:
-    try:
-        check.field.roots(row)
-    except RepeatedNameError as error:
-        raise DataError(
-            f"{path}: its first row names the column {error.name!r} twice. Give one of them another"
-            " name, or set text_column to another one."
-        ) from None
-    except KeyError as error:
-        raise DataError(
-            f"{path}: its first row names no column {error.args[0]!r}, only {shown_names(row)}. "
-            "Set text_column to the one that holds the text."
-        ) from None
-    return row
 
 
 def _document(

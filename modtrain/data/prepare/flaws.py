@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from modtrain.common.printable import printable
+
 # Of a name in a message.
 _NAME_CHARS = 80
 
@@ -41,11 +43,6 @@ class Flaw:
 
     def __str__(self) -> str:
         return printable(f"{self.path}:{self.line}: {self.detail}")
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with an escape for each character that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def shown_names(names: Iterable[str], at_most: int = 20) -> str:

@@ -13,15 +13,14 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 from pyarrow import parquet
 
-from modtrain.common.errors import DataError
 from modtrain.data.prepare.arrow_messages import messages, stream_start
 from modtrain.data.prepare.arrow_values import record_of, value_of
 from modtrain.data.prepare.check import DocumentCheck
-from modtrain.data.prepare.flaws import Flaw, shown_names
+from modtrain.data.prepare.flaws import Flaw
 from modtrain.data.prepare.parquet_pages import check_footer, chunk_pages
 from modtrain.data.prepare.sources import SourceFile
 from modtrain.data.prepare.storage import local_copy, open_anywhere
-from modtrain.data.prepare.text_field import RepeatedNameError, TextField
+from modtrain.data.prepare.text_field import TextField, columns_of
 
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20
@@ -118,25 +117,6 @@ def _sizes(source: BinaryIO, table: Any, group: int, columns: list[str]) -> tupl
             if _is_list(table.schema.column(number)):
                 num_items = max(num_items, pages.num_values)
     return largest, num_items
-
-
-def columns_of(path: str, names: list[str], field: TextField) -> list[str]:
-    """Return the columns that the text comes from.
-
-    Raises DataError for one that is missing, or that stands there twice.
-    """
-    try:
-        return field.roots(names)
-    except RepeatedNameError as error:
-        raise DataError(
-            f"{path}: has the column {error.name!r} twice. Give one of them another name, or set"
-            " text_column to another one."
-        ) from None
-    except KeyError as error:
-        raise DataError(
-            f"{path}: has no column {error.args[0]!r}, only {shown_names(names)}. "
-            "Set text_column to the one that holds the text."
-        ) from None
 
 
 def arrow_documents(path: str, check: DocumentCheck) -> Iterator[str | Flaw]:

@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modtrain.common.errors import DataError
+from modtrain.common.printable import printable
 from modtrain.common.reading import MAX_JSON_BYTES, UnreadableError, parse_object, read_json
-from modtrain.data.prepare.flaws import printable
 from modtrain.data.prepare.storage import MissingError, open_source
 from modtrain.data.remote.urls import is_url, without_secrets
 

@@ -101,7 +101,7 @@ def _encode_own(config: PrepareConfig, task: Task, progress: bool) -> _Encoded |
     if (output / INDEX_NAME).exists():
         return None
     work = make_folders(output)
-    in_use = InUseError(f"another prepare is writing {output}. Wait for it.")
+    in_use = InUseError(output)
     has_locks = True
     with ExitStack() as locks:
         try:

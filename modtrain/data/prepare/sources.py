@@ -227,9 +227,9 @@ def _spelled(pattern: str) -> str:
     if re.fullmatch(r"[\w./*-]+", pattern):
         return pattern
     # It imports Hydra, for those who made a mistake.
-    from modtrain.common.spelling import quoted  # noqa: PLC0415
+    from modtrain.common.spelling import list_in_quotes  # noqa: PLC0415
 
-    return f"{pattern} (in a command: {shlex.quote(f'sources=[{quoted(pattern)}]')})"
+    return f"{pattern} (in a command: {list_in_quotes('sources', pattern)})"
 
 
 def _known_suffix(path: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from modtrain.common.errors import DataError
 from modtrain.data.prepare.flaws import shown_names
 
 _KEYS_SHOWN = 8
@@ -125,3 +126,23 @@ def _columns_of(record: dict[Any, Any]) -> str:
     longest = max(texts, key=lambda name: len(record[name]), default=None)
     remedy = "" if longest is None else f". Write text_column={shown_names([longest])}"
     return f"; its keys: {shown}{remedy}"
+
+
+def columns_of(path: str, names: list[str], field: TextField, has: str = "has") -> list[str]:
+    """Return the columns of a table that the text comes from.
+
+    has: what the file does to have its columns, for a message.
+    Raises DataError for one that is missing, or that stands there twice.
+    """
+    try:
+        return field.roots(names)
+    except RepeatedNameError as error:
+        raise DataError(
+            f"{path}: {has} the column {error.name!r} twice. Give one of them another name, or set"
+            " text_column to another one."
+        ) from None
+    except KeyError as error:
+        raise DataError(
+            f"{path}: {has} no column {error.args[0]!r}, only {shown_names(names)}. "
+            "Set text_column to the one that holds the text."
+        ) from None

@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 class InUseError(DataError):
     """Another process is preparing the same output."""
 
+    def __init__(self, output: Path) -> None:
+        super().__init__(f"another prepare is writing {output}. Wait for it.")
+
 
 def make_folders(output: Path) -> Path:
     """Make the working directory inside ``output``, and the other folders. Returns it.
@@ -43,7 +46,7 @@ def make_folders(output: Path) -> Path:
 def work_directory(output: Path) -> Iterator[Path]:
     """The working directory inside ``output``, locked; it is left in place for the next run."""
     work = make_folders(output)
-    in_use = InUseError(f"another prepare is writing {output}. Wait for it.")
+    in_use = InUseError(output)
     with ExitStack() as locks:
         try:
             locks.enter_context(acquire_lock(work / LOCK_NAME, in_use))

@@ -109,23 +109,24 @@ class ShardCache:
                 raise OSError
             return [os.pread(descriptor, stop - start, start) for start, stop in ranges]
         except OSError:
-            log.warning("%s: is damaged, and is fetched again", path)
-            path.unlink(missing_ok=True)
+            _remove_damaged(path)
             return None
         finally:
             os.close(descriptor)
 
     def path(self, file: RemoteFile) -> Path | None:
         """Where a whole file lies, to be opened at once; None where it is not there, or damaged."""
-        if not self.has(file):
-            return None
         path = self._path(file)
-        with suppress(OSError):
-            if path.lstat().st_size == file.num_bytes:
-                return path
-            log.warning("%s: is damaged, and is fetched again", path)
-            path.unlink()
-        return None
+        try:
+            status = path.lstat()
+        except OSError:
+            return None
+        if status.st_uid != os.getuid():
+            return None
+        if status.st_size != file.num_bytes:
+            _remove_damaged(path)
+            return None
+        return path
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each shard that is there, by SHA-256; those fetched first come first."""
@@ -243,6 +244,11 @@ class ShardCache:
 
     def _path(self, shard: RemoteFile) -> Path:
         return self.directory / f"{shard.sha256}{_SUFFIX}"
+
+
+def _remove_damaged(path: Path) -> None:
+    log.warning("%s: is damaged, and is fetched again", path)
+    path.unlink(missing_ok=True)
 
 
 def _write(path: Path, chunks: Iterator[bytes]) -> str:

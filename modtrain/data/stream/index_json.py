@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -162,9 +161,9 @@ def _why_missing(path: str | Path, file: str) -> str:
     if not is_url(path) and Path(path).is_file():
         if Path(path).name == INDEX_NAME:
             return f"{path}: is a file; give its directory, {Path(path).parent}."
-        from modtrain.common.spelling import quoted  # noqa: PLC0415  (imports Hydra)
+        from modtrain.common.spelling import list_in_quotes  # noqa: PLC0415  (imports Hydra)
 
-        sources = shlex.quote(f"sources=[{quoted(str(path))}]")
+        sources = list_in_quotes("sources", str(path))
         return (
             f"{path}: is a file, not a directory of prepared data. Prepare it: modtrain prepare"
             f" corpus=files {sources} split_at=line output=data/mine"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from modtrain.common.printable import printable
 from modtrain.data.documents.table import DocumentTable
-from modtrain.data.prepare.flaws import printable
 from modtrain.inference.token_text import visible
 
 
